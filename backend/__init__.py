@@ -1,0 +1,1 @@
+"""What a step costs: GPU and model shapes, analytic and calibrated cost models, the GPU engine."""

@@ -1,0 +1,1 @@
+"""Schedulers and routers: what a replica runs next, and which replica gets a request."""

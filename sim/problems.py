@@ -1,0 +1,50 @@
+"""What is wrong with an input, said once and in one shape: ``file:line: path: rule (got value)``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+NOTHING = object()  # a problem without a value to show
+
+
+class Problem(NamedTuple):
+    """One mistake of one input file or command-line option."""
+
+    rule: str  # what should hold, as a sentence fragment
+    file: str = ""
+    line: int | None = None  # 1-based
+    path: str = ""  # dotted path of the key, or a column name
+    value: object = NOTHING
+
+    def __str__(self) -> str:
+        where = self.file + (f":{self.line}" if self.line is not None else "")
+        head = ": ".join(part for part in (where, self.path) if part)
+        got = "" if self.value is NOTHING else f" (got {_short(self.value)})"
+        return f"{head}: {self.rule}{got}" if head else f"{self.rule}{got}"
+
+
+class BadInput(Exception):
+    """Input that cannot be used; the command line prints it and exits with status 2.
+
+    Collects every problem found, so that a user mends a file in one go.
+    """
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`` – did you mean 'x'?`` for the nearest known word, else the words allowed (at most twelve)."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f" – did you mean '{near[0]}'?"
+    shown = ", ".join(sorted(known)[:12]) + (", …" if len(known) > 12 else "")
+    return f" – allowed: {shown}" if shown else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
