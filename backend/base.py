@@ -1,0 +1,74 @@
+"""The contract between a replica and whatever prices (or executes) its steps.
+
+All times are integer picoseconds, so that a run of steps summed in closed form equals the same steps summed one
+by one, bit for bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+FOREVER = 1 << 60  # steps: "to the end of any run"
+
+
+class Chunk(NamedTuple):
+    """Prompt tokens of one request computed in one step."""
+
+    start: int  # tokens already in KV
+    length: int  # tokens computed now
+
+
+class Batch(NamedTuple):
+    """One engine step as a cost model sees it."""
+
+    prefills: tuple[Chunk, ...]
+    decodes: int  # sequences producing one token each
+    context: int  # KV tokens that decodes and padded slots read, this step's included, in total
+    padded: int = 0  # token slots computed for nothing (static batching): dead sequences, prompt padding
+    members: object = None  # lazy; only real hardware walks it (request ids, block tables)
+
+
+class Host(NamedTuple):
+    """Host work of one step, ps."""
+
+    schedule: int = 0  # before the launch: deciding what to run
+    launch: int = 0  # until the GPU has its work
+    update: int = 0  # after it: taking the tokens in
+
+
+NO_HOST = Host()
+
+
+class StepCost(NamedTuple):
+    """The next ``steps`` steps cost ``first``, ``first + slope``, ``first + 2·slope`` … ps on the GPU.
+
+    For as long as the batch keeps its members, so that ``context`` grows by ``decodes`` (and dead slots) a step.
+    A fitted model vouches for many steps (to its next breakpoint), a real GPU for one.
+    """
+
+    first: int
+    slope: int = 0
+    steps: int = FOREVER
+    host: Host = NO_HOST  # the same for each of them
+
+    def spacing(self) -> int:
+        """Time from one step boundary to the next of a synchronous engine, less the slope: GPU and host take turns."""
+        return self.first + self.host.schedule + self.host.launch + self.host.update
+
+
+class Backend(ABC):
+    """Prices the steps of one replica; a GPU engine also executes them."""
+
+    name: str = "backend"
+
+    @abstractmethod
+    def step(self, batch: Batch) -> StepCost:
+        """The cost of ``batch``, and of the steps after it while nothing but context lengths changes."""
+
+    def release(self, request_id: int) -> None:  # noqa: B027 - a hook; cost models hold nothing
+        """A request has left the replica; drop what is kept for it."""
+
+    def assumptions(self) -> dict[str, str]:
+        """What a reader of the results must know of the prices: name → one line."""
+        return {}

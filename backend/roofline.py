@@ -1,0 +1,136 @@
+"""An analytic step cost: what the FLOPs and the bytes of a step take at stated efficiencies.
+
+Everything is an integer number of picoseconds, affine in the context length piece by piece, so it leaps exactly.
+The form is the one that explains the continuous-batching post's ladder: prompt work at a fraction of the peak
+(``mfu``), decode work at a fraction of the memory bandwidth, and a step that has both overlaps them in part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+
+from backend.base import FOREVER, Backend, Batch, Host, StepCost
+from backend.specs import GPU, Model
+
+PS = 10**12
+MS = 10**9
+
+Share = Annotated[float, Interval(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """How far below the data sheet a real engine stays. Assumptions, not measurements: print them."""
+
+    mfu: Share = 0.55  # of the peak FLOP/s, prompt work (0.4–0.7 is usual)
+    bandwidth: Share = 0.80  # of the HBM bandwidth, reading weights and KV (0.6–0.9 is usual)
+    link: Share = 0.70  # of one direction of the links, all-reduce
+    mixed_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.5  # of the shorter of prompt and decode work
+    floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter: a host that cannot launch faster
+    overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
+    allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
+
+
+class Roofline(Backend):
+    """Step costs of ``model`` on ``tensor_parallel`` × ``gpu``.
+
+    Prompt work: max(FLOPs ÷ (mfu · peak), bytes ÷ (bandwidth · HBM)). Decode work: the same maximum, its bytes the
+    weights and every context. A step with both takes the longer and the share of the shorter that does not overlap.
+    Tensor parallelism divides FLOPs and bytes and adds two all-reduces a layer (a ring's volume, and a latency).
+    Not modelled: pipeline parallelism, quantised arithmetic, kernel tile effects, sampling.
+    """
+
+    name = "roofline"
+
+    def __init__(
+        self, model: Model, gpu: GPU, tensor_parallel: int = 1, efficiency: Efficiency | None = None
+    ) -> None:
+        self.model, self.gpu, self.tensor_parallel = model, gpu, tensor_parallel
+        self.efficiency = e = efficiency or Efficiency()
+        tp = tensor_parallel
+        kv_bytes = model.kv_bytes_per_token_on(tp)  # also checks tp
+        flops = e.mfu * gpu.bf16_tflops * 1e12 * tp
+        byte_rate = e.bandwidth * gpu.hbm_gb_per_s * 1e9
+        self._token = round(2 * model.matmul_parameters / flops * PS)
+        self._sequence = round(2 * model.head_parameters / flops * PS)
+        self._pair = round(4 * model.layers * model.heads * model.head_size / flops * PS)  # QK and PV
+        self._weights = round(model.weight_bytes / tp / byte_rate * PS)
+        self._kv = max(1, round(kv_bytes / byte_rate * PS))
+        self._reduce_fixed, self._reduce_token = self._all_reduce()
+        self._floor = round(e.floor_ms * MS)
+        shared = Fraction(e.mixed_overlap).limit_denominator(1000)
+        self._apart = 1 - shared
+        self._host = Host(launch=round(e.overhead_ms * MS))
+
+    def step(self, batch: Batch) -> StepCost:
+        """The cost of ``batch``; a decode-only batch vouches until another bound of the roofline takes over."""
+        if batch.prefills:
+            return self._with_prompts(batch)
+        slots = batch.decodes + batch.padded
+        context = batch.context
+        reduce = self._reduce_fixed + self._reduce_token * slots
+        compute_slope = self._pair * slots
+        compute = slots * (self._token + self._sequence) + self._pair * context + reduce
+        memory_slope = self._kv * slots
+        memory = self._weights + self._kv * context + reduce
+        bound, slope = (memory, memory_slope) if memory >= compute else (compute, compute_slope)
+        floor = self._floor
+        if floor > bound:
+            steps = min(_until(floor, 0, memory, memory_slope), _until(floor, 0, compute, compute_slope))
+            return StepCost(floor, 0, steps, self._host)
+        other, other_slope = (compute, compute_slope) if memory >= compute else (memory, memory_slope)
+        return StepCost(bound, slope, _until(bound, slope, other, other_slope), self._host)
+
+    def _with_prompts(self, batch: Batch) -> StepCost:
+        tokens = pairs = history = 0
+        for start, length in batch.prefills:
+            tokens += length
+            pairs += length * start + length * (length + 1) // 2
+            history += start
+        padded = tokens + batch.padded
+        compute = padded * self._token + pairs * self._pair + len(batch.prefills) * self._sequence
+        memory = self._weights + history * self._kv
+        prompt = max(compute, memory)
+        if batch.decodes:
+            memory = self._weights + self._kv * batch.context
+            compute = batch.decodes * (self._token + self._sequence) + self._pair * batch.context
+            decode = max(memory, compute)
+            longer, shorter = (prompt, decode) if prompt >= decode else (decode, prompt)
+            apart = self._apart
+            prompt = longer + shorter * apart.numerator // apart.denominator
+        prompt += self._reduce_fixed + self._reduce_token * (padded + batch.decodes)
+        return StepCost(max(prompt, self._floor), 0, 1, self._host)
+
+    def _all_reduce(self) -> tuple[int, int]:
+        """Picoseconds of a step's all-reduces: fixed, and for each token."""
+        tp, e = self.tensor_parallel, self.efficiency
+        if tp == 1:
+            return 0, 0
+        one_way = (self.gpu.nvlink_gb_per_s / 2 or self.gpu.host_gb_per_s) * 1e9 * e.link
+        count = 2 * self.model.layers
+        volume = 2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_param  # a ring moves this per token
+        return round(count * e.allreduce_us * 1e-6 * PS), round(count * volume / one_way * PS)
+
+    def assumptions(self) -> dict[str, str]:
+        """The efficiencies, and what they make of the weights and of a token."""
+        e = self.efficiency
+        lines = {
+            "cost model": f"roofline: {self.model.name} on {self.tensor_parallel} × {self.gpu.name}",
+            "efficiency": f"MFU {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed, not measured);"
+            f" mixed steps overlap {e.mixed_overlap:g} of the shorter part",
+            "decode floor": f"{self._weights / MS:.2f} ms to read the weights once",
+        }
+        if e.floor_ms or e.overhead_ms:
+            lines["host"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
+        return lines
+
+
+def _until(bound: int, slope: int, other: int, other_slope: int) -> int:
+    """For how many steps ``other`` (<= bound now) stays at or below ``bound``."""
+    if other_slope <= slope:
+        return FOREVER
+    return (bound - other) // (other_slope - slope) + 1

@@ -1,0 +1,296 @@
+"""The contract between a scheduling policy and a replica.
+
+A policy is one dataclass in one file. Its fields are its settings (their names and types are its YAML schema),
+its docstring is its help text, and `Scheduler.schedule` is all it must write::
+
+    @dataclass
+    class ShortestPrompt(Scheduler):
+        \"\"\"Serve the shortest prompt first.\"\"\"
+
+        budget: Positive = 2048  # tokens a step
+
+        def schedule(self, step: Step) -> int:
+            room = self.budget - step.decodes
+            step.decode_all()
+            for request in sorted(step.waiting, key=lambda r: r.prompt_tokens):
+                if request.prompt_tokens > room or not step.admit(request, request.prompt_tokens):
+                    break
+                room -= request.prompt_tokens
+            return 1
+
+There is no prefill phase and no decode phase: a plan is a number of tokens per request, as in vLLM V1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, ValuesView
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from annotated_types import Ge, Gt
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Counter(Protocol):
+        """The decode steps that a replica has done."""
+
+        steps: int
+
+
+FOREVER = 1 << 60  # "until something changes": more steps than any run has
+
+Positive = Annotated[int, Gt(0)]
+NotNegative = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NotNegativeFloat = Annotated[float, Ge(0)]
+
+
+class Request:
+    """One request as a policy sees it. Names without an underscore are for policies, and read-only.
+
+    A policy never sees how long the answer will be: the engine keeps the true length in a column of its own.
+    """
+
+    __slots__ = (
+        "_blocks",
+        "_counter",
+        "_emitted",
+        "_end",
+        "_last",
+        "_offset",
+        "_reserved",
+        "arrival",
+        "id",
+        "max_tokens",
+        "output_tokens",
+        "pad",
+        "preemptions",
+        "priority",
+        "prompt_tokens",
+        "session",
+        "tenant",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        arrival: int,
+        prompt_tokens: int,
+        max_tokens: int,
+        output_tokens: int | None = None,
+        priority: int = 0,
+        tenant: int = 0,
+        session: int = -1,
+    ) -> None:
+        self.id = id  # row of the trace
+        self.arrival = arrival  # ps
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens  # output cap that the client declared; the model's limit if it declared none
+        self.output_tokens = output_tokens  # None, but for policies that say `oracle = True`
+        self.priority = priority  # smaller is more urgent, as in vLLM
+        self.tenant = tenant
+        self.session = session
+        self.preemptions = 0
+        self.pad = 0  # tokens of padding that its prompt was computed with (static batching)
+        self._counter: Counter | None = None  # set while it decodes with the group
+        self._offset = 0  # tokens in KV; while it decodes, that less the counter's steps
+        self._emitted = 0
+        self._end = 0  # counter value that ends its decoding (or its reservation)
+        self._last = 0  # ps, its latest token outside the group
+        self._blocks = 0  # blocks held; while it decodes and grows, those it had when it joined
+        self._reserved = 0  # tokens reserved ahead of need
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose K and V are in the pool."""
+        counter = self._counter
+        return self._offset if counter is None else self._offset + counter.steps
+
+    @property
+    def emitted(self) -> int:
+        """Output tokens that the client has."""
+        counter = self._counter
+        return self._emitted if counter is None else self._offset + counter.steps - self.prompt_tokens + 1
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens (prompt and emitted) still to compute before the next token comes; 1 for a decode."""
+        return 1 if self._counter is not None else self.prompt_tokens + self._emitted - self._offset
+
+    @property
+    def decoding(self) -> bool:
+        """Whether it gets one token a step from `Step.decode_all` (it may have missed some steps)."""
+        return self._counter is not None or (self._emitted > 0 and self.remaining == 1 and self._offset > 0)
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.id}, prompt {self.prompt_tokens}, computed {self.computed}, emitted {self.emitted})"
+        )
+
+
+class PolicyError(Exception):
+    """A policy asked for what cannot be; the message names the policy, the number and the limit."""
+
+
+class Step(ABC):
+    """What a policy may see and do at a step boundary, and nothing else.
+
+    Valid during one call of `Scheduler.schedule`; do not keep it, nor any list it returns.
+    """
+
+    now: int  # ps
+    waiting: Sequence[Request]  # order of arrival, preempted ones first; or by `Scheduler.order`
+    more_arrivals: bool  # False once no request will ever arrive again
+    max_model_len: int  # tokens, prompt and output, that the model can hold of one request
+
+    @property
+    @abstractmethod
+    def running(self) -> ValuesView[Request]:
+        """Admitted and not finished, in order of admission."""
+
+    @property
+    @abstractmethod
+    def decodes(self) -> int:
+        """How many of the running wait for one token each: what `decode_all` costs of a budget."""
+
+    @property
+    @abstractmethod
+    def prefilling(self) -> Sequence[Request]:
+        """Running requests that still lack some of their prompt (or of what a preemption lost), in order of admission."""
+
+    @property
+    @abstractmethod
+    def decode_steps(self) -> int:
+        """Steps with decodes (or dead slots) that the replica has done so far: a clock that leaps with it."""
+
+    @property
+    @abstractmethod
+    def held(self) -> int:
+        """Finished requests that still occupy a slot of their batch (`Scheduler.batch_synchronous`)."""
+
+    @property
+    @abstractmethod
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+
+    @property
+    @abstractmethod
+    def total_blocks(self) -> int:
+        """Blocks of the pool."""
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """Tokens a block."""
+
+    @abstractmethod
+    def cached_tokens(self, request: Request) -> int:
+        """Leading tokens of a waiting request that the prefix cache holds now."""
+
+    @abstractmethod
+    def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:
+        """Picoseconds that a step of these chunks ``(start, tokens)`` and `decodes` decodes (None: all) would take."""
+
+    @abstractmethod
+    def decode_all(self) -> bool:
+        """Give one token to every running request that decodes; False (and nothing done) if their KV does not fit."""
+
+    @abstractmethod
+    def run(self, request: Request, tokens: int) -> bool:
+        """Compute ``tokens`` (1 … `Request.remaining`) of a running request; False if its KV does not fit."""
+
+    @abstractmethod
+    def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:
+        """Start a waiting request with ``tokens`` of its known tokens; False if the pool has no room.
+
+        ``reserve``: tokens of KV to set aside now (at least those computed); None grows block by block. A request
+        whose reservation is larger than the whole pool is rejected. ``pad``: dead tokens computed and read with it.
+        """
+
+    @abstractmethod
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks and put it at the head of the queue.
+
+        It keeps its emitted tokens; all known tokens are computed again.
+        """
+
+    @abstractmethod
+    def reject(self, request: Request) -> None:
+        """Refuse a waiting request for good."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Answer all held requests: a static batch returns as a whole (`Scheduler.batch_synchronous`)."""
+
+    @abstractmethod
+    def pause(self, ps: int) -> None:
+        """Let the replica sleep for ``ps`` before this step starts (a launcher's pause)."""
+
+    @abstractmethod
+    def wake_at(self, ps: int) -> None:
+        """Ask for another plan at time ``ps`` if the replica is idle until then."""
+
+
+class Scheduler(ABC):
+    """Decides, at a step boundary, what one replica runs next. Subclasses are dataclasses.
+
+    One object serves one replica; state between calls is its own (``field(init=False)``).
+    """
+
+    oracle: bool = False  # it may read `Request.output_tokens`; reports carry the word
+    batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
+    block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens that a step may hold, checked by the engine; a field called ``budget`` by default."""
+        budget: int | None = getattr(self, "budget", None)
+        return budget
+
+    @abstractmethod
+    def schedule(self, step: Step) -> int:
+        """Say what runs next through the verbs of ``step``.
+
+        Returns for how many steps the same answer stays right if nothing arrives, finishes or fails; 1 if unsure.
+        `FOREVER` is for an answer that only such an event can change. Steps with a chunk count as one anyhow.
+        """
+
+    def heeds_arrival(self, step: Step) -> bool:
+        """Whether an arrival now could change the plan under way. True is always right, False is faster.
+
+        Asked before the arrival joins ``step.waiting``; it may read ``step`` but not act.
+        """
+        return True
+
+    def order(self, request: Request) -> Any:
+        """A sort key for `Step.waiting`. None (the default): first come, first served."""
+        return None
+
+    def sorts(self) -> bool:
+        """Whether `Step.waiting` is to be kept by `order`; so it is if a subclass brings its own."""
+        return type(self).order is not Scheduler.order
+
+
+class ReplicaView(ABC):
+    """What a router may see of a replica."""
+
+    index: int
+
+    @property
+    @abstractmethod
+    def outstanding(self) -> int:
+        """Requests waiting or running there."""
+
+    @property
+    @abstractmethod
+    def outstanding_tokens(self) -> int:
+        """Prompt tokens of the requests waiting or running there."""
+
+
+class Router(ABC):
+    """Chooses a replica for each request. Subclasses are dataclasses; their fields are their settings."""
+
+    @abstractmethod
+    def route(self, request: Request, replicas: Sequence[ReplicaView]) -> int:
+        """Position in ``replicas`` (never empty) of the replica that serves ``request``."""

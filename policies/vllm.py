@@ -1,0 +1,140 @@
+"""vLLM's V1 scheduler: paged growth, one token budget, recompute preemption.
+
+Source: Kwon et al., SOSP 2023, for paging; vLLM 0.23.0, `vllm/v1/core/sched/scheduler.py`, for the order of things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from policies.base import FOREVER, NotNegative, Positive, Request, Scheduler, Step
+
+
+@dataclass
+class Vllm(Scheduler):
+    """Serve running requests first under one token budget, then admit; preempt when blocks run out.
+
+    Settings bear vLLM's names. ``block_size`` and ``num_gpu_blocks`` override the scenario's ``kv``; of
+    ``num_gpu_blocks`` one is vLLM's null block.
+    """
+
+    max_num_batched_tokens: Positive = 2048  # tokens a step
+    max_num_seqs: Positive = 256
+    block_size: Positive | None = None
+    num_gpu_blocks: Positive | None = None
+    enable_chunked_prefill: bool = True  # False: a prompt that exceeds the budget left waits for the next step
+    long_prefill_token_threshold: NotNegative = 0  # tokens of one prompt a step; 0: no limit
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    scheduler_reserve_full_isl: bool = True  # admit only where all known tokens would fit
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens a step."""
+        return self.max_num_batched_tokens
+
+    def schedule(self, step: Step) -> int:
+        """Running first, in order; then the head of the queue, unless somebody was preempted."""
+        budget = self.max_num_batched_tokens
+        if self._in_one_go(step, budget):
+            budget, preempted = self._run_all(step, budget)
+        else:
+            budget, preempted = self._run_each(step, budget)
+        if preempted:
+            return 1
+        waiting = step.waiting
+        running = step.running
+        while waiting and budget > 0 and len(running) < self.max_num_seqs:
+            request = waiting[0]
+            known = request.remaining
+            tokens = self._chunk(known)
+            if tokens > budget:
+                if not self.enable_chunked_prefill:
+                    break
+                tokens = budget
+            if self.scheduler_reserve_full_isl and -(-known // step.block_size) > step.free_blocks:
+                break
+            if not step.admit(request, tokens):
+                break
+            budget -= tokens
+        return FOREVER
+
+    def heeds_arrival(self, step: Step) -> bool:
+        """Behind a blocked head of the queue, or a full batch, nobody joins."""
+        if len(step.running) >= self.max_num_seqs:
+            return False
+        return not step.waiting or self.scheduling_policy == "priority"
+
+    def order(self, request: Request) -> Any:
+        """Priority, if that is the policy; ties go to the earlier arrival."""
+        return request.priority
+
+    def sorts(self) -> bool:
+        """Only under the priority policy."""
+        return self.scheduling_policy == "priority"
+
+    def _chunk(self, tokens: int) -> int:
+        threshold = self.long_prefill_token_threshold
+        return threshold if 0 < threshold < tokens else tokens
+
+    def _in_one_go(self, step: Step, budget: int) -> bool:
+        """Whether the order of the running cannot matter but for who is preempted, the last admitted.
+
+        So it is where all decodes fit the budget and whoever lacks prompt tokens was admitted after all of them.
+        """
+        if self.scheduling_policy == "priority" or step.decodes > budget:
+            return False
+        unfinished = step.prefilling
+        return not unfinished or unfinished == list(islice(reversed(step.running), len(unfinished)))[::-1]
+
+    def _run_all(self, step: Step, budget: int) -> tuple[int, bool]:
+        preempted = False
+        while not step.decode_all():
+            step.preempt(_last(step))
+            preempted = True
+        budget -= step.decodes
+        for request in step.prefilling:
+            tokens = min(self._chunk(request.remaining), budget)
+            if tokens == 0:
+                break
+            while not step.run(request, tokens):
+                victim = _last(step)
+                step.preempt(victim)
+                preempted = True
+                if victim is request:
+                    return budget, True
+            budget -= tokens
+        return budget, preempted
+
+    def _run_each(self, step: Step, budget: int) -> tuple[int, bool]:
+        preempted = False
+        planned: dict[int, int] = {}
+        gone: set[int] = set()
+        for request in list(step.running):
+            if budget == 0:
+                break
+            if request.id in gone:
+                continue
+            tokens = min(self._chunk(request.remaining), budget)
+            while not step.run(request, tokens):
+                victim = self._victim(step)
+                budget += planned.pop(victim.id, 0)
+                step.preempt(victim)
+                gone.add(victim.id)
+                preempted = True
+                if victim is request:
+                    return budget, True
+            planned[request.id] = tokens
+            budget -= tokens
+        return budget, preempted
+
+    def _victim(self, step: Step) -> Request:
+        if self.scheduling_policy == "priority":
+            return max(step.running, key=lambda r: (r.priority, r.arrival, r.id))
+        return _last(step)
+
+
+def _last(step: Step) -> Request:
+    """The request admitted last."""
+    return next(reversed(step.running))

@@ -1,0 +1,164 @@
+"""Requests arriving at replicas: the only module that knows SimPy.
+
+A replica is one *armed* timer: it stands at the end of the run under way and is set again when an arrival cuts that
+run short. Every change of state happens at ``env.now``. Ties at one instant go: step boundaries, then arrivals, then
+planning, once; SimPy's event priorities say just that. Only callbacks are used here, for they cost a tenth of what
+processes, stores and interrupts do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import simpy
+from simpy.events import Event
+
+from policies.base import PolicyError, ReplicaView, Request, Router
+from sim.engine import Engine
+from sim.records import RequestRecords, Status
+
+BOUNDARY, ARRIVAL, PLAN = 0, 1, 2  # SimPy priorities: the tie rule
+EXAMPLES = 5  # requests that an error names
+REPORT = 1000  # arrivals between two calls of `progress`
+
+
+class Replica(ReplicaView):
+    """One engine on the event loop."""
+
+    def __init__(self, env: simpy.Environment, engine: Engine) -> None:
+        self._env = env
+        self.engine = engine
+        self.index = engine.index
+        self._timer: Event | None = None
+        self._planning = False
+
+    @property
+    def outstanding(self) -> int:  # noqa: D102 - documented in the contract
+        return self.engine.outstanding
+
+    @property
+    def outstanding_tokens(self) -> int:  # noqa: D102
+        state = self.engine.state
+        return sum(r.prompt_tokens for r in state.waiting) + sum(r.prompt_tokens for r in state.running)
+
+    def submit(self, request: Request) -> None:
+        """Hand a request over; it is planned at once if the replica is idle."""
+        heeds = self.engine.heeds_arrival()
+        if self.engine.submit(request, self._env.now) and heeds:
+            self._replan()
+
+    def nudge(self) -> None:
+        """Something that policies may see has changed."""
+        if self.engine.heeds_arrival():
+            self._replan()
+
+    def _replan(self) -> None:
+        """Plan now if idle, else at the first boundary."""
+        engine = self.engine
+        if engine.end is None:
+            self.plan_soon()
+            return
+        before = engine.end
+        end = engine.cut(self._env.now)
+        if end != before:
+            self._arm(end)
+
+    def plan_soon(self) -> None:
+        """Plan once all boundaries and arrivals of this instant are in."""
+        env = self._env
+        if self._planning:
+            return
+        if env.peek() > env.now:
+            self._plan(None)
+        else:
+            self._planning = True
+            _at(env, 0, PLAN, self._plan)
+
+    def _plan(self, _event: Event | None) -> None:
+        self._planning = False
+        end = self.engine.begin(self._env.now)
+        if end is None:
+            end = self.engine.state.wake
+        self._arm(end)
+
+    def _arm(self, end: int | None) -> None:
+        """Set the timer to ``end``; a timer set before stays in SimPy's heap and is ignored when it fires."""
+        self._timer = None if end is None else _at(self._env, end - self._env.now, BOUNDARY, self._ring)
+
+    def _ring(self, event: Event) -> None:
+        if event is not self._timer:
+            return
+        self._timer = None
+        if self.engine.end is not None:
+            self.engine.settle(self._env.now)
+        self.plan_soon()
+
+
+class Cluster:
+    """Replicas behind a router, and the trace that feeds them.
+
+    ``progress(arrived)`` is called now and then with the number of requests that have arrived.
+    """
+
+    def __init__(
+        self,
+        requests: RequestRecords,
+        engines: Sequence[Engine],
+        router: Router,
+        make_request: Callable[[int], Request],
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.env = simpy.Environment(initial_time=0)
+        self.replicas = [Replica(self.env, engine) for engine in engines]
+        self._requests = requests
+        self._router = router
+        self._make = make_request
+        self._progress = progress
+        self._arrivals: list[int] = requests.trace.arrival_ps.tolist()
+        self._next = 0
+
+    def run(self) -> None:
+        """Serve the whole trace.
+
+        Raises `PolicyError` if a policy leaves requests unserved although nothing more can happen.
+        """
+        _at(self.env, self._arrivals[0], ARRIVAL, self._arrive)
+        self.env.run()
+        left = [i for i, status in enumerate(self._requests.status) if status == Status.PENDING]
+        if left:
+            replica = self._requests.replica[left[0]]
+            policy = type(self.replicas[max(replica, 0)].engine.scheduler).__name__
+            names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
+            raise PolicyError(f"policy {policy}: {len(left)} requests are never served ({names}): it planned nothing for them")
+
+    def _arrive(self, _event: Event) -> None:
+        i = self._next
+        self._next = i + 1
+        arrivals = self._arrivals
+        last = i + 1 == len(arrivals)
+        if not last:  # before anything else, so that whoever looks ahead sees an arrival at this same instant
+            _at(self.env, arrivals[i + 1] - arrivals[i], ARRIVAL, self._arrive)
+        request = self._make(i)
+        replicas = self.replicas
+        chosen = replicas[0] if len(replicas) == 1 else replicas[self._router.route(request, replicas)]
+        if last:
+            self._close()
+        chosen.submit(request)
+        if self._progress is not None and (last or i % REPORT == 0):
+            self._progress(i + 1)
+
+    def _close(self) -> None:
+        """Nothing arrives any more: whoever waits for a fuller batch has waited long enough."""
+        for replica in self.replicas:
+            replica.engine.state.more_arrivals = False
+            replica.nudge()
+
+
+def _at(env: simpy.Environment, delay: int, priority: int, callback: Callable[[Event], None]) -> Event:
+    """An event that calls ``callback`` after ``delay`` ps: a `simpy.Timeout` with a priority."""
+    event = Event(env)
+    event._ok = True
+    event._value = None
+    event.callbacks = [callback]
+    env.schedule(event, priority, delay)  # type: ignore[arg-type]
+    return event

@@ -1,0 +1,171 @@
+"""The KV pool by counting, and the group of requests that decode together.
+
+Both know numbers of blocks only, not which block is whose: enough wherever prefix caching cannot matter, and O(1)
+for any number of steps.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+
+from policies.base import FOREVER, Request
+
+
+class CountingPool:
+    """``total`` blocks of ``block_size`` tokens, of which ``free`` are nobody's."""
+
+    __slots__ = ("block_size", "free", "total")
+
+    def __init__(self, total: int, block_size: int) -> None:
+        if total < 1 or block_size < 1:
+            raise ValueError(f"a KV pool needs at least one block of one token: {total} blocks of {block_size}")
+        self.total = total
+        self.block_size = block_size
+        self.free = total
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that ``tokens`` tokens occupy."""
+        return -(-tokens // self.block_size)
+
+
+class Decodes:
+    """The requests that get one token a step, all together: a step costs O(1) however many they are.
+
+    ``steps`` counts the decode steps the group has done. A member's tokens in KV are ``offset + steps``, so nothing
+    about it is touched while it decodes: its finish is a key on the counter, and whether it needs a block is a
+    matter of ``offset mod block_size``, of which only a histogram is kept.
+    """
+
+    __slots__ = ("_heap", "block_size", "context", "dead", "growing", "live", "phases", "reserved", "steps")
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.steps = 0
+        self.live = 0  # members that produce a token a step
+        self.dead = 0  # finished members whose slot is still paid for
+        self.context = 0  # KV tokens that the next step reads, its own included; dead slots' too
+        self.growing = 0  # live members without a reservation ahead of them
+        self.reserved = 0  # live members with one
+        self.phases = [0] * block_size  # growing members by offset mod block_size
+        self._heap: list[tuple[int, int, Request]] = []
+
+    def join(self, request: Request, left: int) -> None:
+        """Add a request that has ``left`` >= 1 tokens to emit."""
+        computed = request._offset
+        offset = computed - self.steps
+        request._offset = offset
+        request._counter = self
+        self.live += 1
+        self.context += computed + 1 + request.pad
+        end = self.steps + left
+        ahead = request._reserved - computed
+        if ahead > 0:
+            self.reserved += 1
+            if ahead < left:  # the reservation runs out before the answer does
+                end = self.steps + ahead
+        else:
+            request._reserved = 0
+            self.growing += 1
+            self.phases[offset % self.block_size] += 1
+        request._end = end
+        heappush(self._heap, (end, request.id, request))
+
+    def leave(self, request: Request) -> None:
+        """Take a live member out; its tokens in KV become a number of its own again."""
+        computed = request._offset + self.steps
+        if request._reserved:
+            self.reserved -= 1
+        else:
+            self.growing -= 1
+            self.phases[request._offset % self.block_size] -= 1
+        self.live -= 1
+        self.context -= computed + 1 + request.pad
+        self._settle_member(request, computed)
+
+    def die(self, request: Request) -> None:
+        """A live member has finished but keeps its slot."""
+        if request._reserved:
+            self.reserved -= 1
+        else:
+            self.growing -= 1
+            self.phases[request._offset % self.block_size] -= 1
+        self.live -= 1
+        self.dead += 1
+
+    def bury(self, request: Request, computed: int) -> None:
+        """Take a dead member out, whose own tokens in KV were ``computed`` when it finished."""
+        self.dead -= 1
+        self.context -= request._offset + self.steps + 1 + request.pad
+        self._settle_member(request, computed)
+
+    @staticmethod
+    def _settle_member(request: Request, computed: int) -> None:
+        request._emitted = computed - request.prompt_tokens + 1
+        request._offset = computed
+        request._counter = None
+        request._end = 0
+
+    def horizon(self) -> int:
+        """Steps until the next member's end; `FOREVER` without members."""
+        heap = self._heap
+        while heap:
+            end, _, request = heap[0]
+            if request._end == end and request._counter is self:
+                return end - self.steps
+            heappop(heap)  # preempted since, or already dead
+        return FOREVER
+
+    def due(self) -> Request | None:
+        """A member whose end has come, in order of arrival; None if there is none (left)."""
+        heap = self._heap
+        while heap and heap[0][0] <= self.steps:
+            end, _, request = heappop(heap)
+            if request._end == end and request._counter is self:
+                return request
+        return None
+
+    def outgrow(self, request: Request, left: int) -> None:
+        """Its reservation is used up: from here it grows block by block, ``left`` tokens more."""
+        self.reserved -= 1
+        self.growing += 1
+        request._reserved = 0
+        self.phases[request._offset % self.block_size] += 1
+        request._end = self.steps + left
+        heappush(self._heap, (request._end, request.id, request))
+
+    def blocks_needed(self, steps: int) -> int:
+        """Blocks that the next ``steps`` steps take from the pool."""
+        if not self.growing:
+            return 0
+        size = self.block_size
+        whole, rest = divmod(steps, size)
+        need = whole * self.growing
+        if rest:
+            phases = self.phases
+            first = -self.steps % size
+            for back in range(rest):  # a member needs a block when offset + steps is a multiple of the size
+                need += phases[first - back]
+        return need
+
+    def steps_within(self, steps: int, free: int) -> int:
+        """How many of the next ``steps`` steps ``free`` blocks cover."""
+        growing = self.growing
+        size = self.block_size
+        if not growing or (steps // size + 1) * growing <= free:
+            return steps
+        whole = min(steps // size, free // growing)
+        done = whole * size
+        free -= whole * growing
+        phases = self.phases
+        first = -self.steps % size
+        while done < steps:  # at most one block size of rounds
+            free -= phases[first - (done+1) % size]
+            if free < 0:
+                break
+            done += 1
+        return done
+
+    def advance(self, steps: int) -> None:
+        """``steps`` steps are done."""
+        self.steps += steps
+        self.context += steps * (self.live + self.dead)

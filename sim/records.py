@@ -1,0 +1,96 @@
+"""What happened, as append-only integer columns; every metric is computed from them afterwards."""
+
+from __future__ import annotations
+
+from array import array
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from sim.workload import Trace
+
+Ints = npt.NDArray[np.int64]
+
+
+class Status(IntEnum):
+    """How a request ended; every request ends exactly once."""
+
+    PENDING = 0
+    FINISHED = 1
+    REJECTED = 2  # it could never fit, or a policy refused it
+
+
+RUN_COLUMNS = (
+    "start_ps",  # a row is `steps` engine steps of the same members, one after the other
+    "first_ps",  # boundary to boundary of the first of them, pauses and host work included
+    "slope_ps",  # each further one takes this much longer than the one before
+    "steps",
+    "chunks",  # requests with prompt tokens in it
+    "prefill_tokens",
+    "decodes",  # requests producing one token a step from earlier tokens
+    "padded",  # token slots computed for nothing, each step
+    "context",  # KV tokens that the first step's decodes and dead slots read
+    "late_decodes",  # decodes whose last token came before start_ps: their first gap stands in `gaps`
+    "running",  # admitted requests, those of this step included
+    "waiting",
+    "held_blocks",  # blocks in use once the first step's are taken
+    "kv_tokens",  # tokens stored before the first step
+    "promised_tokens",  # reserved tokens that will be filled later
+    "preempted",  # preemptions while planning it
+)
+
+GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
+
+
+class RequestRecords:
+    """One row a request of the trace, times in ps, -1 where it did not happen."""
+
+    def __init__(self, trace: Trace) -> None:
+        n = len(trace)
+        unset = array("q", [-1]) * n
+        self.trace = trace
+        self.status = bytearray(n)
+        self.replica = array("i", [-1]) * n
+        self.admitted = array("q", unset)  # first taken up by a policy
+        self.first_token = array("q", unset)
+        self.finished = array("q", unset)  # answered, or refused
+        self.preemptions = array("i", [0]) * n
+        self.cached_tokens = array("i", [0]) * n
+
+    def columns(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The rows as NumPy columns; ``arrival_ps`` and the lengths come from the trace."""
+        trace = self.trace
+        return {
+            "id": np.arange(len(trace)),
+            "arrival_ps": trace.arrival_ps,
+            "prompt_tokens": trace.prompt_tokens,
+            "output_tokens": trace.output_tokens,
+            "status": np.frombuffer(self.status, dtype=np.uint8).copy(),
+            "replica": np.array(self.replica, dtype=np.int32),
+            "admitted_ps": np.array(self.admitted, dtype=np.int64),
+            "first_token_ps": np.array(self.first_token, dtype=np.int64),
+            "finished_ps": np.array(self.finished, dtype=np.int64),
+            "preemptions": np.array(self.preemptions, dtype=np.int32),
+            "cached_tokens": np.array(self.cached_tokens, dtype=np.int32),
+        }
+
+
+class RunRecords:
+    """The runs of one replica, and the gaps between tokens that no run shows."""
+
+    def __init__(self) -> None:
+        self.rows = array("q")
+        self.gap_rows = array("q")
+
+    def runs(self) -> dict[str, Ints]:
+        """Column name → int64 array, in order of time."""
+        table = np.array(self.rows, dtype=np.int64).reshape(-1, len(RUN_COLUMNS))
+        return {name: table[:, i] for i, name in enumerate(RUN_COLUMNS)}
+
+    def gaps(self) -> dict[str, Ints]:
+        """Column name → int64 array."""
+        table = np.array(self.gap_rows, dtype=np.int64).reshape(-1, len(GAP_COLUMNS))
+        return {name: table[:, i] for i, name in enumerate(GAP_COLUMNS)}

@@ -1,0 +1,345 @@
+"""The step that a policy plans: the verbs of `policies.base.Step`, checked, over one replica's requests and blocks."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence, ValuesView
+from typing import NoReturn
+
+from backend.base import Backend, Batch, Chunk
+from policies.base import PolicyError, Request, Scheduler, Step
+from sim.kv import CountingPool, Decodes
+
+
+class OrderedQueue(list[Request]):
+    """Waiting requests sorted by a policy's own order, then by arrival; it has a deque's verbs."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        super().__init__()
+        self._key = lambda r: (scheduler.order(r), r.arrival, r.id)
+
+    def append(self, request: Request) -> None:
+        """Put ``request`` where the order wants it."""
+        insort(self, request, key=self._key)
+
+    appendleft = append
+
+    def popleft(self) -> Request:
+        """The first in order."""
+        return self.pop(0)
+
+
+class ReplicaStep(Step):
+    """One replica's requests, the blocks they hold, and the plan that its policy is making."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        backend: Backend,
+        pool: CountingPool,
+        outputs: Sequence[int],
+        max_model_len: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self.backend = backend
+        self.pool = pool
+        self.group = Decodes(pool.block_size)
+        self._outputs = outputs  # true lengths by request id: never shown to a policy
+        self._limit = scheduler.token_limit
+        self.waiting: deque[Request] | OrderedQueue = (  # type: ignore[assignment]
+            OrderedQueue(scheduler) if scheduler.sorts() else deque()
+        )
+        self.now = 0
+        self.more_arrivals = True
+        self.max_model_len = max_model_len
+        self.admitted: dict[int, Request] = {}  # running, in order of admission
+        self.prefills: dict[int, Request] = {}  # of those: still lacking known tokens
+        self.parked: dict[int, Request] = {}  # of those: decoding, but left out of the latest decode step
+        self.batch: list[Request] = []  # finished, keeping their slot
+        self.kv_tokens = 0  # tokens stored
+        self.promised = 0  # reserved tokens that will be filled
+        self.decoded_at = 0  # ps, when the group emitted last
+        self.fresh: dict[int, Request] = {}  # joined the group since
+        # the plan
+        self.chunks: list[tuple[Request, int]] = []
+        self.ran: dict[int, Request] = {}  # decodes chosen one by one
+        self.whole = False  # decode_all was granted
+        self.tokens = 0  # tokens planned
+        self.padding = 0  # dead tokens planned beside them, dead slots apart
+        self.taken = 0  # blocks taken for this step's decodes
+        self.preempted = 0
+        self.slept = 0
+        self.wake: int | None = None
+        self.rejected: list[Request] = []
+        self.released: list[Request] = []
+
+    def open(self, now: int) -> None:
+        """Start a new plan."""
+        self.now = now
+        if self.chunks:
+            self.chunks = []
+        if self.ran:
+            self.ran = {}
+        self.whole = False
+        self.tokens = self.padding = self.taken = self.preempted = self.slept = 0
+        self.wake = None
+
+    # what a policy sees
+
+    @property
+    def running(self) -> ValuesView[Request]:  # noqa: D102 - documented in the contract, as all below
+        return self.admitted.values()
+
+    @property
+    def decodes(self) -> int:  # noqa: D102
+        return self.group.live + len(self.parked)
+
+    @property
+    def prefilling(self) -> Sequence[Request]:  # noqa: D102
+        return list(self.prefills.values())
+
+    @property
+    def decode_steps(self) -> int:  # noqa: D102
+        return self.group.steps
+
+    @property
+    def held(self) -> int:  # noqa: D102
+        return len(self.batch)
+
+    @property
+    def free_blocks(self) -> int:  # noqa: D102
+        return self.pool.free
+
+    @property
+    def total_blocks(self) -> int:  # noqa: D102
+        return self.pool.total
+
+    @property
+    def block_size(self) -> int:  # noqa: D102
+        return self.pool.block_size
+
+    def cached_tokens(self, request: Request) -> int:  # noqa: D102
+        return 0
+
+    def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
+        group = self.group
+        count = group.live if decodes is None else decodes
+        context = group.context * count // group.live if group.live else 0
+        return self.backend.step(Batch(tuple(Chunk(*c) for c in chunks), count, context)).spacing()
+
+    # what a policy does
+
+    def decode_all(self) -> bool:  # noqa: D102
+        if self.parked:
+            for request in self.parked.values():
+                self.join(request)
+            self.parked = {}
+        group = self.group
+        if self.ran:
+            self._fail("decode_all after a decode was chosen one by one")
+        if group.live == 0 and group.dead == 0:
+            return True
+        self._spend(group.live)
+        need = group.phases[-group.steps % group.block_size] if group.growing else 0
+        pool = self.pool
+        if need > pool.free:
+            self.tokens -= group.live
+            return False
+        pool.free -= need
+        self.taken = need
+        self.whole = True
+        return True
+
+    def run(self, request: Request, tokens: int) -> bool:  # noqa: D102
+        if request.id not in self.admitted:
+            self._fail(f"run of {request}, which is not running")
+        if not 1 <= tokens <= request.remaining:
+            self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
+        pool = self.pool
+        if request.id in self.prefills:
+            if any(chosen is request for chosen, _ in self.chunks):
+                self._fail(f"run of {request} twice in one step")
+            need = pool.blocks(request._offset + tokens) - request._blocks
+            if need > pool.free:
+                return False
+            self._spend(tokens)
+            if need > 0:
+                pool.free -= need
+                request._blocks += need
+            self.chunks.append((request, tokens))
+            return True
+        if self.whole or request.id in self.ran:
+            self._fail(f"run of {request} twice in one step")
+        need = self._next_block(request)
+        if need > pool.free:
+            return False
+        self._spend(1)
+        pool.free -= need
+        self.taken += need
+        self.ran[request.id] = request
+        return True
+
+    def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:  # noqa: D102
+        if not 1 <= tokens <= request.prompt_tokens + request._emitted:
+            self._fail(f"admit with {tokens} tokens of {request}: {request.remaining} remain")
+        pool = self.pool
+        if reserve is None:
+            need = pool.blocks(tokens)
+        else:
+            if reserve < tokens:
+                self._fail(f"a reservation of {reserve} tokens for {tokens} tokens of {request}")
+            need = pool.blocks(reserve)
+            if need > pool.total:
+                self.reject(request)
+                return False
+        if need > pool.free:
+            return False
+        self._spend(tokens)
+        self._leave_queue(request)
+        pool.free -= need
+        request._blocks = need
+        request._offset = 0
+        self.admitted[request.id] = request
+        self.prefills[request.id] = request
+        if reserve is not None:
+            request._reserved = need * pool.block_size
+            self.promised += self._promise(request, 0)
+        if pad:
+            request.pad = pad
+            self.padding += pad
+        self.chunks.append((request, tokens))
+        return True
+
+    def preempt(self, request: Request) -> None:  # noqa: D102
+        if self.admitted.pop(request.id, None) is None:
+            self._fail(f"preempt of {request}, which is not running")
+        self._unplan(request)
+        self.vacate(request)
+        request._offset = 0
+        request.preemptions += 1
+        request.pad = 0
+        self.preempted += 1
+        self.waiting.appendleft(request)
+
+    def reject(self, request: Request) -> None:  # noqa: D102
+        self._leave_queue(request)
+        self.rejected.append(request)
+
+    def release(self) -> None:  # noqa: D102
+        for request in self.batch:
+            computed = request.prompt_tokens + self._outputs[request.id] - 1
+            if request._counter is not None:
+                self.group.bury(request, computed)
+            self.kv_tokens -= computed
+            self.pool.free += request._blocks
+            request._blocks = 0
+        self.released += self.batch
+        self.batch = []
+
+    def pause(self, ps: int) -> None:  # noqa: D102
+        if ps < 0:
+            self._fail(f"a pause of {ps} ps")
+        self.slept += ps
+
+    def wake_at(self, ps: int) -> None:  # noqa: D102
+        if ps <= self.now:
+            self._fail(f"wake_at {ps} ps: it is {self.now} ps already")
+        self.wake = ps
+
+    # what the engine does with it
+
+    def arrange(self) -> None:
+        """Make the decode group what the plan chose one by one: park the rest, take the chosen in."""
+        for request in self.admitted.values():
+            chosen = request.id in self.ran
+            if chosen and request._counter is None:
+                del self.parked[request.id]
+                self.join(request)
+            elif not chosen and request._counter is not None:
+                self.park(request)
+
+    def join(self, request: Request) -> None:
+        """Let a request decode with the group from the next step on."""
+        self.group.join(request, self._outputs[request.id] - request._emitted)
+        self.fresh[request.id] = request
+
+    def park(self, request: Request) -> None:
+        """Take a decoding request out of the group; it stays admitted."""
+        blocks = self._blocks_of(request)
+        request._last = max(request._last, self.decoded_at)
+        self.group.leave(request)
+        request._blocks = blocks
+        self.parked[request.id] = request
+
+    def vacate(self, request: Request) -> int:
+        """Take back all that a request holds, which runs no more; its stored tokens."""
+        blocks = self._blocks_of(request)
+        if request._counter is not None:
+            request._last = max(request._last, self.decoded_at)
+            self.group.leave(request)
+        else:
+            self.prefills.pop(request.id, None)
+            self.parked.pop(request.id, None)
+        computed = request._offset
+        if request._reserved:
+            self.promised -= self._promise(request, computed)
+            request._reserved = 0
+        self.kv_tokens -= computed
+        self.pool.free += blocks
+        request._blocks = 0
+        return computed
+
+    def _blocks_of(self, request: Request) -> int:
+        if request._counter is None or request._reserved:
+            return request._blocks
+        return self.pool.blocks(request.computed)
+
+    def _next_block(self, request: Request) -> int:
+        """Blocks that a decoding request takes for one more token."""
+        computed = request.computed
+        return int(computed % self.pool.block_size == 0 and computed >= request._reserved)
+
+    def _promise(self, request: Request, computed: int) -> int:
+        final = request.prompt_tokens + self._outputs[request.id] - 1
+        return max(0, min(request._reserved, final) - computed)
+
+    def _unplan(self, request: Request) -> None:
+        """Take a request out of the plan under way, its blocks for this step too."""
+        if request.id in self.ran:
+            del self.ran[request.id]
+            self._refund(request)
+        elif self.whole and request._counter is not None:
+            self._refund(request)
+        else:
+            for i, (chosen, tokens) in enumerate(self.chunks):
+                if chosen is request:
+                    self.tokens -= tokens
+                    self.padding -= request.pad
+                    del self.chunks[i]
+                    break
+
+    def _refund(self, request: Request) -> None:
+        need = self._next_block(request)
+        self.pool.free += need
+        self.taken -= need
+        self.tokens -= 1
+
+    def _leave_queue(self, request: Request) -> None:
+        waiting = self.waiting
+        if waiting and waiting[0] is request:
+            waiting.popleft()
+        else:
+            try:
+                waiting.remove(request)
+            except ValueError:
+                self._fail(f"{request} is not waiting")
+
+    def _spend(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self._limit is not None and self.tokens > self._limit:
+            self._fail(f"a step of {self.tokens} tokens: its budget is {self._limit}")
+
+    def _fail(self, what: str) -> NoReturn:
+        raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
+

@@ -1,0 +1,114 @@
+"""The most important property: leaping over runs of steps changes nothing, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import Affine, World, play, trace_of
+
+from backend.base import Host
+from policies.base import Scheduler
+from policies.orca import Orca
+from policies.static import Static
+from policies.tgi import Tgi
+from policies.vllm import Vllm
+from sim.engine import duration, steps_to_reach
+from sim.records import Status
+
+POLICIES: dict[str, Callable[[int], Scheduler]] = {
+    "static": lambda n: Static(batch=n),
+    "static-global": lambda n: Static(batch=n, pad_to="global", pause_ms=0.000001),
+    "static-impatient": lambda n: Static(batch=n, start="impatient"),
+    "static-window": lambda n: Static(batch=n, max_wait_ms=0.00001),
+    "orca-declared": lambda n: Orca(max_batch=n, reserve="declared"),
+    "orca-pow2": lambda n: Orca(max_batch=n, reserve="pow2"),
+    "orca-oracle": lambda n: Orca(max_batch=n, reserve="oracle"),
+    "tgi": lambda n: Tgi(max_batch_total_tokens=n * 60, max_waiting_tokens=3),
+    "tgi-eager": lambda n: Tgi(max_batch_total_tokens=200, waiting_served_ratio=0.3, max_batch_prefill_tokens=64),
+    "vllm": lambda n: Vllm(max_num_batched_tokens=64, max_num_seqs=n),
+    "vllm-tight": lambda n: Vllm(max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5),
+    "vllm-whole": lambda n: Vllm(max_num_batched_tokens=64, max_num_seqs=n, enable_chunked_prefill=False),
+    "vllm-eager": lambda n: Vllm(max_num_batched_tokens=48, scheduler_reserve_full_isl=False),
+    "vllm-priority": lambda n: Vllm(max_num_batched_tokens=32, max_num_seqs=n, scheduling_policy="priority"),
+}
+
+# few distinct arrival times, so that ties with step boundaries and with each other are common
+arrivals = st.one_of(st.integers(0, 40).map(lambda k: k * 1000), st.integers(0, 60_000))
+rows = st.lists(st.tuples(arrivals, st.integers(1, 50), st.integers(1, 60)), min_size=1, max_size=25)
+backends = st.builds(
+    Affine,
+    fixed=st.sampled_from([1, 1000, 997]),
+    token=st.sampled_from([0, 10]),
+    context=st.sampled_from([0, 1, 3]),
+    host=st.sampled_from([Host(), Host(schedule=5, launch=40, update=7)]),
+    vouch=st.sampled_from([1, 3, 1 << 60]),
+    cap=st.sampled_from([40, 200, 1 << 60]),
+)
+
+
+def both(name: str, table: list[tuple[int, int, int]], backend: Affine, size: int, blocks: int, block_size: int, replicas: int) -> tuple[World, World]:
+    table = sorted(table)
+    priority = [(7 * i) % 3 for i in range(len(table))] if "priority" in name else None
+    trace = trace_of(table, max_tokens=[o for _, _, o in table], priority=priority)
+    make = POLICIES[name]
+    sample = make(size)
+    if sample.block_tokens == 1:
+        blocks, block_size = blocks * block_size, 1
+    one, other = (
+        play(trace, lambda: make(size), lambda: backend, blocks, block_size, replicas, leap, 2000) for leap in (True, False)
+    )
+    return one, other
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@settings(max_examples=60, deadline=None)
+@given(
+    table=rows,
+    backend=backends,
+    size=st.integers(1, 6),
+    blocks=st.integers(8, 40),
+    block_size=st.sampled_from([4, 16]),
+    replicas=st.integers(1, 3),
+)
+def test_leap_equals_step(name: str, table: list[tuple[int, int, int]], backend: Affine, size: int, blocks: int, block_size: int, replicas: int) -> None:
+    leapt, stepped = both(name, table, backend, size, blocks, block_size, replicas)
+
+    assert leapt.outcome() == stepped.outcome()
+    for world in (leapt, stepped):
+        check_books(world)
+
+
+def check_books(world: World) -> None:
+    """Every request ended once, all tokens came out, and nothing is left behind."""
+    r = world.requests
+    trace = r.trace
+    assert set(r.status) <= {Status.FINISHED, Status.REJECTED}
+    done = [i for i in range(len(trace)) if r.status[i] == Status.FINISHED]
+    assert all(trace.arrival_ps[i] <= r.admitted[i] < r.first_token[i] <= r.finished[i] for i in done)
+    emitted = sum(int(trace.output_tokens[i]) for i in done)
+    gaps = 0
+    for engine in world.engines:
+        state = engine.state
+        assert engine.pool.free == engine.pool.total
+        assert (state.kv_tokens, state.promised, state.group.context, state.group.live, state.group.dead) == (0, 0, 0, 0, 0)
+        assert not state.waiting
+        assert not state.admitted
+        gaps += sum(weight for _, weight in sorted_gaps_of(engine))
+    assert gaps == emitted - len(done)  # a token, a gap; but for first tokens
+
+
+def sorted_gaps_of(engine: object) -> list[tuple[int, int]]:
+    from worlds import sorted_gaps
+
+    return sorted_gaps(engine)  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 10**12), st.integers(0, 10**9), st.integers(1, 10**15))
+def test_a_cut_is_the_first_boundary_that_reaches(first: int, slope: int, span: int) -> None:
+    steps = steps_to_reach(span, first, slope)
+
+    assert duration(first, slope, steps) >= span
+    assert steps == 1 or duration(first, slope, steps - 1) < span

@@ -1,0 +1,124 @@
+"""Small random clusters, run from Python: what the property tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost
+from policies.base import Request, Scheduler
+from policies.routers import RoundRobin
+from sim.cluster import Cluster
+from sim.engine import Engine
+from sim.kv import CountingPool
+from sim.records import RequestRecords
+from sim.trace import Trace
+
+
+@dataclass
+class Affine(Backend):
+    """A made-up cost with every shape a real one has: constants, slopes, prompt terms, a breakpoint, host time."""
+
+    fixed: int = 1000
+    token: int = 10
+    context: int = 1
+    host: Host = NO_HOST
+    vouch: int = FOREVER
+    cap: int = FOREVER  # context beyond which the slope vanishes (a breakpoint)
+
+    def step(self, batch: Batch) -> StepCost:
+        tokens = sum(c.length for c in batch.prefills) + batch.decodes + batch.padded
+        pairs = sum(c.start * c.length for c in batch.prefills)
+        slots = batch.decodes + batch.padded
+        first = self.fixed + self.token * tokens + pairs + self.context * min(batch.context, self.cap)
+        steps = self.vouch
+        slope = self.context * slots
+        if batch.context >= self.cap:
+            slope = 0
+        elif slots:
+            steps = min(steps, (self.cap - batch.context) // slots + 1)
+        return StepCost(first, slope, max(1, steps), self.host)
+
+
+def trace_of(rows: Sequence[tuple[int, int, int]], **columns: Any) -> Trace:
+    """A trace from (arrival ps, prompt, output) rows."""
+    arrival, prompt, output = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    return Trace(arrival_ps=arrival, prompt_tokens=prompt, output_tokens=output, **columns)
+
+
+@dataclass
+class World:
+    """A finished run."""
+
+    requests: RequestRecords
+    engines: list[Engine]
+    order: list[int] = field(default_factory=list)
+
+    def outcome(self) -> tuple[object, ...]:
+        """All that may not depend on how the steps were grouped."""
+        r = self.requests
+        gaps = [sorted_gaps(e) for e in self.engines]
+        return (
+            bytes(r.status),
+            list(r.replica),
+            list(r.admitted),
+            list(r.first_token),
+            list(r.finished),
+            list(r.preemptions),
+            [e.steps for e in self.engines],
+            gaps,
+        )
+
+
+def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
+    """Every inter-token gap of a replica as sorted (gap, how many)."""
+    count: dict[int, int] = {}
+    runs = engine.records.runs()
+    for start, first, slope, steps, decodes, late in zip(
+        *(runs[c].tolist() for c in ("start_ps", "first_ps", "slope_ps", "steps", "decodes", "late_decodes")),
+        strict=True,
+    ):
+        assert start >= 0
+        for j in range(steps):
+            weight = decodes - late if j == 0 else decodes
+            if weight:
+                gap = first + j * slope
+                count[gap] = count.get(gap, 0) + weight
+    gaps = engine.records.gaps()
+    for gap, weight in zip(gaps["gap_ps"].tolist(), gaps["count"].tolist(), strict=True):
+        count[gap] = count.get(gap, 0) + weight
+    return sorted(count.items())
+
+
+def play(
+    trace: Trace,
+    scheduler: Callable[[], Scheduler],
+    backend: Callable[[], Backend] = Affine,
+    blocks: int = 1000,
+    block_size: int = 16,
+    replicas: int = 1,
+    leap: bool = True,
+    max_model_len: int = 1 << 20,
+) -> World:
+    """Serve ``trace`` on ``replicas`` equal replicas, round robin."""
+    requests = RequestRecords(trace)
+    outputs = trace.output_tokens.tolist()
+    engines = []
+    oracle = False
+    for index in range(replicas):
+        policy = scheduler()
+        oracle = policy.oracle
+        pool = CountingPool(blocks, policy.block_tokens or block_size)
+        engines.append(Engine(policy, backend(), pool, requests, outputs, max_model_len, index, leap))
+
+    def make(i: int) -> Request:
+        prompt = int(trace.prompt_tokens[i])
+        cap = max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
+        priority = 0 if trace.priority is None else int(trace.priority[i])
+        return Request(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority)
+
+    Cluster(requests, engines, RoundRobin(), make).run()
+    return World(requests, engines)
