@@ -205,7 +205,7 @@ class Step(ABC):
         """Start a waiting request with ``tokens`` of its known tokens; False if the pool has no room.
 
         ``reserve``: tokens of KV to set aside now (at least those computed); None grows block by block. A request
-        whose reservation is larger than the whole pool is rejected. ``pad``: dead tokens computed and read with it.
+        whose reservation is larger than the whole pool is rejected, and the plan is asked for again. ``pad``: dead tokens computed and read with it.
         """
 
     @abstractmethod
@@ -217,7 +217,7 @@ class Step(ABC):
 
     @abstractmethod
     def reject(self, request: Request) -> None:
-        """Refuse a waiting request for good."""
+        """Refuse a waiting request for good. A plan that refused somebody and runs nothing is asked for again."""
 
     @abstractmethod
     def release(self) -> None:

@@ -35,8 +35,7 @@ class Orca(Scheduler):
         step.decode_all()
         while step.waiting and len(step.running) < self.max_batch:
             request = step.waiting[0]
-            rejected_or_full = not step.admit(request, request.prompt_tokens, self._slots(request, step))
-            if rejected_or_full and step.waiting and step.waiting[0] is request:
+            if not step.admit(request, request.prompt_tokens, self._slots(request, step)):
                 break
         return FOREVER
 

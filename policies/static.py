@@ -73,6 +73,7 @@ class Static(Scheduler):
             self._last_step = step.decode_steps + output - 1  # the prefill emits the first token
         for request in chosen:
             reserve = min(prompt + output, step.max_model_len)
-            step.admit(request, request.prompt_tokens, reserve, pad=prompt - request.prompt_tokens)
+            if not step.admit(request, request.prompt_tokens, reserve, pad=prompt - request.prompt_tokens):
+                break
         if self.pause_ms:
             step.pause(round(self.pause_ms * MS))

@@ -104,14 +104,16 @@ class Engine:
         """Ask the policy what runs next; the time at which that run ends, None when it leaves the replica idle."""
         state = self.state
         state.open(now)
-        held_before = len(state.released)
         vouched = self.scheduler.schedule(state)
+        if state.released:
+            self._answer_batch(now)
         if state.rejected:
+            replan = not (state.chunks or state.ran or state.whole)
             for request in state.rejected:
                 self._reject(request, now)
             state.rejected = []
-        if len(state.released) > held_before:
-            self._answer_batch(now)
+            if replan:  # the queue has a new head
+                return self.begin(now)
         chunks = state.chunks
         group = state.group
         decoding = state.whole

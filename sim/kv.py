@@ -159,7 +159,7 @@ class Decodes:
         phases = self.phases
         first = -self.steps % size
         while done < steps:  # at most one block size of rounds
-            free -= phases[first - (done+1) % size]
+            free -= phases[first - done % size]
             if free < 0:
                 break
             done += 1
