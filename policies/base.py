@@ -256,6 +256,10 @@ class Scheduler(ABC):
         `FOREVER` is for an answer that only such an event can change. Steps with a chunk count as one anyhow.
         """
 
+    def misfit(self, max_model_len: int) -> str | None:
+        """What is wrong with these settings for a model that takes ``max_model_len`` tokens; None if nothing."""
+        return None
+
     def heeds_arrival(self, step: Step) -> bool:
         """Whether an arrival now could change the plan under way. True is always right, False is faster.
 

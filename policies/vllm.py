@@ -34,6 +34,15 @@ class Vllm(Scheduler):
         """Tokens a step."""
         return self.max_num_batched_tokens
 
+    def misfit(self, max_model_len: int) -> str | None:
+        """Without chunks a sequence must fit a step, or it can never be computed again after a preemption."""
+        if self.enable_chunked_prefill or self.max_num_batched_tokens >= max_model_len:
+            return None
+        return (
+            f"without chunked prefill max_num_batched_tokens must be at least the model's {max_model_len} tokens"
+            f" (got {self.max_num_batched_tokens})"
+        )
+
     def schedule(self, step: Step) -> int:
         """Running first, in order; then the head of the queue, unless somebody was preempted."""
         budget = self.max_num_batched_tokens
@@ -94,18 +103,19 @@ class Vllm(Scheduler):
             step.preempt(_last(step))
             preempted = True
         budget -= step.decodes
+        gone: set[int] = set()
         for request in step.prefilling:
             tokens = min(self._chunk(request.remaining), budget)
-            if tokens == 0:
+            if tokens == 0 or request.id in gone:
                 break
             while not step.run(request, tokens):
                 victim = _last(step)
                 step.preempt(victim)
-                preempted = True
+                gone.add(victim.id)
                 if victim is request:
                     return budget, True
             budget -= tokens
-        return budget, preempted
+        return budget, preempted or bool(gone)
 
     def _run_each(self, step: Step, budget: int) -> tuple[int, bool]:
         preempted = False

@@ -130,12 +130,12 @@ class OnOff(Spec):
 class Arrivals(OneOf):
     """Arrival times: one process by name."""
 
-    burst: Burst | None = Field(None, description="Everything at time 0: `burst: {}`.")
-    constant: Constant | None = Field(None, description="Equal gaps.")
-    poisson: Poisson | None = Field(None, description="Poisson arrivals.")
-    gamma: Gamma | None = Field(None, description="Gamma gaps with a given variability.")
-    weibull: Weibull | None = Field(None, description="Weibull gaps with a given shape.")
-    on_off: OnOff | None = Field(None, description="Poisson bursts between silences.")
+    burst: Burst | None = Field(default=None, description="Everything at time 0: `burst: {}`.")
+    constant: Constant | None = Field(default=None, description="Equal gaps.")
+    poisson: Poisson | None = Field(default=None, description="Poisson arrivals.")
+    gamma: Gamma | None = Field(default=None, description="Gamma gaps with a given variability.")
+    weibull: Weibull | None = Field(default=None, description="Weibull gaps with a given shape.")
+    on_off: OnOff | None = Field(default=None, description="Poisson bursts between silences.")
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """``n`` arrival times in picoseconds, sorted. Shape: ``(n,)`` int64.

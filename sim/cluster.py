@@ -141,17 +141,16 @@ class Cluster:
         request = self._make(i)
         replicas = self.replicas
         chosen = replicas[0] if len(replicas) == 1 else replicas[self._router.route(request, replicas)]
-        if last:
-            self._close()
+        if last:  # whoever waits for a fuller batch has waited long enough
+            for replica in self.replicas:
+                replica.engine.state.more_arrivals = False
         chosen.submit(request)
+        if last:
+            for replica in self.replicas:
+                if replica is not chosen:
+                    replica.nudge()
         if self._progress is not None and (last or i % REPORT == 0):
             self._progress(i + 1)
-
-    def _close(self) -> None:
-        """Nothing arrives any more: whoever waits for a fuller batch has waited long enough."""
-        for replica in self.replicas:
-            replica.engine.state.more_arrivals = False
-            replica.nudge()
 
 
 def _at(env: simpy.Environment, delay: int, priority: int, callback: Callable[[Event], None]) -> Event:

@@ -107,12 +107,12 @@ class Engine:
         vouched = self.scheduler.schedule(state)
         if state.released:
             self._answer_batch(now)
-        if state.rejected:
-            replan = not (state.chunks or state.ran or state.whole)
+        if state.rejected or state.preempted:
+            vouched = 1  # the queue has changed
             for request in state.rejected:
                 self._reject(request, now)
             state.rejected = []
-            if replan:  # the queue has a new head
+            if not (state.chunks or state.ran or state.whole):
                 return self.begin(now)
         chunks = state.chunks
         group = state.group

@@ -5,7 +5,7 @@ decimals and kept as integer picoseconds, so nothing is lost to floats. Lines co
 
 Columns of Chairlift's own format: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted, ``max_tokens``,
 ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``, ``prefix_tokens``, ``hash_ids`` (in CSV with
-spaces between, in Parquet a list) and ``hash_block`` (tokens an id covers, the same on all rows; 512 if absent).
+spaces between, in Parquet a list) and ``hash_block`` (tokens an id covers, the same on all rows; else 512).
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def _trace(
     hash_ids, hash_block = rest.get("hash_ids"), rest.get("hash_block", 512)
     for fault in faults(arrays, hash_ids, hash_block, len(rest.get("tenants", ()))):
         theirs = own.get(fault.column, fault.column)
-        cell = table.cells(theirs)[fault.row] if theirs in table.header else fault.value
+        cell = table.rows[fault.row][table.header.index(theirs)] if theirs in table.header else fault.value
         table.refuse(fault.rule, table.lines[fault.row], theirs, cell)
     table.done()
     return Trace(**arrays, **rest, source=f"{table.name} ({format} format)", notes=tuple(notes))

@@ -7,13 +7,13 @@ number means that many tokens for everyone.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from sim.problems import BadInput, Problem
 
@@ -40,11 +40,8 @@ class OneOf(Spec):
         known = type(self).model_fields
         given = [name for name in known if getattr(self, name) is not None]
         if len(given) != 1:
-            raise PydanticCustomError(
-                "one_of",
-                "exactly one of {known} must be given, not {given}",
-                {"known": ", ".join(known), "given": " and ".join(given) or "none"},
-            )
+            names = " and ".join(given) or "none"
+            raise ValueError(f"exactly one of {', '.join(known)} must be given, not {names}")
         return self
 
     @property
@@ -78,7 +75,7 @@ class Uniform(Spec):
     def _ordered(cls, high: int, info: ValidationInfo) -> int:
         low = info.data.get("low", high)
         if high < low:
-            raise PydanticCustomError("ordered", "must be at least low, which is {low}", {"low": low})
+            raise ValueError(f"must be at least low, which is {low}")
         return high
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
@@ -98,9 +95,10 @@ class Exponential(Spec):
     """
 
     mean: float = Field(gt=0, le=MOST_TOKENS, description="Mean before rounding and capping, in tokens.")
-    cap: Tokens | None = Field(None, description="Largest length, in tokens; null: no cap.")
+    cap: Tokens | None = Field(default=None, description="Largest length, in tokens; null: no cap.")
     over_cap: Literal["redraw", "clip"] = Field(
-        "redraw", description="A draw that rounds to more than the cap is drawn again, or cut to the cap."
+        default="redraw",
+        description="A draw that rounds to more than the cap is drawn again, or cut to the cap.",
     )
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
@@ -132,7 +130,9 @@ class Lognormal(Spec):
 
     mu: float = Field(ge=-10, le=20, description="Mean of the logarithm (natural) of the tokens.")
     sigma: float = Field(ge=0, le=10, description="Standard deviation of the logarithm of the tokens.")
-    cap: Tokens | None = Field(None, description="Largest length, in tokens; longer draws are cut to it.")
+    cap: Tokens | None = Field(
+        default=None, description="Largest length, in tokens; longer draws are cut to it."
+    )
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
         """``n`` lengths.
@@ -166,15 +166,11 @@ class Quantiles(Spec):
     def _a_distribution(self) -> Quantiles:
         levels = self.levels_pct
         if levels[0] != 0 or levels[-1] != 100 or any(b <= a for a, b in pairwise(levels)):
-            raise PydanticCustomError("levels", "levels_pct must rise from 0 to 100")
+            raise ValueError("levels_pct must rise from 0 to 100")
         if len(self.tokens) != len(levels):
-            raise PydanticCustomError(
-                "levels",
-                "tokens must have one number a level ({levels}), not {tokens}",
-                {"levels": len(levels), "tokens": len(self.tokens)},
-            )
+            raise ValueError(f"tokens must have one number a level ({len(levels)}), not {len(self.tokens)}")
         if any(b < a for a, b in pairwise(self.tokens)):
-            raise PydanticCustomError("levels", "tokens must not fall from one level to the next")
+            raise ValueError("tokens must not fall from one level to the next")
         return self
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
@@ -198,10 +194,8 @@ class Mixture(Spec):
     @model_validator(mode="after")
     def _one_weight_a_part(self) -> Mixture:
         if len(self.weights) != len(self.parts):
-            raise PydanticCustomError(
-                "weights",
-                "weights must have one number a part ({parts}), not {weights}",
-                {"parts": len(self.parts), "weights": len(self.weights)},
+            raise ValueError(
+                f"weights must have one number a part ({len(self.parts)}), not {len(self.weights)}"
             )
         return self
 
@@ -234,14 +228,16 @@ class Lengths(OneOf):
 
     model_config = ConfigDict(json_schema_extra=_or_number)
 
-    constant: Constant | None = Field(None, description="The same for every request.")
-    uniform: Uniform | None = Field(None, description="Whole numbers, equally likely.")
-    exponential: Exponential | None = Field(None, description="Exponential, with an optional cap.")
-    lognormal: Lognormal | None = Field(None, description="Lognormal, with an optional cap.")
-    quantiles: Quantiles | None = Field(None, description="An empirical distribution by its quantiles.")
-    mixture: Mixture | None = Field(None, description="A weighted mixture of distributions.")
+    constant: Constant | None = Field(default=None, description="The same for every request.")
+    uniform: Uniform | None = Field(default=None, description="Whole numbers, equally likely.")
+    exponential: Exponential | None = Field(default=None, description="Exponential, with an optional cap.")
+    lognormal: Lognormal | None = Field(default=None, description="Lognormal, with an optional cap.")
+    quantiles: Quantiles | None = Field(
+        default=None, description="An empirical distribution by its quantiles."
+    )
+    mixture: Mixture | None = Field(default=None, description="A weighted mixture of distributions.")
     values: Annotated[list[Tokens], Field(min_length=1)] | None = Field(
-        None, description="These lengths in this order, from the top again when they run out."
+        default=None, description="These lengths in this order, from the top again when they run out."
     )
 
     @model_validator(mode="before")
@@ -249,6 +245,8 @@ class Lengths(OneOf):
     def _number_is_constant(cls, value: object) -> object:
         if isinstance(value, int) and not isinstance(value, bool):
             return {"constant": {"tokens": value}}
+        if not isinstance(value, Mapping | Lengths):
+            raise ValueError("must be a whole number, or one distribution by its name")
         return value
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:

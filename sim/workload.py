@@ -1,19 +1,203 @@
-"""Workloads: a `Trace` is what arrives, as numpy columns; a `Workload` says in a scenario file where it comes from."""
+"""Where a scenario's requests come from: distributions, a named workload, or a trace file."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from sim import formats, named
-from sim.arrivals import Arrivals
-from sim.lengths import Lengths, Spec, Tokens
+from sim.arrivals import Arrivals, Rate
+from sim.lengths import IntArray, Lengths, Spec, Tokens
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.streams import stream
+from sim.trace import LATEST_PS, HashIds, Trace
+
+__all__ = ["HashIds", "Trace", "Workload"]
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Workload(Spec):
+    """The workload of a scenario; `build` makes a `Trace` of it.
+
+    Lengths come from exactly one of: ``prompt_tokens`` and ``output_tokens`` (synthetic), ``name``, ``file``.
+    Arrivals come from ``arrivals``, or else from the named workload or the file.
+    """
+
+    requests: Count | None = Field(
+        default=None, description="How many requests; with a file, at most how many."
+    )
+    arrivals: Arrivals | None = Field(
+        default=None, description="When requests arrive; replaces the times of a file or name."
+    )
+    prompt_tokens: Lengths | None = Field(
+        default=None, description="Prompt lengths: a number or a distribution."
+    )
+    output_tokens: Lengths | None = Field(
+        default=None, description="Output lengths: a number or a distribution."
+    )
+    max_tokens: Literal["exact"] | Tokens | None = Field(
+        default=None,
+        description="The output cap that clients declare: exact (the true length), one number for all (longer "
+        "outputs end there), or null: the file's own column if it has one, else nothing.",
+    )
+    name: str | None = Field(
+        default=None, description="A named workload.", json_schema_extra={"enum": [*named.names(), None]}
+    )
+    rate_per_s: Rate | None = Field(
+        default=None,
+        description="Mean requests per second to stretch a file's or a named workload's times to.",
+    )
+    file: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="A trace file to replay; a relative path starts at the scenario file's folder.",
+    )
+    format: Literal["azure", "burstgpt", "chairlift", "mooncake", "vidur"] | None = Field(
+        default=None, description="The file's format; null: told from its header."
+    )
+    time_scale: Annotated[float, Field(gt=0, le=1e9)] = Field(
+        default=1.0, description="Multiplies a file's arrival times: 0.5 is twice the load."
+    )
+    limit: Count | None = Field(default=None, description="Read the first so many rows of the file.")
+
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def _known_cap(cls, cap: object) -> object:
+        if cap is None or cap == "exact" or (isinstance(cap, int) and not isinstance(cap, bool) and cap >= 1):
+            return cap
+        raise ValueError("must be exact, a whole number of at least 1, or null")
+
+    @field_validator("name")
+    @classmethod
+    def _known_name(cls, name: str | None) -> str | None:
+        if name is not None and name not in named.names():
+            raise ValueError(f"no such workload{did_you_mean(name, named.names())}")
+        return name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Workload:
+        if wrong := [*self._wrong_source(), *self._wrong_times()]:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def _wrong_source(self) -> list[str]:
+        """What is wrong with where lengths come from."""
+        wrong = []
+        synthetic = self.prompt_tokens is not None or self.output_tokens is not None
+        sources = ["prompt_tokens or output_tokens"] * synthetic
+        sources += [key for key in ("name", "file") if getattr(self, key) is not None]
+        if len(sources) != 1:
+            rule = "lengths must come from exactly one of prompt_tokens with output_tokens, name, or file"
+            wrong.append(f"{rule}, not {' and '.join(sources) or 'none'}")
+        elif synthetic:
+            needed = ("requests", "arrivals", "prompt_tokens", "output_tokens")
+            missing = [key for key in needed if getattr(self, key) is None]
+            if missing:
+                wrong.append(f"a synthetic workload must have {' and '.join(missing)} as well")
+        elif self.name is not None and self.requests is None:
+            wrong.append("a named workload must have requests, how many to draw")
+        if self.file is None:
+            only = {"format": self.format, "limit": self.limit}
+            wrong += [
+                f"{key} must not be given without a file" for key, value in only.items() if value is not None
+            ]
+        return wrong
+
+    def _wrong_times(self) -> list[str]:
+        """What is wrong with where times come from."""
+        wrong = []
+        if self.rate_per_s is not None and self.arrivals is not None:
+            wrong.append("rate_per_s and arrivals must not both be given: each says the rate")
+        elif self.rate_per_s is not None and self.name is None and self.file is None:
+            wrong.append("rate_per_s must not be given without a name or a file: arrivals say the rate")
+        if self.time_scale != 1:
+            if self.file is None:
+                wrong.append("time_scale must not be given without a file")
+            elif self.arrivals is not None or self.rate_per_s is not None:
+                other = "arrivals" if self.arrivals is not None else "rate_per_s"
+                wrong.append(f"time_scale and {other} must not both be given")
+        rateless = self.arrivals is None and self.rate_per_s is None
+        if self.name is not None and rateless and named.get(self.name).arrivals is None:
+            wrong.append(f"{self.name} has lengths only, so arrivals or rate_per_s must be given")
+        return wrong
+
+    def build(self, seed: int, base: Path | None = None) -> Trace:
+        """The trace: the same one for the same ``seed`` (>= 0) and, with a file, the same file.
+
+        Args:
+            seed: arrivals, prompt lengths and output lengths are drawn from streams of their own.
+            base: the folder that a relative ``file`` starts from; None: the working directory.
+
+        Raises:
+            BadInput: the file is wrong, or arrivals run past what the clock can say.
+        """
+        trace = self._replayed(seed, base) if self.file is not None else self._drawn(seed)
+        return self._capped(trace)
+
+    def _drawn(self, seed: int) -> Trace:
+        prompt, output, arrivals = self.prompt_tokens, self.output_tokens, self.arrivals
+        source = "synthetic"
+        if self.name is not None:
+            known = named.get(self.name)
+            prompt, output = known.prompt_tokens, known.output_tokens
+            arrivals = arrivals or known.arrivals_at(self.rate_per_s)
+            source = f"named workload {self.name} ({known.source}; {known.licence})"
+        n = self.requests
+        if n is None or prompt is None or output is None or arrivals is None:
+            raise AssertionError("let through by _fits_together")
+        return Trace(
+            arrival_ps=arrivals.times_ps(n, stream(seed, "arrivals")),
+            prompt_tokens=prompt.sample(n, stream(seed, "prompt_tokens")).astype(np.int32),
+            output_tokens=output.sample(n, stream(seed, "output_tokens")).astype(np.int32),
+            source=source,
+        )
+
+    def _replayed(self, seed: int, base: Path | None) -> Trace:
+        path = (base or Path()) / str(self.file)
+        limits = [limit for limit in (self.limit, self.requests) if limit is not None]
+        trace = formats.load(path, self.format, min(limits, default=None), times=self.arrivals is None)
+        notes = list(trace.notes)
+        if self.requests is not None and len(trace) < self.requests:
+            notes.append(f"{self.requests} requests wanted, {len(trace)} read")
+        times = trace.arrival_ps
+        if self.arrivals is not None:
+            times = self.arrivals.times_ps(len(trace), stream(seed, "arrivals"))
+            notes.append("arrival times replaced")
+        elif self.rate_per_s is not None:
+            if trace.duration_s == 0:
+                rule = (
+                    "all requests of the file arrive at once, which no stretching makes a rate; give arrivals"
+                )
+                raise BadInput(Problem(rule, file=str(path), path="rate_per_s", value=self.rate_per_s))
+            times = _stretched(times, (len(trace) - 1) / trace.duration_s / self.rate_per_s, path)
+            notes.append(f"arrival times stretched to {self.rate_per_s:g} requests/s")
+        elif self.time_scale != 1:
+            times = _stretched(times, self.time_scale, path)
+            notes.append(f"arrival times multiplied by {self.time_scale:g}")
+        return dataclasses.replace(trace, arrival_ps=times, notes=tuple(notes))
+
+    def _capped(self, trace: Trace) -> Trace:
+        """The trace with the caps that ``max_tokens`` has clients declare."""
+        if self.max_tokens is None:
+            return trace
+        if self.max_tokens == "exact":
+            return dataclasses.replace(trace, max_tokens=trace.output_tokens)
+        cap = np.full(len(trace), self.max_tokens, np.int32)
+        over = int(np.count_nonzero(trace.output_tokens > cap))
+        notes = (*trace.notes, f"{over} outputs end at max_tokens {self.max_tokens}") if over else trace.notes
+        outputs = np.minimum(trace.output_tokens, cap)
+        return dataclasses.replace(trace, max_tokens=cap, output_tokens=outputs, notes=notes)
+
+
+def _stretched(times: IntArray, factor: float, path: Path) -> IntArray:
+    """Times multiplied by ``factor``, in float64: exact to some picoseconds, and still in order."""
+    longest = float(times[-1]) * factor
+    if not longest < LATEST_PS:
+        rule = "arrivals stretched so far run past what the clock can say (106 days)"
+        raise BadInput(Problem(rule, file=str(path), path="time_scale", value=factor))
+    stretched: IntArray = np.rint(times * factor).astype(np.int64)
+    return stretched

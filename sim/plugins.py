@@ -1,0 +1,147 @@
+"""Finding policies and routers by name or by file, and their dataclass fields as settings that pydantic checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+import policies
+from policies.base import Router, Scheduler
+from sim.problems import BadInput, Problem, did_you_mean
+
+Plugin = type[Scheduler] | type[Router]
+
+
+def snake(name: str) -> str:
+    """``RoundRobin`` → ``round_robin``: the name by which a scenario calls a class."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+@cache
+def _shipped(kind: type[Any]) -> dict[str, type[Any]]:
+    found: dict[str, type[Any]] = {}
+    for module in pkgutil.iter_modules(policies.__path__):
+        if module.name != "base":
+            for each in _classes(importlib.import_module(f"policies.{module.name}"), kind):
+                found[snake(each.__name__)] = each
+    return dict(sorted(found.items()))
+
+
+def schedulers() -> Mapping[str, type[Scheduler]]:
+    """The shipped policies by name: every `Scheduler` in a file of the ``policies`` package."""
+    return _shipped(Scheduler)
+
+
+def routers() -> Mapping[str, type[Router]]:
+    """The shipped routers by name."""
+    return _shipped(Router)
+
+
+def scheduler(name: str, trust: bool) -> type[Scheduler]:
+    """The policy of that name, or that of ``path/to/file.py`` or ``path/to/file.py:Class``.
+
+    A file's code runs only with ``trust``. Raises `BadInput`, its path empty.
+    """
+    if ".py" not in name:
+        return _by_name(name, schedulers(), "policy")
+    if not trust:
+        rule = "a policy from a file runs its code: name it with --policy, or allow it with --trust"
+        raise BadInput(Problem(rule, value=name))
+    return _from_file(name)
+
+
+def router(name: str) -> type[Router]:
+    """The router of that name; raises `BadInput`, its path empty."""
+    return _by_name(name, routers(), "router")
+
+
+def _by_name(name: str, known: Mapping[str, type[Any]], kind: str) -> type[Any]:
+    if name not in known:
+        raise BadInput(Problem(f"no such {kind}{did_you_mean(name, list(known))}", value=name))
+    return known[name]
+
+
+def _from_file(name: str) -> type[Scheduler]:
+    file, _, wanted = name.partition(".py")
+    path = Path(file + ".py")
+    wanted = wanted.removeprefix(":")
+    if not path.is_file():
+        raise BadInput(Problem("no such file", file=str(path)))
+    spec = importlib.util.spec_from_file_location(f"chairlift_policy_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise BadInput(Problem("cannot be read as Python", file=str(path)))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(_where_it_broke(error, path)) from error
+    found = {each.__name__: each for each in _classes(module, Scheduler)}
+    if wanted:
+        if wanted not in found:
+            rule = f"holds no policy of that name{did_you_mean(wanted, list(found))}"
+            raise BadInput(Problem(rule, file=str(path), value=wanted))
+        return found[wanted]
+    if len(found) != 1:
+        what = f"several policies ({', '.join(found)}): say which, as {path}:Class" if found else "no Scheduler subclass"
+        raise BadInput(Problem(f"holds {what}", file=str(path)))
+    return next(iter(found.values()))
+
+
+def _where_it_broke(error: Exception, path: Path) -> Problem:
+    line = None
+    if isinstance(error, SyntaxError):
+        line = error.lineno
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return Problem(f"cannot be imported: {type(error).__name__}: {error}", file=str(path), line=line)
+
+
+def _classes(module: ModuleType, kind: type[Any]) -> list[type[Any]]:
+    """Concrete subclasses of ``kind`` that the module itself defines, in order of definition."""
+    return [
+        each
+        for each in vars(module).values()
+        if inspect.isclass(each)
+        and issubclass(each, kind)
+        and each.__module__ == module.__name__
+        and not inspect.isabstract(each)
+    ]
+
+
+@cache
+def settings(kind: type[Any]) -> type[BaseModel]:
+    """A dataclass's fields as a pydantic model that refuses unknown keys; fields with ``init=False`` are left out."""
+    hints = get_type_hints(kind, include_extras=True)
+    fields: dict[str, Any] = {}
+    if dataclasses.is_dataclass(kind):
+        for field in dataclasses.fields(kind):
+            if not field.init:
+                continue
+            default: Any = ...
+            if field.default is not dataclasses.MISSING:
+                default = field.default
+            elif field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            fields[field.name] = (hints[field.name], default)
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def summary(kind: type[Any]) -> str:
+    """The first line of a class's docstring."""
+    return (inspect.getdoc(kind) or "").partition("\n")[0]
