@@ -112,7 +112,9 @@ class Roofline(Backend):
             return 0, 0
         one_way = (self.gpu.nvlink_gb_per_s / 2 or self.gpu.host_gb_per_s) * 1e9 * e.link
         count = 2 * self.model.layers
-        volume = 2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_param  # a ring moves this per token
+        volume = (
+            2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_param
+        )  # a ring moves this per token
         return round(count * e.allreduce_us * 1e-6 * PS), round(count * volume / one_way * PS)
 
     def assumptions(self) -> dict[str, str]:

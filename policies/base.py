@@ -24,18 +24,21 @@ There is no prefill phase and no decode phase: a plan is a number of tokens per 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, ValuesView
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Collection, Protocol, Reversible
 
 from annotated_types import Ge, Gt
 
 if TYPE_CHECKING:
-    from typing import Protocol
 
     class Counter(Protocol):
         """The decode steps that a replica has done."""
 
         steps: int
+
+
+class Running(Collection["Request"], Reversible["Request"], Protocol):
+    """Requests in order of admission: a length, ``in``, and a walk from either end."""
 
 
 FOREVER = 1 << 60  # "until something changes": more steps than any run has
@@ -86,7 +89,9 @@ class Request:
         self.id = id  # row of the trace
         self.arrival = arrival  # ps
         self.prompt_tokens = prompt_tokens
-        self.max_tokens = max_tokens  # output cap that the client declared; the model's limit if it declared none
+        self.max_tokens = (
+            max_tokens  # output cap that the client declared; the model's limit if it declared none
+        )
         self.output_tokens = output_tokens  # None, but for policies that say `oracle = True`
         self.priority = priority  # smaller is more urgent, as in vLLM
         self.tenant = tenant
@@ -124,9 +129,7 @@ class Request:
         return self._counter is not None or (self._emitted > 0 and self.remaining == 1 and self._offset > 0)
 
     def __repr__(self) -> str:
-        return (
-            f"Request({self.id}, prompt {self.prompt_tokens}, computed {self.computed}, emitted {self.emitted})"
-        )
+        return f"Request({self.id}, prompt {self.prompt_tokens}, computed {self.computed}, emitted {self.emitted})"
 
 
 class PolicyError(Exception):
@@ -146,7 +149,7 @@ class Step(ABC):
 
     @property
     @abstractmethod
-    def running(self) -> ValuesView[Request]:
+    def running(self) -> Running:
         """Admitted and not finished, in order of admission."""
 
     @property

@@ -6,7 +6,7 @@ Source: the router's queue and batching loop of text-generation-inference v0.9 (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from policies.base import FOREVER, NotNegative, NotNegativeFloat, Positive, Request, Scheduler, Step
 
@@ -23,15 +23,20 @@ class Tgi(Scheduler):
     max_batch_prefill_tokens: Positive | None = None  # padded prompt tokens of one prefill; None: no limit
     waiting_served_ratio: NotNegativeFloat = 1.2
     max_waiting_tokens: NotNegative = 20  # decode steps
+    reserve: Literal["declared", "max"] = (
+        "declared"  # a request's cost: prompt + max_new_tokens, or the longest there is
+    )
 
     block_tokens: ClassVar[int | None] = 1
 
     _joined: int = field(default=0, init=False, repr=False)  # decode steps when somebody joined last
-    _full: bool = field(default=False, init=False, repr=False)  # the head of the queue does not fit the budget
+    _full: bool = field(
+        default=False, init=False, repr=False
+    )  # the head of the queue does not fit the budget
 
     def schedule(self, step: Step) -> int:
         """Prefill a new batch on its own if one may join, else decode."""
-        while step.waiting and _cost(step.waiting[0]) > self.max_batch_total_tokens:
+        while step.waiting and self._cost(step.waiting[0], step) > self.max_batch_total_tokens:
             step.reject(step.waiting[0])  # the router refuses what can never fit
         self._full = False
         wait = FOREVER
@@ -55,12 +60,12 @@ class Tgi(Scheduler):
 
     def _fitting(self, step: Step) -> list[Request]:
         """The head of the queue, as far as the budgets reach. A new batch is padded to its longest prompt."""
-        budget = self.max_batch_total_tokens - sum(map(_cost, step.running))
+        budget = self.max_batch_total_tokens - sum(self._cost(r, step) for r in step.running)
         batch: list[Request] = []
         longest = outputs = 0
         for request in step.waiting:
             longest = max(longest, request.prompt_tokens)
-            outputs += request.max_tokens
+            outputs += self._cost(request, step) - request.prompt_tokens
             prompts = longest * (len(batch) + 1)
             limit = self.max_batch_prefill_tokens
             if prompts + outputs > budget or (limit is not None and prompts > limit and batch):
@@ -68,18 +73,18 @@ class Tgi(Scheduler):
             batch.append(request)
         return batch
 
-    @staticmethod
-    def _prefill(step: Step, batch: list[Request]) -> bool:
+    def _prefill(self, step: Step, batch: list[Request]) -> bool:
         longest = max(r.prompt_tokens for r in batch)
         joined = False
         for request in batch:
             pad = longest - request.prompt_tokens
-            if not step.admit(request, request.prompt_tokens, _cost(request), pad=pad):
+            if not step.admit(request, request.prompt_tokens, self._cost(request, step), pad=pad):
                 break
             joined = True
         return joined
 
-
-def _cost(request: Request) -> int:
-    """Tokens of the budget that a request takes for its whole life."""
-    return request.prompt_tokens + request.max_tokens
+    def _cost(self, request: Request, step: Step) -> int:
+        """Tokens of the budget that a request takes for its whole life."""
+        if self.reserve == "max":
+            return max(step.max_model_len, request.prompt_tokens + request.max_tokens)
+        return request.prompt_tokens + request.max_tokens

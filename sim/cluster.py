@@ -41,10 +41,14 @@ class Replica(ReplicaView):
         state = self.engine.state
         return sum(r.prompt_tokens for r in state.waiting) + sum(r.prompt_tokens for r in state.running)
 
+    @property
+    def _now(self) -> int:
+        return self._env.now  # type: ignore[return-value]  # integers in, integers out
+
     def submit(self, request: Request) -> None:
         """Hand a request over; it is planned at once if the replica is idle."""
         heeds = self.engine.heeds_arrival()
-        if self.engine.submit(request, self._env.now) and heeds:
+        if self.engine.submit(request, self._now) and heeds:
             self._replan()
 
     def nudge(self) -> None:
@@ -59,7 +63,7 @@ class Replica(ReplicaView):
             self.plan_soon()
             return
         before = engine.end
-        end = engine.cut(self._env.now)
+        end = engine.cut(self._now)
         if end != before:
             self._arm(end)
 
@@ -76,21 +80,21 @@ class Replica(ReplicaView):
 
     def _plan(self, _event: Event | None) -> None:
         self._planning = False
-        end = self.engine.begin(self._env.now)
+        end = self.engine.begin(self._now)
         if end is None:
             end = self.engine.state.wake
         self._arm(end)
 
     def _arm(self, end: int | None) -> None:
         """Set the timer to ``end``; a timer set before stays in SimPy's heap and is ignored when it fires."""
-        self._timer = None if end is None else _at(self._env, end - self._env.now, BOUNDARY, self._ring)
+        self._timer = None if end is None else _at(self._env, end - self._now, BOUNDARY, self._ring)
 
     def _ring(self, event: Event) -> None:
         if event is not self._timer:
             return
         self._timer = None
         if self.engine.end is not None:
-            self.engine.settle(self._env.now)
+            self.engine.settle(self._now)
         self.plan_soon()
 
 
@@ -129,7 +133,9 @@ class Cluster:
             replica = self._requests.replica[left[0]]
             policy = type(self.replicas[max(replica, 0)].engine.scheduler).__name__
             names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
-            raise PolicyError(f"policy {policy}: {len(left)} requests are never served ({names}): it planned nothing for them")
+            raise PolicyError(
+                f"policy {policy}: {len(left)} requests are never served ({names}): it planned nothing for them"
+            )
 
     def _arrive(self, _event: Event) -> None:
         i = self._next
@@ -147,8 +153,7 @@ class Cluster:
         chosen.submit(request)
         if last:
             for replica in self.replicas:
-                if replica is not chosen:
-                    replica.nudge()
+                replica.nudge()
         if self._progress is not None and (last or i % REPORT == 0):
             self._progress(i + 1)
 

@@ -16,10 +16,11 @@ WINDOWS_S = (1, 10, 60)
 def describe(trace: Trace) -> dict[str, Any]:
     """Statistics of a trace, ready for JSON. A number that the trace does not define is None.
 
-    - ``rate_per_s``: gaps over the time from the first arrival to the last; ``gap_cv``: standard deviation over mean
-      of the gaps; ``dispersion``: variance over mean of the arrivals in windows of 1, 10 and 60 s (1 for Poisson).
-    - ``prompt_tokens``, ``output_tokens``: mean, p50, p90, p99 (linear between ranks), max and total; ``..._per_s``.
-    - ``correlation``: of prompt with output tokens, Pearson's and Spearman's (equal values share their mean rank).
+    - ``rate_per_s``: gaps over the time from the first arrival to the last; ``gap_cv``: standard deviation
+      over mean of the gaps; ``dispersion``: variance over mean of the arrivals in windows of 1, 10 and 60 s
+      (1 for Poisson; the last, partial window is left out).
+    - ``prompt_tokens``, ``output_tokens``: mean, p50, p90, p99 (linear between ranks), max and total.
+    - ``correlation``: of prompt with output tokens, Pearson's and Spearman's (ties share their mean rank).
     - ``prefix``: what an infinite cache of prompts would hit, see `prefix_reuse`; None without prefixes.
     - ``sessions``: their number, mean requests in one, and the share of requests that follow another in one.
     """
@@ -52,16 +53,17 @@ def describe(trace: Trace) -> dict[str, Any]:
 def prefix_reuse(trace: Trace) -> dict[str, Any] | None:
     """What a cache that never forgets prompts would spare; blocks made by decoding are not counted.
 
-    With hash ids a request hits the leading run of its ids that earlier requests had: ``token_hit`` is the share of all
-    prompt tokens in those runs (at most the prompt), ``block_hit`` the share of ids; ``requests_with_hit`` the share of
-    requests with a run at all. With prefix groups alone it hits its prefix, as far as one of the group had it before.
+    With hash ids a request hits the leading run of its ids that earlier requests had: ``token_hit`` is the
+    share of all prompt tokens in those runs, ``block_hit`` the share of ids, ``requests_with_hit`` that
+    of requests with a run at all. With prefix groups alone it hits its prefix, as far as one of its group had
+    it before.
     """
     if trace.hash_ids is not None:
         ids, rows = _leading_hits(trace.hash_ids), len(trace)
         hit = np.minimum(ids * trace.hash_block, trace.prompt_tokens)
         blocks = len(trace.hash_ids.values)
         unique = len(np.unique(trace.hash_ids.values))
-        extra = {"block_tokens": trace.hash_block, "blocks": blocks, "unique_blocks": unique}
+        extra: dict[str, Any] = {"block_tokens": trace.hash_block, "blocks": blocks, "unique_blocks": unique}
         extra["block_hit"] = _ratio(int(ids.sum()), blocks)
     elif trace.prefix_group is not None and trace.prefix_tokens is not None:
         hit, rows = _group_hits(trace.prefix_group, trace.prefix_tokens), len(trace)
@@ -137,12 +139,12 @@ def _spread(tokens: npt.NDArray[np.float64]) -> dict[str, float]:
 
 
 def _dispersion(trace: Trace, window_s: int) -> float | None:
-    """Variance over mean of the arrivals in whole windows from the first arrival on, the last, partial one left out."""
+    """Variance over mean of the arrivals in the whole windows from the first arrival on."""
     window = ((trace.arrival_ps - trace.arrival_ps[0]) // (window_s * PS_PER_S)).astype(np.int64)
     last = int(window[-1])
     if last < 2:
         return None
-    unique, sizes = np.unique(window[window < last], return_counts=True)
+    _, sizes = np.unique(window[window < last], return_counts=True)
     mean = sizes.sum() / last  # windows without an arrival count too, but need no memory
     return float((sizes**2).sum() / last - mean**2) / float(mean)
 
@@ -166,7 +168,7 @@ def _leading_hits(hash_ids: HashIds) -> npt.NDArray[np.int64]:
     row = np.repeat(np.arange(len(counts)), counts)
     _, first, which = np.unique(values, return_index=True, return_inverse=True)
     seen = row[first][which] < row
-    # A request's run ends at its first id not seen; an end mark at offsets[i + 1] stops those seen throughout.
+    # A request's run ends at its first id not seen, or with its ids.
     misses = np.flatnonzero(~seen)
     next_miss = np.append(misses, len(values))[np.searchsorted(misses, offsets[:-1])]
     hits: npt.NDArray[np.int64] = np.minimum(next_miss, offsets[1:]) - offsets[:-1]

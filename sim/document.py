@@ -35,21 +35,22 @@ class Document:
     data: dict[str, Any]
     lines: dict[Path, int]  # 1-based line of each key (or list item)
     path: str  # of the file, as the user named it
-    overrides: dict[Path, str] = field(default_factory=dict)  # what --set put there, as the user wrote it
+    overrides: dict[Path, str] = field(default_factory=dict)  # what --set (or the like) put there, in words
 
-    def set(self, assignments: Sequence[str]) -> None:
+    def set(self, assignments: Sequence[str], origin: str = "--set") -> None:
         """Apply ``--set`` options in order: ``policy.batch=8``, ``compare.0.name=fast``, ``loads=[1, 2]``.
 
-        The value is YAML; an integer indexes a list; missing mappings are made. Raises BadInput with every
-        assignment that cannot be applied, and then changes nothing.
+        The value is YAML; an integer indexes a list; missing mappings are made. ``origin`` says in messages
+        where the assignments come from. Raises BadInput with every one that cannot be applied, and then
+        changes nothing.
         """
         after = copy.deepcopy(self)
         problems = []
         for text in assignments:
             try:
-                after._assign(text)
+                after._assign(text, f"{origin} {text}")
             except _Refused as refusal:
-                problems.append(Problem(str(refusal), file=f"--set {text}"))
+                problems.append(Problem(str(refusal), file=f"{origin} {text}"))
         if problems:
             raise BadInput(problems)
         self.data, self.lines, self.overrides = after.data, after.lines, after.overrides
@@ -81,12 +82,12 @@ class Document:
     def _origin(self, at: Path) -> tuple[str, int | None]:
         for length in range(len(at), -1, -1):
             if (text := self.overrides.get(at[:length])) is not None:
-                return f"--set {text}", None
+                return text, None
             if (line := self.lines.get(at[:length])) is not None:
                 return self.path, line
         return self.path, None
 
-    def _assign(self, text: str) -> None:
+    def _assign(self, text: str, origin: str) -> None:
         target, equals, source = text.partition("=")
         names = target.strip().split(".")
         if not equals or not all(names):
@@ -99,11 +100,11 @@ class Document:
             at += (part,)
             if isinstance(here, dict) and here.get(part) is None:
                 here[part] = {}
-                self._overwrite(at, text)
+                self._overwrite(at, origin)
             here = here[part]
         part = _part(here, names[-1], at)
         here[part] = value
-        self._overwrite((*at, part), text)
+        self._overwrite((*at, part), origin)
 
     def _overwrite(self, at: Path, text: str) -> None:
         for known in (self.lines, self.overrides):

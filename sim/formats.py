@@ -15,7 +15,8 @@ import gzip
 import re
 from collections.abc import Sequence
 from datetime import date
-from itertools import chain
+from decimal import Decimal
+from itertools import chain, compress
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,6 +120,7 @@ def _azure(table: Table) -> Trace:
     own = {"arrival_ps": "TIMESTAMP", "prompt_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
     table.require(*own.values())
     stamps = table.parsed("TIMESTAMP", _stamp_ps, 0)
+    table.done()  # the first stamp is needed
     return _trace(table, "azure", own, {"arrival_ps": [stamp - stamps[0] for stamp in stamps]})
 
 
@@ -140,6 +142,7 @@ def _burstgpt(table: Table) -> Trace:
     if not any(kept):
         raise BadInput(Problem("every request in the file failed (0 tokens)", file=table.file))
     times = table.parsed("Timestamp", seconds_ps, 0)
+    table.done()  # the first time is needed
     notes.append(f"times count from the first request, at {table.cells('Timestamp')[0]} s in the file")
     columns: dict[str, Sequence[int]] = {"arrival_ps": [time - times[0] for time in times]}
     if "Session ID" in table.header:
@@ -196,12 +199,12 @@ def _mooncake(path: Path, limit: int | None) -> Trace:
         return _trace(table, "mooncake", own, columns)
     ids: list[list[int]] = table.parsed("hash_ids", _ids, [])
     columns["prompt_tokens"] = table.parsed("input_length", whole, 1)
-    table.done()
-    for line, length, row_ids in zip(table.lines, columns["prompt_tokens"], ids, strict=True):
-        if len(row_ids) != -(-length // MOONCAKE_BLOCK):
+    rows = zip(table.lines, table.sound(), columns["prompt_tokens"], ids, strict=True)
+    for line, sound, length, row_ids in rows:
+        if sound and len(row_ids) != -(-length // MOONCAKE_BLOCK):
             rule = f"must have an id for each {MOONCAKE_BLOCK} of the {length} tokens, rounded up"
             table.refuse(rule, line, "hash_ids", f"{len(row_ids)} ids")
-    return _trace(table, "mooncake", own, columns, hash_ids=_ragged(ids), hash_block=MOONCAKE_BLOCK)
+    return _trace(table, "mooncake", own, columns, ids=ids, hash_block=MOONCAKE_BLOCK)
 
 
 def _own(table: Table) -> Trace:
@@ -216,7 +219,7 @@ def _own(table: Table) -> Trace:
     if "tenant" in table.header:
         columns["tenant"], rest["tenants"] = _codes(table.cells("tenant"))
     if "hash_ids" in table.header:
-        rest["hash_ids"] = _ragged(table.parsed("hash_ids", _ids, []))
+        rest["ids"] = table.parsed("hash_ids", _ids, [])
     if "hash_block" in table.header:
         blocks = table.parsed("hash_block", whole, 1)
         rest["hash_block"] = blocks[0]
@@ -231,15 +234,16 @@ def _parquet(path: Path, limit: int | None) -> Table:
     import pyarrow as pa  # here: it takes longer to import than most CSV files to read
     import pyarrow.parquet as pq
 
+    table = Table(path)
     try:
         data = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput(Problem(f"not a readable Parquet file: {error}", file=str(path))) from None
-    table = Table(path)
-    table.header = list(data.column_names)
-    data = data if limit is None else data.slice(0, limit)
-    table.rows = list(zip(*(column.to_pylist() for column in data.columns), strict=True))
-    table.lines = list(range(1, data.num_rows + 1))
+        data = data if limit is None else data.slice(0, limit)
+        table.header = list(data.column_names)
+        table.rows = list(zip(*(column.to_pylist() for column in data.columns), strict=True))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(Problem(f"not a readable Parquet file: {reason}", file=str(path))) from None
+    table.lines = list(range(1, len(table.rows) + 1))
     if not table.rows:
         raise BadInput(Problem("the file has no rows", file=str(path)))
     return table
@@ -254,26 +258,37 @@ def _trace(
     own: dict[str, str],
     columns: dict[str, Sequence[int]],
     notes: Sequence[str] = (),
-    **rest: Any,
+    ids: list[list[int]] | None = None,
+    hash_block: int = 512,
+    tenants: tuple[str, ...] = (),
 ) -> Trace:
     """A Trace of the columns parsed and of those that ``own``, our name to theirs, has too; all checked."""
     parsed = {name: table.parsed(theirs, whole, 1) for name, theirs in own.items() if name not in columns}
     columns = columns | parsed
-    table.done()
     for name, values in columns.items():
-        for line, value in zip(table.lines, values, strict=True):
-            if not -LATEST_PS <= value <= LATEST_PS:
-                rule = "must be within 106 days of time 0" if name == "arrival_ps" else "must fit in 64 bits"
-                table.refuse(rule, line, own.get(name, name), value)
-    table.done()
-    arrays: dict[str, Any] = {name: np.array(values, np.int64) for name, values in columns.items()}
-    hash_ids, hash_block = rest.get("hash_ids"), rest.get("hash_block", 512)
-    for fault in faults(arrays, hash_ids, hash_block, len(rest.get("tenants", ()))):
+        if not -LATEST_PS <= min(values) <= max(values) <= LATEST_PS:
+            rule = "must be within 106 days of time 0" if name == "arrival_ps" else "must fit in 64 bits"
+            for line, number in zip(table.lines, values, strict=True):
+                if not -LATEST_PS <= number <= LATEST_PS:
+                    table.refuse(rule, line, own.get(name, name), number)
+    # Rows refused so far are left out, lest what stands in for their cells be refused as well.
+    kept = table.sound()
+    table.keep(kept)
+    if not table.rows:
+        table.done()
+    arrays: dict[str, Any] = {n: np.array(list(compress(v, kept)), np.int64) for n, v in columns.items()}
+    hash_ids = None if ids is None else _ragged(list(compress(ids, kept)))
+    for fault in faults(arrays, hash_ids, hash_block, len(tenants)):
         theirs = own.get(fault.column, fault.column)
         cell = table.rows[fault.row][table.header.index(theirs)] if theirs in table.header else fault.value
-        table.refuse(fault.rule, table.lines[fault.row], theirs, cell)
+        table.refuse(
+            fault.rule, table.lines[fault.row], theirs, fault.value if theirs == "hash_ids" else cell
+        )
     table.done()
-    return Trace(**arrays, **rest, source=f"{table.name} ({format} format)", notes=tuple(notes))
+    source = f"{table.name} ({format} format)"
+    return Trace(
+        **arrays, hash_ids=hash_ids, hash_block=hash_block, tenants=tenants, source=source, notes=tuple(notes)
+    )
 
 
 def _stamp_ps(cell: str) -> int:
@@ -286,6 +301,8 @@ def _stamp_ps(cell: str) -> int:
     if found is None:
         raise ValueError("must be a time like 2023-11-16 18:17:03.9799600")
     day, hour, minute, second, fraction, sign, zone_h, zone_m = found.groups()
+    if hour > "23" or minute > "59" or second > "59":
+        raise ValueError("must be a time of day")
     minutes = int(hour) * 60 + int(minute)
     if sign:
         minutes -= int(sign + "1") * (int(zone_h) * 60 + int(zone_m))
@@ -370,5 +387,5 @@ def _write_parquet(path: Path, times: list[int], columns: dict[str, list[Any]]) 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    seconds = pa.array([decimal(ps).scaleb(-12) for ps in times], pa.decimal128(19, 12))
+    seconds = pa.array([Decimal(ps).scaleb(-12) for ps in times], pa.decimal128(19, 12))
     pq.write_table(pa.table({"arrival_s": seconds} | {k: pa.array(v) for k, v in columns.items()}), path)

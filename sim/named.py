@@ -1,8 +1,9 @@
 """Named workloads: published traces boiled down to distributions, for use without the files.
 
-Lengths are quantile grids: the trace's own quantiles, linear between them, prompt and output drawn apart. That
-keeps mean, p50 and p90 (a test holds them to the traces), and loses the correlation of the two, prefixes and
-sessions; the last part in a thousand is a straight line to the maximum. Where that matters, replay the file.
+Lengths are quantile grids: the trace's own quantiles, linear between them, prompt and output drawn apart.
+That keeps mean, p50 and p90 (a test holds them to the traces). It loses the correlation of the two, prefixes
+and sessions, and makes the last part in a thousand a straight line to the maximum. Where that matters, replay
+the file.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def _grid(levels_pct: list[float], tokens: list[float]) -> Lengths:
 
 # fmt: off
 _LEVELS: list[float] = [
-    0, 1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95, 98, 99, 99.5, 99.9, 100]
+    0, 1, 2, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95, 98, 99, 99.5, 99.9,
+    100]
 
 _WORKLOADS = {
     "azure-conv-2023": Named(

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
+from pydantic.fields import FieldInfo
 
 import policies
 from policies.base import Router, Scheduler
@@ -95,7 +96,11 @@ def _from_file(name: str) -> type[Scheduler]:
             raise BadInput(Problem(rule, file=str(path), value=wanted))
         return found[wanted]
     if len(found) != 1:
-        what = f"several policies ({', '.join(found)}): say which, as {path}:Class" if found else "no Scheduler subclass"
+        what = (
+            f"several policies ({', '.join(found)}): say which, as {path}:Class"
+            if found
+            else "no Scheduler subclass"
+        )
         raise BadInput(Problem(f"holds {what}", file=str(path)))
     return next(iter(found.values()))
 
@@ -145,3 +150,14 @@ def settings(kind: type[Any]) -> type[BaseModel]:
 def summary(kind: type[Any]) -> str:
     """The first line of a class's docstring."""
     return (inspect.getdoc(kind) or "").partition("\n")[0]
+
+
+def type_name(info: FieldInfo) -> str:
+    """A setting's type as a person writes it: ``int``, ``float | None``, ``'fcfs' | 'priority'``."""
+    text = str(info.annotation if not inspect.isclass(info.annotation) else info.annotation.__name__)
+    options = re.fullmatch(r"typing\.Literal\[(.*)\]", text)
+    return (
+        options[1].replace(", ", " | ")
+        if options
+        else re.sub(r"typing\.Annotated\[(\w+),[^\]]*\]", r"\1", text)
+    )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence, ValuesView
+from collections.abc import Sequence
 from typing import NoReturn
 
 from backend.base import Backend, Batch, Chunk
-from policies.base import PolicyError, Request, Scheduler, Step
+from policies.base import PolicyError, Request, Running, Scheduler, Step
 from sim.kv import CountingPool, Decodes
 
 
@@ -47,7 +47,7 @@ class ReplicaStep(Step):
         self.group = Decodes(pool.block_size)
         self._outputs = outputs  # true lengths by request id: never shown to a policy
         self._limit = scheduler.token_limit
-        self.waiting: deque[Request] | OrderedQueue = (  # type: ignore[assignment]
+        self.waiting: deque[Request] | OrderedQueue = (
             OrderedQueue(scheduler) if scheduler.sorts() else deque()
         )
         self.now = 0
@@ -88,7 +88,7 @@ class ReplicaStep(Step):
     # what a policy sees
 
     @property
-    def running(self) -> ValuesView[Request]:  # noqa: D102 - documented in the contract, as all below
+    def running(self) -> Running:  # noqa: D102 - documented in the contract, as all below
         return self.admitted.values()
 
     @property
@@ -342,4 +342,3 @@ class ReplicaStep(Step):
 
     def _fail(self, what: str) -> NoReturn:
         raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
-

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from itertools import compress
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -18,7 +19,7 @@ from sim.trace import PS_PER_S, shortened
 T = TypeVar("T")
 
 LONGEST_CELL = 1 << 28  # characters; csv's own limit, 131,072, is too short for a long prompt's hash ids
-_FINITE = 10**18  # larger numbers are refused before `int` writes out all their digits
+_FINITE = 10**19  # larger numbers are refused before `int` writes out all their digits
 
 
 class Table:
@@ -54,10 +55,16 @@ class Table:
         Raises:
             BadInput: names what is missing, and what in the header looks like it.
         """
-        for column in columns:
-            if column not in self.header:
-                self.refuse(f"missing column{did_you_mean(column, self.header)}", 1, column)
-        self.done()
+        missing = [column for column in columns if column not in self.header]
+        for column in missing:
+            self.refuse(f"missing column{did_you_mean(column, self.header)}", 1, column)
+        if missing:
+            self.done()
+
+    def sound(self) -> list[bool]:
+        """For each row whether nothing in it was refused so far."""
+        broken = {problem.line for problem in self.problems}
+        return [line not in broken for line in self.lines]
 
     def cells(self, column: str) -> list[Any]:
         """One column, top to bottom."""
@@ -81,8 +88,8 @@ class Table:
 
     def keep(self, kept: Collection[bool]) -> None:
         """Drop the rows that are False in ``kept``."""
-        self.rows = [row for row, keep in zip(self.rows, kept, strict=True) if keep]
-        self.lines = [line for line, keep in zip(self.lines, kept, strict=True) if keep]
+        self.rows = list(compress(self.rows, kept))
+        self.lines = list(compress(self.lines, kept))
 
 
 def read_csv(path: Path, limit: int | None) -> Table:

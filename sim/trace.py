@@ -163,7 +163,9 @@ def faults(
         dtype, lowest = COLUMNS[name]
         limits = np.iinfo(dtype)
         lowest = limits.min if lowest is None else lowest
-        refuse(name, column < lowest, f"must be at least {lowest}")
+        # Of arrivals the first tells: later ones below 0 are out of order.
+        low = column[:1] < lowest if name == "arrival_ps" else column < lowest
+        refuse(name, low, f"must be at least {lowest}")
         refuse(name, column > limits.max, f"must be at most {limits.max}")
     if "max_tokens" in columns:
         # Where the cap is below 1 that was said above.

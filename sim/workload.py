@@ -42,7 +42,7 @@ class Workload(Spec):
     )
     max_tokens: Literal["exact"] | Tokens | None = Field(
         default=None,
-        description="The output cap that clients declare: exact (the true length), one number for all (longer "
+        description="The output cap that clients declare: exact (the true length), one number (longer "
         "outputs end there), or null: the file's own column if it has one, else nothing.",
     )
     name: str | None = Field(
@@ -110,10 +110,10 @@ class Workload(Spec):
     def _wrong_times(self) -> list[str]:
         """What is wrong with where times come from."""
         wrong = []
-        if self.rate_per_s is not None and self.arrivals is not None:
-            wrong.append("rate_per_s and arrivals must not both be given: each says the rate")
-        elif self.rate_per_s is not None and self.name is None and self.file is None:
+        if self.rate_per_s is not None and self.name is None and self.file is None:
             wrong.append("rate_per_s must not be given without a name or a file: arrivals say the rate")
+        elif self.rate_per_s is not None and self.arrivals is not None:
+            wrong.append("rate_per_s and arrivals must not both be given: each says the rate")
         if self.time_scale != 1:
             if self.file is None:
                 wrong.append("time_scale must not be given without a file")

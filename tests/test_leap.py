@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import Affine, World, play, trace_of
+from worlds import Affine, World, check_books, play, trace_of
 
 from backend.base import Host
 from policies.base import Scheduler
@@ -16,7 +16,6 @@ from policies.static import Static
 from policies.tgi import Tgi
 from policies.vllm import Vllm
 from sim.engine import duration, steps_to_reach
-from sim.records import Status
 
 POLICIES: dict[str, Callable[[int], Scheduler]] = {
     "static": lambda n: Static(batch=n),
@@ -79,31 +78,6 @@ def test_leap_equals_step(name: str, table: list[tuple[int, int, int]], backend:
     assert leapt.outcome() == stepped.outcome()
     for world in (leapt, stepped):
         check_books(world)
-
-
-def check_books(world: World) -> None:
-    """Every request ended once, all tokens came out, and nothing is left behind."""
-    r = world.requests
-    trace = r.trace
-    assert set(r.status) <= {Status.FINISHED, Status.REJECTED}
-    done = [i for i in range(len(trace)) if r.status[i] == Status.FINISHED]
-    assert all(trace.arrival_ps[i] <= r.admitted[i] < r.first_token[i] <= r.finished[i] for i in done)
-    emitted = sum(int(trace.output_tokens[i]) for i in done)
-    gaps = 0
-    for engine in world.engines:
-        state = engine.state
-        assert engine.pool.free == engine.pool.total
-        assert (state.kv_tokens, state.promised, state.group.context, state.group.live, state.group.dead) == (0, 0, 0, 0, 0)
-        assert not state.waiting
-        assert not state.admitted
-        gaps += sum(weight for _, weight in sorted_gaps_of(engine))
-    assert gaps == emitted - len(done)  # a token, a gap; but for first tokens
-
-
-def sorted_gaps_of(engine: object) -> list[tuple[int, int]]:
-    from worlds import sorted_gaps
-
-    return sorted_gaps(engine)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 10**12), st.integers(0, 10**9), st.integers(1, 10**15))

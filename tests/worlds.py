@@ -14,7 +14,7 @@ from policies.routers import RoundRobin
 from sim.cluster import Cluster
 from sim.engine import Engine
 from sim.kv import CountingPool
-from sim.records import RequestRecords
+from sim.records import RequestRecords, Status
 from sim.trace import Trace
 
 
@@ -91,6 +91,25 @@ def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
     for gap, weight in zip(gaps["gap_ps"].tolist(), gaps["count"].tolist(), strict=True):
         count[gap] = count.get(gap, 0) + weight
     return sorted(count.items())
+
+
+def check_books(world: World) -> None:
+    """Every request ended once, all tokens came out, and nothing is left behind."""
+    r = world.requests
+    trace = r.trace
+    assert set(r.status) <= {Status.FINISHED, Status.REJECTED}
+    done = [i for i in range(len(trace)) if r.status[i] == Status.FINISHED]
+    assert all(trace.arrival_ps[i] <= r.admitted[i] < r.first_token[i] <= r.finished[i] for i in done)
+    emitted = sum(int(trace.output_tokens[i]) for i in done)
+    gaps = 0
+    for engine in world.engines:
+        state, group = engine.state, engine.state.group
+        assert engine.pool.free == engine.pool.total
+        assert (state.kv_tokens, state.promised, group.context, group.live, group.dead) == (0, 0, 0, 0, 0)
+        assert not state.waiting
+        assert not state.admitted
+        gaps += sum(weight for _, weight in sorted_gaps(engine))
+    assert gaps == emitted - len(done)  # a token, a gap; but for first tokens
 
 
 def play(

@@ -1,0 +1,254 @@
+"""The command line: ``chairlift run``, ``list``, ``schema``, ``trace describe``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from backend import specs
+from policies.base import PolicyError
+from sim import formats, named, output, plugins, report
+from sim.describe import table as trace_table
+from sim.problems import BadInput, Problem, did_you_mean
+from sim.run import Outcome, simulate
+from sim.setup import BACKENDS, Setup, Study, load
+
+app = typer.Typer(
+    name="chairlift",
+    help="Replay LLM request traces against swappable serving schedulers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
+
+SCENARIOS = Path(__file__).resolve().parent.parent / "scenarios"
+SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+@app.command()
+def run(
+    scenario: Annotated[str, typer.Argument(help="A scenario file, or the name of a shipped one.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key: --set compare.0.policy.batch=8. Repeatable."
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="P",
+            help="Run this policy instead of the file's: a name, or file.py[:Class]. Twice: compare.",
+        ),
+    ] = None,
+    backend: Annotated[str | None, typer.Option(metavar="B", help="Price steps with this backend.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where results go; default runs/<scenario>.")
+    ] = None,
+    no_leap: Annotated[
+        bool, typer.Option("--no-leap", help="Take every engine step on its own: the same results, slowly.")
+    ] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print summary.json (or comparison.json) instead.")
+    ] = False,
+) -> None:
+    """Simulate a scenario: a table here, and summary.json, requests.parquet, steps.parquet in DIR.
+
+    [bold]chairlift run anyscale_23x[/bold] replays the continuous-batching post.
+    """
+    study = load(find_scenario(scenario), set_ or [], policy or [], backend, trust)
+    folder = out_dir or Path("runs") / study.name
+    writer = output.Writer(folder, study)
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in _simulated(study, not no_leap, quiet or as_json):
+            outcomes.append(outcome)
+            writer.add(outcome)
+    except KeyboardInterrupt:
+        err.print(f"interrupted: {len(outcomes)} of {len(study.setups)} runs are in {escape(str(folder))}")
+        raise typer.Exit(130) from None
+    finally:
+        writer.close(outcomes)
+    if as_json:
+        name = "comparison.json" if len(study.setups) > 1 else "summary.json"
+        sys.stdout.write((folder / name).read_text(encoding="utf-8"))
+    elif not quiet:
+        report.show(out, study, outcomes)
+        wall = sum(o.summary["wall_s"] for o in outcomes)
+        count = sum(len(o.requests.status) for o in outcomes)
+        out.print(
+            f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim"
+        )
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
+) -> None:
+    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers."""
+    if kind not in SCENARIO_KINDS:
+        raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
+    table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)
+    for row in _rows(kind, table):
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
+    from sim.schema import scenario_schema
+
+    sys.stdout.write(json.dumps(scenario_schema(), indent=2) + "\n")
+
+
+@trace_app.command("describe")
+def describe(
+    file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="azure, burstgpt, mooncake, vidur or chairlift; default: detected."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print counts, length percentiles, burstiness and prefix reuse of a trace."""
+    from sim.describe import describe as facts
+
+    trace = formats.load(file, format_, limit)
+    if as_json:
+        sys.stdout.write(json.dumps(facts(trace), indent=2) + "\n")
+    else:
+        out.print(trace_table(trace, file.name))
+
+
+def find_scenario(name: str) -> Path:
+    """The file that ``name`` means: a path, or a shipped scenario. Raises `BadInput`."""
+    path = Path(name)
+    if path.exists() or path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
+        return path
+    shipped = SCENARIOS / f"{name}.yaml"
+    if not shipped.is_file():
+        known = [p.stem for p in SCENARIOS.glob("*.yaml")]
+        raise BadInput(
+            Problem(f"no such file, and no scenario of that name{did_you_mean(name, known)}", value=name)
+        )
+    return shipped
+
+
+def _simulated(study: Study, leap: bool, silent: bool) -> Iterator[Outcome]:
+    total = sum(len(setup.trace) for setup in study.setups)
+    done = 0
+    with _progress(total, silent) as advance:
+        for setup in study.setups:
+            label = " ".join(filter(None, (setup.case, setup.variant))) or study.name
+            advance(done, label)
+
+            def arrived(count: int, before: int = done, label: str = label) -> None:
+                advance(before + count, label)
+
+            yield simulate(setup, leap, arrived)
+            done += len(setup.trace)
+
+
+@contextmanager
+def _progress(total: int, silent: bool) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar over requests on a terminal; nothing in pipes."""
+    if silent or not err.is_terminal:
+        yield lambda _count, _label: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,}/{task.total:,} requests"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count, label: bar.update(task, completed=count, description=label)
+
+
+def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
+    if kind in ("policies", "routers"):
+        found: Any = plugins.schedulers() if kind == "policies" else plugins.routers()
+        for name, each in found.items():
+            yield name, plugins.summary(each)
+            for field, info in plugins.settings(each).model_fields.items():
+                yield "", f"  {field}: {plugins.type_name(info)} = {info.default!r}"
+    elif kind == "models":
+        for label in (
+            "model",
+            "layers",
+            "hidden",
+            "heads",
+            "KV heads",
+            "params, B",
+            "KV B/token",
+            "max length",
+        ):
+            table.add_column(label, justify="left" if label == "model" else "right")
+        for name, m in specs.MODELS.items():
+            numbers = (
+                m.layers,
+                m.hidden,
+                m.heads,
+                m.kv_heads,
+                f"{m.parameters / 1e9:.2f}",
+                m.kv_bytes_per_token,
+            )
+            yield (name, *map(str, numbers), str(m.max_model_len))
+    elif kind == "gpus":
+        for label in ("gpu", "TFLOP/s", "GB/s", "GiB", "links GB/s", "$/h", "seen"):
+            table.add_column(label, justify="left" if label in ("gpu", "seen") else "right")
+        for name, g in specs.GPUS.items():
+            peaks = (g.bf16_tflops, g.hbm_gb_per_s, g.memory_gib, g.nvlink_gb_per_s, g.usd_per_gpu_hour)
+            yield (name, *(f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
+    elif kind == "scenarios":
+        for path in sorted(SCENARIOS.glob("*.yaml")):
+            yield path.stem, _question(path)
+    elif kind == "backends":
+        for name, settings in BACKENDS.items():
+            yield name, plugins.summary(settings)
+    else:
+        for name in named.names():
+            yield name, named.get(name).text
+
+
+def _question(path: Path) -> str:
+    from sim.document import read
+
+    return str(read(path).data.get("question", "")).strip().partition("\n")[0]
+
+
+def main() -> None:
+    """The console script: bad input is one message and exit status 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except BadInput as error:
+        for problem in error.problems:
+            err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except PolicyError as error:
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+__all__ = ["Setup", "app", "main"]

@@ -1,0 +1,149 @@
+"""What a study leaves on disk: ``summary.json``, ``comparison.json``, ``requests.parquet``, ``steps.parquet``,
+``scenario.yaml`` and, for a comparison that prints one, ``cdf.csv``.
+
+Same scenario, same seed, same bytes: nothing but the ``wall_s`` figures depends on the machine or the day.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from sim.metrics import PS_PER_MS, Latencies
+from sim.problems import BadInput, Problem
+from sim.records import Status
+from sim.run import Outcome
+from sim.setup import Study
+
+STATUS = [status.name.lower() for status in Status]
+
+
+class Writer:
+    """Writes a study's folder as its runs finish; what is finished is on disk if the rest never is.
+
+    Raises `BadInput` if the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, study: Study) -> None:
+        self.folder = folder
+        self._study = study
+        self._compares = len(study.setups) > 1
+        self._summaries: list[dict[str, Any]] = []
+        self._tables: dict[str, pq.ParquetWriter] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
+            (folder / "scenario.yaml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise BadInput(Problem(f"cannot be written: {error.strerror}", file=str(folder))) from None
+
+    def add(self, outcome: Outcome) -> None:
+        """Write one run's rows and bring the summaries up to date."""
+        setup = outcome.setup
+        label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
+        self._append("requests", request_table(outcome, label))
+        self._append("steps", step_table(outcome, label))
+        summary = {
+            **{k: v for k, v in label.items() if v},
+            **outcome.summary,
+            "assumptions": outcome.assumptions,
+        }
+        self._summaries.append(summary)
+        _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        if self._compares:
+            _replace(
+                self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n"
+            )
+
+    def close(self, outcomes: Sequence[Outcome]) -> None:
+        """Finish the tables."""
+        for table in self._tables.values():
+            table.close()
+        self._tables = {}
+        if self._compares and "cdf" in self._study.tables:
+            self._write_cdf(outcomes)
+
+    def _append(self, name: str, table: pa.Table) -> None:
+        if name not in self._tables:
+            self._tables[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", table.schema)
+        self._tables[name].write_table(table)
+
+    def _write_cdf(self, outcomes: Sequence[Outcome]) -> None:
+        with (self.folder / "cdf.csv").open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["case", "variant", "share", "ttft_ms", "e2el_ms", "normalized_latency_ms"])
+            for outcome in outcomes:
+                times = Latencies(outcome.requests)
+                n = len(times.ttft)
+                columns = (np.sort(times.ttft), np.sort(times.e2el), np.sort(times.normalized))
+                for i, values in enumerate(zip(*columns, strict=True)):
+                    numbers = [f"{v:.6f}" for v in values]
+                    rows.writerow([outcome.setup.case, outcome.setup.variant, f"{(i + 1) / n:.6f}", *numbers])
+
+
+def request_table(outcome: Outcome, label: dict[str, str]) -> pa.Table:
+    """A row a request: the trace's columns, times in ps (null where it did not happen), latencies in ms."""
+    columns = outcome.requests.columns()
+    done = columns["status"] == Status.FINISHED
+    arrays: dict[str, Any] = _labels(label, len(done))
+    for name, values in columns.items():
+        if name == "status":
+            arrays[name] = pa.array(STATUS).take(pa.array(values)).dictionary_encode()
+        elif name.endswith("_ps"):
+            arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
+        else:
+            arrays[name] = pa.array(values)
+    arrival, first, last = (
+        np.asarray(columns[c], dtype=np.int64) for c in ("arrival_ps", "first_token_ps", "finished_ps")
+    )
+    more = np.asarray(columns["output_tokens"], dtype=np.int64) - 1
+    arrays["ttft_ms"] = pa.array((first - arrival) / PS_PER_MS, mask=~done)
+    arrays["tpot_ms"] = pa.array((last - first) / PS_PER_MS / np.maximum(more, 1), mask=~(done & (more > 0)))
+    arrays["e2el_ms"] = pa.array((last - arrival) / PS_PER_MS, mask=~done)
+    return pa.table(arrays)
+
+
+def step_table(outcome: Outcome, label: dict[str, str]) -> pa.Table:
+    """A row a run of engine steps; the columns of `sim.records.RUN_COLUMNS`."""
+    tables = []
+    for replica, each in enumerate(outcome.runs):
+        runs = each.runs()
+        n = len(runs["steps"])
+        arrays = _labels(label, n)
+        arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
+        arrays.update({name: pa.array(np.ascontiguousarray(values)) for name, values in runs.items()})
+        tables.append(pa.table(arrays))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _labels(label: dict[str, str], n: int) -> dict[str, Any]:
+    """Columns that say which run of a comparison a row belongs to."""
+    zeros = pa.array(np.zeros(n, dtype=np.int32))
+    return {k: pa.DictionaryArray.from_arrays(zeros, pa.array([v])) for k, v in label.items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader, or Ctrl-C, never finds half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _provenance(study: Study) -> dict[str, Any]:
+    try:
+        made_by = f"chairlift {version('chairlift')}"
+    except PackageNotFoundError:
+        made_by = "chairlift (not installed)"
+    traces = {s.case or "workload": "; ".join((s.trace.source, *s.trace.notes)) for s in study.setups}
+    pools = {" / ".join(filter(None, (s.case, s.variant))) or "kv": s.kv_source for s in study.setups}
+    return {**study.resolved, "provenance": {"made_by": made_by, "traces": traces, "kv": pools}}

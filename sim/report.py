@@ -1,0 +1,223 @@
+"""What people see of a study: tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sim.metrics import Latencies
+from sim.run import Outcome
+from sim.setup import Study
+
+CDF_PERCENT = (5, 10, 25, 50, 75, 90, 95, 99, 100)
+
+
+def show(console: Console, study: Study, outcomes: Sequence[Outcome]) -> None:
+    """Print what ``study`` asked to see of its outcomes."""
+    if study.question:
+        console.print(Text(study.question.strip(), style="italic"))
+    for each in renderables(study, outcomes):
+        console.print()
+        console.print(each)
+
+
+def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
+    """The tables of a study, one after the other."""
+    if len(outcomes) == 1:
+        yield single(study, outcomes[0])
+    else:
+        if "throughput" in study.tables:
+            yield throughput(study, outcomes)
+        if study.waterfall:
+            yield waterfall(study, outcomes)
+        if "latency" in study.tables:
+            yield latency(study, outcomes)
+        if "cdf" in study.tables:
+            yield cdf(study, outcomes)
+    yield assumptions(outcomes)
+
+
+def single(study: Study, outcome: Outcome) -> Table:
+    """All that one run came to."""
+    s = outcome.summary
+    table = Table(title=study.name, title_justify="left", show_header=False, box=box.SIMPLE)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row(
+        "completed", f"{s['completed']:,}" + (f" ({s['rejected']:,} rejected)" if s["rejected"] else "")
+    )
+    table.add_row("duration", f"{s['duration']:,.2f} s")
+    table.add_row("requests/s", f"{s['request_throughput']:,.3f}")
+    if s["request_goodput"] is not None:
+        table.add_row("goodput, requests/s", f"{s['request_goodput']:,.3f}")
+    table.add_row("output tokens/s", f"{s['output_throughput']:,.1f}")
+    table.add_row("tokens/s, prompts counted", f"{s['total_token_throughput']:,.1f}")
+    table.add_section()
+    for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
+        table.add_row(f"{label} p50 / p90 / p99", _three(s, name))
+    table.add_row("E2E per output token p50 / p90 / p99", _three(s, "normalized_latency"))
+    table.add_section()
+    table.add_row("running, mean / peak", f"{s['mean_running']:.2f} / {s['peak_running']}")
+    table.add_row("KV used", f"{s['kv_utilization']:.1%}")
+    table.add_row("KV reserved / internal / free", _waste(s))
+    table.add_row("preemptions", f"{s['preemptions']:,}")
+    leap = f" ({s['mean_leap']:.1f} at a time)" if s["mean_leap"] else ""
+    table.add_row("engine steps", f"{s['steps']:,}{leap}")
+    table.add_row("simulated in", f"{s['wall_s']:.2f} s ({s['requests_per_wall_s']:,.0f} requests/s)")
+    return table
+
+
+def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """Tokens per second of every variant, as ratios to the study's baselines, beside the published ratio."""
+    baselines = study.baseline or [outcomes[0].setup.variant]
+    published = any(o.setup.published is not None for o in outcomes)
+    table = Table(
+        title=f"{study.name}: tokens/s, prompts and outputs counted",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("", no_wrap=True)
+    table.add_column("tokens/s", justify="right")
+    for name in baselines:
+        table.add_column(f"× {name}", justify="right")
+    if published:
+        table.add_column("published ×", justify="right")
+    for label in ("output/s", "running", "KV used", "pre-empted"):
+        table.add_column(label, justify="right")
+    for case, members in by_case(outcomes):
+        if case:
+            table.add_section()
+            table.add_row(Text(case, style="bold"))
+        base = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
+        for outcome in members:
+            s = outcome.summary
+            rate = s["total_token_throughput"]
+            row = [outcome.setup.variant, f"{rate:,.0f}"]
+            row += [f"{rate / base[name]:.2f}" if base.get(name) else "–" for name in baselines]
+            if published:
+                value = outcome.setup.published
+                row.append("" if value is None else f"{value:g}")
+            row += [f"{s['output_throughput']:,.0f}", f"{s['mean_running']:.1f}"]
+            table.add_row(*row, f"{s['kv_utilization']:.0%}", f"{s['preemptions']:,}")
+    return table
+
+
+def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What each rung gains over the one before, for the last case; the factors multiply to the whole."""
+    case, members = list(by_case(outcomes))[-1]
+    rate = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
+    steps = {o.setup.variant: o.summary["steps"] for o in members}
+    names = [rung.variant for rung in study.waterfall]
+    whole = rate[names[-1]] / rate[names[0]] if rate[names[0]] else float("nan")
+    title = f"where the {whole:.1f}× comes from" + (f" ({case})" if case else "")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("from → to", no_wrap=True)
+    table.add_column("because")
+    for label in ("tokens/s", "engine steps", "factor", "so far"):
+        table.add_column(label, justify="right")
+    table.add_row(names[0], "", f"{rate[names[0]]:,.0f}", f"{steps[names[0]]:,}", "", "1.00×")
+    for before, rung in zip(names, study.waterfall[1:], strict=False):
+        name = rung.variant
+        gain = rate[name] / rate[before] if rate[before] else float("nan")
+        so_far = rate[name] / rate[names[0]] if rate[names[0]] else float("nan")
+        table.add_row(
+            f"→ {name}",
+            rung.because,
+            f"{rate[name]:,.0f}",
+            f"{steps[name]:,}",
+            f"{gain:.2f}×",
+            f"{so_far:.2f}×",
+        )
+    return table
+
+
+def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """Latency percentiles of every variant."""
+    goodput = any(o.summary["request_goodput"] is not None for o in outcomes)
+    table = Table(title=f"{study.name}: latency, p50 / p90 / p99", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for label in ("TTFT", "TPOT", "ITL", "E2E"):
+        table.add_column(label, justify="right", no_wrap=True)
+    table.add_column("requests/s", justify="right")
+    if goodput:
+        table.add_column("goodput/s", justify="right")
+    for case, members in by_case(outcomes):
+        if case:
+            table.add_section()
+            table.add_row(Text(case, style="bold"))
+        for outcome in members:
+            s = outcome.summary
+            row = [_three(s, name) for name in ("ttft", "tpot", "itl", "e2el")]
+            row.append(f"{s['request_throughput']:,.2f}")
+            if goodput:
+                row.append("" if s["request_goodput"] is None else f"{s['request_goodput']:,.2f}")
+            table.add_row(outcome.setup.variant, *row)
+    return table
+
+
+def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """The distribution of end-to-end latency, seconds at each percentage of requests."""
+    table = Table(
+        title=f"{study.name}: E2E seconds within which this share of requests is done", title_justify="left"
+    )
+    table.add_column("", no_wrap=True)
+    for percent in CDF_PERCENT:
+        table.add_column(f"{percent} %", justify="right")
+    for case, members in by_case(outcomes):
+        if case:
+            table.add_section()
+            table.add_row(Text(case, style="bold"))
+        for outcome in members:
+            values = Latencies(outcome.requests).e2el
+            row = [f"{v / 1000:.1f}" for v in np.percentile(values, CDF_PERCENT)] if len(values) else []
+            table.add_row(outcome.setup.variant, *row)
+    return table
+
+
+def assumptions(outcomes: Sequence[Outcome]) -> Group:
+    """What the numbers rest on; said once where all variants share it."""
+    lines: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        for key, text in outcome.assumptions.items():
+            lines.setdefault(f"{key}: {text}", []).append(outcome)
+    parts = [Text(said + _whose(members, outcomes), style="dim") for said, members in lines.items()]
+    notes = {o.setup.variant: o.setup.note for o in outcomes if o.setup.note}
+    parts += [Text(f"{variant}: {note}", style="dim") for variant, note in notes.items()]
+    return Group(*parts)
+
+
+def _whose(members: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
+    """`` [cases, variants]`` that a line holds for; nothing if it holds for all."""
+    said = []
+    for pick in (lambda o: o.setup.case, lambda o: o.setup.variant):
+        here = list(dict.fromkeys(map(pick, members)))
+        if len(here) < len(set(map(pick, outcomes))):
+            said.append(", ".join(here))
+    return f" [{'; '.join(said)}]" if said else ""
+
+
+def by_case(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
+    """Outcomes grouped by case, in order."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.setup.case, []).append(outcome)
+    yield from groups.items()
+
+
+def _three(summary: dict[str, float | None], name: str) -> str:
+    values = [summary[f"{q}_{name}_ms"] for q in ("median", "p90", "p99")]
+    if any(v is None for v in values):
+        return "–"
+    numbers = [float(v) for v in values if v is not None]
+    if max(numbers) >= 10_000:
+        return " / ".join(f"{v / 1000:,.1f}" for v in numbers) + " s"
+    return " / ".join(f"{v:,.1f}" if v < 100 else f"{v:,.0f}" for v in numbers) + " ms"
+
+
+def _waste(summary: dict[str, float]) -> str:
+    return " / ".join(f"{summary[key]:.1%}" for key in ("kv_reserved", "kv_internal", "kv_free"))

@@ -1,0 +1,45 @@
+"""The JSON Schema of scenario files, with the settings of every shipped policy, router and backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backend import specs
+from sim import plugins
+from sim.scenario import Scenario
+from sim.setup import BACKENDS
+
+
+def scenario_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) that an editor can check and complete scenario YAML with."""
+    schema = Scenario.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Chairlift scenario"
+    choices: dict[str, dict[str, Any]] = {
+        "policy": {
+            "anyOf": [*_choices(dict(plugins.schedulers())), {"type": "string", "pattern": r"\.py(:\w+)?$"}]
+        },
+        "router": {"anyOf": _choices(dict(plugins.routers()))},
+        "backend": {"anyOf": _choices(dict(BACKENDS))},
+        "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _settings(specs.Model)]},
+        "gpu": {"anyOf": [{"enum": list(specs.GPUS)}, {"type": "string"}, _settings(specs.GPU)]},
+    }
+    for holder in (schema, schema["$defs"]["Variant"]):
+        for key, choice in choices.items():
+            holder["properties"][key] = {**choice, "description": holder["properties"][key]["description"]}
+    return schema
+
+
+def _choices(kinds: dict[str, type[Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"enum": list(kinds)}]
+    for name, kind in kinds.items():
+        settings = _settings(kind)
+        settings["properties"] = {"name": {"const": name}, **settings.get("properties", {})}
+        settings["required"] = ["name", *settings.get("required", [])]
+        settings["description"] = plugins.summary(kind)
+        found.append(settings)
+    return found
+
+
+def _settings(kind: type[Any]) -> dict[str, Any]:
+    return plugins.settings(kind).model_json_schema()  # type: ignore[arg-type]  # a class is hashable

@@ -1,0 +1,367 @@
+"""From a scenario file to runs ready to simulate: every name looked up, every setting checked.
+
+`load` reads a file, applies ``--set`` and returns the `Setup` of every variant of every case, or raises one
+`BadInput` with all that is wrong, line by line.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from backend import specs
+from backend.base import Backend
+from backend.roofline import Efficiency, Roofline
+from policies.base import Router, Scheduler
+from sim import plugins
+from sim.document import Document, problems_from, read
+from sim.problems import BadInput, Problem, did_you_mean
+from sim.rules import Path as KeyPath
+from sim.scenario import Case, Kv, Rung, Scenario, Slo, Variant
+from sim.trace import Trace
+
+BACKENDS = {"roofline": Efficiency}  # name → the class whose fields are its settings
+
+
+@dataclass
+class Setup:
+    """One run, ready to simulate: everything looked up and checked. All of it pickles."""
+
+    variant: str  # "" when the scenario compares nothing
+    case: str  # "" without cases
+    trace: Trace
+    model: specs.Model
+    gpu: specs.GPU
+    tensor_parallel: int
+    max_model_len: int
+    replicas: int
+    scheduler: type[Scheduler]
+    scheduler_settings: dict[str, Any]
+    router: type[Router]
+    router_settings: dict[str, Any]
+    efficiency: Efficiency
+    blocks: int  # usable blocks of a replica's pool
+    block_size: int  # tokens
+    kv_source: str  # where that number comes from
+    slo: Slo
+    seed: int
+    note: str = ""
+    published: float | None = None
+
+    def make_scheduler(self) -> Scheduler:
+        """A fresh policy object, for one replica."""
+        return self.scheduler(**self.scheduler_settings)
+
+    def make_router(self) -> Router:
+        """A fresh router."""
+        return self.router(**self.router_settings)
+
+    def make_backend(self) -> Backend:
+        """A fresh cost model, for one replica."""
+        return Roofline(self.model, self.gpu, self.tensor_parallel, self.efficiency)
+
+
+@dataclass
+class Study:
+    """All runs that a scenario file asks for, and how to present them."""
+
+    name: str
+    question: str
+    setups: list[Setup]  # case by case, variants in order
+    baseline: list[str] = field(default_factory=list)
+    waterfall: list[Rung] = field(default_factory=list)
+    tables: list[str] = field(default_factory=lambda: ["throughput", "latency"])
+    resolved: dict[str, Any] = field(default_factory=dict)  # the file's content with --set applied
+
+
+def load(
+    path: Path,
+    assignments: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    backend: str | None = None,
+    trust: bool = False,
+) -> Study:
+    """The study in the scenario file ``path``.
+
+    ``policies`` (names or files; these may run code) take the place of the file's own comparison. With ``trust`` a
+    policy file named inside the YAML may run its code too. Raises `BadInput` with all mistakes at once.
+    """
+    document = read(path)
+    resolved = copy.deepcopy(document)
+    document_cases = _cases(document, assignments)
+    resolved.set(assignments)
+    setups: list[Setup] = []
+    scenario: Scenario | None = None
+    problems: dict[str, Problem] = {}
+    for case, changed in document_cases:
+        if policies:
+            changed.data["compare"] = []
+        if backend is not None:
+            changed.set([f"backend={json.dumps(backend)}"], "--backend")
+        try:
+            scenario = changed.check(Scenario)
+            setups += _Resolver(changed, scenario, path.parent, policies, trust).setups(case)
+        except BadInput as error:
+            problems.update({str(p): p for p in error.problems})
+    if problems or scenario is None:
+        raise BadInput(problems.values())
+    if policies:
+        scenario = scenario.model_copy(update={"waterfall": [], "baseline": []})
+    _check_names(document, scenario)
+    return Study(
+        name=scenario.name or path.stem,
+        question=scenario.question or "",
+        setups=setups,
+        baseline=scenario.baseline,
+        waterfall=scenario.waterfall,
+        tables=list(scenario.tables),
+        resolved=resolved.data,
+    )
+
+
+def _cases(document: Document, assignments: Sequence[str]) -> list[tuple[str, Document]]:
+    """The document once for every case, ``--set`` applied last: the command line has the final word."""
+    cases = document.data.get("cases")
+    if not isinstance(cases, list) or not cases:
+        changed = copy.deepcopy(document)
+        changed.set(assignments)
+        return [("", changed)]
+    found = []
+    for i in range(len(cases)):
+        changed = copy.deepcopy(document)
+        case = document.check(Case, at=("cases", i))
+        changed.set(
+            [f"{key}={json.dumps(value)}" for key, value in case.set.items()],
+            f"{document.path}: cases.{i}.set",
+        )
+        changed.set(assignments)
+        found.append((case.name, changed))
+    return found
+
+
+def _check_names(document: Document, scenario: Scenario) -> None:
+    names = [variant.name for variant in scenario.compare]
+    problems = []
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            problems.append(document.problem(("compare", i, "name"), "two variants have this name", name))
+    wanted: list[tuple[KeyPath, str]] = [(("baseline", i), name) for i, name in enumerate(scenario.baseline)]
+    wanted += [(("waterfall", i, "variant"), rung.variant) for i, rung in enumerate(scenario.waterfall)]
+    for at, name in wanted:
+        if name not in names:
+            problems.append(document.problem(at, f"no such variant{did_you_mean(name, names)}", name))
+    if problems:
+        raise BadInput(problems)
+
+
+class _Resolver:
+    """Looks the names of one document up, collecting what is wrong."""
+
+    def __init__(
+        self, document: Document, scenario: Scenario, folder: Path, policies: Sequence[str], trust: bool
+    ) -> None:
+        self._document = document
+        self._scenario = scenario
+        self._folder = folder
+        self._policies = policies
+        self._trust = trust
+        self._problems: list[Problem] = []
+
+    def setups(self, case: str) -> list[Setup]:
+        """One a variant; raises `BadInput`."""
+        scenario = self._scenario
+        trace = self._try((), lambda: self._trace())
+        found: list[Setup | None] = []
+        if self._policies:
+            for name in self._policies:
+                found.append(self._setup(case, trace, Variant(name=name, policy=name), None, trusted=True))
+            if len(found) == 1 and found[0] is not None:
+                found[0].variant = ""
+        elif scenario.compare:
+            found += [self._setup(case, trace, v, ("compare", i)) for i, v in enumerate(scenario.compare)]
+        else:
+            found.append(self._setup(case, trace, None, ()))
+        if self._problems:
+            raise BadInput(self._problems)
+        return [setup for setup in found if setup is not None]
+
+    def _trace(self) -> Trace:
+        scenario = self._scenario
+        try:
+            return scenario.workload.build(scenario.seed, self._folder)
+        except BadInput as error:
+            at = ("workload",)
+            raise BadInput(
+                p
+                if p.file
+                else self._document.problem((*at, *p.path.split(".")) if p.path else at, p.rule, p.value)
+                for p in error.problems
+            ) from None
+
+    def _setup(
+        self,
+        case: str,
+        trace: Trace | None,
+        variant: Variant | None,
+        at: KeyPath | None,
+        trusted: bool = False,
+    ) -> Setup | None:
+        """``at`` is where the variant stands in the document; None if the command line made it."""
+        scenario = self._scenario
+        before = len(self._problems)
+
+        def pick(key: str, default: Any = None) -> tuple[Any, KeyPath]:
+            if variant is not None and (value := getattr(variant, key)) is not None:
+                return value, (*at, key) if at is not None else ("--policy",)
+            value = getattr(scenario, key)
+            return (default if value is None else value), (key,)
+
+        def need(key: str) -> tuple[Any, KeyPath]:
+            value, where = pick(key)
+            if value is None:
+                self._problems.append(self._document.problem(where, "is required"))
+            return value, where
+
+        model = self._look_up(*need("model"), self._model)
+        gpu = self._look_up(*need("gpu"), _gpu)
+        policy = self._look_up(
+            *need("policy"), lambda name: plugins.scheduler(name, self._trust or trusted), True
+        )
+        router = self._look_up(*pick("router", "round_robin"), plugins.router, True)
+        backend = self._look_up(*pick("backend", "roofline"), _backend, True)
+        if (
+            trace is None
+            or len(self._problems) > before
+            or not (model and gpu and policy and router and backend)
+        ):
+            return None
+        (scheduler, settings), policy_at = policy, pick("policy")[1]
+        tensor_parallel, tp_at = pick("tensor_parallel", 1)
+        max_model_len, _ = pick("max_model_len", model.max_model_len)
+        sample = self._try(policy_at, lambda: scheduler(**settings))
+        kv, kv_at = pick("kv", Kv())
+        fit = self._try(kv_at, lambda: _pool(kv, sample, model, gpu, tensor_parallel)) if sample else None
+        self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel))
+        if sample is not None and (misfit := sample.misfit(max_model_len)):
+            self._problems.append(self._document.problem(policy_at, misfit))
+        if len(self._problems) > before or fit is None:
+            return None
+        return Setup(
+            variant=variant.name if variant else "",
+            case=case,
+            trace=trace,
+            model=model,
+            gpu=gpu,
+            tensor_parallel=tensor_parallel,
+            max_model_len=max_model_len,
+            replicas=pick("replicas", 1)[0],
+            scheduler=scheduler,
+            scheduler_settings=settings,
+            router=router[0],
+            router_settings=router[1],
+            efficiency=backend[0](**backend[1]),
+            blocks=fit[0],
+            block_size=fit[1],
+            kv_source=fit[2],
+            slo=pick("slo", Slo())[0],
+            seed=scenario.seed,
+            note=(variant.note if variant else None) or "",
+            published=variant.published if variant else None,
+        )
+
+    def _look_up(self, choice: Any, at: KeyPath, find: Any, with_settings: bool = False) -> Any:
+        """What ``choice`` names; with settings: a class and its checked settings. None if it is wrong."""
+        if choice is None:
+            return None
+        if isinstance(choice, str):
+            found = self._try(at, lambda: find(choice))
+            return (found, self._settings(found, {}, at)) if with_settings and found else found
+        if not with_settings:
+            return self._try(at, lambda: find(choice))
+        rest = dict(choice)
+        name = rest.pop("name", None)
+        if not isinstance(name, str):
+            self._problems.append(self._document.problem((*at, "name"), "is required, a name"))
+            return None
+        found = self._try((*at, "name"), lambda: find(name))
+        if found is None:
+            return None
+        settings = self._settings(found, rest, at)
+        return None if settings is None else (found, settings)
+
+    def _settings(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any] | None:
+        model = plugins.settings(kind)  # type: ignore[arg-type]  # a class is hashable
+        checked = self._try(at, lambda: self._document.check(model, given, at))
+        return None if checked is None else checked.model_dump()
+
+    def _model(self, choice: str | dict[str, Any]) -> specs.Model:
+        if isinstance(choice, dict):
+            return specs.Model(**plugins.settings(specs.Model)(**choice).model_dump())
+        if not choice.endswith(".json"):
+            return specs.model(choice)
+        config = read(self._folder / choice).data
+        return specs.Model.from_hf_config(config, Path(choice).parent.name or choice)
+
+    def _try(self, at: KeyPath, what: Any) -> Any:
+        """The result of ``what()``; None, with the problem noted at ``at``, where it raises."""
+        try:
+            return what()
+        except ValidationError as error:
+            kind = specs.Model if "model" in at else specs.GPU
+            self._problems += problems_from(error, self._document, plugins.settings(kind), at=at)
+        except BadInput as error:
+            self._problems += [
+                p
+                if p.file
+                else self._document.problem((*at, *filter(None, p.path.split("."))), p.rule, p.value)
+                for p in error.problems
+            ]
+        except (LookupError, ValueError, TypeError) as error:
+            self._problems.append(self._document.problem(at, str(error.args[0] if error.args else error)))
+        return None
+
+
+def _gpu(choice: str | dict[str, Any]) -> specs.GPU:
+    if isinstance(choice, dict):
+        return specs.GPU(**plugins.settings(specs.GPU)(**choice).model_dump())
+    return specs.gpu(choice)
+
+
+def _backend(name: str) -> type[Any]:
+    if name not in BACKENDS:
+        raise BadInput(Problem(f"no such backend{did_you_mean(name, list(BACKENDS))}", value=name))
+    return BACKENDS[name]
+
+
+def _pool(
+    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
+) -> tuple[int, int, str]:
+    """Usable blocks, tokens a block, and where the number comes from."""
+    block_size = getattr(policy, "block_size", None) or kv.block_size
+    own = getattr(policy, "num_gpu_blocks", None)
+    if kv.blocks is not None and kv.tokens is not None:
+        raise ValueError("give blocks or tokens, not both")
+    if own is not None:
+        blocks, source = own - 1, f"policy.num_gpu_blocks {own}, one of them vLLM's null block"
+        if blocks < 1:
+            raise ValueError(f"num_gpu_blocks must be at least 2: one is vLLM's null block (got {own})")
+    elif kv.blocks is not None:
+        blocks, source = kv.blocks, "given"
+    elif kv.tokens is not None:
+        blocks, source = kv.tokens // block_size, "given"
+        if blocks < 1:
+            raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
+    else:
+        fit = specs.kv_blocks(model, gpu, tensor_parallel, block_size, kv.memory_utilization, kv.reserve_gib)
+        blocks, source = fit.blocks, fit.explain()
+    if policy.block_tokens is not None:  # the policy's own granularity over the same memory
+        if own is None and kv.tokens is not None:
+            return kv.tokens // policy.block_tokens, policy.block_tokens, source
+        return blocks * block_size // policy.block_tokens, policy.block_tokens, source
+    return blocks, block_size, source

@@ -1,0 +1,114 @@
+"""Chairlift's own trace files: what is written is read back exactly."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sim.formats import load, save
+from sim.problems import BadInput
+from sim.trace import COLUMNS, HashIds, Trace
+
+TRACES = Path(__file__).parents[2] / "shared" / "traces"
+needs_traces = pytest.mark.skipif(
+    not TRACES.is_dir(), reason="the public traces are not beside this checkout"
+)
+
+
+def refused(path, **options):
+    with pytest.raises(BadInput) as caught:
+        load(path, **options)
+    assert all(problem.file == str(path) for problem in caught.value.problems)
+    return [(p.line, p.path, p.rule, p.value) for p in caught.value.problems]
+
+
+def same(a, b):
+    for name in COLUMNS:
+        left, right = getattr(a, name), getattr(b, name)
+        if name == "tenant" and left is not None:  # numbered anew, in order of appearance
+            assert [a.tenants[i] for i in left] == [b.tenants[i] for i in right]
+        else:
+            assert (left is None) == (right is None), name
+            assert left is None or left.tolist() == right.tolist(), name
+    assert (a.hash_ids is None) == (b.hash_ids is None)
+    if a.hash_ids is not None:
+        assert a.hash_block == b.hash_block
+        assert [a.hash_ids.row(i).tolist() for i in range(len(a))] == [
+            b.hash_ids.row(i).tolist() for i in range(len(b))
+        ]
+
+
+@st.composite
+def traces(draw):
+    n = draw(st.integers(1, 8))
+
+    def column(low, high):
+        return draw(st.lists(st.integers(low, high), min_size=n, max_size=n))
+
+    columns = {
+        "arrival_ps": sorted(column(0, 2**63 - 1)),
+        "prompt_tokens": column(1, 2**31 - 1),
+        "output_tokens": column(1, 2**31 - 1),
+    }
+    if draw(st.booleans()):
+        columns["max_tokens"] = [min(n + 5, 2**31 - 1) for n in columns["output_tokens"]]
+    if draw(st.booleans()):
+        columns["priority"] = column(-(2**31), 2**31 - 1)
+    if draw(st.booleans()):
+        columns["session"] = column(-1, 2**63 - 1)
+    if draw(st.booleans()):
+        columns["prefix_group"] = column(-1, 2**31 - 1)
+        columns["prefix_tokens"] = [n // 2 for n in columns["prompt_tokens"]]
+    if draw(st.booleans()):
+        # Text as people write it, with what CSV must quote; line ends are not part of a name.
+        names = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=6)
+        columns["tenants"] = tuple(draw(st.lists(names, min_size=1, max_size=3, unique=True)))
+        columns["tenant"] = column(0, len(columns["tenants"]) - 1)
+    if draw(st.booleans()):
+        columns["hash_block"] = draw(st.integers(1, 1024))
+        most = [min(3, -(-n // columns["hash_block"])) for n in columns["prompt_tokens"]]
+        rows = [draw(st.lists(st.integers(-(2**63) + 1, 2**63 - 1), max_size=m)) for m in most]
+        values = np.array([i for row in rows for i in row], np.int64)
+        columns["hash_ids"] = HashIds(values, np.cumsum([0, *(len(row) for row in rows)]))
+    return Trace(**columns)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.parquet"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(trace=traces())
+def test_what_is_saved_is_loaded_back_exactly(tmp_path, name, trace):
+    save(trace, tmp_path / name)
+
+    same(trace, load(tmp_path / name))
+
+
+def test_a_parquet_file_of_floats_is_read_as_they_print(tmp_path):
+    table = pa.table({"arrival_s": [0.1, 0.3], "prompt_tokens": [5.0, 6.0], "output_tokens": [1, 2]})
+    pq.write_table(table, tmp_path / "t.parquet")
+
+    assert load(tmp_path / "t.parquet").arrival_ps.tolist() == [10**11, 3 * 10**11]
+
+
+@pytest.mark.parametrize("cell", [None, float("nan"), 5.5])
+def test_a_parquet_file_names_the_row_and_column_at_fault(tmp_path, cell):
+    table = pa.table({"arrival_s": [0.0, 1.0], "prompt_tokens": [5, cell], "output_tokens": [1, 2]})
+    pq.write_table(table, tmp_path / "t.parquet")
+
+    [(line, column, rule, _)] = refused(tmp_path / "t.parquet")
+    assert (line, column, rule) == (2, "prompt_tokens", "must be a whole number")
+
+
+def test_a_parquet_file_cut_short_is_refused(tmp_path):
+    pq.write_table(pa.table({"arrival_s": [0.0]}), tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:100])
+
+    assert "not a readable Parquet file" in refused(tmp_path / "t.parquet")[0][2]
+
+
+def test_a_folder_that_is_not_there_cannot_be_saved_to(tmp_path):
+    with pytest.raises(BadInput, match="cannot be written"):
+        save(Trace([0], [1], [1]), tmp_path / "none" / "t.csv")
