@@ -46,9 +46,7 @@ class Roofline(Backend):
 
     name = "roofline"
 
-    def __init__(
-        self, model: Model, gpu: GPU, tensor_parallel: int = 1, efficiency: Efficiency | None = None
-    ) -> None:
+    def __init__(self, model: Model, gpu: GPU, tensor_parallel: int = 1, efficiency: Efficiency | None = None) -> None:
         self.model, self.gpu, self.tensor_parallel = model, gpu, tensor_parallel
         self.efficiency = e = efficiency or Efficiency()
         tp = tensor_parallel
@@ -112,9 +110,7 @@ class Roofline(Backend):
             return 0, 0
         one_way = (self.gpu.nvlink_gb_per_s / 2 or self.gpu.host_gb_per_s) * 1e9 * e.link
         count = 2 * self.model.layers
-        volume = (
-            2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_param
-        )  # a ring moves this per token
+        volume = 2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_param  # a ring moves this per token
         return round(count * e.allreduce_us * 1e-6 * PS), round(count * volume / one_way * PS)
 
     def assumptions(self) -> dict[str, str]:

@@ -59,9 +59,7 @@ class Model:
 
     def __post_init__(self) -> None:
         sizes = ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab", "max_model_len")
-        wrong = [
-            f"{size} must be at least 1 (got {value})" for size in sizes if (value := getattr(self, size)) < 1
-        ]
+        wrong = [f"{size} must be at least 1 (got {value})" for size in sizes if (value := getattr(self, size)) < 1]
         if not wrong and self.heads % self.kv_heads:
             wrong = [f"kv_heads must divide heads (got {self.kv_heads} and {self.heads})"]
         if wrong:
@@ -108,9 +106,7 @@ class Model:
             raise ValueError(f"{name}: num_attention_heads must be at least 1 (got {heads})")
         dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
         if dtype not in _DTYPE_BYTES:
-            raise ValueError(
-                f"{name}: torch_dtype {dtype!r} is not modelled – modelled: {', '.join(_DTYPE_BYTES)}"
-            )
+            raise ValueError(f"{name}: torch_dtype {dtype!r} is not modelled – modelled: {', '.join(_DTYPE_BYTES)}")
         biases: Literal["none", "qkv", "attention", "all"] = (
             "all" if opt and config.get("enable_bias", True) else "none"
         )

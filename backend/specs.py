@@ -205,9 +205,7 @@ def _llama(
     )  # fmt: skip
 
 
-def _qwen25(
-    size: str, layers: int, hidden: int, heads: int, kv: int, ffn: int, vocab: int, tied: bool
-) -> Model:
+def _qwen25(size: str, layers: int, hidden: int, heads: int, kv: int, ffn: int, vocab: int, tied: bool) -> Model:
     # The length is the Instruct models' (and the small base models'); base models of 7B and more say 131072.
     return Model(
         f"qwen2.5-{size}", layers, hidden, heads, kv, hidden // heads, ffn, vocab, 32768,

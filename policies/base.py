@@ -24,8 +24,8 @@ There is no prefill phase and no decode phase: a plan is a number of tokens per 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Collection, Protocol, Reversible
+from collections.abc import Collection, Reversible, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from annotated_types import Ge, Gt
 
@@ -89,9 +89,7 @@ class Request:
         self.id = id  # row of the trace
         self.arrival = arrival  # ps
         self.prompt_tokens = prompt_tokens
-        self.max_tokens = (
-            max_tokens  # output cap that the client declared; the model's limit if it declared none
-        )
+        self.max_tokens = max_tokens  # output cap that the client declared; the model's limit if it declared none
         self.output_tokens = output_tokens  # None, but for policies that say `oracle = True`
         self.priority = priority  # smaller is more urgent, as in vLLM
         self.tenant = tenant

@@ -19,22 +19,16 @@ class Static(Scheduler):
     """
 
     batch: Positive = 8  # requests a batch
-    pad_to: Literal["batch", "global"] = (
-        "batch"  # decode to the batch's longest answer, or to the longest declared
-    )
+    pad_to: Literal["batch", "global"] = "batch"  # decode to the batch's longest answer, or to the longest declared
     start: Literal["full", "impatient"] = "full"  # wait for a full batch, or start with whoever waits
-    max_wait_ms: NotNegativeFloat | None = (
-        None  # a batch that is not full starts when its oldest waited this long
-    )
+    max_wait_ms: NotNegativeFloat | None = None  # a batch that is not full starts when its oldest waited this long
     pause_ms: NotNegativeFloat = 0.0  # the launcher sleeps this long before every batch
 
     block_tokens: ClassVar[int | None] = 1
     batch_synchronous: ClassVar[bool] = True
 
     _longest: int = field(default=0, init=False, repr=False)  # output tokens, the longest declared so far
-    _last_step: int = field(
-        default=0, init=False, repr=False
-    )  # decode step that ends a globally padded batch
+    _last_step: int = field(default=0, init=False, repr=False)  # decode step that ends a globally padded batch
 
     def schedule(self, step: Step) -> int:
         """Go on with the batch, or form the next one."""

@@ -30,9 +30,7 @@ class Tgi(Scheduler):
     block_tokens: ClassVar[int | None] = 1
 
     _joined: int = field(default=0, init=False, repr=False)  # decode steps when somebody joined last
-    _full: bool = field(
-        default=False, init=False, repr=False
-    )  # the head of the queue does not fit the budget
+    _full: bool = field(default=False, init=False, repr=False)  # the head of the queue does not fit the budget
 
     def schedule(self, step: Step) -> int:
         """Prefill a new batch on its own if one may join, else decode."""

@@ -24,9 +24,7 @@ class Vllm(Scheduler):
     max_num_seqs: Positive = 256
     block_size: Positive | None = None
     num_gpu_blocks: Positive | None = None
-    enable_chunked_prefill: bool = (
-        True  # False: a prompt that exceeds the budget left waits for the next step
-    )
+    enable_chunked_prefill: bool = True  # False: a prompt that exceeds the budget left waits for the next step
     long_prefill_token_threshold: NotNegative = 0  # tokens of one prompt a step; 0: no limit
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     scheduler_reserve_full_isl: bool = True  # admit only where all known tokens would fit

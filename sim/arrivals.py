@@ -122,9 +122,7 @@ class OnOff(Spec):
     def rescaled(self, rate_per_s: float) -> OnOff:
         """The same picture at another mean rate: all times, on and off periods too, are stretched alike."""
         stretch = self.mean_rate_per_s / rate_per_s
-        return OnOff(
-            rate_per_s=self.rate_per_s / stretch, on_s=self.on_s * stretch, off_s=self.off_s * stretch
-        )
+        return OnOff(rate_per_s=self.rate_per_s / stretch, on_s=self.on_s * stretch, off_s=self.off_s * stretch)
 
 
 class Arrivals(OneOf):

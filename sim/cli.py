@@ -36,7 +36,11 @@ app.add_typer(trace_app, name="trace")
 SCENARIOS = Path(__file__).resolve().parent.parent / "scenarios"
 SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers")
 
+WIDTH = 100  # columns of a table that goes to a file or a pipe
+
 out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = max(out.width, WIDTH)
 err = Console(stderr=True, highlight=False)
 
 
@@ -45,9 +49,7 @@ def run(
     scenario: Annotated[str, typer.Argument(help="A scenario file, or the name of a shipped one.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a key: --set compare.0.policy.batch=8. Repeatable."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set compare.0.policy.batch=8. Repeatable."),
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -63,13 +65,9 @@ def run(
     no_leap: Annotated[
         bool, typer.Option("--no-leap", help="Take every engine step on its own: the same results, slowly.")
     ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")
-    ] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print summary.json (or comparison.json) instead.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json (or comparison.json) instead.")] = False,
 ) -> None:
     """Simulate a scenario: a table here, and summary.json, requests.parquet, steps.parquet in DIR.
 
@@ -95,9 +93,7 @@ def run(
         report.show(out, study, outcomes)
         wall = sum(o.summary["wall_s"] for o in outcomes)
         count = sum(len(o.requests.status) for o in outcomes)
-        out.print(
-            f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim"
-        )
+        out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
 
 
 @app.command("list")
@@ -149,9 +145,7 @@ def find_scenario(name: str) -> Path:
     shipped = SCENARIOS / f"{name}.yaml"
     if not shipped.is_file():
         known = [p.stem for p in SCENARIOS.glob("*.yaml")]
-        raise BadInput(
-            Problem(f"no such file, and no scenario of that name{did_you_mean(name, known)}", value=name)
-        )
+        raise BadInput(Problem(f"no such file, and no scenario of that name{did_you_mean(name, known)}", value=name))
     return shipped
 
 

@@ -23,9 +23,7 @@ from sim.rules import Path, complaints
 
 T = TypeVar("T")
 
-MAX_NODES = (
-    200_000  # values in a document, aliases counted as often as used: a bound against "billion laughs"
-)
+MAX_NODES = 200_000  # values in a document, aliases counted as often as used: a bound against "billion laughs"
 
 
 @dataclass
@@ -126,16 +124,12 @@ def read(path: FilePath) -> Document:
     except IsADirectoryError:
         raise BadInput(Problem("must be a file, not a directory", name)) from None
     except (OSError, ValueError) as error:
-        raise BadInput(
-            Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", name)
-        ) from None
+        raise BadInput(Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", name)) from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise BadInput(
-            Problem("must be UTF-8 text", name, line, value=raw[error.start : error.start + 1])
-        ) from None
+        raise BadInput(Problem("must be UTF-8 text", name, line, value=raw[error.start : error.start + 1])) from None
     if path.suffix == ".json":
         try:
             json.loads(text or "null")
@@ -143,9 +137,7 @@ def read(path: FilePath) -> Document:
             raise BadInput(Problem(f"not JSON: {error.msg}", name, error.lineno)) from None
         except RecursionError:
             raise BadInput(Problem("is nested too deeply", name)) from None
-        text = text.replace(
-            "\t", " "
-        )  # JSON may be indented with tabs, YAML may not; neither has them in strings
+        text = text.replace("\t", " ")  # JSON may be indented with tabs, YAML may not; neither has them in strings
     try:
         node = yaml.compose(text, _Loader)
         if node is None:
@@ -238,9 +230,7 @@ class _Reader:
         self.lines.setdefault(at, _line(node))
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            raise _Refused(
-                f"must hold at most {MAX_NODES} values, aliases counted as often as used", _line(node)
-            )
+            raise _Refused(f"must hold at most {MAX_NODES} values, aliases counted as often as used", _line(node))
         if id(node) in inside:
             raise _Refused("an alias must not refer to what it stands in", _line(node))
         inside += (id(node),)

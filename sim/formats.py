@@ -48,9 +48,7 @@ _UNREAD = (
 )
 
 
-def load(
-    path: str | Path, format: str | None = None, limit: int | None = None, *, times: bool = True
-) -> Trace:
+def load(path: str | Path, format: str | None = None, limit: int | None = None, *, times: bool = True) -> Trace:
     """The trace in a file, or the first ``limit`` rows of it.
 
     Args:
@@ -66,18 +64,14 @@ def load(
     if limit is not None and limit < 1:
         raise BadInput(Problem("must be at least 1", path="limit", value=limit))
     if format is not None and format not in NAMES:
-        raise BadInput(
-            Problem(f"not a trace format{did_you_mean(format, NAMES)}", path="format", value=format)
-        )
+        raise BadInput(Problem(f"not a trace format{did_you_mean(format, NAMES)}", path="format", value=format))
     start = head(path)
     for pattern, what in _UNREAD:
         if re.match(pattern, start, re.DOTALL):
             raise BadInput(Problem(f"this is {what}: not a format Chairlift reads yet", file=str(path)))
     if start.startswith(b"PAR1"):
         if format not in (None, "chairlift"):
-            raise BadInput(
-                Problem(f"a Parquet file holds Chairlift's own format, not {format}", file=str(path))
-            )
+            raise BadInput(Problem(f"a Parquet file holds Chairlift's own format, not {format}", file=str(path)))
         return _own(_parquet(path, limit))
     if not start.strip():
         raise BadInput(Problem("the file is empty", file=str(path)))
@@ -166,9 +160,7 @@ def _vidur(table: Table, times: bool) -> Trace:
     if times:
         rule = "missing column: the file has lengths only, so the workload must say arrivals of its own"
         raise BadInput(Problem(rule, table.file, 1, "arrived_at"))
-    return _trace(
-        table, "vidur", own, {"arrival_ps": [0] * len(table.rows)}, ["the file has no arrival times"]
-    )
+    return _trace(table, "vidur", own, {"arrival_ps": [0] * len(table.rows)}, ["the file has no arrival times"])
 
 
 def _mooncake(path: Path, limit: int | None) -> Trace:
@@ -281,14 +273,10 @@ def _trace(
     for fault in faults(arrays, hash_ids, hash_block, len(tenants)):
         theirs = own.get(fault.column, fault.column)
         cell = table.rows[fault.row][table.header.index(theirs)] if theirs in table.header else fault.value
-        table.refuse(
-            fault.rule, table.lines[fault.row], theirs, fault.value if theirs == "hash_ids" else cell
-        )
+        table.refuse(fault.rule, table.lines[fault.row], theirs, fault.value if theirs == "hash_ids" else cell)
     table.done()
     source = f"{table.name} ({format} format)"
-    return Trace(
-        **arrays, hash_ids=hash_ids, hash_block=hash_block, tenants=tenants, source=source, notes=tuple(notes)
-    )
+    return Trace(**arrays, hash_ids=hash_ids, hash_block=hash_block, tenants=tenants, source=source, notes=tuple(notes))
 
 
 def _stamp_ps(cell: str) -> int:

@@ -18,9 +18,7 @@ class CountingPool:
 
     def __init__(self, total: int, block_size: int) -> None:
         if total < 1 or block_size < 1:
-            raise ValueError(
-                f"a KV pool needs at least one block of one token: {total} blocks of {block_size}"
-            )
+            raise ValueError(f"a KV pool needs at least one block of one token: {total} blocks of {block_size}")
         self.total = total
         self.block_size = block_size
         self.free = total

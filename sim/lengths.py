@@ -130,9 +130,7 @@ class Lognormal(Spec):
 
     mu: float = Field(ge=-10, le=20, description="Mean of the logarithm (natural) of the tokens.")
     sigma: float = Field(ge=0, le=10, description="Standard deviation of the logarithm of the tokens.")
-    cap: Tokens | None = Field(
-        default=None, description="Largest length, in tokens; longer draws are cut to it."
-    )
+    cap: Tokens | None = Field(default=None, description="Largest length, in tokens; longer draws are cut to it.")
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
         """``n`` lengths.
@@ -194,9 +192,7 @@ class Mixture(Spec):
     @model_validator(mode="after")
     def _one_weight_a_part(self) -> Mixture:
         if len(self.weights) != len(self.parts):
-            raise ValueError(
-                f"weights must have one number a part ({len(self.parts)}), not {len(self.weights)}"
-            )
+            raise ValueError(f"weights must have one number a part ({len(self.parts)}), not {len(self.weights)}")
         return self
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
@@ -232,9 +228,7 @@ class Lengths(OneOf):
     uniform: Uniform | None = Field(default=None, description="Whole numbers, equally likely.")
     exponential: Exponential | None = Field(default=None, description="Exponential, with an optional cap.")
     lognormal: Lognormal | None = Field(default=None, description="Lognormal, with an optional cap.")
-    quantiles: Quantiles | None = Field(
-        default=None, description="An empirical distribution by its quantiles."
-    )
+    quantiles: Quantiles | None = Field(default=None, description="An empirical distribution by its quantiles.")
     mixture: Mixture | None = Field(default=None, description="A weighted mixture of distributions.")
     values: Annotated[list[Tokens], Field(min_length=1)] | None = Field(
         default=None, description="These lengths in this order, from the top again when they run out."

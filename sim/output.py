@@ -61,9 +61,7 @@ class Writer:
         self._summaries.append(summary)
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if self._compares:
-            _replace(
-                self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n"
-            )
+            _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
 
     def close(self, outcomes: Sequence[Outcome]) -> None:
         """Finish the tables."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.fields import FieldInfo
@@ -97,9 +97,7 @@ def _from_file(name: str) -> type[Scheduler]:
         return found[wanted]
     if len(found) != 1:
         what = (
-            f"several policies ({', '.join(found)}): say which, as {path}:Class"
-            if found
-            else "no Scheduler subclass"
+            f"several policies ({', '.join(found)}): say which, as {path}:Class" if found else "no Scheduler subclass"
         )
         raise BadInput(Problem(f"holds {what}", file=str(path)))
     return next(iter(found.values()))
@@ -154,10 +152,17 @@ def summary(kind: type[Any]) -> str:
 
 def type_name(info: FieldInfo) -> str:
     """A setting's type as a person writes it: ``int``, ``float | None``, ``'fcfs' | 'priority'``."""
-    text = str(info.annotation if not inspect.isclass(info.annotation) else info.annotation.__name__)
-    options = re.fullmatch(r"typing\.Literal\[(.*)\]", text)
-    return (
-        options[1].replace(", ", " | ")
-        if options
-        else re.sub(r"typing\.Annotated\[(\w+),[^\]]*\]", r"\1", text)
-    )
+    return _type_name(info.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "None"
+    if inspect.isclass(annotation):
+        return annotation.__name__
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _type_name(arguments[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(repr, arguments))
+    return " | ".join(map(_type_name, arguments)) or str(annotation)

@@ -48,9 +48,7 @@ def single(study: Study, outcome: Outcome) -> Table:
     table = Table(title=study.name, title_justify="left", show_header=False, box=box.SIMPLE)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row(
-        "completed", f"{s['completed']:,}" + (f" ({s['rejected']:,} rejected)" if s["rejected"] else "")
-    )
+    table.add_row("completed", f"{s['completed']:,}" + (f" ({s['rejected']:,} rejected)" if s["rejected"] else ""))
     table.add_row("duration", f"{s['duration']:,.2f} s")
     table.add_row("requests/s", f"{s['request_throughput']:,.3f}")
     if s["request_goodput"] is not None:
@@ -59,8 +57,8 @@ def single(study: Study, outcome: Outcome) -> Table:
     table.add_row("tokens/s, prompts counted", f"{s['total_token_throughput']:,.1f}")
     table.add_section()
     for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
-        table.add_row(f"{label} p50 / p90 / p99", _three(s, name))
-    table.add_row("E2E per output token p50 / p90 / p99", _three(s, "normalized_latency"))
+        table.add_row(f"{label} p50 / p90 / p99", _percentiles(s, name))
+    table.add_row("E2E per output token p50 / p90 / p99", _percentiles(s, "normalized_latency"))
     table.add_section()
     table.add_row("running, mean / peak", f"{s['mean_running']:.2f} / {s['peak_running']}")
     table.add_row("KV used", f"{s['kv_utilization']:.1%}")
@@ -76,18 +74,14 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """Tokens per second of every variant, as ratios to the study's baselines, beside the published ratio."""
     baselines = study.baseline or [outcomes[0].setup.variant]
     published = any(o.setup.published is not None for o in outcomes)
-    table = Table(
-        title=f"{study.name}: tokens/s, prompts and outputs counted",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    table = _table(f"{study.name}: tokens/s, prompts and outputs counted")
     table.add_column("", no_wrap=True)
     table.add_column("tokens/s", justify="right")
     for name in baselines:
         table.add_column(f"× {name}", justify="right")
     if published:
-        table.add_column("published ×", justify="right")
-    for label in ("output/s", "running", "KV used", "pre-empted"):
+        table.add_column("published", justify="right")
+    for label in ("output/s", "running", "KV used", "preempt."):
         table.add_column(label, justify="right")
     for case, members in by_case(outcomes):
         if case:
@@ -115,7 +109,7 @@ def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
     names = [rung.variant for rung in study.waterfall]
     whole = rate[names[-1]] / rate[names[0]] if rate[names[0]] else float("nan")
     title = f"where the {whole:.1f}× comes from" + (f" ({case})" if case else "")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = _table(title)
     table.add_column("from → to", no_wrap=True)
     table.add_column("because")
     for label in ("tokens/s", "engine steps", "factor", "so far"):
@@ -137,9 +131,9 @@ def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
 
 
 def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
-    """Latency percentiles of every variant."""
+    """Latency of every variant, median and 99th percentile."""
     goodput = any(o.summary["request_goodput"] is not None for o in outcomes)
-    table = Table(title=f"{study.name}: latency, p50 / p90 / p99", title_justify="left", box=box.SIMPLE_HEAD)
+    table = _table(f"{study.name}: latency, p50 / p99")
     table.add_column("", no_wrap=True)
     for label in ("TTFT", "TPOT", "ITL", "E2E"):
         table.add_column(label, justify="right", no_wrap=True)
@@ -152,7 +146,7 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
             table.add_row(Text(case, style="bold"))
         for outcome in members:
             s = outcome.summary
-            row = [_three(s, name) for name in ("ttft", "tpot", "itl", "e2el")]
+            row = [_percentiles(s, name, ("median", "p99")) for name in ("ttft", "tpot", "itl", "e2el")]
             row.append(f"{s['request_throughput']:,.2f}")
             if goodput:
                 row.append("" if s["request_goodput"] is None else f"{s['request_goodput']:,.2f}")
@@ -162,12 +156,10 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
 
 def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """The distribution of end-to-end latency, seconds at each percentage of requests."""
-    table = Table(
-        title=f"{study.name}: E2E seconds within which this share of requests is done", title_justify="left"
-    )
+    table = _table(f"{study.name}: E2E seconds within which this share of requests is done")
     table.add_column("", no_wrap=True)
     for percent in CDF_PERCENT:
-        table.add_column(f"{percent} %", justify="right")
+        table.add_column(f"{percent}%", justify="right")
     for case, members in by_case(outcomes):
         if case:
             table.add_section()
@@ -201,6 +193,11 @@ def _whose(members: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
     return f" [{'; '.join(said)}]" if said else ""
 
 
+def _table(title: str) -> Table:
+    """An empty comparison that fits 80 columns as far as it can."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def by_case(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
     """Outcomes grouped by case, in order."""
     groups: dict[str, list[Outcome]] = {}
@@ -209,14 +206,18 @@ def by_case(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
     yield from groups.items()
 
 
-def _three(summary: dict[str, float | None], name: str) -> str:
-    values = [summary[f"{q}_{name}_ms"] for q in ("median", "p90", "p99")]
-    if any(v is None for v in values):
+def _percentiles(summary: dict[str, float | None], name: str, which: Sequence[str] = ("median", "p90", "p99")) -> str:
+    values = [summary[f"{q}_{name}_ms"] for q in which]
+    numbers = [v for v in values if v is not None]
+    if len(numbers) < len(values):
         return "–"
-    numbers = [float(v) for v in values if v is not None]
-    if max(numbers) >= 10_000:
-        return " / ".join(f"{v / 1000:,.1f}" for v in numbers) + " s"
-    return " / ".join(f"{v:,.1f}" if v < 100 else f"{v:,.0f}" for v in numbers) + " ms"
+    unit = "s" if max(numbers) >= 10_000 else "ms"
+    return " / ".join(_number(v / 1000 if unit == "s" else v) for v in numbers) + f" {unit}"
+
+
+def _number(value: float) -> str:
+    """About three digits."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def _waste(summary: dict[str, float]) -> str:

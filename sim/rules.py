@@ -92,12 +92,7 @@ def _steps(error: ErrorDetails, data: object) -> tuple[_Step, ...]:
 def _child(here: object, part: str | int) -> object:
     if isinstance(here, Mapping):
         return here.get(part, NOTHING)
-    if (
-        isinstance(here, Sequence)
-        and not isinstance(here, str)
-        and isinstance(part, int)
-        and part < len(here)
-    ):
+    if isinstance(here, Sequence) and not isinstance(here, str) and isinstance(part, int) and part < len(here):
         return here[part]
     return NOTHING
 
@@ -161,16 +156,10 @@ _RULES: dict[str, str | Callable[[dict[str, Any]], str]] = {
     "finite_number": "must be a finite number",
     "too_short": lambda c: f"must have at least {c['min_length']} item{'s' * (c['min_length'] != 1)}",
     "too_long": lambda c: f"must have at most {c['max_length']} item{'s' * (c['max_length'] != 1)}",
-    "string_too_short": lambda c: (
-        f"must have at least {c['min_length']} character{'s' * (c['min_length'] != 1)}"
-    ),
-    "string_too_long": lambda c: (
-        f"must have at most {c['max_length']} character{'s' * (c['max_length'] != 1)}"
-    ),
+    "string_too_short": lambda c: f"must have at least {c['min_length']} character{'s' * (c['min_length'] != 1)}",
+    "string_too_long": lambda c: f"must have at most {c['max_length']} character{'s' * (c['max_length'] != 1)}",
     "string_pattern_mismatch": lambda c: f"must match {c['pattern']}",
-    **dict.fromkeys(
-        ("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "must be a whole number"
-    ),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "must be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
     **dict.fromkeys(("string_type", "path_type"), "must be text"),
@@ -197,9 +186,7 @@ def _rule(error: ErrorDetails) -> str:
 
 
 def _plain(bound: object) -> object:
-    return (
-        int(bound) if isinstance(bound, float) and bound.is_integer() else bound
-    )  # "above 0", not "above 0.0"
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound  # "above 0", not "above 0.0"
 
 
 def _one_of(expected: str, value: object) -> str:
@@ -232,8 +219,7 @@ def _members(kind: Any, data: object) -> list[Any]:
 
 def _tagged(kind: Any, data: object) -> bool:
     return all(
-        typing.get_origin(annotation) is not typing.Literal
-        or _child(data, name) in typing.get_args(annotation)
+        typing.get_origin(annotation) is not typing.Literal or _child(data, name) in typing.get_args(annotation)
         for name, annotation in _fields(kind).items()
         if _child(data, name) is not NOTHING
     )

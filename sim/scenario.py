@@ -35,9 +35,7 @@ class Kv(Spec):
     blocks: Positive | None = Field(None, description="Blocks of block_size tokens, as an engine's log says.")
     tokens: Positive | None = Field(None, description="Token slots, instead of blocks.")
     block_size: Positive = Field(16, description="Tokens a block.")
-    memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.9, description="Share of the memory in use."
-    )
+    memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of the memory in use.")
     reserve_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         specs.RESERVE_GIB, description="GiB a GPU keeps besides weights and KV."
     )
@@ -63,9 +61,7 @@ class Variant(System):
 
     name: Annotated[str, Field(min_length=1)] = Field(description="What the table calls it.")
     note: str | None = Field(None, description="Said under the table.")
-    published: float | None = Field(
-        None, description="A published ratio to the first variant, shown beside ours."
-    )
+    published: float | None = Field(None, description="A published ratio to the first variant, shown beside ours.")
 
 
 class Rung(Spec):
@@ -94,9 +90,5 @@ class Scenario(System):
         default_factory=list, description="Variants to give throughput ratios over; default: the first."
     )
     tables: list[TableName] = Field(["throughput", "latency"], description="What a comparison prints.")
-    waterfall: list[Rung] = Field(
-        default_factory=list, description="Variants, each a step on from the one before."
-    )
-    cases: list[Case] = Field(
-        default_factory=list, description="Other settings of the whole scenario, side by side."
-    )
+    waterfall: list[Rung] = Field(default_factory=list, description="Variants, each a step on from the one before.")
+    cases: list[Case] = Field(default_factory=list, description="Other settings of the whole scenario, side by side.")

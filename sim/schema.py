@@ -16,9 +16,7 @@ def scenario_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Chairlift scenario"
     choices: dict[str, dict[str, Any]] = {
-        "policy": {
-            "anyOf": [*_choices(dict(plugins.schedulers())), {"type": "string", "pattern": r"\.py(:\w+)?$"}]
-        },
+        "policy": {"anyOf": [*_choices(dict(plugins.schedulers())), {"type": "string", "pattern": r"\.py(:\w+)?$"}]},
         "router": {"anyOf": _choices(dict(plugins.routers()))},
         "backend": {"anyOf": _choices(dict(BACKENDS))},
         "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _settings(specs.Model)]},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,9 +198,7 @@ class _Resolver:
         except BadInput as error:
             at = ("workload",)
             raise BadInput(
-                p
-                if p.file
-                else self._document.problem((*at, *p.path.split(".")) if p.path else at, p.rule, p.value)
+                p if p.file else self._document.problem((*at, *p.path.split(".")) if p.path else at, p.rule, p.value)
                 for p in error.problems
             ) from None
 
@@ -230,16 +228,10 @@ class _Resolver:
 
         model = self._look_up(*need("model"), self._model)
         gpu = self._look_up(*need("gpu"), _gpu)
-        policy = self._look_up(
-            *need("policy"), lambda name: plugins.scheduler(name, self._trust or trusted), True
-        )
+        policy = self._look_up(*need("policy"), lambda name: plugins.scheduler(name, self._trust or trusted), True)
         router = self._look_up(*pick("router", "round_robin"), plugins.router, True)
         backend = self._look_up(*pick("backend", "roofline"), _backend, True)
-        if (
-            trace is None
-            or len(self._problems) > before
-            or not (model and gpu and policy and router and backend)
-        ):
+        if trace is None or len(self._problems) > before or not (model and gpu and policy and router and backend):
             return None
         (scheduler, settings), policy_at = policy, pick("policy")[1]
         tensor_parallel, tp_at = pick("tensor_parallel", 1)
@@ -317,9 +309,7 @@ class _Resolver:
             self._problems += problems_from(error, self._document, plugins.settings(kind), at=at)
         except BadInput as error:
             self._problems += [
-                p
-                if p.file
-                else self._document.problem((*at, *filter(None, p.path.split("."))), p.rule, p.value)
+                p if p.file else self._document.problem((*at, *filter(None, p.path.split("."))), p.rule, p.value)
                 for p in error.problems
             ]
         except (LookupError, ValueError, TypeError) as error:
@@ -339,9 +329,7 @@ def _backend(name: str) -> type[Any]:
     return BACKENDS[name]
 
 
-def _pool(
-    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
-) -> tuple[int, int, str]:
+def _pool(kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int) -> tuple[int, int, str]:
     """Usable blocks, tokens a block, and where the number comes from."""
     block_size = getattr(policy, "block_size", None) or kv.block_size
     own = getattr(policy, "num_gpu_blocks", None)

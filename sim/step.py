@@ -47,9 +47,7 @@ class ReplicaStep(Step):
         self.group = Decodes(pool.block_size)
         self._outputs = outputs  # true lengths by request id: never shown to a policy
         self._limit = scheduler.token_limit
-        self.waiting: deque[Request] | OrderedQueue = (
-            OrderedQueue(scheduler) if scheduler.sorts() else deque()
-        )
+        self.waiting: deque[Request] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self.now = 0
         self.more_arrivals = True
         self.max_model_len = max_model_len

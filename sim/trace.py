@@ -180,9 +180,7 @@ def faults(
     times = columns["arrival_ps"]
     back = np.flatnonzero(times[1:] < times[:-1])
     if back.size:
-        rule = (
-            f"arrivals must be in order of time: sort the rows ({back.size} are earlier than the row above)"
-        )
+        rule = f"arrivals must be in order of time: sort the rows ({back.size} are earlier than the row above)"
         found.append(Fault(int(back[0]) + 1, "arrival_ps", rule, int(times[back[0] + 1])))
     if ("prefix_tokens" in columns) != ("prefix_group" in columns):
         found.append(Fault(0, "prefix_tokens", "prefix_tokens and prefix_group go together", None))

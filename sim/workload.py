@@ -28,18 +28,12 @@ class Workload(Spec):
     Arrivals come from ``arrivals``, or else from the named workload or the file.
     """
 
-    requests: Count | None = Field(
-        default=None, description="How many requests; with a file, at most how many."
-    )
+    requests: Count | None = Field(default=None, description="How many requests; with a file, at most how many.")
     arrivals: Arrivals | None = Field(
         default=None, description="When requests arrive; replaces the times of a file or name."
     )
-    prompt_tokens: Lengths | None = Field(
-        default=None, description="Prompt lengths: a number or a distribution."
-    )
-    output_tokens: Lengths | None = Field(
-        default=None, description="Output lengths: a number or a distribution."
-    )
+    prompt_tokens: Lengths | None = Field(default=None, description="Prompt lengths: a number or a distribution.")
+    output_tokens: Lengths | None = Field(default=None, description="Output lengths: a number or a distribution.")
     max_tokens: Literal["exact"] | Tokens | None = Field(
         default=None,
         description="The output cap that clients declare: exact (the true length), one number (longer "
@@ -102,9 +96,7 @@ class Workload(Spec):
             wrong.append("a named workload must have requests, how many to draw")
         if self.file is None:
             only = {"format": self.format, "limit": self.limit}
-            wrong += [
-                f"{key} must not be given without a file" for key, value in only.items() if value is not None
-            ]
+            wrong += [f"{key} must not be given without a file" for key, value in only.items() if value is not None]
         return wrong
 
     def _wrong_times(self) -> list[str]:
@@ -169,9 +161,7 @@ class Workload(Spec):
             notes.append("arrival times replaced")
         elif self.rate_per_s is not None:
             if trace.duration_s == 0:
-                rule = (
-                    "all requests of the file arrive at once, which no stretching makes a rate; give arrivals"
-                )
+                rule = "all requests of the file arrive at once, which no stretching makes a rate; give arrivals"
                 raise BadInput(Problem(rule, file=str(path), path="rate_per_s", value=self.rate_per_s))
             times = _stretched(times, (len(trace) - 1) / trace.duration_s / self.rate_per_s, path)
             notes.append(f"arrival times stretched to {self.rate_per_s:g} requests/s")
