@@ -243,6 +243,12 @@ def main() -> None:
     except PolicyError as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
+    except Exception as error:
+        problem = plugins.blame(error)
+        if problem is None:
+            raise
+        err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+        raise SystemExit(2) from None
 
 
 __all__ = ["Setup", "app", "main"]

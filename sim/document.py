@@ -53,6 +53,11 @@ class Document:
             raise BadInput(problems)
         self.data, self.lines, self.overrides = after.data, after.lines, after.overrides
 
+    def put(self, key: str, value: object, origin: str) -> None:
+        """Let ``value`` stand at the top-level ``key``; ``origin`` says in messages where it came from."""
+        self.data[key] = value
+        self._overwrite((key,), origin)
+
     def check(self, model: type[T], data: object = NOTHING, at: Path = ()) -> T:
         """``data`` (default: what stands at ``at``) as a ``model``: a pydantic model, a dataclass, any type.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,17 @@ class Writer:
         self._compares = len(study.setups) > 1
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
-        try:
+        text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
             (folder / "scenario.yaml").write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise BadInput(Problem(f"cannot be written: {error.strerror}", file=str(folder))) from None
 
     def add(self, outcome: Outcome) -> None:
         """Write one run's rows and bring the summaries up to date."""
+        with _writing(self.folder):
+            self._add(outcome)
+
+    def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
         self._append("requests", request_table(outcome, label))
@@ -65,11 +68,12 @@ class Writer:
 
     def close(self, outcomes: Sequence[Outcome]) -> None:
         """Finish the tables."""
-        for table in self._tables.values():
-            table.close()
-        self._tables = {}
-        if self._compares and "cdf" in self._study.tables:
-            self._write_cdf(outcomes)
+        with _writing(self.folder):
+            for table in self._tables.values():
+                table.close()
+            self._tables = {}
+            if self._compares and "cdf" in self._study.tables:
+                self._write_cdf(outcomes)
 
     def _append(self, name: str, table: pa.Table) -> None:
         if name not in self._tables:
@@ -128,6 +132,14 @@ def _labels(label: dict[str, str], n: int) -> dict[str, Any]:
     """Columns that say which run of a comparison a row belongs to."""
     zeros = pa.array(np.zeros(n, dtype=np.int32))
     return {k: pa.DictionaryArray.from_arrays(zeros, pa.array([v])) for k, v in label.items()}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(folder))) from None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import re
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -21,6 +21,8 @@ from pydantic.fields import FieldInfo
 import policies
 from policies.base import Router, Scheduler
 from sim.problems import BadInput, Problem, did_you_mean
+
+_OWN = "chairlift_policy_"  # begins the module names of users' own policy files
 
 Plugin = type[Scheduler] | type[Router]
 
@@ -50,17 +52,18 @@ def routers() -> Mapping[str, type[Router]]:
     return _shipped(Router)
 
 
-def scheduler(name: str, trust: bool) -> type[Scheduler]:
+def scheduler(name: str, trust: bool, folder: Path = Path()) -> type[Scheduler]:
     """The policy of that name, or that of ``path/to/file.py`` or ``path/to/file.py:Class``.
 
-    A file's code runs only with ``trust``. Raises `BadInput`, its path empty.
+    A relative path starts at ``folder``. A file's code runs only with ``trust``. Raises `BadInput`, its path empty.
     """
-    if ".py" not in name:
+    file = re.fullmatch(r"(.*\.py)(?::(\w+))?", name)
+    if file is None:
         return _by_name(name, schedulers(), "policy")
     if not trust:
         rule = "a policy from a file runs its code: name it with --policy, or allow it with --trust"
         raise BadInput(Problem(rule, value=name))
-    return _from_file(name)
+    return _from_file(folder / file[1], file[2])
 
 
 def router(name: str) -> type[Router]:
@@ -74,19 +77,15 @@ def _by_name(name: str, known: Mapping[str, type[Any]], kind: str) -> type[Any]:
     return known[name]
 
 
-def _from_file(name: str) -> type[Scheduler]:
-    file, _, wanted = name.partition(".py")
-    path = Path(file + ".py")
-    wanted = wanted.removeprefix(":")
+def _from_file(path: Path, wanted: str | None) -> type[Scheduler]:
     if not path.is_file():
         raise BadInput(Problem("no such file", file=str(path)))
-    spec = importlib.util.spec_from_file_location(f"chairlift_policy_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise BadInput(Problem("cannot be read as Python", file=str(path)))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    loader = SourceFileLoader(_OWN + path.stem, str(path))
+    module = ModuleType(loader.name)
+    module.__file__ = str(path)
+    sys.modules[loader.name] = module  # dataclasses look their module up by name
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
         raise BadInput(_where_it_broke(error, path)) from error
     found = {each.__name__: each for each in _classes(module, Scheduler)}
@@ -94,25 +93,43 @@ def _from_file(name: str) -> type[Scheduler]:
         if wanted not in found:
             rule = f"holds no policy of that name{did_you_mean(wanted, list(found))}"
             raise BadInput(Problem(rule, file=str(path), value=wanted))
-        return found[wanted]
+        return _with_settings(found[wanted], path)
     if len(found) != 1:
         what = (
             f"several policies ({', '.join(found)}): say which, as {path}:Class" if found else "no Scheduler subclass"
         )
         raise BadInput(Problem(f"holds {what}", file=str(path)))
-    return next(iter(found.values()))
+    return _with_settings(next(iter(found.values())), path)
+
+
+def _with_settings(kind: type[Scheduler], path: Path) -> type[Scheduler]:
+    try:
+        settings(kind)
+    except Exception as error:  # whatever its annotations raise
+        rule = f"the settings of {kind.__name__} cannot be read: {type(error).__name__}: {error}"
+        raise BadInput(Problem(rule, file=str(path))) from error
+    return kind
 
 
 def _where_it_broke(error: Exception, path: Path) -> Problem:
-    line = None
-    if isinstance(error, SyntaxError):
-        line = error.lineno
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return Problem(f"cannot be imported: SyntaxError: {error.msg}", str(path), error.lineno)
+    said = f"cannot be imported: {type(error).__name__}: {error}"
+    return (blame(error) or Problem("", file=str(path)))._replace(rule=said)
+
+
+def blame(error: BaseException) -> Problem | None:
+    """Where in a policy file of the user's ``error`` came from; None if from no such file."""
+    found = None
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
+        if str(trace.tb_frame.f_globals.get("__name__")).startswith(_OWN):
+            found = trace
         trace = trace.tb_next
-    return Problem(f"cannot be imported: {type(error).__name__}: {error}", file=str(path), line=line)
+    if found is None:
+        return None
+    rule = f"raised {type(error).__name__}: {error}"
+    return Problem(rule, found.tb_frame.f_code.co_filename, found.tb_lineno)
 
 
 def _classes(module: ModuleType, kind: type[Any]) -> list[type[Any]]:

@@ -26,6 +26,7 @@ from sim.rules import Path as KeyPath
 from sim.scenario import Case, Kv, Rung, Scenario, Slo, Variant
 from sim.trace import Trace
 
+_NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 BACKENDS = {"roofline": Efficiency}  # name → the class whose fields are its settings
 
 
@@ -94,26 +95,30 @@ def load(
     """
     document = read(path)
     resolved = copy.deepcopy(document)
-    document_cases = _cases(document, assignments)
     resolved.set(assignments)
     setups: list[Setup] = []
     scenario: Scenario | None = None
-    problems: dict[str, Problem] = {}
-    for case, changed in document_cases:
+    problems: list[Problem] = []
+    for case, changed in _cases(document, assignments, problems):
         if policies:
             changed.data["compare"] = []
         if backend is not None:
-            changed.set([f"backend={json.dumps(backend)}"], "--backend")
+            changed.put("backend", backend, f"--backend {backend}")
+        resolver = _Resolver(changed, path.parent, policies, trust)
         try:
             scenario = changed.check(Scenario)
-            setups += _Resolver(changed, scenario, path.parent, policies, trust).setups(case)
+            if policies:
+                scenario = scenario.model_copy(update={"waterfall": [], "baseline": []})
+            setups += resolver.setups(scenario, case)
         except BadInput as error:
-            problems.update({str(p): p for p in error.problems})
+            problems += error.problems
+            if scenario is None:
+                problems += resolver.names()
+    if scenario is not None:
+        problems += _wrong_names(document, scenario)
     if problems or scenario is None:
-        raise BadInput(problems.values())
-    if policies:
-        scenario = scenario.model_copy(update={"waterfall": [], "baseline": []})
-    _check_names(document, scenario)
+        once = {str(p): p for p in problems}.values()
+        raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
     return Study(
         name=scenario.name or path.stem,
         question=scenario.question or "",
@@ -125,27 +130,36 @@ def load(
     )
 
 
-def _cases(document: Document, assignments: Sequence[str]) -> list[tuple[str, Document]]:
-    """The document once for every case, ``--set`` applied last: the command line has the final word."""
+def _cases(document: Document, assignments: Sequence[str], problems: list[Problem]) -> list[tuple[str, Document]]:
+    """The document once for every case, ``--set`` applied last: the command line has the final word.
+
+    What is wrong with the cases themselves is added to ``problems``.
+    """
     cases = document.data.get("cases")
     if not isinstance(cases, list) or not cases:
         changed = copy.deepcopy(document)
         changed.set(assignments)
         return [("", changed)]
-    found = []
+    found: list[tuple[str, Document]] = []
     for i in range(len(cases)):
         changed = copy.deepcopy(document)
-        case = document.check(Case, at=("cases", i))
-        changed.set(
-            [f"{key}={json.dumps(value)}" for key, value in case.set.items()],
-            f"{document.path}: cases.{i}.set",
-        )
+        try:
+            case = document.check(Case, at=("cases", i))
+            for key, value in case.set.items():
+                line = document.problem(("cases", i, "set", key), "").line
+                changed.set([f"{key}={json.dumps(value)}"], f"{document.path}:{line}: cases.{i}.set")
+        except BadInput as error:
+            problems += error.problems
+            continue
+        if case.name in [name for name, _ in found]:
+            problems.append(document.problem(("cases", i, "name"), "two cases have this name", case.name))
         changed.set(assignments)
         found.append((case.name, changed))
-    return found
+    return found or [("", copy.deepcopy(document))]
 
 
-def _check_names(document: Document, scenario: Scenario) -> None:
+def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
+    """Variants that share a name, and mentions of variants that there are not."""
     names = [variant.name for variant in scenario.compare]
     problems = []
     for i, name in enumerate(names):
@@ -156,43 +170,53 @@ def _check_names(document: Document, scenario: Scenario) -> None:
     for at, name in wanted:
         if name not in names:
             problems.append(document.problem(at, f"no such variant{did_you_mean(name, names)}", name))
-    if problems:
-        raise BadInput(problems)
+    return problems
 
 
 class _Resolver:
     """Looks the names of one document up, collecting what is wrong."""
 
-    def __init__(
-        self, document: Document, scenario: Scenario, folder: Path, policies: Sequence[str], trust: bool
-    ) -> None:
+    def __init__(self, document: Document, folder: Path, policies: Sequence[str], trust: bool) -> None:
         self._document = document
-        self._scenario = scenario
         self._folder = folder
         self._policies = policies
         self._trust = trust
         self._problems: list[Problem] = []
 
-    def setups(self, case: str) -> list[Setup]:
+    def setups(self, scenario: Scenario, case: str) -> list[Setup]:
         """One a variant; raises `BadInput`."""
-        scenario = self._scenario
-        trace = self._try((), lambda: self._trace())
+        trace = self._try((), lambda: self._trace(scenario))
         found: list[Setup | None] = []
         if self._policies:
             for name in self._policies:
-                found.append(self._setup(case, trace, Variant(name=name, policy=name), None, trusted=True))
+                self._document.put("policy", name, f"--policy {name}")
+                found.append(self._setup(scenario, case, trace, Variant(name=name, policy=name), None))
             if len(found) == 1 and found[0] is not None:
                 found[0].variant = ""
         elif scenario.compare:
-            found += [self._setup(case, trace, v, ("compare", i)) for i, v in enumerate(scenario.compare)]
+            for i, variant in enumerate(scenario.compare):
+                found.append(self._setup(scenario, case, trace, variant, ("compare", i)))
         else:
-            found.append(self._setup(case, trace, None, ()))
+            found.append(self._setup(scenario, case, trace, None, ()))
         if self._problems:
             raise BadInput(self._problems)
         return [setup for setup in found if setup is not None]
 
-    def _trace(self) -> Trace:
-        scenario = self._scenario
+    def names(self) -> list[Problem]:
+        """What is wrong with the names and settings in a document that is no `Scenario`, as far as one can tell."""
+        data = self._document.data
+        systems: list[tuple[KeyPath, Any]] = [((), data)]
+        if isinstance(variants := data.get("compare"), list):
+            systems += [(("compare", i), variant) for i, variant in enumerate(variants)]
+        for at, system in systems:
+            for key in _NAMING:
+                if key == "policy" and self._policies:
+                    continue  # the command line names others
+                if isinstance(system, dict) and isinstance(choice := system.get(key), str | dict):
+                    self._find(key, choice, (*at, key))
+        return self._problems
+
+    def _trace(self, scenario: Scenario) -> Trace:
         try:
             return scenario.workload.build(scenario.seed, self._folder)
         except BadInput as error:
@@ -204,19 +228,18 @@ class _Resolver:
 
     def _setup(
         self,
+        scenario: Scenario,
         case: str,
         trace: Trace | None,
         variant: Variant | None,
         at: KeyPath | None,
-        trusted: bool = False,
     ) -> Setup | None:
         """``at`` is where the variant stands in the document; None if the command line made it."""
-        scenario = self._scenario
         before = len(self._problems)
 
         def pick(key: str, default: Any = None) -> tuple[Any, KeyPath]:
             if variant is not None and (value := getattr(variant, key)) is not None:
-                return value, (*at, key) if at is not None else ("--policy",)
+                return value, (*(at or ()), key)
             value = getattr(scenario, key)
             return (default if value is None else value), (key,)
 
@@ -226,20 +249,22 @@ class _Resolver:
                 self._problems.append(self._document.problem(where, "is required"))
             return value, where
 
-        model = self._look_up(*need("model"), self._model)
-        gpu = self._look_up(*need("gpu"), _gpu)
-        policy = self._look_up(*need("policy"), lambda name: plugins.scheduler(name, self._trust or trusted), True)
-        router = self._look_up(*pick("router", "round_robin"), plugins.router, True)
-        backend = self._look_up(*pick("backend", "roofline"), _backend, True)
+        model = self._find("model", *need("model"))
+        gpu = self._find("gpu", *need("gpu"))
+        policy = self._find("policy", *need("policy"), from_file=at is not None)
+        router = self._find("router", *pick("router", "round_robin"))
+        backend = self._find("backend", *pick("backend", "roofline"))
         if trace is None or len(self._problems) > before or not (model and gpu and policy and router and backend):
             return None
         (scheduler, settings), policy_at = policy, pick("policy")[1]
         tensor_parallel, tp_at = pick("tensor_parallel", 1)
         max_model_len, _ = pick("max_model_len", model.max_model_len)
         sample = self._try(policy_at, lambda: scheduler(**settings))
-        kv, kv_at = pick("kv", Kv())
-        fit = self._try(kv_at, lambda: _pool(kv, sample, model, gpu, tensor_parallel)) if sample else None
-        self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel))
+        kv, kv_at = pick("kv")
+        fit = None
+        if sample is not None and self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel)):
+            fit_at = pick("gpu")[1] if kv is None else kv_at
+            fit = self._try(fit_at, lambda: _pool(kv or Kv(), sample, model, gpu, tensor_parallel))
         if sample is not None and (misfit := sample.misfit(max_model_len)):
             self._problems.append(self._document.problem(policy_at, misfit))
         if len(self._problems) > before or fit is None:
@@ -266,6 +291,20 @@ class _Resolver:
             note=(variant.note if variant else None) or "",
             published=variant.published if variant else None,
         )
+
+    def _find(self, key: str, choice: Any, at: KeyPath, from_file: bool = True) -> Any:
+        """What ``choice``, the value of ``key``, names; as `_look_up`."""
+        if key == "model":
+            return self._look_up(choice, at, self._model)
+        if key == "gpu":
+            return self._look_up(choice, at, _gpu)
+        if key == "router":
+            return self._look_up(choice, at, plugins.router, True)
+        if key == "backend":
+            return self._look_up(choice, at, _backend, True)
+        folder = self._folder if from_file else Path()
+        trust = self._trust or not from_file
+        return self._look_up(choice, at, lambda name: plugins.scheduler(name, trust, folder), True)
 
     def _look_up(self, choice: Any, at: KeyPath, find: Any, with_settings: bool = False) -> Any:
         """What ``choice`` names; with settings: a class and its checked settings. None if it is wrong."""

@@ -31,7 +31,7 @@ from policies.vllm import Vllm
 from sim.trace import PS_PER_S, Trace
 
 HERE = Path(__file__).parent
-CSV = HERE.parent / "scenarios" / "anyscale" / "cap_1536.csv"
+SCENARIOS = HERE.parent / "scenarios" / "anyscale"
 TRUTH = HERE.parents[1] / "shared" / "truth" / "anyscale_lengths.json"
 
 SLOTS = 15_700  # token slots of KV that vLLM's paper gives for OPT-13B on this GPU
@@ -41,26 +41,27 @@ MAX_LEN = 2048
 
 
 @cache
-def lengths(cap: int) -> tuple[int, ...]:
-    """Output tokens at ``cap`` in order, straight from the benchmark's random stream."""
-    if not TRUTH.exists():
-        pytest.skip("the recorded lengths (shared/truth/anyscale_lengths.json) are not beside this checkout")
-    return tuple(json.loads(TRUTH.read_text())[str(cap)])
-
-
-@cache
-def workload() -> Trace:
-    """The workload at cap 1536: the copy that ships with the scenarios if it is there, else the recorded one."""
-    if CSV.exists():
-        with CSV.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+def workload(cap: int = 1536) -> Trace:
+    """The throughput runs' requests at ``cap``: the copy among the scenarios, else from the recorded lengths."""
+    file = SCENARIOS / f"cap_{cap}.csv"
+    if file.exists():
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
         assert {float(row["arrival_s"]) for row in rows} == {0.0}
         columns = ("prompt_tokens", "output_tokens", "max_tokens")
-        prompt, output, cap = (np.array([int(row[name]) for row in rows]) for name in columns)
+        prompt, output, declared = (np.array([int(row[name]) for row in rows]) for name in columns)
     else:
-        output = cap = np.array(lengths(1536))
+        output = declared = np.array(recorded(cap))
         prompt = np.full(len(output), 512)
-    return Trace(np.zeros(len(output), dtype=np.int64), prompt, output, max_tokens=cap)
+    return Trace(np.zeros(len(output), dtype=np.int64), prompt, output, max_tokens=declared)
+
+
+def recorded(cap: int) -> list[int]:
+    """Output tokens at ``cap`` in order, replayed from the benchmark's random stream."""
+    if not TRUTH.exists():
+        pytest.skip("the recorded lengths (shared/truth/anyscale_lengths.json) are not beside this checkout")
+    lengths: list[int] = json.loads(TRUTH.read_text())[str(cap)]
+    return lengths
 
 
 SYSTEMS: dict[str, tuple[Callable[[], Scheduler], Efficiency, int]] = {
@@ -115,7 +116,7 @@ def tokens_per_s(system: str) -> float:
 @pytest.mark.parametrize(("cap", "total", "longest"), [(512, 122_107, 510), (1536, 129_569, 843)])
 def test_seeded_lengths_add_up(cap: int, total: int, longest: int) -> None:
     # Each of the two draws has one zero, which the clients sent, and the record keeps, as 1.
-    drawn = lengths(cap)
+    drawn = workload(cap).output_tokens.tolist()
 
     assert len(drawn) == 1000
     assert sum(drawn) == total + 1
@@ -126,23 +127,20 @@ def test_seeded_lengths_add_up(cap: int, total: int, longest: int) -> None:
 def test_small_caps_have_whole_batches_and_the_mean_of_redrawing(cap: int, mean: float) -> None:
     # 1008 requests: a multiple of the static batches of 16 and 12. Rejecting what is over the cap leaves a mean far
     # below 128; the standard error of 1008 draws is below 2 % of it.
-    drawn = lengths(cap)
+    drawn = workload(cap).output_tokens.tolist()
 
     assert len(drawn) == 1008
     assert (min(drawn), max(drawn)) == (1, cap)
     assert np.mean(drawn) == pytest.approx(mean, rel=0.04)
 
 
-def test_the_workload_is_the_benchmarks_at_cap_1536() -> None:
-    trace = workload()
+@pytest.mark.parametrize("cap", [32, 128, 512, 1536])
+def test_the_workload_is_the_recorded_one_and_clients_declare_the_exact_length(cap: int) -> None:
+    trace = workload(cap)
 
-    assert len(trace) == 1000
     assert set(trace.prompt_tokens.tolist()) == {512}
-    assert trace.output_tokens.sum() == 129_569 + 1  # one zero, sent as 1
-    assert trace.output_tokens.max() == 843
-    assert np.array_equal(trace.max_tokens, trace.output_tokens)  # clients declare the exact length
-    if TRUTH.exists():
-        assert trace.output_tokens.tolist() == list(lengths(1536))
+    assert np.array_equal(trace.max_tokens, trace.output_tokens)
+    assert trace.output_tokens.tolist() == recorded(cap)
 
 
 def test_batches_padded_to_the_longest_of_all_take_210_750_steps() -> None:
@@ -206,7 +204,9 @@ def test_worst_case_reservation_runs_a_fixed_number_of_lanes_while_backlogged(
     spans = steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
     backlogged = runs["waiting"] > 0
 
-    assert np.average(runs["running"][backlogged], weights=spans[backlogged]) == pytest.approx(lanes, abs=1e-9)
+    assert np.average(runs["running"][backlogged], weights=spans[backlogged]) == pytest.approx(
+        lanes, abs=1e-9
+    )
     assert spans[backlogged].sum() > 0.95 * spans.sum()
 
 

@@ -26,9 +26,13 @@ POLICIES: dict[str, Callable[[int], Scheduler]] = {
     "orca-pow2": lambda n: Orca(max_batch=n, reserve="pow2"),
     "orca-oracle": lambda n: Orca(max_batch=n, reserve="oracle"),
     "tgi": lambda n: Tgi(max_batch_total_tokens=n * 60, max_waiting_tokens=3),
-    "tgi-eager": lambda n: Tgi(max_batch_total_tokens=200, waiting_served_ratio=0.3, max_batch_prefill_tokens=64),
+    "tgi-eager": lambda n: Tgi(
+        max_batch_total_tokens=200, waiting_served_ratio=0.3, max_batch_prefill_tokens=64
+    ),
     "vllm": lambda n: Vllm(max_num_batched_tokens=64, max_num_seqs=n),
-    "vllm-tight": lambda n: Vllm(max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5),
+    "vllm-tight": lambda n: Vllm(
+        max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5
+    ),
     "vllm-whole": lambda n: Vllm(max_num_batched_tokens=2000, max_num_seqs=n, enable_chunked_prefill=False),
     "vllm-eager": lambda n: Vllm(max_num_batched_tokens=48, scheduler_reserve_full_isl=False),
     "vllm-priority": lambda n: Vllm(max_num_batched_tokens=32, max_num_seqs=n, scheduling_policy="priority"),
@@ -48,7 +52,15 @@ backends = st.builds(
 )
 
 
-def both(name: str, table: list[tuple[int, int, int]], backend: Affine, size: int, blocks: int, block_size: int, replicas: int) -> tuple[World, World]:
+def both(
+    name: str,
+    table: list[tuple[int, int, int]],
+    backend: Affine,
+    size: int,
+    blocks: int,
+    block_size: int,
+    replicas: int,
+) -> tuple[World, World]:
     table = sorted(table)
     priority = [(7 * i) % 3 for i in range(len(table))] if "priority" in name else None
     trace = trace_of(table, max_tokens=[o for _, _, o in table], priority=priority)
@@ -57,7 +69,8 @@ def both(name: str, table: list[tuple[int, int, int]], backend: Affine, size: in
     if sample.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     one, other = (
-        play(trace, lambda: make(size), lambda: backend, blocks, block_size, replicas, leap, 2000) for leap in (True, False)
+        play(trace, lambda: make(size), lambda: backend, blocks, block_size, replicas, leap, 2000)
+        for leap in (True, False)
     )
     return one, other
 
@@ -72,7 +85,15 @@ def both(name: str, table: list[tuple[int, int, int]], backend: Affine, size: in
     block_size=st.sampled_from([4, 16]),
     replicas=st.integers(1, 3),
 )
-def test_leap_equals_step(name: str, table: list[tuple[int, int, int]], backend: Affine, size: int, blocks: int, block_size: int, replicas: int) -> None:
+def test_leap_equals_step(
+    name: str,
+    table: list[tuple[int, int, int]],
+    backend: Affine,
+    size: int,
+    blocks: int,
+    block_size: int,
+    replicas: int,
+) -> None:
     leapt, stepped = both(name, table, backend, size, blocks, block_size, replicas)
 
     assert leapt.outcome() == stepped.outcome()

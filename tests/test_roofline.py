@@ -31,7 +31,9 @@ def ideal(name: str, on: str, tensor_parallel: int = 1) -> Roofline:
 
 OPT_MATMUL = 40 * (4 * 5120**2 + 2 * 5120 * 20480)  # 12.58e9: q, k, v, o and two matrices of the MLP
 OPT_HEAD = 5120 * 50272
-OPT_BIASES = 40 * (4 * 5120 + 20480 + 5120 + 4 * 5120) + 2 * 5120  # linear layers, two norms a layer, the last norm
+OPT_BIASES = (
+    40 * (4 * 5120 + 20480 + 5120 + 4 * 5120) + 2 * 5120
+)  # linear layers, two norms a layer, the last norm
 OPT_BYTES = 2 * (OPT_MATMUL + OPT_HEAD + 2050 * 5120 + OPT_BIASES)
 
 
@@ -156,7 +158,7 @@ def test_two_gpus_halve_the_prompt_work_and_reduce_every_token_of_it() -> None:
 
 
 def test_all_reduces_go_over_pcie_where_there_are_no_links() -> None:
-    # L4: 31.5 GB/s one way. Against one with infinite latency taken away, what is left is volume.
+    # L4: 31.5 GB/s one way; 64 all-reduces of 4096 * 2 B for the one token, and no latency asked for
     backend = Roofline(
         model("llama-3.1-8b"), gpu("l4"), 2, Efficiency(mfu=1, bandwidth=1, link=1, allreduce_us=0)
     )
@@ -195,7 +197,9 @@ def test_a_gpu_count_that_does_not_divide_the_heads_is_refused() -> None:
 MOST = 300  # steps walked one by one
 
 
-def small(tflops: float, gb_per_s: float, heads: int, kv_heads: int, floor_us: float, overhead_us: float) -> Roofline:
+def small(
+    tflops: float, gb_per_s: float, heads: int, kv_heads: int, floor_us: float, overhead_us: float
+) -> Roofline:
     """A model so small, on a GPU so odd, that all three bounds cross within some hundred tokens of context."""
     shape = Model("small", 2, 64, heads, kv_heads, 8, 256, 512, 4096)
     odd = GPU("odd", tflops, gb_per_s, 1, 0, 31.5, 100, 1, "", "", "")
@@ -252,21 +256,19 @@ def test_a_backend_vouches_up_to_the_very_step_where_another_bound_takes_over(
     assert backend.step(later(batch, cost.steps)).first > vouched(cost, cost.steps)
 
 
-def test_floor_then_compute_then_memory_are_leapt_in_three_runs_that_meet_exactly() -> None:
-    # One slot. By hand, in ps: weights 2 B * parameters, each token of context 2 * 2 * 8 * 8 * 2 B = 512 B,
-    # each pair 4 * 2 * 8 * 8 = 512 FLOP: at 0.8 * 1 GB/s and 0.55 * 0.5 GFLOP/s a pair takes 1.86 us, a token of
-    # context 0.64 us. So compute grows faster here and, once it is above the floor, it stays the bound.
-    backend = small(0.0005, 1.0, 8, 8, 1000.0, 0.0)
-    batch = decode(1, 1)
-    kinds = []
-    position = 0
-    while True:
-        cost = backend.step(later(batch, position))
-        kinds.append(cost.slope)
-        if cost.steps == FOREVER:
-            break
-        before = vouched(cost, cost.steps - 1)
-        position += cost.steps
-        assert before <= backend.step(later(batch, position)).first
+def test_floor_then_compute_then_memory_are_three_runs_that_meet_where_the_arithmetic_says() -> None:
+    # 4 slots at 1.1 GFLOP/s (0.55 * 2) and 0.8 GB/s (0.80 * 1), no step below 1300 us. For a context of c tokens:
+    #   compute  4 * 2 * (131,072 + 32,768) FLOP + 4 * 2 * 8 * 8 c FLOP  = 1191.56 us + 0.46545 us * c
+    #   memory   2 * 196,928 B + 2 * 2 * 8 * 8 * 2 c B                   =  492.32 us + 0.64000 us * c
+    # Compute passes the floor beyond c = 232.97, memory passes compute beyond c = 4006.08. From c = 4, four a step:
+    #   c = 4 ... 232, 58 steps at the floor; c = 236 ... 4004, 943 steps of compute; then memory for good.
+    backend = small(0.002, 1.0, 8, 8, 1300.0, 0.0)
+    runs = []
+    context = 4
+    while not runs or runs[-1][0] < FOREVER:
+        cost = backend.step(decode(4, context))
+        runs.append((cost.steps, cost.slope))
+        context += 4 * cost.steps
 
-    assert kinds[-1] == round(512 / (0.55 * 0.0005e12) * PS)
+    compute, memory = round(512 / 1.1e9 * PS), round(512 / 0.8e9 * PS)
+    assert runs == [(58, 0), (943, 4 * compute), (FOREVER, 4 * memory)]
