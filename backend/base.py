@@ -52,9 +52,29 @@ class StepCost(NamedTuple):
     steps: int = FOREVER
     host: Host = NO_HOST  # the same for each of them
 
-    def spacing(self) -> int:
-        """Time from one step boundary to the next of a synchronous engine, less the slope: GPU and host take turns."""
-        return self.first + self.host.schedule + self.host.launch + self.host.update
+    def spacing(self, ahead: bool) -> tuple[int, int]:
+        """Time from one step boundary to the next, of the first step, and by how much each further one is longer.
+
+        A synchronous engine takes turns with the GPU; one that plans ``ahead`` works while the GPU does, so that the
+        slower of the two sets the pace.
+        """
+        host = self.host
+        if host is NO_HOST:
+            return self.first, self.slope
+        work = host.schedule + host.launch + host.update
+        if not ahead:
+            return self.first + work, self.slope
+        return (work, 0) if work > self.first else (self.first, self.slope)
+
+    def steps_alike(self, ahead: bool) -> int:
+        """For how many steps `spacing` holds."""
+        host = self.host
+        if not ahead or host is NO_HOST:
+            return self.steps
+        wait = host.schedule + host.launch + host.update - self.first
+        if wait <= 0 or self.slope == 0:
+            return self.steps
+        return min(self.steps, wait // self.slope + 1)  # then the GPU is the slower
 
 
 class Backend(ABC):

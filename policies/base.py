@@ -58,11 +58,13 @@ class Request:
     __slots__ = (
         "_blocks",
         "_counter",
+        "_drains",
         "_emitted",
         "_end",
         "_last",
         "_offset",
         "_reserved",
+        "_seq",
         "arrival",
         "id",
         "max_tokens",
@@ -103,6 +105,8 @@ class Request:
         self._last = 0  # ps, its latest token outside the group
         self._blocks = 0  # blocks held; while it decodes and grows, those it had when it joined
         self._reserved = 0  # tokens reserved ahead of need
+        self._seq = 0  # rises with every admission: the order of running
+        self._drains = False  # its last token is under way; it keeps its blocks until that is in
 
     @property
     def computed(self) -> int:
@@ -112,13 +116,18 @@ class Request:
 
     @property
     def emitted(self) -> int:
-        """Output tokens that the client has."""
+        """Output tokens that it has, those of a step under way included (asynchronous scheduling)."""
         counter = self._counter
         return self._emitted if counter is None else self._offset + counter.steps - self.prompt_tokens + 1
 
     @property
     def remaining(self) -> int:
-        """Known tokens (prompt and emitted) still to compute before the next token comes; 1 for a decode."""
+        """Known tokens (prompt and emitted) still to compute before the next token comes; 1 for a decode.
+
+        0 when its last token is under way (asynchronous scheduling): it then only waits to leave.
+        """
+        if self._drains:
+            return 0
         return 1 if self._counter is not None else self.prompt_tokens + self._emitted - self._offset
 
     @property
@@ -158,7 +167,7 @@ class Step(ABC):
     @property
     @abstractmethod
     def prefilling(self) -> Sequence[Request]:
-        """Running requests that still lack some of their prompt (or of what a preemption lost), in order of admission."""
+        """Running requests that lack some of their prompt, or of what a preemption lost; in order of admission."""
 
     @property
     @abstractmethod
@@ -190,6 +199,10 @@ class Step(ABC):
         """Leading tokens of a waiting request that the prefix cache holds now."""
 
     @abstractmethod
+    def fits(self, request: Request, tokens: int) -> bool:
+        """Whether the first ``tokens`` tokens of a waiting request have room now, its cached ones counted."""
+
+    @abstractmethod
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:
         """Picoseconds that a step of these chunks ``(start, tokens)`` and `decodes` decodes (None: all) would take."""
 
@@ -203,10 +216,11 @@ class Step(ABC):
 
     @abstractmethod
     def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:
-        """Start a waiting request with ``tokens`` of its known tokens; False if the pool has no room.
+        """Start a waiting request: compute ``tokens`` of its known tokens after those cached. False: no room.
 
         ``reserve``: tokens of KV to set aside now (at least those computed); None grows block by block. A request
-        whose reservation is larger than the whole pool is rejected, and the plan is asked for again. ``pad``: dead tokens computed and read with it.
+        whose reservation is larger than the whole pool is rejected, and the plan is asked for again. ``pad``: dead
+        tokens computed and read with it.
         """
 
     @abstractmethod
@@ -242,6 +256,16 @@ class Scheduler(ABC):
     oracle: bool = False  # it may read `Request.output_tokens`; reports carry the word
     batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether step n+1 is planned before step n's output is in; then arrivals and finishes show a step late."""
+        return False
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether blocks of equal prefixes are shared and kept for reuse."""
+        return False
 
     @property
     def token_limit(self) -> int | None:

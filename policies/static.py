@@ -64,16 +64,22 @@ class Static(Scheduler):
         return False
 
     def _form(self, step: Step) -> None:
-        chosen = [step.waiting[i] for i in range(min(self.batch, len(step.waiting)))]
-        prompt = max(r.prompt_tokens for r in chosen)
-        output = max(r.max_tokens for r in chosen)
+        """Start the longest head of the queue, up to a batch, whose padded prompts and answers have room."""
         if self.pad_to == "global":
             self._longest = max(self._longest, max(r.max_tokens for r in step.waiting))
-            output = self._longest
-            self._last_step = step.decode_steps + output - 1  # the prefill emits the first token
-        for request in chosen:
+        room = step.free_blocks * step.block_size
+        for size in range(min(self.batch, len(step.waiting)), 0, -1):
+            chosen = [step.waiting[i] for i in range(size)]
+            prompt = max(r.prompt_tokens for r in chosen)
+            output = self._longest or max(r.max_tokens for r in chosen)
             reserve = min(prompt + output, step.max_model_len)
-            if not step.admit(request, request.prompt_tokens, reserve, pad=prompt - request.prompt_tokens):
+            if size * reserve <= room:
                 break
+        else:
+            step.reject(step.waiting[0])
+            return
+        for request in chosen:
+            step.admit(request, request.prompt_tokens, reserve, pad=prompt - request.prompt_tokens)
+        self._last_step = step.decode_steps + (output - 1 if self._longest else 0)  # the prefill emits the first token
         if self.pause_ms:
             step.pause(round(self.pause_ms * MS))

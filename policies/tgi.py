@@ -30,6 +30,7 @@ class Tgi(Scheduler):
     block_tokens: ClassVar[int | None] = 1
 
     _joined: int = field(default=0, init=False, repr=False)  # decode steps when somebody joined last
+    _owes: bool = field(default=False, init=False, repr=False)  # the batch decodes before anybody else may join
     _full: bool = field(default=False, init=False, repr=False)  # the head of the queue does not fit the budget
 
     def schedule(self, step: Step) -> int:
@@ -38,17 +39,22 @@ class Tgi(Scheduler):
             step.reject(step.waiting[0])  # the router refuses what can never fit
         self._full = False
         wait = FOREVER
+        running = len(step.running)
         if step.waiting:
             batch = self._fitting(step)
             self._full = not batch
-            waited = step.decode_steps - self._joined
-            patient = bool(step.running) and waited < self.max_waiting_tokens
-            least = int(len(step.running) * self.waiting_served_ratio) if patient else 1
-            if batch and len(batch) >= least and self._prefill(step, batch):
+            waited = step.decode_steps - self._joined + 1  # the router counts from 1
+            patient = running > 0 and waited < self.max_waiting_tokens
+            least = int(running * self.waiting_served_ratio) if patient else 1
+            owes = self._owes and running > 0 and step.decode_steps == self._joined
+            if batch and len(batch) >= least and not owes and self._prefill(step, batch):
                 self._joined = step.decode_steps
+                self._owes = running > 0
                 return 1
             if patient:
                 wait = self.max_waiting_tokens - waited
+            if owes:
+                wait = 1
         step.decode_all()
         return wait
 

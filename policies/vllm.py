@@ -28,6 +28,18 @@ class Vllm(Scheduler):
     long_prefill_token_threshold: NotNegative = 0  # tokens of one prompt a step; 0: no limit
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     scheduler_reserve_full_isl: bool = True  # admit only where all known tokens would fit
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = True  # plan step n+1 before step n's output is in
+
+    @property
+    def asynchronous(self) -> bool:
+        """As `async_scheduling` says."""
+        return self.async_scheduling
+
+    @property
+    def prefix_caching(self) -> bool:
+        """As `enable_prefix_caching` says."""
+        return self.enable_prefix_caching
 
     @property
     def token_limit(self) -> int:
@@ -57,12 +69,12 @@ class Vllm(Scheduler):
         while waiting and budget > 0 and len(running) < self.max_num_seqs:
             request = waiting[0]
             known = request.remaining
-            tokens = self._chunk(known)
+            tokens = self._chunk(known - step.cached_tokens(request))
             if tokens > budget:
                 if not self.enable_chunked_prefill:
                     break
                 tokens = budget
-            if self.scheduler_reserve_full_isl and -(-known // step.block_size) > step.free_blocks:
+            if self.scheduler_reserve_full_isl and not step.fits(request, known):
                 break
             if not step.admit(request, tokens):
                 break
@@ -124,7 +136,7 @@ class Vllm(Scheduler):
         for request in list(step.running):
             if budget == 0:
                 break
-            if request.id in gone:
+            if request.id in gone or request.remaining == 0:
                 continue
             tokens = min(self._chunk(request.remaining), budget)
             while not step.run(request, tokens):

@@ -244,10 +244,10 @@ def main() -> None:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:
-        problem = plugins.blame(error)
-        if problem is None:
+        blamed = plugins.blame(error)
+        if blamed is None:
             raise
-        err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+        err.print(f"[red]error:[/red] {escape(str(blamed))}", soft_wrap=True)
         raise SystemExit(2) from None
 
 

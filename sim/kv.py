@@ -1,7 +1,7 @@
 """The KV pool by counting, and the group of requests that decode together.
 
-Both know numbers of blocks only, not which block is whose: enough wherever prefix caching cannot matter, and O(1)
-for any number of steps.
+The counting pool knows numbers of blocks only, not which block is whose: enough wherever prefix caching cannot
+matter, and O(1) for any number of steps. `sim.prefix` has the pool that knows each block.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from policies.base import FOREVER, Request
 
 
 class CountingPool:
-    """``total`` blocks of ``block_size`` tokens, of which ``free`` are nobody's."""
+    """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's; `Request._blocks` says who holds how many."""
+
+    tracks = False  # whether the decode group must know its members by phase
 
     __slots__ = ("block_size", "free", "total")
 
@@ -27,6 +29,65 @@ class CountingPool:
         """Blocks that ``tokens`` tokens occupy."""
         return -(-tokens // self.block_size)
 
+    def hit(self, request: Request) -> int:
+        """Leading known tokens of a waiting request that are stored already."""
+        return 0
+
+    def need(self, request: Request, tokens: int) -> int:
+        """Free blocks that a waiting request must find for its first ``tokens`` tokens."""
+        return -(-tokens // self.block_size)
+
+    def open(self, request: Request, tokens: int) -> None:
+        """Give a waiting request the blocks of its first ``tokens`` tokens; `need` of them are free."""
+        request._blocks = -(-tokens // self.block_size)
+        self.free -= request._blocks
+
+    def extend(self, request: Request, tokens: int) -> bool:
+        """See to it that a request's blocks cover ``tokens`` tokens; False, and nothing done, if too few are free."""
+        more = -(-tokens // self.block_size) - request._blocks
+        if more > 0:
+            if more > self.free:
+                return False
+            self.free -= more
+            request._blocks += more
+        return True
+
+    def decode_one(self, request: Request, need: int) -> None:
+        """A decoding request computes one token, for which it takes ``need`` blocks (0 or 1)."""
+        self.free -= need
+
+    def decode_all(self, group: Decodes, steps: range) -> None:
+        """The group does these steps, counted from now; there is room."""
+        first, last = steps.start, steps.stop
+        if group.growing and last > first:
+            self.free -= group.blocks_needed(last) - (group.blocks_needed(first) if first else 0)
+
+    def computed(self, request: Request, tokens: int) -> None:
+        """The request's first ``tokens`` tokens are known and will be in its blocks when this step has run."""
+
+    def close(self, request: Request, blocks: int) -> None:
+        """A request gives its ``blocks`` blocks back."""
+        self.free += blocks
+        request._blocks = 0
+
+    def preempted(self, request: Request) -> None:
+        """A request has been preempted: its known tokens will be looked up once more."""
+
+
+class PrefixCacheMatters(Exception):
+    """A run that was counted without a prefix cache would have used it; run it again with one."""
+
+
+class StandInPool(CountingPool):
+    """Counts in place of a prefix cache for as long as that cannot matter.
+
+    Where no two requests share a block, only a preempted request can find blocks: its own. The first preemption
+    raises `PrefixCacheMatters`.
+    """
+
+    def preempted(self, request: Request) -> None:  # noqa: D102 - as above
+        raise PrefixCacheMatters
+
 
 class Decodes:
     """The requests that get one token a step, all together: a step costs O(1) however many they are.
@@ -36,9 +97,9 @@ class Decodes:
     matter of ``offset mod block_size``, of which only a histogram is kept.
     """
 
-    __slots__ = ("_heap", "block_size", "context", "dead", "growing", "live", "phases", "reserved", "steps")
+    __slots__ = ("_heap", "block_size", "context", "dead", "growing", "live", "members", "phases", "reserved", "steps")
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, track: bool = False) -> None:
         self.block_size = block_size
         self.steps = 0
         self.live = 0  # members that produce a token a step
@@ -47,6 +108,7 @@ class Decodes:
         self.growing = 0  # live members without a reservation ahead of them
         self.reserved = 0  # live members with one
         self.phases = [0] * block_size  # growing members by offset mod block_size
+        self.members: list[dict[int, Request]] | None = [{} for _ in range(block_size)] if track else None
         self._heap: list[tuple[int, int, Request]] = []
 
     def join(self, request: Request, left: int) -> None:
@@ -65,31 +127,20 @@ class Decodes:
                 end = self.steps + ahead
         else:
             request._reserved = 0
-            self.growing += 1
-            self.phases[offset % self.block_size] += 1
+            self._grows(request)
         request._end = end
         heappush(self._heap, (end, request.id, request))
 
     def leave(self, request: Request) -> None:
         """Take a live member out; its tokens in KV become a number of its own again."""
         computed = request._offset + self.steps
-        if request._reserved:
-            self.reserved -= 1
-        else:
-            self.growing -= 1
-            self.phases[request._offset % self.block_size] -= 1
-        self.live -= 1
+        self._stops(request)
         self.context -= computed + 1 + request.pad
         self._settle_member(request, computed)
 
     def die(self, request: Request) -> None:
         """A live member has finished but keeps its slot."""
-        if request._reserved:
-            self.reserved -= 1
-        else:
-            self.growing -= 1
-            self.phases[request._offset % self.block_size] -= 1
-        self.live -= 1
+        self._stops(request)
         self.dead += 1
 
     def bury(self, request: Request, computed: int) -> None:
@@ -97,6 +148,25 @@ class Decodes:
         self.dead -= 1
         self.context -= request._offset + self.steps + 1 + request.pad
         self._settle_member(request, computed)
+
+    def _grows(self, request: Request) -> None:
+        phase = request._offset % self.block_size
+        self.growing += 1
+        self.phases[phase] += 1
+        if self.members is not None:
+            self.members[phase][request.id] = request
+
+    def _stops(self, request: Request) -> None:
+        """A member produces no tokens any more."""
+        self.live -= 1
+        if request._reserved:
+            self.reserved -= 1
+            return
+        phase = request._offset % self.block_size
+        self.growing -= 1
+        self.phases[phase] -= 1
+        if self.members is not None:
+            del self.members[phase][request.id]
 
     @staticmethod
     def _settle_member(request: Request, computed: int) -> None:
@@ -127,9 +197,8 @@ class Decodes:
     def outgrow(self, request: Request, left: int) -> None:
         """Its reservation is used up: from here it grows block by block, ``left`` tokens more."""
         self.reserved -= 1
-        self.growing += 1
         request._reserved = 0
-        self.phases[request._offset % self.block_size] += 1
+        self._grows(request)
         request._end = self.steps + left
         heappush(self._heap, (request._end, request.id, request))
 

@@ -10,8 +10,9 @@ from typing import Any
 from policies.base import Request
 from sim.cluster import Cluster
 from sim.engine import Engine
-from sim.kv import CountingPool
+from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
 from sim.metrics import summarise
+from sim.prefix import Identity, PrefixPool
 from sim.records import RequestRecords, RunRecords
 from sim.setup import Setup
 
@@ -33,6 +34,22 @@ def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | 
     ``progress(arrived)`` is called now and then. ``leap=False`` takes every engine step on its own: the same
     results, slowly. Raises `PolicyError` if the policy asks for what cannot be, or leaves requests unserved.
     """
+    started = time.perf_counter()
+    try:
+        requests, engines = _served(setup, leap, progress, Identity.shares(setup.trace))
+    except PrefixCacheMatters:
+        requests, engines = _served(setup, leap, progress, True)
+    wall = time.perf_counter() - started
+    runs = [engine.records for engine in engines]
+    pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
+    summary = summarise(requests, runs, pools, setup.slo, wall)
+    return Outcome(setup, requests, runs, summary, _assumptions(setup, engines[0]))
+
+
+def _served(
+    setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool
+) -> tuple[RequestRecords, list[Engine]]:
+    """``identify``: prefix caching, where the policy has it, needs to know each block."""
     trace = setup.trace
     requests = RequestRecords(trace)
     outputs: list[int] = trace.output_tokens.tolist()
@@ -40,18 +57,17 @@ def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | 
     for index in range(setup.replicas):
         scheduler = setup.make_scheduler()
         pool = CountingPool(setup.blocks, setup.block_size)
+        if scheduler.prefix_caching and identify:
+            identity = Identity(trace, setup.block_size)
+            pool = PrefixPool(setup.blocks, setup.block_size, identity, late=scheduler.asynchronous)
+        elif scheduler.prefix_caching:
+            pool = StandInPool(setup.blocks, setup.block_size)
         engines.append(
             Engine(scheduler, setup.make_backend(), pool, requests, outputs, setup.max_model_len, index, leap)
         )
     make = request_maker(setup, outputs, engines[0].scheduler.oracle)
-    cluster = Cluster(requests, engines, setup.make_router(), make, progress)
-    started = time.perf_counter()
-    cluster.run()
-    wall = time.perf_counter() - started
-    runs = [engine.records for engine in engines]
-    pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
-    summary = summarise(requests, runs, pools, setup.slo, wall)
-    return Outcome(setup, requests, runs, summary, _assumptions(setup, engines[0]))
+    Cluster(requests, engines, setup.make_router(), make, progress).run()
+    return requests, engines
 
 
 def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[int], Request]:

@@ -44,7 +44,7 @@ class ReplicaStep(Step):
         self.scheduler = scheduler
         self.backend = backend
         self.pool = pool
-        self.group = Decodes(pool.block_size)
+        self.group = Decodes(pool.block_size, pool.tracks)
         self._outputs = outputs  # true lengths by request id: never shown to a policy
         self._limit = scheduler.token_limit
         self.waiting: deque[Request] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
@@ -59,6 +59,7 @@ class ReplicaStep(Step):
         self.promised = 0  # reserved tokens that will be filled
         self.decoded_at = 0  # ps, when the group emitted last
         self.fresh: dict[int, Request] = {}  # joined the group since
+        self._admissions = 0
         # the plan
         self.chunks: list[tuple[Request, int]] = []
         self.ran: dict[int, Request] = {}  # decodes chosen one by one
@@ -79,6 +80,8 @@ class ReplicaStep(Step):
             self.chunks = []
         if self.ran:
             self.ran = {}
+        if self.rejected:
+            self.rejected = []
         self.whole = False
         self.tokens = self.padding = self.taken = self.preempted = self.slept = 0
         self.wake = None
@@ -118,13 +121,17 @@ class ReplicaStep(Step):
         return self.pool.block_size
 
     def cached_tokens(self, request: Request) -> int:  # noqa: D102
-        return 0
+        return self.pool.hit(request)
+
+    def fits(self, request: Request, tokens: int) -> bool:  # noqa: D102
+        return self.pool.need(request, tokens) <= self.pool.free
 
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
         group = self.group
         count = group.live if decodes is None else decodes
         context = group.context * count // group.live if group.live else 0
-        return self.backend.step(Batch(tuple(Chunk(*c) for c in chunks), count, context)).spacing()
+        cost = self.backend.step(Batch(tuple(Chunk(*c) for c in chunks), count, context))
+        return cost.spacing(self.scheduler.asynchronous)[0]
 
     # what a policy does
 
@@ -134,17 +141,16 @@ class ReplicaStep(Step):
                 self.join(request)
             self.parked = {}
         group = self.group
-        if self.ran:
-            self._fail("decode_all after a decode was chosen one by one")
+        if self.ran or self.whole:
+            self._fail("decode_all after decodes were chosen already")
         if group.live == 0 and group.dead == 0:
             return True
-        self._spend(group.live)
         need = group.phases[-group.steps % group.block_size] if group.growing else 0
-        pool = self.pool
-        if need > pool.free:
-            self.tokens -= group.live
+        if need > self.pool.free:
             return False
-        pool.free -= need
+        self._spend(group.live)
+        if need or group.members is not None:
+            self.pool.decode_all(group, range(1))
         self.taken = need
         self.whole = True
         return True
@@ -158,13 +164,11 @@ class ReplicaStep(Step):
         if request.id in self.prefills:
             if any(chosen is request for chosen, _ in self.chunks):
                 self._fail(f"run of {request} twice in one step")
-            need = pool.blocks(request._offset + tokens) - request._blocks
-            if need > pool.free:
+            upto = request._offset + tokens
+            if not pool.extend(request, upto):
                 return False
             self._spend(tokens)
-            if need > 0:
-                pool.free -= need
-                request._blocks += need
+            pool.computed(request, upto)
             self.chunks.append((request, tokens))
             return True
         if self.whole or request.id in self.ran:
@@ -173,36 +177,41 @@ class ReplicaStep(Step):
         if need > pool.free:
             return False
         self._spend(1)
-        pool.free -= need
+        pool.decode_one(request, need)
         self.taken += need
         self.ran[request.id] = request
         return True
 
     def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:  # noqa: D102
-        if not 1 <= tokens <= request.prompt_tokens + request._emitted:
-            self._fail(f"admit with {tokens} tokens of {request}: {request.remaining} remain")
         pool = self.pool
-        if reserve is None:
-            need = pool.blocks(tokens)
-        else:
-            if reserve < tokens:
-                self._fail(f"a reservation of {reserve} tokens for {tokens} tokens of {request}")
-            need = pool.blocks(reserve)
-            if need > pool.total:
+        hit = pool.hit(request)
+        if not 1 <= tokens <= request.prompt_tokens + request._emitted - hit:
+            self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
+        if pad < 0:
+            self._fail(f"a padding of {pad} tokens")
+        upto = hit + tokens
+        if reserve is not None:
+            if reserve < upto:
+                self._fail(f"a reservation of {reserve} tokens for {upto} tokens of {request}")
+            upto = reserve
+            if pool.blocks(upto) > pool.total:
                 self.reject(request)
                 return False
-        if need > pool.free:
+        if pool.need(request, upto) > pool.free:
             return False
         self._spend(tokens)
         self._leave_queue(request)
-        pool.free -= need
-        request._blocks = need
-        request._offset = 0
+        pool.open(request, upto)
+        pool.computed(request, hit + tokens)
+        request._offset = hit
+        self._admissions += 1
+        request._seq = self._admissions
+        self.kv_tokens += hit
         self.admitted[request.id] = request
         self.prefills[request.id] = request
         if reserve is not None:
-            request._reserved = need * pool.block_size
-            self.promised += self._promise(request, 0)
+            request._reserved = request._blocks * pool.block_size
+            self.promised += self._promise(request, hit)
         if pad:
             request.pad = pad
             self.padding += pad
@@ -212,8 +221,8 @@ class ReplicaStep(Step):
     def preempt(self, request: Request) -> None:  # noqa: D102
         if self.admitted.pop(request.id, None) is None:
             self._fail(f"preempt of {request}, which is not running")
-        self._unplan(request)
-        self.vacate(request)
+        self.vacate(request, self._unplan(request))
+        self.pool.preempted(request)
         request._offset = 0
         request.preemptions += 1
         request.pad = 0
@@ -230,8 +239,7 @@ class ReplicaStep(Step):
             if request._counter is not None:
                 self.group.bury(request, computed)
             self.kv_tokens -= computed
-            self.pool.free += request._blocks
-            request._blocks = 0
+            self.pool.close(request, request._blocks)
         self.released += self.batch
         self.batch = []
 
@@ -270,9 +278,15 @@ class ReplicaStep(Step):
         request._blocks = blocks
         self.parked[request.id] = request
 
-    def vacate(self, request: Request) -> int:
-        """Take back all that a request holds, which runs no more; its stored tokens."""
+    def drain(self, request: Request) -> None:
+        """Take a member out of the group whose last token is under way; it keeps its blocks until that is in."""
         blocks = self._blocks_of(request)
+        self.group.leave(request)
+        request._blocks = blocks
+
+    def vacate(self, request: Request, planned: int = 0) -> None:
+        """Take back all that a request holds, which runs no more, ``planned`` blocks for this step's token too."""
+        blocks = self._blocks_of(request) + planned
         if request._counter is not None:
             request._last = max(request._last, self.decoded_at)
             self.group.leave(request)
@@ -284,9 +298,7 @@ class ReplicaStep(Step):
             self.promised -= self._promise(request, computed)
             request._reserved = 0
         self.kv_tokens -= computed
-        self.pool.free += blocks
-        request._blocks = 0
-        return computed
+        self.pool.close(request, blocks)
 
     def _blocks_of(self, request: Request) -> int:
         if request._counter is None or request._reserved:
@@ -302,13 +314,12 @@ class ReplicaStep(Step):
         final = request.prompt_tokens + self._outputs[request.id] - 1
         return max(0, min(request._reserved, final) - computed)
 
-    def _unplan(self, request: Request) -> None:
-        """Take a request out of the plan under way, its blocks for this step too."""
+    def _unplan(self, request: Request) -> int:
+        """Take a request out of the plan under way; blocks that it took for this step's decode (0 or 1)."""
         if request.id in self.ran:
             del self.ran[request.id]
-            self._refund(request)
         elif self.whole and request._counter is not None:
-            self._refund(request)
+            self.whole = self.group.live > 1 or self.group.dead > 0
         else:
             for i, (chosen, tokens) in enumerate(self.chunks):
                 if chosen is request:
@@ -316,12 +327,11 @@ class ReplicaStep(Step):
                     self.padding -= request.pad
                     del self.chunks[i]
                     break
-
-    def _refund(self, request: Request) -> None:
+            return 0
         need = self._next_block(request)
-        self.pool.free += need
         self.taken -= need
         self.tokens -= 1
+        return need
 
     def _leave_queue(self, request: Request) -> None:
         waiting = self.waiting

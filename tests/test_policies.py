@@ -32,11 +32,6 @@ Row = tuple[int, ...]  # arrival ps, prompt, output (, declared output; else the
 PS_IN_MS = 1e-9
 
 
-def defect(reason: str) -> pytest.MarkDecorator:
-    """What the program gets wrong today. Strict: whoever mends it is told to take the mark off."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 class TokenAPs(Backend):
     """100 ps a step and 1 ps a token."""
 
@@ -133,9 +128,7 @@ def test_static_batch_takes_in_the_very_last_arrival() -> None:
 
 def test_static_batch_that_is_not_full_starts_when_its_oldest_has_waited_the_window() -> None:
     # Window 1000 ps, three a batch: A at 0, B at 400 start at 1000: 110 -> 1110. C at 5000 is the last: 105 -> 5105.
-    world = serve(
-        [(0, 5, 1), (400, 5, 1), (5000, 5, 1)], lambda: Static(batch=3, max_wait_ms=1000 * PS_IN_MS)
-    )
+    world = serve([(0, 5, 1), (400, 5, 1), (5000, 5, 1)], lambda: Static(batch=3, max_wait_ms=1000 * PS_IN_MS))
 
     assert finished(world) == [1110, 1110, 5105]
 
@@ -161,7 +154,6 @@ def test_static_pauses_before_every_batch_and_nowhere_else() -> None:
     assert finished(world) == [1206, 2311]
 
 
-@defect("Static reserves a batch mate's length for everybody before it knows who fits")
 def test_static_refuses_a_request_for_its_own_length_only() -> None:
     # Pool of 30. A needs 5 + 20 = 25 and B 20 + 2 = 22: each fits alone, but not padded to 20 + 20 together.
     world = serve([(0, 5, 20), (0, 20, 2)], lambda: Static(batch=2), blocks=30)
@@ -169,7 +161,6 @@ def test_static_refuses_a_request_for_its_own_length_only() -> None:
     assert set(world.requests.status) == {Status.FINISHED}
 
 
-@defect("Static pads to the longest of those it wanted, not of those it got")
 def test_static_pads_to_the_longest_of_those_in_the_batch() -> None:
     # Pool of 30: no room for A(5, 2) and B(20, 2) padded to 20 + 2 each, so each goes alone, as it is.
     # A 105, 101 -> 206; B 120, 101 -> 427
@@ -257,9 +248,7 @@ def test_orca_runs_at_most_max_batch() -> None:
         ("max", 2 * 40),
     ],
 )
-def test_tgi_prefill_runs_alone_and_pauses_all_decodes(
-    reserve: Literal["declared", "max"], budget: int
-) -> None:
+def test_tgi_prefill_runs_alone_and_pauses_all_decodes(reserve: Literal["declared", "max"], budget: int) -> None:
     # Each request takes 5 + 5 of the budget, or the model's 40, so that two fit; outputs 2, 3, 1.
     #   0  prompts of A B 110 -> 110  A1 B1
     # 110  A B            102 -> 212  A2, done: now C fits
@@ -314,7 +303,6 @@ def test_tgi_lets_requests_join_once_enough_wait_for_the_batch() -> None:
     assert finished(world) == [732, 732, 630, 630]
 
 
-@defect("Tgi waits one decode step more than the router, whose counter starts at 1")
 def test_tgi_joins_too_few_only_after_max_waiting_tokens() -> None:
     # As before but nobody joins C. The router's counter is 1 after a prefill and grows with every decode step, so with
     # max_waiting_tokens 3 whoever waits joins after two decode steps.
@@ -324,15 +312,12 @@ def test_tgi_joins_too_few_only_after_max_waiting_tokens() -> None:
     # 314  prompt of C    105 -> 419  C1
     # 419  all three      103 -> 522  A4 B4 C2; C done
     # 522  A B            102 -> 624, 102 -> 726  A6 B6
-    world = serve(
-        [(0, 5, 6), (0, 5, 6), (150, 5, 2)], lambda: Tgi(waiting_served_ratio=1.2, max_waiting_tokens=3)
-    )
+    world = serve([(0, 5, 6), (0, 5, 6), (150, 5, 2)], lambda: Tgi(waiting_served_ratio=1.2, max_waiting_tokens=3))
 
     assert first(world) == [110, 110, 419]
     assert finished(world) == [726, 726, 522]
 
 
-@defect("Tgi prefills again and again while somebody may join")
 def test_tgi_decodes_at_least_once_between_two_joins() -> None:
     # The router's loop: check the queue once, prefill who may join, decode. A (5, 4) at 0, B (5, 3) at 50 and C (5, 2)
     # at 150; any number may join. B's prefill comes right after A's, before the first decode; C waits for a decode.
@@ -543,9 +528,7 @@ class Spy(Scheduler):
     def schedule(self, step: Step) -> int:
         for request in [*step.waiting, *step.running]:
             self.answers.append(request.output_tokens)
-            self.seen |= {
-                value for name in dir(request) if isinstance(value := self._look(request, name), int)
-            }
+            self.seen |= {value for name in dir(request) if isinstance(value := self._look(request, name), int)}
         step.decode_all()
         while step.waiting and step.admit(step.waiting[0], step.waiting[0].prompt_tokens):
             pass
@@ -671,11 +654,7 @@ ALL_OF_IT = admit_some(6)
             [lambda s: s.admit(s.waiting[0], 6, reserve=5)],
             rf"a reservation of 5 tokens for 6 tokens of {NAME}",
         ),
-        pytest.param(
-            [lambda s: s.admit(s.waiting[0], 6, pad=-1)],
-            r"-1",
-            marks=defect("a negative pad makes a step cheaper"),
-        ),
+        pytest.param([lambda s: s.admit(s.waiting[0], 6, pad=-1)], r"-1"),
         ([admit_twice], rf"{NAME} is not waiting"),
         ([ALL_OF_IT, lambda s: s.admit(head(s), 1)], rf"{NAME} is not waiting"),
         ([ALL_OF_IT, lambda s: s.reject(head(s))], rf"{NAME} is not waiting"),
@@ -685,12 +664,8 @@ ALL_OF_IT = admit_some(6)
         ([ALL_OF_IT, lambda s: s.run(head(s), 2)], rf"run of 2 tokens of {NAME}: 1 remain"),
         ([ALL_OF_IT, run_twice], rf"run of {NAME} twice in one step"),
         ([ALL_OF_IT, decode_all_then_run], rf"run of {NAME} twice in one step"),
-        ([ALL_OF_IT, run_then_decode_all], "decode_all after a decode was chosen one by one"),
-        pytest.param(
-            [ALL_OF_IT, decode_all_twice],
-            "decode_all",
-            marks=defect("it takes blocks twice and never gives them back"),
-        ),
+        ([ALL_OF_IT, run_then_decode_all], "decode_all after decodes were chosen already"),
+        ([ALL_OF_IT, decode_all_twice], "decode_all after decodes were chosen already"),
         ([lambda s: s.run(s.waiting[0], 1)], rf"run of {NAME}, which is not running"),
         ([lambda s: s.preempt(s.waiting[0])], rf"preempt of {NAME}, which is not running"),
         ([lambda s: s.pause(-1)], "a pause of -1 ps"),
@@ -739,7 +714,6 @@ def test_preempting_everybody_is_not_the_end() -> None:
     assert (first(world), finished(world)) == ([106], [314])
 
 
-@defect("an empty decode step is run, and paid for")
 def test_a_decode_preempted_after_it_was_planned_leaves_no_step_behind() -> None:
     def change_of_mind(step: Step) -> None:
         step.decode_all()
@@ -775,7 +749,7 @@ def test_a_policy_that_serves_nobody_is_told_so_at_the_end() -> None:
 
 @pytest.mark.parametrize(
     "leap",
-    [True, pytest.param(False, marks=defect("only a run that leaps looks at what the policy vouched for"))],
+    [True, pytest.param(False)],
 )
 def test_a_policy_that_vouches_for_no_step_is_refused(leap: bool) -> None:
     with pytest.raises(PolicyError, match="policy Absent: vouched for 0 steps"):
@@ -795,9 +769,7 @@ def test_what_can_never_fit_is_rejected_on_arrival_and_the_rest_goes_on(
 ) -> None:
     # 30 + 40 tokens: 69 of them are stored (the last one is not), in 5 blocks of 16; or the model takes 69 at most.
     # A and C: 105, then 101 and, C having come at 20, 105 + 1 -> 211 A2 C1
-    world = serve(
-        [(0, 5, 2), request_row, (20, 5, 1)], Vllm, blocks=blocks, block_size=16, max_model_len=max_model_len
-    )
+    world = serve([(0, 5, 2), request_row, (20, 5, 1)], Vllm, blocks=blocks, block_size=16, max_model_len=max_model_len)
 
     assert list(world.requests.status) == [Status.FINISHED, Status.REJECTED, Status.FINISHED]
     assert finished(world) == [211, 10, 211]
@@ -819,7 +791,6 @@ def test_a_reservation_larger_than_the_pool_rejects_the_request_and_the_rest_goe
     assert finished(world) == [0, 105]
 
 
-@defect("Engine.begin calls itself for each: RecursionError near 1000")
 def test_thousands_may_be_rejected_at_once() -> None:
     world = serve([(0, 5, 1, 30)] * 3000, lambda: Orca(reserve="declared"), blocks=20)
 
@@ -834,11 +805,7 @@ def schedulers() -> list[type[Scheduler]]:
     found: dict[str, type[Scheduler]] = {}
     for module in pkgutil.iter_modules(policies.__path__):
         for cls in vars(importlib.import_module(f"policies.{module.name}")).values():
-            if (
-                isinstance(cls, type)
-                and issubclass(cls, Scheduler)
-                and not getattr(cls, "__abstractmethods__", ())
-            ):
+            if isinstance(cls, type) and issubclass(cls, Scheduler) and not getattr(cls, "__abstractmethods__", ()):
                 found[f"{cls.__module__}.{cls.__name__}"] = cls
     return [found[name] for name in sorted(found)]
 
@@ -870,9 +837,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {  # settings that bind on the small wo
 }
 
 CASES = [
-    pytest.param(
-        cls, chosen, id=f"{cls.__name__}-{'-'.join(f'{k}={v}' for k, v in chosen.items()) or 'default'}"
-    )
+    pytest.param(cls, chosen, id=f"{cls.__name__}-{'-'.join(f'{k}={v}' for k, v in chosen.items()) or 'default'}")
     for cls in schedulers()
     for chosen in [*settings_of(cls), *SMALL.get(cls.__name__, [])]
 ]

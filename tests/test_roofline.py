@@ -131,7 +131,8 @@ def test_a_floor_holds_for_every_kind_of_step_and_overhead_comes_on_top() -> Non
     for batch in (decode(4, 4000), prompt((0, 512)), Batch((Chunk(0, 512),), 4, 4000)):
         cost = backend.step(batch)
         assert cost.first == PS // 2
-        assert cost.spacing() == PS // 2 + PS // 100
+        assert cost.spacing(ahead=False) == (PS // 2 + PS // 100, 0)
+        assert cost.spacing(ahead=True) == (PS // 2, 0)
 
 
 # tensor parallelism

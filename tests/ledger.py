@@ -1,0 +1,198 @@
+"""Replay step ledgers of the real vLLM scheduler through ours: ``python tests/ledger.py FILE [FILE …]``.
+
+FILE is JSON lines, plain or gzip, one case a line: settings, requests and vLLM's own ledger. Prints the first
+difference of each failing case (step, request, theirs, ours), then ``N of M cases identical``; exit status 1 unless
+all are, 2 if a file cannot be read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backend.base import Backend, Batch, StepCost
+from policies.base import Request
+from policies.vllm import Vllm
+from sim.engine import Engine, Plan
+from sim.kv import CountingPool
+from sim.prefix import Identity, PrefixPool
+from sim.records import RequestRecords
+from sim.trace import Trace
+
+COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "finished")
+PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
+
+
+class Tick(Backend):
+    """Every step takes one unit of time."""
+
+    def step(self, batch: Batch) -> StepCost:
+        return StepCost(1)
+
+
+class Replay:
+    """Our scheduler, driven as the ledger's driver drove vLLM's: one call of schedule() a step."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.pending = sorted(case["requests"], key=lambda q: (q["arrival_step"], q["id"]))
+        n = max(q["id"] for q in case["requests"]) + 1
+        columns: dict[str, Any] = {name: np.zeros(n, np.int64) for name in ("prefix_group", "prefix_tokens")}
+        columns |= {name: np.ones(n, np.int64) for name in ("prompt_tokens", "output_tokens")}
+        for q in case["requests"]:
+            for name in columns:
+                columns[name][q["id"]] = q[name]
+        trace = Trace(arrival_ps=np.zeros(n, np.int64), **columns)
+        policy = Vllm(
+            max_num_batched_tokens=case["max_num_batched_tokens"],
+            max_num_seqs=case["max_num_seqs"],
+            block_size=case["block_size"],
+            num_gpu_blocks=case["num_blocks"],
+            long_prefill_token_threshold=case["long_prefill_token_threshold"],
+            scheduling_policy=case["policy"],
+            scheduler_reserve_full_isl=case["reserve_full_isl"],
+            enable_prefix_caching=case["prefix_caching"],
+            async_scheduling=case["async_scheduling"],
+        )
+        pool = CountingPool(case["num_blocks"] - 1, case["block_size"])
+        if policy.prefix_caching:
+            identity = Identity(trace, case["block_size"])
+            pool = PrefixPool(case["num_blocks"] - 1, case["block_size"], identity, policy.asynchronous)
+        outputs = trace.output_tokens.tolist()
+        self.engine = Engine(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
+        self.lag = int(policy.asynchronous)
+        self.left = len(self.pending)
+        self.flight: list[Plan | None] = []
+        self.just_finished = False
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The ledger of our scheduler."""
+        step = 0
+        while self.left:
+            self._arrive(step)
+            row: dict[str, Any] = {"step": step}
+            if self._has_requests():
+                row |= self._schedule(step)
+            row["finished"] = []
+            while len(self.flight) > self.lag or (self.flight and not self._has_requests()):
+                row["finished"] += self._update(step)
+            if "scheduled" in row or row["finished"]:
+                yield row
+            elif not self.pending and not self.flight and self.left:
+                raise RuntimeError(f"stuck at step {step}: {self.left} left")
+            step += 1
+            if not self._has_requests() and not self.flight and self.pending:
+                step = max(step, self.pending[0]["arrival_step"])
+
+    def _arrive(self, step: int) -> None:
+        while self.pending and self.pending[0]["arrival_step"] <= step:
+            q = self.pending.pop(0)
+            request = Request(q["id"], step, q["prompt_tokens"], q["output_tokens"], priority=q["priority"])
+            if not self.engine.submit(request, step):
+                raise RuntimeError(f"request {q['id']} can never fit")
+
+    def _has_requests(self) -> bool:
+        state = self.engine.state
+        return bool(state.waiting or state.admitted or self.just_finished)
+
+    def _schedule(self, step: int) -> dict[str, Any]:
+        state = self.engine.state
+        self.just_finished = False
+        before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
+        here = set(state.admitted)
+        plan = self.engine.ask(step, step)
+        chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
+        tokens = {
+            r.id: chunks.get(r.id, 1)
+            for r in state.admitted.values()
+            if r.id in chunks or (plan and plan.decoding and r._counter is not None)
+        }
+        after = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
+        arrived = [r for r in state.admitted.values() if r.id not in here]
+        row = {
+            "scheduled": [[i, n] for i, n in tokens.items()],
+            "preempted": sorted(i for i in after if after[i] > before[i]),
+            "new": [[r.id, r._offset] for r in arrived if not r.preemptions],
+            "resumed": [[r.id, r._offset] for r in arrived if r.preemptions],
+            "free_blocks": self.engine.pool.free,
+        }
+        if plan is not None:
+            self.engine.commit(plan, 1)
+        self.flight.append(plan)
+        return row
+
+    def _update(self, step: int) -> list[int]:
+        plan = self.flight.pop(0)
+        if plan is None:
+            return []
+        finished = sorted(r.id for r in self.engine.complete(plan, step))
+        self.left -= len(finished)
+        self.just_finished |= bool(finished)
+        return finished
+
+
+def difference(case: dict[str, Any]) -> str | None:
+    """The first difference between vLLM's ledger and ours, in words; None if there is none."""
+    theirs = case["ledger"]
+    step = -1
+    try:
+        for i, ours in enumerate(Replay(case).rows()):
+            step = ours["step"]
+            if i >= len(theirs):
+                return f"step {step}: theirs has ended, ours goes on: {ours}"
+            if theirs[i]["step"] != step:
+                return f"step: theirs {theirs[i]['step']}, ours {step}"
+            for column in COLUMNS:
+                if theirs[i].get(column) != ours.get(column):
+                    return f"step {step}: {_compare(column, theirs[i].get(column), ours.get(column))}"
+    except Exception as error:
+        return f"after step {step}: {type(error).__name__}: {error}"
+    return None if i + 1 == len(theirs) else f"ours ends after step {step}, theirs at step {theirs[-1]['step']}"
+
+
+def _compare(column: str, theirs: Any, ours: Any) -> str:
+    if column in PAIRS and isinstance(theirs, list) and isinstance(ours, list):
+        for a, b in zip([*theirs, None], [*ours, None], strict=False):
+            if a != b:
+                request = (a or b)[0]
+                said = [f"request {x[0]} {x[1]} {PAIRS[column]}" if x else "nothing" for x in (a, b)]
+                return f"request {request}: {column}: theirs {said[0]}, ours {said[1]}"
+    return f"{column}: theirs {theirs}, ours {ours}"
+
+
+def cases(path: Path) -> Iterator[dict[str, Any]]:
+    """The cases of a ledger file."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def main(arguments: list[str]) -> int:
+    """Replay all cases of the files named; the exit status."""
+    if not arguments:
+        sys.stderr.write(__doc__ or "")
+        return 2
+    total = same = 0
+    for name in arguments:
+        try:
+            for case in cases(Path(name)):
+                total += 1
+                found = difference(case)
+                same += found is None
+                if found is not None:
+                    sys.stdout.write(f"case {case.get('seed', total)}: {found}\n")
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            sys.stderr.write(f"error: {name}: {type(error).__name__}: {error}\n")
+            return 2
+    sys.stdout.write(f"{same} of {total} cases identical\n")
+    return 0 if same == total else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
