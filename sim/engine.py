@@ -12,50 +12,13 @@ step as done that is planned, except that a request whose last token is in fligh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import isqrt
 
 from backend.base import Backend, Batch, Chunk
 from policies.base import PolicyError, Request, Scheduler
-from sim.kv import CountingPool
+from sim.kv import CountingPool, admission
 from sim.records import RequestRecords, RunRecords, Status
+from sim.runs import Plan, duration, steps_to_reach
 from sim.step import ReplicaStep
-
-
-def duration(first: int, slope: int, steps: int) -> int:
-    """Picoseconds of ``steps`` steps that cost ``first``, ``first + slope``, …"""
-    return steps * first + slope * (steps * (steps - 1) // 2)
-
-
-def steps_to_reach(span: int, first: int, slope: int) -> int:
-    """The fewest steps (>= 1) whose duration is at least ``span`` ps; ``first`` > 0, ``slope`` >= 0."""
-    if span <= first:
-        return 1
-    if slope == 0:
-        return -(-span // first)
-    # the root of slope/2·n² + (first − slope/2)·n = span, then the integer fix-up
-    b = 2 * first - slope
-    n = max(1, (isqrt(b * b + 8 * slope * span) - b) // (2 * slope))
-    while duration(first, slope, n) >= span and n > 1:
-        n -= 1
-    while duration(first, slope, n) < span:
-        n += 1
-    return n
-
-
-@dataclass(slots=True)
-class Plan:
-    """Steps of the same members, as the policy arranged them."""
-
-    first: int  # ps from boundary to boundary, the first step's; pauses and host work included
-    slope: int  # ps that each further step takes longer
-    count: int  # steps it may last
-    chunks: list[tuple[Request, int]]
-    decoding: bool
-    taken: int  # blocks that its first step's decodes have taken
-    row: tuple[int, ...]  # RUN_COLUMNS from `chunks` on
-    emitting: list[Request] = field(default_factory=list)  # their prompt is done with it: a token comes
-    ending: list[Request] = field(default_factory=list)  # their last token comes with it
 
 
 class Engine:
@@ -189,7 +152,7 @@ class Engine:
         state = self.state
         state.open(now)
         vouched = self.scheduler.schedule(state)
-        if vouched < 1:
+        if not isinstance(vouched, int) or vouched < 1:
             raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
         if state.released:
             self._answer_batch(now)
@@ -280,6 +243,8 @@ class Engine:
         ending = plan.ending
         if not ending:
             return ending
+        if len(ending) > 1:
+            ending.sort(key=admission)  # the order in which vLLM frees them, and so reuses their blocks
         if self.scheduler.batch_synchronous:
             for request in ending:
                 self._hold(request)

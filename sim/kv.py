@@ -11,8 +11,13 @@ from heapq import heappop, heappush
 from policies.base import FOREVER, Request
 
 
+def admission(request: Request) -> int:
+    """A sort key: the order of running."""
+    return request._seq
+
+
 class CountingPool:
-    """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's; `Request._blocks` says who holds how many."""
+    """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's; `Request._blocks` says who has them."""
 
     tracks = False  # whether the decode group must know its members by phase
 

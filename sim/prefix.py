@@ -15,7 +15,7 @@ from collections import OrderedDict
 import numpy as np
 
 from policies.base import Request
-from sim.kv import CountingPool, Decodes
+from sim.kv import CountingPool, Decodes, admission
 from sim.trace import Trace
 
 OWN, GROUP, SESSION, HASHED = range(4)
@@ -129,7 +129,7 @@ class PrefixPool(CountingPool):
         for step in range(group.steps + steps.start, group.steps + steps.stop):
             starting = members[-step % size]  # their next token opens a block
             if starting:
-                order = sorted(starting.values(), key=_admission) if len(starting) > 1 else starting.values()
+                order = sorted(starting.values(), key=admission) if len(starting) > 1 else starting.values()
                 for request in order:
                     self._take(tables[request.id], 1)
                     if late:
@@ -209,10 +209,6 @@ class PrefixPool(CountingPool):
             table.append(block)
         self.free -= count
         self._found = None
-
-
-def _admission(request: Request) -> int:
-    return request._seq
 
 
 def _repeats(column: np.ndarray[tuple[int], np.dtype[np.signedinteger]]) -> bool:

@@ -19,10 +19,11 @@ import numpy as np
 from backend.base import Backend, Batch, StepCost
 from policies.base import Request
 from policies.vllm import Vllm
-from sim.engine import Engine, Plan
+from sim.engine import Engine
 from sim.kv import CountingPool
 from sim.prefix import Identity, PrefixPool
 from sim.records import RequestRecords
+from sim.runs import Plan
 from sim.trace import Trace
 
 COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "finished")

@@ -79,13 +79,17 @@ SYSTEMS: dict[str, tuple[Callable[[], Scheduler], Efficiency, int]] = {
     "F": (lambda: Tgi(max_batch_total_tokens=8100, max_waiting_tokens=7), Efficiency(), SLOTS),
     "F'": (lambda: Orca(reserve="max"), Efficiency(), SLOTS),
     "G": (
-        lambda: Vllm(max_num_batched_tokens=8100, enable_chunked_prefill=False),
+        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8100, enable_chunked_prefill=False),
         Efficiency(floor_ms=HF_FLOOR_MS),
         SLOTS,
     ),
-    "H": (lambda: Vllm(max_num_batched_tokens=8100, enable_chunked_prefill=False), Efficiency(), SLOTS),
+    "H": (
+        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8100, enable_chunked_prefill=False),
+        Efficiency(),
+        SLOTS,
+    ),
     "H'": (
-        lambda: Vllm(max_num_batched_tokens=8100, enable_chunked_prefill=False),
+        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8100, enable_chunked_prefill=False),
         Efficiency(overhead_ms=10),
         SLOTS,
     ),
@@ -171,9 +175,7 @@ def test_batches_padded_to_their_own_longest_take_66_942_steps() -> None:
         ("H'", 2130, 0.08),
     ],
 )
-def test_throughput_is_what_the_same_assumptions_gave_before(
-    system: str, expected: float, within: float
-) -> None:
+def test_throughput_is_what_the_same_assumptions_gave_before(system: str, expected: float, within: float) -> None:
     assert tokens_per_s(system) == pytest.approx(expected, rel=within)
 
 
@@ -195,18 +197,14 @@ def test_each_step_of_the_ladder_is_higher_than_the_one_before() -> None:
 
 
 @pytest.mark.parametrize(("system", "lanes"), [("D", 4), ("F'", 7)])
-def test_worst_case_reservation_runs_a_fixed_number_of_lanes_while_backlogged(
-    system: str, lanes: int
-) -> None:
+def test_worst_case_reservation_runs_a_fixed_number_of_lanes_while_backlogged(system: str, lanes: int) -> None:
     # 8192 // 2048 = 4 and 15,700 // 2048 = 7, the 7.00 that vLLM's paper (figure 13) gives for Orca (Max)
     runs = run(system).engines[0].records.runs()
     steps = runs["steps"]
     spans = steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
     backlogged = runs["waiting"] > 0
 
-    assert np.average(runs["running"][backlogged], weights=spans[backlogged]) == pytest.approx(
-        lanes, abs=1e-9
-    )
+    assert np.average(runs["running"][backlogged], weights=spans[backlogged]) == pytest.approx(lanes, abs=1e-9)
     assert spans[backlogged].sum() > 0.95 * spans.sum()
 
 

@@ -639,7 +639,6 @@ def test_policy_that_crashes_is_named_with_its_line(body: str, said: str) -> Non
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="the engine takes what a policy returns unchecked")
 def test_policy_that_forgets_to_return() -> None:
     result = with_policy(
         "        step.decode_all()\n"

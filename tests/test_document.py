@@ -89,9 +89,7 @@ def complaints(tmp_path: Path, text: str, *sets: str, model: type[Any] = Scenari
 
 
 def test_a_good_document_is_its_model(tmp_path: Path) -> None:
-    it = document(
-        tmp_path, "seed: 3\narrivals:\n  rate_per_s: 2.5\ncompare:\n- policy: {name: static, batch: 4}\n"
-    )
+    it = document(tmp_path, "seed: 3\narrivals:\n  rate_per_s: 2.5\ncompare:\n- policy: {name: static, batch: 4}\n")
     scenario = it.check(Scenario)
     assert (scenario.seed, scenario.arrivals.rate_per_s) == (3, 2.5)
     assert it.lines[("arrivals", "rate_per_s")] == 3
@@ -299,9 +297,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_set_changes_values_and_makes_mappings(tmp_path: Path) -> None:
     it = document(tmp_path, "seed: 1\ncompare:\n- policy: {name: static}\n")
-    it.set(
-        ["seed=2", "arrivals.rate_per_s=1e3", "compare.0.policy.batch=4", "weights={a: 1}", "trace=x=y.csv"]
-    )
+    it.set(["seed=2", "arrivals.rate_per_s=1e3", "compare.0.policy.batch=4", "weights={a: 1}", "trace=x=y.csv"])
     scenario = it.check(Scenario)
     assert (scenario.seed, scenario.arrivals.rate_per_s, scenario.trace) == (2, 1000, "x=y.csv")
     assert scenario.compare[0].policy.model_dump() == {"name": "static", "batch": 4}

@@ -11,9 +11,7 @@ from sim.formats import load
 from sim.problems import BadInput
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
-needs_traces = pytest.mark.skipif(
-    not TRACES.is_dir(), reason="the public traces are not beside this checkout"
-)
+needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 OWN = "arrival_s,prompt_tokens,output_tokens\n"
 
@@ -58,18 +56,14 @@ def test_azure_stamps_are_exact_to_100_ns_and_cross_midnight(write, packed):
 
 def test_azure_2024_stamps_have_a_zone_and_may_lack_the_fraction(write):
     header = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-    rows = (
-        "2024-05-10 00:00:00.009930+00:00,1,1\n2024-05-10 00:00:01+00:00,2,2\n2024-05-10 02:00:02+02:00,3,3\n"
-    )
+    rows = "2024-05-10 00:00:00.009930+00:00,1,1\n2024-05-10 00:00:01+00:00,2,2\n2024-05-10 02:00:02+02:00,3,3\n"
 
     assert load(write(header + rows)).arrival_ps.tolist() == [0, 990_070_000_000, 1_990_070_000_000]
 
 
 def test_burstgpt_drops_failures_and_says_so(write):
     header = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
-    rows = (
-        "5,ChatGPT,0,0,0,Conversation log\n45,GPT-4,472,18,490,Conversation log\n118,GPT-4,7,9,16,API log\n"
-    )
+    rows = "5,ChatGPT,0,0,0,Conversation log\n45,GPT-4,472,18,490,Conversation log\n118,GPT-4,7,9,16,API log\n"
     trace = load(write(header + rows))
 
     assert trace.arrival_ps.tolist() == [0, 73 * 10**12]
@@ -328,12 +322,7 @@ def test_azures_rows_are_vidurs_copy_of_them(kind):
 @needs_traces
 def test_an_azure_stamp_deep_in_the_file_is_exact():
     trace = load(TRACES / "AzureLLMInferenceTrace_conv.csv.gz")
-    span = (
-        Fraction("19") * 3600
-        + 14 * 60
-        + Fraction("8.4025270")
-        - (18 * 3600 + 15 * 60 + Fraction("46.6805900"))
-    )
+    span = Fraction("19") * 3600 + 14 * 60 + Fraction("8.4025270") - (18 * 3600 + 15 * 60 + Fraction("46.6805900"))
 
     assert int(trace.arrival_ps[-1]) == span * 10**12
 

@@ -14,9 +14,7 @@ from sim.problems import BadInput
 from sim.trace import COLUMNS, HashIds, Trace
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
-needs_traces = pytest.mark.skipif(
-    not TRACES.is_dir(), reason="the public traces are not beside this checkout"
-)
+needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 
 def refused(path, **options):

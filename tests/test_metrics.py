@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import Affine, World, play, trace_of
+from worlds import Affine, World, play, sync_vllm, trace_of
 
 from policies.base import Scheduler
 from policies.orca import Orca
@@ -29,8 +29,10 @@ POLICIES: dict[str, Callable[[], Scheduler]] = {
     "orca": lambda: Orca(reserve="declared"),
     "orca pow2": lambda: Orca(reserve="pow2"),
     "tgi": lambda: Tgi(max_batch_total_tokens=900),
-    "vllm": lambda: Vllm(max_num_batched_tokens=64),
-    "vllm whole prompts": lambda: Vllm(max_num_batched_tokens=2048, enable_chunked_prefill=False),
+    "vllm": lambda: Vllm(async_scheduling=False, max_num_batched_tokens=64),
+    "vllm whole prompts": lambda: Vllm(
+        async_scheduling=False, max_num_batched_tokens=2048, enable_chunked_prefill=False
+    ),
 }
 CONTINUOUS = [name for name in POLICIES if "static" not in name]
 
@@ -61,7 +63,7 @@ def three_requests(start_ms: float = 0.0) -> World:
     """
     start = round(start_ms * MS)
     trace = trace_of([(start, 4, 3), (start + MS // 2, 2, 1), (start + 10 * MS, 8, 2)])
-    return play(trace, Vllm, milliseconds, blocks=10, block_size=4)
+    return play(trace, sync_vllm, milliseconds, blocks=10, block_size=4)
 
 
 # ---- by hand ----
@@ -147,7 +149,7 @@ def test_a_static_batch_answers_together() -> None:
 
 
 def test_nothing_but_rejections() -> None:
-    world = play(trace_of([(0, 500, 5), (MS, 500, 5)]), Vllm, milliseconds, blocks=10, block_size=4)
+    world = play(trace_of([(0, 500, 5), (MS, 500, 5)]), sync_vllm, milliseconds, blocks=10, block_size=4)
     summary = summary_of(world, Slo(ttft_ms=1))
 
     assert list(world.requests.status) == [Status.REJECTED] * 2
@@ -159,7 +161,7 @@ def test_nothing_but_rejections() -> None:
 
 def test_rejected_requests_count_in_no_latency() -> None:
     rows = [(0, 4, 3), (MS // 2, 2, 1), (5 * MS, 500, 5), (10 * MS, 8, 2)]
-    world = play(trace_of(rows), Vllm, milliseconds, blocks=10, block_size=4)
+    world = play(trace_of(rows), sync_vllm, milliseconds, blocks=10, block_size=4)
     summary, without = summary_of(world), summary_of(three_requests())
 
     assert summary["rejected"] == 1
@@ -265,7 +267,12 @@ def test_shares_add_up_where_memory_is_short() -> None:
     """Preemptions and chunks as well."""
     rows = [(i * 500, 30 + 7 * i % 40, 20 + 11 * i % 60) for i in range(40)]
     for blocks in (10, 20, 200):
-        world = play(trace_of(rows), lambda: Vllm(max_num_batched_tokens=48), blocks=blocks, block_size=16)
+        world = play(
+            trace_of(rows),
+            lambda: Vllm(async_scheduling=False, max_num_batched_tokens=48),
+            blocks=blocks,
+            block_size=16,
+        )
         summary = summary_of(world)
         check_shares(summary)
         assert summary["rejected"] == 0

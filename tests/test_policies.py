@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from worlds import World, check_books, play, trace_of
+from worlds import World, check_books, play, sync_vllm, trace_of
 
 import policies
 from backend.base import Backend, Batch, StepCost
@@ -348,7 +348,7 @@ def test_vllm_mixes_prompts_with_decodes_in_one_step() -> None:
     # 105  A, prompt of B 107 -> 212  A2 B1
     # 212  A B            102 -> 314  A3 B2, B done
     # 314  A              101 -> 415  A4
-    world = serve([(0, 5, 4), (50, 6, 2)], Vllm, block_size=16)
+    world = serve([(0, 5, 4), (50, 6, 2)], sync_vllm, block_size=16)
 
     assert first(world) == [105, 212]
     assert finished(world) == [415, 314]
@@ -366,7 +366,11 @@ def test_vllm_budget_serves_the_running_first_and_chunks_what_is_left() -> None:
     # 105  A, 7 of B                 108 -> 213  A2; the budget is spent, C waits
     # 213  A, 5 of B, 2 of C         108 -> 321  A3 B1 C1; C done
     # 321  A B                       102 -> 423  A4 B2
-    world = serve([(0, 5, 4), (50, 12, 2), (60, 2, 1)], lambda: Vllm(max_num_batched_tokens=8), block_size=4)
+    world = serve(
+        [(0, 5, 4), (50, 12, 2), (60, 2, 1)],
+        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8),
+        block_size=4,
+    )
 
     assert first(world) == [105, 321, 321]
     assert finished(world) == [423, 423, 321]
@@ -380,7 +384,7 @@ def test_vllm_budget_serves_the_running_first_and_chunks_what_is_left() -> None:
 
 def test_vllm_splits_a_prompt_longer_than_the_budget_even_alone() -> None:
     # Budget 8, A(20, 2): 8, 8 and 4 tokens: 108, 216, 320 A1; 101 -> 421 A2
-    world = serve([(0, 20, 2)], lambda: Vllm(max_num_batched_tokens=8))
+    world = serve([(0, 20, 2)], lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8))
 
     assert (first(world), finished(world)) == ([320], [421])
 
@@ -392,7 +396,7 @@ def test_vllm_without_chunks_keeps_a_prompt_waiting_and_all_behind_it() -> None:
     # 212  A, prompt of C 103 -> 315  A3 C1
     world = serve(
         [(0, 5, 3), (0, 6, 1), (0, 2, 1)],
-        lambda: Vllm(max_num_batched_tokens=8, enable_chunked_prefill=False),
+        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8, enable_chunked_prefill=False),
         max_model_len=8,
     )
 
@@ -402,7 +406,7 @@ def test_vllm_without_chunks_keeps_a_prompt_waiting_and_all_behind_it() -> None:
 
 def test_vllm_runs_at_most_max_num_seqs() -> None:
     # A 105, 101 -> 206; then B 105 -> 311
-    world = serve([(0, 5, 2), (0, 5, 1)], lambda: Vllm(max_num_seqs=1))
+    world = serve([(0, 5, 2), (0, 5, 1)], lambda: Vllm(async_scheduling=False, max_num_seqs=1))
 
     assert finished(world) == [206, 311]
 
@@ -412,7 +416,7 @@ def test_vllm_long_prefill_threshold_limits_a_prompts_tokens_a_step() -> None:
     #   0  3 of A, 3 of B 106 -> 106
     # 106  3 of A, 2 of B 105 -> 211  B1
     # 211  2 of A         102 -> 313  A1
-    world = serve([(0, 8, 1), (0, 5, 1)], lambda: Vllm(long_prefill_token_threshold=3))
+    world = serve([(0, 8, 1), (0, 5, 1)], lambda: Vllm(async_scheduling=False, long_prefill_token_threshold=3))
 
     assert finished(world) == [313, 211]
 
@@ -427,7 +431,7 @@ def test_vllm_preempts_the_last_arrived_and_computes_all_its_tokens_again() -> N
     #                                        303 -> 717  A7
     # 717  a13 takes the last block          101 -> 818  A8, done
     # 818  6 tokens of B and 1 of C          107 -> 925  B4 C1: its fourth token, not its first again
-    world = serve([(0, 6, 8), (0, 3, 4), (250, 1, 1)], Vllm, blocks=4, block_size=4)
+    world = serve([(0, 6, 8), (0, 3, 4), (250, 1, 1)], sync_vllm, blocks=4, block_size=4)
 
     assert first(world) == [109, 109, 925]
     assert finished(world) == [818, 925, 925]
@@ -469,7 +473,7 @@ def test_vllm_admits_nobody_in_a_step_that_preempted_and_later_with_or_without_f
 ) -> None:
     world = serve(
         [(0, 6, 8), (0, 3, 4)],
-        lambda: Vllm(max_num_batched_tokens=4, scheduler_reserve_full_isl=reserve_full),
+        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=4, scheduler_reserve_full_isl=reserve_full),
         blocks=4,
         block_size=4,
     )
@@ -492,7 +496,7 @@ def test_vllm_priority_preempts_the_least_urgent_though_it_came_first() -> None:
     # 1026 A                                  303 -> 1329 A8
     world = serve(
         [(0, 3, 8), (10, 6, 8)],
-        lambda: Vllm(scheduling_policy="priority"),
+        lambda: Vllm(async_scheduling=False, scheduling_policy="priority"),
         blocks=4,
         block_size=4,
         priority=[1, 0],
@@ -507,7 +511,7 @@ def test_vllm_priority_orders_the_queue_and_ties_go_by_arrival() -> None:
     # One at a time, all waiting behind A: 105 each, then the priorities 2, 1, 0, 1 of B ... E
     world = serve(
         [(0, 5, 1), (1, 5, 1), (2, 5, 1), (3, 5, 1), (4, 5, 1)],
-        lambda: Vllm(max_num_seqs=1, scheduling_policy="priority"),
+        lambda: Vllm(async_scheduling=False, max_num_seqs=1, scheduling_policy="priority"),
         priority=[0, 2, 1, 0, 1],
     )
 
@@ -769,7 +773,9 @@ def test_what_can_never_fit_is_rejected_on_arrival_and_the_rest_goes_on(
 ) -> None:
     # 30 + 40 tokens: 69 of them are stored (the last one is not), in 5 blocks of 16; or the model takes 69 at most.
     # A and C: 105, then 101 and, C having come at 20, 105 + 1 -> 211 A2 C1
-    world = serve([(0, 5, 2), request_row, (20, 5, 1)], Vllm, blocks=blocks, block_size=16, max_model_len=max_model_len)
+    world = serve(
+        [(0, 5, 2), request_row, (20, 5, 1)], sync_vllm, blocks=blocks, block_size=16, max_model_len=max_model_len
+    )
 
     assert list(world.requests.status) == [Status.FINISHED, Status.REJECTED, Status.FINISHED]
     assert finished(world) == [211, 10, 211]
@@ -778,7 +784,7 @@ def test_what_can_never_fit_is_rejected_on_arrival_and_the_rest_goes_on(
 
 def test_what_exactly_fits_is_served() -> None:
     # 69 tokens stored in 69 slots, and a model of 70 tokens
-    world = serve([(0, 30, 40)], Vllm, blocks=69, block_size=1, max_model_len=70)
+    world = serve([(0, 30, 40)], sync_vllm, blocks=69, block_size=1, max_model_len=70)
 
     assert list(world.requests.status) == [Status.FINISHED]
 

@@ -31,9 +31,7 @@ def ideal(name: str, on: str, tensor_parallel: int = 1) -> Roofline:
 
 OPT_MATMUL = 40 * (4 * 5120**2 + 2 * 5120 * 20480)  # 12.58e9: q, k, v, o and two matrices of the MLP
 OPT_HEAD = 5120 * 50272
-OPT_BIASES = (
-    40 * (4 * 5120 + 20480 + 5120 + 4 * 5120) + 2 * 5120
-)  # linear layers, two norms a layer, the last norm
+OPT_BIASES = 40 * (4 * 5120 + 20480 + 5120 + 4 * 5120) + 2 * 5120  # linear layers, two norms a layer, the last norm
 OPT_BYTES = 2 * (OPT_MATMUL + OPT_HEAD + 2050 * 5120 + OPT_BIASES)
 
 
@@ -112,9 +110,7 @@ def test_two_prompts_in_a_step_cost_their_work_and_padding_costs_a_token_less_it
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("chunk", [20, 200, 2000])
-def test_a_mixed_step_is_the_longer_part_and_what_of_the_shorter_does_not_overlap(
-    share: float, chunk: int
-) -> None:
+def test_a_mixed_step_is_the_longer_part_and_what_of_the_shorter_does_not_overlap(share: float, chunk: int) -> None:
     backend = Roofline(model("opt-13b"), gpu("a100-40gb"), 1, Efficiency(mixed_overlap=share))
     prompts = backend.step(prompt((0, chunk))).first
     decodes = backend.step(decode(30, 30_000)).first
@@ -160,9 +156,7 @@ def test_two_gpus_halve_the_prompt_work_and_reduce_every_token_of_it() -> None:
 
 def test_all_reduces_go_over_pcie_where_there_are_no_links() -> None:
     # L4: 31.5 GB/s one way; 64 all-reduces of 4096 * 2 B for the one token, and no latency asked for
-    backend = Roofline(
-        model("llama-3.1-8b"), gpu("l4"), 2, Efficiency(mfu=1, bandwidth=1, link=1, allreduce_us=0)
-    )
+    backend = Roofline(model("llama-3.1-8b"), gpu("l4"), 2, Efficiency(mfu=1, bandwidth=1, link=1, allreduce_us=0))
     alone = ideal("llama-3.1-8b", "l4")
 
     per_token = (backend.step(decode(1, 100)).first - alone.step(decode(1, 100)).first / 2) / PS
@@ -198,9 +192,7 @@ def test_a_gpu_count_that_does_not_divide_the_heads_is_refused() -> None:
 MOST = 300  # steps walked one by one
 
 
-def small(
-    tflops: float, gb_per_s: float, heads: int, kv_heads: int, floor_us: float, overhead_us: float
-) -> Roofline:
+def small(tflops: float, gb_per_s: float, heads: int, kv_heads: int, floor_us: float, overhead_us: float) -> Roofline:
     """A model so small, on a GPU so odd, that all three bounds cross within some hundred tokens of context."""
     shape = Model("small", 2, 64, heads, kv_heads, 8, 256, 512, 4096)
     odd = GPU("odd", tflops, gb_per_s, 1, 0, 31.5, 100, 1, "", "", "")
@@ -228,9 +220,7 @@ def vouched(cost: StepCost, step: int) -> int:
 
 
 @given(backends, st.integers(0, 64), st.integers(0, 8), st.integers(1, 200))
-def test_vouched_steps_cost_what_each_costs_on_its_own(
-    backend: Roofline, decodes: int, padded: int, each: int
-) -> None:
+def test_vouched_steps_cost_what_each_costs_on_its_own(backend: Roofline, decodes: int, padded: int, each: int) -> None:
     # static batches may hold dead slots alone, but never none
     assume(decodes + padded > 0)
     batch = decode(decodes, (decodes + padded) * each, padded)

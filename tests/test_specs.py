@@ -227,9 +227,7 @@ def test_kv_heads_that_cannot_be_shared_out_are_refused() -> None:
 
 
 def test_a_model_that_does_not_fit_shows_the_sum() -> None:
-    with pytest.raises(
-        ValueError, match=r"no room for KV: opt-66b on h100: 79\.65 GiB × 0\.9 − 122\.\d+ weights"
-    ):
+    with pytest.raises(ValueError, match=r"no room for KV: opt-66b on h100: 79\.65 GiB × 0\.9 − 122\.\d+ weights"):
         kv_blocks(model("opt-66b"), gpu("h100"))
 
 

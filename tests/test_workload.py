@@ -15,9 +15,7 @@ from sim.problems import BadInput
 from sim.workload import HashIds, Trace, Workload
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
-needs_traces = pytest.mark.skipif(
-    not TRACES.is_dir(), reason="the public traces are not beside this checkout"
-)
+needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 
 def rng(seed=0):
@@ -29,9 +27,7 @@ def lengths(spec):
 
 
 def trace(**columns):
-    return Trace(
-        **({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns)
-    )
+    return Trace(**({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns))
 
 
 def workload(**keys):
@@ -284,9 +280,7 @@ def test_a_named_workload_is_like_its_trace(name, stats):
 
     for column, key in ((made.prompt_tokens, "inp"), (made.output_tokens, "out")):
         assert column.mean() == pytest.approx(truth[key]["mean"], rel=0.03)
-        assert np.percentile(column, [50, 90]) == pytest.approx(
-            [truth[key]["p50"], truth[key]["p90"]], rel=0.05
-        )
+        assert np.percentile(column, [50, 90]) == pytest.approx([truth[key]["p50"], truth[key]["p90"]], rel=0.05)
     if named.get(name).arrivals is not None:
         drawn = describe(workload(name=name, requests=300_000).build(0))
         assert drawn["rate_per_s"] == pytest.approx(truth["arr"]["rate"], rel=0.03)

@@ -14,9 +14,7 @@ from sim.lengths import Lengths
 from sim.workload import HashIds, Trace, Workload
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
-needs_traces = pytest.mark.skipif(
-    not TRACES.is_dir(), reason="the public traces are not beside this checkout"
-)
+needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 
 def rng(seed=0):
@@ -28,9 +26,7 @@ def lengths(spec):
 
 
 def trace(**columns):
-    return Trace(
-        **({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns)
-    )
+    return Trace(**({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns))
 
 
 def workload(**keys):

@@ -15,9 +15,7 @@ from sim.problems import BadInput
 from sim.workload import Trace, Workload
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
-needs_traces = pytest.mark.skipif(
-    not TRACES.is_dir(), reason="the public traces are not beside this checkout"
-)
+needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 
 def rng(seed=0):
@@ -29,9 +27,7 @@ def lengths(spec):
 
 
 def trace(**columns):
-    return Trace(
-        **({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns)
-    )
+    return Trace(**({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns))
 
 
 def workload(**keys):
@@ -81,9 +77,7 @@ def test_renewal_arrivals_have_the_rate_and_the_cv_asked_for(process):
 
 
 def test_a_gamma_process_of_cv_one_is_poisson():
-    gaps = np.diff(
-        Arrivals.model_validate({"gamma": {"rate_per_s": 1.0, "cv": 1.0}}).times_ps(200_000, rng())
-    )
+    gaps = np.diff(Arrivals.model_validate({"gamma": {"rate_per_s": 1.0, "cv": 1.0}}).times_ps(200_000, rng()))
 
     # P(gap > mean) = 1/e for an exponential, and for no other gamma
     assert np.mean(gaps > 1e12) == pytest.approx(math.exp(-1), abs=0.005)
@@ -116,9 +110,7 @@ def test_rescaling_on_off_stretches_the_whole_picture():
 )
 def test_arrivals_are_sorted_whole_and_not_negative(process, rate, n, seed):
     extra = {"gamma": {"cv": 3.0}, "weibull": {"shape": 0.5}, "on_off": {"on_s": 2.0, "off_s": 7.0}}
-    times = Arrivals.model_validate({process: {"rate_per_s": rate} | extra.get(process, {})}).times_ps(
-        n, rng(seed)
-    )
+    times = Arrivals.model_validate({process: {"rate_per_s": rate} | extra.get(process, {})}).times_ps(n, rng(seed))
 
     assert times.dtype == np.int64
     assert times.shape == (n,)

@@ -11,6 +11,7 @@ import numpy as np
 from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost
 from policies.base import Request, Scheduler
 from policies.routers import RoundRobin
+from policies.vllm import Vllm
 from sim.cluster import Cluster
 from sim.engine import Engine
 from sim.kv import CountingPool
@@ -41,6 +42,11 @@ class Affine(Backend):
         elif slots:
             steps = min(steps, (self.cap - batch.context) // slots + 1)
         return StepCost(first, slope, max(1, steps), self.host)
+
+
+def sync_vllm() -> Vllm:
+    """vLLM's policy with its defaults, but a step at a time."""
+    return Vllm(async_scheduling=False)
 
 
 def trace_of(rows: Sequence[tuple[int, int, int]], **columns: Any) -> Trace:
