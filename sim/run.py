@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from policies.base import Request
+from policies.base import Request, Scheduler
 from sim.cluster import Cluster
 from sim.engine import Engine
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
@@ -15,6 +15,7 @@ from sim.metrics import summarise
 from sim.prefix import Identity, PrefixPool
 from sim.records import RequestRecords, RunRecords
 from sim.setup import Setup
+from sim.trace import Trace
 
 
 @dataclass
@@ -56,18 +57,22 @@ def _served(
     engines = []
     for index in range(setup.replicas):
         scheduler = setup.make_scheduler()
-        pool = CountingPool(setup.blocks, setup.block_size)
-        if scheduler.prefix_caching and identify:
-            identity = Identity(trace, setup.block_size)
-            pool = PrefixPool(setup.blocks, setup.block_size, identity, late=scheduler.asynchronous)
-        elif scheduler.prefix_caching:
-            pool = StandInPool(setup.blocks, setup.block_size)
+        pool = make_pool(scheduler, trace, setup.blocks, setup.block_size, identify)
         engines.append(
             Engine(scheduler, setup.make_backend(), pool, requests, outputs, setup.max_model_len, index, leap)
         )
     make = request_maker(setup, outputs, engines[0].scheduler.oracle)
     Cluster(requests, engines, setup.make_router(), make, progress).run()
     return requests, engines
+
+
+def make_pool(scheduler: Scheduler, trace: Trace, blocks: int, block_size: int, identify: bool) -> CountingPool:
+    """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching can matter."""
+    if not scheduler.prefix_caching:
+        return CountingPool(blocks, block_size)
+    if identify:
+        return PrefixPool(blocks, block_size, Identity(trace, block_size), late=scheduler.asynchronous)
+    return StandInPool(blocks, block_size)
 
 
 def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[int], Request]:

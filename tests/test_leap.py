@@ -27,16 +27,22 @@ POLICIES: dict[str, Callable[[int], Scheduler]] = {
     "orca-oracle": lambda n: Orca(max_batch=n, reserve="oracle"),
     "tgi": lambda n: Tgi(max_batch_total_tokens=n * 60, max_waiting_tokens=3),
     "tgi-eager": lambda n: Tgi(max_batch_total_tokens=200, waiting_served_ratio=0.3, max_batch_prefill_tokens=64),
-    "vllm": lambda n: Vllm(async_scheduling=False, max_num_batched_tokens=64, max_num_seqs=n),
+    "vllm": lambda n: Vllm(
+        async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=64, max_num_seqs=n
+    ),
     "vllm-tight": lambda n: Vllm(
         async_scheduling=False, max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5
     ),
     "vllm-whole": lambda n: Vllm(
         async_scheduling=False, max_num_batched_tokens=2000, max_num_seqs=n, enable_chunked_prefill=False
     ),
-    "vllm-eager": lambda n: Vllm(async_scheduling=False, max_num_batched_tokens=48, scheduler_reserve_full_isl=False),
-    "vllm-async": lambda n: Vllm(max_num_batched_tokens=64, max_num_seqs=n),
-    "vllm-async-tight": lambda n: Vllm(max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5),
+    "vllm-eager": lambda n: Vllm(
+        async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=48, scheduler_reserve_full_isl=False
+    ),
+    "vllm-async": lambda n: Vllm(enable_prefix_caching=False, max_num_batched_tokens=64, max_num_seqs=n),
+    "vllm-async-tight": lambda n: Vllm(
+        enable_prefix_caching=False, max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5
+    ),
     "vllm-async-priority": lambda n: Vllm(max_num_batched_tokens=32, max_num_seqs=n, scheduling_policy="priority"),
     "vllm-priority": lambda n: Vllm(
         async_scheduling=False, max_num_batched_tokens=32, max_num_seqs=n, scheduling_policy="priority"

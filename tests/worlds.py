@@ -14,8 +14,8 @@ from policies.routers import RoundRobin
 from policies.vllm import Vllm
 from sim.cluster import Cluster
 from sim.engine import Engine
-from sim.kv import CountingPool
 from sim.records import RequestRecords, Status
+from sim.run import make_pool
 from sim.trace import Trace
 
 
@@ -74,6 +74,7 @@ class World:
             list(r.first_token),
             list(r.finished),
             list(r.preemptions),
+            list(r.cached_tokens),
             [e.steps for e in self.engines],
             gaps,
         )
@@ -136,7 +137,7 @@ def play(
     for index in range(replicas):
         policy = scheduler()
         oracle = policy.oracle
-        pool = CountingPool(blocks, policy.block_tokens or block_size)
+        pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identify=True)
         engines.append(Engine(policy, backend(), pool, requests, outputs, max_model_len, index, leap))
 
     def make(i: int) -> Request:
