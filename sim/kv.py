@@ -75,8 +75,11 @@ class CountingPool:
         self.free += blocks
         request._blocks = 0
 
-    def preempted(self, request: Request) -> None:
-        """A request has been preempted: its known tokens will be looked up once more."""
+    def preempted(self, request: Request, decoding: bool, planned: bool) -> None:
+        """A request is about to lose its blocks, and will look its known tokens up once more.
+
+        ``planned``: a decode of this step had been planned for it.
+        """
 
 
 class PrefixCacheMatters(Exception):
@@ -90,7 +93,7 @@ class StandInPool(CountingPool):
     raises `PrefixCacheMatters`.
     """
 
-    def preempted(self, request: Request) -> None:  # noqa: D102 - as above
+    def preempted(self, request: Request, decoding: bool, planned: bool) -> None:  # noqa: D102 - as above
         raise PrefixCacheMatters
 
 

@@ -10,7 +10,7 @@ and its answer. Every other block is its request's own, found again only by itse
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 
 import numpy as np
 
@@ -23,21 +23,37 @@ INDEX_BITS = 24  # blocks a request can have
 
 
 class Identity:
-    """Which blocks of a trace's requests are equal: `key` gives equal ones, in equal places, the same integer."""
+    """Which blocks of a trace's requests are equal: `key` gives equal ones, in equal places, the same integer.
+
+    The blocks that another request can have too come first in a request; ``shareable[i]`` counts those of row i.
+    """
 
     def __init__(self, trace: Trace, block_size: int) -> None:
         self._size = block_size
         n = len(trace)
-        self._prompt: list[int] = trace.prompt_tokens.tolist()
         self._group: list[int] = [-1] * n if trace.prefix_group is None else trace.prefix_group.tolist()
-        self._shared: list[int] = [0] * n if trace.prefix_tokens is None else trace.prefix_tokens.tolist()
         self._stream = _streams(trace)
         self._hash_block = trace.hash_block
         self._hashes: list[int] = []
-        self._offsets: list[int] | None = None
+        self._offsets: list[int] = [0] * (n + 1)
+        shareable = np.zeros(n, dtype=np.int64)
+        if trace.prefix_group is not None and trace.prefix_tokens is not None:
+            shareable = np.where(trace.prefix_group >= 0, trace.prefix_tokens, 0) // block_size
+        self._hashed: list[int] = [0] * n  # leading blocks that an id of the trace names
         if trace.hash_ids is not None:
             self._hashes = trace.hash_ids.values.tolist()
             self._offsets = trace.hash_ids.offsets.tolist()
+            covered = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens) // block_size
+            self._hashed = covered.tolist()
+            shareable = np.maximum(shareable, covered)
+        if self._stream is not None:
+            shareable = np.where(np.array(self._stream) >= 0, 1 << INDEX_BITS, shareable)
+        self.shareable: list[int] = shareable.tolist()
+
+    @property
+    def answers_too(self) -> bool:
+        """Whether blocks with generated tokens can be shared: only sessions do so."""
+        return self._stream is not None
 
     @staticmethod
     def shares(trace: Trace) -> bool:
@@ -50,20 +66,21 @@ class Identity:
 
     def key(self, request: int, block: int) -> int:
         """An integer for block number ``block`` (from 0, full) of a request, its row in the trace."""
-        end = (block + 1) * self._size
-        if self._offsets is not None and end <= self._prompt[request]:
-            at = self._offsets[request] + (end - 1) // self._hash_block
-            if at < self._offsets[request + 1]:  # an id stands for all before it too
-                return (self._hashes[at] << INDEX_BITS | block) << 2 | HASHED
+        if block < self._hashed[request]:  # an id stands for all before it too
+            at = self._offsets[request] + ((block + 1) * self._size - 1) // self._hash_block
+            return (self._hashes[at] << INDEX_BITS | block) << 2 | HASHED
+        if block >= self.shareable[request]:
+            return (request << INDEX_BITS | block) << 2 | OWN
         if self._stream is not None and self._stream[request] >= 0:
             return (self._stream[request] << INDEX_BITS | block) << 2 | SESSION
-        if end <= self._shared[request] and self._group[request] >= 0:
-            return (self._group[request] << INDEX_BITS | block) << 2 | GROUP
-        return (request << INDEX_BITS | block) << 2 | OWN
+        return (self._group[request] << INDEX_BITS | block) << 2 | GROUP
 
 
 class PrefixPool(CountingPool):
     """``total`` blocks, each with its content's key, its users, and its place in the queue of free blocks.
+
+    Only blocks that somebody could find are looked after one by one: those that another request can share, and those
+    of a preempted request, for itself. All others pass from the queue to a request and back, whole tables at a time.
 
     ``late``: asynchronous scheduling knows the token of a step one step later, so a block that decoding fills can be
     found from the next step on.
@@ -71,18 +88,32 @@ class PrefixPool(CountingPool):
 
     tracks = True
 
-    __slots__ = ("_cached", "_done", "_found", "_identity", "_key", "_late", "_queue", "_tables", "_users")
+    __slots__ = (
+        "_cached",
+        "_done",
+        "_found",
+        "_identity",
+        "_keys",
+        "_late",
+        "_public",
+        "_queue",
+        "_stale",
+        "_tables",
+        "_users",
+    )
 
     def __init__(self, total: int, block_size: int, identity: Identity, late: bool = False) -> None:
         super().__init__(total, block_size)
         self._identity = identity
         self._late = late
-        self._queue = OrderedDict.fromkeys(range(total))  # free blocks, the next to be reused first
-        self._users = [0] * total
-        self._key = [-1] * total  # of a block's content, if it can be found
+        self._queue = deque(range(total))  # free blocks, the next to be reused first; and stale entries
+        self._stale: dict[int, int] = {}  # block → its first so many entries in the queue count no more
+        self._keys: dict[int, int] = {}  # findable block → its content's key
+        self._users: dict[int, int] = {}  # findable block → requests that hold it
         self._cached: dict[int, int | dict[int, None]] = {}  # key → the block, or blocks in order of caching
         self._tables: dict[int, list[int]] = {}  # request → its blocks
-        self._done: dict[int, int] = {}  # request → how many of them can be found, or once could
+        self._done: dict[int, int] = {}  # request → full blocks at the head of its table, as far as it was told
+        self._public: dict[int, int] = {}  # request → findable blocks at the head of its table
         self._found: tuple[int, list[int], int] | None = None  # the latest look-up: request, blocks, how many are free
 
     def hit(self, request: Request) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
@@ -93,17 +124,18 @@ class PrefixPool(CountingPool):
         return -(-tokens // self.block_size) - len(blocks) + free
 
     def open(self, request: Request, tokens: int) -> None:  # noqa: D102
-        blocks = self._look_up(request)[1]
-        users, queue = self._users, self._queue
-        for block in blocks:
+        table = self._look_up(request)[1]
+        users, stale = self._users, self._stale
+        for block in table:
             if users[block] == 0:
-                del queue[block]
+                stale[block] = stale.get(block, 0) + 1
                 self.free -= 1
             users[block] += 1
-        self._tables[request.id] = blocks
-        self._done[request.id] = len(blocks)
+        number = request.id
+        self._tables[number] = table
+        self._done[number] = self._public[number] = len(table)
         request._blocks = -(-tokens // self.block_size)
-        self._take(blocks, request._blocks - len(blocks))
+        self._take(table, request._blocks - len(table))
 
     def extend(self, request: Request, tokens: int) -> bool:  # noqa: D102
         more = -(-tokens // self.block_size) - request._blocks
@@ -118,7 +150,8 @@ class PrefixPool(CountingPool):
         computed = request.computed
         if need:
             self._take(self._tables[request.id], 1)
-        self.computed(request, computed if self._late else computed + 1)
+        if self._identity.answers_too:
+            self.computed(request, computed if self._late else computed + 1)
 
     def decode_all(self, group: Decodes, steps: range) -> None:  # noqa: D102
         members = group.members
@@ -126,29 +159,68 @@ class PrefixPool(CountingPool):
         size = self.block_size
         late = self._late
         tables = self._tables
+        publish = self._identity.answers_too
         for step in range(group.steps + steps.start, group.steps + steps.stop):
             starting = members[-step % size]  # their next token opens a block
             if starting:
                 order = sorted(starting.values(), key=admission) if len(starting) > 1 else starting.values()
                 for request in order:
                     self._take(tables[request.id], 1)
-                    if late:
+                    if late and publish:
                         self.computed(request, request._offset + step)
-            if not late:
+            if publish and not late:
                 filling = members[(-step - 1) % size]  # their next token fills one
                 for request in filling.values():
                     self.computed(request, request._offset + step + 1)
 
     def computed(self, request: Request, tokens: int) -> None:  # noqa: D102
         full = tokens // self.block_size
-        done = self._done[request.id]
-        if full <= done:
+        number = request.id
+        if full > self._done[number]:
+            self._done[number] = full
+            shareable = self._identity.shareable[number]
+            if shareable:
+                self._publish(number, min(full, shareable))
+
+    def preempted(self, request: Request, decoding: bool, planned: bool) -> None:  # noqa: D102
+        number = request.id
+        full = self._done[number]
+        if decoding:
+            full = max(full, (request.computed + planned - self._late) // self.block_size)
+        self._publish(number, full)
+
+    def close(self, request: Request, blocks: int) -> None:  # noqa: D102
+        number = request.id
+        table = self._tables.pop(number)
+        public = self._public.pop(number)
+        del self._done[number]
+        queue = self._queue  # a sequence's tail is reused before its head
+        if public == 0:
+            queue.extend(reversed(table))
+            self.free += len(table)
+        else:
+            users = self._users
+            queue.extend(reversed(table[public:]))
+            self.free += len(table) - public
+            for block in reversed(table[:public]):
+                users[block] -= 1
+                if users[block] == 0:
+                    queue.append(block)
+                    self.free += 1
+        request._blocks = 0
+        self._found = None
+
+    def _publish(self, number: int, upto: int) -> None:
+        """Let the first ``upto`` blocks of a request be found from here on."""
+        public = self._public[number]
+        if upto <= public:
             return
-        table, keys, cached = self._tables[request.id], self._key, self._cached
-        key_of, number = self._identity.key, request.id
-        for index in range(done, full):
+        table, keys, users, cached = self._tables[number], self._keys, self._users, self._cached
+        key_of = self._identity.key
+        for index in range(public, upto):
             block, key = table[index], key_of(number, index)
             keys[block] = key
+            users[block] = 1
             others = cached.get(key)
             if others is None:
                 cached[key] = block
@@ -156,18 +228,7 @@ class PrefixPool(CountingPool):
                 others[block] = None
             else:
                 cached[key] = {others: None, block: None}
-        self._done[request.id] = full
-        self._found = None
-
-    def close(self, request: Request, blocks: int) -> None:  # noqa: D102
-        users, queue = self._users, self._queue
-        for block in reversed(self._tables.pop(request.id)):  # so that a sequence's tail is reused before its head
-            users[block] -= 1
-            if users[block] == 0:
-                queue[block] = None
-                self.free += 1
-        del self._done[request.id]
-        request._blocks = 0
+        self._public[number] = upto
         self._found = None
 
     def _look_up(self, request: Request) -> tuple[int, list[int], int]:
@@ -177,8 +238,12 @@ class PrefixPool(CountingPool):
             return found
         blocks: list[int] = []
         free = 0
-        cached, key_of, number, users = self._cached, self._identity.key, request.id, self._users
-        for index in range((request.prompt_tokens + request._emitted - 1) // self.block_size):
+        number = request.id
+        full = (request.prompt_tokens + request._emitted - 1) // self.block_size
+        if not request.preemptions:
+            full = min(full, self._identity.shareable[number])
+        cached, key_of, users = self._cached, self._identity.key, self._users
+        for index in range(full):
             block = cached.get(key_of(number, index))
             if block is None:
                 break
@@ -187,28 +252,39 @@ class PrefixPool(CountingPool):
             blocks.append(block)
             if users[block] == 0:
                 free += 1
-        self._found = found = (request.id, blocks, free)
+        self._found = found = (number, blocks, free)
         return found
 
     def _take(self, table: list[int], count: int) -> None:
         """Move ``count`` blocks from the head of the queue to ``table``; what they held is forgotten."""
-        queue, keys, cached = self._queue, self._key, self._cached
-        for _ in range(count):
-            block, _nothing = queue.popitem(last=False)
-            key = keys[block]
-            if key >= 0:
-                keys[block] = -1
-                others = cached[key]
-                if isinstance(others, dict):
-                    del others[block]
-                    if not others:
-                        del cached[key]
-                else:
-                    del cached[key]
-            self._users[block] = 1
-            table.append(block)
         self.free -= count
         self._found = None
+        pop = self._queue.popleft
+        if not self._users:
+            table.extend([pop() for _ in range(count)])
+            return
+        stale, users = self._stale, self._users
+        while count:
+            block = pop()
+            if block in users:
+                if block in stale:
+                    stale[block] -= 1
+                    if not stale[block]:
+                        del stale[block]
+                    continue
+                self._forget(block)
+            table.append(block)
+            count -= 1
+
+    def _forget(self, block: int) -> None:
+        del self._users[block]
+        key = self._keys.pop(block)
+        others = self._cached[key]
+        if isinstance(others, dict):
+            del others[block]
+            if others:
+                return
+        del self._cached[key]
 
 
 def _repeats(column: np.ndarray[tuple[int], np.dtype[np.signedinteger]]) -> bool:

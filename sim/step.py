@@ -221,8 +221,11 @@ class ReplicaStep(Step):
     def preempt(self, request: Request) -> None:  # noqa: D102
         if self.admitted.pop(request.id, None) is None:
             self._fail(f"preempt of {request}, which is not running")
-        self.vacate(request, self._unplan(request))
-        self.pool.preempted(request)
+        planned = self._unplan(request)
+        need = self._next_block(request) if planned else 0
+        self.taken -= need
+        self.pool.preempted(request, request.id not in self.prefills, planned)
+        self.vacate(request, need)
         request._offset = 0
         request.preemptions += 1
         request.pad = 0
@@ -314,8 +317,8 @@ class ReplicaStep(Step):
         final = request.prompt_tokens + self._outputs[request.id] - 1
         return max(0, min(request._reserved, final) - computed)
 
-    def _unplan(self, request: Request) -> int:
-        """Take a request out of the plan under way; blocks that it took for this step's decode (0 or 1)."""
+    def _unplan(self, request: Request) -> bool:
+        """Take a request out of the plan under way; whether a decode was planned for it."""
         if request.id in self.ran:
             del self.ran[request.id]
         elif self.whole and request._counter is not None:
@@ -327,11 +330,9 @@ class ReplicaStep(Step):
                     self.padding -= request.pad
                     del self.chunks[i]
                     break
-            return 0
-        need = self._next_block(request)
-        self.taken -= need
+            return False
         self.tokens -= 1
-        return need
+        return True
 
     def _leave_queue(self, request: Request) -> None:
         waiting = self.waiting

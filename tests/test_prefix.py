@@ -68,11 +68,14 @@ def check_pool(world: World) -> None:
     for engine in world.engines:
         pool = engine.pool
         assert isinstance(pool, PrefixPool)
-        assert sorted(pool._queue) == list(range(pool.total))
-        assert not any(pool._users)
+        assert pool.free == pool.total
+        assert sorted(set(pool._queue)) == list(range(pool.total))
+        assert len(pool._queue) == pool.total + sum(pool._stale.values())
+        assert not any(pool._users.values())
         assert not pool._tables
         found = {b: key for key, v in pool._cached.items() for b in (v if isinstance(v, dict) else [v])}
-        assert found == {b: key for b, key in enumerate(pool._key) if key >= 0}
+        assert found == pool._keys
+        assert pool._keys.keys() == pool._users.keys()
 
 
 @pytest.mark.parametrize("kind", [grouped, in_sessions], ids=["groups", "sessions"])
@@ -252,4 +255,4 @@ def test_counting_stands_in_for_the_cache_only_until_somebody_is_preempted(
         assert np.array_equal(quick.requests.columns()[column], values), column
     if blocks == 300:
         with pytest.raises(PrefixCacheMatters):
-            StandInPool(10, 16).preempted(Request(0, 0, 1, 1))
+            StandInPool(10, 16).preempted(Request(0, 0, 1, 1), True, True)
