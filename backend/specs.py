@@ -129,7 +129,8 @@ def model(name: str) -> Model:
 def _find(key: str, asked: str, table: Mapping[str, Shape], kind: str) -> Shape:
     if key in table:
         return table[key]
-    near = difflib.get_close_matches(key, table, n=1, cutoff=0.6)
+    near = sorted(name for name in table if key and name.startswith(key))[:1]
+    near = near or difflib.get_close_matches(key, table, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(table)}"
     raise LookupError(f"unknown {kind} {asked!r} – {hint}")
 

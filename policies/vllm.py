@@ -1,13 +1,16 @@
-"""vLLM's V1 scheduler: paged growth, one token budget, recompute preemption.
+"""vLLM's V1 scheduler, decision for decision: paged growth, one token budget, recompute preemption, prefix caching.
 
-Source: Kwon et al., SOSP 2023, for paging; vLLM 0.23.0, `vllm/v1/core/sched/scheduler.py`, for the order of things.
+Equal to vLLM 0.23.0's `Scheduler` and `AsyncScheduler` (`tests/ledger.py` replays their ledgers). Sources: Kwon et al.,
+SOSP 2023, for paging; `vllm/v1/core/sched/scheduler.py` of vLLM 0.23.0 for the order of things.
+
+Not modelled, and refused as settings: what `Vllm.not_modelled` lists.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from policies.base import FOREVER, NotNegative, Positive, Request, Scheduler, Step
 
@@ -16,9 +19,44 @@ from policies.base import FOREVER, NotNegative, Positive, Request, Scheduler, St
 class Vllm(Scheduler):
     """Serve running requests first under one token budget, then admit; preempt when blocks run out.
 
-    Settings bear vLLM's names. ``block_size`` and ``num_gpu_blocks`` override the scenario's ``kv``; of
-    ``num_gpu_blocks`` one is vLLM's null block.
+    Settings bear vLLM's names and, but for the two that it sizes by the GPU, its defaults. ``block_size`` and
+    ``num_gpu_blocks`` override the scenario's ``kv``; of ``num_gpu_blocks`` one is vLLM's null block.
     """
+
+    not_modelled: ClassVar[dict[str, str]] = {
+        "enable_lora": "LoRA adapters",
+        "max_loras": "LoRA adapters",
+        "speculative_config": "speculative decoding",
+        "num_speculative_tokens": "speculative decoding",
+        "num_lookahead_slots": "speculative decoding",
+        "kv_transfer_config": "KV connectors and offloading",
+        "kv_connector": "KV connectors and offloading",
+        "cpu_offload_gb": "KV connectors and offloading",
+        "swap_space": "swapping: V1 only recomputes",
+        "preemption_mode": "swapping: V1 only recomputes",
+        "max_num_encoder_input_tokens": "multimodal encoders and their budget",
+        "encoder_cache_size": "multimodal encoders and their budget",
+        "limit_mm_per_prompt": "multimodal encoders and their budget",
+        "max_num_partial_prefills": "concurrent partial prefills of V0",
+        "max_long_partial_prefills": "concurrent partial prefills of V0",
+        "num_scheduler_steps": "multi-step scheduling of V0",
+        "pipeline_parallel_size": "pipeline parallelism",
+        "data_parallel_size": "data parallelism: use replicas",
+        "decode_context_parallel_size": "context parallelism",
+        "prefill_context_parallel_size": "context parallelism",
+        "disable_hybrid_kv_cache_manager": "sliding windows, Mamba and other layers without full attention",
+        "mamba_cache_mode": "sliding windows, Mamba and other layers without full attention",
+        "kv_cache_dtype": "quantised KV: give the model's kv_bytes_per_element instead",
+        "prefix_caching_hash_algo": "hash collisions",
+        "scheduler_cls": "schedulers of vLLM's users: write a policy",
+        "watermark": "a watermark of free blocks other than vLLM's default of none",
+        "scheduler_delay_factor": "the delay factor of V0",
+        "structured_outputs_config": "structured outputs",
+        "enforce_eager": "CUDA graphs: a matter of the cost model, not of the scheduler",
+        "gpu_memory_utilization": "memory here: it is kv.memory_utilization",
+        "max_model_len": "the model's length here: it is the scenario's max_model_len",
+        "tensor_parallel_size": "parallelism here: it is the scenario's tensor_parallel",
+    }
 
     max_num_batched_tokens: Positive = 2048  # tokens a step
     max_num_seqs: Positive = 256

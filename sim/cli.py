@@ -19,9 +19,10 @@ from backend import specs
 from policies.base import PolicyError
 from sim import formats, named, output, plugins, report
 from sim.describe import table as trace_table
+from sim.load import BACKENDS, load
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.run import Outcome, simulate
-from sim.setup import BACKENDS, Setup, Study, load
+from sim.setup import Study
 
 app = typer.Typer(
     name="chairlift",
@@ -251,4 +252,4 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-__all__ = ["Setup", "app", "main"]
+__all__ = ["app", "main"]

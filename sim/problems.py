@@ -38,7 +38,8 @@ class BadInput(Exception):
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`` – did you mean 'x'?`` for the nearest known word, else the words allowed (at most twelve)."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.55)
+    near = sorted(k for k in known if word and k.startswith(word))[:1]
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.55)
     if near:
         return f" – did you mean '{near[0]}'?"
     shown = ", ".join(sorted(known)[:12]) + (", …" if len(known) > 12 else "")

@@ -64,7 +64,7 @@ def single(study: Study, outcome: Outcome) -> Table:
     table.add_row("KV used", f"{s['kv_utilization']:.1%}")
     table.add_row("KV reserved / internal / free", _waste(s))
     table.add_row("preemptions", f"{s['preemptions']:,}")
-    leap = f" ({s['mean_leap']:.1f} at a time)" if s["mean_leap"] else ""
+    leap = f" ({1 - s['runs'] / s['steps']:.0%} leapt)" if s["steps"] else ""
     table.add_row("engine steps", f"{s['steps']:,}{leap}")
     table.add_row("simulated in", f"{s['wall_s']:.2f} s ({s['requests_per_wall_s']:,.0f} requests/s)")
     return table
@@ -107,8 +107,7 @@ def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
     rate = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
     steps = {o.setup.variant: o.summary["steps"] for o in members}
     names = [rung.variant for rung in study.waterfall]
-    whole = rate[names[-1]] / rate[names[0]] if rate[names[0]] else float("nan")
-    title = f"where the {whole:.1f}× comes from" + (f" ({case})" if case else "")
+    title = f"where the {_ratio(rate[names[-1]], rate[names[0]], 1)} comes from" + (f" ({case})" if case else "")
     table = _table(title)
     table.add_column("from → to", no_wrap=True)
     table.add_column("because")
@@ -117,16 +116,8 @@ def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
     table.add_row(names[0], "", f"{rate[names[0]]:,.0f}", f"{steps[names[0]]:,}", "", "1.00×")
     for before, rung in zip(names, study.waterfall[1:], strict=False):
         name = rung.variant
-        gain = rate[name] / rate[before] if rate[before] else float("nan")
-        so_far = rate[name] / rate[names[0]] if rate[names[0]] else float("nan")
-        table.add_row(
-            f"→ {name}",
-            rung.because,
-            f"{rate[name]:,.0f}",
-            f"{steps[name]:,}",
-            f"{gain:.2f}×",
-            f"{so_far:.2f}×",
-        )
+        factors = (_ratio(rate[name], rate[base], 2) for base in (before, names[0]))
+        table.add_row(f"→ {name}", rung.because, f"{rate[name]:,.0f}", f"{steps[name]:,}", *factors)
     return table
 
 
@@ -213,6 +204,10 @@ def _percentiles(summary: dict[str, float | None], name: str, which: Sequence[st
         return "–"
     unit = "s" if max(numbers) >= 10_000 else "ms"
     return " / ".join(_number(v / 1000 if unit == "s" else v) for v in numbers) + f" {unit}"
+
+
+def _ratio(rate: float, base: float, digits: int) -> str:
+    return f"{rate / base:.{digits}f}×" if base else "–"
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Scenario files: what a YAML may say. `sim.setup` looks its names up and makes it ready to run."""
+"""Scenario files: what a YAML may say. `sim.load` looks its names up and makes it ready to run."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from backend import specs
 from sim import plugins
+from sim.load import BACKENDS
 from sim.scenario import Scenario
-from sim.setup import BACKENDS
 
 
 def scenario_schema() -> dict[str, Any]:

@@ -79,17 +79,32 @@ SYSTEMS: dict[str, tuple[Callable[[], Scheduler], Efficiency, int]] = {
     "F": (lambda: Tgi(max_batch_total_tokens=8100, max_waiting_tokens=7), Efficiency(), SLOTS),
     "F'": (lambda: Orca(reserve="max"), Efficiency(), SLOTS),
     "G": (
-        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8100, enable_chunked_prefill=False),
+        lambda: Vllm(
+            async_scheduling=False,
+            enable_prefix_caching=False,
+            max_num_batched_tokens=8100,
+            enable_chunked_prefill=False,
+        ),
         Efficiency(floor_ms=HF_FLOOR_MS),
         SLOTS,
     ),
     "H": (
-        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8100, enable_chunked_prefill=False),
+        lambda: Vllm(
+            async_scheduling=False,
+            enable_prefix_caching=False,
+            max_num_batched_tokens=8100,
+            enable_chunked_prefill=False,
+        ),
         Efficiency(),
         SLOTS,
     ),
     "H'": (
-        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8100, enable_chunked_prefill=False),
+        lambda: Vllm(
+            async_scheduling=False,
+            enable_prefix_caching=False,
+            max_num_batched_tokens=8100,
+            enable_chunked_prefill=False,
+        ),
         Efficiency(overhead_ms=10),
         SLOTS,
     ),

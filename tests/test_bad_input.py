@@ -668,3 +668,23 @@ def test_what_ran_before_a_crash_is_on_disk() -> None:
     assert result.status == 2
     assert [each["variant"] for each in json.loads(Path("out/comparison.json").read_text())] == ["vllm"]
     assert len(pq.read_table("out/requests.parquet")) == 30
+
+
+def test_a_vllm_setting_that_is_not_modelled_is_refused_not_ignored(tmp_path: Path) -> None:
+    text = "\n".join(
+        [
+            "model: opt-13b",
+            "gpu: a100-40gb",
+            "policy:",
+            "  name: vllm",
+            "  enable_lora: true",
+            "  max_num_seq: 8",
+            "workload: {requests: 1, arrivals: {burst: {}}, prompt_tokens: 5, output_tokens: 5}",
+        ]
+    )
+    (tmp_path / "s.yaml").write_text(text)
+    result = chairlift("run", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"))
+
+    assert result.status == 2
+    assert "s.yaml:5: policy.enable_lora: not modelled: LoRA adapters (got True)" in result.err
+    assert "s.yaml:6: policy.max_num_seq: unknown key – did you mean 'max_num_seqs'?" in result.err

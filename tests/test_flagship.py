@@ -19,9 +19,10 @@ from command import ROOT
 from rich.console import Console
 
 from sim import report
+from sim.load import load
 from sim.metrics import Latencies
 from sim.run import Outcome, simulate
-from sim.setup import Study, load
+from sim.setup import Study
 
 CAPS = ("cap 32", "cap 128", "cap 512", "cap 1536")
 NAIVE, HONEST, FASTER, WORST_TGI, TGI, ORCA, VLLM_HF, VLLM = (

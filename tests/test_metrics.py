@@ -29,7 +29,7 @@ POLICIES: dict[str, Callable[[], Scheduler]] = {
     "orca": lambda: Orca(reserve="declared"),
     "orca pow2": lambda: Orca(reserve="pow2"),
     "tgi": lambda: Tgi(max_batch_total_tokens=900),
-    "vllm": lambda: Vllm(async_scheduling=False, max_num_batched_tokens=64),
+    "vllm": lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=64),
     "vllm whole prompts": lambda: Vllm(
         async_scheduling=False, max_num_batched_tokens=2048, enable_chunked_prefill=False
     ),
@@ -269,7 +269,7 @@ def test_shares_add_up_where_memory_is_short() -> None:
     for blocks in (10, 20, 200):
         world = play(
             trace_of(rows),
-            lambda: Vllm(async_scheduling=False, max_num_batched_tokens=48),
+            lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=48),
             blocks=blocks,
             block_size=16,
         )

@@ -368,7 +368,7 @@ def test_vllm_budget_serves_the_running_first_and_chunks_what_is_left() -> None:
     # 321  A B                       102 -> 423  A4 B2
     world = serve(
         [(0, 5, 4), (50, 12, 2), (60, 2, 1)],
-        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8),
+        lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=8),
         block_size=4,
     )
 
@@ -384,7 +384,9 @@ def test_vllm_budget_serves_the_running_first_and_chunks_what_is_left() -> None:
 
 def test_vllm_splits_a_prompt_longer_than_the_budget_even_alone() -> None:
     # Budget 8, A(20, 2): 8, 8 and 4 tokens: 108, 216, 320 A1; 101 -> 421 A2
-    world = serve([(0, 20, 2)], lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8))
+    world = serve(
+        [(0, 20, 2)], lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=8)
+    )
 
     assert (first(world), finished(world)) == ([320], [421])
 
@@ -396,7 +398,9 @@ def test_vllm_without_chunks_keeps_a_prompt_waiting_and_all_behind_it() -> None:
     # 212  A, prompt of C 103 -> 315  A3 C1
     world = serve(
         [(0, 5, 3), (0, 6, 1), (0, 2, 1)],
-        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=8, enable_chunked_prefill=False),
+        lambda: Vllm(
+            async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=8, enable_chunked_prefill=False
+        ),
         max_model_len=8,
     )
 
@@ -406,7 +410,9 @@ def test_vllm_without_chunks_keeps_a_prompt_waiting_and_all_behind_it() -> None:
 
 def test_vllm_runs_at_most_max_num_seqs() -> None:
     # A 105, 101 -> 206; then B 105 -> 311
-    world = serve([(0, 5, 2), (0, 5, 1)], lambda: Vllm(async_scheduling=False, max_num_seqs=1))
+    world = serve(
+        [(0, 5, 2), (0, 5, 1)], lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, max_num_seqs=1)
+    )
 
     assert finished(world) == [206, 311]
 
@@ -416,7 +422,10 @@ def test_vllm_long_prefill_threshold_limits_a_prompts_tokens_a_step() -> None:
     #   0  3 of A, 3 of B 106 -> 106
     # 106  3 of A, 2 of B 105 -> 211  B1
     # 211  2 of A         102 -> 313  A1
-    world = serve([(0, 8, 1), (0, 5, 1)], lambda: Vllm(async_scheduling=False, long_prefill_token_threshold=3))
+    world = serve(
+        [(0, 8, 1), (0, 5, 1)],
+        lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, long_prefill_token_threshold=3),
+    )
 
     assert finished(world) == [313, 211]
 
@@ -473,7 +482,12 @@ def test_vllm_admits_nobody_in_a_step_that_preempted_and_later_with_or_without_f
 ) -> None:
     world = serve(
         [(0, 6, 8), (0, 3, 4)],
-        lambda: Vllm(async_scheduling=False, max_num_batched_tokens=4, scheduler_reserve_full_isl=reserve_full),
+        lambda: Vllm(
+            async_scheduling=False,
+            enable_prefix_caching=False,
+            max_num_batched_tokens=4,
+            scheduler_reserve_full_isl=reserve_full,
+        ),
         blocks=4,
         block_size=4,
     )
@@ -496,7 +510,7 @@ def test_vllm_priority_preempts_the_least_urgent_though_it_came_first() -> None:
     # 1026 A                                  303 -> 1329 A8
     world = serve(
         [(0, 3, 8), (10, 6, 8)],
-        lambda: Vllm(async_scheduling=False, scheduling_policy="priority"),
+        lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, scheduling_policy="priority"),
         blocks=4,
         block_size=4,
         priority=[1, 0],
@@ -511,7 +525,7 @@ def test_vllm_priority_orders_the_queue_and_ties_go_by_arrival() -> None:
     # One at a time, all waiting behind A: 105 each, then the priorities 2, 1, 0, 1 of B ... E
     world = serve(
         [(0, 5, 1), (1, 5, 1), (2, 5, 1), (3, 5, 1), (4, 5, 1)],
-        lambda: Vllm(async_scheduling=False, max_num_seqs=1, scheduling_policy="priority"),
+        lambda: Vllm(async_scheduling=False, enable_prefix_caching=False, max_num_seqs=1, scheduling_policy="priority"),
         priority=[0, 2, 1, 0, 1],
     )
 

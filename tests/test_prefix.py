@@ -16,9 +16,9 @@ from policies.base import Request, Scheduler
 from policies.vllm import Vllm
 from sim import formats
 from sim.kv import PrefixCacheMatters, StandInPool
+from sim.load import load
 from sim.prefix import Identity, PrefixPool
 from sim.run import simulate
-from sim.setup import load
 from sim.trace import HashIds, Trace
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"

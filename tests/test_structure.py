@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sim import setup
+from sim import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sim", "backend", "policies")
@@ -152,7 +152,7 @@ SHIPPED = sorted((ROOT / "scenarios").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_scenario_loads(path: Path) -> None:
-    study = setup.load(path)
+    study = load.load(path)
 
     assert study.name == path.stem
     assert study.question

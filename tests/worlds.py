@@ -45,8 +45,8 @@ class Affine(Backend):
 
 
 def sync_vllm() -> Vllm:
-    """vLLM's policy with its defaults, but a step at a time."""
-    return Vllm(async_scheduling=False)
+    """vLLM's policy with its defaults, but a step at a time and without a cache."""
+    return Vllm(async_scheduling=False, enable_prefix_caching=False)
 
 
 def trace_of(rows: Sequence[tuple[int, int, int]], **columns: Any) -> Trace:
