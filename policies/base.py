@@ -10,12 +10,18 @@ its docstring is its help text, and `Scheduler.schedule` is all it must write::
         budget: Positive = 2048  # tokens a step
 
         def schedule(self, step: Step) -> int:
+            while not step.decode_all():
+                step.preempt(next(reversed(step.running)))
             room = self.budget - step.decodes
-            step.decode_all()
+            for request in step.prefilling:
+                tokens = min(request.remaining, room)
+                if tokens and step.run(request, tokens):
+                    room -= tokens
             for request in sorted(step.waiting, key=lambda r: r.prompt_tokens):
-                if request.prompt_tokens > room or not step.admit(request, request.prompt_tokens):
+                tokens = min(request.remaining, room)
+                if not tokens or not step.admit(request, tokens):
                     break
-                room -= request.prompt_tokens
+                room -= tokens
             return 1
 
 There is no prefill phase and no decode phase: a plan is a number of tokens per request, as in vLLM V1.

@@ -130,11 +130,13 @@ class Cluster:
         self.env.run()
         left = [i for i, status in enumerate(self._requests.status) if status == Status.PENDING]
         if left:
-            replica = self._requests.replica[left[0]]
-            policy = type(self.replicas[max(replica, 0)].engine.scheduler).__name__
+            engine = self.replicas[max(self._requests.replica[left[0]], 0)].engine
+            state = engine.state
             names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
             raise PolicyError(
-                f"policy {policy}: {len(left)} requests are never served ({names}): it planned nothing for them"
+                f"policy {type(engine.scheduler).__name__}: {len(left)} requests are never served ({names}):"
+                f" it plans nothing with {len(state.admitted)} running, {len(state.waiting)} waiting and {engine.pool.free} of"
+                f" {engine.pool.total} blocks free"
             )
 
     def _arrive(self, _event: Event) -> None:

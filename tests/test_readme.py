@@ -1,0 +1,37 @@
+"""What the README shows works as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from command import ROOT, SCENARIO, chairlift
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_policy_of_ones_own_serves_everybody_also_where_kv_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shortest.py").write_text(blocks("python")[0])
+    Path("my.yaml").write_text(SCENARIO.replace("tokens: 4000", "tokens: 400"))
+    result = chairlift("run", "my.yaml", "--policy", "shortest.py", "--set", "workload.arrivals={burst: {}}")
+
+    assert result.status == 0, result.err
+    assert re.search(r"completed +30", result.out)
+    assert re.search(r"preemptions +[1-9]", result.out)
+
+
+def test_the_scenario_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(blocks("yaml")[0])
+    result = chairlift("run", "my.yaml", "--set", "workload.requests=200")
+
+    assert result.status == 0, result.err
+    assert "goodput" in result.out
