@@ -8,6 +8,7 @@ Not modelled, and refused as settings: what `Vllm.not_modelled` lists.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -96,8 +97,13 @@ class Vllm(Scheduler):
     def schedule(self, step: Step) -> int:
         """Running first, in order; then the head of the queue, unless somebody was preempted."""
         budget = self.max_num_batched_tokens
-        if self._in_one_go(step, budget):
-            budget, preempted = self._run_all(step, budget)
+        unfinished = step.prefilling
+        if self._in_one_go(step, budget, unfinished):
+            if not unfinished and step.decode_all():  # by far the most common step
+                budget -= step.decodes
+                preempted = False
+            else:
+                budget, preempted = self._run_all(step, budget)
         else:
             budget, preempted = self._run_each(step, budget)
         if preempted:
@@ -137,14 +143,13 @@ class Vllm(Scheduler):
         threshold = self.long_prefill_token_threshold
         return threshold if 0 < threshold < tokens else tokens
 
-    def _in_one_go(self, step: Step, budget: int) -> bool:
+    def _in_one_go(self, step: Step, budget: int, unfinished: Sequence[Request]) -> bool:
         """Whether the order of the running cannot matter but for who is preempted, the last admitted.
 
         So it is where all decodes fit the budget and whoever lacks prompt tokens was admitted after all of them.
         """
-        if self.scheduling_policy == "priority" or step.decodes > budget:
+        if step.decodes > budget or self.scheduling_policy == "priority":
             return False
-        unfinished = step.prefilling
         return not unfinished or unfinished == list(islice(reversed(step.running), len(unfinished)))[::-1]
 
     def _run_all(self, step: Step, budget: int) -> tuple[int, bool]:

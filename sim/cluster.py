@@ -135,8 +135,8 @@ class Cluster:
             names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
             raise PolicyError(
                 f"policy {type(engine.scheduler).__name__}: {len(left)} requests are never served ({names}):"
-                f" it plans nothing with {len(state.admitted)} running, {len(state.waiting)} waiting and {engine.pool.free} of"
-                f" {engine.pool.total} blocks free"
+                f" it plans nothing with {len(state.admitted)} running, {len(state.waiting)} waiting and"
+                f" {engine.pool.free} of {engine.pool.total} blocks free"
             )
 
     def _arrive(self, _event: Event) -> None:

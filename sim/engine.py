@@ -199,12 +199,14 @@ class Engine:
             state.promised,
             state.preempted,
         )
-        return Plan(first, slope, count, chunks, decoding, state.taken, row)
+        return Plan(first, slope, count, chunks, decoding, row)
 
     def commit(self, plan: Plan, count: int) -> None:
         """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
         state = self.state
         group = state.group
+        outputs = self._outputs
+        ending: list[Request] = []
         if plan.decoding:
             if count > 1:
                 self.pool.decode_all(group, range(1, count))
@@ -214,30 +216,37 @@ class Engine:
             if state.fresh:
                 state.fresh = {}
             while (request := group.due()) is not None:
-                left = self._outputs[request.id] - request.emitted
+                left = outputs[request.id] - request.emitted
                 if left:
                     group.outgrow(request, left)
                 else:
-                    self._end(request, plan)
-        for request, tokens in plan.chunks:
-            request._offset += tokens
-            state.kv_tokens += tokens
-            if request._reserved:
-                state.promised -= tokens
-            if request._offset < request.prompt_tokens + request._emitted:
-                continue
-            del state.prefills[request.id]
-            request._emitted += 1
-            plan.emitting.append(request)
-            if self._outputs[request.id] > request._emitted:
-                state.join(request)
-            else:
-                self._end(request, plan)
+                    ending.append(request)
+                    self._end(request)
+        if plan.chunks:
+            emitting: list[Request] = []
+            for request, tokens in plan.chunks:
+                request._offset += tokens
+                state.kv_tokens += tokens
+                if request._reserved:
+                    state.promised -= tokens
+                if request._offset < request.prompt_tokens + request._emitted:
+                    continue
+                del state.prefills[request.id]
+                request._emitted += 1
+                emitting.append(request)
+                if outputs[request.id] > request._emitted:
+                    state.join(request)
+                else:
+                    ending.append(request)
+                    self._end(request)
+            plan.emitting = emitting
+        if ending:
+            plan.ending = ending
 
     def complete(self, plan: Plan, now: int) -> list[Request]:
         """The last committed step of ``plan`` is done: the requests whose last token it brought leave."""
         state = self.state
-        if self._ahead:
+        if state.parked and self._ahead:
             for request in state.parked.values():
                 self.pool.computed(request, request._offset)
         ending = plan.ending
@@ -295,10 +304,9 @@ class Engine:
                 self.records.gap_rows.extend((now - request._last, 1))
             request._last = now
 
-    def _end(self, request: Request, plan: Plan) -> None:
-        """The last token of ``request`` comes with ``plan``."""
+    def _end(self, request: Request) -> None:
+        """The last token of ``request`` comes with the step that is being committed."""
         state = self.state
-        plan.ending.append(request)
         request._end = 0
         if self._ahead:
             if request._counter is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from math import isqrt
 
 from policies.base import Request
@@ -29,16 +28,28 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
     return n
 
 
-@dataclass(slots=True)
+NOBODY: list[Request] = []
+
+
 class Plan:
     """Steps of the same members, as the policy arranged them."""
 
-    first: int  # ps from boundary to boundary, the first step's; pauses and host work included
-    slope: int  # ps that each further step takes longer
-    count: int  # steps it may last
-    chunks: list[tuple[Request, int]]
-    decoding: bool
-    taken: int  # blocks that its first step's decodes have taken
-    row: tuple[int, ...]  # RUN_COLUMNS from `chunks` on
-    emitting: list[Request] = field(default_factory=list)  # their prompt is done with it: a token comes
-    ending: list[Request] = field(default_factory=list)  # their last token comes with it
+    __slots__ = ("chunks", "count", "decoding", "emitting", "ending", "first", "row", "slope")
+
+    def __init__(
+        self,
+        first: int,
+        slope: int,
+        count: int,
+        chunks: list[tuple[Request, int]],
+        decoding: bool,
+        row: tuple[int, ...],
+    ) -> None:
+        self.first = first  # ps from boundary to boundary, the first step's; pauses and host work included
+        self.slope = slope  # ps that each further step takes longer
+        self.count = count  # steps it may last
+        self.chunks = chunks
+        self.decoding = decoding
+        self.row = row  # RUN_COLUMNS from `chunks` on
+        self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
+        self.ending = NOBODY  # likewise: their last token comes with it
