@@ -173,20 +173,28 @@ class Vllm(Scheduler):
         return budget, preempted or bool(gone)
 
     def _run_each(self, step: Step, budget: int) -> tuple[int, bool]:
-        preempted = False
+        """vLLM's loop as it stands, its index too.
+
+        A victim that was passed over before (its last token is under way) does not move the index back, so that
+        whoever comes after the request at hand is passed over as well.
+        """
+        running = list(step.running)
         planned: dict[int, int] = {}
-        gone: set[int] = set()
-        for request in list(step.running):
-            if budget == 0:
-                break
-            if request.id in gone or request.remaining == 0:
-                continue
+        preempted = False
+        index = 0
+        while index < len(running) and budget > 0:
+            request = running[index]
+            index += 1
             tokens = min(self._chunk(request.remaining), budget)
+            if tokens == 0:
+                continue
             while not step.run(request, tokens):
                 victim = self._victim(step)
-                budget += planned.pop(victim.id, 0)
+                running.remove(victim)
+                if victim.id in planned:
+                    budget += planned.pop(victim.id)
+                    index -= 1
                 step.preempt(victim)
-                gone.add(victim.id)
                 preempted = True
                 if victim is request:
                     return budget, True

@@ -69,25 +69,29 @@ class Replica(ReplicaView):
 
     def plan_soon(self) -> None:
         """Plan once all boundaries and arrivals of this instant are in."""
-        env = self._env
         if self._planning:
             return
-        if env.peek() > env.now:
-            self._plan(None)
+        env = self._env
+        now = self._now
+        if env.peek() > now:
+            self._plan(now)
         else:
             self._planning = True
-            _at(env, 0, PLAN, self._plan)
+            _Alarm(env, 0, PLAN, self._planned)
 
-    def _plan(self, _event: Event | None) -> None:
+    def _planned(self, _event: Event) -> None:
         self._planning = False
-        end = self.engine.begin(self._now)
+        self._plan(self._now)
+
+    def _plan(self, now: int) -> None:
+        end = self.engine.begin(now)
         if end is None:
             end = self.engine.state.wake
-        self._arm(end)
+        self._timer = None if end is None else _Alarm(self._env, end - now, BOUNDARY, self._ring)
 
     def _arm(self, end: int | None) -> None:
         """Set the timer to ``end``; a timer set before stays in SimPy's heap and is ignored when it fires."""
-        self._timer = None if end is None else _at(self._env, end - self._now, BOUNDARY, self._ring)
+        self._timer = None if end is None else _Alarm(self._env, end - self._now, BOUNDARY, self._ring)
 
     def _ring(self, event: Event) -> None:
         if event is not self._timer:
@@ -126,7 +130,7 @@ class Cluster:
 
         Raises `PolicyError` if a policy leaves requests unserved although nothing more can happen.
         """
-        _at(self.env, self._arrivals[0], ARRIVAL, self._arrive)
+        _Alarm(self.env, self._arrivals[0], ARRIVAL, self._arrive)
         self.env.run()
         left = [i for i, status in enumerate(self._requests.status) if status == Status.PENDING]
         if left:
@@ -145,7 +149,7 @@ class Cluster:
         arrivals = self._arrivals
         last = i + 1 == len(arrivals)
         if not last:  # before anything else, so that whoever looks ahead sees an arrival at this same instant
-            _at(self.env, arrivals[i + 1] - arrivals[i], ARRIVAL, self._arrive)
+            _Alarm(self.env, arrivals[i + 1] - arrivals[i], ARRIVAL, self._arrive)
         request = self._make(i)
         replicas = self.replicas
         chosen = replicas[0] if len(replicas) == 1 else replicas[self._router.route(request, replicas)]
@@ -160,11 +164,12 @@ class Cluster:
             self._progress(i + 1)
 
 
-def _at(env: simpy.Environment, delay: int, priority: int, callback: Callable[[Event], None]) -> Event:
-    """An event that calls ``callback`` after ``delay`` ps: a `simpy.Timeout` with a priority."""
-    event = Event(env)
-    event._ok = True
-    event._value = None
-    event.callbacks = [callback]
-    env.schedule(event, priority, delay)  # type: ignore[arg-type]
-    return event
+class _Alarm(Event):
+    """An event that calls one function: a `simpy.Timeout` with a priority."""
+
+    def __init__(self, env: simpy.Environment, delay: int, priority: int, callback: Callable[[Event], None]) -> None:
+        self.env = env
+        self.callbacks = [callback]
+        self._value = None
+        self._ok = True
+        env.schedule(self, priority, delay)  # type: ignore[arg-type]  # SimPy's priorities are a NewType of int

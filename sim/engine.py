@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from backend.base import Backend, Batch, Chunk
+from backend.base import NO_HOST, Backend, Batch, Chunk
 from policies.base import PolicyError, Request, Scheduler
 from sim.kv import CountingPool, admission
 from sim.records import RequestRecords, RunRecords, Status
-from sim.runs import Plan, duration, steps_to_reach
+from sim.runs import NOBODY, Plan, duration, steps_to_reach
 from sim.step import ReplicaStep
 
 
@@ -48,7 +48,7 @@ class Engine:
         self.index = index
         self.leap = leap
         self.max_model_len = max_model_len
-        self.state = ReplicaStep(scheduler, backend, pool, outputs, max_model_len)
+        self.state = ReplicaStep(scheduler, backend, pool, requests, outputs, max_model_len)
         self.records = RunRecords()
         self.steps = 0
         self.end: int | None = None  # of the run under way
@@ -135,9 +135,9 @@ class Engine:
             self._record(plan, self._start, plan.first, count, plan.row)
             self._emit(plan, now)
             return self.complete(plan, now)
-        flight = self._flight
+        flight, state = self._flight, self.state
         assert flight is not None
-        done = self.complete(flight, self._landing)
+        done = self.complete(flight, self._landing) if flight.ending or state.parked else NOBODY
         if plan is None:
             self._flight = None
             return done
@@ -175,16 +175,17 @@ class Engine:
         prefills: tuple[Chunk, ...] = ()
         if chunks:
             prefills = tuple([Chunk(r._offset, t) for r, t in chunks])
-            self._note_admissions(chunks, now)
         cost = self.backend.step(Batch(prefills, decodes, context, dead + state.padding))
         count = 1
-        first, slope = cost.spacing(self._ahead)
+        first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
         if self.leap and decoding and not chunks and not state.ran and not state.slept:
             count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
             if count > 1 and group.growing:
                 count = group.steps_within(count, self.pool.free + state.taken)
         first += state.slept
-        late = self._late(start, start + first, decodes) if decoding else 0
+        late = 0
+        if decoding and (state.fresh or state.decoded_at != start):
+            late = self._late(start, start + first, decodes)
         row = (
             len(chunks),
             state.tokens - decodes if chunks else 0,
@@ -324,14 +325,6 @@ class Engine:
         request._end = request._reserved = 0
         del state.admitted[request.id]
         state.batch.append(request)
-
-    def _note_admissions(self, chunks: list[tuple[Request, int]], now: int) -> None:
-        records = self._requests
-        for request, _ in chunks:
-            if records.admitted[request.id] < 0:
-                records.admitted[request.id] = now
-                if request._offset:
-                    records.cached_tokens[request.id] = request._offset
 
     def _answer_batch(self, now: int) -> None:
         for request in self.state.released:

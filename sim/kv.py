@@ -144,7 +144,10 @@ class Decodes:
         computed = request._offset + self.steps
         self._stops(request)
         self.context -= computed + 1 + request.pad
-        self._settle_member(request, computed)
+        request._emitted = computed - request.prompt_tokens + 1
+        request._offset = computed
+        request._counter = None
+        request._end = 0
 
     def die(self, request: Request) -> None:
         """A live member has finished but keeps its slot."""
@@ -155,7 +158,10 @@ class Decodes:
         """Take a dead member out, whose own tokens in KV were ``computed`` when it finished."""
         self.dead -= 1
         self.context -= request._offset + self.steps + 1 + request.pad
-        self._settle_member(request, computed)
+        request._emitted = computed - request.prompt_tokens + 1
+        request._offset = computed
+        request._counter = None
+        request._end = 0
 
     def _grows(self, request: Request) -> None:
         phase = request._offset % self.block_size
@@ -175,13 +181,6 @@ class Decodes:
         self.phases[phase] -= 1
         if self.members is not None:
             del self.members[phase][request.id]
-
-    @staticmethod
-    def _settle_member(request: Request, computed: int) -> None:
-        request._emitted = computed - request.prompt_tokens + 1
-        request._offset = computed
-        request._counter = None
-        request._end = 0
 
     def horizon(self) -> int:
         """Steps until the next member's end; `FOREVER` without members."""

@@ -10,6 +10,7 @@ from typing import NoReturn
 from backend.base import Backend, Batch, Chunk
 from policies.base import PolicyError, Request, Running, Scheduler, Step
 from sim.kv import CountingPool, Decodes
+from sim.records import RequestRecords
 
 
 class OrderedQueue(list[Request]):
@@ -38,6 +39,7 @@ class ReplicaStep(Step):
         scheduler: Scheduler,
         backend: Backend,
         pool: CountingPool,
+        requests: RequestRecords,
         outputs: Sequence[int],
         max_model_len: int,
     ) -> None:
@@ -45,6 +47,7 @@ class ReplicaStep(Step):
         self.backend = backend
         self.pool = pool
         self.group = Decodes(pool.block_size, pool.tracks)
+        self._requests = requests
         self._outputs = outputs  # true lengths by request id: never shown to a policy
         self._limit = scheduler.token_limit
         self.waiting: deque[Request] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
@@ -206,6 +209,10 @@ class ReplicaStep(Step):
         request._offset = hit
         self._admissions += 1
         request._seq = self._admissions
+        records = self._requests
+        if records.admitted[request.id] < 0:
+            records.admitted[request.id] = self.now
+            records.cached_tokens[request.id] = hit
         self.kv_tokens += hit
         self.admitted[request.id] = request
         self.prefills[request.id] = request
@@ -283,9 +290,9 @@ class ReplicaStep(Step):
 
     def drain(self, request: Request) -> None:
         """Take a member out of the group whose last token is under way; it keeps its blocks until that is in."""
-        blocks = self._blocks_of(request)
+        if not request._reserved:
+            request._blocks = -(-request.computed // self.pool.block_size)
         self.group.leave(request)
-        request._blocks = blocks
 
     def vacate(self, request: Request, planned: int = 0) -> None:
         """Take back all that a request holds, which runs no more, ``planned`` blocks for this step's token too."""
