@@ -114,6 +114,12 @@ class Request:
         self._seq = 0  # rises with every admission: the order of running
         self._drains = False  # its last token is under way; it keeps its blocks until that is in
 
+    def restart(self) -> None:
+        """Forget the replica that it was on; it keeps the tokens that its client has. Called by the engine."""
+        self._counter = None
+        self._drains = False
+        self._offset = self._end = self._blocks = self._reserved = self.pad = 0
+
     @property
     def computed(self) -> int:
         """Tokens whose K and V are in the pool."""

@@ -11,74 +11,37 @@ step as done that is planned, except that a request whose last token is in fligh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Any
 
-from backend.base import NO_HOST, Backend, Batch, Chunk
-from policies.base import PolicyError, Request, Scheduler
-from sim.kv import CountingPool, admission
-from sim.records import RequestRecords, RunRecords, Status
+from policies.base import Request
+from sim.planner import Planner
+from sim.records import RunRecords, Status
 from sim.runs import NOBODY, Plan, duration, steps_to_reach
-from sim.step import ReplicaStep
 
 
-class Engine:
+class Engine(Planner):
     """A replica's policy, pool and cost model at work.
 
-    ``requests`` is where each request's fate is written, ``finish`` is called with each one that ends here.
-    With ``leap=False`` every step is planned and priced on its own: slow, and the oracle for leaping.
+    ``requests`` is where each request's fate is written. With ``leap=False`` every step is planned and priced on its
+    own: slow, and the oracle for leaping. ``records`` continues those of an engine before it.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        backend: Backend,
-        pool: CountingPool,
-        requests: RequestRecords,
-        outputs: Sequence[int],
-        max_model_len: int,
-        index: int = 0,
-        leap: bool = True,
-        finish: Callable[[Request], None] | None = None,
-    ) -> None:
-        if scheduler.asynchronous and scheduler.batch_synchronous:
-            raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
-        self.scheduler = scheduler
-        self.backend = backend
-        self.pool = pool
-        self.index = index
-        self.leap = leap
-        self.max_model_len = max_model_len
-        self.state = ReplicaStep(scheduler, backend, pool, requests, outputs, max_model_len)
-        self.records = RunRecords()
+    def __init__(self, *parts: Any, records: RunRecords | None = None, **settings: Any) -> None:
+        super().__init__(*parts, **settings)
+        self.records = records or RunRecords()
         self.steps = 0
         self.end: int | None = None  # of the run under way
-        self._ahead = scheduler.asynchronous
-        self._requests = requests
-        self._outputs = outputs
-        self._finish = finish
         self._start = 0  # of the run under way
         self._count = 0  # steps until its end, one in flight included
         self._plan: Plan | None = None  # what runs; asynchronous: what runs after the step in flight
         self._flight: Plan | None = None  # asynchronous: the step that runs, committed already
         self._landing = 0  # when the step in flight is done
+        self._cancelled: list[Request] = []  # to leave at the end of the run
 
     @property
     def outstanding(self) -> int:
         """Requests waiting or running here."""
         return len(self.state.waiting) + len(self.state.admitted)
-
-    def submit(self, request: Request, now: int) -> bool:
-        """Take a request in; False if it can never fit (it has then ended, rejected).
-
-        The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
-        """
-        final = request.prompt_tokens + self._outputs[request.id]
-        if final > self.max_model_len or self.pool.blocks(final - 1) > self.pool.total:
-            self._reject(request, now)
-            return False
-        self._requests.replica[request.id] = self.index
-        self.state.waiting.append(request)
-        return True
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
@@ -133,142 +96,62 @@ class Engine:
             assert plan is not None
             self.commit(plan, count)
             self._record(plan, self._start, plan.first, count, plan.row)
-            self._emit(plan, now)
-            return self.complete(plan, now)
-        flight, state = self._flight, self.state
-        assert flight is not None
-        done = self.complete(flight, self._landing) if flight.ending or state.parked else NOBODY
-        if plan is None:
+            self._announce(plan, now)
+            self._deliver(plan, now)
+            done = self.complete(plan, now) if plan.ending else NOBODY
+        else:
+            flight, state = self._flight, self.state
+            assert flight is not None
+            self._record(flight, *flight.air)
+            self._deliver(flight, self._landing)
+            done = self.complete(flight, self._landing) if flight.ending or state.parked else NOBODY
             self._flight = None
-            return done
-        self.commit(plan, count)
-        if count > 1:
-            self._record(plan, self._landing, plan.first, count - 1, plan.row)
-        self._launch(plan, now, count - 1)
+            if plan is not None:
+                self.commit(plan, count)
+                if count > 1:
+                    self._record(plan, self._landing, plan.first, count - 1, plan.row)
+                self._launch(plan, now, count - 1)
+        if self._cancelled:
+            cancelled, self._cancelled = self._cancelled, []
+            for request in cancelled:
+                self._strike(request, now)
         return done
 
-    def ask(self, now: int, start: int) -> Plan | None:
-        """What the policy wants of the steps that start at ``start``; None if nothing."""
-        state = self.state
-        state.open(now)
-        vouched = self.scheduler.schedule(state)
-        if not isinstance(vouched, int) or vouched < 1:
-            raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
-        if state.released:
-            self._answer_batch(now)
-        if state.rejected or state.preempted:
-            vouched = 1  # the queue has changed
-            for request in state.rejected:
-                self._reject(request, now)
-        chunks = state.chunks
-        group = state.group
-        decoding = state.whole
-        if state.ran:
-            state.arrange()
-            decoding = True
-        elif not decoding and not chunks:
-            return None
-        if decoding:
-            decodes, context, dead = group.live, group.context, group.dead
+    def cancel(self, request: Request, now: int) -> None:
+        """The client has given up on a request that is here; a running one leaves at the next boundary.
+
+        The caller cuts the run, or plans if the replica is idle.
+        """
+        if request.id in self.state.admitted and self.end is not None:
+            self._cancelled.append(request)
         else:
-            decodes = context = dead = 0
-        prefills: tuple[Chunk, ...] = ()
-        if chunks:
-            prefills = tuple([Chunk(r._offset, t) for r, t in chunks])
-        cost = self.backend.step(Batch(prefills, decodes, context, dead + state.padding))
-        count = 1
-        first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
-        if self.leap and decoding and not chunks and not state.ran and not state.slept:
-            count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
-            if count > 1 and group.growing:
-                count = group.steps_within(count, self.pool.free + state.taken)
-        first += state.slept
-        late = 0
-        if decoding and (state.fresh or state.decoded_at != start):
-            late = self._late(start, start + first, decodes)
-        row = (
-            len(chunks),
-            state.tokens - decodes if chunks else 0,
-            decodes,
-            dead + state.padding,
-            context,
-            late,
-            len(state.admitted),
-            len(state.waiting),
-            self.pool.total - self.pool.free,
-            state.kv_tokens,
-            state.promised,
-            state.preempted,
-        )
-        return Plan(first, slope, count, chunks, decoding, row)
+            self._strike(request, now)
 
-    def commit(self, plan: Plan, count: int) -> None:
-        """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
-        state = self.state
-        group = state.group
-        outputs = self._outputs
-        ending: list[Request] = []
-        if plan.decoding:
-            if count > 1:
-                self.pool.decode_all(group, range(1, count))
-            state.kv_tokens += count * group.live
-            state.promised -= count * group.reserved
-            group.advance(count)
-            if state.fresh:
-                state.fresh = {}
-            while (request := group.due()) is not None:
-                left = outputs[request.id] - request.emitted
-                if left:
-                    group.outgrow(request, left)
-                else:
-                    ending.append(request)
-                    self._end(request)
-        if plan.chunks:
-            emitting: list[Request] = []
-            for request, tokens in plan.chunks:
-                request._offset += tokens
-                state.kv_tokens += tokens
-                if request._reserved:
-                    state.promised -= tokens
-                if request._offset < request.prompt_tokens + request._emitted:
-                    continue
-                del state.prefills[request.id]
-                request._emitted += 1
-                emitting.append(request)
-                if outputs[request.id] > request._emitted:
-                    state.join(request)
-                else:
-                    ending.append(request)
-                    self._end(request)
-            plan.emitting = emitting
-        if ending:
-            plan.ending = ending
+    def abort(self, now: int) -> list[Request]:
+        """The replica fails: steps done by now count, all else is lost with it. The requests it held, to go elsewhere.
 
-    def complete(self, plan: Plan, now: int) -> list[Request]:
-        """The last committed step of ``plan`` is done: the requests whose last token it brought leave."""
-        state = self.state
-        if state.parked and self._ahead:
-            for request in state.parked.values():
-                self.pool.computed(request, request._offset)
-        ending = plan.ending
-        if not ending:
-            return ending
-        if len(ending) > 1:
-            ending.sort(key=admission)  # the order in which vLLM frees them, and so reuses their blocks
-        if self.scheduler.batch_synchronous:
-            for request in ending:
-                self._hold(request)
-            return []
-        for request in ending:
-            if request.id in state.admitted:
-                del state.admitted[request.id]
-                if self._ahead:
-                    self.pool.computed(request, request._offset)
-                state.vacate(request)
-            else:  # preempted while its last token was in flight
-                state.waiting.remove(request)
-            self._answer(request, now)
-        return ending
+        They keep the tokens that their clients have. The engine is of no use afterwards.
+        """
+        state, plan = self.state, self._plan
+        begun = self._landing if self._ahead else self._start
+        if self.end is not None and plan is not None and self._count > 1 and now >= begun:
+            whole = steps_to_reach(now - begun + 1, plan.first, plan.slope) - 1
+            if whole or self._ahead:
+                self._count = whole + self._ahead
+                self.settle(begun + duration(plan.first, plan.slope, whole))
+        for request in self._cancelled:
+            self._strike(request, now)
+        state.release()
+        self._answer_batch(now)
+        lost = [*state.admitted.values(), *state.waiting]
+        for request in lost:
+            flying = self._flies(request)
+            if request._counter is not None:
+                state.group.leave(request)
+            request._emitted -= flying
+            request.restart()
+        self.end = self._flight = self._plan = None
+        return lost
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
@@ -282,86 +165,67 @@ class Engine:
         row = plan.row
         first = plan.first + before * plan.slope
         self._flight = plan
-        self._landing = landing = start + first
+        self._landing = start + first
         if before:
             decodes, padded, context = row[2:5]
             row = (*row[:4], context + before * (decodes + padded), 0, *row[6:9], row[9] + before * decodes, *row[10:])
-        self._record(plan, start, first, 1, row)
-        self._emit(plan, landing)
+        plan.air = (start, first, 1, row)
+        self._announce(plan, self._landing)
 
-    def _record(self, plan: Plan, start: int, first: int, count: int, row: tuple[int, ...]) -> None:
-        self.steps += count
-        self.records.rows.extend((start, first, plan.slope, count, *row))
-
-    def _emit(self, plan: Plan, now: int) -> None:
-        """Write down the tokens that ``plan`` brings at ``now`` (its last committed step's end)."""
+    def _announce(self, plan: Plan, now: int) -> None:
+        """Let planning know when ``plan`` brings its tokens (its last committed step's end)."""
         if plan.decoding:
             self.state.decoded_at = now
         first_token = self._requests.first_token
         for request in plan.emitting:
-            if first_token[request.id] < 0:
-                first_token[request.id] = now
-            else:  # it was preempted: the client has waited for this token since its last
-                self.records.gap_rows.extend((now - request._last, 1))
+            if first_token[request.id] >= 0:  # it was preempted: the client waits for this token since its last
+                plan.gaps[request.id] = now - request._last
             request._last = now
 
-    def _end(self, request: Request) -> None:
-        """The last token of ``request`` comes with the step that is being committed."""
-        state = self.state
-        request._end = 0
-        if self._ahead:
-            if request._counter is not None:
-                state.drain(request)
-            request._drains = True
-        elif request._counter is None and self.scheduler.batch_synchronous:
-            state.group.join(request, 1)  # it pays for a dead slot like the others
+    def _deliver(self, plan: Plan, now: int) -> None:
+        """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
+        for request in plan.emitting:
+            if request.id in plan.gaps:
+                self.records.gap_rows.extend((plan.gaps[request.id], 1))
+            else:
+                self._requests.first_token[request.id] = now
 
-    def _hold(self, request: Request) -> None:
-        """A finished request keeps its slot until its batch returns."""
-        state = self.state
-        if not request._reserved:
-            request._blocks = self.pool.blocks(request.computed)
-        state.group.die(request)
-        request._end = request._reserved = 0
-        del state.admitted[request.id]
-        state.batch.append(request)
+    def _record(self, plan: Plan, start: int, first: int, count: int, row: tuple[int, ...]) -> None:
+        self.steps += count
+        if plan.undelivered:  # no gap is theirs
+            row = (*row[:5], row[5] + plan.undelivered, *row[6:])
+        self.records.rows.extend((start, first, plan.slope, count, *row))
+        if plan.late_gaps:
+            self.records.gap_rows.extend(plan.late_gaps)
+            plan.late_gaps = []
 
-    def _answer_batch(self, now: int) -> None:
-        for request in self.state.released:
-            self._answer(request, now)
-        self.state.released = []
+    def _flies(self, request: Request) -> bool:
+        """Whether a token of ``request`` is in flight: planned, counted in what policies see, not brought yet."""
+        flight = self._flight
+        if flight is None:
+            return False
+        if request in flight.emitting or request in flight.ending:
+            return True
+        return flight.decoding and (request._counter is not None or request in self.state.evicted)
 
-    def _answer(self, request: Request, now: int) -> None:
-        records = self._requests
-        records.status[request.id] = Status.FINISHED
-        records.finished[request.id] = now
-        if request.preemptions:
-            records.preemptions[request.id] = request.preemptions
-        self.backend.release(request.id)
-        if self._finish is not None:
-            self._finish(request)
-
-    def _reject(self, request: Request, now: int) -> None:
-        self._requests.replica[request.id] = self.index
-        self._requests.status[request.id] = Status.REJECTED
-        self._requests.finished[request.id] = now
-        if self._finish is not None:
-            self._finish(request)
-
-    def _late(self, start: int, first_end: int, decodes: int) -> int:
-        """Record the first gaps of decodes that did not emit at ``start``; how many they are."""
-        state = self.state
-        gaps = self.records.gap_rows
-        late = 0
-        old = decodes
-        for request in state.fresh.values():
-            if request._counter is None:
-                continue  # preempted or parked since
-            old -= 1
-            if request._last != start:
-                gaps.extend((first_end - request._last, 1))
-                late += 1
-        if old > 0 and state.decoded_at != start:
-            gaps.extend((first_end - state.decoded_at, old))
-            late += old
-        return late
+    def _strike(self, request: Request, now: int) -> None:
+        """A cancelled request leaves, between two steps."""
+        state, flight = self.state, self._flight
+        if self._requests.status[request.id] != Status.PENDING:
+            return  # its last token came with the very step
+        flying = self._flies(request)
+        if flying:
+            assert flight is not None
+            if request in flight.emitting:
+                flight.emitting.remove(request)
+            else:
+                flight.undelivered += 1
+            if request in flight.ending:
+                flight.ending.remove(request)
+        if request.id in state.admitted:
+            del state.admitted[request.id]
+            state.vacate(request)
+        elif request in state.waiting:
+            state.waiting.remove(request)
+        request._emitted -= flying
+        self.end_request(request, now, Status.TIMED_OUT)

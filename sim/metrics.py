@@ -43,7 +43,7 @@ class Latencies:
         self.tpot_all[several] = (finished - first)[several] / PS_PER_MS / (self.outputs[several] - 1)
         self.tpot: Floats = self.tpot_all[several]
         self.normalized: Floats = self.e2el / self.outputs
-        self.span_s = float(finished.max() - requests.trace.arrival_ps[0]) / PS_PER_S if len(finished) else 0.0
+        self.span_s = float(finished.max() - requests.arrival[0]) / PS_PER_S if len(finished) else 0.0
 
     def good(self, slo: Slo) -> npt.NDArray[np.bool_]:
         """Which finished requests meet all of ``slo``."""

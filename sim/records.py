@@ -20,7 +20,9 @@ class Status(IntEnum):
 
     PENDING = 0
     FINISHED = 1
-    REJECTED = 2  # it could never fit, or a policy refused it
+    REJECTED = 2  # it could never fit, a queue was full, or a policy refused it
+    TIMED_OUT = 3  # its client gave up
+    FAILED = 4  # its replica failed and nobody took it over
 
 
 RUN_COLUMNS = (
@@ -52,6 +54,8 @@ class RequestRecords:
         n = len(trace)
         unset = array("q", [-1]) * n
         self.trace = trace
+        self.arrival = array("q", trace.arrival_ps.tobytes())  # when it was sent; later than in the trace if it follows
+        self.emitted = array("i", [0]) * n  # tokens that the client has got
         self.status = bytearray(n)
         self.replica = array("i", [-1]) * n
         self.admitted = array("q", unset)  # first taken up by a policy
@@ -60,12 +64,21 @@ class RequestRecords:
         self.preemptions = array("i", [0]) * n
         self.cached_tokens = array("i", [0]) * n
 
+    def end(self, request: Request, now: int, status: Status) -> None:
+        """Write down what became of ``request``, once."""
+        i = request.id
+        self.status[i] = status
+        self.finished[i] = now
+        self.emitted[i] = request.emitted
+        if request.preemptions:
+            self.preemptions[i] = request.preemptions
+
     def columns(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The rows as NumPy columns; ``arrival_ps`` and the lengths come from the trace."""
+        """The rows as NumPy columns; the lengths come from the trace."""
         trace = self.trace
         return {
             "id": np.arange(len(trace)),
-            "arrival_ps": trace.arrival_ps,
+            "arrival_ps": np.array(self.arrival, dtype=np.int64),
             "prompt_tokens": trace.prompt_tokens,
             "output_tokens": trace.output_tokens,
             "status": np.frombuffer(self.status, dtype=np.uint8).copy(),
@@ -73,6 +86,7 @@ class RequestRecords:
             "admitted_ps": np.array(self.admitted, dtype=np.int64),
             "first_token_ps": np.array(self.first_token, dtype=np.int64),
             "finished_ps": np.array(self.finished, dtype=np.int64),
+            "emitted_tokens": np.array(self.emitted, dtype=np.int32),
             "preemptions": np.array(self.preemptions, dtype=np.int32),
             "cached_tokens": np.array(self.cached_tokens, dtype=np.int32),
         }

@@ -29,12 +29,26 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
 
 
 NOBODY: list[Request] = []
+NO_GAPS: list[int] = []
 
 
 class Plan:
     """Steps of the same members, as the policy arranged them."""
 
-    __slots__ = ("chunks", "count", "decoding", "emitting", "ending", "first", "row", "slope")
+    __slots__ = (
+        "air",
+        "chunks",
+        "count",
+        "decoding",
+        "emitting",
+        "ending",
+        "first",
+        "gaps",
+        "late_gaps",
+        "row",
+        "slope",
+        "undelivered",
+    )
 
     def __init__(
         self,
@@ -44,6 +58,7 @@ class Plan:
         chunks: list[tuple[Request, int]],
         decoding: bool,
         row: tuple[int, ...],
+        late_gaps: list[int],
     ) -> None:
         self.first = first  # ps from boundary to boundary, the first step's; pauses and host work included
         self.slope = slope  # ps that each further step takes longer
@@ -51,5 +66,9 @@ class Plan:
         self.chunks = chunks
         self.decoding = decoding
         self.row = row  # RUN_COLUMNS from `chunks` on
+        self.late_gaps = late_gaps  # first gaps of decodes that did not emit just before, rows of GAP_COLUMNS, flat
+        self.gaps: dict[int, int] = {}  # of requests in `emitting` that have emitted before: ps since then
+        self.undelivered = 0  # decodes of its last step whose client has given up
+        self.air: tuple[int, int, int, tuple[int, ...]]  # its last step in flight: start, ps, 1, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it

@@ -75,6 +75,7 @@ class ReplicaStep(Step):
         self.wake: int | None = None
         self.rejected: list[Request] = []
         self.released: list[Request] = []
+        self.evicted: list[Request] = []  # preempted while planning: those that decoded
 
     def open(self, now: int) -> None:
         """Start a new plan."""
@@ -85,6 +86,8 @@ class ReplicaStep(Step):
             self.ran = {}
         if self.rejected:
             self.rejected = []
+        if self.evicted:
+            self.evicted = []
         self.whole = False
         self.tokens = self.padding = self.taken = self.preempted = self.slept = 0
         self.wake = None
@@ -231,7 +234,10 @@ class ReplicaStep(Step):
         planned = self._unplan(request)
         need = self._next_block(request) if planned else 0
         self.taken -= need
-        self.pool.preempted(request, request.id not in self.prefills, planned)
+        decoding = request.id not in self.prefills
+        if decoding and (request._counter is not None or request._drains):
+            self.evicted.append(request)
+        self.pool.preempted(request, decoding, planned)
         self.vacate(request, need)
         request._offset = 0
         request.preemptions += 1

@@ -1,0 +1,236 @@
+"""What planned steps do to a replica's requests: asking the policy, committing its plan, letting requests go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from backend.base import NO_HOST, Backend, Batch, Chunk
+from policies.base import PolicyError, Request, Scheduler
+from sim.kv import CountingPool, admission
+from sim.records import RequestRecords, Status
+from sim.runs import NO_GAPS, Plan
+from sim.step import ReplicaStep
+
+
+class Planner:
+    """The half of an engine that knows no time but what it is told.
+
+    `ask` has the policy arrange the next steps, `commit` takes them as done as far as policies can see, `complete`
+    lets those go whose last token they brought. ``finish`` is called with each request that ends here.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        backend: Backend,
+        pool: CountingPool,
+        requests: RequestRecords,
+        outputs: Sequence[int],
+        max_model_len: int,
+        index: int = 0,
+        leap: bool = True,
+        finish: Callable[[Request], None] | None = None,
+    ) -> None:
+        if scheduler.asynchronous and scheduler.batch_synchronous:
+            raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
+        self.scheduler = scheduler
+        self.backend = backend
+        self.pool = pool
+        self.index = index
+        self.leap = leap
+        self.max_model_len = max_model_len
+        self.state = ReplicaStep(scheduler, backend, pool, requests, outputs, max_model_len)
+        self._ahead = scheduler.asynchronous
+        self._requests = requests
+        self._outputs = outputs
+        self._finish = finish
+
+    def submit(self, request: Request, now: int) -> bool:
+        """Take a request in; False if it can never fit (it has then ended, rejected).
+
+        The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
+        """
+        self._requests.replica[request.id] = self.index
+        final = request.prompt_tokens + self._outputs[request.id]
+        if final > self.max_model_len or self.pool.blocks(final - 1) > self.pool.total:
+            self.end_request(request, now, Status.REJECTED)
+            return False
+        self.state.waiting.append(request)
+        return True
+
+    def ask(self, now: int, start: int) -> Plan | None:
+        """What the policy wants of the steps that start at ``start``; None if nothing."""
+        state = self.state
+        state.open(now)
+        vouched = self.scheduler.schedule(state)
+        if not isinstance(vouched, int) or vouched < 1:
+            raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
+        if state.released:
+            self._answer_batch(now)
+        if state.rejected or state.preempted:
+            vouched = 1  # the queue has changed
+            for request in state.rejected:
+                self.end_request(request, now, Status.REJECTED)
+        chunks = state.chunks
+        group = state.group
+        decoding = state.whole
+        if state.ran:
+            state.arrange()
+            decoding = True
+        elif not decoding and not chunks:
+            return None
+        if decoding:
+            decodes, context, dead = group.live, group.context, group.dead
+        else:
+            decodes = context = dead = 0
+        prefills: tuple[Chunk, ...] = ()
+        if chunks:
+            prefills = tuple([Chunk(r._offset, t) for r, t in chunks])
+        cost = self.backend.step(Batch(prefills, decodes, context, dead + state.padding))
+        count = 1
+        first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
+        if self.leap and decoding and not chunks and not state.ran and not state.slept:
+            count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
+            if count > 1 and group.growing:
+                count = group.steps_within(count, self.pool.free + state.taken)
+        first += state.slept
+        late, late_gaps = 0, NO_GAPS
+        if decoding and (state.fresh or state.decoded_at != start):
+            late, late_gaps = self._late(start, start + first, decodes)
+        row = (
+            len(chunks),
+            state.tokens - decodes if chunks else 0,
+            decodes,
+            dead + state.padding,
+            context,
+            late,
+            len(state.admitted),
+            len(state.waiting),
+            self.pool.total - self.pool.free,
+            state.kv_tokens,
+            state.promised,
+            state.preempted,
+        )
+        return Plan(first, slope, count, chunks, decoding, row, late_gaps)
+
+    def commit(self, plan: Plan, count: int) -> None:
+        """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
+        state = self.state
+        group = state.group
+        outputs = self._outputs
+        ending: list[Request] = []
+        if plan.decoding:
+            if count > 1:
+                self.pool.decode_all(group, range(1, count))
+            state.kv_tokens += count * group.live
+            state.promised -= count * group.reserved
+            group.advance(count)
+            if state.fresh:
+                state.fresh = {}
+            while (request := group.due()) is not None:
+                left = outputs[request.id] - request.emitted
+                if left:
+                    group.outgrow(request, left)
+                else:
+                    ending.append(request)
+                    self._end(request)
+        if plan.chunks:
+            emitting: list[Request] = []
+            for request, tokens in plan.chunks:
+                request._offset += tokens
+                state.kv_tokens += tokens
+                if request._reserved:
+                    state.promised -= tokens
+                if request._offset < request.prompt_tokens + request._emitted:
+                    continue
+                del state.prefills[request.id]
+                request._emitted += 1
+                emitting.append(request)
+                if outputs[request.id] > request._emitted:
+                    state.join(request)
+                else:
+                    ending.append(request)
+                    self._end(request)
+            plan.emitting = emitting
+        if ending:
+            plan.ending = ending
+
+    def complete(self, plan: Plan, now: int) -> list[Request]:
+        """The last committed step of ``plan`` is done: the requests whose last token it brought leave."""
+        state = self.state
+        if state.parked and self._ahead:
+            for request in state.parked.values():
+                self.pool.computed(request, request._offset)
+        ending = plan.ending
+        if not ending:
+            return ending
+        if len(ending) > 1:
+            ending.sort(key=admission)  # the order in which vLLM frees them, and so reuses their blocks
+        if self.scheduler.batch_synchronous:
+            for request in ending:
+                self._hold(request)
+            return []
+        for request in ending:
+            if request.id in state.admitted:
+                del state.admitted[request.id]
+                if self._ahead:
+                    self.pool.computed(request, request._offset)
+                state.vacate(request)
+            else:  # preempted while its last token was in flight
+                state.waiting.remove(request)
+            self.end_request(request, now, Status.FINISHED)
+        return ending
+
+    def end_request(self, request: Request, now: int, status: Status) -> None:
+        """A request has left the replica for good; what became of it is written down once."""
+        records = self._requests
+        if records.status[request.id] != Status.PENDING:
+            return  # it was cancelled while its batch was under way
+        records.end(request, now, status)
+        self.backend.release(request.id)
+        if self._finish is not None:
+            self._finish(request)
+
+    def _end(self, request: Request) -> None:
+        """The last token of ``request`` comes with the step that is being committed."""
+        state = self.state
+        request._end = 0
+        if self._ahead:
+            if request._counter is not None:
+                state.drain(request)
+            request._drains = True
+        elif request._counter is None and self.scheduler.batch_synchronous:
+            state.group.join(request, 1)  # it pays for a dead slot like the others
+
+    def _hold(self, request: Request) -> None:
+        """A finished request keeps its slot until its batch returns."""
+        state = self.state
+        if not request._reserved:
+            request._blocks = self.pool.blocks(request.computed)
+        state.group.die(request)
+        request._end = request._reserved = 0
+        del state.admitted[request.id]
+        state.batch.append(request)
+
+    def _answer_batch(self, now: int) -> None:
+        released, self.state.released = self.state.released, []
+        for request in released:
+            self.end_request(request, now, Status.FINISHED)
+
+    def _late(self, start: int, first_end: int, decodes: int) -> tuple[int, list[int]]:
+        """How many decodes did not emit at ``start``, and their first gaps as rows of GAP_COLUMNS, flat."""
+        state = self.state
+        gaps: list[int] = []
+        late = 0
+        old = decodes
+        for request in state.fresh.values():
+            if request._counter is None:
+                continue  # preempted or parked since
+            old -= 1
+            if request._last != start:
+                gaps += (first_end - request._last, 1)
+                late += 1
+        if old > 0 and state.decoded_at != start:
+            gaps += (first_end - state.decoded_at, old)
+            late += old
+        return late, gaps
