@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Reversible, Sequence
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from annotated_types import Ge, Gt
@@ -62,16 +63,19 @@ class Request:
     """
 
     __slots__ = (
+        "_at",
         "_blocks",
         "_counter",
         "_drains",
         "_emitted",
         "_end",
         "_last",
+        "_loaded",
         "_offset",
         "_reserved",
         "_seq",
         "arrival",
+        "hash_ids",
         "id",
         "max_tokens",
         "output_tokens",
@@ -102,6 +106,7 @@ class Request:
         self.priority = priority  # smaller is more urgent, as in vLLM
         self.tenant = tenant
         self.session = session
+        self.hash_ids: Sequence[int] = ()  # what the trace says of its prompt's blocks; equal ids, equal prefix
         self.preemptions = 0
         self.pad = 0  # tokens of padding that its prompt was computed with (static batching)
         self._counter: Counter | None = None  # set while it decodes with the group
@@ -111,6 +116,8 @@ class Request:
         self._last = 0  # ps, its latest token outside the group
         self._blocks = 0  # blocks held; while it decodes and grows, those it had when it joined
         self._reserved = 0  # tokens reserved ahead of need
+        self._at = -1  # the replica that it is on
+        self._loaded = 0  # tokens whose KV was computed elsewhere and lies ready to be taken in
         self._seq = 0  # rises with every admission: the order of running
         self._drains = False  # its last token is under way; it keeps its blocks until that is in
 
@@ -118,7 +125,7 @@ class Request:
         """Forget the replica that it was on; it keeps the tokens that its client has. Called by the engine."""
         self._counter = None
         self._drains = False
-        self._offset = self._end = self._blocks = self._reserved = self.pad = 0
+        self._offset = self._end = self._blocks = self._reserved = self._loaded = self.pad = 0
 
     @property
     def computed(self) -> int:
@@ -313,25 +320,41 @@ class Scheduler(ABC):
         return type(self).order is not Scheduler.order
 
 
-class ReplicaView(ABC):
-    """What a router may see of a replica."""
+class Replicas(Protocol):
+    """What a router may see of the replicas that take requests now, by position; never empty, not to be changed.
 
-    index: int
+    Positions shift when a replica fails, drains or comes up; ``indices`` says which replica stands where.
+    """
 
     @property
-    @abstractmethod
-    def outstanding(self) -> int:
+    def now(self) -> int:
+        """The time, ps."""
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which replica stands at each position."""
+
+    @property
+    def outstanding(self) -> Sequence[int]:
         """Requests waiting or running there."""
 
     @property
-    @abstractmethod
-    def outstanding_tokens(self) -> int:
-        """Prompt tokens of the requests waiting or running there."""
+    def outstanding_tokens(self) -> Sequence[int]:
+        """Prompt tokens of those."""
+
+    @property
+    def waiting(self) -> Sequence[int]:
+        """Requests waiting there, not running yet."""
 
 
 class Router(ABC):
-    """Chooses a replica for each request. Subclasses are dataclasses; their fields are their settings."""
+    """Chooses a replica for each request. Subclasses are dataclasses; their fields are their settings.
+
+    ``random`` is set before the first request; use no other source of chance.
+    """
+
+    random: Random
 
     @abstractmethod
-    def route(self, request: Request, replicas: Sequence[ReplicaView]) -> int:
-        """Position in ``replicas`` (never empty) of the replica that serves ``request``."""
+    def route(self, request: Request, replicas: Replicas) -> int:
+        """Position in ``replicas`` of the replica that serves ``request``."""

@@ -19,7 +19,8 @@ from backend import specs
 from policies.base import PolicyError
 from sim import formats, named, output, plugins, report
 from sim.describe import table as trace_table
-from sim.load import BACKENDS, load
+from sim.load import load
+from sim.lookup import BACKENDS
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.run import Outcome, simulate
 from sim.setup import Study

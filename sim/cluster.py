@@ -1,45 +1,44 @@
-"""Requests arriving at replicas: the only module that knows SimPy.
+"""Requests arriving at replicas, on SimPy: the only module that knows it.
 
 A replica is one *armed* timer: it stands at the end of the run under way and is set again when an arrival cuts that
-run short. Every change of state happens at ``env.now``. Ties at one instant go: step boundaries, then arrivals, then
-planning, once; SimPy's event priorities say just that. Only callbacks are used here, for they cost a tenth of what
-processes, stores and interrupts do.
+run short. Every change of state happens at ``now``. Ties at one instant go: step boundaries, then changes (failures,
+repairs, cancellations, control), then arrivals, then planning, once; SimPy's event priorities say just that. Only
+callbacks are used, for they cost a tenth of what processes, stores and interrupts do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from random import Random
 
 import simpy
 from simpy.events import Event
 
-from policies.base import PolicyError, ReplicaView, Request, Router
+from policies.base import PolicyError, Request, Router
 from sim.engine import Engine
 from sim.records import RequestRecords, Status
 
-BOUNDARY, ARRIVAL, PLAN = 0, 1, 2  # SimPy priorities: the tie rule
+BOUNDARY, CHANGE, ARRIVAL, PLAN = 0, 1, 2, 3  # SimPy priorities: the tie rule
 EXAMPLES = 5  # requests that an error names
 REPORT = 1000  # arrivals between two calls of `progress`
 
 
-class Replica(ReplicaView):
-    """One engine on the event loop."""
+class Replica:
+    """One engine on the event loop. ``build`` makes a fresh one, after a failure too."""
 
-    def __init__(self, env: simpy.Environment, engine: Engine) -> None:
-        self._env = env
-        self.engine = engine
-        self.index = engine.index
+    def __init__(self, cluster: Cluster, index: int, build: Callable[[Replica], Engine]) -> None:
+        self.index = index
+        self.engine = build(self)
+        self.draining = False
+        self.pool: ReplicaPool | None = None  # that sends it requests; None while it takes none
+        self.position = 0  # there
+        self.home: ReplicaPool | None = None
+        self.held = 0  # requests here
+        self._build = build
+        self._cluster = cluster
+        self._env = cluster.env
         self._timer: Event | None = None
         self._planning = False
-
-    @property
-    def outstanding(self) -> int:  # noqa: D102 - documented in the contract
-        return self.engine.outstanding
-
-    @property
-    def outstanding_tokens(self) -> int:  # noqa: D102
-        state = self.engine.state
-        return sum(r.prompt_tokens for r in state.waiting) + sum(r.prompt_tokens for r in state.running)
 
     @property
     def _now(self) -> int:
@@ -47,25 +46,48 @@ class Replica(ReplicaView):
 
     def submit(self, request: Request) -> None:
         """Hand a request over; it is planned at once if the replica is idle."""
+        self.held += 1
+        request._at = self.index
+        pool = self.pool
+        if pool is not None:
+            pool.outstanding[self.position] += 1
+            pool.outstanding_tokens[self.position] += request.prompt_tokens
         heeds = self.engine.heeds_arrival()
         if self.engine.submit(request, self._now) and heeds:
             self._replan()
+
+    def left(self, request: Request) -> None:
+        """A request is here no more."""
+        self.held -= 1
+        request._at = -1
+        pool = self.pool
+        if pool is not None:
+            pool.outstanding[self.position] -= 1
+            pool.outstanding_tokens[self.position] -= request.prompt_tokens
+        if self.draining and self.held == 0:
+            self._cluster.after(0, CHANGE, self._drained)
+
+    def cancel(self, request: Request) -> None:
+        """The client of a request here has given up."""
+        self.engine.cancel(request, self._now)
+        self._replan()
 
     def nudge(self) -> None:
         """Something that policies may see has changed."""
         if self.engine.heeds_arrival():
             self._replan()
 
-    def _replan(self) -> None:
-        """Plan now if idle, else at the first boundary."""
-        engine = self.engine
-        if engine.end is None:
-            self.plan_soon()
-            return
-        before = engine.end
-        end = engine.cut(self._now)
-        if end != before:
-            self._arm(end)
+    def fail(self) -> list[Request]:
+        """Lose everything; the requests that were here."""
+        lost = self.engine.abort(self._now)
+        self._timer = None
+        self.held = 0
+        for request in lost:
+            request._at = -1
+        records = self.engine.records
+        self.engine = self._build(self)
+        self.engine.records = records
+        return lost
 
     def plan_soon(self) -> None:
         """Plan once all boundaries and arrivals of this instant are in."""
@@ -79,9 +101,21 @@ class Replica(ReplicaView):
             self._planning = True
             _Alarm(env, 0, PLAN, self._planned)
 
+    def _replan(self) -> None:
+        """Plan now if idle, else at the first boundary."""
+        engine = self.engine
+        if engine.end is None:
+            self.plan_soon()
+            return
+        before = engine.end
+        end = engine.cut(self._now)
+        if end != before:
+            self._arm(end)
+
     def _planned(self, _event: Event) -> None:
         self._planning = False
-        self._plan(self._now)
+        if self.engine.end is None:
+            self._plan(self._now)
 
     def _plan(self, now: int) -> None:
         end = self.engine.begin(now)
@@ -101,67 +135,211 @@ class Replica(ReplicaView):
             self.engine.settle(self._now)
         self.plan_soon()
 
+    def _drained(self) -> None:
+        if self.draining and self.held == 0:
+            self.draining = False
+
+
+class ReplicaPool:
+    """The replicas that one router sends requests to; what the router sees of them (`policies.base.Replicas`)."""
+
+    def __init__(self, cluster: Cluster, router: Router, chance: Random, stale_ps: int = 0) -> None:
+        self.router = router
+        router.random = chance
+        self.replicas: list[Replica] = []
+        self.indices: list[int] = []
+        self.outstanding: list[int] = []
+        self.outstanding_tokens: list[int] = []
+        self.now = 0
+        self._cluster = cluster
+        self.homeless: list[Request] = []  # arrived while no replica took requests
+        self._stale_ps = stale_ps
+        self._seen: _Snapshot | None = None
+
+    @property
+    def waiting(self) -> list[int]:
+        """Requests waiting at each replica."""
+        return [len(replica.engine.state.waiting) for replica in self.replicas]
+
+    def open(self, replica: Replica) -> None:
+        """A replica takes requests from now on; those that found none before are sent."""
+        replica.pool = replica.home = self
+        self._rebuild([*self.replicas, replica])
+        homeless, self.homeless = self.homeless, []
+        for request in homeless:
+            self.send(request)
+
+    def shut(self, replica: Replica) -> None:
+        """A replica takes no requests for now."""
+        replica.pool = None
+        self._rebuild([r for r in self.replicas if r is not replica])
+
+    def send(self, request: Request) -> None:
+        """Route a request, or keep it until a replica comes up; refuse it where its queue is full."""
+        replicas = self.replicas
+        if not replicas:
+            self.homeless.append(request)
+            return
+        if len(replicas) == 1:
+            chosen = replicas[0]
+        else:
+            self.now = self._cluster.now
+            chosen = replicas[self.router.route(request, self._view() if self._stale_ps else self)]
+        limit = self._cluster.queue_limit
+        if limit is not None and len(chosen.engine.state.waiting) >= limit:
+            self._cluster.refuse(request)
+            return
+        chosen.submit(request)
+
+    def forget(self, request: Request) -> bool:
+        """Drop a request that no replica has taken; whether it was here."""
+        if request in self.homeless:
+            self.homeless.remove(request)
+            return True
+        return False
+
+    def _rebuild(self, replicas: list[Replica]) -> None:
+        self.replicas = sorted(replicas, key=lambda r: r.index)
+        for position, replica in enumerate(self.replicas):
+            replica.position = position
+        self.indices = [r.index for r in self.replicas]
+        self.outstanding = [r.held for r in self.replicas]
+        self.outstanding_tokens = [
+            sum(q.prompt_tokens for q in (*r.engine.state.waiting, *r.engine.state.running)) for r in self.replicas
+        ]
+        self._seen = None
+
+    def _view(self) -> _Snapshot:
+        """What the router saw last, not older than it may be."""
+        seen = self._seen
+        if seen is None or self.now >= seen.taken + self._stale_ps:
+            self._seen = seen = _Snapshot(self)
+        seen.now = self.now
+        return seen
+
+
+class _Snapshot:
+    """A `ReplicaPool` as it was."""
+
+    def __init__(self, pool: ReplicaPool) -> None:
+        self.now = self.taken = pool.now
+        self.indices = pool.indices
+        self.outstanding = list(pool.outstanding)
+        self.outstanding_tokens = list(pool.outstanding_tokens)
+        self.waiting = pool.waiting
+
 
 class Cluster:
-    """Replicas behind a router, and the trace that feeds them.
+    """Replicas behind routers, and the trace that feeds them.
 
-    ``progress(arrived)`` is called now and then with the number of requests that have arrived.
+    ``progress(arrived)`` is called now and then with the number of requests that have arrived. Features plug in
+    through `after`, ``on_end`` (asked of every request that ends; True: it goes on elsewhere) and ``on_arrival``.
     """
 
     def __init__(
         self,
         requests: RequestRecords,
-        engines: Sequence[Engine],
-        router: Router,
         make_request: Callable[[int], Request],
         progress: Callable[[int], None] | None = None,
+        queue_limit: int | None = None,
     ) -> None:
         self.env = simpy.Environment(initial_time=0)
-        self.replicas = [Replica(self.env, engine) for engine in engines]
-        self._requests = requests
-        self._router = router
+        self.requests = requests
+        self.queue_limit = queue_limit
+        self.replicas: list[Replica] = []
+        self.front: ReplicaPool
+        self.on_arrival: Callable[[Request], None] | None = None
+        self.left = len(requests.trace)  # requests that have not ended
+        self.more_arrivals = True
         self._make = make_request
         self._progress = progress
-        self._arrivals: list[int] = requests.trace.arrival_ps.tolist()
-        self._next = 0
+        self._arrived = 0
+        self._next = 0  # in `_order`
+        trace = requests.trace
+        follows = trace.follows
+        self._followers: dict[int, list[int]] = {}
+        self._think: list[int] = []
+        if follows is None:
+            self._order: Sequence[int] = range(len(trace))
+        else:
+            self._think = [] if trace.think_ps is None else trace.think_ps.tolist()
+            for row, before in enumerate(follows.tolist()):
+                if before >= 0:
+                    self._followers.setdefault(before, []).append(row)
+            self._order = [row for row, before in enumerate(follows.tolist()) if before < 0]
+        self._times: list[int] = trace.arrival_ps.tolist()
+
+    @property
+    def now(self) -> int:
+        """The simulated time, ps."""
+        return self.env.now  # type: ignore[return-value]
+
+    def after(self, delay: int, priority: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` in ``delay`` ps."""
+        _Alarm(self.env, delay, priority, lambda _event: callback())
 
     def run(self) -> None:
         """Serve the whole trace.
 
         Raises `PolicyError` if a policy leaves requests unserved although nothing more can happen.
         """
-        _Alarm(self.env, self._arrivals[0], ARRIVAL, self._arrive)
+        _Alarm(self.env, self._times[self._order[0]], ARRIVAL, self._arrive)
         self.env.run()
-        left = [i for i, status in enumerate(self._requests.status) if status == Status.PENDING]
-        if left:
-            engine = self.replicas[max(self._requests.replica[left[0]], 0)].engine
-            state = engine.state
-            names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
-            raise PolicyError(
-                f"policy {type(engine.scheduler).__name__}: {len(left)} requests are never served ({names}):"
-                f" it plans nothing with {len(state.admitted)} running, {len(state.waiting)} waiting and"
-                f" {engine.pool.free} of {engine.pool.total} blocks free"
-            )
+        if self.left:
+            raise PolicyError(self._stuck())
+
+    def refuse(self, request: Request) -> None:
+        """A request that no replica has taken ends, refused."""
+        self.requests.end(request, self.now, Status.REJECTED)
+        self.ended(request)
+
+    def ended(self, request: Request) -> None:
+        """A request has ended for good: whoever waits for that is sent after its think time."""
+        self.left -= 1
+        followers = self._followers.pop(request.id, None) if self._followers else None
+        for row in followers or ():
+            self.after(self._think[row], ARRIVAL, lambda row=row: self._send(row))  # type: ignore[misc]
 
     def _arrive(self, _event: Event) -> None:
         i = self._next
         self._next = i + 1
-        arrivals = self._arrivals
-        last = i + 1 == len(arrivals)
-        if not last:  # before anything else, so that whoever looks ahead sees an arrival at this same instant
-            _Alarm(self.env, arrivals[i + 1] - arrivals[i], ARRIVAL, self._arrive)
-        request = self._make(i)
-        replicas = self.replicas
-        chosen = replicas[0] if len(replicas) == 1 else replicas[self._router.route(request, replicas)]
+        order, times = self._order, self._times
+        row = order[i]
+        if i + 1 < len(order):  # before anything else, so that whoever looks ahead sees an arrival at this same instant
+            _Alarm(self.env, times[order[i + 1]] - times[row], ARRIVAL, self._arrive)
+        self._send(row)
+
+    def _send(self, row: int) -> None:
+        request = self._make(row)
+        if self._followers or self._think:
+            request.arrival = self.requests.arrival[row] = self.now
+        self._arrived += 1
+        last = self._arrived == len(self._times)
         if last:  # whoever waits for a fuller batch has waited long enough
+            self.more_arrivals = False
             for replica in self.replicas:
                 replica.engine.state.more_arrivals = False
-        chosen.submit(request)
+        if self.on_arrival is not None:
+            self.on_arrival(request)
+        self.front.send(request)
         if last:
             for replica in self.replicas:
                 replica.nudge()
-        if self._progress is not None and (last or i % REPORT == 0):
-            self._progress(i + 1)
+        if self._progress is not None and (last or self._arrived % REPORT == 0):
+            self._progress(self._arrived)
+
+    def _stuck(self) -> str:
+        if self.front.homeless:
+            return f"{self.left} requests are never served: no replica takes requests any more"
+        left = [i for i, status in enumerate(self.requests.status) if status == Status.PENDING]
+        engine = self.replicas[max(self.requests.replica[left[0]], 0)].engine
+        state = engine.state
+        names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
+        return (
+            f"policy {type(engine.scheduler).__name__}: {len(left)} requests are never served ({names}):"
+            f" it plans nothing with {len(state.admitted)} running, {len(state.waiting)} waiting and"
+            f" {engine.pool.free} of {engine.pool.total} blocks free"
+        )
 
 
 class _Alarm(Event):

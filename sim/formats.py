@@ -4,8 +4,9 @@ Every reader names the file, line and column of what it refuses. ``.gz`` is read
 decimals and kept as integer picoseconds, so nothing is lost to floats. Lines count from 1, the header first.
 
 Columns of Chairlift's own format: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted, ``max_tokens``,
-``priority``, ``tenant`` (a name), ``session``, ``prefix_group``, ``prefix_tokens``, ``hash_ids`` (in CSV with
-spaces between, in Parquet a list) and ``hash_block`` (tokens an id covers, the same on all rows; else 512).
+``priority``, ``tenant`` (a name), ``session``, ``prefix_group``, ``prefix_tokens``, ``follows`` (the row, from 0,
+of the request whose end it waits for; else -1) with ``think_s``, ``hash_ids`` (in CSV with spaces between, in
+Parquet a list) and ``hash_block`` (tokens an id covers, the same on all rows; else 512).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ NAMES = ("azure", "burstgpt", "chairlift", "mooncake", "vidur")
 
 MOONCAKE_BLOCK = 512  # tokens a hash id covers, the last, partial block included
 
-_OWN = ("arrival_s", *list(COLUMNS)[1:], "hash_ids", "hash_block")
+_IN_SECONDS = {"arrival_ps": "arrival_s", "think_ps": "think_s"}  # ours, theirs
+_LONGEST = {"arrival_ps": "must be within 106 days of time 0", "think_ps": "must be at most 106 days"}
+_OWN = (*(_IN_SECONDS.get(name, name) for name in COLUMNS), "hash_ids", "hash_block")
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?(?:Z|([+-])(\d\d):?(\d\d))?")
 
 # What a file says in its first bytes that Chairlift knows of, but does not read.
@@ -205,8 +208,10 @@ def _own(table: Table) -> Trace:
         if name not in _OWN:
             table.refuse(f"no such column{did_you_mean(name, _OWN)}", 1, "", name)
     table.require("arrival_s", "prompt_tokens", "output_tokens")
-    own = {name: name for name in COLUMNS if name in table.header} | {"arrival_ps": "arrival_s"}
-    columns: dict[str, Sequence[int]] = {"arrival_ps": table.parsed("arrival_s", seconds_ps, 0)}
+    own = {name: theirs for name in COLUMNS if (theirs := _IN_SECONDS.get(name, name)) in table.header}
+    columns: dict[str, Sequence[int]] = {
+        name: table.parsed(own[name], seconds_ps, 0) for name in _IN_SECONDS if name in own
+    }
     rest: dict[str, Any] = {}
     if "tenant" in table.header:
         columns["tenant"], rest["tenants"] = _codes(table.cells("tenant"))
@@ -259,7 +264,7 @@ def _trace(
     columns = columns | parsed
     for name, values in columns.items():
         if not -LATEST_PS <= min(values) <= max(values) <= LATEST_PS:
-            rule = "must be within 106 days of time 0" if name == "arrival_ps" else "must fit in 64 bits"
+            rule = _LONGEST.get(name, "must fit in 64 bits")
             for line, number in zip(table.lines, values, strict=True):
                 if not -LATEST_PS <= number <= LATEST_PS:
                     table.refuse(rule, line, own.get(name, name), number)
@@ -268,6 +273,8 @@ def _trace(
     table.keep(kept)
     if not table.rows:
         table.done()
+    if not all(kept):  # rows are numbered anew, so what they follow is told no more
+        columns = {name: values for name, values in columns.items() if name not in ("follows", "think_ps")}
     arrays: dict[str, Any] = {n: np.array(list(compress(v, kept)), np.int64) for n, v in columns.items()}
     hash_ids = None if ids is None else _ragged(list(compress(ids, kept)))
     for fault in faults(arrays, hash_ids, hash_block, len(tenants)):
@@ -336,16 +343,17 @@ def _codes(names: Sequence[Any]) -> tuple[list[int], tuple[str, ...]]:
 def save(trace: Trace, path: str | Path) -> None:
     """Write Chairlift's own format: Parquet if the name ends in ``.parquet``, else CSV, gzipped for ``.gz``.
 
-    `load` gives the same columns back, arrivals exact to the picosecond; source and notes are not written.
+    `load` gives the same columns back, times exact to the picosecond; source and notes are not written.
 
     Raises:
         BadInput: the file cannot be written.
     """
     path = Path(path)
     columns: dict[str, list[Any]] = {
-        name: getattr(trace, name).tolist() for name in COLUMNS if getattr(trace, name) is not None
+        _IN_SECONDS.get(name, name): getattr(trace, name).tolist()
+        for name in COLUMNS
+        if getattr(trace, name) is not None
     }
-    times = columns.pop("arrival_ps")
     if "tenant" in columns:
         columns["tenant"] = [trace.tenants[i] for i in columns["tenant"]]
     if trace.hash_ids is not None:
@@ -353,27 +361,31 @@ def save(trace: Trace, path: str | Path) -> None:
         columns["hash_block"] = [trace.hash_block] * len(trace)
     try:
         if path.suffix == ".parquet":
-            _write_parquet(path, times, columns)
+            _write_parquet(path, columns)
         else:
             packed = path.suffix == ".gz"
             with (gzip.open if packed else open)(path, "wt", encoding="utf-8", newline="") as file:
-                _write_csv(file, times, columns)
+                _write_csv(file, columns)
     except OSError as error:
         raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
 
 
-def _write_csv(file: IO[str], times: list[int], columns: dict[str, list[Any]]) -> None:
+def _write_csv(file: IO[str], columns: dict[str, list[Any]]) -> None:
+    """``columns`` by their names in the file; those in seconds are given in picoseconds."""
     if "hash_ids" in columns:
         columns["hash_ids"] = [" ".join(map(str, ids)) for ids in columns["hash_ids"]]
-    seconds = [f"{ps // PS_PER_S}.{ps % PS_PER_S:012d}".rstrip("0").rstrip(".") for ps in times]
+    for name in columns.keys() & _IN_SECONDS.values():
+        columns[name] = [f"{ps // PS_PER_S}.{ps % PS_PER_S:012d}".rstrip("0").rstrip(".") for ps in columns[name]]
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["arrival_s", *columns])
-    writer.writerows(zip(seconds, *columns.values(), strict=True))
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
 
 
-def _write_parquet(path: Path, times: list[int], columns: dict[str, list[Any]]) -> None:
+def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    seconds = pa.array([Decimal(ps).scaleb(-12) for ps in times], pa.decimal128(19, 12))
-    pq.write_table(pa.table({"arrival_s": seconds} | {k: pa.array(v) for k, v in columns.items()}), path)
+    arrays = {name: pa.array(values) for name, values in columns.items() if name not in _IN_SECONDS.values()}
+    for name in columns.keys() & _IN_SECONDS.values():
+        arrays[name] = pa.array([Decimal(ps).scaleb(-12) for ps in columns[name]], pa.decimal128(19, 12))
+    pq.write_table(pa.table({name: arrays[name] for name in columns}), path)

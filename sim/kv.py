@@ -35,8 +35,8 @@ class CountingPool:
         return -(-tokens // self.block_size)
 
     def hit(self, request: Request) -> int:
-        """Leading known tokens of a waiting request that are stored already."""
-        return 0
+        """Leading known tokens of a waiting request that need no computing: stored here, or loaded from elsewhere."""
+        return request._loaded
 
     def need(self, request: Request, tokens: int) -> int:
         """Free blocks that a waiting request must find for its first ``tokens`` tokens."""

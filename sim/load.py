@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from backend import specs
-from backend.roofline import Efficiency
-from policies.base import Scheduler
-from sim import plugins
-from sim.document import Document, problems_from, read
+from sim.document import Document, read
+from sim.lookup import Lookup, kv_pool
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.rules import Path as KeyPath
-from sim.scenario import Case, Kv, Scenario, Slo, Variant
-from sim.setup import Setup, Study
+from sim.scenario import Case, Group, Kv, Limits, Scenario, Slo, Variant
+from sim.setup import ReplicaGroup, Setup, Study
 from sim.trace import Trace
 
 _NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
-BACKENDS = {"roofline": Efficiency}  # name → the class whose fields are its settings
+Pick = Callable[..., tuple[Any, KeyPath]]
 
 
 def load(
@@ -123,15 +118,12 @@ def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
     return problems
 
 
-class _Resolver:
-    """Looks the names of one document up, collecting what is wrong."""
+class _Resolver(Lookup):
+    """Makes a document's variants ready to run."""
 
     def __init__(self, document: Document, folder: Path, policies: Sequence[str], trust: bool) -> None:
-        self._document = document
-        self._folder = folder
+        super().__init__(document, folder, trust)
         self._policies = policies
-        self._trust = trust
-        self._problems: list[Problem] = []
 
     def setups(self, scenario: Scenario, case: str) -> list[Setup]:
         """One a variant; raises `BadInput`."""
@@ -200,153 +192,99 @@ class _Resolver:
             return value, where
 
         model = self._find("model", *need("model"))
-        gpu = self._find("gpu", *need("gpu"))
-        policy = self._find("policy", *need("policy"), from_file=at is not None)
         router = self._find("router", *pick("router", "round_robin"))
-        backend = self._find("backend", *pick("backend", "roofline"))
-        if trace is None or len(self._problems) > before or not (model and gpu and policy and router and backend):
-            return None
-        (scheduler, settings), policy_at = policy, pick("policy")[1]
-        tensor_parallel, tp_at = pick("tensor_parallel", 1)
-        max_model_len, _ = pick("max_model_len", model.max_model_len)
-        sample = self._try(policy_at, lambda: scheduler(**settings))
-        kv, kv_at = pick("kv")
-        fit = None
-        if sample is not None and self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel)):
-            fit_at = pick("gpu")[1] if kv is None else kv_at
-            fit = self._try(fit_at, lambda: _pool(kv or Kv(), sample, model, gpu, tensor_parallel))
-        if sample is not None and (misfit := sample.misfit(max_model_len)):
-            self._problems.append(self._document.problem(policy_at, misfit))
-        if len(self._problems) > before or fit is None:
+        replicas, replicas_at = pick("replicas", 1)
+        groups: list[ReplicaGroup | None] = []
+        longest = pick("max_model_len", model.max_model_len if model else 1)[0]
+        for i, group in enumerate(replicas if isinstance(replicas, list) else [Group(count=replicas)]):
+            from_file = at is not None or group.policy is not None
+            groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file))
+        self._check_roles(replicas, replicas_at, pick)
+        if trace is None or len(self._problems) > before or not (model and router):
             return None
         return Setup(
             variant=variant.name if variant else "",
             case=case,
             trace=trace,
             model=model,
-            gpu=gpu,
-            tensor_parallel=tensor_parallel,
-            max_model_len=max_model_len,
-            replicas=pick("replicas", 1)[0],
-            scheduler=scheduler,
-            scheduler_settings=settings,
+            max_model_len=longest,
+            groups=[group for group in groups if group is not None],
             router=router[0],
             router_settings=router[1],
-            efficiency=backend[0](**backend[1]),
-            blocks=fit[0],
-            block_size=fit[1],
-            kv_source=fit[2],
+            router_stale_ps=round(pick("router_stale_ms", 0)[0] * 1e9),
+            link=pick("link")[0],
+            failures=pick("failures")[0],
+            start_up_ps=round(pick("start_up_s", 0)[0] * 1e12),
+            autoscale=pick("autoscale")[0],
+            limits=pick("limits", Limits())[0],
             slo=pick("slo", Slo())[0],
             seed=scenario.seed,
             note=(variant.note if variant else None) or "",
             published=variant.published if variant else None,
         )
 
-    def _find(self, key: str, choice: Any, at: KeyPath, from_file: bool = True) -> Any:
-        """What ``choice``, the value of ``key``, names; as `_look_up`."""
-        if key == "model":
-            return self._look_up(choice, at, self._model)
-        if key == "gpu":
-            return self._look_up(choice, at, _gpu)
-        if key == "router":
-            return self._look_up(choice, at, plugins.router, True)
-        if key == "backend":
-            return self._look_up(choice, at, _backend, True)
-        folder = self._folder if from_file else Path()
-        trust = self._trust or not from_file
-        return self._look_up(choice, at, lambda name: plugins.scheduler(name, trust, folder), True)
+    def _group(
+        self, model: Any, longest: int, group: Group, at: KeyPath, need: Pick, pick: Pick, from_file: bool
+    ) -> ReplicaGroup | None:
+        """``group`` stands at ``at``; what it leaves out comes from the variant or the scenario."""
+        before = len(self._problems)
 
-    def _look_up(self, choice: Any, at: KeyPath, find: Any, with_settings: bool = False) -> Any:
-        """What ``choice`` names; with settings: a class and its checked settings. None if it is wrong."""
-        if choice is None:
+        def own(key: str, otherwise: tuple[Any, KeyPath]) -> tuple[Any, KeyPath]:
+            value = getattr(group, key)
+            return otherwise if value is None else (value, (*at, key))
+
+        gpu_choice, gpu_at = (group.gpu, (*at, "gpu")) if group.gpu is not None else need("gpu")
+        gpu = self._find("gpu", gpu_choice, gpu_at)
+        choice, policy_at = (group.policy, (*at, "policy")) if group.policy is not None else need("policy")
+        policy = self._find("policy", choice, policy_at, from_file)
+        backend = self._find("backend", *own("backend", pick("backend", "roofline")))
+        tensor_parallel, tp_at = own("tensor_parallel", pick("tensor_parallel", 1))
+        kv, kv_at = own("kv", pick("kv"))
+        if len(self._problems) > before or not (model and gpu and policy and backend):
             return None
-        if isinstance(choice, str):
-            found = self._try(at, lambda: find(choice))
-            return (found, self._settings(found, {}, at)) if with_settings and found else found
-        if not with_settings:
-            return self._try(at, lambda: find(choice))
-        rest = dict(choice)
-        name = rest.pop("name", None)
-        if not isinstance(name, str):
-            self._problems.append(self._document.problem((*at, "name"), "is required, a name"))
+        scheduler, settings = policy
+        sample = self._try(policy_at, lambda: scheduler(**settings))
+        fit = None
+        if sample is not None and self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel)):
+            fit_at = gpu_at if kv is None else kv_at
+            fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, tensor_parallel))
+        if sample is not None and (misfit := sample.misfit(longest)):
+            self._problems.append(self._document.problem(policy_at, misfit))
+        if len(self._problems) > before or fit is None:
             return None
-        found = self._try((*at, "name"), lambda: find(name))
-        if found is None:
-            return None
-        settings = self._settings(found, rest, at)
-        return None if settings is None else (found, settings)
+        return ReplicaGroup(
+            count=group.count,
+            role=group.role,
+            gpu=gpu,
+            tensor_parallel=tensor_parallel,
+            scheduler=scheduler,
+            scheduler_settings=settings,
+            efficiency=backend[0](**backend[1]),
+            blocks=fit[0],
+            block_size=fit[1],
+            kv_source=fit[2],
+        )
 
-    def _refused(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """``given`` without the settings that ``kind`` knows but does not model; those are noted as mistakes."""
-        refused: dict[str, str] = getattr(kind, "not_modelled", {})
-        for key in sorted(given.keys() & refused.keys()):
-            self._problems.append(self._document.problem((*at, key), f"not modelled: {refused[key]}", given[key]))
-        return {key: value for key, value in given.items() if key not in refused}
-
-    def _settings(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any] | None:
-        model = plugins.settings(kind)  # type: ignore[arg-type]  # a class is hashable
-        given = self._refused(kind, given, at)
-        checked = self._try(at, lambda: self._document.check(model, given, at))
-        return None if checked is None else checked.model_dump()
-
-    def _model(self, choice: str | dict[str, Any]) -> specs.Model:
-        if isinstance(choice, dict):
-            return specs.Model(**plugins.settings(specs.Model)(**choice).model_dump())
-        if not choice.endswith(".json"):
-            return specs.model(choice)
-        config = read(self._folder / choice).data
-        return specs.Model.from_hf_config(config, Path(choice).parent.name or choice)
-
-    def _try(self, at: KeyPath, what: Any) -> Any:
-        """The result of ``what()``; None, with the problem noted at ``at``, where it raises."""
-        try:
-            return what()
-        except ValidationError as error:
-            kind = specs.Model if "model" in at else specs.GPU
-            self._problems += problems_from(error, self._document, plugins.settings(kind), at=at)
-        except BadInput as error:
-            self._problems += [
-                p if p.file else self._document.problem((*at, *filter(None, p.path.split("."))), p.rule, p.value)
-                for p in error.problems
-            ]
-        except (LookupError, ValueError, TypeError) as error:
-            self._problems.append(self._document.problem(at, str(error.args[0] if error.args else error)))
-        return None
-
-
-def _gpu(choice: str | dict[str, Any]) -> specs.GPU:
-    if isinstance(choice, dict):
-        return specs.GPU(**plugins.settings(specs.GPU)(**choice).model_dump())
-    return specs.gpu(choice)
-
-
-def _backend(name: str) -> type[Any]:
-    if name not in BACKENDS:
-        raise BadInput(Problem(f"no such backend{did_you_mean(name, list(BACKENDS))}", value=name))
-    return BACKENDS[name]
-
-
-def _pool(kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int) -> tuple[int, int, str]:
-    """Usable blocks, tokens a block, and where the number comes from."""
-    block_size = getattr(policy, "block_size", None) or kv.block_size
-    own = getattr(policy, "num_gpu_blocks", None)
-    if kv.blocks is not None and kv.tokens is not None:
-        raise ValueError("give blocks or tokens, not both")
-    if own is not None:
-        blocks, source = own - 1, f"policy.num_gpu_blocks {own}, one of them vLLM's null block"
-        if blocks < 1:
-            raise ValueError(f"num_gpu_blocks must be at least 2: one is vLLM's null block (got {own})")
-    elif kv.blocks is not None:
-        blocks, source = kv.blocks, "given"
-    elif kv.tokens is not None:
-        blocks, source = kv.tokens // block_size, "given"
-        if blocks < 1:
-            raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
-    else:
-        fit = specs.kv_blocks(model, gpu, tensor_parallel, block_size, kv.memory_utilization, kv.reserve_gib)
-        blocks, source = fit.blocks, fit.explain()
-    if policy.block_tokens is not None:  # the policy's own granularity over the same memory
-        if own is None and kv.tokens is not None:
-            return kv.tokens // policy.block_tokens, policy.block_tokens, source
-        return blocks * block_size // policy.block_tokens, policy.block_tokens, source
-    return blocks, block_size, source
+    def _check_roles(self, replicas: Any, at: KeyPath, pick: Pick) -> None:
+        """Prefill and decode replicas come together, with a link, and without mixed ones."""
+        roles = {group.role for group in replicas} if isinstance(replicas, list) else {"mixed"}
+        link, link_at = pick("link")
+        problem = self._document.problem
+        if isinstance(replicas, list) and not replicas:
+            self._problems.append(problem(at, "must have at least one group"))
+        elif roles not in ({"mixed"}, {"prefill", "decode"}):
+            told = ", ".join(sorted(roles))
+            self._problems.append(
+                problem(at, f"prefill and decode replicas must come together, without mixed ones (got {told})")
+            )
+        elif roles != {"mixed"} and link is None:
+            self._problems.append(problem(link_at, "is required between prefill and decode replicas"))
+        elif roles == {"mixed"} and link is not None:
+            self._problems.append(problem(link_at, "must not be given without prefill and decode replicas"))
+        scale, scale_at = pick("autoscale")
+        if scale is not None:
+            total = sum(group.count for group in replicas) if isinstance(replicas, list) else replicas
+            if roles != {"mixed"} or (isinstance(replicas, list) and len(replicas) > 1):
+                self._problems.append(problem(scale_at, "must not be given for groups that differ"))
+            elif not scale.min <= total <= scale.max:
+                self._problems.append(problem(scale_at, f"must start from replicas between min and max (got {total})"))

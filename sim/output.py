@@ -155,5 +155,8 @@ def _provenance(study: Study) -> dict[str, Any]:
     except PackageNotFoundError:
         made_by = "chairlift (not installed)"
     traces = {s.case or "workload": "; ".join((s.trace.source, *s.trace.notes)) for s in study.setups}
-    pools = {" / ".join(filter(None, (s.case, s.variant))) or "kv": s.kv_source for s in study.setups}
+    pools = {
+        " / ".join(filter(None, (s.case, s.variant))) or "kv": "; ".join(g.kv_source for g in s.groups)
+        for s in study.setups
+    }
     return {**study.resolved, "provenance": {"made_by": made_by, "traces": traces, "kv": pools}}

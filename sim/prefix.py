@@ -117,7 +117,7 @@ class PrefixPool(CountingPool):
         self._found: tuple[int, list[int], int] | None = None  # the latest look-up: request, blocks, how many are free
 
     def hit(self, request: Request) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
-        return len(self._look_up(request)[1]) * self.block_size
+        return max(request._loaded, len(self._look_up(request)[1]) * self.block_size)
 
     def need(self, request: Request, tokens: int) -> int:  # noqa: D102
         _, blocks, free = self._look_up(request)

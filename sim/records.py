@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from sim.workload import Trace
+    from policies.base import Request
+    from sim.trace import Trace
 
 Ints = npt.NDArray[np.int64]
 
@@ -63,6 +64,7 @@ class RequestRecords:
         self.finished = array("q", unset)  # answered, or refused
         self.preemptions = array("i", [0]) * n
         self.cached_tokens = array("i", [0]) * n
+        self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
 
     def end(self, request: Request, now: int, status: Status) -> None:
         """Write down what became of ``request``, once."""
@@ -89,6 +91,7 @@ class RequestRecords:
             "emitted_tokens": np.array(self.emitted, dtype=np.int32),
             "preemptions": np.array(self.preemptions, dtype=np.int32),
             "cached_tokens": np.array(self.cached_tokens, dtype=np.int32),
+            **{name: np.array(column, dtype=np.int64) for name, column in self.extra.items()},
         }
 
 

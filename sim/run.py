@@ -6,16 +6,19 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 from policies.base import Request, Scheduler
-from sim.cluster import Cluster
+from sim.cluster import Cluster, Replica, ReplicaPool
+from sim.control import Autoscaler, Breakdowns, Handover, Patience
 from sim.engine import Engine
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
 from sim.metrics import summarise
 from sim.prefix import Identity, PrefixPool
 from sim.records import RequestRecords, RunRecords
-from sim.setup import Setup
+from sim.setup import ReplicaGroup, Setup
+from sim.streams import stream
 from sim.trace import Trace
 
 
@@ -60,16 +63,61 @@ def _served(
     trace = setup.trace
     requests = RequestRecords(trace)
     outputs: list[int] = trace.output_tokens.tolist()
-    engines = []
-    for index in range(setup.replicas):
-        scheduler = setup.make_scheduler()
-        pool = make_pool(scheduler, trace, setup.blocks, setup.block_size, identify)
-        engines.append(
-            Engine(scheduler, setup.make_backend(), pool, requests, outputs, setup.max_model_len, index, leap)
+    first_only = [1] * len(outputs)  # what a prefill replica has to emit
+    oracle = any(group.make_scheduler().oracle for group in setup.groups)
+    make = request_maker(setup, outputs, oracle)
+    cluster = Cluster(requests, make, progress, setup.limits.queue)
+    cluster.front = ReplicaPool(cluster, setup.make_router(), _chance(setup, "router"), setup.router_stale_ps)
+    behind = cluster.front
+    if setup.link is not None:
+        behind = ReplicaPool(cluster, setup.make_router(), _chance(setup, "decode router"), setup.router_stale_ps)
+        handover = Handover(cluster, setup.link, setup.model.kv_bytes_per_token, behind)
+
+    def build(replica: Replica, group: ReplicaGroup) -> Engine:
+        scheduler = group.make_scheduler()
+        pool = make_pool(scheduler, trace, group.blocks, group.block_size, identify)
+        tokens = first_only if group.role == "prefill" else outputs
+
+        def finish(request: Request) -> None:
+            replica.left(request)
+            cluster.ended(request)
+
+        engine = Engine(
+            scheduler,
+            group.make_backend(setup.model),
+            pool,
+            requests,
+            tokens,
+            setup.max_model_len,
+            index=replica.index,
+            leap=leap,
+            finish=finish,
         )
-    make = request_maker(setup, outputs, engines[0].scheduler.oracle)
-    Cluster(requests, engines, setup.make_router(), make, progress).run()
-    return requests, engines
+        engine.state.more_arrivals = cluster.more_arrivals
+        if group.role == "prefill":
+            engine.handover = handover.take
+        return engine
+
+    for group in setup.groups:
+        most = group.count if setup.autoscale is None else setup.autoscale.max
+        for i in range(most):
+            replica = Replica(cluster, len(cluster.replicas), lambda r, g=group: build(r, g))  # type: ignore[misc]
+            cluster.replicas.append(replica)
+            if i < group.count:
+                (behind if group.role == "decode" else cluster.front).open(replica)
+    if setup.failures is not None:
+        chances = [_chance(setup, f"failures of replica {r.index}") for r in cluster.replicas]
+        Breakdowns(cluster, setup.failures, chances, setup.start_up_ps, behind)
+    if setup.autoscale is not None:
+        Autoscaler(cluster, cluster.front, setup.autoscale)
+    if setup.limits.timeout_s is not None or setup.limits.queue_timeout_s is not None:
+        cluster.on_arrival = Patience(cluster, setup.limits).arrived
+    cluster.run()
+    return requests, [replica.engine for replica in cluster.replicas]
+
+
+def _chance(setup: Setup, purpose: str) -> Random:
+    return Random(int(stream(setup.seed, purpose).integers(1 << 62)))
 
 
 def make_pool(scheduler: Scheduler, trace: Trace, blocks: int, block_size: int, identify: bool) -> CountingPool:
@@ -88,13 +136,14 @@ def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[i
     prompts = trace.prompt_tokens.tolist()
     caps = None if trace.max_tokens is None else trace.max_tokens.tolist()
     priorities = None if trace.priority is None else trace.priority.tolist()
+    hashes = trace.hash_ids
     tenants = None if trace.tenant is None else trace.tenant.tolist()
     sessions = None if trace.session is None else trace.session.tolist()
     longest = setup.max_model_len
 
     def make(i: int) -> Request:
         prompt = prompts[i]
-        return Request(
+        request = Request(
             i,
             arrivals[i],
             prompt,
@@ -104,6 +153,9 @@ def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[i
             tenants[i] if tenants is not None else 0,
             sessions[i] if sessions is not None else -1,
         )
+        if hashes is not None:
+            request.hash_ids = hashes.row(i).tolist()
+        return request
 
     return make
 
@@ -111,7 +163,9 @@ def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[i
 def _assumptions(setup: Setup, engine: Engine) -> dict[str, str]:
     lines = {"workload": "; ".join((setup.trace.source, *setup.trace.notes))}
     lines.update(engine.backend.assumptions())
-    lines["KV pool"] = f"{setup.blocks:,} blocks of {setup.block_size} tokens: {setup.kv_source}"
+    for group in setup.groups:
+        what = "KV pool" if len(setup.groups) == 1 else f"KV pool, {group.count} × {group.gpu.name} {group.role}"
+        lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
     if engine.scheduler.oracle:
         lines["oracle"] = "this policy reads true output lengths"
     elif setup.trace.max_tokens is not None and (setup.trace.max_tokens == setup.trace.output_tokens).all():

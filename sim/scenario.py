@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from backend import specs
 from sim.workload import Workload
 
 Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TableName = Literal["throughput", "latency", "cdf"]
 Choice = str | dict[str, Any]  # a name, or a mapping with `name` and settings
@@ -41,6 +45,95 @@ class Kv(Spec):
     )
 
 
+class Group(Spec):
+    """Some equal replicas of a mixed cluster; what it does not say is the scenario's."""
+
+    count: Positive = Field(1, description="How many of them.")
+    role: Literal["mixed", "prefill", "decode"] = Field(
+        "mixed", description="All work, or prompts only with a hand-over of KV, or what comes after the first token."
+    )
+    gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
+    tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica.")
+    policy: Choice | None = Field(None, description="The scheduler.")
+    backend: Choice | None = Field(None, description="What a step costs.")
+    kv: Kv | None = Field(None, description="The KV pool.")
+
+
+class Outage(Spec):
+    """One planned failure."""
+
+    replica: Annotated[int, Field(ge=0)] = Field(description="Which replica, from 0.")
+    at_s: Seconds = Field(description="When it fails.")
+    for_s: PositiveSeconds | None = Field(None, description="How long it stays away; null: for good.")
+
+
+class Failures(Spec):
+    """Replicas that fail and come back; what they held is lost with their KV."""
+
+    mtbf_s: PositiveSeconds | None = Field(None, description="Mean time between failures of a replica, exponential.")
+    mttr_s: PositiveSeconds | None = Field(None, description="Mean time to repair, exponential.")
+    schedule: list[Outage] = Field(default_factory=list, description="Failures at set times.")
+    on_failure: Literal["retry", "fail"] = Field(
+        "retry",
+        description="Send the requests elsewhere, where prompt and tokens so far are computed again; or fail them.",
+    )
+
+    @model_validator(mode="after")
+    def _both_means(self) -> Failures:
+        if (self.mtbf_s is None) != (self.mttr_s is None):
+            raise ValueError("mtbf_s and mttr_s must be given together")
+        return self
+
+
+class Planned(Spec):
+    """From a time on, so many replicas."""
+
+    at_s: Seconds = Field(description="From when on.")
+    replicas: Positive = Field(description="How many.")
+
+
+class Autoscale(Spec):
+    """How many of the replicas are up; they start with `replicas`. Exactly one of the targets and the schedule."""
+
+    min: Positive = Field(1, description="At least so many.")
+    max: Positive = Field(description="At most so many.")
+    every_s: PositiveSeconds = Field(15, description="Time between two looks.")
+    provision_s: Seconds = Field(60, description="Time from asking for a replica to having it.")
+    target_outstanding: PositiveNumber | None = Field(None, description="Requests a replica should have.")
+    target_waiting: PositiveNumber | None = Field(None, description="Requests that may wait at a replica.")
+    schedule: list[Planned] = Field(default_factory=list, description="Numbers for set times.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Autoscale:
+        rules = (self.target_outstanding is not None, self.target_waiting is not None, bool(self.schedule))
+        if sum(rules) != 1:
+            raise ValueError("must have exactly one of target_outstanding, target_waiting and schedule")
+        if self.max < self.min:
+            raise ValueError(f"max must be at least min, {self.min} (got {self.max})")
+        return self
+
+
+class Link(Spec):
+    """What KV goes through from a prefill replica to a decode replica: one transfer at a time, first come first served.
+
+    KV is staged in the memory of the decode replica's host, so that no transfer waits for room in its pool.
+    """
+
+    gb_per_s: PositiveNumber = Field(description="Bandwidth, 1e9 bytes a second.")
+    latency_us: Seconds = Field(10, description="Added to every transfer, microseconds.")
+    shared: bool = Field(False, description="One link for all prefill replicas, instead of one each.")
+
+
+class Limits(Spec):
+    """When requests are refused or given up."""
+
+    queue: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Refuse a request whose replica has so many waiting already."
+    )
+    queue_timeout_s: PositiveSeconds | None = Field(None, description="Give up a request that has not started by then.")
+    timeout_s: PositiveSeconds | None = Field(None, description="The client gives up a request not answered by then.")
+
+
 class System(Spec):
     """What serves the requests. In a variant every key is optional and replaces the scenario's own."""
 
@@ -48,8 +141,16 @@ class System(Spec):
     gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
     tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica (default 1).")
     max_model_len: Positive | None = Field(None, description="Longest sequence; default: the model's own.")
-    replicas: Positive | None = Field(None, description="Equal replicas behind the router (default 1).")
+    replicas: Positive | list[Group] | None = Field(
+        None, description="Replicas behind the router (default 1): how many equal ones, or groups that differ."
+    )
     router: Choice | None = Field(None, description="Which replica gets a request (default round_robin).")
+    router_stale_ms: Milliseconds | None = Field(None, description="How old the router's view of replicas may be.")
+    link: Link | None = Field(None, description="Between prefill and decode replicas.")
+    failures: Failures | None = Field(None, description="Replicas that fail.")
+    start_up_s: Seconds | None = Field(None, description="Time from a repair to the first request (default 0).")
+    autoscale: Autoscale | None = Field(None, description="Replicas that come and go with the load.")
+    limits: Limits | None = Field(None, description="Queue limits and timeouts.")
     policy: Choice | None = Field(None, description="The scheduler: its name, or name and settings.")
     backend: Choice | None = Field(None, description="What a step costs (default roofline).")
     kv: Kv | None = Field(None, description="The KV pool; default: worked out from the GPU's memory.")

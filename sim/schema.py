@@ -6,7 +6,7 @@ from typing import Any
 
 from backend import specs
 from sim import plugins
-from sim.load import BACKENDS
+from sim.lookup import BACKENDS
 from sim.scenario import Scenario
 
 

@@ -9,8 +9,32 @@ from backend import specs
 from backend.base import Backend
 from backend.roofline import Efficiency, Roofline
 from policies.base import Router, Scheduler
-from sim.scenario import Rung, Slo
+from sim.scenario import Autoscale, Failures, Limits, Link, Rung, Slo
 from sim.trace import Trace
+
+
+@dataclass
+class ReplicaGroup:
+    """Some equal replicas."""
+
+    count: int
+    role: str  # "mixed", "prefill" or "decode"
+    gpu: specs.GPU
+    tensor_parallel: int
+    scheduler: type[Scheduler]
+    scheduler_settings: dict[str, Any]
+    efficiency: Efficiency
+    blocks: int  # usable blocks of a replica's pool
+    block_size: int  # tokens
+    kv_source: str  # where that number comes from
+
+    def make_scheduler(self) -> Scheduler:
+        """A fresh policy object, for one replica."""
+        return self.scheduler(**self.scheduler_settings)
+
+    def make_backend(self, model: specs.Model) -> Backend:
+        """A fresh cost model, for one replica."""
+        return Roofline(model, self.gpu, self.tensor_parallel, self.efficiency)
 
 
 @dataclass
@@ -21,34 +45,24 @@ class Setup:
     case: str  # "" without cases
     trace: Trace
     model: specs.Model
-    gpu: specs.GPU
-    tensor_parallel: int
     max_model_len: int
-    replicas: int
-    scheduler: type[Scheduler]
-    scheduler_settings: dict[str, Any]
+    groups: list[ReplicaGroup]
     router: type[Router]
     router_settings: dict[str, Any]
-    efficiency: Efficiency
-    blocks: int  # usable blocks of a replica's pool
-    block_size: int  # tokens
-    kv_source: str  # where that number comes from
     slo: Slo
     seed: int
+    limits: Limits
+    router_stale_ps: int = 0
+    start_up_ps: int = 0
+    link: Link | None = None
+    failures: Failures | None = None
+    autoscale: Autoscale | None = None
     note: str = ""
     published: float | None = None
-
-    def make_scheduler(self) -> Scheduler:
-        """A fresh policy object, for one replica."""
-        return self.scheduler(**self.scheduler_settings)
 
     def make_router(self) -> Router:
         """A fresh router."""
         return self.router(**self.router_settings)
-
-    def make_backend(self) -> Backend:
-        """A fresh cost model, for one replica."""
-        return Roofline(self.model, self.gpu, self.tensor_parallel, self.efficiency)
 
 
 @dataclass

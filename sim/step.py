@@ -239,7 +239,7 @@ class ReplicaStep(Step):
             self.evicted.append(request)
         self.pool.preempted(request, decoding, planned)
         self.vacate(request, need)
-        request._offset = 0
+        request._offset = request._loaded = 0
         request.preemptions += 1
         request.pad = 0
         self.preempted += 1

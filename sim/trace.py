@@ -30,6 +30,8 @@ COLUMNS: dict[str, tuple[type[np.integer[Any]], int | None]] = {
     "session": (np.int64, -1),
     "prefix_group": (np.int32, -1),
     "prefix_tokens": (np.int32, 0),
+    "follows": (np.int64, -1),
+    "think_ps": (np.int64, 0),
 }
 
 
@@ -62,9 +64,12 @@ class Trace:
 
     Any integer array or sequence will do; it is stored with the type named below.
 
+    A request that ``follows`` another, a row above its own, is sent ``think_ps`` after that one has ended; its
+    ``arrival_ps`` is that of the row it follows, a lower bound. Any number of rows may follow one.
+
     Raises:
-        BadInput: no rows, columns of different lengths, numbers out of range or not finite and whole, or
-            arrivals out of order. At most twenty rows are listed.
+        BadInput: no rows, columns of different lengths, numbers out of range or not finite and whole, arrivals
+            out of order, or a row that follows no earlier one. At most twenty rows are listed.
     """
 
     arrival_ps: IntArray  # int64 picoseconds, >= 0, never falling
@@ -77,6 +82,8 @@ class Trace:
     session: IntArray | None = None  # int64; -1: none
     prefix_group: TokenArray | None = None  # int32; requests of a group share their first tokens; -1: none
     prefix_tokens: TokenArray | None = None  # int32, <= prompt_tokens: how many of them are the group's
+    follows: IntArray | None = None  # int64; row of the request whose end it waits for; -1: none, sent at arrival_ps
+    think_ps: IntArray | None = None  # int64 picoseconds from that end to the sending; 0 where follows is -1
     hash_ids: HashIds | None = None
     hash_block: int = 512  # tokens that one hash id covers
     source: str = ""  # one line of provenance
@@ -116,8 +123,11 @@ class Trace:
 
         Raises:
             BadInput: no rows are left.
+            ValueError: rows follow others, and ``start`` would cut off what they may follow.
         """
         rows = slice(start, stop)
+        if self.follows is not None and rows.indices(len(self))[0] != 0:
+            raise ValueError(f"a trace whose requests follow one another must be cut from row 0 on, not from {start}")
         cut = {name: getattr(self, name)[rows] for name in COLUMNS if getattr(self, name) is not None}
         if self.hash_ids is not None:
             first, last, _ = rows.indices(len(self))
@@ -184,6 +194,16 @@ def faults(
         found.append(Fault(int(back[0]) + 1, "arrival_ps", rule, int(times[back[0] + 1])))
     if ("prefix_tokens" in columns) != ("prefix_group" in columns):
         found.append(Fault(0, "prefix_tokens", "prefix_tokens and prefix_group go together", None))
+    if ("follows" in columns) != ("think_ps" in columns):
+        found.append(Fault(0, "follows", "follows and a think time go together", None))
+    elif "follows" in columns:
+        follows, rows = columns["follows"], np.arange(len(times))
+        refuse("follows", follows >= rows, "must be the row, counted from 0, of an earlier request, or -1")
+        refuse("think_ps", (follows == -1) & (columns["think_ps"] > 0), "must be 0 where follows is -1")
+        after = (follows >= 0) & (follows < rows)
+        refuse(
+            "arrival_ps", after & (times != times[np.where(after, follows, 0)]), "must be that of the row it follows"
+        )
     if hash_ids is not None:
         found.extend(_hash_faults(hash_ids, hash_block, columns["prompt_tokens"]))
     return sorted(found, key=lambda fault: fault.row)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from sim import formats, named
 from sim.arrivals import Arrivals, Rate
+from sim.clients import Clients, Prefix, Priority, Sessions, Weight, restarted, starts, weighted
 from sim.lengths import IntArray, Lengths, Spec, Tokens
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.streams import stream
@@ -25,12 +26,23 @@ class Workload(Spec):
     """The workload of a scenario; `build` makes a `Trace` of it.
 
     Lengths come from exactly one of: ``prompt_tokens`` and ``output_tokens`` (synthetic), ``name``, ``file``.
-    Arrivals come from ``arrivals``, or else from the named workload or the file.
+    Arrivals come from ``arrivals`` or ``clients``, or else from the named workload or the file.
     """
 
-    requests: Count | None = Field(default=None, description="How many requests; with a file, at most how many.")
+    requests: Count | None = Field(
+        default=None, description="How many requests, all turns of sessions counted; with a file, at most how many."
+    )
     arrivals: Arrivals | None = Field(
-        default=None, description="When requests arrive; replaces the times of a file or name."
+        default=None,
+        description="When requests arrive, or sessions start; replaces the times of a file or name.",
+    )
+    clients: Clients | None = Field(
+        default=None,
+        description="Instead of arrivals: clients that send a request when their last has ended (a closed loop).",
+    )
+    sessions: Sessions | None = Field(
+        default=None,
+        description="Chats of several turns: arrivals are their starts, prompt_tokens the new tokens of a turn.",
     )
     prompt_tokens: Lengths | None = Field(default=None, description="Prompt lengths: a number or a distribution.")
     output_tokens: Lengths | None = Field(default=None, description="Output lengths: a number or a distribution.")
@@ -39,12 +51,20 @@ class Workload(Spec):
         description="The output cap that clients declare: exact (the true length), one number (longer "
         "outputs end there), or null: the file's own column if it has one, else nothing.",
     )
+    prefix: Prefix | None = Field(default=None, description="Prefixes that prompts share; not of a file or sessions.")
+    tenants: Annotated[dict[str, Weight], Field(min_length=1)] | None = Field(
+        default=None, description="Names of tenants and the weight of each; not of a file. A session has one tenant."
+    )
+    priority: Priority | None = Field(
+        default=None, description="Priorities by weight; not of a file. A session has one priority."
+    )
     name: str | None = Field(
         default=None, description="A named workload.", json_schema_extra={"enum": [*named.names(), None]}
     )
     rate_per_s: Rate | None = Field(
         default=None,
-        description="Mean requests per second to stretch a file's or a named workload's times to.",
+        description="Mean requests per second (with sessions: starts of them) to stretch a file's or a named "
+        "workload's times to.",
     )
     file: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
@@ -65,6 +85,13 @@ class Workload(Spec):
             return cap
         raise ValueError("must be exact, a whole number of at least 1, or null")
 
+    @field_validator("tenants")
+    @classmethod
+    def _some_weight(cls, tenants: dict[str, float] | None) -> dict[str, float] | None:
+        if tenants is not None and not any(tenants.values()):
+            raise ValueError("must have a weight above 0")
+        return tenants
+
     @field_validator("name")
     @classmethod
     def _known_name(cls, name: str | None) -> str | None:
@@ -74,7 +101,7 @@ class Workload(Spec):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Workload:
-        if wrong := [*self._wrong_source(), *self._wrong_times()]:
+        if wrong := [*self._wrong_source(), *self._wrong_times(), *self._wrong_senders()]:
             raise ValueError("; ".join(wrong))
         return self
 
@@ -90,6 +117,9 @@ class Workload(Spec):
         elif synthetic:
             needed = ("requests", "arrivals", "prompt_tokens", "output_tokens")
             missing = [key for key in needed if getattr(self, key) is None]
+            if self.arrivals is None:
+                missing.remove("arrivals")
+                missing += ["arrivals or clients"] * (self.clients is None)
             if missing:
                 wrong.append(f"a synthetic workload must have {' and '.join(missing)} as well")
         elif self.name is not None and self.requests is None:
@@ -112,9 +142,26 @@ class Workload(Spec):
             elif self.arrivals is not None or self.rate_per_s is not None:
                 other = "arrivals" if self.arrivals is not None else "rate_per_s"
                 wrong.append(f"time_scale and {other} must not both be given")
-        rateless = self.arrivals is None and self.rate_per_s is None
+        if self.clients is not None:
+            said = {"arrivals": self.arrivals, "rate_per_s": self.rate_per_s}
+            others = [key for key, value in said.items() if value is not None] + ["time_scale"] * (self.time_scale != 1)
+            wrong += [f"clients and {key} must not both be given: each says when requests come" for key in others]
+        rateless = self.arrivals is None and self.clients is None and self.rate_per_s is None
         if self.name is not None and rateless and named.get(self.name).arrivals is None:
             wrong.append(f"{self.name} has lengths only, so arrivals or rate_per_s must be given")
+        return wrong
+
+    def _wrong_senders(self) -> list[str]:
+        """What is wrong with who sends the requests."""
+        wrong = []
+        if self.file is not None:
+            keys = ("sessions", "prefix", "tenants", "priority")
+            given = [key for key in keys if getattr(self, key) is not None]
+            wrong += [f"{key} must not be given with a file, which has its own or none" for key in given]
+        if self.sessions is not None and self.clients is not None:
+            wrong.append("sessions and clients must not both be given: each says after what a request is sent")
+        if self.sessions is not None and self.prefix is not None:
+            wrong.append("sessions and prefix must not both be given: the prompts of a session share what came before")
         return wrong
 
     def build(self, seed: int, base: Path | None = None) -> Trace:
@@ -139,15 +186,20 @@ class Workload(Spec):
             arrivals = arrivals or known.arrivals_at(self.rate_per_s)
             source = f"named workload {self.name} ({known.source}; {known.licence})"
         n = self.requests
-        if n is None or prompt is None or output is None or arrivals is None:
+        if n is None or prompt is None or output is None:
             raise AssertionError("let through by _fits_together")
-        return Trace(
-            arrival_ps=arrivals.times_ps(n, stream(seed, "arrivals")),
-            prompt_tokens=prompt.sample(n, stream(seed, "prompt_tokens")).astype(np.int32),
-            output_tokens=output.sample(n, stream(seed, "output_tokens")).astype(np.int32),
-            source=source,
-        )
-
+        notes: tuple[str, ...] = ()
+        columns: dict[str, Any] = {}
+        if self.sessions is not None and arrivals is not None:
+            cap = self.max_tokens if isinstance(self.max_tokens, int) else None
+            *turns, notes = self.sessions.draw(n, seed, prompt, output, cap)
+            columns = dict(zip(("session", "prompt_tokens", "output_tokens", "follows", "think_ps"), turns, strict=True))
+            sender = columns["session"]
+            columns["arrival_ps"] = arrivals.times_ps(int(sender[-1]) + 1, stream(seed, "arrivals"))[sender]
+        else:
+            columns["prompt_tokens"] = prompt.sample(n, stream(seed, "prompt_tokens"))
+            columns["output_tokens"] = output.sample(n, stream(seed, "output_tokens"))
+            columns["arrival_ps"] = sender = np.arange(n)
     def _replayed(self, seed: int, base: Path | None) -> Trace:
         path = (base or Path()) / str(self.file)
         limits = [limit for limit in (self.limit, self.requests) if limit is not None]

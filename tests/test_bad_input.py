@@ -105,7 +105,7 @@ KEYS = {
         "s.yaml:9: workload.arrivals.poisson.rate_per_s: must be a finite number (got inf)",
     ),
     "zero requests": ("requests: 30", "requests: 0", "s.yaml:8: workload.requests: must be at least 1 (got 0)"),
-    "no replicas": ("seed: 7", "replicas: 0", "s.yaml:6: replicas: must be at least 1 (got 0)"),
+    "no replicas": ("seed: 7", "replicas: 0", "s.yaml:6: replicas: must be at least 1 or a list (got 0)"),
     "negative SLO": ("seed: 7", "slo: {ttft_ms: -1}", "s.yaml:6: slo.ttft_ms: must be above 0 (got -1)"),
     "no model": ("model: opt-13b\n", "", "s.yaml:1: model: is required"),
     "unknown model": (
@@ -266,7 +266,7 @@ compare:
         "s.yaml:2: gpu: unknown GPU 'a100-40g' – did you mean 'a100-40gb'?",
         "s.yaml:3: policy.batch: must be above 0 (got 0)",
         "s.yaml:3: policy.bach: unknown key – did you mean 'batch'?",
-        "s.yaml:4: replicas: must be at least 1 (got 0)",
+        "s.yaml:4: replicas: must be at least 1 or a list (got 0)",
         "s.yaml:5: sede: unknown key – did you mean 'seed'?",
         "s.yaml:7: workload.requests: must be at least 1 (got 0)",
         "s.yaml:8: workload.arrivals.poisson.rate_per_s: must be at least 1e-09 (got -2)",
@@ -581,7 +581,7 @@ def test_policy_that_overspends_its_budget() -> None:
 BROKEN_RULES = {
     "plans nothing": (
         "        return 1\n",
-        "policy Mine: 30 requests are never served (0, 1, 2, 3, 4, …): it planned nothing for them",
+        "policy Mine: 30 requests are never served (0, 1, 2, 3, 4, …): it plans nothing with 0 running, 30 waiting",
     ),
     "admits twice": (
         "        request = step.waiting[0]\n" + 2 * "        step.admit(request, 1)\n" + "        return 1\n",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost
 from policies.base import Request, Scheduler
 from policies.routers import RoundRobin
 from policies.vllm import Vllm
-from sim.cluster import Cluster
+from sim.cluster import Cluster, Replica, ReplicaPool
 from sim.engine import Engine
 from sim.records import RequestRecords, Status
 from sim.run import make_pool
@@ -132,13 +133,7 @@ def play(
     """Serve ``trace`` on ``replicas`` equal replicas, round robin."""
     requests = RequestRecords(trace)
     outputs = trace.output_tokens.tolist()
-    engines = []
-    oracle = False
-    for index in range(replicas):
-        policy = scheduler()
-        oracle = policy.oracle
-        pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identify=True)
-        engines.append(Engine(policy, backend(), pool, requests, outputs, max_model_len, index, leap))
+    oracle = scheduler().oracle
 
     def make(i: int) -> Request:
         prompt = int(trace.prompt_tokens[i])
@@ -146,5 +141,25 @@ def play(
         priority = 0 if trace.priority is None else int(trace.priority[i])
         return Request(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority)
 
-    Cluster(requests, engines, RoundRobin(), make).run()
+    cluster = Cluster(requests, make)
+    cluster.front = ReplicaPool(cluster, RoundRobin(), Random(0))
+
+    def build(replica: Replica) -> Engine:
+        policy = scheduler()
+        pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identify=True)
+
+        def finish(request: Request) -> None:
+            replica.left(request)
+            cluster.ended(request)
+
+        return Engine(
+            policy, backend(), pool, requests, outputs, max_model_len, index=replica.index, leap=leap, finish=finish
+        )
+
+    for index in range(replicas):
+        replica = Replica(cluster, index, build)
+        cluster.replicas.append(replica)
+        cluster.front.open(replica)
+    cluster.run()
+    engines = [replica.engine for replica in cluster.replicas]
     return World(requests, engines)
