@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint types check clean
+.PHONY: run test bench lint types check clean
 
 run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 	$(BIN)/chairlift run anyscale_23x
 
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
+	$(BIN)/python -m sim.bench
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

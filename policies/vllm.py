@@ -113,13 +113,15 @@ class Vllm(Scheduler):
         while waiting and budget > 0 and len(running) < self.max_num_seqs:
             request = waiting[0]
             known = request.remaining
-            tokens = self._chunk(known - step.cached_tokens(request))
+            left = tokens = known - step.cached_tokens(request)
+            if 0 < self.long_prefill_token_threshold < tokens:
+                tokens = self.long_prefill_token_threshold
             if tokens > budget:
                 if not self.enable_chunked_prefill:
                     break
                 tokens = budget
-            if self.scheduler_reserve_full_isl and not step.fits(request, known):
-                break
+            if tokens < left and self.scheduler_reserve_full_isl and not step.fits(request, known):
+                break  # else `admit` asks for just this room
             if not step.admit(request, tokens):
                 break
             budget -= tokens

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from sim.arrivals import Arrivals
 from sim.lengths import MOST_TOKENS, IntArray, Lengths, OneOf, Spec, Tokens
 from sim.problems import BadInput, Problem
 from sim.streams import stream
@@ -103,7 +104,11 @@ class Seconds(OneOf):
 
 
 class Clients(Spec):
-    """A closed loop: so many clients, each of which sends its next request after its last has ended."""
+    """A closed loop: so many clients, each of which sends its next request after its last has ended.
+
+    Unlike open arrivals it never has more than N requests in the system (Schroeder, Wierman, Harchol-Balter, *Open
+    Versus Closed: A Cautionary Tale*, NSDI 2006).
+    """
 
     concurrency: Annotated[int, Field(ge=1)] = Field(description="How many clients; each has one request at a time.")
     think_s: Seconds | None = Field(
@@ -180,17 +185,6 @@ def starts(trace: Trace) -> int:
 # ---- sessions ----
 
 
-class Turns(NamedTuple):
-    """The turns of sessions, a row each, in the order in which sessions start. Shapes: ``(n,)``."""
-
-    session: IntArray  # number of its session, from 0, never falling
-    prompt_tokens: IntArray  # all before it in the session, and its own new tokens
-    output_tokens: IntArray  # as drawn: not cut to the cap
-    follows: IntArray
-    think_ps: IntArray
-    notes: tuple[str, ...]
-
-
 class Sessions(Spec):
     """Chats of several turns: each prompt is the last prompt, its answer, and some new tokens."""
 
@@ -204,21 +198,25 @@ class Sessions(Spec):
         description="A session ends before the turn whose prompt and output together would be more; null: no end.",
     )
 
-    def draw(self, n: int, seed: int, prompt: Lengths, output: Lengths, cap: int | None = None) -> Turns:
-        """``n`` turns, the last session cut where they are reached.
+    def draw(
+        self, n: int, seed: int, arrivals: Arrivals, prompt: Lengths, output: Lengths, cap: int | None = None
+    ) -> Trace:
+        """``n`` requests, rows in order of their sessions' starts and then of turns; the last session may be cut.
 
         Args:
             n: turns of all sessions together.
-            seed: turns, first prompts, new tokens, outputs and thinking are drawn from streams of their own.
+            seed: arrivals, turns, first prompts, new tokens, outputs and thinking have streams of their own.
+            arrivals: when sessions start.
             prompt: new tokens of a turn.
-            output: output tokens of a turn.
-            cap: output tokens at which an answer ends; None: no such cap.
+            output: output tokens of a turn, which the trace has as drawn.
+            cap: output tokens at which an answer ends for the turns after it; None: no such cap.
 
         A turn that is too long for ``max_context_tokens`` is drawn, but not sent. A session whose first turn is
         too long has no turns, and is left out.
 
         Raises:
-            BadInput: prompts grow past 32 bits, or hardly a turn fits in ``max_context_tokens``.
+            BadInput: prompts grow past 32 bits, hardly a turn fits in ``max_context_tokens``, or times run past
+                what the clock can say.
         """
         count = n
         while True:
@@ -229,28 +227,26 @@ class Sessions(Spec):
             firsts = None
             if self.first_prompt_tokens is not None:
                 firsts = self.first_prompt_tokens.sample(count, stream(seed, "first_prompt_tokens")).tolist()
-            drawn, session, prompts, notes = self._play(n, new.tolist(), answers.tolist(), lasts.tolist(), firsts)
+            drawn, numbers, prompts, notes = self._play(n, new.tolist(), answers.tolist(), lasts.tolist(), firsts)
             if len(drawn) == n:
                 break
             if count >= max(MOST_DRAWS * n, 10_000):
                 rule = f"of {count} turns drawn only {len(drawn)} fit: make it larger, or prompts and outputs shorter"
-                raise BadInput(
-                    Problem(rule, path="sessions.max_context_tokens", value=self.max_context_tokens)
-                )
+                raise BadInput(Problem(rule, path="sessions.max_context_tokens", value=self.max_context_tokens))
             count *= 2
         if max(prompts) > MOST_TOKENS:
-            rule = f"prompts grow past {MOST_TOKENS} tokens: limit the context, or the turns"
-            raise BadInput(Problem(rule, path="sessions.max_context_tokens"))
-        number = np.array(session, np.int64)
-        same = np.concatenate([[False], number[1:] == number[:-1]])
-        think = self.think_s.sample_ps(n, stream(seed, "think"))
-        return Turns(
-            number,
-            np.array(prompts, np.int64),
-            outputs[drawn],
-            np.where(same, np.arange(n) - 1, -1),
-            np.where(same, think, 0),
-            notes,
+            rule = f"prompts grow past {MOST_TOKENS} tokens: give max_context_tokens, or fewer turns"
+            raise BadInput(Problem(rule, path="sessions"))
+        session = np.array(numbers, np.int64)
+        same = np.concatenate([[False], session[1:] == session[:-1]])
+        return Trace(
+            arrival_ps=arrivals.times_ps(numbers[-1] + 1, stream(seed, "arrivals"))[session],
+            prompt_tokens=np.array(prompts, np.int32),
+            output_tokens=outputs[drawn].astype(np.int32),
+            session=session,
+            follows=np.where(same, np.arange(n) - 1, -1),
+            think_ps=np.where(same, self.think_s.sample_ps(n, stream(seed, "think")), 0),
+            notes=notes,
         )
 
     def _play(
@@ -319,4 +315,5 @@ class Priority(Spec):
 def weighted(weights: Sequence[float] | npt.NDArray[np.float64], n: int, rng: np.random.Generator) -> IntArray:
     """``n`` indices of ``weights``, drawn in proportion to them; one uniform draw each."""
     edges = np.cumsum(weights)
-    return np.searchsorted(edges, rng.random(n) * edges[-1], side="right").astype(np.int64)
+    drawn: IntArray = np.searchsorted(edges, rng.random(n) * edges[-1], side="right").astype(np.int64)
+    return drawn

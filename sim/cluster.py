@@ -8,7 +8,8 @@ callbacks are used, for they cost a tenth of what processes, stores and interrup
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from random import Random
 
 import simpy
@@ -351,3 +352,17 @@ class _Alarm(Event):
         self._value = None
         self._ok = True
         env.schedule(self, priority, delay)  # type: ignore[arg-type]  # SimPy's priorities are a NewType of int
+
+
+def time_bare_timeouts(count: int) -> float:
+    """Seconds that SimPy takes for ``count`` timeouts of one process: what `sim.bench` compares a simulation with."""
+
+    def wait() -> Generator[Event, None, None]:
+        for _ in range(count):
+            yield env.timeout(1)
+
+    env = simpy.Environment()
+    env.process(wait())
+    started = time.perf_counter()
+    env.run()
+    return time.perf_counter() - started

@@ -102,14 +102,16 @@ class Engine(Planner):
         else:
             flight, state = self._flight, self.state
             assert flight is not None
+            landing = self._landing
             self._record(flight, *flight.air)
-            self._deliver(flight, self._landing)
-            done = self.complete(flight, self._landing) if flight.ending or state.parked else NOBODY
+            if flight.emitting:
+                self._deliver(flight, landing)
+            done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
             self._flight = None
             if plan is not None:
                 self.commit(plan, count)
                 if count > 1:
-                    self._record(plan, self._landing, plan.first, count - 1, plan.row)
+                    self._record(plan, landing, plan.first, count - 1, plan.row)
                 self._launch(plan, now, count - 1)
         if self._cancelled:
             cancelled, self._cancelled = self._cancelled, []
@@ -170,7 +172,10 @@ class Engine(Planner):
             decodes, padded, context = row[2:5]
             row = (*row[:4], context + before * (decodes + padded), 0, *row[6:9], row[9] + before * decodes, *row[10:])
         plan.air = (start, first, 1, row)
-        self._announce(plan, self._landing)
+        if plan.emitting:
+            self._announce(plan, self._landing)
+        elif plan.decoding:
+            self.state.decoded_at = self._landing
 
     def _announce(self, plan: Plan, now: int) -> None:
         """Let planning know when ``plan`` brings its tokens (its last committed step's end)."""

@@ -44,6 +44,7 @@ class Planner:
         self._requests = requests
         self._outputs = outputs
         self._finish = finish
+        self._releases = type(backend).release is not Backend.release
         self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
 
     def submit(self, request: Request, now: int) -> bool:
@@ -190,7 +191,8 @@ class Planner:
         if status is Status.FINISHED and self.handover is not None and self.handover(request):
             return
         records.end(request, now, status)
-        self.backend.release(request.id)
+        if self._releases:
+            self.backend.release(request.id)
         if self._finish is not None:
             self._finish(request)
 

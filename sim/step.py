@@ -80,16 +80,16 @@ class ReplicaStep(Step):
     def open(self, now: int) -> None:
         """Start a new plan."""
         self.now = now
-        if self.chunks:
-            self.chunks = []
+        self.chunks = []
         if self.ran:
             self.ran = {}
+        if self.preempted:
+            self.preempted = 0
+            self.evicted = []
         if self.rejected:
             self.rejected = []
-        if self.evicted:
-            self.evicted = []
         self.whole = False
-        self.tokens = self.padding = self.taken = self.preempted = self.slept = 0
+        self.tokens = self.padding = self.taken = self.slept = 0
         self.wake = None
 
     # what a policy sees
@@ -174,7 +174,8 @@ class ReplicaStep(Step):
             if not pool.extend(request, upto):
                 return False
             self._spend(tokens)
-            pool.computed(request, upto)
+            if pool.tracks:
+                pool.computed(request, upto)
             self.chunks.append((request, tokens))
             return True
         if self.whole or request.id in self.ran:
@@ -208,7 +209,8 @@ class ReplicaStep(Step):
         self._spend(tokens)
         self._leave_queue(request)
         pool.open(request, upto)
-        pool.computed(request, hit + tokens)
+        if pool.tracks:
+            pool.computed(request, hit + tokens)
         request._offset = hit
         self._admissions += 1
         request._seq = self._admissions

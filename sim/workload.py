@@ -117,9 +117,9 @@ class Workload(Spec):
         elif synthetic:
             needed = ("requests", "arrivals", "prompt_tokens", "output_tokens")
             missing = [key for key in needed if getattr(self, key) is None]
-            if self.arrivals is None:
+            if self.clients is not None and "arrivals" in missing:
                 missing.remove("arrivals")
-                missing += ["arrivals or clients"] * (self.clients is None)
+            missing = [key if key != "arrivals" else "arrivals (or clients)" for key in missing]
             if missing:
                 wrong.append(f"a synthetic workload must have {' and '.join(missing)} as well")
         elif self.name is not None and self.requests is None:
@@ -168,11 +168,11 @@ class Workload(Spec):
         """The trace: the same one for the same ``seed`` (>= 0) and, with a file, the same file.
 
         Args:
-            seed: arrivals, prompt lengths and output lengths are drawn from streams of their own.
+            seed: arrivals, prompt lengths, output lengths and so on are drawn from streams of their own.
             base: the folder that a relative ``file`` starts from; None: the working directory.
 
         Raises:
-            BadInput: the file is wrong, or arrivals run past what the clock can say.
+            BadInput: the file is wrong, arrivals run past what the clock can say, or sessions past their context.
         """
         trace = self._replayed(seed, base) if self.file is not None else self._drawn(seed)
         return self._capped(trace)
@@ -183,39 +183,63 @@ class Workload(Spec):
         if self.name is not None:
             known = named.get(self.name)
             prompt, output = known.prompt_tokens, known.output_tokens
-            arrivals = arrivals or known.arrivals_at(self.rate_per_s)
+            if self.clients is None:
+                arrivals = arrivals or known.arrivals_at(self.rate_per_s)
             source = f"named workload {self.name} ({known.source}; {known.licence})"
         n = self.requests
         if n is None or prompt is None or output is None:
             raise AssertionError("let through by _fits_together")
-        notes: tuple[str, ...] = ()
-        columns: dict[str, Any] = {}
         if self.sessions is not None and arrivals is not None:
             cap = self.max_tokens if isinstance(self.max_tokens, int) else None
-            *turns, notes = self.sessions.draw(n, seed, prompt, output, cap)
-            columns = dict(zip(("session", "prompt_tokens", "output_tokens", "follows", "think_ps"), turns, strict=True))
-            sender = columns["session"]
-            columns["arrival_ps"] = arrivals.times_ps(int(sender[-1]) + 1, stream(seed, "arrivals"))[sender]
+            trace = self.sessions.draw(n, seed, arrivals, prompt, output, cap)
         else:
-            columns["prompt_tokens"] = prompt.sample(n, stream(seed, "prompt_tokens"))
-            columns["output_tokens"] = output.sample(n, stream(seed, "output_tokens"))
-            columns["arrival_ps"] = sender = np.arange(n)
+            trace = Trace(
+                arrival_ps=np.zeros(n, np.int64)
+                if arrivals is None
+                else arrivals.times_ps(n, stream(seed, "arrivals")),
+                prompt_tokens=prompt.sample(n, stream(seed, "prompt_tokens")).astype(np.int32),
+                output_tokens=output.sample(n, stream(seed, "output_tokens")).astype(np.int32),
+            )
+        trace = dataclasses.replace(trace, source=source, **self._labels(trace, seed))
+        return trace if self.clients is None else self.clients.loop(trace, seed)
+
+    def _labels(self, trace: Trace, seed: int) -> dict[str, Any]:
+        """Columns that say whose a request is; those of one session have the same sender."""
+        n = len(trace)
+        sender = np.arange(n) if trace.session is None else trace.session
+        columns: dict[str, Any] = {}
+        if self.prefix is not None:
+            columns["prefix_group"] = self.prefix.draw(n, stream(seed, "prefix"))
+            columns["prefix_tokens"] = np.minimum(trace.prompt_tokens, self.prefix.tokens)
+        if self.tenants is not None:
+            columns["tenants"] = tuple(self.tenants)
+            columns["tenant"] = weighted(list(self.tenants.values()), n, stream(seed, "tenants"))[sender]
+        if self.priority is not None:
+            columns["priority"] = weighted(self.priority.weights, n, stream(seed, "priority"))[sender]
+        return columns
+
     def _replayed(self, seed: int, base: Path | None) -> Trace:
         path = (base or Path()) / str(self.file)
         limits = [limit for limit in (self.limit, self.requests) if limit is not None]
-        trace = formats.load(path, self.format, min(limits, default=None), times=self.arrivals is None)
+        trace = formats.load(
+            path, self.format, min(limits, default=None), times=self.arrivals is None and self.clients is None
+        )
         notes = list(trace.notes)
         if self.requests is not None and len(trace) < self.requests:
             notes.append(f"{self.requests} requests wanted, {len(trace)} read")
         times = trace.arrival_ps
+        if self.clients is not None:
+            notes.append(f"arrival times replaced by {self.clients.concurrency} clients in a closed loop")
+            return self.clients.loop(dataclasses.replace(trace, notes=tuple(notes)), seed)
         if self.arrivals is not None:
-            times = self.arrivals.times_ps(len(trace), stream(seed, "arrivals"))
             notes.append("arrival times replaced")
-        elif self.rate_per_s is not None:
+            trace = restarted(trace, self.arrivals.times_ps(starts(trace), stream(seed, "arrivals")))
+            return dataclasses.replace(trace, notes=tuple(notes))
+        if self.rate_per_s is not None:
             if trace.duration_s == 0:
                 rule = "all requests of the file arrive at once, which no stretching makes a rate; give arrivals"
                 raise BadInput(Problem(rule, file=str(path), path="rate_per_s", value=self.rate_per_s))
-            times = _stretched(times, (len(trace) - 1) / trace.duration_s / self.rate_per_s, path)
+            times = _stretched(times, (starts(trace) - 1) / trace.duration_s / self.rate_per_s, path)
             notes.append(f"arrival times stretched to {self.rate_per_s:g} requests/s")
         elif self.time_scale != 1:
             times = _stretched(times, self.time_scale, path)

@@ -48,7 +48,7 @@ def traces(draw):
         return draw(st.lists(st.integers(low, high), min_size=n, max_size=n))
 
     columns = {
-        "arrival_ps": sorted(column(0, 2**63 - 1)),
+        "arrival_ps": sorted(draw(st.sampled_from([column(0, 2**63 - 1), column(0, 2)]))),
         "prompt_tokens": column(1, 2**31 - 1),
         "output_tokens": column(1, 2**31 - 1),
     }
@@ -61,6 +61,11 @@ def traces(draw):
     if draw(st.booleans()):
         columns["prefix_group"] = column(-1, 2**31 - 1)
         columns["prefix_tokens"] = [n // 2 for n in columns["prompt_tokens"]]
+    if draw(st.booleans()):
+        times = columns["arrival_ps"]
+        earlier = [[j for j in range(i) if times[j] == times[i]] for i in range(n)]
+        columns["follows"] = [draw(st.sampled_from([-1, *rows])) for rows in earlier]
+        columns["think_ps"] = [0 if row < 0 else draw(st.integers(0, 2**63 - 1)) for row in columns["follows"]]
     if draw(st.booleans()):
         # Text as people write it, with what CSV must quote; line ends are not part of a name.
         names = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=6)
@@ -82,6 +87,47 @@ def test_what_is_saved_is_loaded_back_exactly(tmp_path, name, trace):
     save(trace, tmp_path / name)
 
     same(trace, load(tmp_path / name))
+
+
+def test_what_follows_reads_as_people_write_it(tmp_path):
+    rows = ["0.5,5,5,-1,0", "0.5,6,6,0,1.25", "0.5,7,7,1,0.000000000001"]
+    (tmp_path / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens,follows,think_s\n" + "\n".join(rows) + "\n")
+    trace = load(tmp_path / "t.csv")
+    save(trace, tmp_path / "again.csv")
+
+    assert trace.follows.tolist() == [-1, 0, 1]
+    assert trace.think_ps.tolist() == [0, 1_250_000_000_000, 1]
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "t.csv").read_text()
+    assert load(tmp_path / "t.csv", limit=2).follows.tolist() == [-1, 0]
+
+
+def test_what_follows_wrongly_is_named_with_its_line(tmp_path):
+    head = "arrival_s,prompt_tokens,output_tokens,follows,think_s\n"
+    (tmp_path / "t.csv").write_text(head + "0,5,5,-1,2\n0,5,5,1,0\n1,5,5,0,1e9\n0.5,5,5,-1,x\n")
+    assert refused(tmp_path / "t.csv") == [
+        (4, "think_s", "must be at most 106 days", 10**21),
+        (5, "think_s", "must be a number of seconds", "x"),
+    ]
+
+    (tmp_path / "t.csv").write_text(head + "0,5,5,-1,2\n0,5,5,1,0\n1,5,5,0,3\n")
+    assert refused(tmp_path / "t.csv") == [
+        (2, "think_s", "must be 0 where follows is -1", "2"),
+        (3, "follows", "must be the row, counted from 0, of an earlier request, or -1", "1"),
+        (4, "arrival_s", "must be that of the row it follows", "1"),
+    ]
+
+
+@pytest.mark.parametrize("given", [("follows", "-1"), ("think_s", "0")])
+def test_follows_without_think_s_is_refused(tmp_path, given):
+    (tmp_path / "t.csv").write_text(f"arrival_s,prompt_tokens,output_tokens,{given[0]}\n0,5,5,{given[1]}\n")
+
+    assert refused(tmp_path / "t.csv")[0][2] == "follows and a think time go together"
+
+
+def test_think_ps_is_no_column_of_a_file(tmp_path):
+    (tmp_path / "t.csv").write_text("arrival_s,prompt_tokens,output_tokens,follows,think_ps\n0,5,5,-1,0\n")
+
+    assert "did you mean 'think_s'" in refused(tmp_path / "t.csv")[0][2]
 
 
 def test_a_parquet_file_of_floats_is_read_as_they_print(tmp_path):

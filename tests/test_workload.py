@@ -83,6 +83,20 @@ def test_making_a_trace_leaves_the_callers_array_writable():
         ({"tenant": [0, 1, 0], "tenants": ("a",)}, r"tenant\[1\]: must be below the 1 tenants"),
         ({"prefix_tokens": [7, 8, 10], "prefix_group": [0, 0, 0]}, r"prefix_tokens\[2\]: must be at most"),
         ({"prefix_tokens": [1, 1, 1]}, "go together"),
+        ({"follows": [-1, -1, -1]}, "follows and a think time go together"),
+        ({"think_ps": [0, 0, 0]}, "follows and a think time go together"),
+        ({"follows": [-2, -1, -1], "think_ps": [0, 0, 0]}, r"follows\[0\]: must be at least -1 \(got -2\)"),
+        (
+            {"follows": [-1, 1, -1], "think_ps": [0, 0, 0]},
+            r"follows\[1\]: must be the row.* of an earlier request.*got 1",
+        ),
+        ({"follows": [-1, 2**40, -1], "think_ps": [0, 0, 0]}, r"follows\[1\]: must be the row"),
+        ({"follows": [-1, -1, -1], "think_ps": [0, 4, 0]}, r"think_ps\[1\]: must be 0 where follows is -1 \(got 4\)"),
+        ({"follows": [-1, -1, -1], "think_ps": [0, 0, -4]}, r"think_ps\[2\]: must be at least 0"),
+        (
+            {"follows": [-1, -1, 0], "think_ps": [0, 0, 4]},
+            r"arrival_ps\[2\]: must be that of the row it follows \(got 9\)",
+        ),
         (
             {"hash_ids": HashIds(np.arange(4), np.array([0, 2, 3, 4]))},
             r"hash_ids\[0\]: at most one id for each 512 tokens",
@@ -114,6 +128,18 @@ def test_head_and_slice_cut_every_column():
     assert [cut.hash_ids.row(i).tolist() for i in range(2)] == [[5, 6], [7]]
     with pytest.raises(BadInput, match="no requests"):
         whole.slice(3, 3)
+
+
+def test_a_trace_that_follows_is_cut_from_its_start_only():
+    whole = trace(arrival_ps=[3, 3, 3], follows=[-1, 0, 0], think_ps=[0, 5, 0])
+
+    assert (whole.follows.dtype, whole.think_ps.dtype) == (np.int64, np.int64)
+    assert whole.head(2).follows.tolist() == [-1, 0]
+    assert whole.slice(0, -1).think_ps.tolist() == [0, 5]
+    for start in (1, -2):
+        with pytest.raises(ValueError, match=f"must be cut from row 0 on, not from {start}"):
+            whole.slice(start, 3)
+    assert trace().slice(1, 3).arrival_ps.tolist() == [5, 9]
 
 
 # ---- Workload ----
@@ -156,7 +182,7 @@ def test_outputs_end_at_a_max_tokens_below_them():
     [
         ({"requests": 5}, "exactly one of prompt_tokens with output_tokens, name, or file, not none"),
         ({"name": "azure-conv-2023", "file": "x", "requests": 5}, "not name and file"),
-        ({"requests": 5, "prompt_tokens": 5}, "must have arrivals and output_tokens as well"),
+        ({"requests": 5, "prompt_tokens": 5}, r"must have arrivals \(or clients\) and output_tokens as well"),
         ({"name": "azure-conv-2023"}, "must have requests"),
         ({"name": "sharegpt", "requests": 5}, "arrivals or rate_per_s must be given"),
         ({"name": "azure-conv", "requests": 5}, "did you mean 'azure-conv-2023'"),
