@@ -13,7 +13,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from backend.base import FOREVER, Backend, Batch, Host, StepCost
+from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost
 from backend.specs import GPU, Model
 
 PS = 10**12
@@ -62,7 +62,7 @@ class Roofline(Backend):
         self._floor = round(e.floor_ms * MS)
         shared = Fraction(e.mixed_overlap).limit_denominator(1000)
         self._apart = 1 - shared
-        self._host = Host(launch=round(e.overhead_ms * MS))
+        self._host = Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; a decode-only batch vouches until another bound of the roofline takes over."""

@@ -70,6 +70,9 @@ class Vllm(Scheduler):
     enable_prefix_caching: bool = True
     async_scheduling: bool = True  # plan step n+1 before step n's output is in
 
+    def __post_init__(self) -> None:
+        self._by_priority = self.scheduling_policy == "priority"
+
     @property
     def asynchronous(self) -> bool:
         """As `async_scheduling` says."""
@@ -98,12 +101,12 @@ class Vllm(Scheduler):
         """Running first, in order; then the head of the queue, unless somebody was preempted."""
         budget = self.max_num_batched_tokens
         unfinished = step.prefilling
-        if self._in_one_go(step, budget, unfinished):
-            if not unfinished and step.decode_all():  # by far the most common step
-                budget -= step.decodes
-                preempted = False
-            else:
-                budget, preempted = self._run_all(step, budget)
+        decodes = step.decodes
+        if not unfinished and decodes <= budget and not self._by_priority and step.decode_all():
+            budget -= decodes  # by far the most common step
+            preempted = False
+        elif self._in_one_go(step, budget, unfinished):
+            budget, preempted = self._run_all(step, budget)
         else:
             budget, preempted = self._run_each(step, budget)
         if preempted:
@@ -131,7 +134,7 @@ class Vllm(Scheduler):
         """Behind a blocked head of the queue, or a full batch, nobody joins."""
         if len(step.running) >= self.max_num_seqs:
             return False
-        return not step.waiting or self.scheduling_policy == "priority"
+        return not step.waiting or self._by_priority
 
     def order(self, request: Request) -> Any:
         """Priority, if that is the policy; ties go to the earlier arrival."""
@@ -139,7 +142,7 @@ class Vllm(Scheduler):
 
     def sorts(self) -> bool:
         """Only under the priority policy."""
-        return self.scheduling_policy == "priority"
+        return self._by_priority
 
     def _chunk(self, tokens: int) -> int:
         threshold = self.long_prefill_token_threshold
@@ -150,7 +153,7 @@ class Vllm(Scheduler):
 
         So it is where all decodes fit the budget and whoever lacks prompt tokens was admitted after all of them.
         """
-        if step.decodes > budget or self.scheduling_policy == "priority":
+        if step.decodes > budget or self._by_priority:
             return False
         return not unfinished or unfinished == list(islice(reversed(step.running), len(unfinished)))[::-1]
 
@@ -205,7 +208,7 @@ class Vllm(Scheduler):
         return budget, preempted
 
     def _victim(self, step: Step) -> Request:
-        if self.scheduling_policy == "priority":
+        if self._by_priority:
             return max(step.running, key=lambda r: (r.priority, r.arrival, r.id))
         return _last(step)
 

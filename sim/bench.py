@@ -1,8 +1,8 @@
 """How fast the simulator is: ``make bench``, or ``python -m sim.bench [--quick] [--out bench.json]``.
 
-Runs ``scenarios/million.yaml`` at several sizes, each in a process of its own, beside as many bare SimPy timeouts as the
-largest has requests, timed in the same minute: machines differ and are noisy, the ratio less so. Results are hashed; two
-runs of the same scenario, and leaping and stepping, must give the same hash.
+Runs ``scenarios/million.yaml`` at several sizes, each in a process of its own, beside as many bare SimPy timeouts as
+the largest has requests, timed in the same minute: machines differ and are noisy, the ratio less so. Results are
+hashed; leaping and stepping must give the same hash.
 """
 
 from __future__ import annotations

@@ -90,28 +90,27 @@ class Replica:
         self.engine.records = records
         return lost
 
-    def plan_soon(self) -> None:
+    def plan_soon(self, now: int) -> None:
         """Plan once all boundaries and arrivals of this instant are in."""
         if self._planning:
             return
-        env = self._env
-        now = self._now
-        if env.peek() > now:
+        if self._env.peek() > now:
             self._plan(now)
         else:
             self._planning = True
-            _Alarm(env, 0, PLAN, self._planned)
+            _Alarm(self._env, 0, PLAN, self._planned)
 
     def _replan(self) -> None:
         """Plan now if idle, else at the first boundary."""
         engine = self.engine
+        now = self._now
         if engine.end is None:
-            self.plan_soon()
+            self.plan_soon(now)
             return
         before = engine.end
-        end = engine.cut(self._now)
-        if end != before:
-            self._arm(end)
+        end = engine.cut(now)
+        if end is not None and end != before:  # the timer set before stays in SimPy's heap, and is ignored there
+            self._timer = _Alarm(self._env, end - now, BOUNDARY, self._ring)
 
     def _planned(self, _event: Event) -> None:
         self._planning = False
@@ -124,17 +123,16 @@ class Replica:
             end = self.engine.state.wake
         self._timer = None if end is None else _Alarm(self._env, end - now, BOUNDARY, self._ring)
 
-    def _arm(self, end: int | None) -> None:
-        """Set the timer to ``end``; a timer set before stays in SimPy's heap and is ignored when it fires."""
-        self._timer = None if end is None else _Alarm(self._env, end - self._now, BOUNDARY, self._ring)
-
     def _ring(self, event: Event) -> None:
         if event is not self._timer:
             return
         self._timer = None
-        if self.engine.end is not None:
-            self.engine.settle(self._now)
-        self.plan_soon()
+        now = self.engine.end
+        if now is None:
+            now = self._now  # a policy asked to be woken
+        else:
+            self.engine.settle(now)
+        self.plan_soon(now)
 
     def _drained(self) -> None:
         if self.draining and self.held == 0:

@@ -184,14 +184,16 @@ class Engine(Planner):
         first_token = self._requests.first_token
         for request in plan.emitting:
             if first_token[request.id] >= 0:  # it was preempted: the client waits for this token since its last
+                plan.gaps = plan.gaps or {}
                 plan.gaps[request.id] = now - request._last
             request._last = now
 
     def _deliver(self, plan: Plan, now: int) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
+        gaps = plan.gaps or {}
         for request in plan.emitting:
-            if request.id in plan.gaps:
-                self.records.gap_rows.extend((plan.gaps[request.id], 1))
+            if request.id in gaps:
+                self.records.gap_rows.extend((gaps[request.id], 1))
             else:
                 self._requests.first_token[request.id] = now
 

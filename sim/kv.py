@@ -240,8 +240,3 @@ class Decodes:
                 break
             done += 1
         return done
-
-    def advance(self, steps: int) -> None:
-        """``steps`` steps are done."""
-        self.steps += steps
-        self.context += steps * (self.live + self.dead)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from backend.base import NO_HOST, Backend, Batch, Chunk
-from policies.base import PolicyError, Request, Scheduler
+from policies.base import FOREVER, PolicyError, Request, Scheduler
 from sim.kv import CountingPool, admission
 from sim.records import RequestRecords, Status
 from sim.runs import NO_GAPS, Plan
@@ -44,6 +44,7 @@ class Planner:
         self._requests = requests
         self._outputs = outputs
         self._finish = finish
+        self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
         self._releases = type(backend).release is not Backend.release
         self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
 
@@ -67,6 +68,8 @@ class Planner:
         vouched = self.scheduler.schedule(state)
         if not isinstance(vouched, int) or vouched < 1:
             raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
+        if state.tokens > self._budget:
+            state.check_budget()
         if state.released:
             self._answer_batch(now)
         if state.rejected or state.preempted:
@@ -126,7 +129,8 @@ class Planner:
                 self.pool.decode_all(group, range(1, count))
             state.kv_tokens += count * group.live
             state.promised -= count * group.reserved
-            group.advance(count)
+            group.steps += count
+            group.context += count * (group.live + group.dead)
             if state.fresh:
                 state.fresh = {}
             while (request := group.due()) is not None:

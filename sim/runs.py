@@ -67,7 +67,7 @@ class Plan:
         self.decoding = decoding
         self.row = row  # RUN_COLUMNS from `chunks` on
         self.late_gaps = late_gaps  # first gaps of decodes that did not emit just before, rows of GAP_COLUMNS, flat
-        self.gaps: dict[int, int] = {}  # of requests in `emitting` that have emitted before: ps since then
+        self.gaps: dict[int, int] | None = None  # of requests in `emitting` that have emitted before: ps since then
         self.undelivered = 0  # decodes of its last step whose client has given up
         self.air: tuple[int, int, int, tuple[int, ...]]  # its last step in flight: start, ps, 1, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes

@@ -104,7 +104,7 @@ class ReplicaStep(Step):
 
     @property
     def prefilling(self) -> Sequence[Request]:  # noqa: D102
-        return list(self.prefills.values())
+        return list(self.prefills.values()) if self.prefills else []
 
     @property
     def decode_steps(self) -> int:  # noqa: D102
@@ -154,9 +154,11 @@ class ReplicaStep(Step):
         need = group.phases[-group.steps % group.block_size] if group.growing else 0
         if need > self.pool.free:
             return False
-        self._spend(group.live)
-        if need or group.members is not None:
+        self.tokens += group.live
+        if group.members is not None:
             self.pool.decode_all(group, range(1))
+        else:
+            self.pool.free -= need
         self.taken = need
         self.whole = True
         return True
@@ -173,7 +175,7 @@ class ReplicaStep(Step):
             upto = request._offset + tokens
             if not pool.extend(request, upto):
                 return False
-            self._spend(tokens)
+            self.tokens += tokens
             if pool.tracks:
                 pool.computed(request, upto)
             self.chunks.append((request, tokens))
@@ -183,7 +185,7 @@ class ReplicaStep(Step):
         need = self._next_block(request)
         if need > pool.free:
             return False
-        self._spend(1)
+        self.tokens += 1
         pool.decode_one(request, need)
         self.taken += need
         self.ran[request.id] = request
@@ -206,7 +208,7 @@ class ReplicaStep(Step):
                 return False
         if pool.need(request, upto) > pool.free:
             return False
-        self._spend(tokens)
+        self.tokens += tokens
         self._leave_queue(request)
         pool.open(request, upto)
         if pool.tracks:
@@ -359,8 +361,8 @@ class ReplicaStep(Step):
             except ValueError:
                 self._fail(f"{request} is not waiting")
 
-    def _spend(self, tokens: int) -> None:
-        self.tokens += tokens
+    def check_budget(self) -> None:
+        """Raise `PolicyError` if the plan holds more tokens than the policy's own limit."""
         if self._limit is not None and self.tokens > self._limit:
             self._fail(f"a step of {self.tokens} tokens: its budget is {self._limit}")
 
