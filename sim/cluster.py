@@ -33,8 +33,9 @@ class Replica:
         self.draining = False
         self.pool: ReplicaPool | None = None  # that sends it requests; None while it takes none
         self.position = 0  # there
-        self.home: ReplicaPool | None = None
         self.held = 0  # requests here
+        self.up_ps = 0  # how long it has been up before
+        self._up_since: int | None = None
         self._build = build
         self._cluster = cluster
         self._env = cluster.env
@@ -90,6 +91,17 @@ class Replica:
         self.engine.records = records
         return lost
 
+    def go_up(self) -> None:
+        """It costs money from now on."""
+        if self._up_since is None:
+            self._up_since = self._now
+
+    def go_down(self) -> None:
+        """It costs none any more."""
+        if self._up_since is not None:
+            self.up_ps += self._now - self._up_since
+            self._up_since = None
+
     def plan_soon(self, now: int) -> None:
         """Plan once all boundaries and arrivals of this instant are in."""
         if self._planning:
@@ -137,6 +149,7 @@ class Replica:
     def _drained(self) -> None:
         if self.draining and self.held == 0:
             self.draining = False
+            self.go_down()
 
 
 class ReplicaPool:
@@ -162,7 +175,8 @@ class ReplicaPool:
 
     def open(self, replica: Replica) -> None:
         """A replica takes requests from now on; those that found none before are sent."""
-        replica.pool = replica.home = self
+        replica.pool = self
+        replica.go_up()
         self._rebuild([*self.replicas, replica])
         homeless, self.homeless = self.homeless, []
         for request in homeless:
@@ -295,6 +309,9 @@ class Cluster:
     def ended(self, request: Request) -> None:
         """A request has ended for good: whoever waits for that is sent after its think time."""
         self.left -= 1
+        if not self.left:
+            for replica in self.replicas:
+                replica.go_down()
         followers = self._followers.pop(request.id, None) if self._followers else None
         for row in followers or ():
             self.after(self._think[row], ARRIVAL, lambda row=row: self._send(row))  # type: ignore[misc]

@@ -12,6 +12,7 @@ from sim.scenario import Autoscale, Failures, Limits, Link
 
 PS_PER_S = 10**12
 PS_PER_US = 10**6
+HANDOVER_COLUMNS = ("handed_over_ps", "taken_over_ps", "prefill_replica")  # of requests, beside the usual ones
 
 
 def picoseconds(seconds: float) -> int:
@@ -60,6 +61,7 @@ class Breakdowns:
         pool = replica.pool
         if pool is not None:
             pool.shut(replica)
+            replica.go_down()
             for request in replica.fail():
                 self._lose(request, pool)
             if away is not None:
@@ -129,6 +131,8 @@ class Autoscaler:
         for replica in reversed(pool.replicas[wanted:]):
             pool.shut(replica)
             replica.draining = replica.held > 0
+            if not replica.draining:
+                replica.go_down()
 
     def _arrive(self, replica: Replica) -> None:
         self._coming.discard(replica.index)
@@ -178,9 +182,8 @@ class Handover:
         self._shared = link.shared
         self._free_at: dict[int, int] = {}  # link → when it has sent all it was given
         n = len(cluster.requests.trace)
-        self._sent = cluster.requests.extra["handed_over_ps"] = array("q", [-1]) * n
-        self._come = cluster.requests.extra["taken_over_ps"] = array("q", [-1]) * n
-        self._from = cluster.requests.extra["prefill_replica"] = array("q", [-1]) * n
+        self._sent, self._come, self._from = (array("q", [-1]) * n for _ in HANDOVER_COLUMNS)
+        cluster.requests.extra.update(zip(HANDOVER_COLUMNS, (self._sent, self._come, self._from), strict=True))
 
     def take(self, request: Request) -> bool:
         """Take a request over whose prompt is done; False if its first token was its last."""

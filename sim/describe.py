@@ -16,15 +16,16 @@ WINDOWS_S = (1, 10, 60)
 def describe(trace: Trace) -> dict[str, Any]:
     """Statistics of a trace, ready for JSON. A number that the trace does not define is None.
 
-    - ``rate_per_s``: gaps over the time from the first arrival to the last; ``gap_cv``: standard deviation
-      over mean of the gaps; ``dispersion``: variance over mean of the arrivals in windows of 1, 10 and 60 s
-      (1 for Poisson; the last, partial window is left out).
+    - Times are those of requests that wait for no other. ``rate_per_s``: gaps over the time from the first
+      arrival to the last; ``gap_cv``: standard deviation over mean of the gaps; ``dispersion``: variance over
+      mean of the arrivals in windows of 1, 10 and 60 s (1 for Poisson; the last, partial window is left out).
     - ``prompt_tokens``, ``output_tokens``: mean, p50, p90, p99 (linear between ranks), max and total.
     - ``correlation``: of prompt with output tokens, Pearson's and Spearman's (ties share their mean rank).
     - ``prefix``: what an infinite cache of prompts would hit, see `prefix_reuse`; None without prefixes.
     - ``sessions``: their number, mean requests in one, and the share of requests that follow another in one.
     """
-    gaps = np.diff(trace.arrival_ps) / PS_PER_S
+    times = trace.arrival_ps if trace.follows is None else trace.arrival_ps[trace.follows < 0]
+    gaps = np.diff(times) / PS_PER_S
     duration = trace.duration_s
     prompt, output = trace.prompt_tokens.astype(float), trace.output_tokens.astype(float)
     return {
@@ -35,7 +36,7 @@ def describe(trace: Trace) -> dict[str, Any]:
         "duration_s": duration,
         "rate_per_s": _ratio(len(gaps), duration),
         "gap_cv": _ratio(float(gaps.std()), float(gaps.mean())) if len(gaps) else None,
-        "dispersion": {f"{window}s": _dispersion(trace, window) for window in WINDOWS_S},
+        "dispersion": {f"{window}s": _dispersion(times, window) for window in WINDOWS_S},
         "prompt_tokens": _spread(prompt),
         "output_tokens": _spread(output),
         "prompt_tokens_per_s": _ratio(float(prompt.sum()), duration),
@@ -138,9 +139,9 @@ def _spread(tokens: npt.NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def _dispersion(trace: Trace, window_s: int) -> float | None:
+def _dispersion(times: npt.NDArray[np.int64], window_s: int) -> float | None:
     """Variance over mean of the arrivals in the whole windows from the first arrival on."""
-    window = ((trace.arrival_ps - trace.arrival_ps[0]) // (window_s * PS_PER_S)).astype(np.int64)
+    window = ((times - times[0]) // (window_s * PS_PER_S)).astype(np.int64)
     last = int(window[-1])
     if last < 2:
         return None

@@ -75,7 +75,10 @@ def summarise(
     rate = 1 / span if span > 0 else 0.0
     summary: dict[str, Any] = {
         "completed": n,
-        "rejected": int(np.count_nonzero(status == Status.REJECTED)),
+        **{
+            s.name.lower(): int(np.count_nonzero(status == s))
+            for s in (Status.REJECTED, Status.TIMED_OUT, Status.FAILED)
+        },
         "duration": span,
         "total_input_tokens": prompts,
         "total_output_tokens": outputs,
@@ -94,10 +97,34 @@ def summarise(
         summary.update(_describe(name, values))
     summary.update(_describe_weighted("itl", *inter_token_gaps(runs)))
     summary.update(occupancy(runs, pools))
+    summary["prefix_hit_rate"] = _hit_rate(requests)
+    summary.update(_transfers(requests))
     summary["preemptions"] = int(sum(requests.preemptions))
     summary["wall_s"] = wall_s
     summary["requests_per_wall_s"] = len(requests.status) / wall_s if wall_s > 0 else None
     return summary
+
+
+def fleet(summary: dict[str, Any], up_ps: list[int]) -> dict[str, Any]:
+    """What the replicas' time was used for, given how long each was up, ps."""
+    up_s = sum(up_ps) / PS_PER_S
+    return {"replica_hours": up_s / 3600, "utilization": summary["busy_s"] / up_s if up_s else 0.0}
+
+
+def _hit_rate(requests: RequestRecords) -> float:
+    """Share of the prompt tokens of admitted requests that were in a prefix cache already."""
+    admitted = np.frombuffer(requests.admitted, dtype=np.int64) >= 0
+    prompts = int(requests.trace.prompt_tokens[admitted].sum())
+    return sum(requests.cached_tokens) / prompts if prompts else 0.0
+
+
+def _transfers(requests: RequestRecords) -> dict[str, float | None]:
+    """From the end of the prompt on its prefill replica until its KV lies ready at the decode side, ms."""
+    if "taken_over_ps" not in requests.extra:
+        return {}
+    sent, come = (np.frombuffer(requests.extra[c], dtype=np.int64) for c in ("handed_over_ps", "taken_over_ps"))
+    done = come >= 0
+    return _describe("transfer", (come[done] - sent[done]) / PS_PER_MS)
 
 
 def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.int64]]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from sim.control import HANDOVER_COLUMNS
 from sim.metrics import PS_PER_MS, Latencies
 from sim.problems import BadInput, Problem
 from sim.records import Status
@@ -39,6 +40,7 @@ class Writer:
         self.folder = folder
         self._study = study
         self._compares = len(study.setups) > 1
+        self._moves = any(setup.link is not None for setup in study.setups)
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
@@ -54,7 +56,7 @@ class Writer:
     def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
-        self._append("requests", request_table(outcome, label))
+        self._append("requests", request_table(outcome, label, self._moves))
         self._append("steps", step_table(outcome, label))
         summary = {
             **{k: v for k, v in label.items() if v},
@@ -93,15 +95,21 @@ class Writer:
                     rows.writerow([outcome.setup.case, outcome.setup.variant, f"{(i + 1) / n:.6f}", *numbers])
 
 
-def request_table(outcome: Outcome, label: dict[str, str]) -> pa.Table:
-    """A row a request: the trace's columns, times in ps (null where it did not happen), latencies in ms."""
+def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False) -> pa.Table:
+    """A row a request: the trace's columns, times in ps (null where it did not happen), latencies in ms.
+
+    ``moves``: with the columns of a hand-over of KV, also where there was none.
+    """
     columns = outcome.requests.columns()
+    if moves:
+        none = np.full(len(outcome.requests.status), -1, dtype=np.int64)
+        columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
     done = columns["status"] == Status.FINISHED
     arrays: dict[str, Any] = _labels(label, len(done))
     for name, values in columns.items():
         if name == "status":
             arrays[name] = pa.array(STATUS).take(pa.array(values)).dictionary_encode()
-        elif name.endswith("_ps"):
+        elif name.endswith("_ps") or name == "prefill_replica":
             arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
         else:
             arrays[name] = pa.array(values)

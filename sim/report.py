@@ -37,6 +37,8 @@ def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[Renderabl
             yield waterfall(study, outcomes)
         if "latency" in study.tables:
             yield latency(study, outcomes)
+        if "fleet" in study.tables:
+            yield fleet(study, outcomes)
         if "cdf" in study.tables:
             yield cdf(study, outcomes)
     yield assumptions(outcomes)
@@ -48,7 +50,8 @@ def single(study: Study, outcome: Outcome) -> Table:
     table = Table(title=study.name, title_justify="left", show_header=False, box=box.SIMPLE)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("completed", f"{s['completed']:,}" + (f" ({s['rejected']:,} rejected)" if s["rejected"] else ""))
+    lost = [f"{s[key]:,} {key.replace('_', ' ')}" for key in ("rejected", "timed_out", "failed") if s[key]]
+    table.add_row("completed", f"{s['completed']:,}" + (f" ({', '.join(lost)})" if lost else ""))
     table.add_row("duration", f"{s['duration']:,.2f} s")
     table.add_row("requests/s", f"{s['request_throughput']:,.3f}")
     if s["request_goodput"] is not None:
@@ -63,6 +66,11 @@ def single(study: Study, outcome: Outcome) -> Table:
     table.add_row("running, mean / peak", f"{s['mean_running']:.2f} / {s['peak_running']}")
     table.add_row("KV used", f"{s['kv_utilization']:.1%}")
     table.add_row("KV reserved / internal / free", _waste(s))
+    if s["prefix_hit_rate"]:
+        table.add_row("prompt tokens found in the prefix cache", f"{s['prefix_hit_rate']:.1%}")
+    if s.get("median_transfer_ms") is not None:
+        table.add_row("KV transfer p50 / p90 / p99", _percentiles(s, "transfer"))
+    table.add_row("replica hours, busy", f"{s['replica_hours']:.2f}, {s['utilization']:.0%}")
     table.add_row("preemptions", f"{s['preemptions']:,}")
     leap = f" ({1 - s['runs'] / s['steps']:.0%} leapt)" if s["steps"] else ""
     table.add_row("engine steps", f"{s['steps']:,}{leap}")
@@ -75,7 +83,7 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
     baselines = study.baseline or [outcomes[0].setup.variant]
     published = any(o.setup.published is not None for o in outcomes)
     table = _table(f"{study.name}: tokens/s, prompts and outputs counted")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     table.add_column("tokens/s", justify="right")
     for name in baselines:
         table.add_column(f"× {name}", justify="right")
@@ -125,12 +133,12 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """Latency of every variant, median and 99th percentile."""
     goodput = any(o.summary["request_goodput"] is not None for o in outcomes)
     table = _table(f"{study.name}: latency, p50 / p99")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for label in ("TTFT", "TPOT", "ITL", "E2E"):
         table.add_column(label, justify="right", no_wrap=True)
-    table.add_column("requests/s", justify="right")
+    table.add_column("req/s", justify="right", no_wrap=True)
     if goodput:
-        table.add_column("goodput/s", justify="right")
+        table.add_column("good/s", justify="right", no_wrap=True)
     for case, members in by_case(outcomes):
         if case:
             table.add_section()
@@ -145,10 +153,32 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
+def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What the replicas' time went into, and what became of the requests."""
+    moved = any("median_transfer_ms" in o.summary for o in outcomes)
+    table = _table(f"{study.name}: replica hours, prefix hits, what became of the requests")
+    table.add_column("", overflow="fold")
+    labels = ["hours", "busy", "hits", "done", "refused", "timed out", "failed", "preempt."]
+    for label in (*labels, *(["KV transfer"] * moved)):
+        table.add_column(label, justify="right")
+    for case, members in by_case(outcomes):
+        if case:
+            table.add_section()
+            table.add_row(Text(case, style="bold"))
+        for outcome in members:
+            s = outcome.summary
+            row = [f"{s['replica_hours']:.2f}", f"{s['utilization']:.0%}", f"{s['prefix_hit_rate']:.0%}"]
+            row += [f"{s[key]:,}" for key in ("completed", "rejected", "timed_out", "failed", "preemptions")]
+            if moved:
+                row.append(_percentiles(s, "transfer", ("median", "p99")) if "median_transfer_ms" in s else "")
+            table.add_row(outcome.setup.variant, *row)
+    return table
+
+
 def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """The distribution of end-to-end latency, seconds at each percentage of requests."""
     table = _table(f"{study.name}: E2E seconds within which this share of requests is done")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for percent in CDF_PERCENT:
         table.add_column(f"{percent}%", justify="right")
     for case, members in by_case(outcomes):
@@ -203,7 +233,7 @@ def _percentiles(summary: dict[str, float | None], name: str, which: Sequence[st
     if len(numbers) < len(values):
         return "–"
     unit = "s" if max(numbers) >= 10_000 else "ms"
-    return " / ".join(_number(v / 1000 if unit == "s" else v) for v in numbers) + f" {unit}"
+    return "/".join(_number(v / 1000 if unit == "s" else v) for v in numbers) + f" {unit}"
 
 
 def _ratio(rate: float, base: float, digits: int) -> str:

@@ -14,7 +14,7 @@ from sim.cluster import Cluster, Replica, ReplicaPool
 from sim.control import Autoscaler, Breakdowns, Handover, Patience
 from sim.engine import Engine
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
-from sim.metrics import summarise
+from sim.metrics import fleet, summarise
 from sim.prefix import Identity, PrefixPool
 from sim.records import RequestRecords, RunRecords
 from sim.setup import ReplicaGroup, Setup
@@ -43,9 +43,9 @@ def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | 
     collecting = gc.isenabled()
     gc.disable()  # a run makes no cycles to speak of, and looking for them costs a tenth of its time
     try:
-        requests, engines = _served(setup, leap, progress, Identity.shares(setup.trace))
+        requests, engines, up_ps = _served(setup, leap, progress, Identity.shares(setup.trace))
     except PrefixCacheMatters:
-        requests, engines = _served(setup, leap, progress, True)
+        requests, engines, up_ps = _served(setup, leap, progress, True)
     finally:
         if collecting:
             gc.enable()
@@ -53,13 +53,17 @@ def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | 
     runs = [engine.records for engine in engines]
     pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
     summary = summarise(requests, runs, pools, setup.slo, wall)
+    summary.update(fleet(summary, up_ps))
     return Outcome(setup, requests, runs, summary, _assumptions(setup, engines[0]))
 
 
 def _served(
     setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool
-) -> tuple[RequestRecords, list[Engine]]:
-    """``identify``: prefix caching, where the policy has it, needs to know each block."""
+) -> tuple[RequestRecords, list[Engine], list[int]]:
+    """Records, engines, and how long each was up, ps.
+
+    ``identify``: prefix caching, where the policy has it, needs to know each block.
+    """
     trace = setup.trace
     requests = RequestRecords(trace)
     outputs: list[int] = trace.output_tokens.tolist()
@@ -113,7 +117,7 @@ def _served(
     if setup.limits.timeout_s is not None or setup.limits.queue_timeout_s is not None:
         cluster.on_arrival = Patience(cluster, setup.limits).arrived
     cluster.run()
-    return requests, [replica.engine for replica in cluster.replicas]
+    return requests, [r.engine for r in cluster.replicas], [r.up_ps for r in cluster.replicas]
 
 
 def _chance(setup: Setup, purpose: str) -> Random:

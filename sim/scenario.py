@@ -15,7 +15,7 @@ Milliseconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-TableName = Literal["throughput", "latency", "cdf"]
+TableName = Literal["throughput", "latency", "fleet", "cdf"]
 Choice = str | dict[str, Any]  # a name, or a mapping with `name` and settings
 
 
