@@ -28,10 +28,23 @@ def test_the_policy_of_ones_own_serves_everybody_also_where_kv_is_short(
     assert re.search(r"preemptions +[1-9]", result.out)
 
 
+def test_the_cluster_keys_are_all_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = blocks("yaml")[1]
+    base = "model: llama-3.1-8b\ngpu: h100\npolicy: vllm\n"
+    apart = "\n".join(line for line in keys.splitlines() if not line.startswith("autoscale"))
+    together = "\n".join(line for line in keys.splitlines() if not line.startswith(("replicas", "link")))
+    for name, text in (("apart", apart), ("together", together)):
+        Path(f"{name}.yaml").write_text(base + text)
+        result = chairlift("run", f"{name}.yaml", "--set", "workload.requests=200")
+
+        assert result.status == 0, result.err
+
+
 def test_the_scenario_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(blocks("yaml")[0])
     result = chairlift("run", "my.yaml", "--set", "workload.requests=200")
 
     assert result.status == 0, result.err
-    assert "goodput" in result.out
+    assert "good/s" in result.out
