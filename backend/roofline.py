@@ -60,8 +60,8 @@ class Roofline(Backend):
         self._kv = max(1, round(kv_bytes / byte_rate * PS))
         self._reduce_fixed, self._reduce_token = self._all_reduce()
         self._floor = round(e.floor_ms * MS)
-        shared = Fraction(e.mixed_overlap).limit_denominator(1000)
-        self._apart = 1 - shared
+        apart = 1 - Fraction(e.mixed_overlap).limit_denominator(1000)  # of the shorter part, what does not overlap
+        self._apart, self._apart_of = apart.numerator, apart.denominator
         self._host = Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST
 
     def step(self, batch: Batch) -> StepCost:
@@ -87,7 +87,7 @@ class Roofline(Backend):
         tokens = pairs = history = 0
         for start, length in batch.prefills:
             tokens += length
-            pairs += length * start + length * (length + 1) // 2
+            pairs += length * (2 * start + length + 1) // 2
             history += start
         padded = tokens + batch.padded
         compute = padded * self._token + pairs * self._pair + len(batch.prefills) * self._sequence
@@ -98,8 +98,7 @@ class Roofline(Backend):
             compute = batch.decodes * (self._token + self._sequence) + self._pair * batch.context
             decode = max(memory, compute)
             longer, shorter = (prompt, decode) if prompt >= decode else (decode, prompt)
-            apart = self._apart
-            prompt = longer + shorter * apart.numerator // apart.denominator
+            prompt = longer + shorter * self._apart // self._apart_of
         prompt += self._reduce_fixed + self._reduce_token * (padded + batch.decodes)
         return StepCost(max(prompt, self._floor), 0, 1, self._host)
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,21 @@ out = Console(highlight=False)
 if not out.is_terminal:
     out.width = max(out.width, WIDTH)
 err = Console(stderr=True, highlight=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"chairlift {version('chairlift')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -231,7 +247,8 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
 def _question(path: Path) -> str:
     from sim.document import read
 
-    return str(read(path).data.get("question", "")).strip().partition("\n")[0]
+    question, mark, _ = str(read(path).data.get("question", "")).strip().partition("?")
+    return question + mark
 
 
 def main() -> None:

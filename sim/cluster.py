@@ -264,6 +264,9 @@ class Cluster:
         self.on_arrival: Callable[[Request], None] | None = None
         self.left = len(requests.trace)  # requests that have not ended
         self.more_arrivals = True
+        self.request_time = 0  # ps, summed over the requests inside
+        self._inside = 0
+        self._since = 0
         self._make = make_request
         self._progress = progress
         self._arrived = 0
@@ -308,6 +311,10 @@ class Cluster:
 
     def ended(self, request: Request) -> None:
         """A request has ended for good: whoever waits for that is sent after its think time."""
+        now = self.now
+        self.request_time += self._inside * (now - self._since)
+        self._since = now
+        self._inside -= 1
         self.left -= 1
         if not self.left:
             for replica in self.replicas:
@@ -327,8 +334,12 @@ class Cluster:
 
     def _send(self, row: int) -> None:
         request = self._make(row)
+        now = self.now
+        self.request_time += self._inside * (now - self._since)
+        self._since = now
+        self._inside += 1
         if self._followers or self._think:
-            request.arrival = self.requests.arrival[row] = self.now
+            request.arrival = self.requests.arrival[row] = now
         self._arrived += 1
         last = self._arrived == len(self._times)
         if last:  # whoever waits for a fuller batch has waited long enough

@@ -15,7 +15,7 @@ from typing import Any
 
 from policies.base import Request
 from sim.planner import Planner
-from sim.records import RunRecords, Status
+from sim.records import PACK_RUN, RunRecords, Status
 from sim.runs import NOBODY, Plan, duration, steps_to_reach
 
 
@@ -201,7 +201,7 @@ class Engine(Planner):
         self.steps += count
         if plan.undelivered:  # no gap is theirs
             row = (*row[:5], row[5] + plan.undelivered, *row[6:])
-        self.records.rows.extend((start, first, plan.slope, count, *row))
+        self.records.rows.frombytes(PACK_RUN(start, first, plan.slope, count, *row))
         if plan.late_gaps:
             self.records.gap_rows.extend(plan.late_gaps)
             plan.late_gaps = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from enum import IntEnum
+from struct import Struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +45,8 @@ RUN_COLUMNS = (
     "promised_tokens",  # reserved tokens that will be filled later
     "preempted",  # preemptions while planning it
 )
+
+PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
 
 GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
 

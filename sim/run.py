@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from policies.base import Request, Scheduler
 from sim.cluster import Cluster, Replica, ReplicaPool
 from sim.control import Autoscaler, Breakdowns, Handover, Patience
@@ -117,7 +119,33 @@ def _served(
     if setup.limits.timeout_s is not None or setup.limits.queue_timeout_s is not None:
         cluster.on_arrival = Patience(cluster, setup.limits).arrived
     cluster.run()
-    return requests, [r.engine for r in cluster.replicas], [r.up_ps for r in cluster.replicas]
+    engines = [replica.engine for replica in cluster.replicas]
+    audit(requests, engines, cluster.request_time)
+    return requests, engines, [replica.up_ps for replica in cluster.replicas]
+
+
+def audit(requests: RequestRecords, engines: list[Engine], request_time: int) -> None:
+    """Check what must hold of every run; raises AssertionError, which is a defect of ours, never of the input.
+
+    Little's law, exactly: the requests inside, summed over time as the cluster counted them, is the time that each
+    spent there, summed over requests as the records tell. Every token has its gap, but for first tokens. No replica
+    runs two steps at once. Nothing is left behind.
+    """
+    columns = requests.columns()
+    arrival, finished, first = (np.asarray(columns[c]) for c in ("arrival_ps", "finished_ps", "first_token_ps"))
+    stays = finished - arrival
+    inside = int((stays >> 32).sum()) * (1 << 32) + int((stays & 0xFFFFFFFF).sum())  # the sum outgrows 64 bits
+    assert inside == request_time, f"Little's law: {inside} ps by the records, {request_time} ps by the clock"
+    tokens = int(np.asarray(columns["emitted_tokens"]).sum())
+    gaps = 0
+    for engine in engines:
+        runs, more = engine.records.runs(), engine.records.gaps()
+        gaps += int((runs["decodes"] * runs["steps"] - runs["late_decodes"]).sum() + more["count"].sum())
+        steps = runs["steps"]
+        ends = runs["start_ps"] + steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
+        assert (runs["start_ps"][1:] >= ends[:-1]).all(), f"replica {engine.index}: two steps at once"
+        assert engine.pool.free == engine.pool.total, f"replica {engine.index}: blocks are left behind"
+    assert gaps == tokens - int((first >= 0).sum()), f"{tokens} tokens, {gaps} gaps"
 
 
 def _chance(setup: Setup, purpose: str) -> Random:
