@@ -105,7 +105,7 @@ class Vllm(Scheduler):
         if not unfinished and decodes <= budget and not self._by_priority and step.decode_all():
             budget -= decodes  # by far the most common step
             preempted = False
-        elif self._in_one_go(step, budget, unfinished):
+        elif decodes <= budget and not self._by_priority and self._in_one_go(step, unfinished):
             budget, preempted = self._run_all(step, budget)
         else:
             budget, preempted = self._run_each(step, budget)
@@ -148,13 +148,12 @@ class Vllm(Scheduler):
         threshold = self.long_prefill_token_threshold
         return threshold if 0 < threshold < tokens else tokens
 
-    def _in_one_go(self, step: Step, budget: int, unfinished: Sequence[Request]) -> bool:
+    @staticmethod
+    def _in_one_go(step: Step, unfinished: Sequence[Request]) -> bool:
         """Whether the order of the running cannot matter but for who is preempted, the last admitted.
 
         So it is where all decodes fit the budget and whoever lacks prompt tokens was admitted after all of them.
         """
-        if step.decodes > budget or self._by_priority:
-            return False
         return not unfinished or unfinished == list(islice(reversed(step.running), len(unfinished)))[::-1]
 
     def _run_all(self, step: Step, budget: int) -> tuple[int, bool]:

@@ -19,7 +19,7 @@ from policies.base import PolicyError, Request, Router
 from sim.engine import Engine
 from sim.records import RequestRecords, Status
 
-BOUNDARY, CHANGE, ARRIVAL, PLAN = 0, 1, 2, 3  # SimPy priorities: the tie rule
+BOUNDARY, CHANGE, ARRIVAL, PLAN = -(1 << 24), 1, 2, 3  # SimPy priorities: the tie rule
 EXAMPLES = 5  # requests that an error names
 REPORT = 1000  # arrivals between two calls of `progress`
 
@@ -34,6 +34,7 @@ class Replica:
         self.pool: ReplicaPool | None = None  # that sends it requests; None while it takes none
         self.position = 0  # there
         self.held = 0  # requests here
+        self.held_tokens = 0  # their prompts'
         self.up_ps = 0  # how long it has been up before
         self._up_since: int | None = None
         self._build = build
@@ -41,26 +42,30 @@ class Replica:
         self._env = cluster.env
         self._timer: Event | None = None
         self._planning = False
+        self._boundary_rank = BOUNDARY + index  # of several replicas at one instant the first in order goes first
+        self._plan_rank = PLAN + index
 
     @property
     def _now(self) -> int:
         return self._env.now  # type: ignore[return-value]  # integers in, integers out
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, now: int) -> None:
         """Hand a request over; it is planned at once if the replica is idle."""
         self.held += 1
+        self.held_tokens += request.prompt_tokens
         request._at = self.index
         pool = self.pool
         if pool is not None:
             pool.outstanding[self.position] += 1
             pool.outstanding_tokens[self.position] += request.prompt_tokens
         heeds = self.engine.heeds_arrival()
-        if self.engine.submit(request, self._now) and heeds:
-            self._replan()
+        if self.engine.submit(request, now) and heeds:
+            self._replan(now)
 
     def left(self, request: Request) -> None:
         """A request is here no more."""
         self.held -= 1
+        self.held_tokens -= request.prompt_tokens
         request._at = -1
         pool = self.pool
         if pool is not None:
@@ -71,19 +76,20 @@ class Replica:
 
     def cancel(self, request: Request) -> None:
         """The client of a request here has given up."""
-        self.engine.cancel(request, self._now)
-        self._replan()
+        now = self._now
+        self.engine.cancel(request, now)
+        self._replan(now)
 
     def nudge(self) -> None:
         """Something that policies may see has changed."""
         if self.engine.heeds_arrival():
-            self._replan()
+            self._replan(self._now)
 
     def fail(self) -> list[Request]:
         """Lose everything; the requests that were here."""
         lost = self.engine.abort(self._now)
         self._timer = None
-        self.held = 0
+        self.held = self.held_tokens = 0
         for request in lost:
             request._at = -1
         records = self.engine.records
@@ -110,19 +116,18 @@ class Replica:
             self._plan(now)
         else:
             self._planning = True
-            _Alarm(self._env, 0, PLAN, self._planned)
+            _Alarm(self._env, 0, self._plan_rank, self._planned)
 
-    def _replan(self) -> None:
+    def _replan(self, now: int) -> None:
         """Plan now if idle, else at the first boundary."""
         engine = self.engine
-        now = self._now
         if engine.end is None:
             self.plan_soon(now)
             return
         before = engine.end
         end = engine.cut(now)
         if end is not None and end != before:  # the timer set before stays in SimPy's heap, and is ignored there
-            self._timer = _Alarm(self._env, end - now, BOUNDARY, self._ring)
+            self._timer = _Alarm(self._env, end - now, self._boundary_rank, self._ring)
 
     def _planned(self, _event: Event) -> None:
         self._planning = False
@@ -133,7 +138,7 @@ class Replica:
         end = self.engine.begin(now)
         if end is None:
             end = self.engine.state.wake
-        self._timer = None if end is None else _Alarm(self._env, end - now, BOUNDARY, self._ring)
+        self._timer = None if end is None else _Alarm(self._env, end - now, self._boundary_rank, self._ring)
 
     def _ring(self, event: Event) -> None:
         if event is not self._timer:
@@ -156,6 +161,7 @@ class ReplicaPool:
     """The replicas that one router sends requests to; what the router sees of them (`policies.base.Replicas`)."""
 
     def __init__(self, cluster: Cluster, router: Router, chance: Random, stale_ps: int = 0) -> None:
+        cluster.pools.append(self)
         self.router = router
         router.random = chance
         self.replicas: list[Replica] = []
@@ -176,40 +182,36 @@ class ReplicaPool:
     def open(self, replica: Replica) -> None:
         """A replica takes requests from now on; those that found none before are sent."""
         replica.pool = self
+        replica.draining = False
         replica.go_up()
         self._rebuild([*self.replicas, replica])
         homeless, self.homeless = self.homeless, []
+        self._cluster.gather()
         for request in homeless:
-            self.send(request)
+            if self._cluster.requests.status[request.id] == Status.PENDING:  # else its client has given up
+                self.send(request, self._cluster.now)
 
     def shut(self, replica: Replica) -> None:
         """A replica takes no requests for now."""
         replica.pool = None
         self._rebuild([r for r in self.replicas if r is not replica])
 
-    def send(self, request: Request) -> None:
+    def send(self, request: Request, now: int) -> None:
         """Route a request, or keep it until a replica comes up; refuse it where its queue is full."""
         replicas = self.replicas
         if not replicas:
             self.homeless.append(request)
             return
-        if len(replicas) == 1:
+        if len(self._cluster.replicas) == 1:
             chosen = replicas[0]
         else:
-            self.now = self._cluster.now
+            self.now = now
             chosen = replicas[self.router.route(request, self._view() if self._stale_ps else self)]
         limit = self._cluster.queue_limit
         if limit is not None and len(chosen.engine.state.waiting) >= limit:
-            self._cluster.refuse(request)
+            self._cluster.refuse(request, now)
             return
-        chosen.submit(request)
-
-    def forget(self, request: Request) -> bool:
-        """Drop a request that no replica has taken; whether it was here."""
-        if request in self.homeless:
-            self.homeless.remove(request)
-            return True
-        return False
+        chosen.submit(request, now)
 
     def _rebuild(self, replicas: list[Replica]) -> None:
         self.replicas = sorted(replicas, key=lambda r: r.index)
@@ -217,9 +219,7 @@ class ReplicaPool:
             replica.position = position
         self.indices = [r.index for r in self.replicas]
         self.outstanding = [r.held for r in self.replicas]
-        self.outstanding_tokens = [
-            sum(q.prompt_tokens for q in (*r.engine.state.waiting, *r.engine.state.running)) for r in self.replicas
-        ]
+        self.outstanding_tokens = [r.held_tokens for r in self.replicas]
         self._seen = None
 
     def _view(self) -> _Snapshot:
@@ -260,6 +260,7 @@ class Cluster:
         self.requests = requests
         self.queue_limit = queue_limit
         self.replicas: list[Replica] = []
+        self.pools: list[ReplicaPool] = []
         self.front: ReplicaPool
         self.on_arrival: Callable[[Request], None] | None = None
         self.left = len(requests.trace)  # requests that have not ended
@@ -294,6 +295,10 @@ class Cluster:
         """Call ``callback`` in ``delay`` ps."""
         _Alarm(self.env, delay, priority, lambda _event: callback())
 
+    def gather(self) -> None:
+        """Put planning off until whatever is under way has sent all its requests."""
+        self.after(0, PLAN, lambda: None)  # `Replica.plan_soon` sees it in SimPy's heap
+
     def run(self) -> None:
         """Serve the whole trace.
 
@@ -304,14 +309,13 @@ class Cluster:
         if self.left:
             raise PolicyError(self._stuck())
 
-    def refuse(self, request: Request) -> None:
+    def refuse(self, request: Request, now: int) -> None:
         """A request that no replica has taken ends, refused."""
-        self.requests.end(request, self.now, Status.REJECTED)
-        self.ended(request)
+        self.requests.end(request, now, Status.REJECTED)
+        self.ended(request, now)
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: Request, now: int) -> None:
         """A request has ended for good: whoever waits for that is sent after its think time."""
-        now = self.now
         self.request_time += self._inside * (now - self._since)
         self._since = now
         self._inside -= 1
@@ -321,7 +325,7 @@ class Cluster:
                 replica.go_down()
         followers = self._followers.pop(request.id, None) if self._followers else None
         for row in followers or ():
-            self.after(self._think[row], ARRIVAL, lambda row=row: self._send(row))  # type: ignore[misc]
+            self.after(self._think[row], ARRIVAL, lambda row=row: self._send(row, self.now))  # type: ignore[misc]
 
     def _arrive(self, _event: Event) -> None:
         i = self._next
@@ -330,11 +334,10 @@ class Cluster:
         row = order[i]
         if i + 1 < len(order):  # before anything else, so that whoever looks ahead sees an arrival at this same instant
             _Alarm(self.env, times[order[i + 1]] - times[row], ARRIVAL, self._arrive)
-        self._send(row)
+        self._send(row, times[row])
 
-    def _send(self, row: int) -> None:
+    def _send(self, row: int, now: int) -> None:
         request = self._make(row)
-        now = self.now
         self.request_time += self._inside * (now - self._since)
         self._since = now
         self._inside += 1
@@ -348,7 +351,7 @@ class Cluster:
                 replica.engine.state.more_arrivals = False
         if self.on_arrival is not None:
             self.on_arrival(request)
-        self.front.send(request)
+        self.front.send(request, now)
         if last:
             for replica in self.replicas:
                 replica.nudge()
@@ -356,7 +359,7 @@ class Cluster:
             self._progress(self._arrived)
 
     def _stuck(self) -> str:
-        if self.front.homeless:
+        if not all(pool.replicas for pool in self.pools):
             return f"{self.left} requests are never served: no replica takes requests any more"
         left = [i for i, status in enumerate(self.requests.status) if status == Status.PENDING]
         engine = self.replicas[max(self.requests.replica[left[0]], 0)].engine

@@ -62,22 +62,25 @@ class Breakdowns:
         if pool is not None:
             pool.shut(replica)
             replica.go_down()
-            for request in replica.fail():
-                self._lose(request, pool)
+            self._lose(replica.fail(), pool)
             if away is not None:
                 self._later(away + self._start_up, lambda: self._repair(replica, pool))
         if again:
             self._later((away or 0) + self._start_up, lambda: self._next(replica))
 
-    def _lose(self, request: Request, pool: ReplicaPool) -> None:
+    def _lose(self, lost: list[Request], pool: ReplicaPool) -> None:
         if self._failures.on_failure == "retry":
-            (self._again if request._emitted else pool).send(request)
+            self._cluster.gather()
+            for request in lost:
+                (self._again if request._emitted else pool).send(request, self._cluster.now)
             return
-        self._cluster.requests.end(request, self._cluster.now, Status.FAILED)
-        self._cluster.ended(request)
+        now = self._cluster.now
+        for request in lost:
+            self._cluster.requests.end(request, now, Status.FAILED)
+            self._cluster.ended(request, now)
 
     def _repair(self, replica: Replica, pool: ReplicaPool) -> None:
-        if self._cluster.left:
+        if self._cluster.left and replica.pool is None:  # an autoscaler may have replaced it
             pool.open(replica)
 
 
@@ -136,7 +139,7 @@ class Autoscaler:
 
     def _arrive(self, replica: Replica) -> None:
         self._coming.discard(replica.index)
-        if self._cluster.left:
+        if self._cluster.left and replica.pool is None:  # it may have been repaired before
             self._pool.open(replica)
 
 
@@ -166,9 +169,9 @@ class Patience:
         if request._at >= 0:
             cluster.replicas[request._at].cancel(request)
             return
-        cluster.front.forget(request)  # or it is on its way between two replicas, which then finds it ended
+        # it has no replica, or is on its way between two: whoever would send it on finds it ended
         cluster.requests.end(request, cluster.now, Status.TIMED_OUT)
-        cluster.ended(request)
+        cluster.ended(request, cluster.now)
 
 
 class Handover:
@@ -207,4 +210,4 @@ class Handover:
             return  # its client has given up
         self._come[request.id] = self._cluster.now
         request._loaded = request.prompt_tokens
-        self._pool.send(request)
+        self._pool.send(request, self._cluster.now)

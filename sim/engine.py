@@ -37,6 +37,7 @@ class Engine(Planner):
         self._flight: Plan | None = None  # asynchronous: the step that runs, committed already
         self._landing = 0  # when the step in flight is done
         self._cancelled: list[Request] = []  # to leave at the end of the run
+        self._decoded = 0  # asynchronous: when the group emitted last before the step in flight
 
     @property
     def outstanding(self) -> int:
@@ -136,21 +137,29 @@ class Engine(Planner):
         """
         state, plan = self.state, self._plan
         begun = self._landing if self._ahead else self._start
+        cancelled, self._cancelled = self._cancelled, []  # they gave up after the boundary that is settled here
         if self.end is not None and plan is not None and self._count > 1 and now >= begun:
             whole = steps_to_reach(now - begun + 1, plan.first, plan.slope) - 1
             if whole or self._ahead:
                 self._count = whole + self._ahead
                 self.settle(begun + duration(plan.first, plan.slope, whole))
-        for request in self._cancelled:
+        for request in cancelled:
             self._strike(request, now)
         state.release()
         self._answer_batch(now)
+        flight = self._flight
+        decoded = self._decoded if flight is not None and flight.decoding else state.decoded_at
         lost = [*state.admitted.values(), *state.waiting]
         for request in lost:
             flying = self._flies(request)
-            if request._counter is not None:
+            decodes = request._counter is not None
+            if decodes:
                 state.group.leave(request)
             request._emitted -= flying
+            if flight is not None and request in flight.emitting:
+                request._last -= (flight.gaps or {}).get(request.id, 0)
+            elif decodes or flying:  # the time of its latest token was not kept, or is that of the one in flight
+                request._last = max(0 if request._last == self._landing else request._last, decoded)
             request.restart()
         self.end = self._flight = self._plan = None
         return lost
@@ -168,6 +177,8 @@ class Engine(Planner):
         first = plan.first + before * plan.slope
         self._flight = plan
         self._landing = start + first
+        if plan.decoding:
+            self._decoded = start if before else self.state.decoded_at
         if before:
             decodes, padded, context = row[2:5]
             row = (*row[:4], context + before * (decodes + padded), 0, *row[6:9], row[9] + before * decodes, *row[10:])
@@ -213,7 +224,11 @@ class Engine(Planner):
             return False
         if request in flight.emitting or request in flight.ending:
             return True
-        return flight.decoding and (request._counter is not None or request in self.state.evicted)
+        if not flight.decoding:
+            return False
+        state = self.state
+        parked = request.id in state.parked and request._last == self._landing  # by the plan under way
+        return request._counter is not None or parked or request in state.evicted
 
     def _strike(self, request: Request, now: int) -> None:
         """A cancelled request leaves, between two steps."""
@@ -236,3 +251,5 @@ class Engine(Planner):
             state.waiting.remove(request)
         request._emitted -= flying
         self.end_request(request, now, Status.TIMED_OUT)
+        if request in state.batch:  # it has its whole answer, and pays for a slot until the others have theirs
+            self._requests.emitted[request.id] = self._outputs[request.id]

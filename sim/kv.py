@@ -105,7 +105,7 @@ class Decodes:
     matter of ``offset mod block_size``, of which only a histogram is kept.
     """
 
-    __slots__ = ("_heap", "block_size", "context", "dead", "growing", "live", "members", "phases", "reserved", "steps")
+    __slots__ = ("block_size", "context", "dead", "ends", "growing", "live", "members", "phases", "reserved", "steps")
 
     def __init__(self, block_size: int, track: bool = False) -> None:
         self.block_size = block_size
@@ -117,7 +117,7 @@ class Decodes:
         self.reserved = 0  # live members with one
         self.phases = [0] * block_size  # growing members by offset mod block_size
         self.members: list[dict[int, Request]] | None = [{} for _ in range(block_size)] if track else None
-        self._heap: list[tuple[int, int, Request]] = []
+        self.ends: list[tuple[int, int, Request]] = []  # a heap of (steps at the end, id, member), stale ones too
 
     def join(self, request: Request, left: int) -> None:
         """Add a request that has ``left`` >= 1 tokens to emit."""
@@ -137,7 +137,7 @@ class Decodes:
             request._reserved = 0
             self._grows(request)
         request._end = end
-        heappush(self._heap, (end, request.id, request))
+        heappush(self.ends, (end, request.id, request))
 
     def leave(self, request: Request) -> None:
         """Take a live member out; its tokens in KV become a number of its own again."""
@@ -184,7 +184,7 @@ class Decodes:
 
     def horizon(self) -> int:
         """Steps until the next member's end; `FOREVER` without members."""
-        heap = self._heap
+        heap = self.ends
         while heap:
             end, _, request = heap[0]
             if request._end == end and request._counter is self:
@@ -192,22 +192,13 @@ class Decodes:
             heappop(heap)  # preempted since, or already dead
         return FOREVER
 
-    def due(self) -> Request | None:
-        """A member whose end has come, in order of arrival; None if there is none (left)."""
-        heap = self._heap
-        while heap and heap[0][0] <= self.steps:
-            end, _, request = heappop(heap)
-            if request._end == end and request._counter is self:
-                return request
-        return None
-
     def outgrow(self, request: Request, left: int) -> None:
         """Its reservation is used up: from here it grows block by block, ``left`` tokens more."""
         self.reserved -= 1
         request._reserved = 0
         self._grows(request)
         request._end = self.steps + left
-        heappush(self._heap, (request._end, request.id, request))
+        heappush(self.ends, (request._end, request.id, request))
 
     def blocks_needed(self, steps: int) -> int:
         """Blocks that the next ``steps`` steps take from the pool."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heappop
 
 from backend.base import NO_HOST, Backend, Batch, Chunk
 from policies.base import FOREVER, PolicyError, Request, Scheduler
@@ -29,7 +30,7 @@ class Planner:
         max_model_len: int,
         index: int = 0,
         leap: bool = True,
-        finish: Callable[[Request], None] | None = None,
+        finish: Callable[[Request, int], None] | None = None,
     ) -> None:
         if scheduler.asynchronous and scheduler.batch_synchronous:
             raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
@@ -133,8 +134,13 @@ class Planner:
             group.context += count * (group.live + group.dead)
             if state.fresh:
                 state.fresh = {}
-            while (request := group.due()) is not None:
-                left = outputs[request.id] - request.emitted
+            steps = group.steps
+            ends = group.ends
+            while ends and ends[0][0] <= steps:
+                end, _, request = heappop(ends)
+                if request._end != end or request._counter is not group:
+                    continue  # preempted since, or already dead
+                left = outputs[request.id] - (request._offset + steps - request.prompt_tokens + 1)
                 if left:
                     group.outgrow(request, left)
                 else:
@@ -176,12 +182,15 @@ class Planner:
             for request in ending:
                 self._hold(request)
             return []
+        ahead = self._ahead and self.pool.tracks
         for request in ending:
-            if request.id in state.admitted:
-                del state.admitted[request.id]
-                if self._ahead:
+            if state.admitted.pop(request.id, None) is not None:
+                if ahead:
                     self.pool.computed(request, request._offset)
-                state.vacate(request)
+                if request._drains:
+                    state.dismiss(request)
+                else:
+                    state.vacate(request)
             else:  # preempted while its last token was in flight
                 state.waiting.remove(request)
             self.end_request(request, now, Status.FINISHED)
@@ -198,7 +207,7 @@ class Planner:
         if self._releases:
             self.backend.release(request.id)
         if self._finish is not None:
-            self._finish(request)
+            self._finish(request, now)
 
     def _end(self, request: Request) -> None:
         """The last token of ``request`` comes with the step that is being committed."""

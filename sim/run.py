@@ -84,9 +84,10 @@ def _served(
         pool = make_pool(scheduler, trace, group.blocks, group.block_size, identify)
         tokens = first_only if group.role == "prefill" else outputs
 
-        def finish(request: Request) -> None:
-            replica.left(request)
-            cluster.ended(request)
+        def finish(request: Request, now: int) -> None:
+            if request._at >= 0:  # else its client gave up in the very step that handed it over
+                replica.left(request)
+            cluster.ended(request, now)
 
         engine = Engine(
             scheduler,

@@ -193,7 +193,7 @@ class ReplicaStep(Step):
 
     def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:  # noqa: D102
         pool = self.pool
-        hit = pool.hit(request)
+        hit = pool.hit(request) if pool.tracks else request._loaded
         if not 1 <= tokens <= request.prompt_tokens + request._emitted - hit:
             self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
         if pad < 0:
@@ -300,9 +300,18 @@ class ReplicaStep(Step):
 
     def drain(self, request: Request) -> None:
         """Take a member out of the group whose last token is under way; it keeps its blocks until that is in."""
+        group = self.group
         if not request._reserved:
-            request._blocks = -(-request.computed // self.pool.block_size)
-        self.group.leave(request)
+            request._blocks = -(-(request._offset + group.steps) // group.block_size)
+        group.leave(request)
+
+    def dismiss(self, request: Request) -> None:
+        """Take back all that a drained request holds."""
+        if request._reserved:
+            self.promised -= self._promise(request, request._offset)
+            request._reserved = 0
+        self.kv_tokens -= request._offset
+        self.pool.close(request, request._blocks)
 
     def vacate(self, request: Request, planned: int = 0) -> None:
         """Take back all that a request holds, which runs no more, ``planned`` blocks for this step's token too."""

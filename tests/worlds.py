@@ -148,9 +148,9 @@ def play(
         policy = scheduler()
         pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identify=True)
 
-        def finish(request: Request) -> None:
+        def finish(request: Request, now: int) -> None:
             replica.left(request)
-            cluster.ended(request)
+            cluster.ended(request, now)
 
         return Engine(
             policy, backend(), pool, requests, outputs, max_model_len, index=replica.index, leap=leap, finish=finish
