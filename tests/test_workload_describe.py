@@ -2,43 +2,15 @@
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from made import SYNTHETIC, TRACES, needs_traces, workload
 from rich.console import Console
 
 from sim.describe import describe, prefix_reuse, table
 from sim.formats import load
-from sim.lengths import Lengths
-from sim.workload import HashIds, Trace, Workload
-
-TRACES = Path(__file__).parents[2] / "shared" / "traces"
-needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def lengths(spec):
-    return Lengths.model_validate(spec)
-
-
-def trace(**columns):
-    return Trace(**({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns))
-
-
-def workload(**keys):
-    return Workload.model_validate(keys)
-
-
-SYNTHETIC = {
-    "requests": 50,
-    "arrivals": {"poisson": {"rate_per_s": 4.0}},
-    "prompt_tokens": 512,
-    "output_tokens": {"exponential": {"mean": 128, "cap": 512}},
-}
+from sim.workload import HashIds, Trace
 
 
 @pytest.fixture(scope="module")

@@ -1,46 +1,16 @@
 """Arrival processes and length distributions against what mathematics says of them."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import lengths, rng
 from pydantic import ValidationError
 
 from sim.arrivals import Arrivals
-from sim.lengths import Lengths
 from sim.problems import BadInput
-from sim.workload import Trace, Workload
-
-TRACES = Path(__file__).parents[2] / "shared" / "traces"
-needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def lengths(spec):
-    return Lengths.model_validate(spec)
-
-
-def trace(**columns):
-    return Trace(**({"arrival_ps": [0, 5, 9], "prompt_tokens": [7, 8, 9], "output_tokens": [1, 2, 3]} | columns))
-
-
-def workload(**keys):
-    return Workload.model_validate(keys)
-
-
-SYNTHETIC = {
-    "requests": 50,
-    "arrivals": {"poisson": {"rate_per_s": 4.0}},
-    "prompt_tokens": 512,
-    "output_tokens": {"exponential": {"mean": 128, "cap": 512}},
-}
-
 
 # ---- arrivals ----
 
