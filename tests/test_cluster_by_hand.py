@@ -287,9 +287,30 @@ def test_a_replica_ordered_comes_after_the_time_it_takes_and_before_arrivals_of_
 
 @pytest.mark.parametrize("provision", [0, 2500])
 def test_a_replica_that_is_both_repaired_and_replaced_counts_once(provision: int) -> None:
-    # 1000 replica 1 fails; looks at 2000, 4000, … order a replica in its stead; 4000 it is repaired
-    scale = Autoscale(min=2, max=2, every_s=s(2000), provision_s=s(provision), target_outstanding=1)
+    # 1000 replica 1 fails; 2000 it is ordered anew, and comes at 2000 or 4500; 4000 it is repaired
+    schedule = Autoscale(max=2, provision_s=s(provision), schedule=[Planned(at_s=s(2000), replicas=2)])
     trace = trace_of([(k * 500, 4, 4) for k in range(20)])
-    served = played(setup_of(trace, [vllm(2)], autoscale=scale, failures=down((1, 1000, 3000))))
+    served = played(setup_of(trace, [vllm(2)], autoscale=schedule, failures=down((1, 1000, 3000))))
 
     assert served.pools[0].indices == [0, 1]
+
+
+# ties
+
+
+def test_of_two_replicas_that_end_steps_at_one_instant_the_first_goes_first() -> None:
+    # Replica 0, steps of 1000, and replica 1, steps of 2000, answer A and B at 11,000. What follows A is then sent
+    # before what follows B, however long ago the ends of their runs were foreseen.
+    slow = group(cost=Affine(fixed=2 * STEP, token=0, context=0))
+    trace = trace_of([(0, 4, 11), (0, 4, 1), (1000, 4, 5), (1000, 4, 1)], follows=[-1, 0, -1, 2], think_ps=[0, 0, 0, 0])
+    served = played(setup_of(trace, [vllm(), slow]))
+
+    assert served.columns()["arrival_ps"] == [0, 11000, 1000, 11000]
+    assert served.columns()["replica"] == [0, 0, 1, 1]
+
+
+def test_arrivals_at_the_end_of_a_step_join_the_next() -> None:
+    # boundary, arrivals, plan: B and C, at 2000, are in the step from 2000 to 3000, together
+    served = played(setup_of(trace_of([(0, 4, 5), (2000, 4, 1), (2000, 4, 1)]), [vllm()]))
+
+    assert served.columns()["finished_ps"] == [5000, 3000, 3000]
