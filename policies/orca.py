@@ -35,7 +35,7 @@ class Orca(Scheduler):
         step.decode_all()
         while step.waiting and len(step.running) < self.max_batch:
             request = step.waiting[0]
-            if not step.admit(request, request.prompt_tokens, self._slots(request, step)):
+            if not step.admit(request, request.remaining - step.cached_tokens(request), self._slots(request, step)):
                 break
         return FOREVER
 

@@ -70,7 +70,7 @@ class Static(Scheduler):
         room = step.free_blocks * step.block_size
         for size in range(min(self.batch, len(step.waiting)), 0, -1):
             chosen = [step.waiting[i] for i in range(size)]
-            prompt = max(r.prompt_tokens for r in chosen)
+            prompt = max(r.remaining for r in chosen)  # its prompt, and what it has if it comes from a lost replica
             output = self._longest or max(r.max_tokens for r in chosen)
             reserve = min(prompt + output, step.max_model_len)
             if size * reserve <= room:
@@ -79,7 +79,8 @@ class Static(Scheduler):
             step.reject(step.waiting[0])
             return
         for request in chosen:
-            step.admit(request, request.prompt_tokens, reserve, pad=prompt - request.prompt_tokens)
+            tokens = request.remaining - step.cached_tokens(request)
+            step.admit(request, tokens, max(reserve, request.remaining), pad=prompt - request.remaining)
         self._last_step = step.decode_steps + (output - 1 if self._longest else 0)  # the prefill emits the first token
         if self.pause_ms:
             step.pause(round(self.pause_ms * MS))

@@ -82,7 +82,8 @@ class Tgi(Scheduler):
         joined = False
         for request in batch:
             pad = longest - request.prompt_tokens
-            if not step.admit(request, request.prompt_tokens, self._cost(request, step), pad=pad):
+            tokens = request.remaining - step.cached_tokens(request)
+            if not step.admit(request, tokens, self._cost(request, step), pad=pad):
                 break
             joined = True
         return joined

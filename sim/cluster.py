@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from random import Random
+from typing import TYPE_CHECKING
 
 import simpy
 from simpy.events import Event
 
-from policies.base import PolicyError, Request, Router
+from policies.base import PolicyError, Request
 from sim.engine import Engine
 from sim.records import RequestRecords, Status
 
+if TYPE_CHECKING:
+    from sim.routing import ReplicaPool
+
 BOUNDARY, CHANGE, ARRIVAL, PLAN = -(1 << 24), 1, 2, 3  # SimPy priorities: the tie rule
 EXAMPLES = 5  # requests that an error names
+PATIENCE = 1000  # looks at an idle cluster before it counts as stuck
 REPORT = 1000  # arrivals between two calls of `progress`
 
 
@@ -157,91 +161,6 @@ class Replica:
             self.go_down()
 
 
-class ReplicaPool:
-    """The replicas that one router sends requests to; what the router sees of them (`policies.base.Replicas`)."""
-
-    def __init__(self, cluster: Cluster, router: Router, chance: Random, stale_ps: int = 0) -> None:
-        cluster.pools.append(self)
-        self.router = router
-        router.random = chance
-        self.replicas: list[Replica] = []
-        self.indices: list[int] = []
-        self.outstanding: list[int] = []
-        self.outstanding_tokens: list[int] = []
-        self.now = 0
-        self._cluster = cluster
-        self.homeless: list[Request] = []  # arrived while no replica took requests
-        self._stale_ps = stale_ps
-        self._seen: _Snapshot | None = None
-
-    @property
-    def waiting(self) -> list[int]:
-        """Requests waiting at each replica."""
-        return [len(replica.engine.state.waiting) for replica in self.replicas]
-
-    def open(self, replica: Replica) -> None:
-        """A replica takes requests from now on; those that found none before are sent."""
-        replica.pool = self
-        replica.draining = False
-        replica.go_up()
-        self._rebuild([*self.replicas, replica])
-        homeless, self.homeless = self.homeless, []
-        self._cluster.gather()
-        for request in homeless:
-            if self._cluster.requests.status[request.id] == Status.PENDING:  # else its client has given up
-                self.send(request, self._cluster.now)
-
-    def shut(self, replica: Replica) -> None:
-        """A replica takes no requests for now."""
-        replica.pool = None
-        self._rebuild([r for r in self.replicas if r is not replica])
-
-    def send(self, request: Request, now: int) -> None:
-        """Route a request, or keep it until a replica comes up; refuse it where its queue is full."""
-        replicas = self.replicas
-        if not replicas:
-            self.homeless.append(request)
-            return
-        if len(self._cluster.replicas) == 1:
-            chosen = replicas[0]
-        else:
-            self.now = now
-            chosen = replicas[self.router.route(request, self._view() if self._stale_ps else self)]
-        limit = self._cluster.queue_limit
-        if limit is not None and len(chosen.engine.state.waiting) >= limit:
-            self._cluster.refuse(request, now)
-            return
-        chosen.submit(request, now)
-
-    def _rebuild(self, replicas: list[Replica]) -> None:
-        self.replicas = sorted(replicas, key=lambda r: r.index)
-        for position, replica in enumerate(self.replicas):
-            replica.position = position
-        self.indices = [r.index for r in self.replicas]
-        self.outstanding = [r.held for r in self.replicas]
-        self.outstanding_tokens = [r.held_tokens for r in self.replicas]
-        self._seen = None
-
-    def _view(self) -> _Snapshot:
-        """What the router saw last, not older than it may be."""
-        seen = self._seen
-        if seen is None or self.now >= seen.taken + self._stale_ps:
-            self._seen = seen = _Snapshot(self)
-        seen.now = self.now
-        return seen
-
-
-class _Snapshot:
-    """A `ReplicaPool` as it was."""
-
-    def __init__(self, pool: ReplicaPool) -> None:
-        self.now = self.taken = pool.now
-        self.indices = pool.indices
-        self.outstanding = list(pool.outstanding)
-        self.outstanding_tokens = list(pool.outstanding_tokens)
-        self.waiting = pool.waiting
-
-
 class Cluster:
     """Replicas behind routers, and the trace that feeds them.
 
@@ -271,6 +190,7 @@ class Cluster:
         self._make = make_request
         self._progress = progress
         self._arrived = 0
+        self._idle_looks = 0
         self._next = 0  # in `_order`
         trace = requests.trace
         follows = trace.follows
@@ -307,6 +227,13 @@ class Cluster:
         _Alarm(self.env, self._times[self._order[0]], ARRIVAL, self._arrive)
         self.env.run()
         if self.left:
+            raise PolicyError(self._stuck())
+
+    def watch(self) -> None:
+        """Raise `PolicyError` if nothing has happened for long but what calls this, again and again."""
+        busy = self._arrived < len(self._times) or any(r.engine.end is not None for r in self.replicas)
+        self._idle_looks = 0 if busy else self._idle_looks + 1
+        if self._idle_looks > PATIENCE:
             raise PolicyError(self._stuck())
 
     def refuse(self, request: Request, now: int) -> None:

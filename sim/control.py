@@ -6,8 +6,9 @@ from array import array
 from random import Random
 
 from policies.base import Request
-from sim.cluster import CHANGE, Cluster, Replica, ReplicaPool
+from sim.cluster import CHANGE, Cluster, Replica
 from sim.records import Status
+from sim.routing import ReplicaPool
 from sim.scenario import Autoscale, Failures, Limits, Link
 
 PS_PER_S = 10**12
@@ -58,6 +59,7 @@ class Breakdowns:
         cluster = self._cluster
         if cluster.left == 0:
             return
+        cluster.watch()
         pool = replica.pool
         if pool is not None:
             pool.shut(replica)
@@ -102,6 +104,7 @@ class Autoscaler:
     def _look(self) -> None:
         if self._cluster.left == 0:
             return
+        self._cluster.watch()
         settings, pool = self._settings, self._pool
         if settings.target_outstanding is not None:
             wanted = -(-sum(pool.outstanding) // settings.target_outstanding)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from policies.base import Request, Scheduler
-from sim.cluster import Cluster, Replica, ReplicaPool
+from sim.cluster import Cluster, Replica
 from sim.control import Autoscaler, Breakdowns, Handover, Patience
 from sim.engine import Engine
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
 from sim.metrics import fleet, summarise
 from sim.prefix import Identity, PrefixPool
 from sim.records import RequestRecords, RunRecords
+from sim.routing import ReplicaPool
 from sim.setup import ReplicaGroup, Setup
 from sim.streams import stream
 from sim.trace import Trace

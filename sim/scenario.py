@@ -127,9 +127,7 @@ class Link(Spec):
 class Limits(Spec):
     """When requests are refused or given up."""
 
-    queue: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Refuse a request whose replica has so many waiting already."
-    )
+    queue: Positive | None = Field(None, description="Refuse a request whose replica has so many waiting already.")
     queue_timeout_s: PositiveSeconds | None = Field(None, description="Give up a request that has not started by then.")
     timeout_s: PositiveSeconds | None = Field(None, description="The client gives up a request not answered by then.")
 

@@ -17,11 +17,12 @@ from policies.base import Request, Router, Scheduler
 from policies.routers import RoundRobin
 from policies.vllm import Vllm
 from sim import run
-from sim.cluster import Cluster, Replica, ReplicaPool
+from sim.cluster import Cluster, Replica
 from sim.engine import Engine
 from sim.kv import PrefixCacheMatters
 from sim.prefix import Identity
 from sim.records import RequestRecords, Status
+from sim.routing import ReplicaPool
 from sim.scenario import Limits, Link, Slo
 from sim.setup import ReplicaGroup, Setup
 from sim.trace import Trace

@@ -53,10 +53,10 @@ ROUTERS: list[tuple[type[Router], dict[str, Any]]] = [
 ]
 
 
-def policy(draw: Draw, closed: bool, anything: bool = True) -> tuple[type[Scheduler], dict[str, Any]]:
-    """``closed``: arrivals wait for answers, so nobody may wait for arrivals; ``anything``: not vLLM alone."""
+def policy(draw: Draw, closed: bool) -> tuple[type[Scheduler], dict[str, Any]]:
+    """``closed``: arrivals wait for answers, so nobody may wait for arrivals."""
     size = draw(st.integers(1, 4))
-    kind = draw(st.sampled_from(["vllm", "vllm", "vllm", "static", "orca", "tgi"] if anything else ["vllm"]))
+    kind = draw(st.sampled_from(["vllm", "vllm", "vllm", "static", "orca", "tgi"]))
     if kind == "static":
         start = "impatient" if closed else draw(st.sampled_from(["full", "impatient"]))
         pad_to = draw(st.sampled_from(["batch", "global"]))
@@ -123,7 +123,6 @@ def clusters(draw: Draw, disaggregated: bool | None = None, safe: bool = False) 
     apart = draw(st.sampled_from([False, False, True])) if disaggregated is None else disaggregated
     failing = not safe and draw(st.booleans())
     on_failure = draw(st.sampled_from(["retry", "fail"])) if failing else "fail"
-    retrying = on_failure == "retry"
     cost = Affine(
         fixed=draw(st.sampled_from([GRID, GRID, 997])),
         token=draw(st.sampled_from([0, 10, GRID])),
@@ -133,7 +132,7 @@ def clusters(draw: Draw, disaggregated: bool | None = None, safe: bool = False) 
     block_size = draw(st.sampled_from([4, 16]))
 
     def some(role: str, count: int) -> Any:
-        scheduler, chosen = policy(draw, closed, anything=not retrying and role != "decode")
+        scheduler, chosen = policy(draw, closed)
         blocks = draw(st.integers(-(-85 // block_size), 200 // block_size))
         return group(scheduler, chosen, count, role, blocks, block_size, cost)
 

@@ -9,7 +9,7 @@ from clusters import Served, check_endings, check_nothing_left, group, link, s, 
 from worlds import Affine, trace_of
 
 from backend.base import Batch, StepCost
-from policies.base import PolicyError
+from policies.base import PolicyError, Step
 from policies.static import Static
 from policies.vllm import Vllm
 from sim.records import Status
@@ -314,3 +314,19 @@ def test_arrivals_at_the_end_of_a_step_join_the_next() -> None:
     served = played(setup_of(trace_of([(0, 4, 5), (2000, 4, 1), (2000, 4, 1)]), [vllm()]))
 
     assert served.columns()["finished_ps"] == [5000, 3000, 3000]
+
+
+class Idle(Vllm):
+    """Plans nothing."""
+
+    def schedule(self, step: Step) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("leap", [True, False])
+def test_a_cluster_that_only_fails_and_recovers_is_found_to_be_stuck(leap: bool) -> None:
+    failures = Failures(mtbf_s=s(5000), mttr_s=s(100))
+    setup = setup_of(trace_of([(0, 4, 10)]), [group(Idle, None, 2, "mixed", 100, 16, COST)], failures=failures)
+
+    with pytest.raises(PolicyError, match="policy Idle: 1 requests are never served"):
+        serve(setup, leap)

@@ -13,9 +13,10 @@ from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost
 from policies.base import Request, Scheduler
 from policies.routers import RoundRobin
 from policies.vllm import Vllm
-from sim.cluster import Cluster, Replica, ReplicaPool
+from sim.cluster import Cluster, Replica
 from sim.engine import Engine
 from sim.records import RequestRecords, Status
+from sim.routing import ReplicaPool
 from sim.run import make_pool
 from sim.trace import Trace
 
