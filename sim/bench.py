@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -101,9 +102,9 @@ def measure(case: Case) -> dict[str, Any]:
         **keys,
     }
     [setup] = load(SCENARIO, [f"{key}={value}" for key, value in sets.items()]).setups
-    bare = time_bare_timeouts(TIMEOUTS)
+    before = [time_bare_timeouts(TIMEOUTS) for _ in range(2)]
     outcome = simulate(setup, leap)
-    bare = (bare + time_bare_timeouts(TIMEOUTS)) / 2
+    bare = median([*before, *(time_bare_timeouts(TIMEOUTS) for _ in range(3))])
     summary = outcome.summary
     return {
         "name": name,

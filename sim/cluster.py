@@ -153,7 +153,10 @@ class Replica:
             now = self._now  # a policy asked to be woken
         else:
             self.engine.settle(now)
-        self.plan_soon(now)
+        if self._planning or self._env.peek() <= now:
+            self.plan_soon(now)
+        else:
+            self._plan(now)
 
     def _drained(self) -> None:
         if self.draining and self.held == 0:

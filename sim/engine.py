@@ -104,7 +104,12 @@ class Engine(Planner):
             flight, state = self._flight, self.state
             assert flight is not None
             landing = self._landing
-            self._record(flight, *flight.air)
+            if flight.undelivered or flight.late_gaps:
+                self._record(flight, *flight.air)
+            else:  # as `_record`, without the detour
+                start, first, _, row = flight.air
+                self.steps += 1
+                self.records.rows.frombytes(PACK_RUN(start, first, flight.slope, 1, *row))
             if flight.emitting:
                 self._deliver(flight, landing)
             done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
@@ -113,7 +118,14 @@ class Engine(Planner):
                 self.commit(plan, count)
                 if count > 1:
                     self._record(plan, landing, plan.first, count - 1, plan.row)
-                self._launch(plan, now, count - 1)
+                    self._launch(plan, now, count - 1)
+                elif plan.emitting or not plan.decoding:
+                    self._launch(plan, now)
+                else:  # as `_launch`, without the detour
+                    self._flight = plan
+                    self._decoded = state.decoded_at
+                    self._landing = state.decoded_at = now + plan.first
+                    plan.air = (now, plan.first, 1, plan.row)
         if self._cancelled:
             cancelled, self._cancelled = self._cancelled, []
             for request in cancelled:

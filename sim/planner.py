@@ -45,6 +45,7 @@ class Planner:
         self._requests = requests
         self._outputs = outputs
         self._finish = finish
+        self._room = pool.total * pool.block_size  # tokens
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
         self._releases = type(backend).release is not Backend.release
         self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
@@ -56,7 +57,7 @@ class Planner:
         """
         self._requests.replica[request.id] = self.index
         final = request.prompt_tokens + self._outputs[request.id]
-        if final > self.max_model_len or self.pool.blocks(final - 1) > self.pool.total:
+        if final > self.max_model_len or final - 1 > self._room:
             self.end_request(request, now, Status.REJECTED)
             return False
         self.state.waiting.append(request)

@@ -47,6 +47,7 @@ class ReplicaStep(Step):
         self.backend = backend
         self.pool = pool
         self.group = Decodes(pool.block_size, pool.tracks)
+        self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self._requests = requests
         self._outputs = outputs  # true lengths by request id: never shown to a policy
         self._limit = scheduler.token_limit
@@ -126,7 +127,7 @@ class ReplicaStep(Step):
     def block_size(self) -> int:  # noqa: D102
         return self.pool.block_size
 
-    def cached_tokens(self, request: Request) -> int:  # noqa: D102
+    def cached_tokens(self, request: Request) -> int:  # noqa: D102 - see `__init__`
         return self.pool.hit(request)
 
     def fits(self, request: Request, tokens: int) -> bool:  # noqa: D102
