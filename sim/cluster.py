@@ -44,7 +44,8 @@ class Replica:
         self._build = build
         self._cluster = cluster
         self._env = cluster.env
-        self._timer: Event | None = None
+        self._timer: _Alarm | None = None
+        self._spare: _Alarm | None = None  # has rung
         self._planning = False
         self._boundary_rank = BOUNDARY + index  # of several replicas at one instant the first in order goes first
         self._plan_rank = PLAN + index
@@ -142,9 +143,17 @@ class Replica:
         end = self.engine.begin(now)
         if end is None:
             end = self.engine.state.wake
-        self._timer = None if end is None else _Alarm(self._env, end - now, self._boundary_rank, self._ring)
+        if end is None:
+            self._timer = None
+        elif (spare := self._spare) is not None:
+            self._timer, self._spare = spare, None
+            spare.again(end - now, self._boundary_rank)
+        else:
+            self._timer = _Alarm(self._env, end - now, self._boundary_rank, self._ring)
 
     def _ring(self, event: Event) -> None:
+        assert isinstance(event, _Alarm)
+        self._spare = event
         if event is not self._timer:
             return
         self._timer = None
@@ -257,13 +266,14 @@ class Cluster:
         for row in followers or ():
             self.after(self._think[row], ARRIVAL, lambda row=row: self._send(row, self.now))  # type: ignore[misc]
 
-    def _arrive(self, _event: Event) -> None:
+    def _arrive(self, event: Event) -> None:
+        assert isinstance(event, _Alarm)
         i = self._next
         self._next = i + 1
         order, times = self._order, self._times
         row = order[i]
         if i + 1 < len(order):  # before anything else, so that whoever looks ahead sees an arrival at this same instant
-            _Alarm(self.env, times[order[i + 1]] - times[row], ARRIVAL, self._arrive)
+            event.again(times[order[i + 1]] - times[row], ARRIVAL)
         self._send(row, times[row])
 
     def _send(self, row: int, now: int) -> None:
@@ -307,10 +317,15 @@ class _Alarm(Event):
 
     def __init__(self, env: simpy.Environment, delay: int, priority: int, callback: Callable[[Event], None]) -> None:
         self.env = env
-        self.callbacks = [callback]
+        self._calls = [callback]
         self._value = None
         self._ok = True
-        env.schedule(self, priority, delay)  # type: ignore[arg-type]  # SimPy's priorities are a NewType of int
+        self.again(delay, priority)
+
+    def again(self, delay: int, priority: int) -> None:
+        """Set it anew, once it has rung: cheaper than a new one."""
+        self.callbacks = self._calls
+        self.env.schedule(self, priority, delay)  # type: ignore[arg-type]  # SimPy's priorities are a NewType of int
 
 
 def time_bare_timeouts(count: int) -> float:
