@@ -20,6 +20,7 @@ class CountingPool:
     """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's; `Request._blocks` says who has them."""
 
     tracks = False  # whether the decode group must know its members by phase
+    publishes = False  # whether decoding can make blocks that others find
 
     __slots__ = ("block_size", "free", "total")
 

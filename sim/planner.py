@@ -96,7 +96,8 @@ class Planner:
         cost = self.backend.step(Batch(prefills, decodes, context, dead + state.padding))
         count = 1
         first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
-        if self.leap and decoding and not chunks and not state.ran and not state.slept:
+        leaps = self.leap and decoding and not (chunks or state.ran or state.slept)
+        if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
             if count > 1 and group.growing:
                 count = group.steps_within(count, self.pool.free + state.taken)

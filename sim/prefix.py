@@ -116,6 +116,10 @@ class PrefixPool(CountingPool):
         self._public: dict[int, int] = {}  # request → findable blocks at the head of its table
         self._found: tuple[int, list[int], int] | None = None  # the latest look-up: request, blocks, how many are free
 
+    @property
+    def publishes(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`
+        return self._identity.answers_too
+
     def hit(self, request: Request) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
         return max(request._loaded, len(self._look_up(request)[1]) * self.block_size)
 
