@@ -83,7 +83,7 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
     baselines = study.baseline or [outcomes[0].setup.variant]
     published = any(o.setup.published is not None for o in outcomes)
     table = _table(f"{study.name}: tokens/s, prompts and outputs counted")
-    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
     table.add_column("tokens/s", justify="right")
     for name in baselines:
         table.add_column(f"× {name}", justify="right")
