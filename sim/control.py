@@ -128,7 +128,6 @@ class Autoscaler:
             spare = [r for r in self._cluster.replicas if r.pool is None and r.index not in self._coming]
             for replica in spare[: wanted - have]:
                 if replica.draining:
-                    replica.draining = False
                     pool.open(replica)
                     continue
                 self._coming.add(replica.index)

@@ -39,11 +39,6 @@ class Engine(Planner):
         self._cancelled: list[Request] = []  # to leave at the end of the run
         self._decoded = 0  # asynchronous: when the group emitted last before the step in flight
 
-    @property
-    def outstanding(self) -> int:
-        """Requests waiting or running here."""
-        return len(self.state.waiting) + len(self.state.admitted)
-
     def heeds_arrival(self) -> bool:
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
         return self.end is None or (self._count > 1 and self.scheduler.heeds_arrival(self.state))

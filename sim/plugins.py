@@ -24,8 +24,6 @@ from sim.problems import BadInput, Problem, did_you_mean
 
 _OWN = "chairlift_policy_"  # begins the module names of users' own policy files
 
-Plugin = type[Scheduler] | type[Router]
-
 
 def snake(name: str) -> str:
     """``RoundRobin`` → ``round_robin``: the name by which a scenario calls a class."""

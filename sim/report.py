@@ -91,10 +91,7 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
         table.add_column("published", justify="right")
     for label in ("output/s", "running", "KV used", "preempt."):
         table.add_column(label, justify="right")
-    for case, members in by_case(outcomes):
-        if case:
-            table.add_section()
-            table.add_row(Text(case, style="bold"))
+    for members in _sections(table, outcomes):
         base = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
         for outcome in members:
             s = outcome.summary
@@ -139,10 +136,7 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
     table.add_column("req/s", justify="right", no_wrap=True)
     if goodput:
         table.add_column("good/s", justify="right", no_wrap=True)
-    for case, members in by_case(outcomes):
-        if case:
-            table.add_section()
-            table.add_row(Text(case, style="bold"))
+    for members in _sections(table, outcomes):
         for outcome in members:
             s = outcome.summary
             row = [_percentiles(s, name, ("median", "p99")) for name in ("ttft", "tpot", "itl", "e2el")]
@@ -161,10 +155,7 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
     labels = ["hours", "busy", "hits", "done", "refused", "timed out", "failed", "preempt."]
     for label in (*labels, *(["KV transfer"] * moved)):
         table.add_column(label, justify="right")
-    for case, members in by_case(outcomes):
-        if case:
-            table.add_section()
-            table.add_row(Text(case, style="bold"))
+    for members in _sections(table, outcomes):
         for outcome in members:
             s = outcome.summary
             row = [f"{s['replica_hours']:.2f}", f"{s['utilization']:.0%}", f"{s['prefix_hit_rate']:.0%}"]
@@ -181,10 +172,7 @@ def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
     table.add_column("", overflow="fold")
     for percent in CDF_PERCENT:
         table.add_column(f"{percent}%", justify="right")
-    for case, members in by_case(outcomes):
-        if case:
-            table.add_section()
-            table.add_row(Text(case, style="bold"))
+    for members in _sections(table, outcomes):
         for outcome in members:
             values = Latencies(outcome.requests).e2el
             row = [f"{v / 1000:.1f}" for v in np.percentile(values, CDF_PERCENT)] if len(values) else []
@@ -217,6 +205,15 @@ def _whose(members: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
 def _table(title: str) -> Table:
     """An empty comparison that fits 80 columns as far as it can."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _sections(table: Table, outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:
+    """The outcomes of each case, under a section of ``table`` that its name heads."""
+    for case, members in by_case(outcomes):
+        if case:
+            table.add_section()
+            table.add_row(Text(case, style="bold"))
+        yield members
 
 
 def by_case(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:

@@ -71,6 +71,7 @@ def _served(
     requests = RequestRecords(trace)
     outputs: list[int] = trace.output_tokens.tolist()
     first_only = [1] * len(outputs)  # what a prefill replica has to emit
+    identities: dict[int, Identity] | None = {} if identify else None
     oracle = any(group.make_scheduler().oracle for group in setup.groups)
     make = request_maker(setup, outputs, oracle)
     cluster = Cluster(requests, make, progress, setup.limits.queue)
@@ -82,7 +83,7 @@ def _served(
 
     def build(replica: Replica, group: ReplicaGroup) -> Engine:
         scheduler = group.make_scheduler()
-        pool = make_pool(scheduler, trace, group.blocks, group.block_size, identify)
+        pool = make_pool(scheduler, trace, group.blocks, group.block_size, identities)
         tokens = first_only if group.role == "prefill" else outputs
 
         def finish(request: Request, now: int) -> None:
@@ -154,13 +155,20 @@ def _chance(setup: Setup, purpose: str) -> Random:
     return Random(int(stream(setup.seed, purpose).integers(1 << 62)))
 
 
-def make_pool(scheduler: Scheduler, trace: Trace, blocks: int, block_size: int, identify: bool) -> CountingPool:
-    """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching can matter."""
+def make_pool(
+    scheduler: Scheduler, trace: Trace, blocks: int, block_size: int, identities: dict[int, Identity] | None
+) -> CountingPool:
+    """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching can matter.
+
+    ``identities``: by block size, what all replicas share of the trace, filled as needed; None where it cannot matter.
+    """
     if not scheduler.prefix_caching:
         return CountingPool(blocks, block_size)
-    if identify:
-        return PrefixPool(blocks, block_size, Identity(trace, block_size), late=scheduler.asynchronous)
-    return StandInPool(blocks, block_size)
+    if identities is None:
+        return StandInPool(blocks, block_size)
+    if block_size not in identities:
+        identities[block_size] = Identity(trace, block_size)
+    return PrefixPool(blocks, block_size, identities[block_size], late=scheduler.asynchronous)
 
 
 def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[int], Request]:

@@ -147,7 +147,7 @@ def play(
 
     def build(replica: Replica) -> Engine:
         policy = scheduler()
-        pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identify=True)
+        pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identities={})
 
         def finish(request: Request, now: int) -> None:
             replica.left(request)
