@@ -7,7 +7,10 @@ by one, bit for bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from backend.shapes import GPU, Model
 
 FOREVER = 1 << 60  # steps: "to the end of any run"
 
@@ -92,3 +95,10 @@ class Backend(ABC):
     def assumptions(self) -> dict[str, str]:
         """What a reader of the results must know of the prices: name → one line."""
         return {}
+
+
+class Settings(Protocol):
+    """A backend's settings as a scenario gives them: a frozen dataclass, its fields the YAML's keys."""
+
+    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
+        """A fresh backend for one replica. Raises ValueError, one sentence, where it cannot serve that."""

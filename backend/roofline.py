@@ -34,6 +34,10 @@ class Efficiency:
     overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
 
+    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Roofline:
+        """The cost model with these efficiencies."""
+        return Roofline(model, gpu, tensor_parallel, self)
+
 
 class Roofline(Backend):
     """Step costs of ``model`` on ``tensor_parallel`` × ``gpu``.

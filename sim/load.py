@@ -259,7 +259,7 @@ class _Resolver(Lookup):
             tensor_parallel=tensor_parallel,
             scheduler=scheduler,
             scheduler_settings=settings,
-            efficiency=backend[0](**backend[1]),
+            backend=backend[0](**backend[1]),
             blocks=fit[0],
             block_size=fit[1],
             kv_source=fit[2],

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from backend import specs
+from backend.base import Settings
 from backend.roofline import Efficiency
 from policies.base import Scheduler
 from sim import plugins
@@ -16,7 +17,7 @@ from sim.problems import BadInput, Problem, did_you_mean
 from sim.rules import Path as KeyPath
 from sim.scenario import Kv
 
-BACKENDS = {"roofline": Efficiency}  # name → the class whose fields are its settings
+BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency}  # name → its settings
 
 
 class Lookup:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backend import specs
-from backend.base import Backend
-from backend.roofline import Efficiency, Roofline
+from backend.base import Backend, Settings
 from policies.base import Router, Scheduler
 from sim.scenario import Autoscale, Failures, Limits, Link, Rung, Slo
 from sim.trace import Trace
@@ -23,7 +22,7 @@ class ReplicaGroup:
     tensor_parallel: int
     scheduler: type[Scheduler]
     scheduler_settings: dict[str, Any]
-    efficiency: Efficiency
+    backend: Settings
     blocks: int  # usable blocks of a replica's pool
     block_size: int  # tokens
     kv_source: str  # where that number comes from
@@ -33,8 +32,8 @@ class ReplicaGroup:
         return self.scheduler(**self.scheduler_settings)
 
     def make_backend(self, model: specs.Model) -> Backend:
-        """A fresh cost model, for one replica."""
-        return Roofline(model, self.gpu, self.tensor_parallel, self.efficiency)
+        """A fresh backend, for one replica."""
+        return self.backend.build(model, self.gpu, self.tensor_parallel)
 
 
 @dataclass
