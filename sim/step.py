@@ -45,6 +45,7 @@ class ReplicaStep(Step):
     ) -> None:
         self.scheduler = scheduler
         self.backend = backend
+        self.releases = type(backend).release is not Backend.release  # it wants to know who loses their KV
         self.pool = pool
         self.group = Decodes(pool.block_size, pool.tracks)
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
@@ -247,6 +248,8 @@ class ReplicaStep(Step):
         request._offset = request._loaded = 0
         request.preemptions += 1
         request.pad = 0
+        if self.releases:
+            self.backend.release(request.id)
         self.preempted += 1
         self.waiting.appendleft(request)
 
