@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,6 +189,25 @@ class TorchEngine(Executor):
             elif request != -1:
                 generated[request] = [token]
         return Measured(gpu, flight.host)
+
+    def fill(self) -> None:
+        """Fill the cache with random numbers: zeros would read faster than what real requests leave there."""
+        for layer in self._cache:
+            layer.normal_()
+
+    def place(self, contexts: Mapping[int, int]) -> None:
+        """Pretend that these requests have so many tokens in KV, computed before: whatever the cache holds there.
+
+        For measuring steps of a given shape; needs blocks that the pool does not name.
+        """
+        practice = _Practice(())
+        for request, tokens in contexts.items():
+            row = self._sequences.take(request, 0, lambda: np.zeros(0, dtype=np.int64))
+            self._sequences.length[row] = tokens
+            cells, blocks = self._sequences.cover(request, tokens, practice)
+            self._tables.view(-1)[torch.tensor(cells, device=self.device)] = torch.tensor(
+                blocks, dtype=torch.int32, device=self.device
+            )
 
     def release(self, request_id: int) -> None:  # noqa: D102
         self._sequences.release(request_id)
