@@ -47,6 +47,7 @@ class Planner:
         self._finish = finish
         self._room = pool.total * pool.block_size  # tokens
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
+        self._arrived = 0  # requests that the host has still to take in
         self._releases = type(backend).release is not Backend.release
         self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
 
@@ -61,12 +62,14 @@ class Planner:
             self.end_request(request, now, Status.REJECTED)
             return False
         self.state.waiting.append(request)
+        self._arrived += 1
         return True
 
     def ask(self, now: int, start: int) -> Plan | None:
-        """What the policy wants of the steps that start at ``start``; None if nothing."""
+        """What the policy wants of the steps that start at ``start``, when the step before brings its tokens; or None."""
         state = self.state
         state.open(now)
+        arrived, self._arrived = self._arrived, 0
         vouched = self.scheduler.schedule(state)
         if not isinstance(vouched, int) or vouched < 1:
             raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
@@ -96,15 +99,15 @@ class Planner:
         cost = self.backend.step(Batch(prefills, decodes, context, dead + state.padding))
         count = 1
         first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
-        leaps = self.leap and decoding and not (chunks or state.ran or state.slept)
+        intake = arrived * self.backend.arrival if arrived else 0
+        leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
             if count > 1 and group.growing:
                 count = group.steps_within(count, self.pool.free + state.taken)
-        first += state.slept
         late, late_gaps = 0, NO_GAPS
         if decoding and (state.fresh or state.decoded_at != start):
-            late, late_gaps = self._late(start, start + first, decodes)
+            late, late_gaps = self._late(start, decodes)
         row = (
             len(chunks),
             state.tokens - decodes if chunks else 0,
@@ -119,7 +122,12 @@ class Planner:
             state.promised,
             state.preempted,
         )
-        return Plan(first, slope, count, chunks, decoding, row, late_gaps)
+        plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, cost)
+        if state.slept or intake:
+            plan.first += state.slept + intake
+            plan.gpu += state.slept
+            plan.intake = intake
+        return plan
 
     def commit(self, plan: Plan, count: int) -> None:
         """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
@@ -237,8 +245,8 @@ class Planner:
         for request in released:
             self.end_request(request, now, Status.FINISHED)
 
-    def _late(self, start: int, first_end: int, decodes: int) -> tuple[int, list[int]]:
-        """How many decodes did not emit at ``start``, and their first gaps as rows of GAP_COLUMNS, flat."""
+    def _late(self, start: int, decodes: int) -> tuple[int, list[int]]:
+        """How many decodes did not emit at ``start``; when they last did, and how many of them, as flat rows."""
         state = self.state
         gaps: list[int] = []
         late = 0
@@ -248,9 +256,9 @@ class Planner:
                 continue  # preempted or parked since
             old -= 1
             if request._last != start:
-                gaps += (first_end - request._last, 1)
+                gaps += (request._last, 1)
                 late += 1
         if old > 0 and state.decoded_at != start:
-            gaps += (first_end - state.decoded_at, old)
+            gaps += (state.decoded_at, old)
             late += old
         return late, gaps
