@@ -230,7 +230,9 @@ class Engine(Planner):
                 self._gpu_next = max(max(gpu_end, launched - host.launch) + gpu, launched + host.tail)
                 busy = gpu_end >= launched and gpu >= max(work + host.update, host.launch + host.tail)
                 alike = busy and flight.host.update == host.update
-        landing = max(gpu_end, launched, now + 1 - flight.host.update) + flight.host.update
+        landing = max(gpu_end, launched) + flight.host.update
+        if landing <= now:  # no two boundaries at once
+            landing, alike = now + 1, False
         if landing != self._landing:
             self._rename(flight, landing)
         return alike
