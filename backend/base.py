@@ -99,6 +99,7 @@ class Backend(ABC):
 
     name: str = "backend"
     arrival: int = 0  # ps of host time that an engine spends on each request it takes in, before it plans
+    arrival_token: int = 0  # ps more for each token of its prompt
 
     @abstractmethod
     def step(self, batch: Batch) -> StepCost:

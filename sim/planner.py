@@ -47,7 +47,8 @@ class Planner:
         self._finish = finish
         self._room = pool.total * pool.block_size  # tokens
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
-        self._arrived = 0  # requests that the host has still to take in
+        self._arrival, self._arrival_token = backend.arrival, backend.arrival_token
+        self._intake = 0  # ps of host time to take in those that have come
         self._releases = type(backend).release is not Backend.release
         self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
 
@@ -62,14 +63,14 @@ class Planner:
             self.end_request(request, now, Status.REJECTED)
             return False
         self.state.waiting.append(request)
-        self._arrived += 1
+        self._intake += self._arrival + self._arrival_token * request.prompt_tokens
         return True
 
     def ask(self, now: int, start: int) -> Plan | None:
         """What the policy wants of the steps that start at ``start``, when the step before brings its tokens; or None."""
         state = self.state
         state.open(now)
-        arrived, self._arrived = self._arrived, 0
+        intake, self._intake = self._intake, 0
         vouched = self.scheduler.schedule(state)
         if not isinstance(vouched, int) or vouched < 1:
             raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
@@ -99,7 +100,6 @@ class Planner:
         cost = self.backend.step(Batch(prefills, decodes, context, dead + state.padding))
         count = 1
         first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
-        intake = arrived * self.backend.arrival if arrived else 0
         leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, cost.steps_alike(self._ahead), group.horizon())

@@ -63,6 +63,7 @@ backends = st.builds(
     chunk_tail=st.sampled_from([WHOLE, 0, 700]),
     decode_tail=st.sampled_from([WHOLE, WHOLE, 500]),
     arrival=st.sampled_from([0, 0, 90, 2500]),
+    arrival_token=st.sampled_from([0, 0, 2]),
     vouch=st.sampled_from([1, 3, 1 << 60]),
     cap=st.sampled_from([40, 200, 1 << 60]),
 )

@@ -34,6 +34,7 @@ class Affine(Backend):
     chunk_tail: int = WHOLE
     decode_tail: int = WHOLE
     arrival: int = 0
+    arrival_token: int = 0
     vouch: int = FOREVER
     cap: int = FOREVER  # context beyond which the slope vanishes (a breakpoint)
 
