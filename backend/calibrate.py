@@ -7,7 +7,7 @@ that regimes and batch sizes of which there are few count too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,23 +18,26 @@ from backend.evidence import (
     KINDS,
     LONGEST_LAUNCH,
     PIECEWISE,
+    Bools,
     Floats,
     Steps,
     Waits,
+    chunk_ceilings,
     chunk_times,
     decode_times,
     launch_times,
 )
-from backend.profile import GpuTime, HostTime, Knots
+from backend.profile import GpuTime, HostTime, between
 
 DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CHUNK_KNOTS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
 NOISE = 0.02  # relative: what one step differs from its like
 STIFF = 0.05  # how far a residual's neighbours may differ
 TIED = 0.15  # how far a residual may be from 1
 FEWEST = 200  # steps
-CELL = 300  # steps of one kind and size that take part in the fit; more tell no more
+CELL = 100  # steps of one kind and size that take part in the fit; more tell no more
 SMALL_PROMPT = 128  # tokens of a step that takes no longer than its launch
 GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less, on an H200's host
 
@@ -60,8 +63,8 @@ def fit(steps: Steps) -> Fit:
     rows, seconds = decode_times(steps)
     _spread(steps, rows, "decode-only", "kv_s", steps.context)
     _spread(steps, rows, "decode-only", "weights_s", steps.computed)
-    decodes = _decode_only(steps, rows, seconds)
-    decode_s = np.where(steps.kind == GRAPH, decodes.decode_s(steps), 0.0)
+    rough = _Form(mixed=False, chunks=False).fitted(steps, rows, seconds, np.zeros(len(rows), dtype=bool))
+    decode_s = np.where(steps.kind == GRAPH, predicted(rough, steps), 0.0)
     notes: list[str] = []
     host, launched = _host(steps, decode_s, notes)
     launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
@@ -72,7 +75,15 @@ def fit(steps: Steps) -> Fit:
     if len(mixed) < 20:
         notes.append(f"{len(mixed)} mixed steps show their GPU time: decodes beside chunks cost what they do alone")
     both = _Form(mixed=len(mixed) >= 20, chunks=True)
-    gpu = both.fitted(steps, np.concatenate([rows, chunk_rows]), np.concatenate([seconds, chunk_seconds]))
+    most_rows, most = chunk_ceilings(steps)
+    gpu = both.fitted(
+        steps,
+        np.concatenate([rows, chunk_rows, most_rows]),
+        np.concatenate([seconds, chunk_seconds, most]),
+        np.arange(len(rows) + len(chunk_rows) + len(most_rows)) >= len(rows) + len(chunk_rows),
+    )
+    gpu = _mean(gpu, steps, rows, seconds, "decode_residual", "kv_residual")
+    gpu = _mean(gpu, steps, chunk_rows, chunk_seconds, "chunk_residual")
     counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": launched}
     return Fit(gpu, host, counts, tuple(notes))
 
@@ -92,20 +103,14 @@ def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by:
         )
 
 
-@dataclass
-class _Rough:
-    """Decode-only steps by three terms: enough to see what else happened beside them."""
-
-    knots: Knots
-    gpu: GpuTime
-
-    def decode_s(self, steps: Steps) -> Floats:
-        return predicted(self.gpu, steps)
-
-
-def _decode_only(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> _Rough:
-    gpu = _Form(mixed=False, chunks=False).fitted(steps, rows, seconds)
-    return _Rough(gpu.decode_residual, gpu)
+def _mean(gpu: GpuTime, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, *tables: str) -> GpuTime:
+    """Lift the typical step to the mean one, of which a run is made: stalls are part of it, the worst percent not."""
+    few = _take(steps, rows)
+    off = seconds - predicted(gpu, few)
+    kept = off <= np.quantile(off / seconds, 0.99) * seconds
+    factor = seconds[kept].sum() / predicted(gpu, _take(few, np.flatnonzero(kept))).sum()
+    lifted = {name: tuple((at, value * factor) for at, value in getattr(gpu, name)) for name in tables}
+    return replace(gpu, **lifted)
 
 
 def predicted(gpu: GpuTime, steps: Steps) -> Floats:
@@ -116,10 +121,11 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
         gpu.matmuls(steps.computed, gpu.chunk_residual),
         gpu.matmuls(steps.computed, gpu.decode_residual),
     )
+    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes))
     found: Floats = (
         matmuls
         + gpu.sequence_s * steps.sequences
-        + np.where(chunked, gpu.kv_mixed_s, gpu.kv_s) * steps.context
+        + kv * steps.context
         + gpu.pair_s * steps.pairs
         + chunked * gpu.chunk_s
         + gpu.request_s * steps.chunks
@@ -133,42 +139,47 @@ class _Form:
     NAMES = ("weights_s", "token_s", "sharpness", "sequence_s", "kv_s", "kv_mixed_s", "pair_s", "chunk_s", "request_s")
     UNITS = (1e-3, 1e-6, 1.0, 1e-6, 1e-9, 1e-9, 1e-12, 1e-3, 1e-6)
     START = (5.0, 20.0, 4.0, 5.0, 30.0, 60.0, 1.0, 0.3, 5.0)
-    LOW = (1e-3, 1e-3, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    LOW = (1e-3, 1e-3, 1.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     HIGH = (1e4, 1e6, 12.0, 1e4, 1e5, 1e5, 1e5, 50.0, 1e4)
 
     def __init__(self, mixed: bool, chunks: bool) -> None:
         self.mixed = mixed  # whether decodes beside chunks have a rate of their own
         self.chunks = chunks
 
-    def fitted(self, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> GpuTime:
+    def fitted(self, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, ceiling: Bools) -> GpuTime:
+        """Least squares; where ``ceiling`` holds, ``seconds`` are the most that a step can take."""
         from scipy.optimize import least_squares
 
-        rows, seconds, weight = _sample(steps, rows, seconds)
+        kept, weight = _sample(steps, rows)
+        rows, seconds, ceiling = rows[kept], seconds[kept], ceiling[kept]
         few = _take(steps, rows)
         knots = [_within(DECODE_KNOTS, few.computed[few.chunks == 0])]
         knots.append(_within(CHUNK_KNOTS, few.computed[few.chunks > 0]) if self.chunks else (1,))
+        knots.append(_within(KV_KNOTS, few.decodes[few.chunks == 0]))
         sizes = [len(k) for k in knots]
+        cuts = np.cumsum([len(self.NAMES), *sizes])[:-1]
 
         def gpu_of(x: Floats) -> GpuTime:
             head = dict(zip(self.NAMES, (float(v * u) for v, u in zip(x, self.UNITS, strict=False)), strict=True))
             if not self.mixed:
                 head["kv_mixed_s"] = head["kv_s"]
-            logs = np.split(x[len(self.NAMES) :], [sizes[0]])
+            logs = np.split(x, cuts)[1:]
             tables = [tuple(zip(k, np.exp(v).tolist(), strict=True)) for k, v in zip(knots, logs, strict=True)]
-            return GpuTime(**head, decode_residual=tables[0], chunk_residual=tables[1])
+            return GpuTime(**head, decode_residual=tables[0], chunk_residual=tables[1], kv_residual=tables[2])
 
         def off(x: Floats) -> Floats:
             log = (np.log(predicted(gpu_of(x), few)) - np.log(seconds)) / NOISE
+            log = np.where(ceiling, np.maximum(log, 0), log)
             robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1, of the data only
             parts = [robust * weight]
-            for table in np.split(x[len(self.NAMES) :], [sizes[0]]):
+            for table in np.split(x, cuts)[1:]:
                 parts += [np.diff(table) / STIFF, table / TIED]
             return np.concatenate(parts)
 
         start = np.concatenate([self._start(few, seconds), np.zeros(sum(sizes))])
         low = np.concatenate([self.LOW, np.full(sum(sizes), -1.0)])
         high = np.concatenate([self.HIGH, np.full(sum(sizes), 1.0)])
-        found = least_squares(off, start, bounds=(low, high), x_scale=np.maximum(np.abs(start), 0.05), max_nfev=200)
+        found = least_squares(off, start, bounds=(low, high), x_scale=np.maximum(np.abs(start), 0.05), ftol=1e-5)
         return gpu_of(found.x)
 
     def _start(self, steps: Steps, seconds: Floats) -> Floats:
@@ -187,10 +198,8 @@ def _within(knots: tuple[int, ...], tokens: Floats) -> tuple[int, ...]:
     return tuple(k for k in knots if low * 0.8 <= k <= high * 1.2) or (int(np.median(tokens)),)
 
 
-def _sample(
-    steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats
-) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
-    """At most `CELL` rows of each regime, size and experiment; with weights, so that rare cells count more."""
+def _sample(steps: Steps, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Floats]:
+    """At most `CELL` of ``rows`` of each regime, size and experiment; with weights, so that rare cells count more."""
     regime = steps.regime[rows]
     size = np.digitize(steps.computed[rows], BINS)
     group = (steps.experiment[rows] * len(BINS) + size) * 3 + regime
@@ -204,7 +213,7 @@ def _sample(
     cell = (size * 3 + regime)[kept]
     _, which, count = np.unique(cell, return_inverse=True, return_counts=True)
     weight = 1 / np.sqrt(np.sqrt(count))[which]
-    return rows[kept], seconds[kept], weight
+    return kept, weight
 
 
 def _take(steps: Steps, rows: npt.NDArray[np.int64]) -> Steps:

@@ -4,7 +4,7 @@ GPU time of a step that computes T tokens (padded to a CUDA graph's size where o
 
     (weights^p + (token · T)^p)^(1/p) · residual(T)   the matmuls: from memory- to compute-bound
     + sequence · N                                    LM head and sampler
-    + kv · Σ context                                  decodes' attention (another rate beside chunks)
+    + kv · residual(N) · Σ context                    decodes' attention (another rate beside chunks)
     + pair · Σ query–key pairs + chunk + request · n  n chunks' attention
 
 Host time: scheduling and updating, each fixed + per request + per token; launching, by how the step runs (one CUDA
@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge
 
 from backend.base import FOREVER, WHOLE, Backend, Batch, Host, StepCost
 from backend.shapes import GPU, Model
@@ -38,6 +39,13 @@ Knots = tuple[tuple[int, float], ...]  # (tokens, factor), ascending
 
 class ProfileError(ValueError):
     """A profile that cannot be used; one sentence."""
+
+
+def between(residual: Knots, at: Floats) -> Floats:
+    """The factor at ``at``: linear in its logarithm between knots, constant outside."""
+    knots, factors = np.array(residual, dtype=np.float64).T
+    found: Floats = np.interp(np.log(np.maximum(at, 1)), np.log(knots), factors)
+    return found
 
 
 @dataclass(frozen=True)
@@ -55,13 +63,13 @@ class GpuTime:
     request_s: float  # each chunk
     decode_residual: Knots = ((1, 1.0),)
     chunk_residual: Knots = ((1, 1.0),)
+    kv_residual: Knots = ((1, 1.0),)  # by decodes, decode-only steps
 
     def matmuls(self, tokens: Floats, residual: Knots) -> Floats:
         """Seconds of the token-wise work of ``tokens`` tokens; linear in log tokens between a residual's knots."""
-        at, factor = np.array(residual, dtype=np.float64).T
         p = self.sharpness
         bound = (self.weights_s**p + (self.token_s * tokens) ** p) ** (1 / p)
-        found: Floats = bound * np.interp(np.log(tokens), np.log(at), factor)
+        found: Floats = bound * between(residual, tokens)
         return found
 
     def scaled(self, compute: float, bandwidth: float) -> GpuTime:
@@ -107,8 +115,9 @@ class Profile:
     graph_tokens: int = 512  # the largest captured CUDA graph
     tensor_parallel: int = 1
     provenance: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, Any] = field(default_factory=dict)  # held out: relative, by regime
+    errors: dict[str, Any] = field(default_factory=dict)  # held out, relative: `steps` by regime, `runs` by experiment
     residuals: dict[str, list[float]] = field(default_factory=dict)  # by regime: quantiles of log(recorded/predicted)
+    run_factors: dict[str, list[float]] = field(default_factory=dict)  # likewise: recorded/predicted of whole runs
     scaled: str = ""  # how it was derived from a measured one; "" if it was measured
     notes: tuple[str, ...] = ()
 
@@ -158,7 +167,7 @@ def parse(data: Any) -> Profile:
             if key and not name.endswith("residual") and not (isinstance(value, int | float) and 0 <= value < 1e6):
                 raise ProfileError(f"{key}.{name} must be a number, at least 0 (got {value!r})")
     gpu_time = dict(data["gpu_time"])
-    for name in ("decode_residual", "chunk_residual"):
+    for name in ("decode_residual", "chunk_residual", "kv_residual"):
         gpu_time[name] = tuple((int(at), float(factor)) for at, factor in gpu_time.get(name, [(1, 1.0)]))
     data = {**data, "gpu_time": GpuTime(**gpu_time), "host": HostTime(**data["host"])}
     data["notes"] = tuple(data.get("notes", ()))
@@ -193,7 +202,6 @@ class Calibrated(Backend):
         self.limit = profile.graph_tokens if graph_tokens is None else graph_tokens
         gpu, host = profile.gpu_time, profile.host
         self._gpu = gpu
-        self._kv = _ps(gpu.kv_s)
         self._kv_mixed = _ps(gpu.kv_mixed_s)
         self._pair_fs = round(gpu.pair_s * PS * 1000)
         self._sequence = _ps(gpu.sequence_s)
@@ -203,7 +211,7 @@ class Calibrated(Backend):
         self._launch = {"graph": _ps(host.graph_s), "piecewise": _ps(host.piecewise_s), "eager": _ps(host.eager_s)}
         self._tail = _ps(host.tail_s)
         self.arrival, self.arrival_token = _ps(host.arrival_s), _ps(host.arrival_token_s)
-        self._decodes: dict[int, tuple[int, Host]] = {}
+        self._decodes: dict[int, tuple[int, int, Host]] = {}
         self._matmuls: dict[int, int] = {}
 
     def step(self, batch: Batch) -> StepCost:
@@ -214,10 +222,11 @@ class Calibrated(Backend):
         found = self._decodes.get(slots)
         if found is None:
             found = self._decodes[slots] = self._decode_only(slots)
-        fixed, host = found
-        return StepCost(fixed + self._kv * batch.context, self._kv * slots, FOREVER, host)
+        fixed, kv, host = found
+        return StepCost(fixed + kv * batch.context, kv * slots, FOREVER, host)
 
-    def _decode_only(self, slots: int) -> tuple[int, Host]:
+    def _decode_only(self, slots: int) -> tuple[int, int, Host]:
+        """Fixed ps, ps a token of context, and the host's time."""
         tokens = padded(slots, self.limit)
         seconds = float(self._gpu.matmuls(np.array([tokens], dtype=np.float64), self._gpu.decode_residual)[0])
         fixed = max(1, round(seconds * PS)) + self._sequence * slots
@@ -229,7 +238,8 @@ class Calibrated(Backend):
             update[0] + update[1] * slots,
             WHOLE if whole else self._tail,
         )
-        return fixed, host
+        kv = _ps(self._gpu.kv_s * float(between(self._gpu.kv_residual, np.array([slots]))[0]))
+        return fixed, kv, host
 
     def _with_chunks(self, batch: Batch) -> StepCost:
         tokens = pairs = 0
@@ -261,8 +271,8 @@ class Calibrated(Backend):
         lines = {"cost model": f"profile {profile.name} ({profile.digest}): {profile.engine}, {profile.model}"}
         if profile.scaled:
             lines["scaled, not measured"] = profile.scaled
-        if profile.errors:
-            told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in profile.errors.items())
+        if steps := profile.errors.get("steps"):
+            told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in steps.items())
             lines["held-out step error"] = f"{told} (median)"
         for i, note in enumerate(profile.notes):
             lines["profile" if i == 0 else f"profile, {i + 1}"] = note
@@ -274,7 +284,8 @@ class Settings:
     """Step costs calibrated on a real engine: a shipped profile's name, or a .json file."""
 
     profile: str
-    graph_tokens: int | None = None  # the largest captured CUDA graph; None: as recorded
+    graph_tokens: Annotated[int, Ge(1)] | None = None  # the largest captured CUDA graph; None: as recorded
+    draw: Annotated[int, Ge(0)] = 0  # which draw of its errors to add; 0: none
 
     def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
         """The cost model; scaled by roofline ratios where the GPU is not the profile's, which it then says."""
@@ -285,6 +296,10 @@ class Settings:
             raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {tensor_parallel}")
         if profile.gpu != gpu.name:
             profile = scaled(profile, gpu)
+        if self.draw:
+            from backend.resample import Resampled
+
+            return Resampled(profile, self.graph_tokens, self.draw)
         return Calibrated(profile, self.graph_tokens)
 
 
@@ -306,3 +321,15 @@ def scaled(profile: Profile, gpu: GPU) -> Profile:
 
 def _ps(seconds: float) -> int:
     return round(seconds * PS)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Settings that hold a profile itself, not its name."""
+
+    profile: Profile
+    graph_tokens: int | None = None
+
+    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
+        """The cost model, whatever the GPU."""
+        return Calibrated(self.profile, self.graph_tokens)

@@ -217,8 +217,7 @@ class Engine(Planner):
 
         Whether further steps of ``plan`` then come at its pace, as if the step before had been like them.
         """
-        gpu_end = launched = self._gpu_end
-        alike = True
+        gpu_end, launched, alike = self._gpu_end, now, True
         if plan is not None:
             host, gpu = plan.host, plan.gpu
             work = host.schedule + host.launch
