@@ -179,7 +179,9 @@ class _Form:
         start = np.concatenate([self._start(few, seconds), np.zeros(sum(sizes))])
         low = np.concatenate([self.LOW, np.full(sum(sizes), -1.0)])
         high = np.concatenate([self.HIGH, np.full(sum(sizes), 1.0)])
-        found = least_squares(off, start, bounds=(low, high), x_scale=np.maximum(np.abs(start), 0.05), ftol=1e-5)
+        found = least_squares(
+            off, start, bounds=(low, high), x_scale=np.maximum(np.abs(start), 0.05), method="dogbox", ftol=1e-6
+        )
         return gpu_of(found.x)
 
     def _start(self, steps: Steps, seconds: Floats) -> Floats:

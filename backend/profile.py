@@ -271,9 +271,10 @@ class Calibrated(Backend):
         lines = {"cost model": f"profile {profile.name} ({profile.digest}): {profile.engine}, {profile.model}"}
         if profile.scaled:
             lines["scaled, not measured"] = profile.scaled
-        if steps := profile.errors.get("steps"):
-            told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in steps.items())
-            lines["held-out step error"] = f"{told} (median)"
+        for key, what in (("gpu", "GPU time"), ("steps", "step, launches included")):
+            if found := profile.errors.get(key):
+                told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in found.items())
+                lines[f"held-out error, {what}"] = f"{told} (median)"
         for i, note in enumerate(profile.notes):
             lines["profile" if i == 0 else f"profile, {i + 1}"] = note
         return lines

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.calibrate import predicted
-from backend.evidence import GRAPH, REGIMES, Floats, Steps
+from backend.evidence import GRAPH, REGIMES, Floats, Steps, chunk_times, decode_times
 from backend.profile import GpuTime, HostTime
 
 QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)
@@ -65,6 +65,16 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
         done_before = done
     past = np.where(steps.woke | steps.first, steps.schedule, np.concatenate([[0.0], steps.done[:-1]]))
     return Foreseen(durations, steps.done - past, steps.regime, steps.experiment)
+
+
+def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
+    """The same of GPU time alone, for the steps in which it shows."""
+    gpu_s = predicted(gpu, steps)
+    launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+    rows, seconds = decode_times(steps)
+    chunk_rows, chunk_seconds = chunk_times(steps, np.where(steps.kind == GRAPH, gpu_s, 0.0), launch)
+    both = np.concatenate([rows, chunk_rows])
+    return Foreseen(gpu_s[both], np.concatenate([seconds, chunk_seconds]), steps.regime[both], steps.experiment[both])
 
 
 def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:

@@ -45,8 +45,12 @@ def calibrate(
         Path | None, typer.Option(metavar="FILE.html", help="Recorded against predicted step times, held out.")
     ] = None,
     name: Annotated[str, typer.Option(metavar="N", help="The profile's name; default from the recording.")] = "",
-    gpu: Annotated[str, typer.Option(metavar="G", help="The GPU in Chairlift's words; default from the recording.")] = "",
-    fast: Annotated[bool, typer.Option("--fast", help="Do not fit again without each experiment: no errors known.")] = False,
+    gpu: Annotated[
+        str, typer.Option(metavar="G", help="The GPU in Chairlift's words; default from the recording.")
+    ] = "",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Do not fit again without each experiment: no errors known.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Fit a profile of step costs to what an engine was recorded doing.
@@ -73,7 +77,8 @@ def calibrate(
     if quiet:
         return
     if held.steps:
-        out.print(_steps_table(held))
+        out.print(_regimes(residuals.summary(list(held.steps.values())), "steps of experiments left out of the fit"))
+        out.print(_regimes(residuals.summary(list(held.gpu.values())), "of those, GPU time where it shows"))
     else:
         inside = residuals.foresee(profile.gpu_time, profile.host, steps_of(chosen))
         out.print(_regimes(residuals.summary([inside]), "steps, in sample"))
@@ -92,7 +97,8 @@ def validate_(
     ] = None,
     experiments: ExperimentsOption = None,
     leave_one_out: Annotated[
-        bool, typer.Option("--leave-one-out", help="Predict each experiment by a fit to all others; needs no --profile.")
+        bool,
+        typer.Option("--leave-one-out", help="Predict each experiment by a fit to all others; needs no --profile."),
     ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every cell as a list of rows.")
@@ -175,10 +181,6 @@ def _cells_table(experiment: Experiment, cells: Sequence[validate.Cell]) -> Tabl
             style=style,
         )
     return table
-
-
-def _steps_table(held: fitting.Held) -> Table:
-    return _regimes(residuals.summary(list(held.steps.values())), "steps of experiments left out of the fit")
 
 
 def _regimes(found: dict[str, dict[str, float]], title: str) -> Table:

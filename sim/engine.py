@@ -57,7 +57,9 @@ class Engine(Planner):
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
         if self.end is None:
             return True
-        return self._count > 1 and (self._arrival > 0 or self._arrival_token > 0 or self.scheduler.heeds_arrival(self.state))
+        return self._count > 1 and (
+            self._arrival > 0 or self._arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
+        )
 
     def begin(self, now: int) -> int | None:
         """Ask the policy what runs next; the time at which that run ends, None when it leaves the replica idle."""

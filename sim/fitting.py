@@ -29,6 +29,7 @@ class Held:
     """What profiles made of experiments that they were not fitted to."""
 
     steps: dict[str, Foreseen] = field(default_factory=dict)
+    gpu: dict[str, Foreseen] = field(default_factory=dict)
     cells: dict[str, list[Cell]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # why there was no fit without them
 
@@ -85,7 +86,9 @@ def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: 
         if isinstance(profile, str):
             held.skipped[each.name] = profile
             continue
-        held.steps[each.name] = residuals.foresee(profile.gpu_time, profile.host, steps_of([each]))
+        table = steps_of([each])
+        held.steps[each.name] = residuals.foresee(profile.gpu_time, profile.host, table)
+        held.gpu[each.name] = residuals.on_gpu(profile.gpu_time, profile.host, table)
         if not each.is_grid:
             progress(f"predict {each.name}")
             held.cells[each.name] = compare(each.name, predict(each, recording, profile), recorded(each))
@@ -110,7 +113,13 @@ def with_errors(profile: Profile, held: Held) -> Profile:
         profile,
         gpu_time=replace(profile.gpu_time, **_cut(vars(profile.gpu_time))),
         host=replace(profile.host, **_cut(vars(profile.host))),
-        errors={"steps": residuals.summary(foreseen), "runs": runs} if foreseen else {},
+        errors={
+            "steps": residuals.summary(foreseen),
+            "gpu": residuals.summary(list(held.gpu.values())),
+            "runs": runs,
+        }
+        if foreseen
+        else {},
         residuals=residuals.distribution(foreseen) if foreseen else {},
         run_factors=factors,
     )

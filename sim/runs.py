@@ -72,12 +72,16 @@ class Plan:
         self.chunks = chunks
         self.decoding = decoding
         self.row = row  # RUN_COLUMNS from `chunks` on
-        self.late_gaps = late_gaps  # decodes that did not emit just before, flat rows: time of their last token, how many
+        self.late_gaps = (
+            late_gaps  # decodes that did not emit just before, flat rows: time of their last token, how many
+        )
         self.host = cost.host
         self.gpu = cost.first  # ps on the GPU, the first step's; pauses included
         self.gpu_slope = cost.slope
         self.intake = 0  # ps of host time for requests that have come
-        self.gaps: dict[int, int] | None = None  # of requests in `emitting` that have emitted before: when they last did
+        self.gaps: dict[int, int] | None = (
+            None  # of requests in `emitting` that have emitted before: when they last did
+        )
         self.undelivered = 0  # decodes of its last step whose client has given up
         self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes

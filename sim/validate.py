@@ -202,9 +202,7 @@ def distance(one: Floats, other: Floats) -> float:
     one, other = np.sort(one), np.sort(other)
     at = np.concatenate([one, other])
     return float(
-        np.abs(
-            np.searchsorted(one, at, "right") / len(one) - np.searchsorted(other, at, "right") / len(other)
-        ).max()
+        np.abs(np.searchsorted(one, at, "right") / len(one) - np.searchsorted(other, at, "right") / len(other)).max()
     )
 
 
@@ -251,5 +249,3 @@ def allowed(cell: Cell, burst: bool) -> bool | None:
     if what[2] == "ttft":
         return abs(error) <= max(0.08, noise) or abs(cell.predicted - cell.recorded) <= 5.0
     return None
-
-

@@ -110,9 +110,7 @@ class Asked(Vllm):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    table=st.lists(
-        st.tuples(st.integers(0, 60_000), st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=12
-    ),
+    table=st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=12),
     fixed=st.sampled_from([300, 1000]),
     host=st.sampled_from([Host(5, 40, 7), Host(200, 600, 400), Host(0, 0, 90)]),
     each=st.sampled_from([0, 30]),
