@@ -7,7 +7,7 @@ that regimes and batch sizes of which there are few count too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -109,8 +109,8 @@ def _mean(gpu: GpuTime, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floa
     off = seconds - predicted(gpu, few)
     kept = off <= np.quantile(off / seconds, 0.99) * seconds
     factor = seconds[kept].sum() / predicted(gpu, _take(few, np.flatnonzero(kept))).sum()
-    lifted = {name: tuple((at, value * factor) for at, value in getattr(gpu, name)) for name in tables}
-    return replace(gpu, **lifted)
+    lifted = {name: tuple((at, float(value * factor)) for at, value in getattr(gpu, name)) for name in tables}
+    return GpuTime(**{**vars(gpu), **lifted})
 
 
 def predicted(gpu: GpuTime, steps: Steps) -> Floats:

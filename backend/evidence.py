@@ -181,7 +181,7 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
 
 
 def chunk_ceilings(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Small steps with chunks, one after the other: the GPU takes no longer for them than the usual gap of their like."""
+    """Small steps with chunks, one after the other: the GPU takes no longer for them than the usual gap of such."""
     chunked = steps.chunks > 0
     before = np.concatenate([[False], chunked[:-1]]) & ~steps.woke & ~steps.first
     rows = np.flatnonzero(chunked & before & (steps.kind == PIECEWISE))

@@ -158,7 +158,7 @@ def parse(data: Any) -> Profile:
     parts = {"gpu_time": GpuTime, "host": HostTime}
     for key, kind in (*parts.items(), ("", Profile)):
         given = data.get(key) if key else data
-        known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+        known = [f.name for f in fields(kind)]
         if not isinstance(given, dict):
             raise ProfileError(f"{key} must be an object")
         for name in given.keys() - known:

@@ -8,6 +8,7 @@ each experiment. In ``steps`` a row is one engine step; ``done_s`` is when the p
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -117,7 +118,8 @@ def read(folder: Path, model: str) -> Recording:
             raise RecordingError(f"{at}: an experiment needs a name")
         name = facts["name"]
         limits = facts.get("engine")
-        missing = [k for k in LIMITS if not isinstance(limits, dict) or not isinstance(limits.get(k), int)]
+        limits = limits if isinstance(limits, dict) else {}
+        missing = [k for k in LIMITS if not isinstance(limits.get(k), int)]
         if missing:
             raise RecordingError(f"{at}.engine: {name} lacks {', '.join(missing)}")
         own = [
@@ -167,7 +169,10 @@ def _table(path: Path, columns: tuple[str, ...]) -> Table:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
+    try:
+        return math.isfinite(float(str(value)))
+    except ValueError:
+        return False
 
 
 def _gaps(path: Path) -> Table:

@@ -59,7 +59,7 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
         else:
             gpu_end = max(max(gpu_end, min(start, end)) + work, end + host.tail_s)
         foreseen = max(gpu_end, later[i]) if more else gpu_end
-        durations[i] = foreseen - (scheduled if fresh else done_before)
+        durations[i] = foreseen - scheduled if fresh else max(foreseen - done_before, host.update_s)
         # what is known once it has come: the GPU was done by then, and just then unless a launch took longer
         gpu_end = done if not more or gpu_end >= later[i] else min(gpu_end, done)
         done_before = done

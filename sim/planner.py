@@ -67,7 +67,10 @@ class Planner:
         return True
 
     def ask(self, now: int, start: int) -> Plan | None:
-        """What the policy wants of the steps that start at ``start``, when the step before brings its tokens; or None."""
+        """What the policy wants of the steps that start at ``start``; None if nothing.
+
+        With a step in flight, ``start`` is the name of the time at which that one brings its tokens.
+        """
         state = self.state
         state.open(now)
         intake, self._intake = self._intake, 0
