@@ -58,8 +58,15 @@ class Fit:
 
 def fit(steps: Steps) -> Fit:
     """The cost model of ``steps``; raises `CalibrationError`."""
+    from threadpoolctl import threadpool_limits
+
     if len(steps) < FEWEST:
         raise CalibrationError(f"{len(steps)} steps are too few: at least {FEWEST} are needed")
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _fit(steps)
+
+
+def _fit(steps: Steps) -> Fit:
     rows, seconds = decode_times(steps)
     _spread(steps, rows, "decode-only", "kv_s", steps.context)
     _spread(steps, rows, "decode-only", "weights_s", steps.computed)
