@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from backend import residuals
+from backend.calibrate import CalibrationError
 from backend.evidence import steps_of
-from backend.profile import Profile, load
-from backend.recording import Experiment, Recording, read
+from backend.profile import Profile, ProfileError, load
+from backend.recording import Experiment, Recording, RecordingError, read
 from sim import fitting, validate
 from sim.problems import BadInput, Problem
 
@@ -228,13 +229,11 @@ def _console() -> Console:
 
 @contextmanager
 def _bad_input() -> Iterator[None]:
-    """Recordings and profiles that cannot be used are bad input: they raise ValueErrors of one sentence."""
+    """Recordings and profiles that cannot be used are bad input, as are files that cannot be written."""
     try:
         yield
-    except BadInput:
-        raise
-    except (ValueError, LookupError, OSError) as error:
-        raise BadInput(Problem(str(error.args[0] if isinstance(error, LookupError) else error))) from None
+    except (RecordingError, ProfileError, CalibrationError, OSError) as error:
+        raise BadInput(Problem(str(error))) from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 from backend import calibrate, residuals, specs
 from backend.evidence import REGIMES, steps_of
 from backend.profile import Profile
-from backend.recording import Experiment, Recording
+from backend.recording import Experiment, Recording, RecordingError
 from backend.residuals import Foreseen
 from sim.validate import Cell, compare, predict, recorded
 
@@ -35,10 +35,15 @@ class Held:
 
 
 def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = "", gpu: str = "") -> Profile:
-    """A profile of ``experiments``, its errors still to come; raises `CalibrationError`."""
-    fit = calibrate.fit(steps_of(list(experiments)))
+    """A profile of ``experiments``, its errors still to come; raises `CalibrationError` or `RecordingError`."""
+    if not experiments:
+        raise calibrate.CalibrationError("there is nothing to fit")
     engine = recording.engine
-    gpu = gpu or specs.gpu(str(engine.get("gpu", ""))).name
+    try:
+        gpu = specs.gpu(gpu or str(engine.get("gpu", ""))).name
+    except LookupError as error:
+        raise RecordingError(f"{recording.folder}: {error.args[0]}; say which by --gpu") from None
+    fit = calibrate.fit(steps_of(list(experiments)))
     label = next((f"{key} {engine[key]}" for key in ("vllm", "chairlift", "engine") if key in engine), "unknown engine")
     version = ".".join(label.split()[-1].split(".")[:2])
     return Profile(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from backend import specs
 from backend.profile import Given, Profile, graph_limit
-from backend.recording import Experiment, Recording
+from backend.recording import Experiment, Recording, RecordingError
 from policies.routers import RoundRobin
 from policies.vllm import Vllm
 from sim.metrics import Latencies, inter_token_gaps
@@ -126,7 +126,10 @@ def _rates(duration: float, requests: int, tokens: int) -> dict[str, float]:
 def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> Setup:
     """The run that replays ``experiment``: one replica with vLLM's policy under the recorded limits."""
     limits = experiment.limits
-    model = specs.model(recording.model)
+    try:
+        model = specs.model(recording.model)
+    except LookupError as error:
+        raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
     known = {f.name for f in fields(Vllm) if f.init}
     settings = {key: value for key, value in limits.items() if key in known}
     group = ReplicaGroup(
@@ -168,7 +171,7 @@ def trace_of(experiment: Experiment) -> Trace:
         if shared is None:
             given = experiment.summary.get("prefix_tokens", experiment.limits.get("prefix_tokens"))
             if not isinstance(given, int):
-                raise ValueError(f"{experiment.name}: prompts share prefixes, but nothing says prefix_tokens")
+                raise RecordingError(f"{experiment.name}: prompts share prefixes, but nothing says prefix_tokens")
             shared = np.where(groups >= 0, given, 0)
         columns = {"prefix_group": groups[order], "prefix_tokens": np.minimum(shared, table["prompt_tokens"])[order]}
     return Trace(
