@@ -109,7 +109,8 @@ def run(
             outcomes.append(outcome)
             writer.add(outcome)
         if draws:
-            spread = uncertainty.repeat(study, again, draws, folder, lambda _what: None)
+            with cli_profile.status(quiet or as_json) as told:
+                spread = uncertainty.repeat(study, again, draws, folder, told)
     except KeyboardInterrupt:
         err.print(f"interrupted: {len(outcomes)} of {len(study.setups)} runs are in {escape(str(folder))}")
         raise typer.Exit(130) from None

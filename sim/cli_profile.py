@@ -60,7 +60,7 @@ def calibrate(
     which and why. [bold]chairlift calibrate --recording DIR --model llama-3.1-8b[/bold]
     """
     out = _console()
-    with _bad_input(), _progress(quiet) as progress:
+    with _bad_input(), status(quiet) as progress:
         source = read(recording, model)
         chosen = source.select(_names(experiments))
         progress("fit")
@@ -115,7 +115,7 @@ def validate_(
     if leave_one_out == (profile is not None):
         raise BadInput(Problem("give either --profile or --leave-one-out", file="validate"))
     cells: list[validate.Cell] = []
-    with _bad_input(), _progress(quiet) as progress:
+    with _bad_input(), status(quiet) as progress:
         source = read(recording, model)
         names = _names(experiments)
         chosen = source.select(names)
@@ -237,11 +237,11 @@ def _bad_input() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(silent: bool) -> Iterator[Callable[[str], None]]:
+def status(silent: bool) -> Iterator[Callable[[str], None]]:
     """What is being done, on a terminal; nothing in pipes."""
     err = Console(stderr=True, highlight=False)
     if silent or not err.is_terminal:
         yield lambda _what: None
         return
-    with err.status("") as status:
-        yield lambda what: status.update(escape(what))
+    with err.status("") as shown:
+        yield lambda what: shown.update(escape(what))
