@@ -65,12 +65,20 @@ class Batch(NamedTuple):
     members: Members | None = None  # given to a backend that executes, see `Executor`
 
 
+WHOLE = -1  # `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
+
+
 class Host(NamedTuple):
     """Host work of one step, ps."""
 
     schedule: int = 0  # before the launch: deciding what to run
     launch: int = 0  # until the GPU has its work
-    update: int = 0  # after it: taking the tokens in
+    update: int = 0  # after it: taking the tokens in, and handing them to the clients
+    tail: int = WHOLE  # kernel by kernel the GPU works along with the launch, but for this much once that has ended
+
+    def begin_ps(self, gpu: int) -> int:
+        """From the launch's start to the end of ``gpu`` ps of work, on a GPU that has nothing else to do."""
+        return self.launch + gpu if self.tail == WHOLE else max(gpu, self.launch + self.tail)
 
 
 NO_HOST = Host()
@@ -91,23 +99,29 @@ class StepCost(NamedTuple):
     def spacing(self, ahead: bool) -> tuple[int, int]:
         """Time from one step boundary to the next, of the first step, and by how much each further one is longer.
 
-        A synchronous engine takes turns with the GPU; one that plans ``ahead`` works while the GPU does, so that the
-        slower of the two sets the pace.
+        A synchronous engine takes turns with the GPU. In one that plans ``ahead`` the host works while the GPU does,
+        and the slower of the two sets the pace of steps that are all alike.
         """
         host = self.host
         if host is NO_HOST:
             return self.first, self.slope
         work = host.schedule + host.launch + host.update
-        if not ahead:
-            return self.first + work, self.slope
-        return (work, 0) if work > self.first else (self.first, self.slope)
+        if ahead:
+            return (work, 0) if work > self.first else (self.first, self.slope)
+        bound = host.tail != WHOLE and host.launch + host.tail > self.first  # the launch outlasts the GPU's work
+        return host.schedule + host.begin_ps(self.first) + host.update, 0 if bound else self.slope
 
     def steps_alike(self, ahead: bool) -> int:
         """For how many steps `spacing` holds."""
         host = self.host
-        if not ahead or host is NO_HOST:
+        if host is NO_HOST:
             return self.steps
-        wait = host.schedule + host.launch + host.update - self.first
+        if ahead:
+            wait = host.schedule + host.launch + host.update - self.first
+        elif host.tail == WHOLE:
+            return self.steps
+        else:
+            wait = host.launch + host.tail - self.first
         if wait <= 0 or self.slope == 0:
             return self.steps
         return min(self.steps, wait // self.slope + 1)  # then the GPU is the slower
@@ -117,6 +131,8 @@ class Backend(ABC):
     """Prices the steps of one replica; a GPU engine also executes them."""
 
     name: str = "backend"
+    arrival: int = 0  # ps of host time that an engine spends on each request it takes in, before it plans
+    arrival_token: int = 0  # ps more for each token of its prompt
 
     @abstractmethod
     def step(self, batch: Batch) -> StepCost:

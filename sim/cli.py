@@ -1,4 +1,4 @@
-"""The command line: ``chairlift run``, ``list``, ``schema``, ``trace describe``."""
+"""The command line: ``chairlift run``, ``list``, ``schema``, ``trace describe``; others in ``cli_*`` modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from backend import specs
 from policies.base import PolicyError
-from sim import formats, named, output, plugins, report
+from sim import cli_profile, formats, named, output, plugins, report, uncertainty
 from sim.describe import table as trace_table
 from sim.load import load
 from sim.lookup import BACKENDS
@@ -83,6 +83,9 @@ def run(
     no_leap: Annotated[
         bool, typer.Option("--no-leap", help="Take every engine step on its own: the same results, slowly.")
     ] = False,
+    draws: Annotated[
+        int, typer.Option("--uncertainty", metavar="N", min=0, help="N more runs with other seeds and profile errors.")
+    ] = 0,
     trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json (or comparison.json) instead.")] = False,
@@ -91,7 +94,13 @@ def run(
 
     [bold]chairlift run anyscale_23x[/bold] replays the continuous-batching post.
     """
-    study = load(find_scenario(scenario), set_ or [], policy or [], backend, trust)
+    path = find_scenario(scenario)
+    study = load(path, set_ or [], policy or [], backend, trust)
+
+    def again(draw: int) -> Study:
+        seed = study.setups[0].seed + draw
+        return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust)
+
     folder = out_dir or Path("runs") / study.name
     writer = output.Writer(folder, study)
     outcomes: list[Outcome] = []
@@ -99,6 +108,9 @@ def run(
         for outcome in _simulated(study, not no_leap, quiet or as_json):
             outcomes.append(outcome)
             writer.add(outcome)
+        if draws:
+            with cli_profile.status(quiet or as_json) as told:
+                spread = uncertainty.repeat(study, again, draws, folder, told)
     except KeyboardInterrupt:
         err.print(f"interrupted: {len(outcomes)} of {len(study.setups)} runs are in {escape(str(folder))}")
         raise typer.Exit(130) from None
@@ -111,6 +123,8 @@ def run(
         report.show(out, study, outcomes)
         wall = sum(o.summary["wall_s"] for o in outcomes)
         count = sum(len(o.requests.status) for o in outcomes)
+        if draws:
+            out.print(uncertainty.table(spread))
         out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
 
 
@@ -153,6 +167,10 @@ def describe(
         sys.stdout.write(json.dumps(facts(trace), indent=2) + "\n")
     else:
         out.print(trace_table(trace, file.name))
+
+
+app.command()(cli_profile.calibrate)
+app.command("validate")(cli_profile.validate_)
 
 
 def find_scenario(name: str) -> Path:

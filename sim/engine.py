@@ -7,12 +7,24 @@ now. A *run* is many engine steps of the same members: nothing in it is done per
 A synchronous engine runs what it has just planned. An asynchronous one (`Scheduler.asynchronous`) plans one step
 ahead: at each boundary one step is in flight already, and the plan is for those after it. The policy then sees every
 step as done that is planned, except that a request whose last token is in flight keeps its place until it is in.
+
+Where the cost model knows of host time, an asynchronous engine's loop is vLLM's: take arrivals in, schedule and launch
+step n+1, wait for step n, process its output. With the GPU's clock g and the boundary b(n) when n's output is in::
+
+    launched(n+1) = b(n-1) + intake + schedule + launch
+    b(n)          = max(g(n), launched(n+1)) + update
+    g(n+1)        = max(g(n), launched(n+1)) + gpu                                      one CUDA graph
+                  = max(max(g(n), launched(n+1) - launch) + gpu, launched(n+1) + tail)  kernel by kernel
+
+So when n lands is known only once n+1 is planned. Until then `_landing` is a name for that time: later than now, and
+exact where the host takes no time.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from backend.base import NO_HOST, WHOLE
 from policies.base import Request
 from sim.planner import Planner
 from sim.records import PACK_RUN, RunRecords, Status
@@ -35,13 +47,19 @@ class Engine(Planner):
         self._count = 0  # steps until its end, one in flight included
         self._plan: Plan | None = None  # what runs; asynchronous: what runs after the step in flight
         self._flight: Plan | None = None  # asynchronous: the step that runs, committed already
-        self._landing = 0  # when the step in flight is done
+        self._landing = 0  # when the step in flight brings its tokens: exact once the one after it is planned
+        self._gpu_end = 0  # when the GPU is done with it
+        self._gpu_next = 0  # likewise the first step of `_plan`
         self._cancelled: list[Request] = []  # to leave at the end of the run
         self._decoded = 0  # asynchronous: when the group emitted last before the step in flight
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
-        return self.end is None or (self._count > 1 and self.scheduler.heeds_arrival(self.state))
+        if self.end is None:
+            return True
+        return self._count > 1 and (
+            self._arrival > 0 or self._arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
+        )
 
     def begin(self, now: int) -> int | None:
         """Ask the policy what runs next; the time at which that run ends, None when it leaves the replica idle."""
@@ -57,14 +75,23 @@ class Engine(Planner):
             plan = self._ask_until(now)
             if plan is None:
                 return None
+            if plan.host is not NO_HOST or plan.intake:  # the boundary at which it is launched
+                self._plan, self._count = plan, 1
+                self.end = now + plan.intake + plan.host.schedule + plan.host.launch
+                return self.end
             self.commit(plan, 1)
-            self._launch(plan, now)
+            self._launch(plan, now, now + plan.gpu)
         flight = self._flight
         assert flight is not None
         plan = self._plan = self.ask(now, self._landing)
+        alike = True
+        if plan is None or plan.host is not NO_HOST or flight.host is not NO_HOST or plan.intake:
+            alike = self._overlap(flight, plan, now)
+        else:
+            self._gpu_next = self._landing + plan.gpu
         self._count = 1
         self.end = self._landing
-        if plan is not None and plan.count > 1 and not flight.ending:
+        if plan is not None and plan.count > 1 and alike and not flight.ending:
             self._count = plan.count
             self.end += duration(plan.first, plan.slope, plan.count - 1)
         return self.end
@@ -88,7 +115,13 @@ class Engine(Planner):
         """Commit the run that ends now; the requests that ended with it."""
         plan, count = self._plan, self._count
         self.end = None
-        if not self._ahead:
+        if self._ahead and self._flight is None:
+            assert plan is not None
+            self.commit(plan, 1)
+            launched = now - plan.host.launch if plan.host.tail != WHOLE else now
+            self._launch(plan, self._start, max(launched + plan.gpu, now + max(0, plan.host.tail)), now)
+            done = NOBODY
+        elif not self._ahead:
             assert plan is not None
             self.commit(plan, count)
             self._record(plan, self._start, plan.first, count, plan.row)
@@ -100,11 +133,12 @@ class Engine(Planner):
             assert flight is not None
             landing = self._landing
             if flight.undelivered or flight.late_gaps:
-                self._record(flight, *flight.air)
+                start, row = flight.air
+                self._record(flight, start, landing - start, 1, row)
             else:  # as `_record`, without the detour
-                start, first, _, row = flight.air
+                start, row = flight.air
                 self.steps += 1
-                self.records.rows.frombytes(PACK_RUN(start, first, flight.slope, 1, *row))
+                self.records.rows.frombytes(PACK_RUN(start, landing - start, 0, 1, *row))
             if flight.emitting:
                 self._deliver(flight, landing)
             done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
@@ -113,14 +147,15 @@ class Engine(Planner):
                 self.commit(plan, count)
                 if count > 1:
                     self._record(plan, landing, plan.first, count - 1, plan.row)
-                    self._launch(plan, now, count - 1)
-                elif plan.emitting or not plan.decoding:
-                    self._launch(plan, now)
+                    gpu = plan.gpu + (count - 1) * plan.gpu_slope
+                    self._launch(plan, now, now - plan.host.update + gpu, before=count - 1)
+                elif plan.emitting or not plan.decoding or plan.host is not NO_HOST:
+                    self._launch(plan, now, self._gpu_next)
                 else:  # as `_launch`, without the detour
                     self._flight = plan
                     self._decoded = state.decoded_at
-                    self._landing = state.decoded_at = now + plan.first
-                    plan.air = (now, plan.first, 1, plan.row)
+                    self._landing = self._gpu_end = state.decoded_at = self._gpu_next
+                    plan.air = (now, plan.row)
         if self._cancelled:
             self._let_go(now)
         return done
@@ -168,9 +203,10 @@ class Engine(Planner):
                 state.group.leave(request)
             request._emitted -= flying
             if flight is not None and request in flight.emitting:
-                request._last -= (flight.gaps or {}).get(request.id, 0)
+                request._last = (flight.gaps or {}).get(request.id, request._last)
             elif decodes or flying:  # the time of its latest token was not kept, or is that of the one in flight
-                request._last = max(0 if request._last == self._landing else request._last, decoded)
+                unborn = flight is not None and request._last == self._landing
+                request._last = max(0 if unborn else request._last, decoded)
             request.restart()
         self.end = self._flight = self._plan = None
         return lost
@@ -182,18 +218,55 @@ class Engine(Planner):
             if plan is not None or not (self.state.rejected or self.state.preempted):
                 return plan
 
-    def _launch(self, plan: Plan, start: int, before: int = 0) -> None:
-        """Put the last committed step of ``plan``, which has ``before`` steps before it, in flight."""
+    def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
+        """See when the step in flight lands and the GPU is done with the one after it, ``plan`` being what follows.
+
+        Whether further steps of ``plan`` then come at its pace, as if the step before had been like them.
+        """
+        gpu_end, launched, alike = self._gpu_end, now, True
+        if plan is not None:
+            host, gpu = plan.host, plan.gpu
+            work = host.schedule + host.launch
+            launched = now + plan.intake + work
+            if host.tail == WHOLE:
+                self._gpu_next = max(gpu_end, launched) + gpu
+                alike = max(gpu - flight.host.update, work) == max(gpu - host.update, work)
+            else:
+                self._gpu_next = max(max(gpu_end, launched - host.launch) + gpu, launched + host.tail)
+                busy = gpu_end >= launched and gpu >= max(work + host.update, host.launch + host.tail)
+                alike = busy and flight.host.update == host.update
+        landing = max(gpu_end, launched) + flight.host.update
+        if landing <= now:  # no two boundaries at once
+            landing, alike = now + 1, False
+        if landing != self._landing:
+            self._rename(flight, landing)
+        return alike
+
+    def _rename(self, flight: Plan, landing: int) -> None:
+        """The step in flight lands at ``landing``: tell all who know that time by its name."""
+        name, self._landing = self._landing, landing
+        state = self.state
+        if state.decoded_at == name:
+            state.decoded_at = landing
+        for request in (*flight.emitting, *state.parked.values(), *state.evicted):
+            if request._last == name:
+                request._last = landing
+
+    def _launch(self, plan: Plan, start: int, gpu_end: int, now: int = 0, before: int = 0) -> None:
+        """Put the last committed step of ``plan``, which has ``before`` steps before it, in flight.
+
+        The records let it begin at ``start``. The name of its landing is later than ``now``, or than that.
+        """
         row = plan.row
-        first = plan.first + before * plan.slope
         self._flight = plan
-        self._landing = start + first
+        self._gpu_end = gpu_end
+        self._landing = max(gpu_end + plan.host.update, max(now, start) + 1)
         if plan.decoding:
             self._decoded = start if before else self.state.decoded_at
         if before:
             decodes, padded, context = row[2:5]
             row = (*row[:4], context + before * (decodes + padded), 0, *row[6:9], row[9] + before * decodes, *row[10:])
-        plan.air = (start, first, 1, row)
+        plan.air = (start, row)
         if plan.emitting:
             self._announce(plan, self._landing)
         elif plan.decoding:
@@ -207,7 +280,7 @@ class Engine(Planner):
         for request in plan.emitting:
             if first_token[request.id] >= 0:  # it was preempted: the client waits for this token since its last
                 plan.gaps = plan.gaps or {}
-                plan.gaps[request.id] = now - request._last
+                plan.gaps[request.id] = request._last
             request._last = now
 
     def _deliver(self, plan: Plan, now: int) -> None:
@@ -215,7 +288,7 @@ class Engine(Planner):
         gaps = plan.gaps or {}
         for request in plan.emitting:
             if request.id in gaps:
-                self.records.gap_rows.extend((gaps[request.id], 1))
+                self.records.gap_rows.extend((now - gaps[request.id], 1))
             else:
                 self._requests.first_token[request.id] = now
 
@@ -225,7 +298,9 @@ class Engine(Planner):
             row = (*row[:5], row[5] + plan.undelivered, *row[6:])
         self.records.rows.frombytes(PACK_RUN(start, first, plan.slope, count, *row))
         if plan.late_gaps:
-            self.records.gap_rows.extend(plan.late_gaps)
+            end = start + first
+            for i in range(0, len(plan.late_gaps), 2):
+                self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
 
     def _flies(self, request: Request) -> bool:

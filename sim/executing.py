@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from backend.base import Batch, Executor, Measured, Prompt, StepCost
+from backend.base import Batch, Executor, Host, Prompt, StepCost
 from policies.base import PolicyError, Request
 from sim.engine import Engine
 from sim.prefix import Identity
-from sim.runs import NOBODY, Plan
+from sim.runs import Plan
 from sim.step import ReplicaStep
+
+_UNKNOWN = Host()  # of a step whose host work is measured, not priced
 
 
 class Executing(Engine):
@@ -30,67 +32,43 @@ class Executing(Engine):
         self._identity = identity
         self._cost = self._execute
         self._clock: int | None = None  # wall clock when the latest step's tokens were in, ns; None while idle
-        self._joined: dict[int, list[Request]] = {}  # plan (by id) → decodes in it whose last token was no decode's
         self._asked: dict[int, tuple[int, int, int]] = {}  # plan (by id) → when, ps spent planning, attention pairs
         self._pairs = 0
-        self._updating = 0  # ps, since the latest step's tokens were in
 
     def begin(self, now: int) -> int | None:  # noqa: D102 - documented in `Engine`
         if self._clock is None:
             self._clock = time.perf_counter_ns()
-        self._start = now
-        self._count = 1
-        state = self.state
-        if self._flight is None:
+        if self._ahead and self._flight is None:
             plan = self._ask_until(now)
-            if plan is None:
-                self._clock = None
-                return None
-            if not self._ahead:
-                self._plan = plan
-                self.end = self._wait(plan, now)
-                return self.end
-            self.commit(plan, 1)
-            self._flight = plan
-        flight = self._flight
-        parked = set(state.parked)
-        self._plan = self.ask(now, now)
-        self.end = self._landing = self._wait(flight, now)
-        self._announce(flight, self._landing)
-        if flight.decoding:
-            for request in (*state.evicted, *(r for r in state.parked.values() if r.id not in parked)):
-                request._last = self._landing  # its token was under way when it was planned out of the next step
-        return self.end
+            if plan is not None:
+                self.commit(plan, 1)
+                self._launch(plan, now, now + 1)
+        end = None if self._ahead and self._flight is None else super().begin(now)
+        if end is None:
+            self._clock = None
+        return end
 
     def settle(self, now: int) -> list[Request]:  # noqa: D102
         began = time.perf_counter_ns()
-        if not self._ahead:
-            done = super().settle(now)
-        else:
-            plan, flight, state = self._plan, self._flight, self.state
-            assert flight is not None
-            self.end = None
-            self._record(flight, *flight.air)
-            if flight.emitting:
-                self._deliver(flight, now)
-            done = self.complete(flight, now) if flight.ending or state.parked else NOBODY
-            self._flight = None
-            if plan is not None:
-                self.commit(plan, 1)
-                self._flight = plan
-            self._let_go(now)
-        self._updating = (time.perf_counter_ns() - began) * 1000
-        self.records.measured[-1] = self._updating
+        done = super().settle(now)
+        self.records.measured[-1] = (time.perf_counter_ns() - began) * 1000
         return done
 
     def ask(self, now: int, start: int) -> Plan | None:  # noqa: D102
         began = time.perf_counter_ns()
         plan = super().ask(now, start)
         if plan is not None:
-            joined = [r for r in self.state.fresh.values() if r._counter is not None] if plan.decoding else []
-            self._joined[id(plan)] = joined
             self._asked[id(plan)] = (now, (time.perf_counter_ns() - began) * 1000, self._pairs)
+            if not self._ahead:
+                plan.first += self._wait(plan)
         return plan
+
+    def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
+        """Wait for the step in flight, ``plan`` being launched behind it; the next one does not come at its pace."""
+        landing = max(now + 1, now + flight.gpu + self._wait(flight))  # `gpu`: what the policy paused
+        self._gpu_next = landing + 1
+        self._rename(flight, landing)
+        return False
 
     def _execute(self, batch: Batch) -> StepCost:
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
@@ -99,38 +77,17 @@ class Executing(Engine):
             self._executor.launch(batch._replace(members=_Members(self.state, self._identity)))
         except RuntimeError as error:  # more sequences than it has room for
             raise PolicyError(f"policy {type(self.scheduler).__name__}: {error}") from None
-        return StepCost(0, 0, 1)
+        return StepCost(0, 0, 1, _UNKNOWN)
 
-    def _wait(self, plan: Plan, start: int) -> int:
-        """Wait for ``plan``, which started at ``start``; when it is done."""
-        measured: Measured = self._executor.wait()
+    def _wait(self, plan: Plan) -> int:
+        """Wait for ``plan``, the oldest under way; ps since the step before it was in, or since idling ended."""
+        measured = self._executor.wait()
         assert self._clock is not None
         clock = time.perf_counter_ns()
-        end = start + plan.first + (clock - self._clock) * 1000  # `first`: what the policy paused
-        self._clock = clock
-        plan.first = end - start
-        decodes = plan.row[2]
-        late, gaps = self._lateness(self._joined.pop(id(plan)), decodes, start, end) if plan.decoding else (0, [])
-        plan.row = (*plan.row[:5], late, *plan.row[6:])
-        plan.late_gaps = gaps
-        plan.air = (start, plan.first, 1, plan.row)
+        passed, self._clock = (clock - self._clock) * 1000, clock
         asked, planning, pairs = self._asked.pop(id(plan))
         self.records.measured.extend((asked, planning - measured.host, measured.host, measured.gpu, pairs, 0))
-        return end
-
-    def _lateness(self, joined: Sequence[Request], decodes: int, start: int, end: int) -> tuple[int, list[int]]:
-        """As `Planner._late`, at the end of a step."""
-        gaps: list[int] = []
-        late = 0
-        for request in joined:
-            if request._last != start:
-                gaps += (end - request._last, 1)
-                late += 1
-        old, since = decodes - len(joined), self.state.decoded_at
-        if old > 0 and since != start:
-            gaps += (end - since, old)
-            late += old
-        return late, gaps
+        return passed
 
 
 class _Members:

@@ -237,7 +237,8 @@ class _Resolver(Lookup):
         gpu = self._find("gpu", gpu_choice, gpu_at)
         choice, policy_at = (group.policy, (*at, "policy")) if group.policy is not None else need("policy")
         policy = self._find("policy", choice, policy_at, from_file)
-        backend = self._find("backend", *own("backend", pick("backend", "roofline")))
+        backend_choice, backend_at = own("backend", pick("backend", "roofline"))
+        backend = self._find("backend", backend_choice, backend_at)
         tensor_parallel, tp_at = own("tensor_parallel", pick("tensor_parallel", 1))
         kv, kv_at = own("kv", pick("kv"))
         if len(self._problems) > before or not (model and gpu and policy and backend):
@@ -250,6 +251,8 @@ class _Resolver(Lookup):
             fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, tensor_parallel))
         if getattr(backend[0], "executes", False):
             self._check_executes(group, at, pick)
+        elif fit is not None:
+            self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, tensor_parallel))
         if sample is not None and (misfit := sample.misfit(longest)):
             self._problems.append(self._document.problem(policy_at, misfit))
         if len(self._problems) > before or fit is None:

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from backend import specs
 from backend.base import Settings
 from backend.hardware import Torch
+from backend.profile import Settings as ProfileSettings
+from backend.profile import shipped
 from backend.roofline import Efficiency
 from policies.base import Scheduler
 from sim import plugins
@@ -18,7 +20,8 @@ from sim.problems import BadInput, Problem, did_you_mean
 from sim.rules import Path as KeyPath
 from sim.scenario import Kv
 
-BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "torch": Torch}  # name → its settings
+# name → its settings
+BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "profile": ProfileSettings, "torch": Torch}
 
 
 class Lookup:
@@ -39,10 +42,19 @@ class Lookup:
         if key == "router":
             return self._look_up(choice, at, plugins.router, True)
         if key == "backend":
-            return self._look_up(choice, at, _backend, True)
+            return self._look_up(self._profile(choice), at, _backend, True)
         folder = self._folder if from_file else Path()
         trust = self._trust or not from_file
         return self._look_up(choice, at, lambda name: plugins.scheduler(name, trust, folder), True)
+
+    def _profile(self, choice: Any) -> Any:
+        """A profile's own name is short for the backend ``profile``; its file may lie beside the scenario."""
+        if isinstance(choice, str) and (choice in shipped() or choice.endswith(".json")):
+            choice = {"name": "profile", "profile": choice}
+        if isinstance(choice, dict) and isinstance(name := choice.get("profile"), str) and name.endswith(".json"):
+            beside = self._folder / name
+            return {**choice, "profile": str(beside)} if beside.is_file() else choice
+        return choice
 
     def _look_up(self, choice: Any, at: KeyPath, find: Any, with_settings: bool = False) -> Any:
         """What ``choice`` names; with settings: a class and its checked settings. None if it is wrong."""
@@ -110,7 +122,7 @@ def _gpu(choice: str | dict[str, Any]) -> specs.GPU:
 
 def _backend(name: str) -> type[Any]:
     if name not in BACKENDS:
-        raise BadInput(Problem(f"no such backend{did_you_mean(name, list(BACKENDS))}", value=name))
+        raise BadInput(Problem(f"no such backend{did_you_mean(name, [*BACKENDS, *shipped()])}", value=name))
     return BACKENDS[name]
 
 

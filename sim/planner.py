@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop
 
 from backend.base import NO_HOST, Backend, Batch, Chunk
@@ -48,6 +48,8 @@ class Planner:
         self._room = pool.total * pool.block_size  # tokens
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
         self._cost = backend.step
+        self._arrival, self._arrival_token = backend.arrival, backend.arrival_token
+        self._intake = 0  # ps of host time to take in those that have come
         self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
 
     def submit(self, request: Request, now: int) -> bool:
@@ -61,12 +63,17 @@ class Planner:
             self.end_request(request, now, Status.REJECTED)
             return False
         self.state.waiting.append(request)
+        self._intake += self._arrival + self._arrival_token * request.prompt_tokens
         return True
 
     def ask(self, now: int, start: int) -> Plan | None:
-        """What the policy wants of the steps that start at ``start``; None if nothing."""
+        """What the policy wants of the steps that start at ``start``; None if nothing.
+
+        With a step in flight, ``start`` is the name of the time at which that one brings its tokens.
+        """
         state = self.state
         state.open(now)
+        intake, self._intake = self._intake, 0
         vouched = self.scheduler.schedule(state)
         if not isinstance(vouched, int) or vouched < 1:
             raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
@@ -96,15 +103,14 @@ class Planner:
         cost = self._cost(Batch(prefills, decodes, context, dead + state.padding))
         count = 1
         first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
-        leaps = self.leap and decoding and not (chunks or state.ran or state.slept)
+        leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
             if count > 1 and group.growing:
                 count = group.steps_within(count, self.pool.free + state.taken)
-        first += state.slept
         late, late_gaps = 0, NO_GAPS
         if decoding and (state.fresh or state.decoded_at != start):
-            late, late_gaps = self._late(start, start + first, decodes, state.fresh.values())
+            late, late_gaps = self._late(start, decodes)
         row = (
             len(chunks),
             state.tokens - decodes if chunks else 0,
@@ -119,7 +125,12 @@ class Planner:
             state.promised,
             state.preempted,
         )
-        return Plan(first, slope, count, chunks, decoding, row, late_gaps)
+        plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, cost)
+        if state.slept or intake:
+            plan.first += state.slept + intake
+            plan.gpu += state.slept
+            plan.intake = intake
+        return plan
 
     def commit(self, plan: Plan, count: int) -> None:
         """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
@@ -237,23 +248,20 @@ class Planner:
         for request in released:
             self.end_request(request, now, Status.FINISHED)
 
-    def _late(self, start: int, first_end: int, decodes: int, fresh: Iterable[Request]) -> tuple[int, list[int]]:
-        """How many decodes did not emit at ``start``, and their first gaps as rows of GAP_COLUMNS, flat.
-
-        ``fresh``: those that have joined since the group last emitted.
-        """
+    def _late(self, start: int, decodes: int) -> tuple[int, list[int]]:
+        """How many decodes did not emit at ``start``; when they last did, and how many of them, as flat rows."""
         state = self.state
         gaps: list[int] = []
         late = 0
         old = decodes
-        for request in fresh:
+        for request in state.fresh.values():
             if request._counter is None:
                 continue  # preempted or parked since
             old -= 1
             if request._last != start:
-                gaps += (first_end - request._last, 1)
+                gaps += (request._last, 1)
                 late += 1
         if old > 0 and state.decoded_at != start:
-            gaps += (first_end - state.decoded_at, old)
+            gaps += (state.decoded_at, old)
             late += old
         return late, gaps

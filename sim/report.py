@@ -21,7 +21,10 @@ def show(console: Console, study: Study, outcomes: Sequence[Outcome]) -> None:
     """Print what ``study`` asked to see of its outcomes."""
     if study.question:
         console.print(Text(study.question.strip(), style="italic"))
+    scaled = any("scaled, not measured" in outcome.assumptions for outcome in outcomes)
     for each in renderables(study, outcomes):
+        if scaled and isinstance(each, Table):
+            each.caption = "step costs are scaled, not measured: see below"
         console.print()
         console.print(each)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import isqrt
 
+from backend.base import StepCost
 from policies.base import Request
 
 
@@ -44,6 +45,10 @@ class Plan:
         "ending",
         "first",
         "gaps",
+        "gpu",
+        "gpu_slope",
+        "host",
+        "intake",
         "late_gaps",
         "row",
         "slope",
@@ -59,6 +64,7 @@ class Plan:
         decoding: bool,
         row: tuple[int, ...],
         late_gaps: list[int],
+        cost: StepCost,
     ) -> None:
         self.first = first  # ps from boundary to boundary, the first step's; pauses and host work included
         self.slope = slope  # ps that each further step takes longer
@@ -66,9 +72,17 @@ class Plan:
         self.chunks = chunks
         self.decoding = decoding
         self.row = row  # RUN_COLUMNS from `chunks` on
-        self.late_gaps = late_gaps  # first gaps of decodes that did not emit just before, rows of GAP_COLUMNS, flat
-        self.gaps: dict[int, int] | None = None  # of requests in `emitting` that have emitted before: ps since then
+        self.late_gaps = (
+            late_gaps  # decodes that did not emit just before, flat rows: time of their last token, how many
+        )
+        self.host = cost.host
+        self.gpu = cost.first  # ps on the GPU, the first step's; pauses included
+        self.gpu_slope = cost.slope
+        self.intake = 0  # ps of host time for requests that have come
+        self.gaps: dict[int, int] | None = (
+            None  # of requests in `emitting` that have emitted before: when they last did
+        )
         self.undelivered = 0  # decodes of its last step whose client has given up
-        self.air: tuple[int, int, int, tuple[int, ...]]  # its last step in flight: start, ps, 1, row
+        self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from worlds import Affine, trace_of
 
-from backend.base import Host
+from backend.base import NO_HOST, WHOLE, Host
 from policies import routers
 from policies.base import Router, Scheduler
 from policies.orca import Orca
@@ -127,7 +127,12 @@ def clusters(draw: Draw, disaggregated: bool | None = None, safe: bool = False) 
         fixed=draw(st.sampled_from([GRID, GRID, 997])),
         token=draw(st.sampled_from([0, 10, GRID])),
         context=draw(st.sampled_from([0, 0, 1])),
-        host=draw(st.sampled_from([Host(), Host(), Host(schedule=5, launch=40, update=7)])),
+        host=draw(st.sampled_from([NO_HOST, NO_HOST, Host(schedule=5, launch=40, update=7), Host(200, 600, 400)])),
+        each=draw(st.sampled_from([0, 0, 30])),
+        chunk_launch=draw(st.sampled_from([0, 0, 3000])),
+        chunk_tail=draw(st.sampled_from([WHOLE, 0, 700])),
+        decode_tail=draw(st.sampled_from([WHOLE, WHOLE, 500])),
+        arrival=draw(st.sampled_from([0, 0, 90, 2500])),
     )
     block_size = draw(st.sampled_from([4, 16]))
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Affine, World, check_books, play, trace_of
 
-from backend.base import Host
+from backend.base import NO_HOST, WHOLE, Host
 from policies.base import Scheduler
 from policies.orca import Orca
 from policies.static import Static
@@ -57,7 +57,13 @@ backends = st.builds(
     fixed=st.sampled_from([1, 1000, 997]),
     token=st.sampled_from([0, 10]),
     context=st.sampled_from([0, 1, 3]),
-    host=st.sampled_from([Host(), Host(schedule=5, launch=40, update=7)]),
+    host=st.sampled_from([NO_HOST, Host(), Host(schedule=5, launch=40, update=7), Host(200, 600, 400)]),
+    each=st.sampled_from([0, 0, 30]),
+    chunk_launch=st.sampled_from([0, 3000]),
+    chunk_tail=st.sampled_from([WHOLE, 0, 700]),
+    decode_tail=st.sampled_from([WHOLE, WHOLE, 500]),
+    arrival=st.sampled_from([0, 0, 90, 2500]),
+    arrival_token=st.sampled_from([0, 0, 2]),
     vouch=st.sampled_from([1, 3, 1 << 60]),
     cap=st.sampled_from([40, 200, 1 << 60]),
 )

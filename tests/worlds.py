@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost
+from backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
 from policies.base import Request, Scheduler
 from policies.routers import RoundRobin
 from policies.vllm import Vllm
@@ -29,6 +29,12 @@ class Affine(Backend):
     token: int = 10
     context: int = 1
     host: Host = NO_HOST
+    each: int = 0  # host ps a sequence, scheduling and updating
+    chunk_launch: int = 0  # host ps more where there is a chunk
+    chunk_tail: int = WHOLE
+    decode_tail: int = WHOLE
+    arrival: int = 0
+    arrival_token: int = 0
     vouch: int = FOREVER
     cap: int = FOREVER  # context beyond which the slope vanishes (a breakpoint)
 
@@ -43,7 +49,16 @@ class Affine(Backend):
             slope = 0
         elif slots:
             steps = min(steps, (self.cap - batch.context) // slots + 1)
-        return StepCost(first, slope, max(1, steps), self.host)
+        return StepCost(first, slope, max(1, steps), self._host(batch))
+
+    def _host(self, batch: Batch) -> Host:
+        sequences = self.each * (batch.decodes + len(batch.prefills))
+        eager = self.chunk_launch if batch.prefills else 0
+        tail = self.chunk_tail if batch.prefills else self.decode_tail
+        if not (sequences or eager) and tail == WHOLE:
+            return self.host
+        schedule, launch, update, _ = self.host
+        return Host(schedule + sequences, launch + eager, update + sequences, tail)
 
 
 def sync_vllm() -> Vllm:

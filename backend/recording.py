@@ -1,0 +1,203 @@
+"""What an engine did, request by request and step by step: a recording folder, read and checked.
+
+A folder holds ``<model>_requests.csv.gz``, ``<model>_steps.csv.gz`` and ``<model>_summary.json`` (or the three without
+the prefix), and perhaps ``<model>_itl.npz`` with all inter-token gaps, seconds. Times are seconds from the start of
+each experiment. In ``steps`` a row is one engine step; ``done_s`` is when the processing of its output begins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import csv
+
+Column = npt.NDArray[Any]
+Table = dict[str, Column]
+
+REQUEST_COLUMNS = (
+    "index",
+    "arrival_s",
+    "added_s",
+    "prompt_tokens",
+    "output_tokens",
+    "prefix_group",
+    "first_token_s",
+    "last_token_s",
+)
+STEP_COLUMNS = (
+    "schedule_s",
+    "done_s",
+    "schedule_cpu_s",
+    "update_cpu_s",
+    "prefill_requests",
+    "prefill_tokens",
+    "prefill_pairs",
+    "decode_requests",
+    "decode_context_tokens",
+    "running",
+    "waiting",
+    "preempted",
+)
+LIMITS = ("num_gpu_blocks", "max_num_batched_tokens", "max_num_seqs", "block_size")
+
+
+class RecordingError(ValueError):
+    """A recording that cannot be used; one sentence, with the file."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One workload under one set of limits."""
+
+    name: str
+    limits: dict[str, Any]  # of the engine, by vLLM's names
+    summary: dict[str, Any]
+    requests: Table
+    steps: Table
+    itl_s: Column | None  # all inter-token gaps
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether it was made to measure steps, in waves that each waited for the one before."""
+        return self.name.startswith("grid_")
+
+    @property
+    def repeats(self) -> str:
+        """The experiment that it does once more; "" if it is no repeat."""
+        name = self.name
+        return name[len("noise_") : -len("_again")] if name.startswith("noise_") and name.endswith("_again") else ""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Experiments of one model on one engine and GPU."""
+
+    folder: Path
+    model: str
+    engine: dict[str, Any]  # GPU, engine version, the model's own config
+    experiments: dict[str, Experiment]
+
+    def select(self, names: list[str] | None) -> list[Experiment]:
+        """The experiments called ``names``, all if None; raises RecordingError with the nearest name."""
+        if not names:
+            return list(self.experiments.values())
+        for name in names:
+            if name not in self.experiments:
+                near = get_close_matches(name, self.experiments, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.experiments)}"
+                raise RecordingError(f"{self.folder}: no experiment {name!r} of {self.model} – {hint}")
+        return [self.experiments[name] for name in dict.fromkeys(names)]
+
+
+def read(folder: Path, model: str) -> Recording:
+    """The recording of ``model`` in ``folder``; raises `RecordingError`."""
+    if not folder.is_dir():
+        raise RecordingError(f"{folder}: no such folder")
+    prefix = f"{model}_" if (folder / f"{model}_summary.json").is_file() else ""
+    summary_path = folder / f"{prefix}summary.json"
+    if not summary_path.is_file():
+        known = sorted(p.name.removesuffix("_summary.json") for p in folder.glob("*_summary.json"))
+        hint = f"it has {', '.join(known)}" if known else "it has no *_summary.json"
+        raise RecordingError(f"{folder}: no recording of {model!r}: {hint}")
+    summary = _summary(summary_path)
+    requests = _table(folder / f"{prefix}requests.csv.gz", REQUEST_COLUMNS)
+    steps = _table(folder / f"{prefix}steps.csv.gz", STEP_COLUMNS)
+    gaps = _gaps(folder / f"{prefix}itl.npz")
+    experiments: dict[str, Experiment] = {}
+    for i, facts in enumerate(summary["experiments"]):
+        at = f"{summary_path}: experiments.{i}"
+        if not isinstance(facts, dict) or not isinstance(facts.get("name"), str):
+            raise RecordingError(f"{at}: an experiment needs a name")
+        name = facts["name"]
+        limits = facts.get("engine")
+        limits = limits if isinstance(limits, dict) else {}
+        missing = [k for k in LIMITS if not isinstance(limits.get(k), int)]
+        if missing:
+            raise RecordingError(f"{at}.engine: {name} lacks {', '.join(missing)}")
+        own = [
+            {c: column[table["experiment"] == name] for c, column in table.items() if c != "experiment"}
+            for table in (requests, steps)
+        ]
+        _check(name, own[0], own[1], folder)
+        experiments[name] = Experiment(name, limits, facts, own[0], own[1], gaps.get(name))
+    return Recording(folder, model, summary["engine"], experiments)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordingError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("engine"), dict):
+        raise RecordingError(f"{path}: needs an object `engine`, what was recorded on what")
+    if not isinstance(data.get("experiments"), list) or not data["experiments"]:
+        raise RecordingError(f"{path}: needs a list `experiments`")
+    return data
+
+
+def _table(path: Path, columns: tuple[str, ...]) -> Table:
+    """Columns of a CSV; gzip is read as is."""
+    if not path.is_file():
+        raise RecordingError(f"{path}: no such file")
+    try:
+        table = csv.read_csv(path)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise RecordingError(f"{path}: not readable as CSV: {str(error).splitlines()[0]}") from None
+    missing = [name for name in ("experiment", *columns) if name not in table.column_names]
+    if missing:
+        raise RecordingError(f"{path}: lacks the columns {', '.join(missing)}")
+    found: Table = {}
+    for name in table.column_names:
+        column = table[name].to_numpy()
+        if name in columns:
+            if column.dtype.kind not in "iuf" or not np.isfinite(column.astype(float)).all():
+                bad = next(i for i, v in enumerate(table[name].to_pylist()) if not _is_number(v))
+                raise RecordingError(f"{path}:{bad + 2}: {name} must be a number (got {table[name][bad].as_py()!r})")
+            if name != "prefix_group" and column.size and column.min() < 0:
+                bad = int(np.argmin(column))
+                raise RecordingError(f"{path}:{bad + 2}: {name} must be at least 0 (got {column[bad]:g})")
+        found[name] = column
+    return found
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return math.isfinite(float(str(value)))
+    except ValueError:
+        return False
+
+
+def _gaps(path: Path) -> Table:
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name].astype(np.float64) for name in arrays.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise RecordingError(f"{path}: not readable as an .npz file: {error}") from None
+
+
+def _check(name: str, requests: Table, steps: Table, folder: Path) -> None:
+    """What must hold of any experiment; raises RecordingError."""
+    at = f"{folder}: {name}"
+    if not len(requests["index"]) or not len(steps["done_s"]):
+        raise RecordingError(f"{at}: has no requests or no steps")
+    if (np.diff(steps["done_s"]) < 0).any():
+        raise RecordingError(f"{at}: done_s runs back at step {int(np.argmin(np.diff(steps['done_s']))) + 1}")
+    if (steps["schedule_s"] > steps["done_s"]).any():
+        raise RecordingError(f"{at}: a step is done before it is scheduled")
+    if (requests["prompt_tokens"] < 1).any() or (requests["output_tokens"] < 1).any():
+        raise RecordingError(f"{at}: every request needs a prompt and an output token")
+    if (requests["last_token_s"] < requests["first_token_s"]).any():
+        raise RecordingError(f"{at}: a request's last token comes before its first")
+    empty = (steps["prefill_tokens"] + steps["decode_requests"]) == 0
+    if empty.any():
+        raise RecordingError(f"{at}: step {int(np.argmax(empty))} computes nothing")
