@@ -263,6 +263,8 @@ class _Resolver(Lookup):
             blocks=fit[0],
             block_size=fit[1],
             kv_source=fit[2],
+            host_gib=(kv or Kv()).host_gib,
+            host_link=(kv or Kv()).host_link,
         )
 
     def _check_roles(self, replicas: Any, at: KeyPath, pick: Pick) -> None:

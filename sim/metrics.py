@@ -100,6 +100,7 @@ def summarise(
     summary["prefix_hit_rate"] = _hit_rate(requests)
     summary.update(_transfers(requests))
     summary["preemptions"] = int(sum(requests.preemptions))
+    summary["swaps"], summary["swapped_tokens"] = sum(requests.swaps), sum(requests.swapped_tokens)
     summary["wall_s"] = wall_s
     summary["requests_per_wall_s"] = len(requests.status) / wall_s if wall_s > 0 else None
     return summary

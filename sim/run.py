@@ -101,6 +101,7 @@ def _served(
             index=replica.index,
             leap=leap,
             finish=finish,
+            host=group.make_host(setup.model),
         )
         engine.state.more_arrivals = cluster.more_arrivals
         if group.role == "prefill":
@@ -148,6 +149,8 @@ def audit(requests: RequestRecords, engines: list[Engine], request_time: int) ->
         ends = runs["start_ps"] + steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
         assert (runs["start_ps"][1:] >= ends[:-1]).all(), f"replica {engine.index}: two steps at once"
         assert engine.pool.free == engine.pool.total, f"replica {engine.index}: blocks are left behind"
+        host = engine.state.host
+        assert host.free == host.blocks, f"replica {engine.index}: swapped blocks are left behind"
     assert gaps == tokens - int((first >= 0).sum()), f"{tokens} tokens, {gaps} gaps"
 
 

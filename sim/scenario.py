@@ -43,6 +43,12 @@ class Kv(Spec):
     reserve_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         specs.RESERVE_GIB, description="GiB a GPU keeps besides weights and KV."
     )
+    host_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        4, description="Host memory for swapped KV, GiB a GPU (vLLM's swap_space)."
+    )
+    host_link: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Share of the host link's line rate that swapping reaches (an assumption)."
+    )
 
 
 class Group(Spec):

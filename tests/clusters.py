@@ -56,7 +56,7 @@ def group(
     if scheduler.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     return Group(
-        count, role, GPU, 1, scheduler, settings, Efficiency(), blocks, block_size, "made up", cost or Affine()
+        count, role, GPU, 1, scheduler, settings, Efficiency(), blocks, block_size, "made up", cost=cost or Affine()
     )
 
 
