@@ -849,6 +849,39 @@ SMALL: dict[str, list[dict[str, Any]]] = {  # settings that bind on the small wo
         {"max_batch_total_tokens": 150, "max_waiting_tokens": 3},
         {"max_batch_total_tokens": 400, "waiting_served_ratio": 0.3, "max_batch_prefill_tokens": 60},
     ],
+    "Sarathi": [{"budget": 9, "max_batch": 5}, {"budget": 16, "watermark": 0.2, "enable_prefix_caching": True}],
+    "VllmV0": [
+        {"max_num_seqs": 3, "preemption_mode": "swap"},
+        {"watermark": 0.2},
+        {"preemption_mode": "swap", "watermark": 0},
+    ],
+    "Sglang": [
+        {"chunked_prefill_size": 12},
+        {"schedule_conservativeness": 0.1, "chunked_prefill_size": 30},
+        {"schedule_conservativeness": 0, "enable_mixed_chunk": True, "max_running_requests": 9},
+    ],
+    "Sjf": [
+        {"predictions": "noisy", "tau": 0.5, "starvation_steps": 20},
+        {"starvation_steps": 5, "max_batch": 3, "preemption": "swap", "quantum": 4},
+        {"predictions": "buckets", "buckets": 3, "budget": 20},
+    ],
+    "Srpt": [
+        {"preemption": "swap", "max_batch": 3},
+        {"predictions": "noisy", "tau": 0.3, "keep_from": 0.5, "budget": 20},
+        {"starvation_steps": 7, "quantum": 9, "keep_from": 1.0, "max_batch": 4},
+    ],
+    "Priority": [{"max_batch": 3}, {"preemption": "swap", "budget": 14}, {"age_s": 1e-9, "max_batch": 3}],
+    "Slo": [{"tpot_ms": 2e-6, "budget": 40}, {"tpot_ms": 1.2e-6, "least_chunk": 3, "max_batch": 4}],
+    "Deadline": [
+        {"tpot_ms": 2e-6, "ttft_ms": [2e-6, 8e-6], "budget": 40},
+        {"tpot_ms": 1.2e-6, "least_chunk": 3, "max_batch": 4, "ttft_ms": [1e-5]},
+    ],
+    "Fair": [{"max_batch": 3}, {"budget": 20, "input_weight": 3, "output_weight": 5}],
+    "Mlfq": [
+        {"max_batch": 3, "quantum": 4},
+        {"quantum": 2, "ratio": 3, "levels": 3, "promote_steps": 9},
+        {"max_batch": 4, "quantum": 3, "preemption": "recompute"},
+    ],
     "Vllm": [
         {"max_num_batched_tokens": 16, "max_num_seqs": 4},
         {"max_num_batched_tokens": 9, "long_prefill_token_threshold": 5},
@@ -894,6 +927,8 @@ def conforms(make: Callable[[], Scheduler]) -> None:
             table,
             max_tokens=[min(output + 13, MODEL_LEN - prompt) for _, prompt, output in table],
             priority=rng.integers(0, 3, n).tolist(),
+            tenant=rng.integers(0, 3, n).tolist(),
+            tenants=("a", "b", "c"),
         )
         size = make().block_tokens or 4
         leapt, stepped = (
@@ -905,6 +940,7 @@ def conforms(make: Callable[[], Scheduler]) -> None:
                 replicas=replicas,
                 leap=leap,
                 max_model_len=MODEL_LEN,
+                host=(60 // size, 37),
             )
             for leap in (True, False)
         )

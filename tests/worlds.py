@@ -16,6 +16,7 @@ from policies.vllm import Vllm
 from sim.cluster import Cluster, Replica
 from sim.engine import Engine
 from sim.host_memory import HostMemory
+from sim.predict import predictions
 from sim.records import RequestRecords, Status
 from sim.routing import ReplicaPool
 from sim.run import make_pool
@@ -140,13 +141,18 @@ def play(
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one."""
     requests = RequestRecords(trace)
     outputs = trace.output_tokens.tolist()
-    oracle = scheduler().oracle
+    sample = scheduler()
+    oracle = sample.oracle
+    guesses = None if sample.predictor is None else predictions(outputs, sample.predictor, 0).tolist()
 
     def make(i: int) -> Request:
         prompt = int(trace.prompt_tokens[i])
         cap = max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
         priority = 0 if trace.priority is None else int(trace.priority[i])
-        return Request(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority)
+        tenant = 0 if trace.tenant is None else int(trace.tenant[i])
+        request = Request(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority, tenant)
+        request.predicted_tokens = guesses[i] if guesses else None
+        return request
 
     cluster = Cluster(requests, make)
     cluster.front = ReplicaPool(cluster, RoundRobin(), Random(0))
