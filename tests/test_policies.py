@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from by_hand import PS_IN_MS, Row, finished, first, rows, serve
 from worlds import World, check_books, play, sync_vllm, trace_of
 
 import policies
-from backend.base import Backend, Batch, StepCost
 from policies.base import FOREVER, PolicyError, Request, Scheduler, Step
 from policies.orca import Orca
 from policies.static import Static
@@ -26,42 +26,6 @@ from policies.tgi import Tgi
 from policies.vllm import Vllm
 from sim.records import Status
 from sim.streams import stream
-
-Row = tuple[int, ...]  # arrival ps, prompt, output (, declared output; else the output)
-
-PS_IN_MS = 1e-9
-
-
-class TokenAPs(Backend):
-    """100 ps a step and 1 ps a token."""
-
-    def step(self, batch: Batch) -> StepCost:
-        return StepCost(100 + sum(c.length for c in batch.prefills) + batch.decodes + batch.padded)
-
-
-def serve(rows: Sequence[Row], policy: Callable[[], Scheduler], **world: Any) -> World:
-    """Play ``rows`` on a pool of 1000 tokens, or as ``world`` says, and check the books."""
-    priority = world.pop("priority", None)
-    trace = trace_of(
-        [(row[0], row[1], row[2]) for row in rows], max_tokens=[row[-1] for row in rows], priority=priority
-    )
-    played = play(trace, policy, TokenAPs, **({"block_size": 1} | world))
-    check_books(played)
-    return played
-
-
-def first(world: World) -> list[int]:
-    return list(world.requests.first_token)
-
-
-def finished(world: World) -> list[int]:
-    return list(world.requests.finished)
-
-
-def rows(world: World, *columns: str) -> list[tuple[int, ...]]:
-    runs = world.engines[0].records.runs()
-    return list(zip(*(runs[name].tolist() for name in columns), strict=True))
-
 
 # static batching
 
