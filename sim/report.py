@@ -10,6 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sim import claims
+from sim.fairness import by_tenant
 from sim.metrics import Latencies
 from sim.run import Outcome
 from sim.setup import Study
@@ -39,8 +41,12 @@ def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[Renderabl
             yield latency(study, outcomes)
         if "fleet" in study.tables:
             yield fleet(study, outcomes)
+        if "tenants" in study.tables:
+            yield tenants(study, outcomes)
         if "cdf" in study.tables:
             yield cdf(study, outcomes)
+        if study.claims:
+            yield claims.table(study, outcomes)
     yield assumptions(outcomes)
 
 
@@ -163,6 +169,22 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
             if moved:
                 row.append(_percentiles(s, "transfer", ("median", "p99")) if "median_transfer_ms" in s else "")
             table.add_row(outcome.setup.variant, *row)
+    return table
+
+
+def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What each tenant got of every variant, and how far apart they were while all had requests waiting."""
+    table = _table(f"{study.name}: tenants; a weighted token is a prompt token or half an output token")
+    table.add_column("", overflow="fold")
+    for label in ("tenant", "requests", "TTFT p50", "E2E p50", "weighted tokens/s", "most / least"):
+        table.add_column(label, justify="right")
+    for members in _sections(table, outcomes):
+        for outcome in members:
+            ratio = outcome.summary.get("service_ratio")
+            for i, (name, count, ttft, e2el, rate) in enumerate(by_tenant(outcome.requests)):
+                mine = (outcome.setup.variant, "–" if ratio is None else f"{ratio:.2f}") if i == 0 else ("", "")
+                numbers = (f"{count:,}", f"{_number(ttft)} ms", f"{_number(e2el)} ms", f"{rate:,.0f}")
+                table.add_row(mine[0], name, *numbers, mine[1])
     return table
 
 

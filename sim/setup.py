@@ -9,7 +9,7 @@ from backend import specs
 from backend.base import Backend, Settings
 from policies.base import Router, Scheduler
 from sim.host_memory import HostMemory, host_memory
-from sim.scenario import Autoscale, Failures, Limits, Link, Rung, Slo
+from sim.scenario import Autoscale, Claim, Failures, Limits, Link, Rung, Slo
 from sim.trace import Trace
 
 
@@ -82,5 +82,6 @@ class Study:
     setups: list[Setup]  # case by case, variants in order
     baseline: list[str] = field(default_factory=list)
     waterfall: list[Rung] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
     tables: list[str] = field(default_factory=lambda: ["throughput", "latency"])
     resolved: dict[str, Any] = field(default_factory=dict)  # the file's content with --set applied
