@@ -174,7 +174,7 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
 
 def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """What each tenant got of every variant, and how far apart they were while all had requests waiting."""
-    table = _table(f"{study.name}: tenants; a weighted token is a prompt token or half an output token")
+    table = _table(f"{study.name}: tenants; weighted: a prompt token counts 1, an output token 2")
     table.add_column("", overflow="fold")
     for label in ("tenant", "requests", "TTFT p50", "E2E p50", "weighted tokens/s", "most / least"):
         table.add_column(label, justify="right")
