@@ -92,6 +92,8 @@ class Orca(Scheduler):
                 if piece is None:
                     break
             if not step.admit(request, request.remaining - step.cached_tokens(request), slots):
+                if self._buddy is not None and piece is not None:
+                    self._buddy.give(piece)
                 break
             if piece is not None:
                 self._held[request.id] = piece

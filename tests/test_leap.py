@@ -34,6 +34,7 @@ POLICIES: dict[str, Callable[[int], Scheduler]] = {
     "orca-declared": lambda n: Orca(max_batch=n, reserve="declared"),
     "orca-pow2": lambda n: Orca(max_batch=n, reserve="pow2"),
     "orca-oracle": lambda n: Orca(max_batch=n, reserve="oracle"),
+    "orca-buddy": lambda n: Orca(max_batch=n * 2, reserve="declared", allocator="buddy"),
     "tgi": lambda n: Tgi(max_batch_total_tokens=n * 60, max_waiting_tokens=3),
     "tgi-eager": lambda n: Tgi(max_batch_total_tokens=200, waiting_served_ratio=0.3, max_batch_prefill_tokens=64),
     "vllm": lambda n: Vllm(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from by_hand import finished, first, rows, serve
+from by_hand import TokenAPs, finished, first, rows, serve
 from clusters import group, setup_of
 from clusters import serve as serve_cluster
-from worlds import Affine, trace_of
+from worlds import Affine, play, trace_of
 
 from backend import specs
+from backend.base import Batch, StepCost
 from policies.base import PolicyError, Preemption, Request, Scheduler, Step
 from policies.vllm_v0 import VllmV0
 from sim.host_memory import HostMemory, host_memory
@@ -68,6 +69,27 @@ def test_a_swapped_request_keeps_what_it_computed_and_pays_for_both_ways() -> No
     assert list(world.requests.swapped_tokens) == [7 + 7, 0]
     assert list(world.requests.preemptions) == [1, 0]
     assert rows(world, "first_ps", "prefill_tokens") == [(112, 12), (102, 0), (115, 0), (116, 1), (101, 0)]
+
+
+def test_a_resumed_request_is_priced_as_the_decode_that_it_is() -> None:
+    # it lacks but its latest token: no prompt work, and the KV it reads counts as everybody's
+    seen: list[Batch] = []
+
+    class Watching(TokenAPs):
+        def step(self, batch: Batch) -> StepCost:
+            seen.append(batch)
+            return super().step(batch)
+
+    trace = trace_of([(0, 6, 4), (0, 6, 4)])
+    play(trace, OutOnce, Watching, blocks=9, block_size=4, leap=False, host=(9, KV))
+
+    assert [(len(b.prefills), b.decodes, b.context) for b in seen] == [
+        (2, 0, 0),
+        (0, 2, 7 + 7),
+        (0, 1, 8),  # B alone
+        (0, 2, 8 + 9),  # A reads the 7 tokens that came back and its own, B its 9
+        (0, 1, 9),
+    ]
 
 
 def test_without_swapping_all_its_tokens_are_computed_again() -> None:

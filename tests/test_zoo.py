@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from by_hand import PS_IN_MS, finished, first, rows, serve
+from hypothesis import given
+from hypothesis import strategies as st
 from worlds import World, play, sorted_gaps, trace_of
 
 from policies.base import Request, Scheduler, Step
 from policies.deadline import Deadline
 from policies.fair import Fair
 from policies.mlfq import Mlfq
+from policies.orca import Buddy, Orca
 from policies.priority import Priority
 from policies.sarathi import Sarathi
 from policies.sglang import Sglang
@@ -79,6 +82,53 @@ def test_gaps_between_tokens(policy: Callable[[], Scheduler], worst: int | None)
         assert max(gaps) <= worst
     else:
         assert max(gaps) > 100 + 132
+
+
+# Orca's buddies
+
+
+def test_a_buddy_allocator_cuts_and_joins_pieces() -> None:
+    # 15,700 = 8192 + 4096 + 2048 + 1024 + ...: seven pieces of 2048, the lanes of Orca (Max) in the vLLM paper
+    buddy = Buddy(15_700)
+    pieces = [piece for _ in range(8) if (piece := buddy.take(2048)) is not None]
+
+    assert len(pieces) == 7
+    assert len({start for start, _ in pieces}) == 7
+    assert buddy.take(1025) is None
+    assert buddy.take(1024) == (14_336, 1024)
+    for piece in reversed(pieces):
+        buddy.give(piece)
+    assert buddy.take(8192) == (0, 8192)  # joined again
+    assert buddy.take(4096) == (8192, 4096)
+
+
+@given(st.integers(1, 5000), st.lists(st.tuples(st.booleans(), st.integers(1, 600)), max_size=60))
+def test_buddies_never_overlap_and_all_comes_back(slots: int, acts: list[tuple[bool, int]]) -> None:
+    buddy, fresh = Buddy(slots), Buddy(slots)
+    held: list[tuple[int, int]] = []
+    for give, number in acts:
+        if give and held:
+            buddy.give(held.pop(number % len(held)))
+        elif (piece := buddy.take(number)) is not None:
+            assert number <= piece[1] < 2 * number
+            assert piece[0] + piece[1] <= slots
+            assert all(piece[0] + piece[1] <= start or start + size <= piece[0] for start, size in held)
+            held.append(piece)
+    for piece in held:
+        buddy.give(piece)
+
+    assert {k: v for k, v in buddy._free.items() if v} == {k: v for k, v in fresh._free.items() if v}
+
+
+def test_orca_with_buddies_admits_fewer_than_the_slots_would_hold() -> None:
+    # 16 slots, 5 + 1 reserved each: two by slots (12), two by buddies (8 + 8); of 12 slots, 8 + 4, one only.
+    requests = [(0, 5, 1)] * 2
+
+    def both(slots: int, allocator: Literal["slots", "buddy"]) -> list[int]:
+        return finished(serve(requests, lambda: Orca(reserve="declared", allocator=allocator), blocks=slots))
+
+    assert both(16, "slots") == both(16, "buddy") == both(12, "slots") == [110, 110]
+    assert both(12, "buddy") == [105, 210]
 
 
 # cached prefixes
