@@ -15,21 +15,17 @@ class HostMemory:
     beside it makes the step longer. In and out are then at once: the link is duplex.
     """
 
-    __slots__ = ("_block_size", "_incoming", "_outgoing", "_overlaps", "block_ps", "blocks", "free")
+    __slots__ = ("_block_size", "_incoming", "_outgoing", "_overlaps", "block_ps", "blocks", "busy", "free")
 
     def __init__(self, blocks: int = 0, block_ps: int = 0, block_size: int = 1, overlaps: bool = False) -> None:
         self.blocks = blocks
         self.block_ps = block_ps
         self.free = blocks
+        self.busy = False  # blocks are to be moved with the next step
         self._block_size = block_size
         self._overlaps = overlaps
         self._outgoing = 0  # blocks that leave before the next step
         self._incoming = 0
-
-    @property
-    def busy(self) -> bool:
-        """Whether blocks are to be moved with the next step."""
-        return bool(self._outgoing or self._incoming)
 
     def put(self, request: Request, tokens: int) -> bool:
         """Take in the KV of a preempted request's first ``tokens`` tokens; False if there is no room."""
@@ -38,12 +34,14 @@ class HostMemory:
             return False
         self.free -= blocks
         self._outgoing += blocks
+        self.busy = True
         request.swapped = request._loaded = tokens
         return True
 
     def fetch(self, request: Request) -> None:
         """A swapped request starts again: its KV moves back."""
         self._incoming += -(-request.swapped // self._block_size)
+        self.busy = True
         self.drop(request)
 
     def drop(self, request: Request) -> None:
@@ -55,6 +53,7 @@ class HostMemory:
         """By how much the moves that are due lengthen a step of ``step_ps``; they are then done."""
         outgoing, incoming = self._outgoing, self._incoming
         self._outgoing = self._incoming = 0
+        self.busy = False
         if self._overlaps:
             return max(0, max(outgoing, incoming) * self.block_ps - step_ps)
         return (outgoing + incoming) * self.block_ps
