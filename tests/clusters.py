@@ -19,6 +19,7 @@ from policies.vllm import Vllm
 from sim import run
 from sim.cluster import Cluster, Replica
 from sim.engine import Engine
+from sim.host_memory import HostMemory
 from sim.kv import PrefixCacheMatters
 from sim.prefix import Identity
 from sim.records import RequestRecords, Status
@@ -39,6 +40,9 @@ class Group(ReplicaGroup):
 
     def make_backend(self, model: specs.Model) -> Backend:
         return self.cost
+
+    def make_host(self, model: specs.Model) -> HostMemory:
+        return HostMemory(6, 1000, self.block_size, self.scheduler.overlaps_swaps)
 
 
 def group(
