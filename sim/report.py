@@ -77,7 +77,8 @@ def single(study: Study, outcome: Outcome) -> Table:
     if s.get("median_transfer_ms") is not None:
         table.add_row("KV transfer p50 / p90 / p99", _percentiles(s, "transfer"))
     table.add_row("replica hours, busy", f"{s['replica_hours']:.2f}, {s['utilization']:.0%}")
-    table.add_row("preemptions", f"{s['preemptions']:,}")
+    swapped = f" ({s['swaps']:,} swapped, {s['swapped_tokens']:,} tokens moved)" if s["swaps"] else ""
+    table.add_row("preemptions", f"{s['preemptions']:,}{swapped}")
     leap = f" ({1 - s['runs'] / s['steps']:.0%} leapt)" if s["steps"] else ""
     table.add_row("engine steps", f"{s['steps']:,}{leap}")
     table.add_row("simulated in", f"{s['wall_s']:.2f} s ({s['requests_per_wall_s']:,.0f} requests/s)")

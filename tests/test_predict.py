@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+from clusters import group, setup_of
+from worlds import trace_of
 
-from policies.base import PolicyError, Predictor
+from policies.base import PolicyError, Predictor, Request, Step
 from policies.sjf import Sjf
 from sim.predict import IntArray, described, predictions, wanted
+from sim.run import simulate
 from sim.streams import stream
 
 
@@ -81,3 +86,44 @@ def test_a_policy_that_sees_the_truth_says_so() -> None:
     assert not Sjf(predictions="buckets").oracle
     assert "τ 0.5" in described(Predictor(tau=0.5))
     assert "70%" in described(Predictor("buckets", accuracy=0.7))
+
+
+SEEN: list[tuple[int | None, int | None]] = []
+
+
+class Nosy(Sjf):
+    """Writes down what it is told of lengths."""
+
+    def schedule(self, step: Step) -> int:
+        SEEN.extend((r.output_tokens, r.predicted_tokens) for r in everybody(step))
+        return super().schedule(step)
+
+
+def everybody(step: Step) -> Iterator[Request]:
+    yield from step.waiting
+    yield from step.running
+
+
+@pytest.mark.parametrize(
+    ("chosen", "line"),
+    [
+        ({}, ("oracle", "this policy reads true output lengths")),
+        ({"predictions": "noisy", "tau": 0.2}, ("predicted lengths", described(Predictor(tau=0.2)))),
+    ],
+)
+def test_a_run_says_what_its_policy_knows_of_lengths_and_tells_it_no_more(
+    chosen: dict[str, object], line: tuple[str, str]
+) -> None:
+    SEEN.clear()
+    truth = [37 + 2 * i for i in range(20)]
+    trace = trace_of([(0, 10, output) for output in truth])
+    outcome = simulate(setup_of(trace, [group(Nosy, chosen)], seed=5))
+
+    assert line in outcome.assumptions.items()
+    if "tau" in chosen:
+        assert "oracle" not in outcome.assumptions
+        assert {told for told, _ in SEEN} == {None}
+        assert {guess for _, guess in SEEN} == set(predictions(truth, Predictor(tau=0.2), 5).tolist())
+    else:
+        assert {told for told, _ in SEEN} == set(truth)
+        assert {guess for _, guess in SEEN} == {None}
