@@ -21,8 +21,8 @@ from policies.sarathi import Share
 class Sjf(Preemptive):
     """Admit the shortest answer first, as predicted; nobody who runs is displaced.
 
-    The shortest mean time of all policies that do not preempt, as far as the prediction is right. It gives up the
-    long answers' tail: under overload they wait for ever, unless `starvation_steps` is set.
+    The shortest mean time of all orders of admission where slots are what is short, as far as the prediction is right.
+    It gives up the long answers' tail: under overload they wait for ever, unless `starvation_steps` is set.
     """
 
     preemption: Literal["none", "recompute", "swap"] = "none"
@@ -99,8 +99,8 @@ class Sjf(Preemptive):
 class Srpt(Sjf):
     """Serve the fewest predicted tokens left first; a shorter answer displaces a longer one that runs.
 
-    The shortest mean time of all if preemption were free. It gives up the work that preemption costs: a displaced
-    request computes its tokens again, or moves its KV.
+    The shortest mean time of all where preemption costs little. It gives up the work that preemption does cost: a
+    displaced request computes its tokens again, or moves its KV, and may lose more than the order gains.
     """
 
     preemption: Literal["none", "recompute", "swap"] = "recompute"
