@@ -7,6 +7,7 @@ by one, bit for bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -22,6 +23,38 @@ class Chunk(NamedTuple):
     length: int  # tokens computed now
 
 
+class Prompt(NamedTuple):
+    """A chunk as an engine that executes it needs it."""
+
+    request: int
+    start: int  # tokens already in KV
+    length: int  # tokens computed now
+    pad: int  # dead tokens computed before it (static batching)
+    emits: bool  # whether the request's next token comes with it
+
+
+class Members(Protocol):
+    """Who is in a step; only real hardware asks."""
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """The chunks, in the policy's order."""
+
+    @property
+    def decodes(self) -> Sequence[int]:
+        """Requests that produce one token from earlier ones, in order of admission."""
+
+    @property
+    def dead(self) -> Sequence[int]:
+        """Finished requests that are computed for nothing (static batching)."""
+
+    def table(self, request: int) -> Sequence[int] | None:
+        """The pool's blocks of a request, in order; None if the pool counts blocks and does not name them."""
+
+    def tokens(self, request: int) -> Sequence[int]:
+        """Numbers that stand for the tokens of its prompt; equal where the trace says that prompts are equal."""
+
+
 class Batch(NamedTuple):
     """One engine step as a cost model sees it."""
 
@@ -29,7 +62,7 @@ class Batch(NamedTuple):
     decodes: int  # sequences producing one token each
     context: int  # KV tokens that decodes and padded slots read, this step's included, in total
     padded: int = 0  # token slots computed for nothing (static batching): dead sequences, prompt padding
-    members: object = None  # lazy; only real hardware walks it (request ids, block tables)
+    members: Members | None = None  # given to a backend that executes, see `Executor`
 
 
 class Host(NamedTuple):
@@ -90,15 +123,47 @@ class Backend(ABC):
         """The cost of ``batch``, and of the steps after it while nothing but context lengths changes."""
 
     def release(self, request_id: int) -> None:  # noqa: B027 - a hook; cost models hold nothing
-        """A request has left the replica; drop what is kept for it."""
+        """A request has lost its KV: it has left the replica or was preempted; drop what is kept for it."""
+
+    def close(self) -> None:  # noqa: B027 - likewise
+        """The run is over; give back what it needed."""
 
     def assumptions(self) -> dict[str, str]:
         """What a reader of the results must know of the prices: name → one line."""
         return {}
 
 
+class Measured(NamedTuple):
+    """How long an executed step took, ps."""
+
+    gpu: int  # from its first to its last operation on the GPU
+    host: int  # preparing and launching it
+
+
+class Executor(Backend):
+    """Runs steps for real, one behind the other; `Backend.step` is an estimate, for policies that ask for a price."""
+
+    @abstractmethod
+    def prepare(self, blocks: int, block_size: int, max_model_len: int, named: bool) -> None:
+        """Get ready to serve a KV pool of this size, its blocks ``named`` by the pool or only counted.
+
+        Raises ValueError, one sentence, if that does not fit the device.
+        """
+
+    @abstractmethod
+    def launch(self, batch: Batch) -> None:
+        """Put a step (with its members) behind those launched before; at most two are ever under way."""
+
+    @abstractmethod
+    def wait(self) -> Measured:
+        """Wait for the oldest step under way."""
+
+
 class Settings(Protocol):
-    """A backend's settings as a scenario gives them: a frozen dataclass, its fields the YAML's keys."""
+    """A backend's settings as a scenario gives them: a frozen dataclass, its fields the YAML's keys.
+
+    One that executes steps says so: ``executes = True``.
+    """
 
     def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
         """A fresh backend for one replica. Raises ValueError, one sentence, where it cannot serve that."""

@@ -122,10 +122,14 @@ class Engine(Planner):
                     self._landing = state.decoded_at = now + plan.first
                     plan.air = (now, plan.first, 1, plan.row)
         if self._cancelled:
-            cancelled, self._cancelled = self._cancelled, []
-            for request in cancelled:
-                self._strike(request, now)
+            self._let_go(now)
         return done
+
+    def _let_go(self, now: int) -> None:
+        """Those whose client has given up leave, between two steps."""
+        cancelled, self._cancelled = self._cancelled, []
+        for request in cancelled:
+            self._strike(request, now)
 
     def cancel(self, request: Request, now: int) -> None:
         """The client has given up on a request that is here; a running one leaves at the next boundary.

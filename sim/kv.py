@@ -71,6 +71,10 @@ class CountingPool:
     def computed(self, request: Request, tokens: int) -> None:
         """The request's first ``tokens`` tokens are known and will be in its blocks when this step has run."""
 
+    def table(self, request: int) -> list[int] | None:
+        """The blocks of a request, in order, not to be changed; None from a pool that only counts them."""
+        return None
+
     def close(self, request: Request, blocks: int) -> None:
         """A request gives its ``blocks`` blocks back."""
         self.free += blocks

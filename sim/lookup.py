@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from backend import specs
 from backend.base import Settings
+from backend.hardware import Torch
 from backend.roofline import Efficiency
 from policies.base import Scheduler
 from sim import plugins
@@ -17,7 +18,7 @@ from sim.problems import BadInput, Problem, did_you_mean
 from sim.rules import Path as KeyPath
 from sim.scenario import Kv
 
-BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency}  # name → its settings
+BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "torch": Torch}  # name → its settings
 
 
 class Lookup:

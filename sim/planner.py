@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop
 
 from backend.base import NO_HOST, Backend, Batch, Chunk
@@ -49,7 +49,7 @@ class Planner:
         self._finish = finish
         self._room = pool.total * pool.block_size  # tokens
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
-        self._releases = type(backend).release is not Backend.release
+        self._cost = backend.step
         self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
 
     def submit(self, request: Request, now: int) -> bool:
@@ -96,7 +96,7 @@ class Planner:
         if chunks:
             prefills = tuple([Chunk(r._offset, t) for r, t in chunks])
         batch = Batch(prefills, decodes, context, dead + state.padding)
-        cost = self.backend.step(_as_decodes(chunks, batch) if state.resumed else batch)
+        cost = self._cost(_as_decodes(chunks, batch) if state.resumed else batch)
         count = 1
         first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
         if state.host.busy:
@@ -109,7 +109,7 @@ class Planner:
         first += state.slept
         late, late_gaps = 0, NO_GAPS
         if decoding and (state.fresh or state.decoded_at != start):
-            late, late_gaps = self._late(start, start + first, decodes)
+            late, late_gaps = self._late(start, start + first, decodes, state.fresh.values())
         row = (
             len(chunks),
             state.tokens - decodes if chunks else 0,
@@ -211,7 +211,7 @@ class Planner:
         if status is Status.FINISHED and self.handover is not None and self.handover(request):
             return
         records.end(request, now, status)
-        if self._releases:
+        if self.state.releases:
             self.backend.release(request.id)
         if self._finish is not None:
             self._finish(request, now)
@@ -242,13 +242,16 @@ class Planner:
         for request in released:
             self.end_request(request, now, Status.FINISHED)
 
-    def _late(self, start: int, first_end: int, decodes: int) -> tuple[int, list[int]]:
-        """How many decodes did not emit at ``start``, and their first gaps as rows of GAP_COLUMNS, flat."""
+    def _late(self, start: int, first_end: int, decodes: int, fresh: Iterable[Request]) -> tuple[int, list[int]]:
+        """How many decodes did not emit at ``start``, and their first gaps as rows of GAP_COLUMNS, flat.
+
+        ``fresh``: those that have joined since the group last emitted.
+        """
         state = self.state
         gaps: list[int] = []
         late = 0
         old = decodes
-        for request in state.fresh.values():
+        for request in fresh:
             if request._counter is None:
                 continue  # preempted or parked since
             old -= 1

@@ -64,6 +64,16 @@ class Identity:
             return True
         return trace.session is not None and _repeats(trace.session)
 
+    def tokens(self, request: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Numbers for the first ``count`` tokens of a request: equal in two requests where their blocks' keys are."""
+        size = self._size
+        keys = np.array([self.key(request, block) for block in range(-(-count // size))], dtype=np.uint64)
+        each = (np.repeat(keys, size)[:count] << np.uint64(8)) + np.arange(count, dtype=np.uint64) % np.uint64(size)
+        each = (each ^ (each >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's mixing (Steele 2014)
+        each = (each ^ (each >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        numbers: np.ndarray[tuple[int], np.dtype[np.int64]] = (each >> np.uint64(1)).astype(np.int64)
+        return numbers
+
     def key(self, request: int, block: int) -> int:
         """An integer for block number ``block`` (from 0, full) of a request, its row in the trace."""
         if block < self._hashed[request]:  # an id stands for all before it too
@@ -192,6 +202,9 @@ class PrefixPool(CountingPool):
         if decoding:
             full = max(full, (request.computed + planned - self._late) // self.block_size)
         self._publish(number, full)
+
+    def table(self, request: int) -> list[int]:  # noqa: D102
+        return self._tables[request]
 
     def close(self, request: Request, blocks: int) -> None:  # noqa: D102
         number = request.id

@@ -48,6 +48,15 @@ RUN_COLUMNS = (
 
 PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
 
+MEASURED_COLUMNS = (
+    "asked_ps",  # when the policy was asked for this step
+    "planning_ps",  # wall time that the policy took, and the bookkeeping of its plan
+    "launch_ps",  # wall time to prepare and launch the step
+    "gpu_ps",  # from the step's first to its last operation on the GPU
+    "prefill_pairs",  # query-key pairs of its chunks
+    "update_ps",  # wall time to take its tokens in and let requests go
+)
+
 GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
 
 
@@ -70,6 +79,11 @@ class RequestRecords:
         self.swaps = array("i", [0]) * n  # preemptions whose KV went to host memory
         self.swapped_tokens = array("q", [0]) * n  # tokens whose KV was moved there or back
         self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
+
+    def moved(self, request: Request, tokens: int, out: bool = False) -> None:
+        """Write down that the KV of ``tokens`` tokens goes to host memory (``out``) or back."""
+        self.swaps[request.id] += out
+        self.swapped_tokens[request.id] += tokens
 
     def end(self, request: Request, now: int, status: Status) -> None:
         """Write down what became of ``request``, once."""
@@ -108,11 +122,16 @@ class RunRecords:
     def __init__(self) -> None:
         self.rows = array("q")
         self.gap_rows = array("q")
+        self.measured = array("q")  # a row a step, where steps are executed: MEASURED_COLUMNS
 
     def runs(self) -> dict[str, Ints]:
         """Column name → int64 array, in order of time."""
         table = np.array(self.rows, dtype=np.int64).reshape(-1, len(RUN_COLUMNS))
-        return {name: table[:, i] for i, name in enumerate(RUN_COLUMNS)}
+        columns = {name: table[:, i] for i, name in enumerate(RUN_COLUMNS)}
+        if len(self.measured):
+            table = np.array(self.measured, dtype=np.int64).reshape(-1, len(MEASURED_COLUMNS))
+            columns.update({name: table[:, i] for i, name in enumerate(MEASURED_COLUMNS)})
+        return columns
 
     def gaps(self) -> dict[str, Ints]:
         """Column name → int64 array."""

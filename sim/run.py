@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from backend.base import Executor
 from policies.base import Request, Scheduler
 from sim import predict
 from sim.cluster import Cluster, Replica
 from sim.control import Autoscaler, Breakdowns, Handover, Patience
 from sim.engine import Engine
+from sim.executing import Executing
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
 from sim.metrics import fleet, summarise
 from sim.prefix import Identity, PrefixPool
@@ -47,7 +49,8 @@ def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | 
     collecting = gc.isenabled()
     gc.disable()  # a run makes no cycles to speak of, and looking for them costs a tenth of its time
     try:
-        requests, engines, up_ps = _served(setup, leap, progress, Identity.shares(setup.trace))
+        identify = setup.executes or Identity.shares(setup.trace)
+        requests, engines, up_ps = _served(setup, leap, progress, identify)
     except PrefixCacheMatters:
         requests, engines, up_ps = _served(setup, leap, progress, True)
     finally:
@@ -94,18 +97,15 @@ def _served(
                 replica.left(request)
             cluster.ended(request, now)
 
-        engine = Engine(
-            scheduler,
-            group.make_backend(setup.model),
-            pool,
-            requests,
-            tokens,
-            setup.max_model_len,
-            index=replica.index,
-            leap=leap,
-            finish=finish,
-            host=group.make_host(setup.model),
-        )
+        backend = group.make_backend(setup.model)
+        parts = (scheduler, backend, pool, requests, tokens, setup.max_model_len)
+        if isinstance(backend, Executor):  # it has no host memory to swap to: preempted requests compute again
+            backend.prepare(pool.total, pool.block_size, setup.max_model_len, pool.tracks)
+            identity = Identity(trace, pool.block_size if pool.tracks else 16)
+            engine: Engine = Executing(*parts, index=replica.index, leap=False, finish=finish, identity=identity)
+        else:
+            host = group.make_host(setup.model)
+            engine = Engine(*parts, index=replica.index, leap=leap, finish=finish, host=host)
         engine.state.more_arrivals = cluster.more_arrivals
         if group.role == "prefill":
             engine.handover = handover.take
@@ -125,8 +125,12 @@ def _served(
         Autoscaler(cluster, cluster.front, setup.autoscale)
     if setup.limits.timeout_s is not None or setup.limits.queue_timeout_s is not None:
         cluster.on_arrival = Patience(cluster, setup.limits).arrived
-    cluster.run()
-    engines = [replica.engine for replica in cluster.replicas]
+    try:
+        cluster.run()
+    finally:
+        engines = [replica.engine for replica in cluster.replicas]
+        for engine in engines:
+            engine.backend.close()
     audit(requests, engines, cluster.request_time)
     return requests, engines, [replica.up_ps for replica in cluster.replicas]
 

@@ -68,6 +68,11 @@ class Setup:
     note: str = ""
     published: float | None = None
 
+    @property
+    def executes(self) -> bool:
+        """Whether steps really run instead of being priced."""
+        return any(getattr(group.backend, "executes", False) for group in self.groups)
+
     def make_router(self) -> Router:
         """A fresh router."""
         return self.router(**self.router_settings)

@@ -29,6 +29,7 @@ class ReplicaStep(Step):
     ) -> None:
         self.scheduler = scheduler
         self.backend = backend
+        self.releases = type(backend).release is not Backend.release  # it wants to know who loses their KV
         self.pool = pool
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.tracks)
@@ -244,6 +245,8 @@ class ReplicaStep(Step):
             self._fail(f"preempt of {request} by {how!r}; 'recompute' or 'swap'")
         request.preemptions += 1
         request.pad = 0
+        if self.releases:
+            self.backend.release(request.id)
         self.preempted += 1
         self.waiting.appendleft(request)
 
@@ -275,7 +278,7 @@ class ReplicaStep(Step):
         """A request starts whose first ``hit`` tokens are computed."""
         self.resumed = self.resumed or (request._emitted > 0 and request.remaining == hit + 1)
         if request.swapped:
-            self._requests.swapped_tokens[request.id] += request.swapped
+            self._requests.moved(request, request.swapped)
             self.host.fetch(request)
 
     def _swap(self, request: Request, computed: int) -> None:
@@ -283,8 +286,7 @@ class ReplicaStep(Step):
         if self.scheduler.asynchronous:
             self._fail(f"preempt of {request} by swap while a step is under way")
         if self.host.put(request, computed):
-            self._requests.swaps[request.id] += 1
-            self._requests.swapped_tokens[request.id] += computed
+            self._requests.moved(request, computed, out=True)
 
     # what the engine does with it
 

@@ -139,7 +139,7 @@ def test_nothing_at_run_time_needs_more_than_the_project_declares() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     names = {"pyyaml": "yaml", "annotated-types": "annotated_types"}
     declared = set()
-    for requirement in project["project"]["dependencies"]:
+    for requirement in project["project"]["dependencies"] + project["project"]["optional-dependencies"]["gpu"]:
         name = requirement.split(">")[0].split("=")[0].strip()
         declared.add(names.get(name, name))
     found = {name for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - set(PACKAGES)

@@ -1,0 +1,215 @@
+// What surrounds the matrix products of a layer, each one pass over its data, 16 bytes a thread and access.
+//
+// Compile-time: BF16; D (head size) and BLOCK (tokens a block) for what touches the cache; WIDTH (hidden size), RMS (1:
+// RMSNorm, 0: LayerNorm) and EACH (pieces of 8 elements a thread) for the norm.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short half_t;  // the bits of a bfloat16 or float16
+
+__device__ __forceinline__ float to_float(u32 bits) {
+#if BF16
+  return __uint_as_float(bits << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((half_t)bits));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 r;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+  return r;
+}
+
+struct Eight {
+  float x[8];
+  __device__ __forceinline__ Eight() {}
+  __device__ __forceinline__ explicit Eight(uint4 v) {
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[2 * i] = to_float(w[i] & 0xffff), x[2 * i + 1] = to_float(w[i] >> 16);
+  }
+  __device__ __forceinline__ uint4 packed() const {
+    return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+  }
+};
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int i = 16; i; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+
+__device__ __forceinline__ float sum_of_block(float x, float* shared) {
+  x = sum_of_warp(x);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.f;
+  x = sum_of_warp(x);
+  __syncthreads();
+  return x;
+}
+
+#ifdef WIDTH
+// residual += x (if x is given), out = norm(residual) · weight (+ bias); a thread block a row.
+extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __restrict__ residual,
+                                         const uint4* __restrict__ weight, const uint4* __restrict__ bias,
+                                         uint4* __restrict__ out, float epsilon) {
+  __shared__ float shared[32];
+  const int pieces = WIDTH / 8;
+  const u64 row = (u64)blockIdx.x * pieces;
+  Eight held[EACH];
+  float sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= pieces) continue;
+    held[k] = Eight(residual[row + i]);
+    if (x) {
+      const Eight more(x[row + i]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) held[k].x[j] += more.x[j];
+      const uint4 rounded = held[k].packed();
+      residual[row + i] = rounded;
+      held[k] = Eight(rounded);  // what the next layer will read
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += RMS ? held[k].x[j] * held[k].x[j] : held[k].x[j];
+  }
+  float mean = 0.f, square = sum_of_block(sum, shared) / WIDTH;
+  if (!RMS) {
+    mean = square;
+    sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k)
+      if (threadIdx.x + k * blockDim.x < pieces)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum += (held[k].x[j] - mean) * (held[k].x[j] - mean);
+    square = sum_of_block(sum, shared) / WIDTH;
+  }
+  const float scale = rsqrtf(square + epsilon);
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= pieces) continue;
+    const Eight w(weight[i]);
+    Eight b;
+    if (!RMS) b = Eight(bias[i]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      held[k].x[j] = (held[k].x[j] - mean) * scale * w.x[j];
+      if (!RMS) held[k].x[j] += b.x[j];
+    }
+    out[row + i] = held[k].packed();
+  }
+}
+#endif
+
+// out[t][i] = silu(x[t][i]) · x[t][pieces + i], in pieces of 8.
+extern "C" __global__ void gated(const uint4* __restrict__ x, uint4* __restrict__ out, int pieces, u64 count) {
+  for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += (u64)gridDim.x * blockDim.x) {
+    const u64 token = at / pieces, i = at - token * pieces;
+    const Eight gate(x[token * 2 * pieces + i]), up(x[(token * 2 + 1) * pieces + i]);
+    Eight y;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) y.x[j] = gate.x[j] / (1.f + __expf(-gate.x[j])) * up.x[j];
+    out[at] = y.packed();
+  }
+}
+
+#ifdef BLOCK
+#define TILE 16
+#define PIECES (D / 8)
+#define SHIFT (D == 80 ? 2 : D == 96 ? 1 : 0)
+#define MASK (D == 80 ? 1 : D == 96 ? 3 : 7)
+
+__device__ __forceinline__ int place(int token, int piece) { return piece ^ ((token >> SHIFT) & MASK); }
+
+// RMSNorm of every query and key head of a row, in place (Qwen3): a warp a head.
+extern "C" __global__ void head_norm(half_t* __restrict__ qkv, const half_t* __restrict__ query_weight,
+                                     const half_t* __restrict__ key_weight, int query_heads, int key_heads, int stride,
+                                     float epsilon) {
+  const int head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (head >= query_heads + key_heads) return;
+  u32* x = (u32*)(qkv + (u64)blockIdx.x * stride + head * D);
+  const u32* weight = (const u32*)(head < query_heads ? query_weight : key_weight);
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < (D / 2 + 31) / 32; ++i) {
+    if (i * 32 + lane >= D / 2) continue;
+    const u32 v = x[i * 32 + lane];
+    const float a = to_float(v & 0xffff), b = to_float(v >> 16);
+    sum += a * a + b * b;
+  }
+  const float scale = rsqrtf(sum_of_warp(sum) / D + epsilon);
+#pragma unroll
+  for (int i = 0; i < (D / 2 + 31) / 32; ++i) {
+    const int at = i * 32 + lane;
+    if (at >= D / 2) continue;
+    const u32 v = x[at], w = weight[at];
+    x[at] = pack(to_float(v & 0xffff) * scale * to_float(w & 0xffff), to_float(v >> 16) * scale * to_float(w >> 16));
+  }
+}
+
+// Rotate the queries and keys of a row (if `rotation` is given), in place, and store its K and V: a thread block a row.
+extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __restrict__ cache,
+                                            const int* __restrict__ positions, const int* __restrict__ slots,
+                                            const float2* __restrict__ rotation, int query_heads, int key_heads, int stride) {
+  half_t* row = qkv + (u64)blockIdx.x * stride;
+  const int slot = slots[blockIdx.x];  // block · BLOCK + place in it; < 0: not stored
+  const int token = slot % TILE;
+  half_t* tiles = cache + ((u64)(slot / BLOCK) * key_heads * (BLOCK / TILE) + slot % BLOCK / TILE) * (2 * TILE * D);
+  const u64 head_step = (u64)(BLOCK / TILE) * (2 * TILE * D);
+  const float2* angle = rotation ? rotation + (u64)positions[blockIdx.x] * (D / 2) : 0;
+  const int halves = D / 16;
+  for (int i = threadIdx.x; i < (query_heads + key_heads) * halves; i += blockDim.x) {
+    const int head = i / halves, piece = i % halves;
+    if (!rotation && head < query_heads) continue;
+    uint4* low = (uint4*)(row + head * D) + piece;
+    uint4* high = low + halves;
+    Eight a(*low), b(*high);
+    if (rotation) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 t = angle[piece * 8 + j];
+        const float x = a.x[j], y = b.x[j];
+        a.x[j] = x * t.x - y * t.y;
+        b.x[j] = y * t.x + x * t.y;
+      }
+      *low = a.packed();
+      *high = b.packed();
+    }
+    if (head >= query_heads && slot >= 0) {
+      uint4* to = (uint4*)(tiles + (head - query_heads) * head_step + token * D);
+      to[place(token, piece)] = a.packed();
+      to[place(token, piece + halves)] = b.packed();
+    }
+  }
+  if (slot < 0) return;
+  for (int i = threadIdx.x; i < key_heads * PIECES; i += blockDim.x) {
+    const int head = i / PIECES, piece = i % PIECES;
+    const uint4 v = ((const uint4*)(row + (query_heads + key_heads + head) * D))[piece];
+    ((uint4*)(tiles + head * head_step + (TILE + token) * D))[place(token, piece)] = v;
+  }
+}
+
+// keys[t][head], values[t][head] = what the cache holds at slots[t]: a thread block a row.
+extern "C" __global__ void gather(const half_t* __restrict__ cache, const int* __restrict__ slots, uint4* __restrict__ keys,
+                                  uint4* __restrict__ values, int heads) {
+  const int slot = slots[blockIdx.x], token = slot % TILE;
+  for (int i = threadIdx.x; i < heads * PIECES; i += blockDim.x) {
+    const int head = i / PIECES, piece = i % PIECES;
+    const uint4* tile = (const uint4*)(cache + (((u64)(slot / BLOCK) * heads + head) * (BLOCK / TILE) + slot % BLOCK / TILE) *
+                                                   (2 * TILE * D));
+    const u64 to = ((u64)blockIdx.x * heads + head) * PIECES + piece;
+    keys[to] = tile[token * PIECES + place(token, piece)];
+    values[to] = tile[(TILE + token) * PIECES + place(token, piece)];
+  }
+}
+#endif

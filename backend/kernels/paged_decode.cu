@@ -1,0 +1,429 @@
+// Decode attention over a paged KV cache: one new token a sequence, grouped queries, split along the context.
+//
+// Compile-time: BF16 (1: bfloat16, 0: float16), D (head size: 64, 80, 96, 128), GROUP (query heads a KV head, 1..16),
+// BLOCK (tokens a block: 16, 32), STAGES (tiles in flight a warp), APPEND (1: q, k and v are raw, this kernel writes
+// the new token's K and V), ROPE (1: with APPEND, rotate q and k first), MIN_TILES (tiles worth a warp of their own).
+//
+// The cache holds tiles of 16 tokens as shared memory wants them: [block][KV head][BLOCK / 16][K, V][16][D], the 16-byte
+// pieces of each row permuted (`place`), so that one bulk copy moves a tile and ldmatrix meets no bank twice.
+//
+// All tiles of all (sequence, KV head) units form one line that the warps of the grid share out evenly ("stream-K",
+// Osama et al. 2023, for flash-decoding's split, Dao et al. 2023): no batch or context leaves SMs idle. A unit that spans
+// warps is merged in shared memory, one that spans thread blocks through `partial` by whoever comes last.
+// The products run on tensor cores with the query heads as rows of a 16-row tile.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short half_t;  // the bits of a bfloat16 or float16
+
+#define WARPS 8
+#define TILE 16
+#define ROW (D * 2)               // bytes of one token's K or V in a tile
+#define PIECES (D / 8)            // 16-byte pieces of a row
+#define TILE_BYTES (2 * TILE * ROW)
+#define WIDE (GROUP > 8)          // rows 8..15 of the query tile are in use
+#define ROWS GROUP
+#define SHIFT (D == 80 ? 2 : D == 96 ? 1 : 0)
+#define MASK (D == 80 ? 1 : D == 96 ? 3 : 7)
+#define PART (ROWS * D + 2 * ROWS)  // floats of one partial result: O, then m and l of each row
+#define NEVER -1e30f
+
+__device__ __forceinline__ int place(int token, int piece) { return piece ^ ((token >> SHIFT) & MASK); }
+
+__device__ __forceinline__ float to_float(half_t x) {
+#if BF16
+  return __uint_as_float((u32)x << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 r;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+  return r;
+}
+
+__device__ __forceinline__ half_t to_half(float x) { return (half_t)(pack(x, 0.f) & 0xffff); }
+
+__device__ __forceinline__ float power2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#endif
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void load4(u32 (&r)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ void load4_transposed(u32 (&r)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+  asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "@done bra ready;\nbra again;\nready:\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void fetch(u32 to, const void* from, u32 barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(TILE_BYTES) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(TILE_BYTES), "r"(barrier) : "memory");
+}
+
+// A place on the line of tiles: tile `tile` of `tiles` of unit (sequence, head).
+struct Place {
+  int sequence, head, tile, tiles;
+
+  __device__ __forceinline__ void seek(const int* ends, int batch, int heads, int at) {
+    int low = 0, high = batch - 1;
+    while (low < high) {
+      int middle = (low + high) / 2;
+      if (ends[middle + 1] * heads > at) high = middle; else low = middle + 1;
+    }
+    sequence = low;
+    tiles = ends[low + 1] - ends[low];
+    int rest = at - ends[low] * heads;
+    head = rest / tiles;
+    tile = rest - head * tiles;
+  }
+
+  __device__ __forceinline__ void advance(const int* ends, int heads) {
+    if (++tile < tiles) return;
+    tile = 0;
+    if (++head < heads) return;
+    head = 0;
+    do { ++sequence; tiles = ends[sequence + 1] - ends[sequence]; } while (tiles == 0);
+  }
+};
+
+// Where warp `w` of `warps` starts on a line of `total` tiles, and which warp has tile `at`.
+__device__ __forceinline__ int starts_at(int total, int w, int warps) { return (int)((u64)total * w / warps); }
+__device__ __forceinline__ int owner(int total, int at, int warps) {
+  return (int)((((u64)at + 1) * warps - 1) / total);
+}
+
+// Add `weight` · a partial result's row to acc, l.
+__device__ __forceinline__ void weigh(const float* part, int row, int lane, float m, float (&acc)[(D + 31) / 32], float& l) {
+  float weight = power2(part[ROWS * D + row] - m);
+  l += weight * part[ROWS * D + ROWS + row];
+#pragma unroll
+  for (int i = 0; i < (D + 31) / 32; ++i)
+    if (i * 32 + lane < D) acc[i] += weight * part[row * D + i * 32 + lane];
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query heads; with APPEND then k and v heads
+             half_t* __restrict__ cache,          // this layer's blocks
+             const int* __restrict__ tables,      // [rows][table_stride]: block numbers
+             const int* __restrict__ rows,        // [batch]: each sequence's row in tables
+             const int* __restrict__ lengths,     // [batch]: tokens in KV, the new one included; 0: nothing to do
+             const int* __restrict__ first,       // [batch]: leading tokens that are padding: read, never attended to
+             const int* __restrict__ ends,        // [batch + 1]: running sum of tiles
+             const float2* __restrict__ rotation, // [positions][D / 2]: cosine, sine
+             half_t* __restrict__ out,            // [batch][heads · GROUP · D]
+             float* __restrict__ partial,         // [2 · thread blocks][PART]
+             int* __restrict__ arrived,           // [batch · heads], all zero, left all zero
+             int batch, int heads, int q_stride, int table_stride, float scale) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ __align__(8) u64 barriers[WARPS * STAGES];
+  __shared__ int spans[WARPS][2];   // of each warp's two partial results: flags (1: unit begins, 2: unit ends); -1: none
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int total = ends[batch] * heads;
+  if (total == 0) return;
+  const int warps = max(1, min((int)gridDim.x * WARPS, total / MIN_TILES));
+  const int self = blockIdx.x * WARPS + warp;
+  const int begin = self < warps ? starts_at(total, self, warps) : total;
+  const int end = self < warps ? starts_at(total, self + 1, warps) : total;
+
+  float* heads_part = (float*)(shared + WARPS * STAGES * TILE_BYTES);  // a warp's first partial result
+  unsigned char* ring = shared + warp * STAGES * TILE_BYTES;
+  const u32 ring_at = (u32)__cvta_generic_to_shared(ring);
+  const u32 barrier = (u32)__cvta_generic_to_shared(&barriers[warp * STAGES]);
+  if (lane == 0) {
+    spans[warp][0] = spans[warp][1] = -1;
+    for (int i = 0; i < STAGES; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + i * 8) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncwarp();
+
+  if (begin < end) {
+    Place load, here;
+    load.seek(ends, batch, heads, begin);
+    here = load;
+    int loaded = begin;
+    auto block_of = [&](const Place& at) { return tables[rows[at.sequence] * table_stride + at.tile / (BLOCK / TILE)]; };
+    auto source = [&](const Place& at, int block) {
+      return cache + (((u64)block * heads + at.head) * (BLOCK / TILE) + at.tile % (BLOCK / TILE)) * (2 * TILE * D);
+    };
+    int block = block_of(load);  // of the next tile to load, looked up one tile ahead
+    auto load_into = [&](int stage) {
+      if (lane == 0) fetch(ring_at + stage * TILE_BYTES, source(load, block), barrier + stage * 8);
+      if (++loaded < end) {
+        load.advance(ends, heads);
+        block = block_of(load);
+      }
+    };
+    for (int i = 0; i < STAGES && loaded < end; ++i) load_into(i);
+
+    const int row = lane / 4, column = lane % 4 * 2;
+    u32 query[D / 8], query_high[WIDE ? D / 8 : 1];
+    float o[D / 8][4];
+    float m_low, m_high, l_low, l_high;
+    int length = 0, from_token = 0, stage = 0, parity = 0, unit_begin = 0;
+
+    for (int at = begin; at < end; ++at) {
+      if (at == begin || here.tile == 0) {  // another unit
+        unit_begin = here.tile;
+        length = lengths[here.sequence];
+        from_token = first[here.sequence];
+#pragma unroll
+        for (int high = 0; high < (WIDE ? 2 : 1); ++high) {
+          const int r = row + high * 8;
+          const half_t* head = q + (u64)here.sequence * q_stride + (here.head * GROUP + (r < GROUP ? r : 0)) * D;
+          u32* into = high ? query_high : query;
+#if APPEND && ROPE
+          const float2* angle = rotation + (u64)(length - 1 - from_token) * (D / 2);
+#pragma unroll
+          for (int e = 0; e < D / 16; ++e) {
+            const int d = e * 8 + column;
+            const u32 a = *(const u32*)(head + d), b = *(const u32*)(head + d + D / 2);
+            const float2 t0 = angle[d], t1 = angle[d + 1];
+            const float a0 = to_float(a & 0xffff), a1 = to_float(a >> 16), b0 = to_float(b & 0xffff), b1 = to_float(b >> 16);
+            into[e] = r < GROUP ? pack(a0 * t0.x - b0 * t0.y, a1 * t1.x - b1 * t1.y) : 0;
+            into[e + D / 16] = r < GROUP ? pack(b0 * t0.x + a0 * t0.y, b1 * t1.x + a1 * t1.y) : 0;
+          }
+#else
+#pragma unroll
+          for (int e = 0; e < D / 8; ++e) into[e] = r < GROUP ? *(const u32*)(head + e * 8 + column) : 0;
+#endif
+        }
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+        m_low = m_high = NEVER;
+        l_low = l_high = 0.f;
+      }
+      wait(barrier + stage * 8, parity);
+      const u32 keys = ring_at + stage * TILE_BYTES, values = keys + TILE * ROW;
+      const bool last = here.tile == here.tiles - 1;
+      if (last) {
+        half_t* tile = (half_t*)(ring + stage * TILE_BYTES);
+        const int fresh = (length - 1) % TILE;
+        for (int i = lane; i < (TILE - 1 - fresh) * PIECES; i += 32)  // beyond the end: 0 · NaN would be NaN
+          ((uint4*)(tile + (TILE + fresh + 1 + i / PIECES) * D))[i % PIECES] = make_uint4(0, 0, 0, 0);
+#if APPEND
+        const half_t* k = q + (u64)here.sequence * q_stride + (heads * GROUP + here.head) * D;
+        const half_t* v = k + heads * D;
+        half_t* stored = (half_t*)source(here, block_of(here)) + fresh * D;
+        for (int d = lane; d < D / 2; d += 32) {
+          half_t a = k[d], b = k[d + D / 2];
+#if ROPE
+          const float2 t = rotation[(u64)(length - 1 - from_token) * (D / 2) + d];
+          const float fa = to_float(a), fb = to_float(b);
+          a = to_half(fa * t.x - fb * t.y);
+          b = to_half(fb * t.x + fa * t.y);
+#endif
+          const int pa = place(fresh, d / 8) * 8 + d % 8, pb = place(fresh, (d + D / 2) / 8) * 8 + (d + D / 2) % 8;
+          tile[fresh * D + pa] = stored[pa] = a;
+          tile[fresh * D + pb] = stored[pb] = b;
+          tile[(TILE + fresh) * D + pa] = stored[TILE * D + pa] = v[d];
+          tile[(TILE + fresh) * D + pb] = stored[TILE * D + pb] = v[d + D / 2];
+        }
+#endif
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // a bulk copy follows these stores
+        __syncwarp();
+      }
+
+      // scores of 16 tokens: two 8-column tiles
+      float s[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+      {
+        const int token = lane / 16 * 8 + lane % 8, piece = lane / 8 % 2;
+#pragma unroll
+        for (int e = 0; e < D / 16; ++e) {
+          u32 k[4];
+          load4(k, keys + token * ROW + place(token, 2 * e + piece) * 16);
+          mma(s[0], query[2 * e], WIDE ? query_high[WIDE ? 2 * e : 0] : 0, query[2 * e + 1],
+              WIDE ? query_high[WIDE ? 2 * e + 1 : 0] : 0, k[0], k[1]);
+          mma(s[1], query[2 * e], WIDE ? query_high[WIDE ? 2 * e : 0] : 0, query[2 * e + 1],
+              WIDE ? query_high[WIDE ? 2 * e + 1 : 0] : 0, k[2], k[3]);
+        }
+      }
+      const int base = here.tile * TILE;
+      if (last || base < from_token) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int token = base + n * 8 + column + (i & 1);
+            if (token >= length || token < from_token) s[n][i] = __int_as_float(0xff800000);
+          }
+      }
+      float top = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[1][0], s[1][1]));
+      float top_high = WIDE ? fmaxf(fmaxf(s[0][2], s[0][3]), fmaxf(s[1][2], s[1][3])) : NEVER;
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
+      if (WIDE) {
+        top_high = fmaxf(top_high, __shfl_xor_sync(~0u, top_high, 1));
+        top_high = fmaxf(top_high, __shfl_xor_sync(~0u, top_high, 2)) * scale;
+      }
+      if (__any_sync(~0u, top > m_low || (WIDE && top_high > m_high))) {
+        const float next = fmaxf(m_low, top), shrink = power2(m_low - next);
+        m_low = next;
+        l_low *= shrink;
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) o[i][0] *= shrink, o[i][1] *= shrink;
+        if (WIDE) {
+          const float next = fmaxf(m_high, top_high), shrink = power2(m_high - next);
+          m_high = next;
+          l_high *= shrink;
+#pragma unroll
+          for (int i = 0; i < D / 8; ++i) o[i][2] *= shrink, o[i][3] *= shrink;
+        }
+      }
+      u32 p[4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float p0 = power2(s[n][0] * scale - m_low), p1 = power2(s[n][1] * scale - m_low);
+        l_low += p0 + p1;
+        p[2 * n] = pack(p0, p1);
+        if (WIDE) {
+          const float p2 = power2(s[n][2] * scale - m_high), p3 = power2(s[n][3] * scale - m_high);
+          l_high += p2 + p3;
+          p[2 * n + 1] = pack(p2, p3);
+        } else {
+          p[2 * n + 1] = 0;
+        }
+      }
+      {
+        const int token = lane / 8 % 2 * 8 + lane % 8, piece = lane / 16;
+#pragma unroll
+        for (int e = 0; e < D / 16; ++e) {
+          u32 v[4];
+          load4_transposed(v, values + token * ROW + place(token, 2 * e + piece) * 16);
+          mma(o[2 * e], p[0], p[1], p[2], p[3], v[0], v[1]);
+          mma(o[2 * e + 1], p[0], p[1], p[2], p[3], v[2], v[3]);
+        }
+      }
+      __syncwarp();  // all lanes have read this stage
+      if (loaded < end) load_into(stage);
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+
+      if (last || at == end - 1) {  // this warp's part of the unit is done
+        l_low += __shfl_xor_sync(~0u, l_low, 1);
+        l_low += __shfl_xor_sync(~0u, l_low, 2);
+        if (WIDE) {
+          l_high += __shfl_xor_sync(~0u, l_high, 1);
+          l_high += __shfl_xor_sync(~0u, l_high, 2);
+        }
+#pragma unroll
+        for (int high = 0; high < (WIDE ? 2 : 1); ++high) {
+          const int r = row + high * 8;
+          const float m = high ? m_high : m_low, l = high ? l_high : l_low;
+          if (r >= GROUP) continue;
+          if (unit_begin == 0 && last) {
+            half_t* to = out + ((u64)here.sequence * heads + here.head) * GROUP * D + r * D + column;
+            const float inverse = 1.f / l;
+#pragma unroll
+            for (int i = 0; i < D / 8; ++i) *(u32*)(to + i * 8) = pack(o[i][2 * high] * inverse, o[i][2 * high + 1] * inverse);
+          } else {  // the first of two stays clear of the ring, which is still in use
+            float* part = unit_begin ? heads_part + warp * PART : (float*)ring;
+#pragma unroll
+            for (int i = 0; i < D / 8; ++i) {
+              part[r * D + i * 8 + column] = o[i][2 * high];
+              part[r * D + i * 8 + column + 1] = o[i][2 * high + 1];
+            }
+            if (lane % 4 == 0) part[ROWS * D + r] = m, part[ROWS * D + ROWS + r] = l;
+          }
+        }
+        if (lane == 0 && !(unit_begin == 0 && last)) spans[warp][unit_begin ? 0 : 1] = (unit_begin == 0) | last << 1;
+      }
+      if (at + 1 < end) here.advance(ends, heads);
+    }
+  }
+
+  __syncthreads();
+  // Merge: the last warp of this thread block that worked on a unit puts its parts together.
+#pragma unroll 1
+  for (int slot = 0; slot < 2; ++slot) {
+    const int flags = spans[warp][slot];
+    if (flags < 0) continue;
+    if (!(flags & 2) && warp + 1 < WARPS && self + 1 < warps) continue;  // the next warp goes on with this unit
+    int from = warp;  // the first warp here with a part of it
+    if (slot == 0) while (from > 0 && spans[--from][1] < 0) {}
+    const bool begins = slot == 1 || (from < warp && spans[from][1] >= 0);
+    const bool whole = begins && (flags & 2);
+    auto part_of = [&](int w) -> const float* {
+      return w == from && begins ? (const float*)(shared + w * STAGES * TILE_BYTES) : heads_part + w * PART;
+    };
+    Place unit;
+    unit.seek(ends, batch, heads, slot == 0 ? begin : end - 1);
+    const u64 number = (u64)unit.sequence * heads + unit.head;
+    half_t* to = out + number * GROUP * D;
+    float* mine = partial + ((u64)blockIdx.x * 2 + (begins ? 1 : 0)) * PART;
+#pragma unroll 1
+    for (int r = 0; r < ROWS; ++r) {
+      float m = NEVER, l = 0.f, acc[(D + 31) / 32] = {};
+      for (int w = from; w <= warp; ++w) m = fmaxf(m, part_of(w)[ROWS * D + r]);
+      for (int w = from; w <= warp; ++w) weigh(part_of(w), r, lane, m, acc, l);
+      const float inverse = 1.f / l;
+#pragma unroll
+      for (int i = 0; i < (D + 31) / 32; ++i) {
+        if (i * 32 + lane >= D) continue;
+        if (whole) to[r * D + i * 32 + lane] = to_half(acc[i] * inverse);
+        else mine[r * D + i * 32 + lane] = acc[i];
+      }
+      if (!whole && lane == 0) mine[ROWS * D + r] = m, mine[ROWS * D + ROWS + r] = l;
+    }
+    if (whole) continue;
+    const int start = ends[unit.sequence] * heads + unit.head * unit.tiles;
+    const int first_block = owner(total, start, warps) / WARPS;
+    const int last_block = owner(total, start + unit.tiles - 1, warps) / WARPS;
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) before = atomicAdd(arrived + number, 1);
+    before = __shfl_sync(~0u, before, 0);
+    if (before != last_block - first_block) continue;
+    __threadfence();
+    if (lane == 0) arrived[number] = 0;
+#pragma unroll 1
+    for (int r = 0; r < ROWS; ++r) {
+      float m = NEVER, l = 0.f, acc[(D + 31) / 32] = {};
+      for (int b = first_block + lane; b <= last_block; b += 32)
+        m = fmaxf(m, __ldcg(partial + ((u64)b * 2 + (b == first_block)) * PART + ROWS * D + r));
+#pragma unroll
+      for (int i = 16; i; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
+#pragma unroll 4
+      for (int b = first_block; b <= last_block; ++b) {
+        const float* part = partial + ((u64)b * 2 + (b == first_block)) * PART;
+        const float weight = power2(__ldcg(part + ROWS * D + r) - m);
+        l += weight * __ldcg(part + ROWS * D + ROWS + r);
+#pragma unroll
+        for (int i = 0; i < (D + 31) / 32; ++i)
+          if (i * 32 + lane < D) acc[i] += weight * __ldcg(part + r * D + i * 32 + lane);
+      }
+      const float inverse = 1.f / l;
+#pragma unroll
+      for (int i = 0; i < (D + 31) / 32; ++i)
+        if (i * 32 + lane < D) to[r * D + i * 32 + lane] = to_half(acc[i] * inverse);
+    }
+  }
+}

@@ -1,0 +1,273 @@
+"""Decoder-only transformers for the GPU engine: the Llama family (Llama, Mistral, Qwen2, Qwen3) and OPT.
+
+One forward pass takes a flat batch of tokens, decodes first and chunks of prompts after them, as in Orca's selective
+batching (Yu et al., OSDI 2022): everything but attention sees a matrix of tokens. Shapes are `backend.shapes.Model`s;
+the layers' arithmetic is that of `transformers`, to which the tests hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backend.kernels.layers import gated, head_norm, residual_norm
+from backend.paged_attention import Chunks, Heads, PagedAttention, Paging
+from backend.shapes import Model
+
+STD = 0.02  # of random weights, as transformers initialises
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a shape does not say of a model's layers; the defaults are Llama's."""
+
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10_000.0
+    llama3_scaling: tuple[float, float, float, float] | None = (
+        None  # factor, low and high frequency factor, old context
+    )
+    linear_scaling: float = 1.0
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any]) -> Arithmetic:
+        """As a Hugging Face ``config.json`` says. Raises ValueError for a kind of RoPE scaling that is not built."""
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in ("default", "llama3", "linear"):
+            raise ValueError(f"RoPE scaling {kind!r} is not built; default, linear and llama3 are")
+        llama3 = None
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            llama3 = (float(rope[names[0]]), float(rope[names[1]]), float(rope[names[2]]), float(rope[names[3]]))
+        return cls(
+            norm_epsilon=float(config.get("rms_norm_eps") or config.get("layer_norm_eps") or 1e-5),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            llama3_scaling=llama3,
+            linear_scaling=float(rope["factor"]) if kind == "linear" else 1.0,
+        )
+
+    def rotation(self, positions: int, size: int, device: torch.device) -> Tensor:
+        """Cosine and sine of RoPE's angles: float32 ``[positions, size / 2, 2]``."""
+        frequency = 1.0 / self.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+        frequency = frequency / self.linear_scaling
+        if self.llama3_scaling is not None:  # long waves stretched, short ones left (Llama 3.1, `rope_scaling`)
+            factor, low, high, old = self.llama3_scaling
+            wave = 2 * math.pi / frequency
+            smooth = ((old / wave - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency[None, :]
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device=device, dtype=torch.float32)
+
+
+@dataclass
+class Layer:
+    """Weights of one layer, ``[out, in]``; None where the family has none."""
+
+    norm: Tensor
+    norm_bias: Tensor | None
+    qkv: Tensor  # queries, keys, values
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    mlp_norm: Tensor
+    mlp_norm_bias: Tensor | None
+    up: Tensor  # gated: gates first
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class Tokens(NamedTuple):
+    """One step's flat batch: rows of decodes, then rows of chunks. Integers are int32 on the model's device."""
+
+    tokens: Tensor  # [rows]
+    positions: Tensor  # [rows], from 0
+    paging: Paging | None  # of the decodes, one row each
+    slots: Tensor | None  # [rows of chunks]: where keys and values go; -1: nowhere
+    chunks: Chunks | None
+    sampled: Tensor | None  # rows whose next token is wanted; None: all
+
+
+class Transformer:
+    """A model with its weights on one device."""
+
+    def __init__(
+        self,
+        model: Model,
+        arithmetic: Arithmetic,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight: Callable[..., Tensor],
+        block: int,
+        max_batch: int,
+        max_positions: int,
+    ) -> None:
+        """``weight(name, *shape)`` gives each tensor, named as in `transformers`. Raises as `PagedAttention`."""
+        self.model = model
+        self.heads = heads = Heads(model.heads, model.kv_heads, model.head_size)
+        self.dtype = dtype
+        self.device = device
+        self.epsilon = arithmetic.norm_epsilon
+        self._opt = model.learned_positions > 0
+        rotation = None if self._opt else arithmetic.rotation(max_positions, model.head_size, device)
+        self.attention = PagedAttention(heads, block, dtype, device, rotation, max_batch)
+        root = "model.decoder." if self._opt else "model."
+        hidden = model.hidden
+        self.embedding = weight(root + "embed_tokens.weight", model.vocab, hidden)
+        self.positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
+        build = self._opt_layer if self._opt else self._llama_layer
+        self.layers = [build(weight, f"{root}layers.{i}.") for i in range(model.layers)]
+        last = root + ("final_layer_norm" if self._opt else "norm")
+        self.norm = weight(last + ".weight", hidden)
+        self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
+        self.head = self.embedding if model.tied_embeddings else weight("lm_head.weight", model.vocab, hidden)
+
+    def _llama_layer(self, weight: Callable[..., Tensor], at: str) -> Layer:
+        m, heads = self.model, self.heads
+        query, kv = heads.query * heads.size, heads.kv * heads.size
+        parts = (("q_proj", query), ("k_proj", kv), ("v_proj", kv))
+        biased = m.biases in ("qkv", "attention")
+        return Layer(
+            norm=weight(at + "input_layernorm.weight", m.hidden),
+            norm_bias=None,
+            qkv=torch.cat([weight(f"{at}self_attn.{name}.weight", n, m.hidden) for name, n in parts]),
+            qkv_bias=torch.cat([weight(f"{at}self_attn.{name}.bias", n) for name, n in parts]) if biased else None,
+            query_norm=weight(at + "self_attn.q_norm.weight", heads.size) if m.qk_norm else None,
+            key_norm=weight(at + "self_attn.k_norm.weight", heads.size) if m.qk_norm else None,
+            out=weight(at + "self_attn.o_proj.weight", m.hidden, query),
+            out_bias=weight(at + "self_attn.o_proj.bias", m.hidden) if m.biases == "attention" else None,
+            mlp_norm=weight(at + "post_attention_layernorm.weight", m.hidden),
+            mlp_norm_bias=None,
+            up=torch.cat([weight(f"{at}mlp.{name}.weight", m.ffn, m.hidden) for name in ("gate_proj", "up_proj")]),
+            up_bias=None,
+            down=weight(at + "mlp.down_proj.weight", m.hidden, m.ffn),
+            down_bias=None,
+        )
+
+    def _opt_layer(self, weight: Callable[..., Tensor], at: str) -> Layer:
+        m = self.model
+        names = ("q_proj", "k_proj", "v_proj")
+
+        def bias(name: str, size: int) -> Tensor | None:
+            return weight(f"{at}{name}.bias", size) if m.biases == "all" else None
+
+        each = [bias(f"self_attn.{name}", m.hidden) for name in names]
+        return Layer(
+            norm=weight(at + "self_attn_layer_norm.weight", m.hidden),
+            norm_bias=bias("self_attn_layer_norm", m.hidden),
+            qkv=torch.cat([weight(f"{at}self_attn.{name}.weight", m.hidden, m.hidden) for name in names]),
+            qkv_bias=torch.cat([b for b in each if b is not None]) if m.biases == "all" else None,
+            query_norm=None,
+            key_norm=None,
+            out=weight(at + "self_attn.out_proj.weight", m.hidden, m.hidden),
+            out_bias=bias("self_attn.out_proj", m.hidden),
+            mlp_norm=weight(at + "final_layer_norm.weight", m.hidden),
+            mlp_norm_bias=bias("final_layer_norm", m.hidden),
+            up=weight(at + "fc1.weight", m.ffn, m.hidden),
+            up_bias=bias("fc1", m.ffn),
+            down=weight(at + "fc2.weight", m.hidden, m.ffn),
+            down_bias=bias("fc2", m.hidden),
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: Tokens, cache: Tensor) -> Tensor:
+        """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards."""
+        residual = functional.embedding(step.tokens, self.embedding)
+        if self.positions is not None:
+            residual += functional.embedding(step.positions + 2, self.positions)  # OPT keeps two rows for padding
+        layers = self.layers
+        x = residual_norm(None, residual, layers[0].norm, layers[0].norm_bias, self.epsilon)
+        for i, layer in enumerate(layers):
+            y = functional.linear(self._attend(layer, x, step, cache[i]), layer.out, layer.out_bias)
+            x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+            y = self._mlp(layer, x)
+            if i + 1 < len(layers):
+                x = residual_norm(y, residual, layers[i + 1].norm, layers[i + 1].norm_bias, self.epsilon)
+        if step.sampled is not None:
+            y, residual = y[step.sampled], residual[step.sampled]
+            if not len(y):
+                return y.new_empty((0, self.model.vocab))
+        x = residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon)
+        return functional.linear(x, self.head)
+
+    def _attend(self, layer: Layer, x: Tensor, step: Tokens, cache: Tensor) -> Tensor:
+        heads, attention = self.heads, self.attention
+        qkv = functional.linear(x, layer.qkv, layer.qkv_bias)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            head_norm(qkv, layer.query_norm, layer.key_norm, heads.query, heads.kv, self.epsilon)
+        out = torch.empty((len(x), heads.query * heads.size), dtype=x.dtype, device=x.device)
+        decodes = 0
+        if step.paging is not None:
+            decodes = len(step.paging.lengths)
+            attention.append_and_decode(qkv[:decodes], cache, step.paging, out[:decodes])
+        if step.chunks is not None and step.slots is not None:
+            attention.rotate_and_store(qkv[decodes:], cache, step.positions[decodes:], step.slots)
+            attention.chunks(qkv[decodes:], cache, step.chunks, out[decodes:])
+        return out
+
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        if self.model.gated_mlp:
+            return functional.linear(gated(functional.linear(x, layer.up)), layer.down)
+        if layer.up_bias is not None and x.is_cuda:
+            x = torch._addmm_activation(layer.up_bias, x, layer.up.t())  # ReLU in the product's epilogue
+        else:
+            x = functional.linear(x, layer.up, layer.up_bias).relu_()
+        return functional.linear(x, layer.down, layer.down_bias)
+
+
+def random_weights(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:
+    """Weights drawn afresh: norms at one, biases and matrices normal with standard deviation `STD`."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def weight(name: str, *shape: int) -> Tensor:
+        if len(shape) == 1 and name.endswith("weight"):
+            return torch.ones(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, STD, generator=generator)
+
+    return weight
+
+
+def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """Weights of the ``*.safetensors`` in ``folder``, named as `transformers` saves them.
+
+    Raises ValueError, when asked for one, if it is missing or of another shape; FileNotFoundError without any file.
+    """
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {folder}")
+    opened = {path: safe_open(path, "pt") for path in files}
+    where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def weight(name: str, *shape: int) -> Tensor:
+        for known in (name, name.removeprefix("model.")):
+            if known in where:
+                found: Tensor = where[known].get_tensor(known)
+                if tuple(found.shape) != shape:
+                    raise ValueError(f"{folder}: {known} must be {list(shape)} (got {list(found.shape)})")
+                return found.to(device=device, dtype=dtype)
+        raise ValueError(f"{folder}: {name} is missing")
+
+    return weight
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder of weights. Raises ValueError, one sentence."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} must be a mapping")
+    return config

@@ -1,0 +1,389 @@
+"""The GPU engine: executes what the scheduler plans on a real device, and measures it.
+
+One `TorchEngine` is one replica. `launch` turns a batch's members into a flat batch of tokens and block tables and
+queues it; `wait` takes the oldest step's tokens in. Between the two the host is free to plan the next step
+(asynchronous scheduling): tokens stay on the device from one step to the next, so nothing but `wait` waits for it.
+
+Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`); steps with a chunk run eagerly.
+On a CPU the same code runs plain torch, which is meant for tests with tiny models.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
+from backend.hardware import Torch
+from backend.model import Arithmetic, Tokens, Transformer, random_weights, read_config, saved_weights
+from backend.paged_attention import LONG, TILE, Chunks, Heads, Paging, new_cache, unfit
+from backend.roofline import Roofline
+from backend.sequences import Sequences
+from backend.shapes import GIB, GPU, Model
+
+GRAPHS = (1, 2, 4, *range(8, 257, 8), *range(272, 1025, 16))  # padded batch sizes of decode steps
+PAGE = 16  # tokens a block where the pool only counts
+SPARE = 4 * GIB  # bytes left for activations, graphs and libraries
+
+
+class Flight(NamedTuple):
+    """A step under way."""
+
+    requests: list[int]  # whose tokens it brings, row by row; -1: nobody's
+    tokens: Tensor  # on the host once the step is done
+    start: Any  # CUDA events; None on a CPU
+    end: Any
+    host: int  # ps
+    gpu: int  # ps, on a CPU
+
+
+class TorchEngine(Executor):
+    """Executes the steps of one replica of ``model`` on one device.
+
+    Raises ValueError, one sentence, where there is no kernel for the model or it does not fit.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: Model, gpu: GPU, options: Torch) -> None:
+        self.model = model
+        self.options = options
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        if options.device == "cuda" and found == "cpu":
+            raise ValueError("torch sees no CUDA device here; device: cpu runs tiny models")
+        self.device = torch.device(found if options.device == "auto" else options.device)
+        self._cuda = self.device.type == "cuda"
+        usual = "float32" if not self._cuda else "float16" if model.learned_positions else "bfloat16"
+        self.dtype: torch.dtype = getattr(torch, usual if options.dtype == "auto" else options.dtype)
+        if self._cuda and self.dtype == torch.float32:
+            raise ValueError("the GPU kernels compute in bfloat16 or float16 (got dtype float32)")
+        self._price = Roofline(model, gpu)
+        self.generated: dict[int, list[int]] = {}  # request → tokens it was given
+        self._flights: deque[Flight] = deque()
+
+    # getting ready
+
+    def prepare(self, blocks: int, block_size: int, max_model_len: int, named: bool) -> None:  # noqa: D102
+        model, batch = self.model, self.options.max_batch
+        self._named = named
+        self._block = block_size if named else PAGE
+        heads = Heads(model.heads, model.kv_heads, model.head_size)
+        if self._cuda and (problem := unfit(heads, self._block)) is not None:
+            raise ValueError(f"{model.name}: {problem}")
+        if self._block % TILE:
+            raise ValueError(f"the engine's blocks hold a multiple of {TILE} tokens (got {self._block})")
+        if not named:  # every sequence may leave its last block half empty
+            blocks = -(-blocks * block_size // PAGE) + batch
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+        self._net = _load(model, self.options, self.device, self.dtype, self._block, max_model_len)
+        _check_room(self.device, blocks * self._block * model.kv_bytes_per_token, f"a KV pool of {blocks:,} blocks")
+        integer: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
+        self._cache = new_cache(model.layers, blocks, self._block, heads, self.dtype, self.device)
+        self._sequences = Sequences(batch, blocks, self._block, max_model_len, named)
+        self._tables = torch.zeros(self._sequences.table.shape, **integer)
+        self._last = torch.zeros(batch + 1, **integer)  # each row's latest token
+        self._staged = torch.zeros((7, batch + 1), **integer)  # of the decodes, see `Sequences.decode`
+        self._pinned = [
+            torch.zeros(self._staged.shape, dtype=torch.int32, pin_memory=self._cuda) for _ in range(3)
+        ]  # in turn: the copy of one step may still be under way while the next is staged
+        self._turn = 0
+        self._graphs: dict[int, tuple[Any, Tensor]] = {}
+        if self._cuda:
+            self._warm_up(blocks * self._block, max_model_len)
+            if self.options.graphs:
+                self._capture()
+
+    def close(self) -> None:
+        """Give the cache and the graphs back; the weights stay for the next engine of the same model."""
+        del self._cache, self._tables
+        self._graphs = {}
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def _warm_up(self, room: int, longest: int) -> None:
+        """Run every kind of step once, so that no compilation or plan falls into a measured one."""
+        lengths = [n for n in (*LONG, 600) if n + 4 * self._block < min(room, longest)]
+        for length in reversed(lengths):
+            steps = [_Practice([Prompt(-1, 0, length, 0, True)])]
+            if self.options.max_batch > 1:
+                steps.append(_Practice([Prompt(-2, 0, 16, 0, False)], [-1]))
+                steps.append(_Practice([Prompt(-2, 16, 16, 0, True)], [-1]))
+            for step in steps:
+                self.launch(Batch((), 0, 0, 0, step))
+                self.wait()
+            self.release(-1)
+            self.release(-2)
+        self.generated = {}
+
+    def _capture(self) -> None:
+        """Capture a decode step for every padded batch size, the largest first: they share one pool of memory."""
+        most = self.options.max_batch
+        sizes = [n for n in GRAPHS if n < most] + [next((n for n in GRAPHS if n >= most), most)]
+        self._staged.zero_()
+        self._staged[0] = self.options.max_batch  # nobody's row
+        pool = None
+        for size in reversed([min(n, most) for n in sizes]):
+            self._decode(size)  # warm: captures must not load kernels
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                sampled = self._decode(size)
+            pool = pool or graph.pool()
+            self._graphs[size] = (graph, sampled)
+
+    # steps
+
+    def step(self, batch: Batch) -> StepCost:  # noqa: D102
+        return self._price.step(batch)
+
+    def launch(self, batch: Batch) -> None:  # noqa: D102
+        began = time.perf_counter_ns()
+        members = batch.members
+        assert members is not None
+        start, end = self._events()
+        with torch.inference_mode():
+            requests = [*members.decodes, *[-1] * len(members.dead)]
+            n = len(requests)
+            self._turn = (self._turn + 1) % len(self._pinned)
+            staged = self._pinned[self._turn]
+            self._sequences.decode([*members.decodes, *members.dead], members, staged.numpy())
+            self._staged.copy_(staged, non_blocking=True)
+            if members.prompts:
+                sampled = self._with_prompts(members, n, requests)
+            else:
+                size = min(size for size in self._graphs if size >= n) if self._graphs else n
+                if size in self._graphs:
+                    graph, sampled = self._graphs[size]
+                    graph.replay()
+                else:
+                    sampled = self._decode(size)
+            tokens = torch.empty(len(requests), dtype=torch.int32, pin_memory=self._cuda)
+            tokens.copy_(sampled[: len(requests)], non_blocking=True)
+        if self._cuda:
+            end.record()
+        took = (time.perf_counter_ns() - began) * 1000
+        self._flights.append(Flight(requests, tokens, start, end, took, took))
+
+    def wait(self) -> Measured:  # noqa: D102
+        flight = self._flights.popleft()
+        gpu = flight.gpu
+        if self._cuda:
+            flight.end.synchronize()
+            gpu = round(flight.start.elapsed_time(flight.end) * 1e9)
+        generated = self.generated
+        for request, token in zip(flight.requests, flight.tokens.tolist(), strict=True):
+            if request in generated:
+                generated[request].append(token)
+            elif request != -1:
+                generated[request] = [token]
+        return Measured(gpu, flight.host)
+
+    def fill(self) -> None:
+        """Fill the cache with random numbers: zeros would read faster than what real requests leave there."""
+        for layer in self._cache:
+            layer.normal_()
+
+    def place(self, contexts: Mapping[int, int]) -> None:
+        """Pretend that these requests have so many tokens in KV, computed before: whatever the cache holds there.
+
+        For measuring steps of a given shape; needs blocks that the pool does not name.
+        """
+        practice = _Practice(())
+        for request, tokens in contexts.items():
+            row = self._sequences.take(request, 0, lambda: np.zeros(0, dtype=np.int64))
+            self._sequences.length[row] = tokens
+            cells, blocks = self._sequences.cover(request, tokens, practice)
+            self._tables.view(-1)[torch.tensor(cells, device=self.device)] = torch.tensor(
+                blocks, dtype=torch.int32, device=self.device
+            )
+
+    def release(self, request_id: int) -> None:  # noqa: D102
+        self._sequences.release(request_id)
+
+    def assumptions(self) -> dict[str, str]:  # noqa: D102
+        o = self.options
+        where = torch.cuda.get_device_name(self.device) if self._cuda else "the CPU"
+        weights = "random weights" if o.weights is None else f"weights of {Path(o.weights).name}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {
+            "engine": f"executed, not modelled: {self.model.name}, {dtype}, {weights}, on {where}",
+            "software": f"torch {torch.__version__}, CUDA graphs {'on' if self._graphs else 'off'}",
+        }
+
+    # decodes
+
+    def _paging(self, size: int) -> Paging:
+        rows, lengths, first, ends, _, _, _ = self._staged
+        return Paging(self._tables, rows[:size], lengths[:size], first[:size], ends[: size + 1])
+
+    def _decode(self, size: int) -> Tensor:
+        """A decode step of ``size`` rows, as staged; their tokens, int32. This is what graphs capture."""
+        rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 4, 5, 6))
+        self._tables.view(-1)[cells] = blocks
+        tokens = self._last[rows]
+        step = Tokens(tokens, positions, self._paging(size), None, None, None)
+        sampled = self._sample(self._net.forward(step, self._cache))
+        self._last[rows] = sampled
+        return sampled
+
+    def _sample(self, logits: Tensor) -> Tensor:
+        """The next token of each row: the likeliest, or drawn at the temperature."""
+        if self.options.temperature:
+            weights = (logits.float() / self.options.temperature).softmax(-1)
+            logits = weights / torch.empty_like(weights).exponential_()  # the largest is a draw by these weights
+        return logits.argmax(-1).to(torch.int32)
+
+    # steps with chunks of prompts
+
+    def _with_prompts(self, members: Members, n: int, requests: list[int]) -> Tensor:
+        """Decodes as staged and chunks together; adds whose tokens come to ``requests``."""
+        flat = _Flat()
+        rows: list[int] = list(range(n))
+        takers: list[int] = self._pinned[self._turn].numpy()[0, :n].tolist()
+        lengths: list[int] = []
+        starts: list[int] = []
+        at = n
+        for prompt in members.prompts:
+            self._add(prompt, members, flat, lengths, starts)
+            at += prompt.pad + prompt.length
+            if prompt.emits:
+                rows.append(at - 1)
+                takers.append(self._sequences.row[prompt.request])
+                requests.append(prompt.request)
+        if not any(starts):
+            flat.parts["known"] = []
+        flat.parts["ends"] = [np.cumsum([0, *lengths])]
+        flat.parts["ends_known"] = [np.cumsum([0, *np.add(lengths, starts)])]
+        flat.parts["rows"], flat.parts["takers"] = [np.array(rows)], [np.array(takers)]
+        parts = flat.to(self.device)
+        cells, blocks = (torch.cat((self._staged[i][:n], parts[name])) for i, name in ((5, "cells"), (6, "blocks")))
+        self._tables.view(-1)[cells] = blocks
+        chunks = Chunks(lengths, starts, parts["ends"], parts["ends_known"], parts.get("known"))
+        sampled_rows = parts["rows"].long()
+        step = Tokens(
+            torch.cat((self._last[self._staged[0][:n]], parts["tokens"])),
+            torch.cat((self._staged[4][:n], parts["positions"])),
+            self._paging(n) if n else None,
+            parts["slots"],
+            chunks,
+            sampled_rows,
+        )
+        logits = self._net.forward(step, self._cache)
+        if not len(rows):
+            return logits.new_empty(0, dtype=torch.int32)
+        sampled = self._sample(logits)
+        self._last[parts["takers"]] = sampled
+        return sampled
+
+    def _add(self, prompt: Prompt, members: Members, flat: _Flat, lengths: list[int], starts: list[int]) -> None:
+        """Add a chunk's tokens, positions and slots, and its table's news, to the flat batch."""
+        request, start, length, pad, _ = prompt
+        sequences = self._sequences
+        row = sequences.take(request, pad, lambda: np.asarray(members.tokens(request)) % self.model.vocab)
+        before = int(sequences.first[row])
+        stop = before + start + length
+        for name, values in zip(("cells", "blocks"), sequences.cover(request, stop, members), strict=True):
+            flat.add(name, values)
+        sequences.length[row] = stop
+        tokens = np.concatenate((sequences.prompt[request], self.generated.get(request, [])))[start : start + length]
+        if len(tokens) < length:
+            raise RuntimeError(f"request {request}: its last token is not in yet, but is to be computed again")
+        slots = sequences.slots(row, stop)
+        places = np.arange(stop)
+        if pad:  # a chunk of its own, that nobody attends to
+            flat.add("tokens", np.zeros(pad, dtype=np.int64))
+            flat.add("positions", places[:pad])
+            flat.add("slots", slots[:pad])
+            flat.add("known", slots[:pad])
+            lengths.append(pad)
+            starts.append(0)
+        flat.add("tokens", tokens)
+        flat.add("positions", places[start : start + length])
+        flat.add("slots", slots[before + start :])
+        flat.add("known", slots[before:])
+        lengths.append(length)
+        starts.append(start)
+
+    def _events(self) -> tuple[Any, Any]:
+        if not self._cuda:
+            return None, None
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        return start, end
+
+
+class _Flat:
+    """Integers of a step, gathered part by part and sent to the device in one copy."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Any]] = {}
+
+    def add(self, name: str, values: Any) -> None:
+        self.parts.setdefault(name, []).append(values)
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """Each part as an int32 tensor on the device; parts without anything are left out but for ``cells``."""
+        arrays = {name: np.concatenate(parts) for name, parts in self.parts.items() if parts}
+        everything = torch.from_numpy(np.concatenate(list(arrays.values())).astype(np.int32))
+        if device.type == "cuda":
+            everything = everything.pin_memory()
+        split = everything.to(device, non_blocking=True).split([len(a) for a in arrays.values()])
+        return dict(zip(arrays, split, strict=True))
+
+
+class _Practice:
+    """Members of a step that only warms up; its blocks are the first of the pool."""
+
+    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = ()) -> None:
+        self.prompts, self.decodes = prompts, decodes
+        self.dead: Sequence[int] = ()
+
+    def table(self, request: int) -> Sequence[int]:
+        return range(3, 100_000) if request == -1 else range(3)
+
+    def tokens(self, request: int) -> Sequence[int]:
+        return range(100_000)
+
+
+@lru_cache(maxsize=1)
+def _load(
+    model: Model, options: Torch, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
+) -> Transformer:
+    """The model with its weights on the device; the latest one is kept for the next engine."""
+    arithmetic = Arithmetic()
+    weight = random_weights(dtype, device, options.seed)
+    if options.weights is not None:
+        folder = Path(options.weights)
+        config = read_config(folder)
+        told = Model.from_hf_config(config, model.name)
+        for size in ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab"):
+            if getattr(told, size) != getattr(model, size):
+                raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
+        arithmetic = Arithmetic.from_hf_config(config)
+        weight = saved_weights(folder, dtype, device)
+    _check_room(device, round(model.parameters * dtype.itemsize), f"{model.name}'s weights")
+    return Transformer(model, arithmetic, dtype, device, weight, block, options.max_batch + 1, max_model_len)
+
+
+def _check_room(device: torch.device, need: int, what: str) -> None:
+    """Raise ValueError unless ``need`` bytes and something to spare are free on a GPU."""
+    if device.type != "cuda":
+        return
+    free = torch.cuda.mem_get_info(device)[0] - SPARE
+    if need > free:
+        raise ValueError(
+            f"{what} needs {need / GIB:.1f} GiB; {max(0, free) / GIB:.1f} GiB of {torch.cuda.get_device_name(device)}"
+            " are free for it: give kv.blocks or a smaller kv.memory_utilization, or another model"
+        )
