@@ -237,8 +237,7 @@ class ReplicaStep(Step):
             self.evicted.append(request)
         self.pool.preempted(request, decoding, planned)
         self.vacate(request, need)
-        computed = request._offset
-        request._offset = request._loaded = 0
+        computed, request._offset, request._loaded = request._offset, 0, 0
         if how == "swap":
             self._swap(request, computed)
         elif how != "recompute":
@@ -276,7 +275,7 @@ class ReplicaStep(Step):
 
     def _resume(self, request: Request, hit: int) -> None:
         """A request starts whose first ``hit`` tokens are computed."""
-        self.resumed = self.resumed or (request._emitted > 0 and request.remaining == hit + 1)
+        self.resumed |= request._emitted > 0 and request.remaining == hit + 1
         if request.swapped:
             self._requests.moved(request, request.swapped)
             self.host.fetch(request)
