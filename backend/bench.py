@@ -23,7 +23,7 @@ from torch import Tensor
 from backend import specs
 from backend.base import Batch, Prompt
 from backend.hardware import Torch
-from backend.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of, tile_ends
+from backend.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
 from backend.shapes import Model
 from backend.torch_engine import TorchEngine
 
@@ -32,19 +32,14 @@ ATTENTION = (  # batch, context, query heads, KV heads, head size; the first fiv
     *((1, 8192, 32, 8, 128), (256, 128, 32, 8, 128), (1, 512, 32, 8, 128), (32, 2048, 64, 8, 128)),
     *((16, 2048, 40, 40, 128), (64, 1024, 40, 40, 128), (64, 1024, 32, 32, 80), (64, 1024, 16, 8, 64)),
 )
-DECODES = (
-    (1, 128),
-    (1, 1024),
-    (8, 1024),
-    (16, 512),
-    (32, 1024),
-    (64, 256),
-    (64, 1024),
-    (128, 512),
-    (256, 128),
-    (256, 512),
+DECODES = (  # batch, context
+    *((1, 128), (1, 1024), (4, 1024), (8, 1024), (16, 512), (32, 1024), (64, 256), (64, 1024)),
+    *((128, 512), (256, 128), (256, 512)),
 )
-PREFILLS = ((1, 128), (1, 512), (1, 1024), (1, 2048), (4, 512), (1, 4096), (16, 512), (1, 8192))  # prompts, tokens each
+PREFILLS = (  # prompts, tokens each
+    *((16, 512), (4, 512)),
+    *((1, n) for n in (64, 128, 256, 512, 1024, 1536, 2047, 3072, 4096, 6144, 8192)),
+)
 STEPS = 24  # timed in a row
 
 Row = dict[str, Any]
@@ -92,7 +87,7 @@ def filled(batch: int, context: int, heads: Heads, block: int, dtype: torch.dtyp
     tables = torch.randperm(batch * each, device=device).to(torch.int32).view(batch, each)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
     rows = torch.arange(batch, dtype=torch.int32, device=device)
-    return cache, Paging(tables, rows, lengths, torch.zeros_like(lengths), tile_ends(lengths))
+    return cache, Paging(tables, rows, lengths, torch.zeros_like(lengths))
 
 
 def attention(timer: Timer, copy: float, shape: tuple[int, ...]) -> Row:
@@ -103,6 +98,7 @@ def attention(timer: Timer, copy: float, shape: tuple[int, ...]) -> Row:
     cache, paging = filled(batch, context, heads, 16, torch.bfloat16)
     qkv = torch.randn((batch, heads.width), device="cuda", dtype=torch.bfloat16)
     out = torch.empty((batch, query_heads * size), device="cuda", dtype=torch.bfloat16)
+    kind.plan(paging)
     slots = torch.cat([slots_of(table, 0, context, 16) for table in paging.tables])
     dense = [x.view(batch, context, kv_heads, size).transpose(1, 2).contiguous() for x in read(cache, slots)]
     query = qkv[:, : query_heads * size].view(batch, query_heads, 1, size)
@@ -209,20 +205,21 @@ def decode_steps(engine: TorchEngine, copy: float, shapes: Sequence[tuple[int, i
 
 
 def prefill_steps(engine: TorchEngine, rate: float, shapes: Sequence[tuple[int, int]] = PREFILLS) -> Iterator[Row]:
-    """Steps of whole prompts, one at a time."""
+    """Steps of whole prompts, one at a time: all shapes in turn, four times, the first not counted."""
     model = engine.model
-    for count, length in shapes:
-        requests = list(range(count))
-        step = Batch((), 0, 0, 0, Practice([Prompt(r, 0, length, 0, True) for r in requests], ()))
-        times = []
-        for _ in range(6):
+    times: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in shapes}
+    for _ in range(4):
+        for count, length in shapes:
+            requests = list(range(count))
             began = time.perf_counter()
-            engine.launch(step)
+            prompts = [Prompt(r, 0, length, 0, True) for r in requests]
+            engine.launch(Batch((), 0, 0, 0, Practice(prompts, ())))
             gpu = engine.wait().gpu / 1e9
-            times.append(((time.perf_counter() - began) * 1e3, gpu))
+            times[count, length].append(((time.perf_counter() - began) * 1e3, gpu))
             for request in requests:
                 engine.release(request)
-        took, gpu = (statistics.median(t) for t in zip(*times[1:], strict=True))
+    for count, length in shapes:
+        took, gpu = (statistics.median(t) for t in zip(*times[count, length][1:], strict=True))
         flops = 2 * count * (length * model.matmul_parameters + model.head_parameters)
         flops += count * 2 * model.layers * model.heads * model.head_size * length * (length + 1)
         floor = flops / rate * 1e3

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backend.kernels.layers import gated, head_norm, residual_norm
+from backend.kernels.layers import head_norm, linear, residual_norm
 from backend.paged_attention import Chunks, Heads, PagedAttention, Paging
 from backend.shapes import Model
 
@@ -119,6 +119,7 @@ class Transformer:
         self.device = device
         self.epsilon = arithmetic.norm_epsilon
         self._opt = model.learned_positions > 0
+        self._activation = "gated" if model.gated_mlp else "relu"
         rotation = None if self._opt else arithmetic.rotation(max_positions, model.head_size, device)
         self.attention = PagedAttention(heads, block, dtype, device, rotation, max_batch)
         root = "model.decoder." if self._opt else "model."
@@ -185,44 +186,44 @@ class Transformer:
         residual = functional.embedding(step.tokens, self.embedding)
         if self.positions is not None:
             residual += functional.embedding(step.positions + 2, self.positions)  # OPT keeps two rows for padding
+        if step.paging is not None:
+            self.attention.plan(step.paging)
         layers = self.layers
         x = residual_norm(None, residual, layers[0].norm, layers[0].norm_bias, self.epsilon)
         for i, layer in enumerate(layers):
-            y = functional.linear(self._attend(layer, x, step, cache[i]), layer.out, layer.out_bias)
+            y = self._attend(layer, x, step, cache[i])
+            if i + 1 == len(layers) and step.sampled is not None:  # of the others only keys and values are needed
+                y, residual = y[step.sampled], residual[step.sampled]
+                if not len(y):
+                    return y.new_empty((0, self.model.vocab))
+            y = linear(y, layer.out, layer.out_bias)
             x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
-            y = self._mlp(layer, x)
+            y = linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)
             if i + 1 < len(layers):
                 x = residual_norm(y, residual, layers[i + 1].norm, layers[i + 1].norm_bias, self.epsilon)
-        if step.sampled is not None:
-            y, residual = y[step.sampled], residual[step.sampled]
-            if not len(y):
-                return y.new_empty((0, self.model.vocab))
         x = residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon)
-        return functional.linear(x, self.head)
+        return linear(x, self.head)
 
     def _attend(self, layer: Layer, x: Tensor, step: Tokens, cache: Tensor) -> Tensor:
         heads, attention = self.heads, self.attention
-        qkv = functional.linear(x, layer.qkv, layer.qkv_bias)
+        qkv = linear(x, layer.qkv, layer.qkv_bias)
         if layer.query_norm is not None and layer.key_norm is not None:
             head_norm(qkv, layer.query_norm, layer.key_norm, heads.query, heads.kv, self.epsilon)
-        out = torch.empty((len(x), heads.query * heads.size), dtype=x.dtype, device=x.device)
-        decodes = 0
-        if step.paging is not None:
-            decodes = len(step.paging.lengths)
-            attention.append_and_decode(qkv[:decodes], cache, step.paging, out[:decodes])
-        if step.chunks is not None and step.slots is not None:
+        decodes = 0 if step.paging is None else len(step.paging.lengths)
+        if decodes < len(qkv):
+            assert step.slots is not None
             attention.rotate_and_store(qkv[decodes:], cache, step.positions[decodes:], step.slots)
-            attention.chunks(qkv[decodes:], cache, step.chunks, out[decodes:])
+        if step.paging is None:
+            return self._chunks(qkv, cache, step)
+        out = torch.empty((len(x), heads.query * heads.size), dtype=x.dtype, device=x.device)
+        attention.append_and_decode(qkv[:decodes], cache, step.paging, out[:decodes])
+        if decodes < len(qkv):
+            out[decodes:] = self._chunks(qkv[decodes:], cache, step)
         return out
 
-    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        if self.model.gated_mlp:
-            return functional.linear(gated(functional.linear(x, layer.up)), layer.down)
-        if layer.up_bias is not None and x.is_cuda:
-            x = torch._addmm_activation(layer.up_bias, x, layer.up.t())  # ReLU in the product's epilogue
-        else:
-            x = functional.linear(x, layer.up, layer.up_bias).relu_()
-        return functional.linear(x, layer.down, layer.down_bias)
+    def _chunks(self, qkv: Tensor, cache: Tensor, step: Tokens) -> Tensor:
+        assert step.chunks is not None
+        return self.attention.chunks(qkv, cache, step.chunks)
 
 
 def random_weights(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:

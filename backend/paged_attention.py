@@ -6,7 +6,7 @@ the 16-byte pieces of each row permuted so that a tile lies in memory as the dec
 
 The decode kernel's method is in `kernels/paged_decode.cu`. Chunks of prompts go through torch's own FlashAttention 2
 (variable lengths, causal from the bottom right), keys and values of earlier steps gathered before it; a whole prompt
-that is long goes through cuDNN's, which is faster there (`LONG`).
+that is long goes through cuDNN's, which is faster there (`_long`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from backend import kernels
 
@@ -26,7 +27,9 @@ BLOCKS = (16, 32)  # tokens a block can have
 HEADS = (64, 80, 96, 128)  # head sizes with a kernel
 GROUP = 16  # query heads a KV head can have
 WARPS = 8  # of a thread block of the decode kernel
-LONG = (1024, 2048, 4096, 8192, 16384)  # whole prompts of these lengths go to cuDNN, which plans once a shape
+MIN_TILES = 2  # worth a warp of their own
+LONG = 1024  # long prompts are padded to a multiple of this for cuDNN, which plans once a shape,
+LONGEST = 16 * LONG  # and up to here
 
 
 class Heads(NamedTuple):
@@ -49,7 +52,6 @@ class Paging(NamedTuple):
     rows: Tensor  # [batch]: each sequence's row in tables
     lengths: Tensor  # [batch]: tokens in KV, the new one included; 0: no sequence
     first: Tensor  # [batch]: leading tokens that are padding
-    ends: Tensor  # [batch + 1]: running sum of tiles, from 0
 
 
 class Chunks(NamedTuple):
@@ -71,6 +73,12 @@ def unfit(heads: Heads, block: int) -> str | None:
     if block not in BLOCKS:
         return f"no kernel for blocks of {block} tokens; there are kernels for 16 and 32"
     return None
+
+
+def _long(tokens: int) -> bool:
+    """Whether cuDNN's attention, at twice FlashAttention 2's pace on an H200, wins although it computes padding too."""
+    padded = -(-tokens // LONG) * LONG
+    return LONG <= tokens <= LONGEST and padded**2 < 2 * tokens**2
 
 
 def new_cache(layers: int, blocks: int, block: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -171,17 +179,38 @@ class PagedAttention:
         tile = 4 * TILE * heads.size  # bytes
         stages = min(8, (kernels.SHARED_BYTES - 1024 - WARPS * part * 4) // (WARPS * tile))
         shared = WARPS * (stages * tile + part * 4)
-        macros = {"BF16": bf16, "D": heads.size, "GROUP": group, "BLOCK": block, "STAGES": stages, "MIN_TILES": 2}
+        macros = {
+            "BF16": bf16,
+            "D": heads.size,
+            "GROUP": group,
+            "BLOCK": block,
+            "STAGES": stages,
+            "MIN_TILES": MIN_TILES,
+        }
         rope = int(rotation is not None)
         self._decode = kernels.kernel("paged_decode", "paged_decode", shared, **macros, APPEND=0, ROPE=0)
         self._append = kernels.kernel("paged_decode", "paged_decode", shared, **macros, APPEND=1, ROPE=rope)
+        self._share = kernels.kernel("paged_decode", "plan_decode", **macros, APPEND=0, ROPE=0)
         layer_macros = {"BF16": bf16, "D": heads.size, "BLOCK": block}
         self._rotate_and_store = kernels.kernel("layers", "rotate_and_store", **layer_macros)
         self._gather = kernels.kernel("layers", "gather", **layer_macros)
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count
+        self._plan = torch.zeros(1 + 5 * WARPS * self._grid, dtype=torch.int32, device=device)
         self._partial = torch.empty(2 * self._grid * part, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_batch * heads.kv, dtype=torch.int32, device=device)
         self._scale = math.log2(math.e) / math.sqrt(heads.size)
+
+    def warm_up(self, dtype: torch.dtype, device: torch.device, longest: int) -> None:
+        """Let cuDNN make its plans for prompts of up to ``longest`` tokens."""
+        for n in range(LONG, min(longest, LONGEST) + 1, LONG) if self._cuda else ():
+            row = torch.zeros((n, self.heads.width), dtype=dtype, device=device).view(n, -1, self.heads.size)
+            self._whole(*row.split((self.heads.query, self.heads.kv, self.heads.kv), dim=1))
+
+    def plan(self, paging: Paging) -> None:
+        """Share the work of ``paging`` out over the GPU; before the first layer of each step."""
+        if self._cuda:
+            batch = len(paging.lengths)
+            self._share((1,), 1024, paging.lengths, paging.rows, self._plan, batch, self.heads.kv, self._grid)
 
     def append_and_decode(self, qkv: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         """One new token a sequence: rotate, store its key and value, attend.
@@ -223,31 +252,33 @@ class PagedAttention:
         kept = slots >= 0
         store(cache, slots[kept], key[kept], value[kept])
 
-    def chunks(self, qkv: Tensor, cache: Tensor, chunks: Chunks, out: Tensor) -> None:
-        """Attention of prompt rows, rotated and stored already: ``qkv`` [rows, width], ``out`` [rows, query · size]."""
+    def chunks(self, qkv: Tensor, cache: Tensor, chunks: Chunks) -> Tensor:
+        """Attention of prompt rows, rotated and stored already: ``qkv`` [rows, width] → ``[rows, query · size]``."""
         heads = self.heads
         query, key, value = qkv.view(len(qkv), -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
-        out = out.view(len(out), heads.query, heads.size)
         if not self._cuda:
-            self._chunks_plainly(query, key, value, cache, chunks, out)
-        elif chunks.known is None and all(n in LONG for n in chunks.lengths):
-            at = 0
-            for n in chunks.lengths:
-                q, k, v = (x[None, at : at + n].transpose(1, 2) for x in (query, key, value))
-                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-                    done = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                out[at : at + n] = done[0].transpose(0, 1)
-                at += n
-        else:
-            if chunks.known is not None:
-                key, value = self._gathered(cache, chunks.known)
-            longest = max(chunks.lengths)
-            longest_known = max(s + n for s, n in zip(chunks.starts, chunks.lengths, strict=True))
-            out.copy_(
-                torch.ops.aten._flash_attention_forward(
-                    query, key, value, chunks.ends, chunks.ends_known, longest, longest_known, 0.0, True, False
-                )[0]
-            )
+            return self._chunks_plainly(query, key, value, cache, chunks).flatten(1)
+        if chunks.known is None and all(_long(n) for n in chunks.lengths):
+            parts = (x.split(list(chunks.lengths)) for x in (query, key, value))
+            whole = [self._whole(*each) for each in zip(*parts, strict=True)]
+            return (torch.cat(whole) if len(whole) > 1 else whole[0]).flatten(1)
+        if chunks.known is not None:
+            key, value = self._gathered(cache, chunks.known)
+        longest = max(chunks.lengths)
+        longest_known = max(s + n for s, n in zip(chunks.starts, chunks.lengths, strict=True))
+        done: Tensor = torch.ops.aten._flash_attention_forward(
+            query, key, value, chunks.ends, chunks.ends_known, longest, longest_known, 0.0, True, False
+        )[0]
+        return done.flatten(1)
+
+    def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One whole prompt by cuDNN: ``[n, heads, size]`` each."""
+        n, more = len(query), -len(query) % LONG  # tokens after the last change nothing for those before
+        parts = (functional.pad(x, (0, 0, 0, 0, 0, more)) if more else x for x in (query, key, value))
+        q, k, v = (x[None].transpose(1, 2) for x in parts)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            done = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return done[0].transpose(0, 1)[:n]
 
     def _gathered(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         heads = self.heads
@@ -260,9 +291,9 @@ class PagedAttention:
         kernel(
             (self._grid,),
             WARPS * 32,
-            *(query, cache, paging.tables, paging.rows, paging.lengths, paging.first, paging.ends),
+            *(query, cache, paging.tables, paging.rows, paging.lengths, paging.first, self._plan),
             *(self.rotation, out, self._partial, self._arrived),
-            *(len(paging.lengths), self.heads.kv, query.stride(0), paging.tables.stride(0), self._scale),
+            *(self.heads.kv, query.stride(0), paging.tables.stride(0), self._scale),
         )
 
     def _split(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,19 +314,13 @@ class PagedAttention:
             found.append(attend(query[i : i + 1], keys, values, length - first - 1))
         return torch.cat(found) if found else query
 
-    def _chunks_plainly(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, chunks: Chunks, out: Tensor
-    ) -> None:
+    def _chunks_plainly(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, chunks: Chunks) -> Tensor:
+        found = []
         at = known = 0
         for start, n in zip(chunks.starts, chunks.lengths, strict=True):
             keys, values = key[at : at + n], value[at : at + n]
             if chunks.known is not None:
                 keys, values = read(cache, chunks.known[known : known + start + n])
-            out[at : at + n] = attend(query[at : at + n], keys, values, start)
+            found.append(attend(query[at : at + n], keys, values, start))
             at, known = at + n, known + start + n
-
-
-def tile_ends(lengths: Tensor) -> Tensor:
-    """`Paging.ends` of these lengths: int32 ``[batch + 1]``."""
-    tiles = (lengths + TILE - 1) // TILE
-    return torch.cat((tiles.new_zeros(1), tiles.cumsum(0))).to(torch.int32)
+        return torch.cat(found)

@@ -85,10 +85,10 @@ class Sequences:
     def decode(self, requests: Sequence[int], members: Members, staged: Ints) -> None:
         """One more token for each of ``requests``: write what the device needs of it into ``staged``.
 
-        ``staged`` [7, most + 1]: rows, lengths, padding in front, running sum of tiles (from 0), positions, and the
-        cells and blocks of tables that change; rows past the requests are nobody's.
+        ``staged`` [6, most + 1]: rows, lengths, padding in front, positions, and the cells and blocks of tables that
+        change; rows past the requests are nobody's.
         """
-        rows, lengths, first, ends, positions, cells, blocks = staged
+        rows, lengths, first, positions, cells, blocks = staged
         n = len(requests)
         rows[n:] = self.most
         lengths[n:] = first[n:] = positions[n:] = 0
@@ -103,5 +103,3 @@ class Sequences:
                 changed, more = self.cover(requests[i], int(lengths[i]), members)
                 if changed:
                     cells[i], blocks[i] = changed[0], more[0]
-        ends[0] = 0
-        np.cumsum(-(-lengths[:-1] // 16), out=ends[1:])

@@ -25,7 +25,7 @@ from torch import Tensor
 from backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
 from backend.hardware import Torch
 from backend.model import Arithmetic, Tokens, Transformer, random_weights, read_config, saved_weights
-from backend.paged_attention import LONG, TILE, Chunks, Heads, Paging, new_cache, unfit
+from backend.paged_attention import TILE, Chunks, Heads, Paging, new_cache, unfit
 from backend.roofline import Roofline
 from backend.sequences import Sequences
 from backend.shapes import GIB, GPU, Model
@@ -93,7 +93,7 @@ class TorchEngine(Executor):
         self._sequences = Sequences(batch, blocks, self._block, max_model_len, named)
         self._tables = torch.zeros(self._sequences.table.shape, **integer)
         self._last = torch.zeros(batch + 1, **integer)  # each row's latest token
-        self._staged = torch.zeros((7, batch + 1), **integer)  # of the decodes, see `Sequences.decode`
+        self._staged = torch.zeros((6, batch + 1), **integer)  # of the decodes, see `Sequences.decode`
         self._pinned = [
             torch.zeros(self._staged.shape, dtype=torch.int32, pin_memory=self._cuda) for _ in range(3)
         ]  # in turn: the copy of one step may still be under way while the next is staged
@@ -114,8 +114,8 @@ class TorchEngine(Executor):
 
     def _warm_up(self, room: int, longest: int) -> None:
         """Run every kind of step once, so that no compilation or plan falls into a measured one."""
-        lengths = [n for n in (*LONG, 600) if n + 4 * self._block < min(room, longest)]
-        for length in reversed(lengths):
+        self._net.attention.warm_up(self.dtype, self.device, longest)
+        for length in [n for n in (8192, 2048, 600) if n + 4 * self._block < min(room, longest)]:
             steps = [_Practice([Prompt(-1, 0, length, 0, True)])]
             if self.options.max_batch > 1:
                 steps.append(_Practice([Prompt(-2, 0, 16, 0, False)], [-1]))
@@ -219,18 +219,18 @@ class TorchEngine(Executor):
         dtype = str(self.dtype).removeprefix("torch.")
         return {
             "engine": f"executed, not modelled: {self.model.name}, {dtype}, {weights}, on {where}",
-            "software": f"torch {torch.__version__}, CUDA graphs {'on' if self._graphs else 'off'}",
+            "software": f"torch {torch.__version__}, CUDA graphs {'on' if o.graphs and self._cuda else 'off'}",
         }
 
     # decodes
 
     def _paging(self, size: int) -> Paging:
-        rows, lengths, first, ends, _, _, _ = self._staged
-        return Paging(self._tables, rows[:size], lengths[:size], first[:size], ends[: size + 1])
+        rows, lengths, first = (self._staged[i][:size] for i in range(3))
+        return Paging(self._tables, rows, lengths, first)
 
     def _decode(self, size: int) -> Tensor:
         """A decode step of ``size`` rows, as staged; their tokens, int32. This is what graphs capture."""
-        rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 4, 5, 6))
+        rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 3, 4, 5))
         self._tables.view(-1)[cells] = blocks
         tokens = self._last[rows]
         step = Tokens(tokens, positions, self._paging(size), None, None, None)
@@ -268,13 +268,13 @@ class TorchEngine(Executor):
         flat.parts["ends_known"] = [np.cumsum([0, *np.add(lengths, starts)])]
         flat.parts["rows"], flat.parts["takers"] = [np.array(rows)], [np.array(takers)]
         parts = flat.to(self.device)
-        cells, blocks = (torch.cat((self._staged[i][:n], parts[name])) for i, name in ((5, "cells"), (6, "blocks")))
+        cells, blocks = (torch.cat((self._staged[i][:n], parts[name])) for i, name in ((4, "cells"), (5, "blocks")))
         self._tables.view(-1)[cells] = blocks
         chunks = Chunks(lengths, starts, parts["ends"], parts["ends_known"], parts.get("known"))
         sampled_rows = parts["rows"].long()
         step = Tokens(
             torch.cat((self._last[self._staged[0][:n]], parts["tokens"])),
-            torch.cat((self._staged[4][:n], parts["positions"])),
+            torch.cat((self._staged[3][:n], parts["positions"])),
             self._paging(n) if n else None,
             parts["slots"],
             chunks,

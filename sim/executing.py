@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from backend.base import Batch, Executor, Measured, Prompt, StepCost
-from policies.base import Request
+from policies.base import PolicyError, Request
 from sim.engine import Engine
 from sim.prefix import Identity
 from sim.runs import NOBODY, Plan
@@ -95,7 +95,10 @@ class Executing(Engine):
     def _execute(self, batch: Batch) -> StepCost:
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
         self._pairs = sum(t * (2 * r._offset + t + 1) // 2 for r, t in self.state.chunks)
-        self._executor.launch(batch._replace(members=_Members(self.state, self._identity)))
+        try:
+            self._executor.launch(batch._replace(members=_Members(self.state, self._identity)))
+        except RuntimeError as error:  # more sequences than it has room for
+            raise PolicyError(f"policy {type(self.scheduler).__name__}: {error}") from None
         return StepCost(0, 0, 1)
 
     def _wait(self, plan: Plan, start: int) -> int:

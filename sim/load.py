@@ -250,6 +250,8 @@ class _Resolver(Lookup):
         if sample is not None and self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel)):
             fit_at = gpu_at if kv is None else kv_at
             fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, tensor_parallel))
+        if getattr(backend[0], "executes", False):
+            self._check_executes(group, at, pick)
         if sample is not None and (misfit := sample.misfit(longest)):
             self._problems.append(self._document.problem(policy_at, misfit))
         if len(self._problems) > before or fit is None:
@@ -268,6 +270,17 @@ class _Resolver(Lookup):
             host_gib=(kv or Kv()).host_gib,
             host_link=(kv or Kv()).host_link,
         )
+
+    def _check_executes(self, group: Group, at: KeyPath, pick: Pick) -> None:
+        """Steps that really run need one replica that stays."""
+        replicas, where = pick("replicas", 1)
+        if group.count != 1 or (isinstance(replicas, list) and len(replicas) > 1):
+            self._problems.append(self._document.problem(where, "a backend that executes steps serves one replica"))
+        for key in ("failures", "autoscale"):
+            value, where = pick(key)
+            if value is not None:
+                rule = "must not be given with a backend that executes steps: it serves one replica that stays"
+                self._problems.append(self._document.problem(where, rule))
 
     def _check_roles(self, replicas: Any, at: KeyPath, pick: Pick) -> None:
         """Prefill and decode replicas come together, with a link, and without mixed ones."""

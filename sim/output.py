@@ -24,6 +24,7 @@ from sim import claims
 from sim.control import HANDOVER_COLUMNS
 from sim.metrics import PS_PER_MS, Latencies
 from sim.problems import BadInput, Problem
+from sim.recorder import Recorder
 from sim.records import Status
 from sim.run import Outcome
 from sim.setup import Study
@@ -44,6 +45,7 @@ class Writer:
         self._moves = any(setup.link is not None for setup in study.setups)
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
+        self._recorders: dict[str, Recorder] = {}
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,10 @@ class Writer:
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
         self._append("requests", request_table(outcome, label, self._moves))
         self._append("steps", step_table(outcome, label))
+        if setup.executes:
+            name = "_".join(filter(None, label.values())) or self._study.name
+            recorder = self._recorders.setdefault(setup.model.name, Recorder(self.folder / "recording"))
+            recorder.add(outcome, name)
         summary = {
             **{k: v for k, v in label.items() if v},
             **outcome.summary,

@@ -14,7 +14,7 @@ pytest.importorskip("cupy")
 from backend import specs  # noqa: E402
 from backend.base import Batch, Prompt  # noqa: E402
 from backend.hardware import Torch  # noqa: E402
-from backend.kernels.layers import gated, head_norm, residual_norm  # noqa: E402
+from backend.kernels.layers import gated, head_norm, linear, residual_norm  # noqa: E402
 from backend.model import Arithmetic  # noqa: E402
 from backend.paged_attention import (  # noqa: E402
     Chunks,
@@ -27,7 +27,6 @@ from backend.paged_attention import (  # noqa: E402
     rotate,
     slots_of,
     store,
-    tile_ends,
 )
 from backend.shapes import Model  # noqa: E402
 from backend.torch_engine import TorchEngine  # noqa: E402
@@ -66,7 +65,7 @@ def world(heads: Heads, block: int, dtype: torch.dtype, contexts: list[int], pad
     tables = tables.to(torch.int32).view(len(contexts), each)
     rows = torch.randperm(len(contexts), device=DEVICE).to(torch.int32)
     first = torch.tensor(pads, dtype=torch.int32, device=DEVICE)
-    paging = Paging(tables, rows, lengths, first, tile_ends(lengths))
+    paging = Paging(tables, rows, lengths, first)
     for i, n in enumerate(contexts):
         slots = slots_of(tables[int(rows[i])], 0, n, block)
         store(cache, slots, *torch.randn((2, n, heads.kv, heads.size), dtype=dtype, device=DEVICE))
@@ -83,6 +82,7 @@ def test_decode_equals_double_precision(heads: Heads, block: int, dtype: torch.d
     found = []
     for _ in range(2):  # the second finds what the first left in its workspace
         out = torch.full((len(contexts), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
+        kind.plan(paging)
         kind.decode(query, cache, paging, out)
         found.append(out)
 
@@ -115,6 +115,7 @@ def test_append_and_decode_stores_and_attends(heads: Heads, block: int, dtype: t
     qkv = torch.randn((len(contexts), heads.width), dtype=dtype, device=DEVICE)
     before = cache.clone()
     out = torch.full((len(contexts), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
+    kind.plan(paging)
     kind.append_and_decode(qkv, cache, paging, out)
 
     for i, n in enumerate(contexts):
@@ -138,7 +139,7 @@ def test_append_and_decode_stores_and_attends(heads: Heads, block: int, dtype: t
 def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dtype) -> None:
     rotation = Arithmetic().rotation(4096, heads.size, DEVICE)
     kind = PagedAttention(heads, block, dtype, DEVICE, rotation, 4)
-    for lengths, starts in (([40, 17, 300], [0, 0, 0]), ([64, 5, 130], [100, 0, 33]), ([1024], [0])):
+    for lengths, starts in (([40, 17, 300], [0, 0, 0]), ([64, 5, 130], [100, 0, 33]), ([1024], [0]), ([1500], [0])):
         known = [s + n for s, n in zip(starts, lengths, strict=True)]
         cache, paging = world(heads, block, dtype, known, [0] * len(known))
         tables = paging.tables
@@ -152,8 +153,7 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         kind.rotate_and_store(qkv, cache, positions.to(DEVICE, torch.int32), new)
         ends, ends_known = (torch.tensor([0, *x], device=DEVICE).cumsum(0).to(torch.int32) for x in (lengths, known))
         chunks = Chunks(lengths, starts, ends, ends_known, torch.cat(slots) if any(starts) else None)
-        out = torch.full((sum(lengths), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
-        kind.chunks(qkv, cache, chunks, out)
+        out = kind.chunks(qkv, cache, chunks)
         at = 0
         for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
             query, key, _ = raw[at : at + n].view(n, -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
@@ -181,6 +181,22 @@ def test_layers_equal_double_precision(dtype: torch.dtype, width: int) -> None:
         assert error(out, wanted) < 1e-2
     wanted = torch.nn.functional.silu(x[:, : width // 2].double()) * x[:, width // 2 :].double()
     assert error(gated(x), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 4096, 6144), (2, 5120, 15360), (2, 14336, 4096), (1, 256, 10), (5, 512, 64)])
+def test_products_equal_double_precision(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    rows, width, n = shape
+    x = torch.randn((rows, width), dtype=dtype, device=DEVICE)
+    weight = torch.randn((n, width), dtype=dtype, device=DEVICE) / width**0.5
+    bias = torch.randn(n, dtype=dtype, device=DEVICE)
+    plain = x.double() @ weight.double().T
+    gate, up = plain.chunk(2, -1)
+
+    assert error(linear(x, weight), plain) < 1e-2
+    assert error(linear(x, weight, bias), plain + bias.double()) < 1e-2
+    assert error(linear(x, weight, bias, "relu"), (plain + bias.double()).relu()) < 1e-2
+    assert error(linear(x, weight, None, "gated"), torch.nn.functional.silu(gate) * up) < 1e-2
 
 
 def test_head_norm_equals_double_precision() -> None:

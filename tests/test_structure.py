@@ -18,7 +18,7 @@ from sim import load
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sim", "backend", "policies")
 LONGEST = 400  # lines a module
-GPU_LIBRARIES = {"torch", "cupy", "triton"}
+GPU_LIBRARIES = {"torch", "cupy", "triton", "flashinfer", "flash_attn"}
 GPU_MODULES = {f"backend.{name}" for name in ("torch_engine", "model", "paged_attention", "kernels", "bench")}
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"),

@@ -29,11 +29,21 @@ class Kernel:
         self._function(grid, (threads,), [_argument(a) for a in arguments], shared_mem=self._shared, stream=stream)
 
 
+class _Raw:
+    """A CUDA stream by its address, in CUDA's stream protocol."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
 @cache
 def _external(stream: int) -> Any:
     import cupy
 
-    return cupy.cuda.ExternalStream(stream)
+    return cupy.cuda.Stream.from_external(_Raw(stream))
 
 
 def _argument(value: Any) -> Any:

@@ -43,6 +43,33 @@ def gated(x: Tensor) -> Tensor:
     return functional.silu(x[:, :width]) * x[:, width:]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain") -> Tensor:
+    """``x`` [rows, in] · ``weight`` [out, in]ᵀ (+ bias), then a ReLU (``kind`` "relu") or SwiGLU's gate ("gated").
+
+    "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
+    rows on a GPU go through a kernel of ours that reads the weights at 93 to 99 % of the copy bandwidth, where cuBLAS
+    reaches 62 to 95 (`gemv.cu`, measured on an H200).
+    """
+    width = x.shape[1]
+    if x.is_cuda and len(x) <= 2 and width % 256 == 0:
+        out = torch.empty((len(x), len(weight) // (2 if kind == "gated" else 1)), dtype=x.dtype, device=x.device)
+        run = kernel(
+            *("gemv", "gemv"),
+            **{"BF16": int(x.dtype == torch.bfloat16), "ROWS": len(x), "K": width, "PER_SM": 5},
+            AHEAD=max(n for n in range(1, 11) if width // 256 % n == 0),
+            KIND=("plain", "relu", "gated").index(kind),
+        )
+        run((-(-out.shape[1] // 4),), 128, x, weight, bias, out, out.shape[1])
+        return out
+    if kind == "gated":
+        return gated(functional.linear(x, weight, bias))
+    if kind == "plain":
+        return functional.linear(x, weight, bias)
+    if x.is_cuda and bias is not None:
+        return torch._addmm_activation(bias, x, weight.t())  # ReLU in the product's epilogue
+    return functional.linear(x, weight, bias).relu_()
+
+
 def head_norm(qkv: Tensor, query: Tensor, key: Tensor, query_heads: int, key_heads: int, epsilon: float) -> None:
     """RMSNorm of every query and key head of ``qkv`` [rows, width] in place, by weights of one head's size (Qwen3)."""
     size = len(query)

@@ -26,7 +26,9 @@ typedef unsigned short half_t;  // the bits of a bfloat16 or float16
 #define SHIFT (D == 80 ? 2 : D == 96 ? 1 : 0)
 #define MASK (D == 80 ? 1 : D == 96 ? 3 : 7)
 #define PART (ROWS * D + 2 * ROWS)  // floats of one partial result: O, then m and l of each row
+#define EACH ((D + 31) / 32)        // elements of a row that a lane has when parts are merged
 #define NEVER -1e30f
+#define MAX_BATCH 4096
 
 __device__ __forceinline__ int place(int token, int piece) { return piece ^ ((token >> SHIFT) & MASK); }
 
@@ -91,27 +93,15 @@ __device__ __forceinline__ void fetch(u32 to, const void* from, u32 barrier) {
 
 // A place on the line of tiles: tile `tile` of `tiles` of unit (sequence, head).
 struct Place {
-  int sequence, head, tile, tiles;
+  int sequence, head, tile, tiles, row;
 
-  __device__ __forceinline__ void seek(const int* ends, int batch, int heads, int at) {
-    int low = 0, high = batch - 1;
-    while (low < high) {
-      int middle = (low + high) / 2;
-      if (ends[middle + 1] * heads > at) high = middle; else low = middle + 1;
-    }
-    sequence = low;
-    tiles = ends[low + 1] - ends[low];
-    int rest = at - ends[low] * heads;
-    head = rest / tiles;
-    tile = rest - head * tiles;
-  }
-
-  __device__ __forceinline__ void advance(const int* ends, int heads) {
+  __device__ __forceinline__ void advance(const int* lengths, const int* rows, int heads) {
     if (++tile < tiles) return;
     tile = 0;
     if (++head < heads) return;
     head = 0;
-    do { ++sequence; tiles = ends[sequence + 1] - ends[sequence]; } while (tiles == 0);
+    do tiles = (lengths[++sequence] + TILE - 1) / TILE; while (tiles == 0);
+    row = rows[sequence];
   }
 };
 
@@ -121,13 +111,84 @@ __device__ __forceinline__ int owner(int total, int at, int warps) {
   return (int)((((u64)at + 1) * warps - 1) / total);
 }
 
-// Add `weight` · a partial result's row to acc, l.
-__device__ __forceinline__ void weigh(const float* part, int row, int lane, float m, float (&acc)[(D + 31) / 32], float& l) {
-  float weight = power2(part[ROWS * D + row] - m);
-  l += weight * part[ROWS * D + ROWS + row];
+// Once a step, for the launches of all layers: where each warp of the grid starts. One thread block.
+// plan[0]: tiles on the line; then five integers of `Place` a warp that has any.
+extern "C" __global__ void plan_decode(const int* __restrict__ lengths, const int* __restrict__ rows, int* __restrict__ plan,
+                                       int batch, int heads, int grid) {
+  __shared__ int ends[MAX_BATCH + 1], sums[32];
+  if (threadIdx.x == 0) ends[0] = 0;
+  int before = 0;
+  for (int base = 0; base < batch; base += blockDim.x) {  // running sum of tiles
+    const int i = base + threadIdx.x, lane = threadIdx.x % 32;
+    int x = i < batch ? (lengths[i] + TILE - 1) / TILE : 0;
 #pragma unroll
-  for (int i = 0; i < (D + 31) / 32; ++i)
-    if (i * 32 + lane < D) acc[i] += weight * part[row * D + i * 32 + lane];
+    for (int d = 1; d < 32; d *= 2) {
+      const int y = __shfl_up_sync(~0u, x, d);
+      if (lane >= d) x += y;
+    }
+    if (lane == 31) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    int all = 0;
+    for (int w = 0; w < blockDim.x / 32; ++w) {
+      if (w < threadIdx.x / 32) x += sums[w];
+      all += sums[w];
+    }
+    if (i < batch) ends[i + 1] = before + x;
+    before += all;
+    __syncthreads();
+  }
+  const int total = before * heads;
+  if (threadIdx.x == 0) plan[0] = total;
+  if (total == 0) return;
+  const int warps = max(1, min(grid * WARPS, total / MIN_TILES));
+  for (int w = threadIdx.x; w < warps; w += blockDim.x) {
+    const int at = starts_at(total, w, warps);
+    int low = 0, high = batch - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (ends[middle + 1] * heads > at) high = middle; else low = middle + 1;
+    }
+    const int tiles = ends[low + 1] - ends[low], rest = at - ends[low] * heads;
+    int* to = plan + 1 + w * 5;
+    to[0] = low;
+    to[1] = rest / tiles;
+    to[2] = rest % tiles;
+    to[3] = tiles;
+    to[4] = rows[low];
+  }
+}
+
+// Parts of one unit put together: acc[r], l[r] = Σ 2^(m_part - m) · (O, l) of part(0 … count - 1), a lane holding
+// elements lane, lane + 32, … of each row. All rows at once, so that the parts' latencies overlap.
+template <bool GLOBAL, class Part>
+__device__ __forceinline__ void merge(Part part, int count, int lane, float (&acc)[ROWS][EACH], float (&m)[ROWS],
+                                      float (&l)[ROWS]) {
+  auto get = [](const float* at) { return GLOBAL ? __ldcg(at) : *at; };
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    m[r] = NEVER, l[r] = 0.f;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) acc[r][i] = 0.f;
+  }
+  for (int w = lane; w < count; w += 32)
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) m[r] = fmaxf(m[r], get(part(w) + ROWS * D + r));
+#pragma unroll
+  for (int i = 16; i; i /= 2)
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) m[r] = fmaxf(m[r], __shfl_xor_sync(~0u, m[r], i));
+#pragma unroll 2
+  for (int w = 0; w < count; ++w) {
+    const float* from = part(w);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const float weight = power2(get(from + ROWS * D + r) - m[r]);
+      l[r] += weight * get(from + ROWS * D + ROWS + r);
+#pragma unroll
+      for (int i = 0; i < EACH; ++i)
+        if (i * 32 + lane < D) acc[r][i] += weight * get(from + r * D + i * 32 + lane);
+    }
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
@@ -137,17 +198,18 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
              const int* __restrict__ rows,        // [batch]: each sequence's row in tables
              const int* __restrict__ lengths,     // [batch]: tokens in KV, the new one included; 0: nothing to do
              const int* __restrict__ first,       // [batch]: leading tokens that are padding: read, never attended to
-             const int* __restrict__ ends,        // [batch + 1]: running sum of tiles
+             const int* __restrict__ plan,        // from plan_decode
              const float2* __restrict__ rotation, // [positions][D / 2]: cosine, sine
              half_t* __restrict__ out,            // [batch][heads · GROUP · D]
              float* __restrict__ partial,         // [2 · thread blocks][PART]
              int* __restrict__ arrived,           // [batch · heads], all zero, left all zero
-             int batch, int heads, int q_stride, int table_stride, float scale) {
+             int heads, int q_stride, int table_stride, float scale) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[WARPS * STAGES];
-  __shared__ int spans[WARPS][2];   // of each warp's two partial results: flags (1: unit begins, 2: unit ends); -1: none
+  __shared__ int spans[WARPS][2];   // of each warp's two partial results: 0: its unit goes on, 1: it ends, -1: none
+  __shared__ int units[WARPS][2][3];  // and its unit: number, first tile on the line, tiles
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int total = ends[batch] * heads;
+  const int total = plan[0];
   if (total == 0) return;
   const int warps = max(1, min((int)gridDim.x * WARPS, total / MIN_TILES));
   const int self = blockIdx.x * WARPS + warp;
@@ -166,11 +228,10 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
   __syncwarp();
 
   if (begin < end) {
-    Place load, here;
-    load.seek(ends, batch, heads, begin);
-    here = load;
+    const int* mine = plan + 1 + self * 5;
+    Place load = {mine[0], mine[1], mine[2], mine[3], mine[4]}, here = load;
     int loaded = begin;
-    auto block_of = [&](const Place& at) { return tables[rows[at.sequence] * table_stride + at.tile / (BLOCK / TILE)]; };
+    auto block_of = [&](const Place& at) { return tables[at.row * table_stride + at.tile / (BLOCK / TILE)]; };
     auto source = [&](const Place& at, int block) {
       return cache + (((u64)block * heads + at.head) * (BLOCK / TILE) + at.tile % (BLOCK / TILE)) * (2 * TILE * D);
     };
@@ -178,7 +239,7 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
     auto load_into = [&](int stage) {
       if (lane == 0) fetch(ring_at + stage * TILE_BYTES, source(load, block), barrier + stage * 8);
       if (++loaded < end) {
-        load.advance(ends, heads);
+        load.advance(lengths, rows, heads);
         block = block_of(load);
       }
     };
@@ -353,9 +414,15 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
             if (lane % 4 == 0) part[ROWS * D + r] = m, part[ROWS * D + ROWS + r] = l;
           }
         }
-        if (lane == 0 && !(unit_begin == 0 && last)) spans[warp][unit_begin ? 0 : 1] = (unit_begin == 0) | last << 1;
+        if (lane == 0 && !(unit_begin == 0 && last)) {
+          const int slot = unit_begin ? 0 : 1;
+          spans[warp][slot] = last;
+          units[warp][slot][0] = here.sequence * heads + here.head;
+          units[warp][slot][1] = at - here.tile;
+          units[warp][slot][2] = here.tiles;
+        }
       }
-      if (at + 1 < end) here.advance(ends, heads);
+      if (at + 1 < end) here.advance(lengths, rows, heads);
     }
   }
 
@@ -363,67 +430,46 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
   // Merge: the last warp of this thread block that worked on a unit puts its parts together.
 #pragma unroll 1
   for (int slot = 0; slot < 2; ++slot) {
-    const int flags = spans[warp][slot];
-    if (flags < 0) continue;
-    if (!(flags & 2) && warp + 1 < WARPS && self + 1 < warps) continue;  // the next warp goes on with this unit
+    const int done = spans[warp][slot];
+    if (done < 0) continue;
+    if (!done && warp + 1 < WARPS && self + 1 < warps) continue;  // the next warp goes on with this unit
     int from = warp;  // the first warp here with a part of it
     if (slot == 0) while (from > 0 && spans[--from][1] < 0) {}
     const bool begins = slot == 1 || (from < warp && spans[from][1] >= 0);
-    const bool whole = begins && (flags & 2);
-    auto part_of = [&](int w) -> const float* {
-      return w == from && begins ? (const float*)(shared + w * STAGES * TILE_BYTES) : heads_part + w * PART;
-    };
-    Place unit;
-    unit.seek(ends, batch, heads, slot == 0 ? begin : end - 1);
-    const u64 number = (u64)unit.sequence * heads + unit.head;
-    half_t* to = out + number * GROUP * D;
-    float* mine = partial + ((u64)blockIdx.x * 2 + (begins ? 1 : 0)) * PART;
-#pragma unroll 1
-    for (int r = 0; r < ROWS; ++r) {
-      float m = NEVER, l = 0.f, acc[(D + 31) / 32] = {};
-      for (int w = from; w <= warp; ++w) m = fmaxf(m, part_of(w)[ROWS * D + r]);
-      for (int w = from; w <= warp; ++w) weigh(part_of(w), r, lane, m, acc, l);
-      const float inverse = 1.f / l;
+    const int number = units[warp][slot][0], start = units[warp][slot][1], tiles = units[warp][slot][2];
+    half_t* to = out + (u64)number * GROUP * D;
+    float acc[ROWS][EACH], m[ROWS], l[ROWS];
+    merge<false>([&](int i) -> const float* {
+      return i == 0 && begins ? (const float*)(shared + from * STAGES * TILE_BYTES) : heads_part + (from + i) * PART;
+    }, warp - from + 1, lane, acc, m, l);
+    if (!(begins && done)) {
+      float* mine = partial + ((u64)blockIdx.x * 2 + begins) * PART;
 #pragma unroll
-      for (int i = 0; i < (D + 31) / 32; ++i) {
-        if (i * 32 + lane >= D) continue;
-        if (whole) to[r * D + i * 32 + lane] = to_half(acc[i] * inverse);
-        else mine[r * D + i * 32 + lane] = acc[i];
+      for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+          if (i * 32 + lane < D) mine[r * D + i * 32 + lane] = acc[r][i];
+        if (lane == 0) mine[ROWS * D + r] = m[r], mine[ROWS * D + ROWS + r] = l[r];
       }
-      if (!whole && lane == 0) mine[ROWS * D + r] = m, mine[ROWS * D + ROWS + r] = l;
+      const int first_block = owner(total, start, warps) / WARPS;
+      const int last_block = owner(total, start + tiles - 1, warps) / WARPS;
+      __threadfence();
+      __syncwarp();
+      int before = 0;
+      if (lane == 0) before = atomicAdd(arrived + number, 1);
+      before = __shfl_sync(~0u, before, 0);
+      if (before != last_block - first_block) continue;
+      __threadfence();
+      if (lane == 0) arrived[number] = 0;
+      merge<true>([&](int i) -> const float* { return partial + ((u64)(first_block + i) * 2 + (i == 0)) * PART; },
+                  last_block - first_block + 1, lane, acc, m, l);
     }
-    if (whole) continue;
-    const int start = ends[unit.sequence] * heads + unit.head * unit.tiles;
-    const int first_block = owner(total, start, warps) / WARPS;
-    const int last_block = owner(total, start + unit.tiles - 1, warps) / WARPS;
-    __threadfence();
-    __syncwarp();
-    int before = 0;
-    if (lane == 0) before = atomicAdd(arrived + number, 1);
-    before = __shfl_sync(~0u, before, 0);
-    if (before != last_block - first_block) continue;
-    __threadfence();
-    if (lane == 0) arrived[number] = 0;
-#pragma unroll 1
+#pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      float m = NEVER, l = 0.f, acc[(D + 31) / 32] = {};
-      for (int b = first_block + lane; b <= last_block; b += 32)
-        m = fmaxf(m, __ldcg(partial + ((u64)b * 2 + (b == first_block)) * PART + ROWS * D + r));
+      const float inverse = 1.f / l[r];
 #pragma unroll
-      for (int i = 16; i; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
-#pragma unroll 4
-      for (int b = first_block; b <= last_block; ++b) {
-        const float* part = partial + ((u64)b * 2 + (b == first_block)) * PART;
-        const float weight = power2(__ldcg(part + ROWS * D + r) - m);
-        l += weight * __ldcg(part + ROWS * D + ROWS + r);
-#pragma unroll
-        for (int i = 0; i < (D + 31) / 32; ++i)
-          if (i * 32 + lane < D) acc[i] += weight * __ldcg(part + r * D + i * 32 + lane);
-      }
-      const float inverse = 1.f / l;
-#pragma unroll
-      for (int i = 0; i < (D + 31) / 32; ++i)
-        if (i * 32 + lane < D) to[r * D + i * 32 + lane] = to_half(acc[i] * inverse);
+      for (int i = 0; i < EACH; ++i)
+        if (i * 32 + lane < D) to[r * D + i * 32 + lane] = to_half(acc[r][i] * inverse);
     }
   }
 }

@@ -1,0 +1,101 @@
+// out[m][n] = x[m] · weight[n] (+ bias[n]), for the one or two rows of the smallest batches: a warp a row of the weights.
+//
+// Such a product only reads the weights, so all that counts is to keep loads in flight: each lane asks for AHEAD pieces of
+// 16 bytes before it uses the first. Compile-time: BF16, ROWS (of x: 1, 2), K (width, a multiple of 256), AHEAD (divides
+// K / 256), PER_SM (thread blocks an SM), KIND (0: plain, 1: ReLU, 2: weight has 2n rows, gates then ups, and out is silu(gate) · up).
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short half_t;  // the bits of a bfloat16 or float16
+
+__device__ __forceinline__ float low_of(u32 pair) {
+#if BF16
+  return __uint_as_float(pair << 16);
+#else
+  float f;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(f) : "r"(pair));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ float high_of(u32 pair) {
+#if BF16
+  return __uint_as_float(pair & 0xffff0000);
+#else
+  float f;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(f) : "r"(pair));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ half_t to_half(float x) {
+  half_t r;
+#if BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+#endif
+  return r;
+}
+
+__device__ __forceinline__ float rounded(float x) {
+  const u32 bits = to_half(x);
+  return low_of(bits);
+}
+
+__device__ __forceinline__ uint4 stream(const uint4* from) {  // read once: keep it out of L1
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+__device__ __forceinline__ void dot(const uint4* __restrict__ weight, const uint4* __restrict__ x, int lane,
+                                    float (&sum)[ROWS]) {
+#pragma unroll 1
+  for (int base = 0; base < K / 8; base += 32 * AHEAD) {
+    uint4 w[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) w[i] = stream(weight + base + i * 32 + lane);
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+#pragma unroll
+      for (int m = 0; m < ROWS; ++m) {
+        const uint4 v = __ldg(x + m * (K / 8) + base + i * 32 + lane);
+        sum[m] += low_of(w[i].x) * low_of(v.x) + high_of(w[i].x) * high_of(v.x);
+        sum[m] += low_of(w[i].y) * low_of(v.y) + high_of(w[i].y) * high_of(v.y);
+        sum[m] += low_of(w[i].z) * low_of(v.z) + high_of(w[i].z) * high_of(v.z);
+        sum[m] += low_of(w[i].w) * low_of(v.w) + high_of(w[i].w) * high_of(v.w);
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < ROWS; ++m)
+#pragma unroll
+    for (int i = 16; i; i /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], i);
+}
+
+extern "C" __global__ void __launch_bounds__(128, PER_SM)
+gemv(const uint4* __restrict__ x, const uint4* __restrict__ weight, const half_t* __restrict__ bias,
+     half_t* __restrict__ out, int n) {
+  const int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= n) return;
+  float sum[ROWS] = {};
+  dot(weight + (u64)row * (K / 8), x, lane, sum);
+#if KIND == 2
+  float up[ROWS] = {};
+  dot(weight + (u64)(row + n) * (K / 8), x, lane, up);
+#pragma unroll
+  for (int m = 0; m < ROWS; ++m) {
+    const float gate = rounded(sum[m]);
+    sum[m] = gate / (1.f + __expf(-gate)) * rounded(up[m]);
+  }
+#endif
+  if (lane == 0) {
+    const float more = bias ? low_of(bias[row]) : 0.f;
+#pragma unroll
+    for (int m = 0; m < ROWS; ++m) {
+      const float y = sum[m] + more;
+      out[(u64)m * n + row] = to_half(KIND == 1 ? fmaxf(y, 0.f) : y);
+    }
+  }
+}
