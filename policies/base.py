@@ -31,8 +31,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Reversible, Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from annotated_types import Ge, Gt
 
@@ -54,6 +55,21 @@ Positive = Annotated[int, Gt(0)]
 NotNegative = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NotNegativeFloat = Annotated[float, Ge(0)]
+Preemption = Literal["recompute", "swap"]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Guesses of answers' lengths that a policy asks for; the simulator makes them, so that it never sees the truth.
+
+    ``noisy``: the true lengths in an order whose Kendall τ with the true order is ``tau``. ``buckets``: the middle of
+    the true length's bucket, of ``buckets`` equally frequent ones, or of another at random but for ``accuracy``.
+    """
+
+    kind: Literal["noisy", "buckets"] = "noisy"
+    tau: float = 1.0
+    buckets: int = 10
+    accuracy: float = 1.0
 
 
 class Request:
@@ -80,10 +96,12 @@ class Request:
         "max_tokens",
         "output_tokens",
         "pad",
+        "predicted_tokens",
         "preemptions",
         "priority",
         "prompt_tokens",
         "session",
+        "swapped",
         "tenant",
     )
 
@@ -107,7 +125,9 @@ class Request:
         self.tenant = tenant
         self.session = session
         self.hash_ids: Sequence[int] = ()  # what the trace says of its prompt's blocks; equal ids, equal prefix
+        self.predicted_tokens: int | None = None  # output, as the predictor guesses that `Scheduler.predictor` asks for
         self.preemptions = 0
+        self.swapped = 0  # tokens whose KV lies in host memory; only of a waiting request
         self.pad = 0  # tokens of padding that its prompt was computed with (static batching)
         self._counter: Counter | None = None  # set while it decodes with the group
         self._offset = 0  # tokens in KV; while it decodes, that less the counter's steps
@@ -125,7 +145,7 @@ class Request:
         """Forget the replica that it was on; it keeps the tokens that its client has. Called by the engine."""
         self._counter = None
         self._drains = False
-        self._offset = self._end = self._blocks = self._reserved = self._loaded = self.pad = 0
+        self._offset = self._end = self._blocks = self._reserved = self._loaded = self.pad = self.swapped = 0
 
     @property
     def computed(self) -> int:
@@ -205,6 +225,11 @@ class Step(ABC):
 
     @property
     @abstractmethod
+    def free_host_blocks(self) -> int:
+        """Blocks of host memory that nobody's swapped KV takes."""
+
+    @property
+    @abstractmethod
     def total_blocks(self) -> int:
         """Blocks of the pool."""
 
@@ -215,7 +240,7 @@ class Step(ABC):
 
     @abstractmethod
     def cached_tokens(self, request: Request) -> int:
-        """Leading tokens of a waiting request that the prefix cache holds now."""
+        """Leading tokens of a waiting request that need no computing: in the prefix cache, or swapped out."""
 
     @abstractmethod
     def fits(self, request: Request, tokens: int) -> bool:
@@ -243,10 +268,11 @@ class Step(ABC):
         """
 
     @abstractmethod
-    def preempt(self, request: Request) -> None:
-        """Take a running request's blocks and put it at the head of the queue.
+    def preempt(self, request: Request, how: Preemption = "recompute") -> None:
+        """Take a running request's blocks and put it at the head of the queue; it keeps its emitted tokens.
 
-        It keeps its emitted tokens; all known tokens are computed again.
+        ``recompute``: all known tokens are computed again. ``swap``: its KV moves to host memory, and back when it is
+        admitted again; both moves take time (`overlaps_swaps`). Where host memory has no room it is computed again.
         """
 
     @abstractmethod
@@ -273,6 +299,7 @@ class Scheduler(ABC):
     """
 
     oracle: bool = False  # it may read `Request.output_tokens`; reports carry the word
+    overlaps_swaps: ClassVar[bool] = False  # swapped KV moves beside the steps, not between them
     batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
 
@@ -285,6 +312,11 @@ class Scheduler(ABC):
     def prefix_caching(self) -> bool:
         """Whether blocks of equal prefixes are shared and kept for reuse."""
         return False
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What `Request.predicted_tokens` is to be; None: nothing."""
+        return None
 
     @property
     def token_limit(self) -> int | None:

@@ -174,15 +174,26 @@ app.command("validate")(cli_profile.validate_)
 
 
 def find_scenario(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped scenario. Raises `BadInput`."""
+    """The file that ``name`` means: a path, or a shipped scenario, its folder told or not. Raises `BadInput`."""
     path = Path(name)
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
+    shipped = _shipped()
+    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
         return path
-    shipped = SCENARIOS / f"{name}.yaml"
-    if not shipped.is_file():
-        known = [p.stem for p in SCENARIOS.glob("*.yaml")]
-        raise BadInput(Problem(f"no such file, and no scenario of that name{did_you_mean(name, known)}", value=name))
-    return shipped
+    if name in shipped:
+        return shipped[name]
+    if named := [file for full, file in shipped.items() if full.rpartition("/")[2] == name]:
+        return named[0]
+    if len(path.parts) > 1 and path.parts[0] not in {full.partition("/")[0] for full in shipped}:
+        return path
+    known = {*shipped, *(full.rpartition("/")[2] for full in shipped)}
+    rule = f"no such file, and no scenario of that name{did_you_mean(name, sorted(known))}"
+    raise BadInput(Problem(rule, value=name))
+
+
+def _shipped() -> dict[str, Path]:
+    """Shipped scenarios by name, those in folders last: ``research/policy_zoo``."""
+    files = sorted(SCENARIOS.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
 
 
 def _simulated(study: Study, leap: bool, silent: bool) -> Iterator[Outcome]:
@@ -252,8 +263,8 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
             peaks = (g.bf16_tflops, g.hbm_gb_per_s, g.memory_gib, g.nvlink_gb_per_s, g.usd_per_gpu_hour)
             yield (name, *(f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
     elif kind == "scenarios":
-        for path in sorted(SCENARIOS.glob("*.yaml")):
-            yield path.stem, _question(path)
+        for name, path in _shipped().items():
+            yield name, _question(path)
     elif kind == "backends":
         for name, settings in BACKENDS.items():
             yield name, plugins.summary(settings)

@@ -334,7 +334,7 @@ class Engine(Planner):
             del state.admitted[request.id]
             state.vacate(request)
         elif request in state.waiting:
-            state.waiting.remove(request)
+            state.withdraw(request)
         request._emitted -= flying
         self.end_request(request, now, Status.TIMED_OUT)
         if request in state.batch:  # it has its whole answer, and pays for a slot until the others have theirs

@@ -72,7 +72,7 @@ class Executing(Engine):
 
     def _execute(self, batch: Batch) -> StepCost:
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
-        self._pairs = sum(c.length * (2 * c.start + c.length + 1) // 2 for c in batch.prefills)
+        self._pairs = sum(t * (2 * r._offset + t + 1) // 2 for r, t in self.state.chunks)
         try:
             self._executor.launch(batch._replace(members=_Members(self.state, self._identity)))
         except RuntimeError as error:  # more sequences than it has room for

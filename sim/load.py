@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sim import claims
 from sim.document import Document, read
 from sim.lookup import Lookup, kv_pool
 from sim.problems import BadInput, Problem, did_you_mean
@@ -53,7 +54,7 @@ def load(
         try:
             scenario = changed.check(Scenario)
             if policies:
-                scenario = scenario.model_copy(update={"waterfall": [], "baseline": []})
+                scenario = scenario.model_copy(update={"waterfall": [], "baseline": [], "claims": []})
             setups += resolver.setups(scenario, case)
         except BadInput as error:
             problems += error.problems
@@ -70,6 +71,7 @@ def load(
         setups=setups,
         baseline=scenario.baseline,
         waterfall=scenario.waterfall,
+        claims=scenario.claims,
         tables=list(scenario.tables),
         resolved=resolved.data,
     )
@@ -115,7 +117,7 @@ def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
     for at, name in wanted:
         if name not in names:
             problems.append(document.problem(at, f"no such variant{did_you_mean(name, names)}", name))
-    return problems
+    return problems + claims.wrong_names(document, scenario)
 
 
 class _Resolver(Lookup):
@@ -268,6 +270,8 @@ class _Resolver(Lookup):
             blocks=fit[0],
             block_size=fit[1],
             kv_source=fit[2],
+            host_gib=(kv or Kv()).host_gib,
+            host_link=(kv or Kv()).host_link,
         )
 
     def _check_executes(self, group: Group, at: KeyPath, pick: Pick) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sim.fairness import between_tenants
 from sim.records import RequestRecords, RunRecords, Status
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ def summarise(
     summary.update(occupancy(runs, pools))
     summary["prefix_hit_rate"] = _hit_rate(requests)
     summary.update(_transfers(requests))
+    summary.update(between_tenants(requests))
     summary["preemptions"] = int(sum(requests.preemptions))
+    summary["swaps"], summary["swapped_tokens"] = sum(requests.swaps), sum(requests.swapped_tokens)
     summary["wall_s"] = wall_s
     summary["requests_per_wall_s"] = len(requests.status) / wall_s if wall_s > 0 else None
     return summary

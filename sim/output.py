@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from sim import claims
 from sim.control import HANDOVER_COLUMNS
 from sim.metrics import PS_PER_MS, Latencies
 from sim.problems import BadInput, Problem
@@ -80,6 +81,9 @@ class Writer:
             for table in self._tables.values():
                 table.close()
             self._tables = {}
+            if self._study.claims:
+                found = claims.checked(self._study.claims, outcomes)
+                _replace(self.folder / "claims.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
             if self._compares and "cdf" in self._study.tables:
                 self._write_cdf(outcomes)
 

@@ -7,6 +7,7 @@ from heapq import heappop
 
 from backend.base import NO_HOST, Backend, Batch, Chunk
 from policies.base import FOREVER, PolicyError, Request, Scheduler
+from sim.host_memory import HostMemory
 from sim.kv import CountingPool, admission
 from sim.records import RequestRecords, Status
 from sim.runs import NO_GAPS, Plan
@@ -31,6 +32,7 @@ class Planner:
         index: int = 0,
         leap: bool = True,
         finish: Callable[[Request, int], None] | None = None,
+        host: HostMemory | None = None,
     ) -> None:
         if scheduler.asynchronous and scheduler.batch_synchronous:
             raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
@@ -40,7 +42,7 @@ class Planner:
         self.index = index
         self.leap = leap
         self.max_model_len = max_model_len
-        self.state = ReplicaStep(scheduler, backend, pool, requests, outputs, max_model_len)
+        self.state = ReplicaStep(scheduler, backend, pool, requests, outputs, max_model_len, host)
         self._ahead = scheduler.asynchronous
         self._requests = requests
         self._outputs = outputs
@@ -100,9 +102,12 @@ class Planner:
         prefills: tuple[Chunk, ...] = ()
         if chunks:
             prefills = tuple([Chunk(r._offset, t) for r, t in chunks])
-        cost = self._cost(Batch(prefills, decodes, context, dead + state.padding))
+        batch = Batch(prefills, decodes, context, dead + state.padding)
+        cost = self._cost(_as_decodes(chunks, batch) if state.resumed else batch)
         count = 1
         first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
+        if state.host.busy:
+            state.slept += state.host.delay(first)
         leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
@@ -205,7 +210,7 @@ class Planner:
                 else:
                     state.vacate(request)
             else:  # preempted while its last token was in flight
-                state.waiting.remove(request)
+                state.withdraw(request)
             self.end_request(request, now, Status.FINISHED)
         return ending
 
@@ -265,3 +270,11 @@ class Planner:
             gaps += (state.decoded_at, old)
             late += old
         return late, gaps
+
+
+def _as_decodes(chunks: list[tuple[Request, int]], batch: Batch) -> Batch:
+    """``batch`` with those as decodes who lack one token, the latest that they emitted: what a kernel sees of them."""
+    last = [t == 1 and r._emitted > 0 and r._offset + 1 == r.prompt_tokens + r._emitted for r, t in chunks]
+    prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
+    starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
+    return batch._replace(prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts))

@@ -178,6 +178,8 @@ def _type_name(annotation: Any) -> str:
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
         return _type_name(arguments[0])
+    if get_origin(annotation) is list:
+        return f"list of {_type_name(arguments[0])}"
     if get_origin(annotation) is Literal:
         return " | ".join(map(repr, arguments))
     return " | ".join(map(_type_name, arguments)) or str(annotation)

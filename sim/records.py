@@ -76,7 +76,14 @@ class RequestRecords:
         self.finished = array("q", unset)  # answered, or refused
         self.preemptions = array("i", [0]) * n
         self.cached_tokens = array("i", [0]) * n
+        self.swaps = array("i", [0]) * n  # preemptions whose KV went to host memory
+        self.swapped_tokens = array("q", [0]) * n  # tokens whose KV was moved there or back
         self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
+
+    def moved(self, request: Request, tokens: int, out: bool = False) -> None:
+        """Write down that the KV of ``tokens`` tokens goes to host memory (``out``) or back."""
+        self.swaps[request.id] += out
+        self.swapped_tokens[request.id] += tokens
 
     def end(self, request: Request, now: int, status: Status) -> None:
         """Write down what became of ``request``, once."""
@@ -103,6 +110,8 @@ class RequestRecords:
             "emitted_tokens": np.array(self.emitted, dtype=np.int32),
             "preemptions": np.array(self.preemptions, dtype=np.int32),
             "cached_tokens": np.array(self.cached_tokens, dtype=np.int32),
+            "swaps": np.array(self.swaps, dtype=np.int32),
+            "swapped_tokens": np.array(self.swapped_tokens, dtype=np.int64),
             **{name: np.array(column, dtype=np.int64) for name, column in self.extra.items()},
         }
 

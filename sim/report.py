@@ -10,6 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sim import claims
+from sim.fairness import by_tenant
 from sim.metrics import Latencies
 from sim.run import Outcome
 from sim.setup import Study
@@ -42,8 +44,12 @@ def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[Renderabl
             yield latency(study, outcomes)
         if "fleet" in study.tables:
             yield fleet(study, outcomes)
+        if "tenants" in study.tables:
+            yield tenants(study, outcomes)
         if "cdf" in study.tables:
             yield cdf(study, outcomes)
+        if study.claims:
+            yield claims.table(study, outcomes)
     yield assumptions(outcomes)
 
 
@@ -74,7 +80,8 @@ def single(study: Study, outcome: Outcome) -> Table:
     if s.get("median_transfer_ms") is not None:
         table.add_row("KV transfer p50 / p90 / p99", _percentiles(s, "transfer"))
     table.add_row("replica hours, busy", f"{s['replica_hours']:.2f}, {s['utilization']:.0%}")
-    table.add_row("preemptions", f"{s['preemptions']:,}")
+    swapped = f" ({s['swaps']:,} swapped, {s['swapped_tokens']:,} tokens moved)" if s["swaps"] else ""
+    table.add_row("preemptions", f"{s['preemptions']:,}{swapped}")
     leap = f" ({1 - s['runs'] / s['steps']:.0%} leapt)" if s["steps"] else ""
     table.add_row("engine steps", f"{s['steps']:,}{leap}")
     table.add_row("simulated in", f"{s['wall_s']:.2f} s ({s['requests_per_wall_s']:,.0f} requests/s)")
@@ -166,6 +173,22 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
             if moved:
                 row.append(_percentiles(s, "transfer", ("median", "p99")) if "median_transfer_ms" in s else "")
             table.add_row(outcome.setup.variant, *row)
+    return table
+
+
+def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What each tenant got of every variant, and how far apart they were while all had requests waiting."""
+    table = _table(f"{study.name}: tenants; weighted: a prompt token counts 1, an output token 2")
+    table.add_column("", overflow="fold")
+    for label in ("tenant", "requests", "TTFT p50", "E2E p50", "weighted tokens/s", "most / least"):
+        table.add_column(label, justify="right")
+    for members in _sections(table, outcomes):
+        for outcome in members:
+            ratio = outcome.summary.get("service_ratio")
+            for i, (name, count, ttft, e2el, rate) in enumerate(by_tenant(outcome.requests)):
+                mine = (outcome.setup.variant, "–" if ratio is None else f"{ratio:.2f}") if i == 0 else ("", "")
+                numbers = (f"{count:,}", f"{_number(ttft)} ms", f"{_number(e2el)} ms", f"{rate:,.0f}")
+                table.add_row(mine[0], name, *numbers, mine[1])
     return table
 
 

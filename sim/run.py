@@ -13,6 +13,7 @@ import numpy as np
 
 from backend.base import Executor
 from policies.base import Request, Scheduler
+from sim import predict
 from sim.cluster import Cluster, Replica
 from sim.control import Autoscaler, Breakdowns, Handover, Patience
 from sim.engine import Engine
@@ -60,7 +61,7 @@ def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | 
     pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
     summary = summarise(requests, runs, pools, setup.slo, wall)
     summary.update(fleet(summary, up_ps))
-    return Outcome(setup, requests, runs, summary, _assumptions(setup, engines[0]))
+    return Outcome(setup, requests, runs, summary, _assumptions(setup, engines[0], summary["swaps"]))
 
 
 def _served(
@@ -75,8 +76,10 @@ def _served(
     outputs: list[int] = trace.output_tokens.tolist()
     first_only = [1] * len(outputs)  # what a prefill replica has to emit
     identities: dict[int, Identity] | None = {} if identify else None
-    oracle = any(group.make_scheduler().oracle for group in setup.groups)
-    make = request_maker(setup, outputs, oracle)
+    samples = [group.make_scheduler() for group in setup.groups]
+    predictor = predict.wanted(samples)
+    guesses = None if predictor is None else predict.predictions(outputs, predictor, setup.seed).tolist()
+    make = request_maker(setup, outputs, any(s.oracle for s in samples), guesses)
     cluster = Cluster(requests, make, progress, setup.limits.queue)
     cluster.front = ReplicaPool(cluster, setup.make_router(), _chance(setup, "router"), setup.router_stale_ps)
     behind = cluster.front
@@ -96,12 +99,13 @@ def _served(
 
         backend = group.make_backend(setup.model)
         parts = (scheduler, backend, pool, requests, tokens, setup.max_model_len)
-        if isinstance(backend, Executor):
+        if isinstance(backend, Executor):  # it has no host memory to swap to: preempted requests compute again
             backend.prepare(pool.total, pool.block_size, setup.max_model_len, pool.tracks)
             identity = Identity(trace, pool.block_size if pool.tracks else 16)
             engine: Engine = Executing(*parts, index=replica.index, leap=False, finish=finish, identity=identity)
         else:
-            engine = Engine(*parts, index=replica.index, leap=leap, finish=finish)
+            host = group.make_host(setup.model)
+            engine = Engine(*parts, index=replica.index, leap=leap, finish=finish, host=host)
         engine.state.more_arrivals = cluster.more_arrivals
         if group.role == "prefill":
             engine.handover = handover.take
@@ -152,6 +156,8 @@ def audit(requests: RequestRecords, engines: list[Engine], request_time: int) ->
         ends = runs["start_ps"] + steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
         assert (runs["start_ps"][1:] >= ends[:-1]).all(), f"replica {engine.index}: two steps at once"
         assert engine.pool.free == engine.pool.total, f"replica {engine.index}: blocks are left behind"
+        host = engine.state.host
+        assert host.free == host.blocks, f"replica {engine.index}: swapped blocks are left behind"
     assert gaps == tokens - int((first >= 0).sum()), f"{tokens} tokens, {gaps} gaps"
 
 
@@ -175,7 +181,9 @@ def make_pool(
     return PrefixPool(blocks, block_size, identities[block_size], late=scheduler.asynchronous)
 
 
-def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[int], Request]:
+def request_maker(
+    setup: Setup, outputs: list[int], oracle: bool, guesses: list[int] | None = None
+) -> Callable[[int], Request]:
     """A function from a row of the trace to the request that policies see."""
     trace = setup.trace
     arrivals = trace.arrival_ps.tolist()
@@ -199,6 +207,8 @@ def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[i
             tenants[i] if tenants is not None else 0,
             sessions[i] if sessions is not None else -1,
         )
+        if guesses is not None:
+            request.predicted_tokens = guesses[i]
         if hashes is not None:
             request.hash_ids = hashes.row(i).tolist()
         return request
@@ -206,12 +216,17 @@ def request_maker(setup: Setup, outputs: list[int], oracle: bool) -> Callable[[i
     return make
 
 
-def _assumptions(setup: Setup, engine: Engine) -> dict[str, str]:
+def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:
     lines = {"workload": "; ".join((setup.trace.source, *setup.trace.notes))}
     lines.update(engine.backend.assumptions())
     for group in setup.groups:
         what = "KV pool" if len(setup.groups) == 1 else f"KV pool, {group.count} × {group.gpu.name} {group.role}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+    if (predictor := engine.scheduler.predictor) is not None:
+        lines["predicted lengths"] = predict.described(predictor)
+    if swaps:
+        host = engine.state.host
+        lines["swapping"] = f"{host.blocks:,} blocks of host memory, {host.block_ps / 1e6:.1f} µs to move one (assumed)"
     if engine.scheduler.oracle:
         lines["oracle"] = "this policy reads true output lengths"
     elif setup.trace.max_tokens is not None and (setup.trace.max_tokens == setup.trace.output_tokens).all():

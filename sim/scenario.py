@@ -15,7 +15,7 @@ Milliseconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-TableName = Literal["throughput", "latency", "fleet", "cdf"]
+TableName = Literal["throughput", "latency", "fleet", "tenants", "cdf"]
 Choice = str | dict[str, Any]  # a name, or a mapping with `name` and settings
 
 
@@ -42,6 +42,12 @@ class Kv(Spec):
     memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of the memory in use.")
     reserve_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         specs.RESERVE_GIB, description="GiB a GPU keeps besides weights and KV."
+    )
+    host_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        4, description="Host memory for swapped KV, GiB a GPU (vLLM's swap_space)."
+    )
+    host_link: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Share of the host link's line rate that swapping reaches (an assumption)."
     )
 
 
@@ -170,6 +176,28 @@ class Rung(Spec):
     because: str = Field("", description="What makes the difference to the rung before.")
 
 
+class Claim(Spec):
+    """A published number, shown beside ours."""
+
+    says: str = Field(description="What was published, and where.")
+    published: float | tuple[float, float] = Field(description="The number, or the least and the most.")
+    metric: str = Field("request_throughput", description="A field of summary.json, or offered_rate, or slo_missed.")
+    of: str = Field(description="The variant that it is of.")
+    over: str | None = Field(None, description="The variant that it is a ratio to.")
+    case: str | None = Field(None, description="In which case; default: the last.")
+    within: dict[str, PositiveNumber] = Field(
+        default_factory=dict,
+        description="Instead of a case: the most of the metric, between the cases too, at which these are at most so.",
+    )
+    because: str = Field("", description="Why ours differs.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Claim:
+        if self.case is not None and self.within:
+            raise ValueError("case and within must not both be given")
+        return self
+
+
 class Case(Spec):
     """The whole comparison once more under changed keys."""
 
@@ -190,4 +218,5 @@ class Scenario(System):
     )
     tables: list[TableName] = Field(["throughput", "latency"], description="What a comparison prints.")
     waterfall: list[Rung] = Field(default_factory=list, description="Variants, each a step on from the one before.")
+    claims: list[Claim] = Field(default_factory=list, description="Published numbers to show ours beside.")
     cases: list[Case] = Field(default_factory=list, description="Other settings of the whole scenario, side by side.")

@@ -8,7 +8,8 @@ from typing import Any
 from backend import specs
 from backend.base import Backend, Settings
 from policies.base import Router, Scheduler
-from sim.scenario import Autoscale, Failures, Limits, Link, Rung, Slo
+from sim.host_memory import HostMemory, host_memory
+from sim.scenario import Autoscale, Claim, Failures, Limits, Link, Rung, Slo
 from sim.trace import Trace
 
 
@@ -26,10 +27,18 @@ class ReplicaGroup:
     blocks: int  # usable blocks of a replica's pool
     block_size: int  # tokens
     kv_source: str  # where that number comes from
+    host_gib: float = 4  # a GPU's share of host memory for swapped KV
+    host_link: float = 0.8  # of the host link's line rate
 
     def make_scheduler(self) -> Scheduler:
         """A fresh policy object, for one replica."""
         return self.scheduler(**self.scheduler_settings)
+
+    def make_host(self, model: specs.Model) -> HostMemory:
+        """Fresh host memory, for one replica."""
+        kv_bytes = model.kv_bytes_per_token_on(self.tensor_parallel)
+        rate = self.gpu.host_gb_per_s * self.host_link
+        return host_memory(self.host_gib, kv_bytes, rate, self.block_size, self.scheduler.overlaps_swaps)
 
     def make_backend(self, model: specs.Model) -> Backend:
         """A fresh backend, for one replica."""
@@ -78,5 +87,6 @@ class Study:
     setups: list[Setup]  # case by case, variants in order
     baseline: list[str] = field(default_factory=list)
     waterfall: list[Rung] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
     tables: list[str] = field(default_factory=lambda: ["throughput", "latency"])
     resolved: dict[str, Any] = field(default_factory=dict)  # the file's content with --set applied

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
 from backend.base import Backend, Batch, Chunk
-from policies.base import PolicyError, Request, Running, Scheduler, Step
+from policies.base import PolicyError, Preemption, Request, Running, Scheduler, Step
+from sim.host_memory import HostMemory
 from sim.kv import CountingPool, Decodes
 from sim.records import RequestRecords
-
-
-class OrderedQueue(list[Request]):
-    """Waiting requests sorted by a policy's own order, then by arrival; it has a deque's verbs."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        super().__init__()
-        self._key = lambda r: (scheduler.order(r), r.arrival, r.id)
-
-    def append(self, request: Request) -> None:
-        """Put ``request`` where the order wants it."""
-        insort(self, request, key=self._key)
-
-    appendleft = append
-
-    def popleft(self) -> Request:
-        """The first in order."""
-        return self.pop(0)
+from sim.waiting import OrderedQueue
 
 
 class ReplicaStep(Step):
@@ -42,11 +25,13 @@ class ReplicaStep(Step):
         requests: RequestRecords,
         outputs: Sequence[int],
         max_model_len: int,
+        host: HostMemory | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.backend = backend
         self.releases = type(backend).release is not Backend.release  # it wants to know who loses their KV
         self.pool = pool
+        self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.tracks)
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self._requests = requests
@@ -74,6 +59,7 @@ class ReplicaStep(Step):
         self.taken = 0  # blocks taken for this step's decodes
         self.preempted = 0
         self.slept = 0
+        self.resumed = False  # somebody was admitted who lacks but one token
         self.wake: int | None = None
         self.rejected: list[Request] = []
         self.released: list[Request] = []
@@ -90,7 +76,7 @@ class ReplicaStep(Step):
             self.evicted = []
         if self.rejected:
             self.rejected = []
-        self.whole = False
+        self.whole = self.resumed = False
         self.tokens = self.padding = self.taken = self.slept = 0
         self.wake = None
 
@@ -119,6 +105,10 @@ class ReplicaStep(Step):
     @property
     def free_blocks(self) -> int:  # noqa: D102
         return self.pool.free
+
+    @property
+    def free_host_blocks(self) -> int:  # noqa: D102
+        return self.host.free
 
     @property
     def total_blocks(self) -> int:  # noqa: D102
@@ -211,6 +201,8 @@ class ReplicaStep(Step):
         if pool.need(request, upto) > pool.free:
             return False
         self.tokens += tokens
+        if hit:
+            self._resume(request, hit)
         self._leave_queue(request)
         pool.open(request, upto)
         if pool.tracks:
@@ -234,7 +226,7 @@ class ReplicaStep(Step):
         self.chunks.append((request, tokens))
         return True
 
-    def preempt(self, request: Request) -> None:  # noqa: D102
+    def preempt(self, request: Request, how: Preemption = "recompute") -> None:  # noqa: D102
         if self.admitted.pop(request.id, None) is None:
             self._fail(f"preempt of {request}, which is not running")
         planned = self._unplan(request)
@@ -245,7 +237,11 @@ class ReplicaStep(Step):
             self.evicted.append(request)
         self.pool.preempted(request, decoding, planned)
         self.vacate(request, need)
-        request._offset = request._loaded = 0
+        computed, request._offset, request._loaded = request._offset, 0, 0
+        if how == "swap":
+            self._swap(request, computed)
+        elif how != "recompute":
+            self._fail(f"preempt of {request} by {how!r}; 'recompute' or 'swap'")
         request.preemptions += 1
         request.pad = 0
         if self.releases:
@@ -277,6 +273,20 @@ class ReplicaStep(Step):
             self._fail(f"wake_at {ps} ps: it is {self.now} ps already")
         self.wake = ps
 
+    def _resume(self, request: Request, hit: int) -> None:
+        """A request starts whose first ``hit`` tokens are computed."""
+        self.resumed |= request._emitted > 0 and request.remaining == hit + 1
+        if request.swapped:
+            self._requests.moved(request, request.swapped)
+            self.host.fetch(request)
+
+    def _swap(self, request: Request, computed: int) -> None:
+        """Keep what a request has computed in host memory, if there is room."""
+        if self.scheduler.asynchronous:
+            self._fail(f"preempt of {request} by swap while a step is under way")
+        if self.host.put(request, computed):
+            self._requests.moved(request, computed, out=True)
+
     # what the engine does with it
 
     def arrange(self) -> None:
@@ -301,6 +311,11 @@ class ReplicaStep(Step):
         self.group.leave(request)
         request._blocks = blocks
         self.parked[request.id] = request
+
+    def withdraw(self, request: Request) -> None:
+        """Take a waiting request out that has ended."""
+        self.waiting.remove(request)
+        self.host.drop(request)
 
     def drain(self, request: Request) -> None:
         """Take a member out of the group whose last token is under way; it keeps its blocks until that is in."""
@@ -365,6 +380,8 @@ class ReplicaStep(Step):
         return True
 
     def _leave_queue(self, request: Request) -> None:
+        if request.swapped:
+            self.host.drop(request)
         waiting = self.waiting
         if waiting and waiting[0] is request:
             waiting.popleft()

@@ -19,6 +19,7 @@ from policies.vllm import Vllm
 from sim import run
 from sim.cluster import Cluster, Replica
 from sim.engine import Engine
+from sim.host_memory import HostMemory
 from sim.kv import PrefixCacheMatters
 from sim.prefix import Identity
 from sim.records import RequestRecords, Status
@@ -40,6 +41,9 @@ class Group(ReplicaGroup):
     def make_backend(self, model: specs.Model) -> Backend:
         return self.cost
 
+    def make_host(self, model: specs.Model) -> HostMemory:
+        return HostMemory(6, 1000, self.block_size, self.scheduler.overlaps_swaps)
+
 
 def group(
     scheduler: type[Scheduler] = Vllm,
@@ -56,7 +60,7 @@ def group(
     if scheduler.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     return Group(
-        count, role, GPU, 1, scheduler, settings, Efficiency(), blocks, block_size, "made up", cost or Affine()
+        count, role, GPU, 1, scheduler, settings, Efficiency(), blocks, block_size, "made up", cost=cost or Affine()
     )
 
 

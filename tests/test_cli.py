@@ -14,6 +14,8 @@ import pytest
 import yaml
 from command import POLICY, ROOT, SCENARIO, chairlift, replaced
 
+from sim.cli import find_scenario
+
 STATISTICS = ("mean", "median", "std", "p90", "p95", "p99")
 # the field names of vLLM's serving benchmark, then ours
 FIELDS = (
@@ -375,7 +377,16 @@ def test_schema_is_whole() -> None:
     walk(schema)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scenarios").glob("*.yaml")), ids=lambda path: path.stem)
+def test_scenarios_in_folders_are_listed_and_found_by_either_name() -> None:
+    listed = chairlift("list", "scenarios").out
+
+    assert "research/policy_zoo" in listed
+    assert "papers/vllm_lanes" in listed
+    assert find_scenario("research/fairness") == find_scenario("fairness")
+    assert find_scenario("fairness").name == "fairness.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scenarios").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_schema_has_the_keys_of_shipped_scenarios(path: Path) -> None:
     schema = json.loads(chairlift("schema").out)
     scenario = yaml.safe_load(path.read_text())

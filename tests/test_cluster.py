@@ -26,10 +26,19 @@ from worlds import Affine, trace_of
 from backend.base import NO_HOST, WHOLE, Host
 from policies import routers
 from policies.base import Router, Scheduler
+from policies.deadline import Deadline
+from policies.fair import Fair
+from policies.mlfq import Mlfq
 from policies.orca import Orca
+from policies.priority import Priority
+from policies.sarathi import Sarathi
+from policies.sglang import Sglang
+from policies.sjf import Sjf, Srpt
+from policies.slo import Slo
 from policies.static import Static
 from policies.tgi import Tgi
 from policies.vllm import Vllm
+from policies.vllm_v0 import VllmV0
 from sim.records import Status
 from sim.scenario import Autoscale, Failures, Limits, Outage, Planned
 from sim.setup import Setup
@@ -56,7 +65,9 @@ ROUTERS: list[tuple[type[Router], dict[str, Any]]] = [
 def policy(draw: Draw, closed: bool) -> tuple[type[Scheduler], dict[str, Any]]:
     """``closed``: arrivals wait for answers, so nobody may wait for arrivals."""
     size = draw(st.integers(1, 4))
-    kind = draw(st.sampled_from(["vllm", "vllm", "vllm", "static", "orca", "tgi"]))
+    kind = draw(st.sampled_from(["vllm", "vllm", "vllm", "static", "orca", "tgi", "zoo", "zoo", "zoo"]))
+    if kind == "zoo":
+        return draw(st.sampled_from(zoo(size)))
     if kind == "static":
         start = "impatient" if closed else draw(st.sampled_from(["full", "impatient"]))
         pad_to = draw(st.sampled_from(["batch", "global"]))
@@ -73,6 +84,25 @@ def policy(draw: Draw, closed: bool) -> tuple[type[Scheduler], dict[str, Any]]:
         "max_num_seqs": 2 * size,
         "scheduling_policy": draw(st.sampled_from(["fcfs", "fcfs", "priority"])),
     }
+
+
+def zoo(size: int) -> list[tuple[type[Scheduler], dict[str, Any]]]:
+    """Policies that preempt, swap, reorder or ask for predictions."""
+    return [
+        (Sarathi, {"budget": 12, "max_batch": 2 * size, "enable_prefix_caching": True}),
+        (VllmV0, {"max_num_seqs": 2 * size, "preemption_mode": "swap", "watermark": 0}),
+        (VllmV0, {"max_num_seqs": 2 * size, "enable_prefix_caching": True}),
+        (Sglang, {"chunked_prefill_size": 12, "max_running_requests": 2 * size}),
+        (Sglang, {"schedule_conservativeness": 0.0, "enable_mixed_chunk": True}),
+        (Sjf, {"max_batch": size, "predictions": "noisy", "tau": 0.5, "starvation_steps": 6}),
+        (Srpt, {"max_batch": size, "predictions": "noisy", "tau": 0.5, "preemption": "swap", "budget": 20}),
+        (Priority, {"max_batch": size, "preemption": "swap", "enable_prefix_caching": True}),
+        (Slo, {"tpot_ms": 5e-6, "budget": 30, "max_batch": 2 * size}),
+        (Deadline, {"tpot_ms": 5e-6, "ttft_ms": [1e-5, 5e-5], "max_batch": 2 * size}),
+        (Fair, {"max_batch": size, "budget": 20}),
+        (Mlfq, {"max_batch": 2 * size, "quantum": 3, "promote_steps": 15}),
+        (Orca, {"max_batch": size, "reserve": "declared", "allocator": "buddy"}),
+    ]
 
 
 def trace_for(draw: Draw, closed: bool) -> Trace:

@@ -11,10 +11,19 @@ from worlds import Affine, World, check_books, play, trace_of
 
 from backend.base import NO_HOST, WHOLE, Host
 from policies.base import Scheduler
+from policies.deadline import Deadline
+from policies.fair import Fair
+from policies.mlfq import Mlfq
 from policies.orca import Orca
+from policies.priority import Priority
+from policies.sarathi import Sarathi
+from policies.sglang import Sglang
+from policies.sjf import Sjf, Srpt
+from policies.slo import Slo
 from policies.static import Static
 from policies.tgi import Tgi
 from policies.vllm import Vllm
+from policies.vllm_v0 import VllmV0
 from sim.runs import duration, steps_to_reach
 
 POLICIES: dict[str, Callable[[int], Scheduler]] = {
@@ -25,6 +34,7 @@ POLICIES: dict[str, Callable[[int], Scheduler]] = {
     "orca-declared": lambda n: Orca(max_batch=n, reserve="declared"),
     "orca-pow2": lambda n: Orca(max_batch=n, reserve="pow2"),
     "orca-oracle": lambda n: Orca(max_batch=n, reserve="oracle"),
+    "orca-buddy": lambda n: Orca(max_batch=n * 2, reserve="declared", allocator="buddy"),
     "tgi": lambda n: Tgi(max_batch_total_tokens=n * 60, max_waiting_tokens=3),
     "tgi-eager": lambda n: Tgi(max_batch_total_tokens=200, waiting_served_ratio=0.3, max_batch_prefill_tokens=64),
     "vllm": lambda n: Vllm(
@@ -44,6 +54,25 @@ POLICIES: dict[str, Callable[[int], Scheduler]] = {
         enable_prefix_caching=False, max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5
     ),
     "vllm-async-priority": lambda n: Vllm(max_num_batched_tokens=32, max_num_seqs=n, scheduling_policy="priority"),
+    "sarathi": lambda n: Sarathi(budget=9, max_batch=n),
+    "sarathi-cache": lambda n: Sarathi(budget=40, max_batch=n, watermark=0.2, enable_prefix_caching=True),
+    "vllm-v0": lambda n: VllmV0(max_num_seqs=n * 3),
+    "vllm-v0-swap": lambda n: VllmV0(max_num_seqs=n * 3, preemption_mode="swap", watermark=0),
+    "sglang": lambda n: Sglang(chunked_prefill_size=30, max_running_requests=n * 3),
+    "sglang-bold": lambda n: Sglang(chunked_prefill_size=11, schedule_conservativeness=0, enable_mixed_chunk=n > 3),
+    "sjf": lambda n: Sjf(budget=20, max_batch=n, predictions="noisy", tau=0.5),
+    "sjf-patient": lambda n: Sjf(max_batch=n, starvation_steps=5),
+    "srpt": lambda n: Srpt(budget=30, max_batch=n, keep_from=1.0),
+    "srpt-swap": lambda n: Srpt(max_batch=n * 2, preemption="swap", predictions="buckets", buckets=3, accuracy=0.8),
+    "srpt-patient": lambda n: Srpt(max_batch=n, preemption="swap", starvation_steps=6, quantum=5),
+    "fair-tenants": lambda n: Fair(budget=20, max_batch=n),
+    "deadline-priority": lambda n: Deadline(budget=40, max_batch=n, tpot_ms=3e-6, ttft_ms=[5e-6, 2e-5], least_chunk=3),
+    "slo": lambda n: Slo(budget=40, max_batch=n, tpot_ms=2.5e-6, least_chunk=2),
+    "classes-priority": lambda n: Priority(budget=20, max_batch=n),
+    "classes-swap-priority": lambda n: Priority(budget=50, max_batch=n * 2, preemption="swap", age_s=1e-8),
+    "mlfq": lambda n: Mlfq(max_batch=n, quantum=3),
+    "mlfq-promote": lambda n: Mlfq(max_batch=n * 3, quantum=2, levels=4, promote_steps=7),
+    "mlfq-recompute": lambda n: Mlfq(max_batch=n, quantum=5, ratio=3, preemption="recompute"),
     "vllm-priority": lambda n: Vllm(
         async_scheduling=False, max_num_batched_tokens=32, max_num_seqs=n, scheduling_policy="priority"
     ),
@@ -80,13 +109,16 @@ def both(
 ) -> tuple[World, World]:
     table = sorted(table)
     priority = [(7 * i) % 3 for i in range(len(table))] if "priority" in name else None
-    trace = trace_of(table, max_tokens=[o for _, _, o in table], priority=priority)
+    tenant = [(5 * i) % 3 for i in range(len(table))] if "tenants" in name else None
+    trace = trace_of(
+        table, max_tokens=[o for _, _, o in table], priority=priority, tenant=tenant, tenants=("a", "b", "c")
+    )
     make = POLICIES[name]
     sample = make(size)
     if sample.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     one, other = (
-        play(trace, lambda: make(size), lambda: backend, blocks, block_size, replicas, leap, 2000)
+        play(trace, lambda: make(size), lambda: backend, blocks, block_size, replicas, leap, 2000, (7, 451))
         for leap in (True, False)
     )
     return one, other

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from by_hand import PS_IN_MS, Row, finished, first, rows, serve
 from worlds import World, check_books, play, sync_vllm, trace_of
 
 import policies
-from backend.base import Backend, Batch, StepCost
 from policies.base import FOREVER, PolicyError, Request, Scheduler, Step
 from policies.orca import Orca
 from policies.static import Static
@@ -26,42 +26,6 @@ from policies.tgi import Tgi
 from policies.vllm import Vllm
 from sim.records import Status
 from sim.streams import stream
-
-Row = tuple[int, ...]  # arrival ps, prompt, output (, declared output; else the output)
-
-PS_IN_MS = 1e-9
-
-
-class TokenAPs(Backend):
-    """100 ps a step and 1 ps a token."""
-
-    def step(self, batch: Batch) -> StepCost:
-        return StepCost(100 + sum(c.length for c in batch.prefills) + batch.decodes + batch.padded)
-
-
-def serve(rows: Sequence[Row], policy: Callable[[], Scheduler], **world: Any) -> World:
-    """Play ``rows`` on a pool of 1000 tokens, or as ``world`` says, and check the books."""
-    priority = world.pop("priority", None)
-    trace = trace_of(
-        [(row[0], row[1], row[2]) for row in rows], max_tokens=[row[-1] for row in rows], priority=priority
-    )
-    played = play(trace, policy, TokenAPs, **({"block_size": 1} | world))
-    check_books(played)
-    return played
-
-
-def first(world: World) -> list[int]:
-    return list(world.requests.first_token)
-
-
-def finished(world: World) -> list[int]:
-    return list(world.requests.finished)
-
-
-def rows(world: World, *columns: str) -> list[tuple[int, ...]]:
-    runs = world.engines[0].records.runs()
-    return list(zip(*(runs[name].tolist() for name in columns), strict=True))
-
 
 # static batching
 
@@ -849,6 +813,39 @@ SMALL: dict[str, list[dict[str, Any]]] = {  # settings that bind on the small wo
         {"max_batch_total_tokens": 150, "max_waiting_tokens": 3},
         {"max_batch_total_tokens": 400, "waiting_served_ratio": 0.3, "max_batch_prefill_tokens": 60},
     ],
+    "Sarathi": [{"budget": 9, "max_batch": 5}, {"budget": 16, "watermark": 0.2, "enable_prefix_caching": True}],
+    "VllmV0": [
+        {"max_num_seqs": 3, "preemption_mode": "swap"},
+        {"watermark": 0.2},
+        {"preemption_mode": "swap", "watermark": 0},
+    ],
+    "Sglang": [
+        {"chunked_prefill_size": 12},
+        {"schedule_conservativeness": 0.1, "chunked_prefill_size": 30},
+        {"schedule_conservativeness": 0, "enable_mixed_chunk": True, "max_running_requests": 9},
+    ],
+    "Sjf": [
+        {"predictions": "noisy", "tau": 0.5, "starvation_steps": 20},
+        {"starvation_steps": 5, "max_batch": 3, "preemption": "swap", "quantum": 4},
+        {"predictions": "buckets", "buckets": 3, "budget": 20},
+    ],
+    "Srpt": [
+        {"preemption": "swap", "max_batch": 3},
+        {"predictions": "noisy", "tau": 0.3, "keep_from": 0.5, "budget": 20},
+        {"starvation_steps": 7, "quantum": 9, "keep_from": 1.0, "max_batch": 4},
+    ],
+    "Priority": [{"max_batch": 3}, {"preemption": "swap", "budget": 14}, {"age_s": 1e-9, "max_batch": 3}],
+    "Slo": [{"tpot_ms": 2e-6, "budget": 40}, {"tpot_ms": 1.2e-6, "least_chunk": 3, "max_batch": 4}],
+    "Deadline": [
+        {"tpot_ms": 2e-6, "ttft_ms": [2e-6, 8e-6], "budget": 40},
+        {"tpot_ms": 1.2e-6, "least_chunk": 3, "max_batch": 4, "ttft_ms": [1e-5]},
+    ],
+    "Fair": [{"max_batch": 3}, {"budget": 20, "input_weight": 3, "output_weight": 5}],
+    "Mlfq": [
+        {"max_batch": 3, "quantum": 4},
+        {"quantum": 2, "ratio": 3, "levels": 3, "promote_steps": 9},
+        {"max_batch": 4, "quantum": 3, "preemption": "recompute"},
+    ],
     "Vllm": [
         {"max_num_batched_tokens": 16, "max_num_seqs": 4},
         {"max_num_batched_tokens": 9, "long_prefill_token_threshold": 5},
@@ -894,6 +891,8 @@ def conforms(make: Callable[[], Scheduler]) -> None:
             table,
             max_tokens=[min(output + 13, MODEL_LEN - prompt) for _, prompt, output in table],
             priority=rng.integers(0, 3, n).tolist(),
+            tenant=rng.integers(0, 3, n).tolist(),
+            tenants=("a", "b", "c"),
         )
         size = make().block_tokens or 4
         leapt, stepped = (
@@ -905,6 +904,7 @@ def conforms(make: Callable[[], Scheduler]) -> None:
                 replicas=replicas,
                 leap=leap,
                 max_model_len=MODEL_LEN,
+                host=(60 // size, 37),
             )
             for leap in (True, False)
         )

@@ -147,7 +147,7 @@ def test_nothing_at_run_time_needs_more_than_the_project_declares() -> None:
     assert found - GPU_LIBRARIES - declared - {"pydantic_core"} == set()  # pydantic brings its core
 
 
-SHIPPED = sorted((ROOT / "scenarios").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "scenarios").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

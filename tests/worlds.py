@@ -15,6 +15,8 @@ from policies.routers import RoundRobin
 from policies.vllm import Vllm
 from sim.cluster import Cluster, Replica
 from sim.engine import Engine
+from sim.host_memory import HostMemory
+from sim.predict import predictions
 from sim.records import RequestRecords, Status
 from sim.routing import ReplicaPool
 from sim.run import make_pool
@@ -92,6 +94,8 @@ class World:
             list(r.finished),
             list(r.preemptions),
             list(r.cached_tokens),
+            list(r.swaps),
+            list(r.swapped_tokens),
             [e.steps for e in self.engines],
             gaps,
         )
@@ -131,6 +135,8 @@ def check_books(world: World) -> None:
         assert engine.pool.free == engine.pool.total
         assert (state.kv_tokens, state.promised, group.context, group.live, group.dead) == (0, 0, 0, 0, 0)
         assert not state.waiting
+        assert state.host.free == state.host.blocks
+        assert not state.host.busy
         assert not state.admitted
         gaps += sum(weight for _, weight in sorted_gaps(engine))
     assert gaps == emitted - len(done)  # a token, a gap; but for first tokens
@@ -145,17 +151,23 @@ def play(
     replicas: int = 1,
     leap: bool = True,
     max_model_len: int = 1 << 20,
+    host: tuple[int, int] = (0, 0),
 ) -> World:
-    """Serve ``trace`` on ``replicas`` equal replicas, round robin."""
+    """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one."""
     requests = RequestRecords(trace)
     outputs = trace.output_tokens.tolist()
-    oracle = scheduler().oracle
+    sample = scheduler()
+    oracle = sample.oracle
+    guesses = None if sample.predictor is None else predictions(outputs, sample.predictor, 0).tolist()
 
     def make(i: int) -> Request:
         prompt = int(trace.prompt_tokens[i])
         cap = max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
         priority = 0 if trace.priority is None else int(trace.priority[i])
-        return Request(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority)
+        tenant = 0 if trace.tenant is None else int(trace.tenant[i])
+        request = Request(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority, tenant)
+        request.predicted_tokens = guesses[i] if guesses else None
+        return request
 
     cluster = Cluster(requests, make)
     cluster.front = ReplicaPool(cluster, RoundRobin(), Random(0))
@@ -169,7 +181,16 @@ def play(
             cluster.ended(request, now)
 
         return Engine(
-            policy, backend(), pool, requests, outputs, max_model_len, index=replica.index, leap=leap, finish=finish
+            policy,
+            backend(),
+            pool,
+            requests,
+            outputs,
+            max_model_len,
+            index=replica.index,
+            leap=leap,
+            finish=finish,
+            host=HostMemory(*host, pool.block_size, policy.overlaps_swaps),
         )
 
     for index in range(replicas):
