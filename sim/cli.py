@@ -18,7 +18,7 @@ from rich.table import Table
 
 from backend import specs
 from policies.base import PolicyError
-from sim import formats, named, output, plugins, report
+from sim import cli_sweep, formats, named, output, plugins, report
 from sim.describe import table as trace_table
 from sim.load import load
 from sim.lookup import BACKENDS
@@ -249,6 +249,9 @@ def _question(path: Path) -> str:
 
     question, mark, _ = str(read(path).data.get("question", "")).strip().partition("?")
     return question + mark
+
+
+app.command("sweep")(cli_sweep.sweep)
 
 
 def main() -> None:
