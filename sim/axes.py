@@ -25,10 +25,11 @@ MOST_RUNS = 10**6
 class Value:
     """What stands at a key in some runs, and what tables call it."""
 
-    __slots__ = ("label", "value")
+    __slots__ = ("label", "origin", "value")
 
-    def __init__(self, value: object, label: Scalar = None) -> None:
+    def __init__(self, value: object, label: Scalar = None, origin: str = "") -> None:
         self.value = value
+        self.origin = origin  # where it was said, if not in the sweep file
         self.label = label_of(value) if label is None else label
 
 

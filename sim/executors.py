@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +52,6 @@ class Local:
 
     def _run(self, function: Callable[[Run], Row], tasks: list[Run], marks: Path) -> Iterator[Row]:
         from joblib import Parallel, delayed
-        from joblib.externals.loky import get_reusable_executor
 
         if self.jobs == 1:
             yield from map(function, tasks)
@@ -60,16 +61,24 @@ class Local:
             return_as="generator_unordered",
             batch_size=1,  # a run takes long beside its dispatch, and is written down at once
             pre_dispatch="4*n_jobs",
-            initializer=_leave_interrupts_to_the_parent,
+            initializer=_live_with_the_parent,
+            initargs=(os.getpid(),),
         )
         rows = parallel(delayed(_marked)(function, task, marks) for task in tasks)
-        ended = False
+        before = threading.excepthook
+        threading.excepthook = _deaf_to_loky
         try:
             yield from rows
-            ended = True
-        finally:
-            if not ended:  # interrupted: nobody waits for what is half done
-                get_reusable_executor().shutdown(wait=False, kill_workers=True)
+        except BaseException:
+            rows.close()  # nobody waits for what is half done
+            raise
+        threading.excepthook = before  # not where it was interrupted: the thread may still come to grief
+
+
+def _deaf_to_loky(args: threading.ExceptHookArgs) -> None:
+    """An interrupt withdraws tasks, over which loky's own thread that hands them out may trip: its end, and no news."""
+    if not type(args.thread).__module__.startswith("joblib.externals.loky"):
+        threading.__excepthook__(args)
 
 
 def _marked(function: Callable[[Run], Row], task: Run, marks: Path) -> Row:
@@ -81,5 +90,13 @@ def _marked(function: Callable[[Run], Row], task: Run, marks: Path) -> Row:
     return row
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _live_with_the_parent(parent: int) -> None:
+    """In a new worker: an interrupt is the parent's business, and nothing outlives a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -78,7 +78,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         base.assign(key, value, _origin(document, ("set", key)))
     base.set(assignments)
     seeds = _seeds(document, spec, base)
-    added = [Value(str(Path(p).resolve()) if ".py" in p else p, p) for p in policies]
+    added = [Value(str(Path(p).resolve()) if ".py" in p else p, p, f"--policy {p}") for p in policies]
     trust = trust or bool(policies)
     points = _with_policies(spec.points(), base, added)
     once = _with_policies(spec.each_alone(), base, added)
@@ -107,7 +107,7 @@ def _base(document: Document, spec: SweepFile, path: Path) -> tuple[Document, Pa
     """The base scenario, and the folder that its relative paths start from."""
     if isinstance(spec.base, dict):
         lines = {at[1:]: line for at, line in document.lines.items() if at[0:1] == ("base",)}
-        return Document(copy.deepcopy(spec.base), lines, document.path), path.parent
+        return Document(copy.deepcopy(spec.base), lines, document.path), path.parent.resolve()
     file = path.parent / spec.base
     if not file.is_file():
         shipped = SCENARIOS / f"{spec.base}.yaml"
@@ -116,7 +116,7 @@ def _base(document: Document, spec: SweepFile, path: Path) -> tuple[Document, Pa
             rule = f"no such file, and no scenario of that name{did_you_mean(spec.base, known)}"
             raise BadInput(document.problem(("base",), rule, spec.base))
         file = shipped
-    return read(file), file.parent
+    return read(file), file.parent.resolve()
 
 
 def _seeds(document: Document, spec: SweepFile, base: Document) -> list[int]:
@@ -182,7 +182,7 @@ def _scenario(system: Document, point: dict[str, Value], seed: int, document: Do
         head = key.partition(".")[0]
         if head != key and head in _NAMED and isinstance(one.data.get(head), str):
             one.data[head] = {"name": one.data[head]}  # a name makes room for settings
-        one.assign(key, point[key].value, _place(document, key))
+        one.assign(key, point[key].value, point[key].origin or _place(document, key))
     one.data["seed"] = seed
     return one
 
@@ -197,7 +197,7 @@ def _place(document: Document, key: str) -> str:
             return _origin(document, ("zip", i, key))
     if known.get("random") and key in known["random"]["keys"]:
         return _origin(document, ("random", "keys", key))
-    return "--policy"
+    raise AssertionError(f"{key} is no axis")
 
 
 def _copy(document: Document) -> Document:
