@@ -72,11 +72,13 @@ class Linear(Spec):
 
 
 def _numbers(found: list[float], low: float, high: float, whole: bool) -> list[Value]:
-    found[0] = low
-    if len(found) > 1:
-        found[-1] = high
-    # Twelve digits: what is left of geomspace's rounding would make two names for one value.
-    numbers = [round(x) if whole else float(f"{x:.12g}") for x in found]
+    # Twelve digits: NumPy's rounding would make two names for one value.
+    numbers = [float(f"{x:.12g}") for x in found]
+    numbers[0] = low
+    if len(numbers) > 1:
+        numbers[-1] = high
+    if whole:
+        numbers = [round(x) for x in numbers]
     return [Value(x) for x in dict.fromkeys(numbers)]
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from backend import specs
 from policies.base import PolicyError
-from sim import cli_sweep, formats, named, output, plugins, report
+from sim import cli_compare, cli_sweep, formats, named, output, plugins, report
 from sim.describe import table as trace_table
 from sim.load import load
 from sim.lookup import BACKENDS
@@ -37,7 +37,7 @@ trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 
 SCENARIOS = Path(__file__).resolve().parent.parent / "scenarios"
-SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers")
+SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps")
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
@@ -118,7 +118,7 @@ def run(
 def list_(
     kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
 ) -> None:
-    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers."""
+    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers, sweeps."""
     if kind not in SCENARIO_KINDS:
         raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
     table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)
@@ -233,8 +233,9 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
         for name, g in specs.GPUS.items():
             peaks = (g.bf16_tflops, g.hbm_gb_per_s, g.memory_gib, g.nvlink_gb_per_s, g.usd_per_gpu_hour)
             yield (name, *(f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
-    elif kind == "scenarios":
-        for path in sorted(SCENARIOS.glob("*.yaml")):
+    elif kind in ("scenarios", "sweeps"):
+        folder = SCENARIOS if kind == "scenarios" else cli_sweep.SWEEPS
+        for path in sorted(folder.glob("*.yaml")):
             yield path.stem, _question(path)
     elif kind == "backends":
         for name, settings in BACKENDS.items():
@@ -252,6 +253,7 @@ def _question(path: Path) -> str:
 
 
 app.command("sweep")(cli_sweep.sweep)
+app.command("compare")(cli_compare.compare)
 
 
 def main() -> None:

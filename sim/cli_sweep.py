@@ -22,8 +22,8 @@ from sim.race import Race
 from sim.sweep import Executor, Row, Run, results
 from sim.sweep_file import SCENARIOS, Plan, read_sweep
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SWEEPS = SCENARIOS / "sweeps"
 EVERY_S = 30  # between two lines of progress where there is no terminal

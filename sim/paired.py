@@ -50,11 +50,6 @@ def sign(metric: str) -> int:
     raise BadInput(Problem("neither more nor less of it is better: choose another", path="metric", value=metric))
 
 
-def is_ranked(metric: str) -> bool:
-    """Whether more or less of ``metric`` is better at all."""
-    return metric.endswith("_ms") or metric in _HIGHER or metric in _LOWER
-
-
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean of independent ``values`` with its two-sided t interval."""
     n = len(values)
