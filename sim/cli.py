@@ -140,7 +140,7 @@ def describe(
     file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
     format_: Annotated[
         str | None,
-        typer.Option("--format", help="azure, burstgpt, mooncake, vidur or chairlift; default: detected."),
+        typer.Option("--format", help=f"{', '.join(formats.NAMES)}; default: detected."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -17,7 +17,7 @@ from typing import Any
 
 from sim.document import Document
 from sim.problems import BadInput, Problem
-from sim.sweep import Row, Run, file_part, files_named, made_by, renamed
+from sim.sweep import Row, Run, companions, file_part, files_named, made_by, renamed
 
 RETRIES = 5  # of a task whose worker died, by Ray
 AHEAD = 4  # tasks submitted for each CPU of the cluster: enough to keep it busy, few enough to hold in memory
@@ -95,6 +95,8 @@ class Cluster:
                 raw = Path(path).read_bytes()
                 names[path] = f"{hashlib.sha256(raw).hexdigest()[:12]}/{Path(path).name}"
                 contents[names[path]] = raw
+                for other in companions(Path(path)):
+                    contents[str(Path(names[path]).with_name(other.name))] = other.read_bytes()
             parcels[needed] = self._ray.put(contents), names
         parcel, names = parcels[needed]
         there = {text: names[str(path.resolve())] + text[len(file_part(text)) :] for text, path in files.items()}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from policies.base import PolicyError
+from sim import ragpulse
 from sim.axes import Scalar
 from sim.document import Document
 from sim.journal import Journal
@@ -152,6 +153,11 @@ def files_named(data: Any, folder: Path) -> dict[str, Path]:
     return found
 
 
+def companions(path: Path) -> list[Path]:
+    """Files that are read along with ``path``, from the same folder: RAGPulse's maps."""
+    return ragpulse.companions(path)
+
+
 def file_part(text: str) -> str:
     """``mine.py`` of ``mine.py:Class``; any other text as it is."""
     before, colon, _ = text.rpartition(".py:")
@@ -168,8 +174,8 @@ def renamed(data: Any, names: dict[str, str]) -> Any:
 
 
 def _digest(path: Path) -> str:
-    stat = path.stat()
-    return _digested(path, stat.st_mtime_ns, stat.st_size)
+    stats = [(each, each.stat()) for each in (path, *companions(path))]
+    return " ".join(_digested(each, stat.st_mtime_ns, stat.st_size) for each, stat in stats)
 
 
 @cache

@@ -70,13 +70,13 @@ class Workload(Spec):
         default=None,
         description="A trace file to replay; a relative path starts at the scenario file's folder.",
     )
-    format: Literal["azure", "burstgpt", "chairlift", "mooncake", "vidur"] | None = Field(
-        default=None, description="The file's format; null: told from its header."
+    format: Literal["azure", "burstgpt", "chairlift", "kv_cache_tester", "mooncake", "ragpulse", "vidur"] | None = (
+        Field(default=None, description="The file's format; null: told from its header.")
     )
     time_scale: Annotated[float, Field(gt=0, le=1e9)] = Field(
         default=1.0, description="Multiplies a file's arrival times: 0.5 is twice the load."
     )
-    limit: Count | None = Field(default=None, description="Read the first so many rows of the file.")
+    limit: Count | None = Field(default=None, description="Read the first so many rows of the file, or sessions.")
 
     @field_validator("max_tokens", mode="before")
     @classmethod
@@ -225,8 +225,10 @@ class Workload(Spec):
             path, self.format, min(limits, default=None), times=self.arrivals is None and self.clients is None
         )
         notes = list(trace.notes)
-        if self.requests is not None and len(trace) < self.requests:
-            notes.append(f"{self.requests} requests wanted, {len(trace)} read")
+        if self.requests is not None:
+            trace = trace.head(self.requests)  # of sessions, the limit counts whole ones
+            if len(trace) < self.requests:
+                notes.append(f"{self.requests} requests wanted, {len(trace)} read")
         times = trace.arrival_ps
         if self.clients is not None:
             notes.append(f"arrival times replaced by {self.clients.concurrency} clients in a closed loop")
