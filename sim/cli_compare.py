@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sim.compare import Comparison, Difference
+from sim.compare import Comparison, Difference, Setting, System
+from sim.paired import sign
 from sim.problems import BadInput, Problem
 from sim.sweep_table import read
 
@@ -21,6 +22,7 @@ out = Console(highlight=False)
 if not out.is_terminal:
     out.width = max(out.width, 120)
 
+_WIDE = 6  # systems that have a column each
 _MANY = 400  # percent from which a factor reads better
 _STYLES = {"better": "green", "worse": "red", "same": "dim", "unknown": "dim"}
 
@@ -72,10 +74,13 @@ def compare(
         sys.stdout.write(json.dumps(comparison.as_json(fronts), indent=2, allow_nan=False) + "\n")
         return
     differences = comparison.differences()
-    for each in comparison.metrics:
-        out.print(_metric_table(comparison, each, [d for d in differences if d.metric == each]))
-    out.print(_rank_table(comparison))
-    for setting, front in found.items():
+    if len(comparison.systems) > _WIDE:
+        out.print(_long_table(comparison, differences, found))
+    else:
+        for each in comparison.metrics:
+            out.print(_metric_table(comparison, each, [d for d in differences if d.metric == each]))
+        out.print(_rank_table(comparison))
+    for setting, front in found.items() if len(comparison.systems) <= _WIDE else ():
         where = f" at {comparison.called(setting)}" if setting else ""
         names = ", ".join(comparison.called(system) for system in front)
         out.print(f"Pareto front of {' and '.join(fronts)}{escape(where)}: [bold]{escape(names)}[/bold]")
@@ -102,6 +107,30 @@ def _metric_table(c: Comparison, metric: str, differences: list[Difference]) -> 
         cells = [_number(own.mean) + ("" if math.isnan(own.high) else f" ±{_number(own.high - own.mean)}")]
         cells += [_cell(found.get((setting, system))) for system in others]
         table.add_row(*(escape(c.called((value,))) for value in setting), *cells)
+    return table
+
+
+def _long_table(c: Comparison, differences: list[Difference], fronts: dict[Setting, list[System]]) -> Table:
+    """Rows: systems in each setting, the best in the first metric on top. Columns: means, and ranks over settings."""
+    title = f"means, and whether better or worse than {c.called(c.baseline)}" + (
+        "; ★ on the Pareto front" if fronts else ""
+    )
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    for axis in (*c.aside, *c.over, *c.metrics, "mean rank"):
+        table.add_column(axis, justify="right", overflow="fold")
+    verdicts = {(d.setting, d.system, d.metric): d.verdict for d in differences}
+    ranks = c.ranks()
+    first = c.metrics[0]
+    for setting in c.settings:
+        means = {system: c.mean(setting, system, first).mean for system in c.systems}
+        for system in sorted(c.systems, key=lambda s: (math.isnan(means[s]), -sign(first) * means[s])):
+            cells = []
+            for metric in c.metrics:
+                style = _STYLES[verdicts.get((setting, system, metric), "unknown")]
+                cells.append(f"[{style}]{_number(c.mean(setting, system, metric).mean)}[/]")
+            star = " ★" if system in fronts.get(setting, []) else ""
+            names = (escape(c.called((value,))) for value in (*setting, *system))
+            table.add_row(*names, *cells, f"{ranks[system][first]:.1f}{star}")
     return table
 
 

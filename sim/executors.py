@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -93,6 +94,7 @@ def _marked(function: Callable[[Run], Row], task: Run, marks: Path) -> Row:
 def _live_with_the_parent(parent: int) -> None:
     """In a new worker: an interrupt is the parent's business, and nothing outlives a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # loky collects garbage once a second: not among all that was imported
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
