@@ -83,6 +83,14 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     points = _with_policies(spec.points(), base, added)
     once = _with_policies(spec.each_alone(), base, added)
     keys = list(dict.fromkeys(key for point in points for key in point))
+    for key in keys:
+        variants = base.data.get("compare")
+        hidden = (
+            [isinstance(v, dict) and v.get(key) is not None for v in variants] if isinstance(variants, list) else []
+        )
+        if hidden and all(hidden):
+            rule = f"each variant that the base compares says its own {key}; leave them out with set: {{compare: []}}"
+            raise BadInput(document.problem(("axes", key), rule))
     plan = Plan(spec.name or path.stem, spec.question or "", keys, seeds, [], [], document.data)
     problems: list[Problem] = []
     for labels, system in _systems(

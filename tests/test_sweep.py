@@ -216,6 +216,14 @@ def test_what_is_wrong_with_a_sweep_is_said_with_its_line(tmp_path: Path, sweep:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_axis_that_every_variant_would_hide_is_refused(tmp_path: Path) -> None:
+    compare = "compare:\n  - {name: a, policy: vllm}\n  - {name: b, policy: {name: orca, reserve: max}}\n"
+    written(tmp_path, SWEEP, SCENARIO + compare)
+
+    assert "sweep.yaml:4: axes.policy: each variant that the base compares says its own policy" in swept(status=2)
+    assert "4 points × 3 seeds" in swept("--dry-run", "--set", "compare=[]")
+
+
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
