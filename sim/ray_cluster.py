@@ -92,6 +92,8 @@ class Cluster:
             contents: dict[str, bytes] = {}
             names: dict[str, str] = {}
             for path in sorted(needed):
+                if Path(path).is_dir():
+                    raise BadInput(Problem("a folder does not travel: pack it with tar", path, path="--executor ray"))
                 raw = Path(path).read_bytes()
                 names[path] = f"{hashlib.sha256(raw).hexdigest()[:12]}/{Path(path).name}"
                 contents[names[path]] = raw

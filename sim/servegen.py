@@ -172,12 +172,12 @@ def _residual(shape: float, weibull: bool, rng: np.random.Generator) -> float:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """When the file or folder changed last, and its size."""
+    """When the file, or any in the folder, changed last, and their size."""
     try:
-        stat = path.stat()
+        stats = [each.stat() for each in (path.glob("chunk-*") if path.is_dir() else [path])]
     except OSError:
         raise BadInput(Problem("no such file or folder", str(path), path="servegen.file")) from None
-    return stat.st_mtime_ns, stat.st_size
+    return max((stat.st_mtime_ns for stat in stats), default=0), sum(stat.st_size for stat in stats)
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -140,15 +141,19 @@ def made_by() -> str:
 
 
 def files_named(data: Any, folder: Path) -> dict[str, Path]:
-    """Every text in ``data`` that names a file as a scenario may (``trace.csv``, ``mine.py:Class``), and the file."""
+    """Every text in ``data`` that names a file as a scenario may (``trace.csv``, ``mine.py:Class``), and the file.
+
+    Or a folder of ServeGen's, which counts by all that is in it.
+    """
     found: dict[str, Path] = {}
     below = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else [data]
     for value in below:
         if isinstance(value, dict | list):
             found |= files_named(value, folder)
-        elif isinstance(value, str) and "." in value and len(value) < 4096 and "\0" not in value:
+        elif isinstance(value, str) and value:
             path = folder / file_part(value)
-            if path.is_file():
+            client_tables = os.path.isdir(path) and any(path.glob("chunk-*-trace.csv"))  # os: false for any odd name
+            if client_tables or ("." in value and os.path.isfile(path)):
                 found[value] = path
     return found
 
@@ -174,7 +179,8 @@ def renamed(data: Any, names: dict[str, str]) -> Any:
 
 
 def _digest(path: Path) -> str:
-    stats = [(each, each.stat()) for each in (path, *companions(path))]
+    parts = sorted(path.glob("chunk-*")) if path.is_dir() else [path, *companions(path)]
+    stats = [(each, each.stat()) for each in parts]
     return " ".join(_digested(each, stat.st_mtime_ns, stat.st_size) for each, stat in stats)
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -77,6 +78,29 @@ def test_names_do_not_change_what_a_run_is_but_the_files_it_names_do(tmp_path: P
     assert "0 new, 1 known" in swept("--trust", "-j1")
     (tmp_path / "mine.py").write_text(POLICY.replace("2048", "2047"))
     assert "1 new" in swept("--trust", "-j1")
+
+
+def test_a_folder_counts_by_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "chunk-0-trace.csv").write_text("0,2,1,Gamma,1,0.5\n600,2,1,Gamma,1,0.5\n")
+    lengths = tmp_path / "model" / "chunk-0-dataset.json"
+    lengths.write_text('{"0": {"input_tokens": "{10: 1.0}", "output_tokens": "{5: 1.0}"}}')
+    base = SCENARIO.partition("workload:")[0] + "workload: {servegen: {file: model}, requests: 20}\n"
+    written(tmp_path, "base: base.yaml\n", base)
+
+    assert "1 new" in swept("-j1")
+    assert "0 new" in swept("-j1")
+    lengths.write_text(lengths.read_text().replace("10", "11"))
+    assert "1 new" in swept("-j1")
+    assert table(tmp_path / "out").to_pylist()[0]["total_input_tokens"] == 220
+
+
+def test_without_ray_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    written(tmp_path)
+
+    assert "pip install 'chairlift[ray]'" in swept("--executor", "ray", status=2)
+    assert "must not be given with --executor ray" in swept("--executor", "ray", "--jobs", "2", status=2)
 
 
 def test_variants_and_cases_of_the_base_are_axes(tmp_path: Path) -> None:
