@@ -128,11 +128,11 @@ def list_(
 
 
 @app.command()
-def schema() -> None:
+def schema(sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False) -> None:
     """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
-    from sim.schema import scenario_schema
+    from sim.schema import scenario_schema, sweep_schema
 
-    sys.stdout.write(json.dumps(scenario_schema(), indent=2) + "\n")
+    sys.stdout.write(json.dumps(sweep_schema() if sweep else scenario_schema(), indent=2) + "\n")
 
 
 @trace_app.command("describe")

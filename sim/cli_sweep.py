@@ -18,8 +18,8 @@ from sim import sweep_table
 from sim.executors import Local
 from sim.journal import Journal
 from sim.problems import BadInput, Problem, did_you_mean
-from sim.race import Race
-from sim.sweep import Executor, Row, Run, results
+from sim.race import AFTER, Race
+from sim.sweep import Executor, Row, Run, known, results
 from sim.sweep_file import SCENARIOS, Plan, read_sweep
 
 out = Console(highlight=False, soft_wrap=True)
@@ -104,6 +104,7 @@ def sweep(
                     advance(len(rows), failures)
         except KeyboardInterrupt:
             interrupted = True
+            rows = {id(run): (run, told) for runs in plan.runs for run in runs if (told := known(run, journal))}
         new = len(journal) - before
         ordered = [rows[id(run)] for runs in plan.runs for run in runs if id(run) in rows]
         if ordered:
@@ -147,6 +148,9 @@ def _contest(plan: Plan, metrics: list[str], over: list[str]) -> Race | None:
         if over:
             raise BadInput(Problem("must not be given without --race", file="--race-over", value=over[0]))
         return None
+    if len(plan.seeds) <= AFTER:
+        rule = f"needs more than {AFTER} seeds: points are judged once they have {AFTER}"
+        raise BadInput(Problem(rule, file="--race", value=len(plan.seeds)))
     over = over or [axis for axis in plan.axes if axis != "case" and not axis.startswith("workload.")]
     if not over:
         raise BadInput(Problem("no axis competes: name one with --race-over", file="--race"))

@@ -19,6 +19,7 @@ from sim.problems import BadInput, Problem, did_you_mean
 from sim.sweep import Row, Run
 
 RISK = 0.01
+AFTER = 3  # seeds before the first decision
 Runner = Callable[[Iterable[Run]], Iterator[tuple[Run, Row]]]
 
 
@@ -30,7 +31,7 @@ class Race:
     labels: Sequence[dict[str, Scalar]]
     metrics: Sequence[str]
     over: Sequence[str]  # axes whose values compete; points that differ elsewhere are apart
-    after: int = 3  # seeds before the first decision
+    after: int = AFTER
     risk: float = RISK
 
     def __post_init__(self) -> None:

@@ -89,15 +89,21 @@ def results(
     """
     waiting: dict[str, list[Run]] = {}
     for run in runs:
-        known = journal.get(run.key)
-        if known is not None and not (retry and known["error"]):
-            yield run, Row(**known)
+        row = known(run, journal)
+        if row is not None and not (retry and row.error):
+            yield run, row
         else:
             waiting.setdefault(run.key, []).append(run)
     for row in executor(run_one, [same[0] for same in waiting.values()], _lost) if waiting else ():
         journal.add(row.key, row._asdict())
         for run in waiting[row.key]:
             yield run, row
+
+
+def known(run: Run, journal: Journal) -> Row | None:
+    """The row of ``run`` if the journal has it."""
+    entry = journal.get(run.key)
+    return None if entry is None else Row(**entry)
 
 
 def run_one(run: Run) -> Row:
@@ -108,13 +114,22 @@ def run_one(run: Run) -> Row:
     try:
         summary = simulate(prepare(run.document, run.folder, run.trust)).summary
         wall = summary["wall_s"]
-        metrics = {name: value for name, value in summary.items() if name not in _UNTIMED}
+        metrics = {name: value for name, value in _numbers(summary) if name not in _UNTIMED}
     except (BadInput, PolicyError) as wrong:
         error = str(wrong)
     except Exception as wrong:
         last = traceback.extract_tb(wrong.__traceback__)[-1]
         error = f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
     return Row(run.key, error, metrics, wall, time.perf_counter() - started)
+
+
+def _numbers(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | int | None]]:
+    """The numbers of a summary; those in a mapping below it under ``outer.inner``."""
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, int | float):
+            yield prefix + name, value
 
 
 def _lost(run: Run, why: str) -> Row:

@@ -261,9 +261,38 @@ def test_an_axis_that_every_variant_would_hide_is_refused(tmp_path: Path) -> Non
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: tuple[str, ...], rule: str) -> None:
-    written(tmp_path)
+    written(tmp_path, SWEEP.replace("seeds: 3", "seeds: 4"))
 
     assert rule in swept("-j1", *options, status=2)
+
+
+def test_a_race_needs_seeds_to_judge_by(tmp_path: Path) -> None:
+    written(tmp_path)
+
+    assert "--race: needs more than 3 seeds" in swept("--race", "p99_ttft_ms", status=2)
+
+
+def test_the_schema_of_sweeps_is_for_editors() -> None:
+    schema = json.loads(chairlift("schema", "--sweep").out)
+
+    assert (schema["title"], schema["additionalProperties"], schema["required"]) == ("Chairlift sweep", False, ["base"])
+    assert {"base", "set", "seeds", "axes", "zip", "random", "name", "question"} == set(schema["properties"])
+    assert schema["$defs"]["Axis"]["anyOf"][0] == {"type": "array", "minItems": 1}
+    assert all("description" in each for each in schema["properties"].values())
+
+
+def test_numbers_below_a_mapping_are_columns_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sim import run
+
+    real = run.fleet
+    more = {"served": {"a": 1, "b": {"c": None}}, "said": "nothing", "each": [1]}
+    monkeypatch.setattr(run, "fleet", lambda *arguments: {**real(*arguments), **more})
+    written(tmp_path)
+    swept("-j1")
+    [row, *_] = table(tmp_path / "out").to_pylist()
+
+    assert (row["served.a"], row["served.b.c"]) == (1, None)
+    assert not {"said", "each", "served"} & set(row)
 
 
 def test_the_journal_has_a_line_a_run_with_all_that_the_table_has(tmp_path: Path) -> None:
