@@ -8,18 +8,14 @@ picosecond once.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from sim.lengths import IntArray, OneOf, Spec
 from sim.problems import BadInput, Problem
-from sim.trace import LATEST_PS, PS_PER_S
-
-Rate = Annotated[float, Field(ge=1e-9, le=1e12)]  # at most one request a picosecond
-Seconds = Annotated[float, Field(ge=1e-6, le=1e9)]
+from sim.varying_rates import Diurnal, Rate, Seconds, Spikes, in_picoseconds
 
 
 class Burst(Spec):
@@ -45,7 +41,7 @@ class Constant(Spec):
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Request k at (k + 1) / rate. Shape: ``(n,)``."""
-        return _picoseconds(np.arange(1, n + 1) / self.rate_per_s)
+        return in_picoseconds(np.arange(1, n + 1) / self.rate_per_s)
 
     def rescaled(self, rate_per_s: float) -> Constant:
         """The same at another mean rate."""
@@ -59,7 +55,7 @@ class Poisson(Spec):
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times. Shape: ``(n,)``."""
-        return _picoseconds(np.cumsum(rng.exponential(1 / self.rate_per_s, n)))
+        return in_picoseconds(np.cumsum(rng.exponential(1 / self.rate_per_s, n)))
 
     def rescaled(self, rate_per_s: float) -> Poisson:
         """The same at another mean rate."""
@@ -74,7 +70,7 @@ class Gamma(Spec):
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times; gaps have shape 1/cv² and mean 1/rate. Shape: ``(n,)``."""
-        return _picoseconds(np.cumsum(rng.gamma(self.cv**-2, self.cv**2 / self.rate_per_s, n)))
+        return in_picoseconds(np.cumsum(rng.gamma(self.cv**-2, self.cv**2 / self.rate_per_s, n)))
 
     def rescaled(self, rate_per_s: float) -> Gamma:
         """The same at another mean rate."""
@@ -90,7 +86,7 @@ class Weibull(Spec):
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times; the mean gap, scale·Γ(1 + 1/shape), is 1/rate. Shape: ``(n,)``."""
         scale = 1 / (self.rate_per_s * math.gamma(1 + 1 / self.shape))
-        return _picoseconds(np.cumsum(rng.weibull(self.shape, n) * scale))
+        return in_picoseconds(np.cumsum(rng.weibull(self.shape, n) * scale))
 
     def rescaled(self, rate_per_s: float) -> Weibull:
         """The same at another mean rate."""
@@ -117,7 +113,7 @@ class OnOff(Spec):
         """
         gap_s = rng.exponential(1 / self.rate_per_s, n)
         silences = rng.poisson(gap_s / self.on_s)
-        return _picoseconds(np.cumsum(gap_s + rng.gamma(silences, self.off_s)))
+        return in_picoseconds(np.cumsum(gap_s + rng.gamma(silences, self.off_s)))
 
     def rescaled(self, rate_per_s: float) -> OnOff:
         """The same picture at another mean rate: all times, on and off periods too, are stretched alike."""
@@ -134,6 +130,8 @@ class Arrivals(OneOf):
     gamma: Gamma | None = Field(default=None, description="Gamma gaps with a given variability.")
     weibull: Weibull | None = Field(default=None, description="Weibull gaps with a given shape.")
     on_off: OnOff | None = Field(default=None, description="Poisson bursts between silences.")
+    diurnal: Diurnal | None = Field(default=None, description="Poisson, its rate a cosine over the day.")
+    spikes: Spikes | None = Field(default=None, description="Poisson, its rate higher in spikes.")
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """``n`` arrival times in picoseconds, sorted. Shape: ``(n,)`` int64.
@@ -153,12 +151,3 @@ class Arrivals(OneOf):
         chosen: Any = self.chosen.rescaled(rate_per_s)
         name = next(iter(self.model_dump(exclude_none=True)))
         return Arrivals(**{name: chosen})
-
-
-def _picoseconds(times_s: npt.NDArray[np.float64]) -> IntArray:
-    """Sorted float seconds to int64 picoseconds, each rounded once."""
-    times = np.rint(times_s * PS_PER_S)
-    if not times[-1] < LATEST_PS:  # also true of NaN, from infinite gaps
-        rule = "arrivals run past what the clock can say (106 days); raise the rate or ask for fewer requests"
-        raise BadInput(Problem(rule, path="rate_per_s"))
-    return times.astype(np.int64)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from backend import specs
 from policies.base import PolicyError
-from sim import cli_profile, formats, named, output, plugins, report, uncertainty
+from sim import cli_compare, cli_profile, cli_sweep, formats, named, output, plugins, report, uncertainty
 from sim.describe import table as trace_table
 from sim.load import load
 from sim.lookup import BACKENDS
@@ -37,7 +37,7 @@ trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 
 SCENARIOS = Path(__file__).resolve().parent.parent / "scenarios"
-SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers")
+SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps")
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
@@ -132,7 +132,7 @@ def run(
 def list_(
     kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
 ) -> None:
-    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers."""
+    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers, sweeps."""
     if kind not in SCENARIO_KINDS:
         raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
     table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)
@@ -142,11 +142,11 @@ def list_(
 
 
 @app.command()
-def schema() -> None:
+def schema(sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False) -> None:
     """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
-    from sim.schema import scenario_schema
+    from sim.schema import scenario_schema, sweep_schema
 
-    sys.stdout.write(json.dumps(scenario_schema(), indent=2) + "\n")
+    sys.stdout.write(json.dumps(sweep_schema() if sweep else scenario_schema(), indent=2) + "\n")
 
 
 @trace_app.command("describe")
@@ -154,7 +154,7 @@ def describe(
     file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
     format_: Annotated[
         str | None,
-        typer.Option("--format", help="azure, burstgpt, mooncake, vidur or chairlift; default: detected."),
+        typer.Option("--format", help=f"{', '.join(formats.NAMES)}; default: detected."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -192,7 +192,8 @@ def find_scenario(name: str) -> Path:
 
 def _shipped() -> dict[str, Path]:
     """Shipped scenarios by name, those in folders last: ``research/policy_zoo``."""
-    files = sorted(SCENARIOS.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(cli_sweep.SWEEPS.rglob("*")))
+    files.sort(key=lambda file: (len(file.parts), file))
     return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
 
 
@@ -265,6 +266,9 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
     elif kind == "scenarios":
         for name, path in _shipped().items():
             yield name, _question(path)
+    elif kind == "sweeps":
+        for path in sorted(cli_sweep.SWEEPS.glob("*.yaml")):
+            yield path.stem, _question(path)
     elif kind == "backends":
         for name, settings in BACKENDS.items():
             yield name, plugins.summary(settings)
@@ -278,6 +282,10 @@ def _question(path: Path) -> str:
 
     question, mark, _ = str(read(path).data.get("question", "")).strip().partition("?")
     return question + mark
+
+
+app.command("sweep")(cli_sweep.sweep)
+app.command("compare")(cli_compare.compare)
 
 
 def main() -> None:

@@ -95,7 +95,19 @@ class Document:
         names = target.strip().split(".")
         if not equals or not all(names):
             raise _Refused("must be KEY=VALUE, such as policy.batch=8")
-        value = _parse_value(source)
+        self._place(names, _parse_value(source), origin)
+
+    def assign(self, key: str, value: object, origin: str) -> None:
+        """Let ``value`` stand at the dotted ``key``, as `set` does; ``origin`` says in messages where it came from.
+
+        Raises BadInput if there is no such place.
+        """
+        try:
+            self._place(key.split("."), value, origin)
+        except _Refused as refusal:
+            raise BadInput(Problem(str(refusal), file=origin)) from None
+
+    def _place(self, names: list[str], value: object, origin: str) -> None:
         here: Any = self.data
         at: Path = ()
         for name in names[:-1]:

@@ -23,11 +23,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from sim import agent_sessions, ragpulse
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.tables import Table, decimal, head, read_csv, read_json_lines, seconds_ps, whole
 from sim.trace import COLUMNS, LATEST_PS, PS_PER_S, HashIds, Trace, faults
 
-NAMES = ("azure", "burstgpt", "chairlift", "mooncake", "vidur")
+NAMES = ("azure", "burstgpt", "chairlift", "kv_cache_tester", "mooncake", "ragpulse", "vidur")
 
 MOONCAKE_BLOCK = 512  # tokens a hash id covers, the last, partial block included
 
@@ -38,16 +39,12 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?
 
 # What a file says in its first bytes that Chairlift knows of, but does not read.
 _UNREAD = (
-    (rb".{257}ustar", "a tar archive (ServeGen's client tables come so)"),
-    (rb"PK\x03\x04", "a zip archive"),
-    (rb"\x28\xb5\x2f\xfd", "a Zstandard file"),
-    (rb'\{"timestamp": *"', "a RAGPulse trace"),
+    (rb".{257}ustar", "a tar archive; ServeGen's client tables are no requests: name them with servegen"),
+    (rb"PK\x03\x04|\x28\xb5\x2f\xfd", "a zip archive or a Zstandard file"),
     (rb'\{"(sys_prompt|passage|history|user_input|web_search)_id"', "a RAGPulse component map"),
-    (rb'\{"id":.{0,2000}"hash_id_scope"', "kv-cache-tester sessions"),
-    (rb"trace_id,agent,seq,t_s", "requests derived from kv-cache-tester sessions"),
-    (rb'\{[^{]*"input": *"', "a trace of texts without token counts (LMCache's agent traces)"),
+    (rb'\{(?!"id":)[^{]*"input": *"', "a trace of texts without token counts (LMCache's agent traces)"),
     (rb"request_id,request_type,application_id", "a splitwise-sim trace"),
-    (rb"[\d.]+,[\d.]+,[\d.]*,(Gamma|Weibull)?,", "a ServeGen client table"),
+    (rb"[\d.]+,[\d.]+,[\d.]*,(Gamma|Weibull)?,", "a ServeGen client table: name its folder with servegen"),
 )
 
 
@@ -79,6 +76,8 @@ def load(path: str | Path, format: str | None = None, limit: int | None = None, 
     if not start.strip():
         raise BadInput(Problem("the file is empty", file=str(path)))
     format = format or _detected(path, start)
+    if format in _SESSIONS:
+        return _SESSIONS[format](path, limit)
     if format == "mooncake":
         return _mooncake(path, limit)
     table = read_csv(path, limit)
@@ -87,18 +86,28 @@ def load(path: str | Path, format: str | None = None, limit: int | None = None, 
     return {"azure": _azure, "burstgpt": _burstgpt, "chairlift": _own}[format](table)
 
 
+_SESSIONS = {
+    "kv_cache_tester": agent_sessions.load,
+    "kv_cache_tester, derived": agent_sessions.load_derived,
+    "ragpulse": ragpulse.load,
+}
+_COLUMNS = {"ContextTokens": "azure", "Request tokens": "burstgpt", "num_prefill_tokens": "vidur"}
+_COLUMNS |= {"prompt_tokens": "chairlift", "arrival_s": "chairlift"}
+_TOLD = (  # a file's first line, and its format
+    (r'\{"timestamp": *"', "ragpulse"),
+    (r'\{"id":.*"(hash_id_scope|block_size)"', "kv_cache_tester"),
+    (r"trace_id,agent,seq,t_s", "kv_cache_tester, derived"),
+    (r"\{", "mooncake"),
+)
+
+
 def _detected(path: Path, head: bytes) -> str:
     line = head.decode("utf-8-sig", "replace").splitlines()[0]
-    if line.lstrip().startswith("{"):
-        return "mooncake"
+    for pattern, name in _TOLD:
+        if re.match(pattern, line.lstrip()):
+            return name
     header = [name.strip() for name in line.split(",")]
-    for column, name in {
-        "ContextTokens": "azure",
-        "Request tokens": "burstgpt",
-        "num_prefill_tokens": "vidur",
-        "prompt_tokens": "chairlift",
-        "arrival_s": "chairlift",
-    }.items():
+    for column, name in _COLUMNS.items():
         if column in header:
             return name
     rule = f"not a trace format Chairlift knows ({', '.join(NAMES)}); name it with format, or mend the header"

@@ -77,6 +77,30 @@ def load(
     )
 
 
+def prepare(document: Document, folder: Path, trust: bool = False) -> Setup:
+    """The one run of a document without ``cases`` and ``compare``; ``folder`` is where its relative paths start.
+
+    Raises `BadInput` with all mistakes at once.
+    """
+    [setup] = _Resolver(document, folder, (), trust).setups(document.check(Scenario), "")
+    return setup
+
+
+def check(document: Document, folder: Path, trust: bool = False) -> None:
+    """Check keys, types, names and settings, without looking whether model and GPU fit or reading a trace.
+
+    Raises `BadInput` with all mistakes at once.
+    """
+    problems: list[Problem] = []
+    try:
+        document.check(Scenario)
+    except BadInput as error:
+        problems += error.problems
+    problems += _Resolver(document, folder, (), trust).names()
+    if problems:
+        raise BadInput({str(p): p for p in problems}.values())
+
+
 def _cases(document: Document, assignments: Sequence[str], problems: list[Problem]) -> list[tuple[str, Document]]:
     """The document once for every case, ``--set`` applied last: the command line has the final word.
 

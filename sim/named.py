@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sim.arrivals import Arrivals, Gamma, OnOff, Poisson
-from sim.lengths import Lengths, Quantiles
+from sim.clients import Lognormal as ThinkLognormal
+from sim.clients import Seconds, Sessions
+from sim.lengths import Lengths, Lognormal, Quantiles
 from sim.problems import BadInput, Problem, did_you_mean
 
 
@@ -24,7 +26,8 @@ class Named:
     licence: str
     prompt_tokens: Lengths
     output_tokens: Lengths
-    arrivals: Arrivals | None = None
+    arrivals: Arrivals | None = None  # of sessions' starts, where it has sessions
+    sessions: Sessions | None = None  # then prompt_tokens are the new ones of a turn
 
     def arrivals_at(self, rate_per_s: float | None) -> Arrivals | None:
         """The trace's arrivals, stretched to another mean rate if one is given; Poisson where it has none."""
@@ -63,6 +66,10 @@ def describe(name: str) -> str:
     if known.arrivals is not None:
         [(process, settings)] = known.arrivals.model_dump(exclude_none=True).items()
         arrivals = f"{process} " + ", ".join(f"{key} {value:g}" for key, value in settings.items())
+    if known.sessions is not None:
+        turns, first = known.sessions.turns, known.sessions.first_prompt_tokens
+        mean += f" a turn; {turns.mean_tokens():.0f} turns"
+        mean += f", the first of {first.mean_tokens():.0f}" if first is not None else ""
     lines = [known.text, f"Mean tokens: {mean}", f"Arrivals: {arrivals}", f"Source: {known.source}"]
     return "\n".join([f"{name}: {lines[0]}", *lines[1:], f"Licence: {known.licence}"])
 
@@ -172,6 +179,65 @@ _WORKLOADS = {
         output_tokens=_grid(_LEVELS, [
             5, 36, 44, 60, 78, 92, 104, 115, 125, 135, 145, 156, 167, 179, 192, 206, 222, 242, 268, 304,
             372, 736, 2775, 3271, 3582, 3844, 4056]),
+    ),
+    "claude-code-sessions": Named(
+        text=(
+            "Sessions of Claude Code, 710 of them with 48,658 requests of main agents. Turns and times to think "
+            "are lognormal by maximum likelihood; first prompts, new tokens of a turn and outputs are grids. "
+            "Prompts also shrink there when context is dropped (11% of turns): new tokens are cut at 4,000 "
+            "instead, which keeps their mean (790 for 760). Subagents, pauses of days and what sessions share "
+            "with one another are lost. Prompts reach 900,000 tokens: say a max_model_len."
+        ),
+        source=(
+            "github.com/callanjfox/kv-cache-tester, traces/ (captured at WEKA); no paper, cite the repository"
+        ),
+        licence="Apache-2.0",
+        prompt_tokens=_grid(_LEVELS, [
+            1, 1, 1, 1, 1, 14, 27, 44, 73, 118, 161, 211, 272, 339, 430, 557, 716, 946, 1304, 1798, 2808, 4000,
+            4000, 4000, 4000, 4000, 4000]),
+        output_tokens=_grid(_LEVELS, [
+            1, 58, 70, 89, 105, 117, 126, 137, 149, 161, 177, 195, 216, 242, 273, 311, 361, 426, 514, 639, 898,
+            1554, 2793, 3686, 5018, 7982, 18195]),
+        sessions=Sessions(
+            turns=Lengths(lognormal=Lognormal(mu=3.675, sigma=1.160, cap=561)),
+            think_s=Seconds(lognormal=ThinkLognormal(mu=2.838, sigma=1.571)),
+            first_prompt_tokens=_grid(_LEVELS, [
+                6343, 10245, 11362, 13048, 15458, 16951, 18129, 18600, 19276, 19792, 20553, 21429, 24454, 37888,
+                61713, 68507, 89509, 104058, 125798, 163798, 258903, 374960, 536362, 708057, 794449, 847611, 851858]),
+            max_context_tokens=900_000,
+        ),
+    ),
+    "ragpulse": Named(
+        text=(
+            "A week of a university's question answering with retrieval, 7,106 requests. Lengths only: the "
+            "week's 0.012 requests/s follow the hours of the day (see the arrivals called diurnal). Chunks "
+            "that prompts share (31% of tokens as prefixes) are lost: replay the file for that."
+        ),
+        source="github.com/flashserve/RAGPulse, data/0_trace.jsonl; Wang et al., RAGPulse, arXiv:2511.12979",
+        licence="MIT",
+        prompt_tokens=_grid(_LEVELS, [
+            1052, 1052, 1053, 1055, 1110, 1361, 2019, 2754, 2879, 2962, 3025, 3083, 3140, 3192, 3244, 3300,
+            3364, 3437, 3531, 3693, 3958, 4425, 5004, 5438, 5786, 6433, 7712]),
+        output_tokens=_grid(_LEVELS, [
+            7, 36, 36, 66, 83, 96, 113, 131, 151, 171, 191, 212, 234, 256, 284, 313, 346, 385, 436, 489, 563,
+            670, 782, 891, 994, 1182, 2183]),
+    ),
+    "servegen-deepseek-r1": Named(
+        text=(
+            "A day of a reasoning model, 73 clients drawn as one: lengths of all, weighted by requests. "
+            "Poisson at the day's mean rate. Its rise and fall from 7 to 35 requests/s is lost (their first "
+            "harmonic: arrivals: {diurnal: {rate_per_s: 16, swing: 0.52, peak_at_s: 2102}}), and so are bursts "
+            "of clients (CV up to 5.6): servegen with the archive draws them."
+        ),
+        source="github.com/alibaba/ServeGen, data/reason/deepseek-r1; Xiang et al., ServeGen, arXiv:2505.09999",
+        licence="Apache-2.0",
+        prompt_tokens=_grid(_LEVELS, [
+            4, 9, 10, 13, 18, 26, 29, 41, 57, 76, 113, 172, 208, 222, 266, 349, 406, 482, 748, 1165, 2092, 6714,
+            16479, 23423, 28228, 33783, 57284]),
+        output_tokens=_grid(_LEVELS, [
+            9, 141, 170, 225, 287, 341, 387, 427, 470, 519, 582, 668, 792, 944, 1104, 1244, 1367, 1499, 1680,
+            2196, 3432, 5701, 9338, 12607, 15737, 20833, 32768]),
+        arrivals=Arrivals(poisson=Poisson(rate_per_s=16.01)),
     ),
 }
 # fmt: on

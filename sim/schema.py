@@ -1,4 +1,4 @@
-"""The JSON Schema of scenario files, with the settings of every shipped policy, router and backend."""
+"""The JSON Schemas of scenario files, with the settings of all policies, routers and backends, and of sweep files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from backend import specs
 from sim import plugins
 from sim.lookup import BACKENDS
 from sim.scenario import Scenario
+from sim.sweep_file import SweepFile
 
 
 def scenario_schema() -> dict[str, Any]:
@@ -25,6 +26,16 @@ def scenario_schema() -> dict[str, Any]:
     for holder in (schema, schema["$defs"]["Variant"]):
         for key, choice in choices.items():
             holder["properties"][key] = {**choice, "description": holder["properties"][key]["description"]}
+    return schema
+
+
+def sweep_schema() -> dict[str, Any]:
+    """The same for sweep YAML; a list stands for an axis of these values."""
+    schema = SweepFile.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Chairlift sweep"
+    axis = schema["$defs"]["Axis"]
+    schema["$defs"]["Axis"] = {"anyOf": [{"type": "array", "minItems": 1}, axis]}
     return schema
 
 

@@ -10,12 +10,15 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from sim import formats, named
-from sim.arrivals import Arrivals, Rate
+from sim.arrivals import Arrivals
 from sim.clients import Clients, Prefix, Priority, Sessions, Weight, restarted, starts, weighted
 from sim.lengths import IntArray, Lengths, Spec, Tokens
+from sim.mix import merged
 from sim.problems import BadInput, Problem, did_you_mean
+from sim.servegen import ServeGen
 from sim.streams import stream
 from sim.trace import LATEST_PS, HashIds, Trace
+from sim.varying_rates import Rate
 
 __all__ = ["HashIds", "Trace", "Workload"]
 
@@ -25,7 +28,8 @@ Count = Annotated[int, Field(ge=1)]
 class Workload(Spec):
     """The workload of a scenario; `build` makes a `Trace` of it.
 
-    Lengths come from exactly one of: ``prompt_tokens`` and ``output_tokens`` (synthetic), ``name``, ``file``.
+    Lengths come from exactly one of: ``prompt_tokens`` and ``output_tokens`` (synthetic), ``name``, ``file``,
+    ``servegen``, ``mix``.
     Arrivals come from ``arrivals`` or ``clients``, or else from the named workload or the file.
     """
 
@@ -70,13 +74,17 @@ class Workload(Spec):
         default=None,
         description="A trace file to replay; a relative path starts at the scenario file's folder.",
     )
-    format: Literal["azure", "burstgpt", "chairlift", "mooncake", "vidur"] | None = Field(
-        default=None, description="The file's format; null: told from its header."
+    servegen: ServeGen | None = Field(default=None, description="Requests drawn from ServeGen's table of clients.")
+    mix: Annotated[dict[str, Workload], Field(min_length=1)] | None = Field(
+        default=None, description="Several workloads at once, by name: each with arrivals of its own, and a tenant."
+    )
+    format: Literal["azure", "burstgpt", "chairlift", "kv_cache_tester", "mooncake", "ragpulse", "vidur"] | None = (
+        Field(default=None, description="The file's format; null: told from its header.")
     )
     time_scale: Annotated[float, Field(gt=0, le=1e9)] = Field(
         default=1.0, description="Multiplies a file's arrival times: 0.5 is twice the load."
     )
-    limit: Count | None = Field(default=None, description="Read the first so many rows of the file.")
+    limit: Count | None = Field(default=None, description="Read the first so many rows of the file, or sessions.")
 
     @field_validator("max_tokens", mode="before")
     @classmethod
@@ -110,9 +118,11 @@ class Workload(Spec):
         wrong = []
         synthetic = self.prompt_tokens is not None or self.output_tokens is not None
         sources = ["prompt_tokens or output_tokens"] * synthetic
-        sources += [key for key in ("name", "file") if getattr(self, key) is not None]
+        sources += [key for key in ("name", "file", "servegen", "mix") if getattr(self, key) is not None]
         if len(sources) != 1:
-            rule = "lengths must come from exactly one of prompt_tokens with output_tokens, name, or file"
+            rule = (
+                "lengths must come from exactly one of prompt_tokens with output_tokens, name, file, servegen, or mix"
+            )
             wrong.append(f"{rule}, not {' and '.join(sources) or 'none'}")
         elif synthetic:
             needed = ("requests", "arrivals", "prompt_tokens", "output_tokens")
@@ -122,8 +132,13 @@ class Workload(Spec):
             missing = [key if key != "arrivals" else "arrivals (or clients)" for key in missing]
             if missing:
                 wrong.append(f"a synthetic workload must have {' and '.join(missing)} as well")
-        elif self.name is not None and self.requests is None:
-            wrong.append("a named workload must have requests, how many to draw")
+        elif (self.name or self.servegen) and self.requests is None:
+            what = "a named workload" if self.name else "servegen"
+            wrong.append(f"{what} must have requests, how many to draw")
+        elif self.mix is not None:
+            only_in = ("arrivals", "clients", "rate_per_s", "max_tokens")
+            said = [key for key in only_in if getattr(self, key) is not None]
+            wrong += [f"{key} must not be given beside mix: its parts have their own" for key in said]
         if self.file is None:
             only = {"format": self.format, "limit": self.limit}
             wrong += [f"{key} must not be given without a file" for key, value in only.items() if value is not None]
@@ -132,7 +147,7 @@ class Workload(Spec):
     def _wrong_times(self) -> list[str]:
         """What is wrong with where times come from."""
         wrong = []
-        if self.rate_per_s is not None and self.name is None and self.file is None:
+        if self.rate_per_s is not None and not (self.name or self.file or self.servegen or self.mix):
             wrong.append("rate_per_s must not be given without a name or a file: arrivals say the rate")
         elif self.rate_per_s is not None and self.arrivals is not None:
             wrong.append("rate_per_s and arrivals must not both be given: each says the rate")
@@ -148,21 +163,28 @@ class Workload(Spec):
             wrong += [f"clients and {key} must not both be given: each says when requests come" for key in others]
         rateless = self.arrivals is None and self.clients is None and self.rate_per_s is None
         if self.name is not None and rateless and named.get(self.name).arrivals is None:
-            wrong.append(f"{self.name} has lengths only, so arrivals or rate_per_s must be given")
+            lacks = "no arrivals of its sessions" if self._sessions() else "lengths only"
+            wrong.append(f"{self.name} has {lacks}, so arrivals or rate_per_s must be given")
         return wrong
 
     def _wrong_senders(self) -> list[str]:
         """What is wrong with who sends the requests."""
         wrong = []
-        if self.file is not None:
-            keys = ("sessions", "prefix", "tenants", "priority")
-            given = [key for key in keys if getattr(self, key) is not None]
-            wrong += [f"{key} must not be given with a file, which has its own or none" for key in given]
-        if self.sessions is not None and self.clients is not None:
+        for source, article in (("file", "a file"), ("servegen", "servegen"), ("mix", "mix")):
+            if getattr(self, source) is not None:
+                keys = ("sessions", "prefix", "tenants", "priority")
+                given = [key for key in keys if getattr(self, key) is not None]
+                wrong += [f"{key} must not be given with {article}, which has its own or none" for key in given]
+        sessions = self.sessions or self._sessions()
+        if sessions is not None and self.clients is not None:
             wrong.append("sessions and clients must not both be given: each says after what a request is sent")
-        if self.sessions is not None and self.prefix is not None:
+        if sessions is not None and self.prefix is not None:
             wrong.append("sessions and prefix must not both be given: the prompts of a session share what came before")
         return wrong
+
+    def _sessions(self) -> Sessions | None:
+        """Those of the named workload, if it has any."""
+        return None if self.name is None else named.get(self.name).sessions
 
     def build(self, seed: int, base: Path | None = None) -> Trace:
         """The trace: the same one for the same ``seed`` (>= 0) and, with a file, the same file.
@@ -174,11 +196,16 @@ class Workload(Spec):
         Raises:
             BadInput: the file is wrong, arrivals run past what the clock can say, or sessions past their context.
         """
-        trace = self._replayed(seed, base) if self.file is not None else self._drawn(seed)
-        return self._capped(trace)
+        if self.mix is not None:
+            seeds = {name: int(stream(seed, f"mix {name}").integers(2**62)) for name in self.mix}
+            trace = merged({name: part.build(seeds[name], base) for name, part in self.mix.items()})
+            return trace if self.requests is None else trace.head(self.requests)
+        replays = self.file is not None or self.servegen is not None
+        return self._capped(self._replayed(seed, base) if replays else self._drawn(seed))
 
     def _drawn(self, seed: int) -> Trace:
         prompt, output, arrivals = self.prompt_tokens, self.output_tokens, self.arrivals
+        sessions = self.sessions or self._sessions()
         source = "synthetic"
         if self.name is not None:
             known = named.get(self.name)
@@ -189,9 +216,9 @@ class Workload(Spec):
         n = self.requests
         if n is None or prompt is None or output is None:
             raise AssertionError("let through by _fits_together")
-        if self.sessions is not None and arrivals is not None:
+        if sessions is not None and arrivals is not None:
             cap = self.max_tokens if isinstance(self.max_tokens, int) else None
-            trace = self.sessions.draw(n, seed, arrivals, prompt, output, cap)
+            trace = sessions.draw(n, seed, arrivals, prompt, output, cap)
         else:
             trace = Trace(
                 arrival_ps=np.zeros(n, np.int64)
@@ -219,14 +246,19 @@ class Workload(Spec):
         return columns
 
     def _replayed(self, seed: int, base: Path | None) -> Trace:
-        path = (base or Path()) / str(self.file)
-        limits = [limit for limit in (self.limit, self.requests) if limit is not None]
-        trace = formats.load(
-            path, self.format, min(limits, default=None), times=self.arrivals is None and self.clients is None
-        )
+        if self.servegen is not None:
+            path = (base or Path()) / self.servegen.file
+            trace = self.servegen.draw(self.requests or 1, seed, base or Path(), self.rate_per_s)
+        else:
+            path = (base or Path()) / str(self.file)
+            limits = [limit for limit in (self.limit, self.requests) if limit is not None]
+            timed = self.arrivals is None and self.clients is None
+            trace = formats.load(path, self.format, min(limits, default=None), times=timed)
         notes = list(trace.notes)
-        if self.requests is not None and len(trace) < self.requests:
-            notes.append(f"{self.requests} requests wanted, {len(trace)} read")
+        if self.requests is not None:
+            trace = trace.head(self.requests)  # of sessions, the limit counts whole ones
+            if len(trace) < self.requests:
+                notes.append(f"{self.requests} requests wanted, {len(trace)} read")
         times = trace.arrival_ps
         if self.clients is not None:
             notes.append(f"arrival times replaced by {self.clients.concurrency} clients in a closed loop")
@@ -235,7 +267,7 @@ class Workload(Spec):
             notes.append("arrival times replaced")
             trace = restarted(trace, self.arrivals.times_ps(starts(trace), stream(seed, "arrivals")))
             return dataclasses.replace(trace, notes=tuple(notes))
-        if self.rate_per_s is not None:
+        if self.rate_per_s is not None and self.servegen is None:
             if trace.duration_s == 0:
                 rule = "all requests of the file arrive at once, which no stretching makes a rate; give arrivals"
                 raise BadInput(Problem(rule, file=str(path), path="rate_per_s", value=self.rate_per_s))

@@ -41,6 +41,24 @@ def test_the_cluster_keys_are_all_understood(tmp_path: Path, monkeypatch: pytest
         assert result.status == 0, result.err
 
 
+def test_the_sweep_runs_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(blocks("yaml")[0])
+    [sweep] = [block for block in blocks("yaml") if "seeds:" in block]
+    Path("sweep.yaml").write_text(sweep)
+    small = ("workload.requests=20",)
+    result = chairlift("sweep", "sweep.yaml", "--dry-run", *(f"--set={each}" for each in small))
+
+    assert result.status == 0, result.err
+    assert "120 points × 8 seeds" in result.err
+    Path("sweep.yaml").write_text(sweep.replace("seeds: 8", "seeds: 2").replace("points: 6", "points: 1"))
+    result = chairlift("sweep", "sweep.yaml", "-j1", *(f"--set={each}" for each in small))
+    assert result.status == 0, result.err
+    result = chairlift("compare", "sweep")
+    assert result.status == 0, result.err
+    assert "mean rank" in result.out
+
+
 def test_the_scenario_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(blocks("yaml")[0])

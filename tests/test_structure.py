@@ -144,10 +144,29 @@ def test_nothing_at_run_time_needs_more_than_the_project_declares() -> None:
         declared.add(names.get(name, name))
     found = {name for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - set(PACKAGES)
 
-    assert found - GPU_LIBRARIES - declared - {"pydantic_core"} == set()  # pydantic brings its core
+    assert found - GPU_LIBRARIES - extras() - declared - {"pydantic_core"} == set()  # pydantic brings its core
 
 
-SHIPPED = sorted((ROOT / "scenarios").rglob("*.yaml"))
+def extras() -> set[str]:
+    """What only some commands need: declared as extras, imported where it is used."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    optional = project["project"]["optional-dependencies"]
+    return {each.split(">")[0].strip() for name, needed in optional.items() if name != "dev" for each in needed}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_extras_are_imported_only_where_they_are_used(path: Path) -> None:
+    at_import = {
+        name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)])
+    }
+
+    assert {name.split(".")[0] for name in at_import} & extras() == set()
+
+
+SHIPPED = sorted(set((ROOT / "scenarios").rglob("*.yaml")) - set((ROOT / "scenarios" / "sweeps").iterdir()))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
