@@ -104,6 +104,7 @@ class RunRecords:
     def __init__(self) -> None:
         self.rows = array("q")
         self.gap_rows = array("q")
+        self.event_rows = array("q")  # rows of `sim.journal.EVENT_COLUMNS`, if a journal is kept
 
     def runs(self) -> dict[str, Ints]:
         """Column name → int64 array, in order of time."""
