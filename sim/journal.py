@@ -15,18 +15,10 @@ from typing import Any
 
 from policies.base import Request
 from sim.engine import Engine
-from sim.records import RUN_COLUMNS, Status
+from sim.records import EVENT_COLUMNS, RUN_COLUMNS, Status
 from sim.runs import Plan
 from sim.step import ReplicaStep
 
-EVENT_COLUMNS = (
-    "time_ps",
-    "run",  # row of this replica's runs from which on it counts; of a chunk: the row that computed it
-    "kind",
-    "request",
-    "other",  # another request, -1 where none is meant
-    "value",
-)
 PACK_EVENT = Struct(f"{len(EVENT_COLUMNS)}q").pack
 DENIALS = 8  # written of one plan; a policy may try its whole queue
 
@@ -183,5 +175,3 @@ class JournalEngine(Engine):
             for request in plan.ending:
                 self.write(now, row, Kind.DONE, request.id, -1, 0)
         return super().complete(plan, now)
-
-

@@ -48,6 +48,15 @@ RUN_COLUMNS = (
 
 PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
 
+EVENT_COLUMNS = (  # of a journal, see `sim.journal`
+    "time_ps",
+    "run",  # row of this replica's runs from which on it counts; of a chunk: the row that computed it
+    "kind",
+    "request",
+    "other",
+    "value",
+)
+
 GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
 
 
@@ -104,12 +113,17 @@ class RunRecords:
     def __init__(self) -> None:
         self.rows = array("q")
         self.gap_rows = array("q")
-        self.event_rows = array("q")  # rows of `sim.journal.EVENT_COLUMNS`, if a journal is kept
+        self.event_rows = array("q")  # rows of EVENT_COLUMNS, if a journal is kept
 
     def runs(self) -> dict[str, Ints]:
         """Column name → int64 array, in order of time."""
         table = np.array(self.rows, dtype=np.int64).reshape(-1, len(RUN_COLUMNS))
         return {name: table[:, i] for i, name in enumerate(RUN_COLUMNS)}
+
+    def events(self) -> dict[str, Ints]:
+        """Column name of EVENT_COLUMNS → int64 array; empty without a journal."""
+        table = np.array(self.event_rows, dtype=np.int64).reshape(-1, len(EVENT_COLUMNS))
+        return {name: table[:, i] for i, name in enumerate(EVENT_COLUMNS)}
 
     def gaps(self) -> dict[str, Ints]:
         """Column name → int64 array."""

@@ -43,7 +43,8 @@ def simulate(
     """Serve the trace of ``setup`` to its end.
 
     ``progress(arrived)`` is called now and then. ``leap=False`` takes every engine step on its own: the same
-    results, slowly. ``journal`` keeps what happens to each request (`sim.journal`). Raises `PolicyError` if the policy asks for what cannot be, or leaves requests unserved.
+    results, slowly. ``journal`` keeps what happens to each request (`sim.journal`). Raises `PolicyError` if the policy
+    asks for what cannot be, or leaves requests unserved.
     """
     engine_type = JournalEngine if journal else Engine
     started = time.perf_counter()
@@ -65,7 +66,7 @@ def simulate(
 
 
 def _served(
-    setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool, engine_type: type[Engine]
+    setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool, engine_type: type[Engine] = Engine
 ) -> tuple[RequestRecords, list[Engine], list[int]]:
     """Records, engines, and how long each was up, ps.
 
