@@ -28,7 +28,7 @@ class Kind(IntEnum):
 
     ARRIVE = 0  # it is handed to the replica; value: requests waiting there before it
     DENY = 1  # no room in the pool when a policy asked; other: blocks that were free; value: blocks it lacks
-    ADMIT = 2  # value: tokens found in the prefix cache or loaded
+    ADMIT = 2  # value: tokens found in the prefix cache or loaded; other: known tokens left to compute
     CHUNK = 3  # value: tokens computed in this run
     PARK = 4  # it decodes, but not in this run and those after it
     JOIN = 5  # it decodes again
@@ -64,9 +64,10 @@ class JournalStep(ReplicaStep):
 
     def admit(self, request: Request, tokens: int, reserve: int | None = None, *more: Any, **named: Any) -> bool:  # noqa: D102
         hit = self.pool.hit(request)
+        left = request.remaining - hit
         admitted = super().admit(request, tokens, reserve, *more, **named)
         if admitted:
-            self.write(self.now, self.row(), Kind.ADMIT, request.id, -1, hit)
+            self.write(self.now, self.row(), Kind.ADMIT, request.id, left, hit)
         elif not any(r is request for r in self.rejected):
             self._deny(request, hit + tokens if reserve is None else reserve)
         return admitted
