@@ -120,6 +120,7 @@ class RunResults:
         self.tenants: list[str] = facts["tenants"]
         self.replicas = [Replica(i, **each) for i, each in enumerate(facts["replicas"])]
         self._folder = folder
+        self.rows = {name: count for name, (_, count) in rows.items()}
         self._rows = rows  # of each table: its first row there, and how many
 
     @property
@@ -142,7 +143,7 @@ class RunResults:
     @property
     def has_events(self) -> bool:
         """Whether it was run with a journal."""
-        return self._rows["events"][1] > 0
+        return self.rows["events"] > 0
 
     def events(self) -> Iterator[Columns]:
         """All columns of ``events.parquet``, replica by replica; nothing at all if there is no journal."""
