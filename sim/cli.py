@@ -18,7 +18,7 @@ from rich.table import Table
 
 from backend import specs
 from policies.base import PolicyError
-from sim import formats, named, output, plugins, report
+from sim import cli_report, formats, named, output, plugins, report, results
 from sim.describe import table as trace_table
 from sim.load import load
 from sim.lookup import BACKENDS
@@ -114,6 +114,7 @@ def run(
         raise typer.Exit(130) from None
     finally:
         writer.close(outcomes)
+    drawn = cli_report.draw(results.read(folder), folder / "report.html") if report_ else ""
     if as_json:
         name = "comparison.json" if len(study.setups) > 1 else "summary.json"
         sys.stdout.write((folder / name).read_text(encoding="utf-8"))
@@ -122,6 +123,8 @@ def run(
         wall = sum(o.summary["wall_s"] for o in outcomes)
         count = sum(len(o.requests.status) for o in outcomes)
         out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
+        if drawn:
+            out.print(drawn, soft_wrap=True)
 
 
 @app.command("list")
@@ -259,6 +262,10 @@ def _question(path: Path) -> str:
 
     question, mark, _ = str(read(path).data.get("question", "")).strip().partition("?")
     return question + mark
+
+
+app.command()(cli_report.report)
+app.command()(cli_report.explain)
 
 
 def main() -> None:
