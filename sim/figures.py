@@ -71,7 +71,11 @@ def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None
     if limit is not None:
         x = limit / scale
         shapes.append(_line(x, "x"))
-        notes.append(_note(f"SLO {limit:g} ms", np.log10(x) if logarithmic else x, 1.0, "left"))
+        met = ""
+        if len(runs) == 1 and len(runs[0][1]):
+            good = runs[0][1][~np.isnan(runs[0][1])]
+            met = f": {np.mean(good <= limit):.1%}" if len(good) else ""
+        notes.append(_note(f"SLO {limit:g} ms{met}", np.log10(x) if logarithmic else x, 1.0, "left"))
     axis: Figure = {"title": {"text": f"{LATENCY_NAMES[metric]}, {unit}"}, "type": "log" if logarithmic else "linear"}
     if logarithmic:
         axis["dtick"] = 1

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sim.metrics import PS_PER_S
 from sim.results import Columns, Replica, RunResults
-from sim.slots import Slots, seat
+from sim.slots import Cell, Slots, seat
 
 PS_PER_NS = 1000
-ROWS = 150_000  # rows of runs on a page, all diagrams together: some 3 MB before compression
+ROWS = 100_000  # rows of runs on a page, all diagrams together: some 3 MB of a page
+BINS = 600  # of the whole, where it is more than a diagram holds
 STEP_COLUMNS = ("start_ps", "first_ps", "slope_ps", "steps", "decodes", "waiting")
 
 
@@ -31,7 +33,11 @@ def diagrams(run: RunResults, rows: int, span_s: tuple[float, float] | None = No
     for replica, steps, events in zip(run.replicas, run.steps(*STEP_COLUMNS), run.events(), strict=True):
         if len(steps["steps"]):
             slots = seat(events, steps)
-            yield diagram(replica, slots, steps, window(steps, rows, span_s))
+            shown = window(steps, rows, span_s)
+            made = diagram(replica, slots, steps, shown)
+            if shown.end - shown.begin < shown.rows:
+                made["overview"] = overview(slots, steps)
+            yield made
 
 
 def window(steps: Columns, rows: int, span_s: tuple[float, float] | None) -> Window:
@@ -97,6 +103,42 @@ def diagram(replica: Replica, slots: Slots, steps: Columns, shown: Window) -> di
             "end": rows(slots.park_end[parks]),
         },
     }
+
+
+def overview(slots: Slots, steps: Columns) -> dict[str, Any]:
+    """The whole run in `BINS` bins of time: for each slot a string of `Cell` numbers, what lasted longest in each.
+
+    A stay counts as prefill until its prompt is done, then as decoding: steps in which it stalls are not told apart.
+    """
+    start = steps["start_ps"].astype(np.float64)
+    count = steps["steps"].astype(np.float64)
+    end = start + count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) / 2)
+    at = np.append(start, end[-1])  # where a row begins; the last entry ends the run
+    origin, width = at[0], (at[-1] - at[0]) / BINS
+    seated = np.flatnonzero(slots.end > slots.begin)
+    slot = slots.slot[seated]
+    edges = [(at[rows[seated]] - origin) / width for rows in (slots.begin, slots.ready, slots.done, slots.end)]
+    weight = np.zeros((len(Cell), slots.count, BINS))
+    for cell, low, high in ((Cell.PREFILL, 0, 1), (Cell.DECODE, 1, 2), (Cell.PADDING, 2, 3)):
+        _cover(weight[cell], slot, edges[low], edges[high])
+    weight[Cell.IDLE] = 1 - weight.sum(axis=0)
+    most = weight.argmax(axis=0).astype(np.uint8) + ord("0")
+    return {
+        "from": origin / PS_PER_S,
+        "to": float(at[-1]) / PS_PER_S,
+        "cells": [line.tobytes().decode() for line in most],
+    }
+
+
+def _cover(weight: npt.NDArray[np.float64], line: npt.NDArray[np.int64], low: Any, high: Any) -> None:
+    """Add to each bin of ``weight``, shape (lines, bins), the share of it that the spans ``low`` … ``high`` cover."""
+    bins = weight.shape[1]
+    for at, sign in ((low, 1.0), (high, -1.0)):  # ramps: a span is what begins at `low` less what begins at `high`
+        whole = np.minimum(at.astype(np.int64), bins - 1)
+        steps = np.zeros((weight.shape[0], bins + 1))
+        np.add.at(steps, (line, whole), sign * (whole + 1 - at))
+        np.add.at(steps, (line, whole + 1), sign * (at - whole))
+        weight += np.cumsum(steps, axis=1)[:, :bins]
 
 
 def _differences(values: npt.NDArray[np.int64]) -> list[int]:

@@ -103,6 +103,7 @@ class SlotView {
 
   whole() {
     const r = this.replay;
+    if (r.overview && !this.byStep) return [r.overview.from, r.overview.to];
     return [r.from(0, this.byStep), r.to(r.n - 1, this.byStep)];
   }
 
@@ -124,6 +125,7 @@ class SlotView {
   }
 
   closeUp(count) { // single steps, where the view starts
+    if (this.replay.overview && this.range[0] < this.replay.from(0, this.byStep)) this.range = [this.replay.from(0, this.byStep), 0];
     const r = this.replay, row = r.rowAt(this.range[0], this.byStep), j = r.stepAt(row, this.range[0], this.byStep);
     let last = row, left = count - (r.steps[row] - j);
     while (left > 0 && last + 1 < r.n) left -= r.steps[++last];
@@ -153,11 +155,19 @@ class SlotView {
   columns() {
     const r = this.replay, byStep = this.byStep, from = this.range[0];
     const to = this.range[1] - (this.range[1] - from) * 1e-6;
+    if (r.overview && !byStep && (from < r.from(0) - 1e-6 || to > r.to(r.n - 1) + 1e-6)) return this.coarse();
     const first = r.rowAt(from, byStep), last = r.rowAt(to, byStep);
     const begin = r.stepAt(first, from, byStep), finish = r.stepAt(last, to, byStep) + 1; // `to` is a little inside
     const steps = r.cumulative[last] + finish - r.cumulative[first] - begin;
     const filled = steps <= COLUMNS ? this.exact(first, begin, last, finish) : this.binned(first, last);
     return { ...filled, steps, first, last };
+  }
+
+  coarse() { // the whole run in bins, made beforehand
+    const r = this.replay, { from, to, cells } = r.overview, bins = cells[0].length;
+    const edges = Array.from({ length: bins + 1 }, (_, i) => from + (i / bins) * (to - from));
+    const z = cells.map((line) => Array.from(line, Number));
+    return { edges, z, exact: false, coarse: true, first: 0, last: r.n - 1 };
   }
 
   exact(first, begin, last, finish) {
@@ -245,7 +255,7 @@ class SlotView {
     this.range = this.clamped();
     const r = this.replay, made = this.columns(), marks = this.marks(made.first, made.last);
     const wide = this.place.clientWidth - 64, high = Math.max(96, Math.min(520, r.slots * 24));
-    const cellWide = wide / (made.edges.length - 1), cellHigh = high / r.slots;
+    const cellWide = made.coarse ? 1 : wide / (made.edges.length - 1), cellHigh = high / r.slots;
     const scale = COLOURS.flatMap((name, i) => [[i / 6, colour(name)], [(i + 1) / 6, colour(name)]]);
     const spell = made.exact && cellHigh >= 13 && cellWide >= 16;
     const heat = {
@@ -287,6 +297,7 @@ class SlotView {
 
   hover(mouse, x, slot) {
     const r = this.replay, row = r.rowAt(x, this.byStep), j = r.stepAt(row, x, this.byStep);
+    if (r.overview && (x < r.from(0, this.byStep) || x > r.to(r.n - 1, this.byStep))) return; // in a bin of the overview
     const idle = x > r.to(row, this.byStep);
     const stay = idle ? -1 : r.at(row, slot);
     const step = r.cumulative[row] + j, at = r.edge(row, j, false).toFixed(3);
@@ -304,12 +315,13 @@ class SlotView {
 
   tell(made, marks) {
     const r = this.replay, number = (n) => n.toLocaleString("en");
-    const words = [made.exact
+    const stretch = r.n < r.rows ? `${number(r.n)} of this replica's ${number(r.rows)} runs of steps, from ${r.from(0).toFixed(1)} to ${r.to(r.n - 1).toFixed(1)} s, are in the page step by step (the longest queue, or what report --from and --to asked for)` : "";
+    const words = made.coarse
+      ? [`The whole run in ${number(made.z[0].length)} bins, each in the colour of what lasted longest in it; stalls count as decoding. ${stretch}: press single steps to see them.`]
+      : [made.exact
       ? `${number(made.steps)} steps: a column is one step.`
       : `${number(made.steps)} steps: a column is ${number(Math.round(made.steps / COLUMNS * 10) / 10)} of them and takes the colour of what lasted longest in it; zoom in for single steps.`];
-    if (r.n < r.rows) {
-      words.push(`Of this replica's ${number(r.rows)} runs of steps, ${number(r.n)} around its longest queue (or those asked for with --from and --to) are in the page.`);
-    }
+    if (stretch && !made.coarse) words.push(`${stretch}.`);
     if (marks.count > MARKS) words.push(`${number(MARKS)} of ${number(marks.count)} preemptions are marked.`);
     this.box.querySelector(".telling").textContent = words.join(" ");
   }
