@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from backend import specs
@@ -22,7 +19,9 @@ from sim import cli_report, formats, named, output, plugins, report, results
 from sim.describe import table as trace_table
 from sim.load import load
 from sim.lookup import BACKENDS
+from sim.metrics import PS_PER_S
 from sim.problems import BadInput, Problem, did_you_mean
+from sim.progress import console, progress
 from sim.run import Outcome, simulate
 from sim.setup import Study
 
@@ -42,10 +41,10 @@ SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "worklo
 FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
-out = Console(highlight=False)
+out = console()
 if not out.is_terminal:
     out.width = max(out.width, WIDTH)
-err = Console(stderr=True, highlight=False)
+err = console(stderr=True)
 
 
 def _version(wanted: bool) -> None:
@@ -181,34 +180,18 @@ def find_scenario(name: str) -> Path:
 
 
 def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> Iterator[Outcome]:
-    total = sum(len(setup.trace) for setup in study.setups)
     done = 0
-    with _progress(total, silent) as advance:
+    with progress(study, err, silent) as advance:
         for setup in study.setups:
             label = " ".join(filter(None, (setup.case, setup.variant))) or study.name
-            advance(done, label)
+            times = setup.trace.arrival_ps if setup.trace.follows is None else None  # who follows comes later than this
+            advance(done, label, None)
 
-            def arrived(count: int, before: int = done, label: str = label) -> None:
-                advance(before + count, label)
+            def arrived(count: int, before: int = done, label: str = label, times: Any = times) -> None:
+                advance(before + count, label, None if times is None else float(times[count - 1]) / PS_PER_S)
 
             yield simulate(setup, leap, arrived, len(setup.trace) <= FEW if journal is None else journal)
             done += len(setup.trace)
-
-
-@contextmanager
-def _progress(total: int, silent: bool) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar over requests on a terminal; nothing in pipes."""
-    if silent or not err.is_terminal:
-        yield lambda _count, _label: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,} requests"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count, label: bar.update(task, completed=count, description=label)
 
 
 def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sim import progress
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.results import Results, RunResults, read
 
@@ -159,7 +160,7 @@ def _jsonable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = progress.console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
     return console

@@ -135,7 +135,6 @@ class _Teller:
         waits: tuple[int, int] | None = None  # since when and from which row on it queues
         denials: dict[int, tuple[int, int]] = {}
         chunks: list[tuple[int, int]] = []
-        ahead = int(self.replica.asynchronous)
         left = 0  # tokens to compute before it decodes
         ready = -1  # row from which on it decodes
         parked: list[tuple[int, bool]] = []  # (row, whether it is left out from there on)
@@ -148,8 +147,7 @@ class _Teller:
             if kind == Kind.ARRIVE:
                 before = f", {value:,} waiting there before it" if value else ""
                 yield Moment(time, f"arrives at replica {self.replica.index}{before}")
-                # a plan made ahead is not made again for it: the step after the one in flight is under way too
-                waits, denials = (time, run + ahead), {}
+                waits, denials = (time, run), {}
             elif kind == Kind.DENY:
                 denials[run] = (other, value)
             elif kind == Kind.ADMIT:

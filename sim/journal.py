@@ -136,7 +136,8 @@ class JournalEngine(Engine):
 
     def submit(self, request: Request, now: int) -> bool:
         """As `Engine.submit`."""
-        self.write(now, self._row_to_come(), Kind.ARRIVE, request.id, -1, len(self.state.waiting))
+        planned = self.end is not None and self._plan is not None  # without it
+        self.write(now, self._row_to_come() + planned, Kind.ARRIVE, request.id, -1, len(self.state.waiting))
         return super().submit(request, now)
 
     def settle(self, now: int) -> list[Request]:

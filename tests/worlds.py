@@ -130,6 +130,7 @@ def play(
     replicas: int = 1,
     leap: bool = True,
     max_model_len: int = 1 << 20,
+    engine_type: type[Engine] = Engine,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin."""
     requests = RequestRecords(trace)
@@ -153,7 +154,7 @@ def play(
             replica.left(request)
             cluster.ended(request, now)
 
-        return Engine(
+        return engine_type(
             policy, backend(), pool, requests, outputs, max_model_len, index=replica.index, leap=leap, finish=finish
         )
 
