@@ -116,7 +116,7 @@ def throughput(runs: Sequence[RunResults], baseline: str) -> Figure:
             "hovertemplate": "%{y}: %{x:,.1f} tokens/s<extra></extra>",
         }
     ]
-    layout = _bars(len(runs), "tokens/s, prompts and outputs counted", [0, max(rates) * 1.6])
+    layout = _bars(len(runs), "tokens/s, prompts and outputs counted", [0, max(rates) * 1.6 or 1])
     return {"data": traces, "layout": layout}
 
 

@@ -219,6 +219,14 @@ class Results:
 def read(folder: Path) -> Results:
     """The results in ``folder``. Raises `BadInput` if there are none, or only part of them."""
     facts = _json(folder, "study.json")
+    try:
+        return _results(folder, facts)
+    except (KeyError, TypeError):
+        rule = "is of another version of Chairlift: run the scenario again"
+        raise BadInput(Problem(rule, file=str(folder / "study.json"))) from None
+
+
+def _results(folder: Path, facts: dict[str, Any]) -> Results:
     runs = facts["runs"]
     summaries = _json(folder, "comparison.json") if facts["compares"] else [_json(folder, "summary.json")]
     places: list[dict[str, tuple[int, int]]] = []
@@ -231,7 +239,9 @@ def read(folder: Path) -> Results:
         question=facts["question"],
         baseline=facts["baseline"],
         waterfall=facts["waterfall"],
-        runs=[RunResults(folder, *parts) for parts in zip(runs, summaries, places, strict=True)],
+        runs=[
+            RunResults(folder, *parts) for parts in zip(runs, summaries, places, strict=False)
+        ],  # one may be cut short
     )
 
 

@@ -178,7 +178,7 @@ class SlotView {
         const x = r.edge(row, j, this.byStep);
         if (j === j0) {
           if (edges.length === 0) edges.push(x);
-          else if (x > edges[edges.length - 1] + 1e-9) edges.push(x); // the replica was idle in between
+          else if (x > edges[edges.length - 1] + this.slack(row)) edges.push(x); // the replica was idle in between
           at.set(row, edges.length - 1);
         }
         edges.push(r.edge(row, j + 1, this.byStep));
@@ -198,6 +198,8 @@ class SlotView {
     });
     return { edges, z, words, exact: true };
   }
+
+  slack(row) { return this.byStep ? 0 : this.replay.first[row] * 1e-12; } // a thousandth of a step: times are rounded
 
   binned(first, last) {
     const r = this.replay, [from, to] = this.range, width = (to - from) / COLUMNS;
