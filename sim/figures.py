@@ -187,7 +187,7 @@ def shares(
         for label, colour, values, words in parts
     ]
     layout = _bars(len(names), title, [0, 1])
-    layout["xaxis"]["tickformat"] = ".0%"
+    layout["xaxis"].update(tickformat=".0%", dtick=0.25)
     layout["barmode"] = "stack"
     return {"data": traces, "layout": layout}
 
@@ -245,7 +245,7 @@ def over_time(line: Timeline) -> Figure:
         top = 1 - i * (height + gap)
         axis: Figure = {"domain": [max(0, top - height), top], "rangemode": "tozero", "nticks": 4}
         if i == 3:
-            axis["tickformat"] = ".0%"
+            axis["tickformat"] = ".2~%"
         layout["yaxis" + (str(i + 1) if i else "")] = axis
         layout["annotations"].append(
             {"text": title, "x": 0, "xref": "paper", "xanchor": "left", "y": top, "yref": "paper", "yanchor": "bottom"}

@@ -198,6 +198,8 @@ def _legend(names: list[str]) -> str:
 
 
 def _cdfs(page: _Page, runs: list[tuple[int, RunResults, dict[str, Floats]]]) -> str:
+    if not any(run.summary["completed"] for _, run, _ in runs):
+        return '<p class="caption">No request was completed.</p>'
     cells = []
     for metric in METRICS:
         limits = {run.slo.get(f"{metric}_ms") for _, run, _ in runs}
@@ -209,6 +211,8 @@ def _cdfs(page: _Page, runs: list[tuple[int, RunResults, dict[str, Floats]]]) ->
 
 
 def _waste(page: _Page, members: list[tuple[int, RunResults]]) -> str:
+    if not any(run.summary["steps"] for _, run in members):
+        return '<p class="caption">No step was run.</p>'
     names = [run.variant for _, run in members]
     blank = [""] * len(members)
     kv = [(label, colour, [run.summary[key] for _, run in members], blank) for label, colour, key in KV]

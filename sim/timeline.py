@@ -149,12 +149,13 @@ def _queue(requests: Columns, here: npt.NDArray[np.bool_], edges: Floats) -> tup
 
 
 def cdf(values: Floats) -> tuple[Floats, Floats]:
-    """(values, shares) of the empirical distribution of ``values``, at most some 250 points, NaN left out."""
+    """(values, shares from 0 to 1) of the distribution of ``values``, NaN left out, in at most some 250 points."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return values, values
     if len(values) <= len(RANKS):
-        return np.sort(values), np.arange(1, len(values) + 1) / len(values)
+        ranked = np.sort(values)
+        return np.concatenate((ranked[:1], ranked)), np.arange(len(values) + 1) / len(values)
     return np.quantile(values, RANKS), RANKS
 
 

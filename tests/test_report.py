@@ -354,7 +354,7 @@ def test_numbers_are_written_with_their_units(value: float | None, unit: str, wo
 
 def test_a_distribution_of_few_is_exact_and_of_many_keeps_its_percentiles() -> None:
     values, shares = cdf(np.array([3.0, 1.0, np.nan, 2.0]))
-    assert (values.tolist(), shares.tolist()) == ([1, 2, 3], pytest.approx([1 / 3, 2 / 3, 1]))
+    assert (values.tolist(), shares.tolist()) == ([1, 1, 2, 3], pytest.approx([0, 1 / 3, 2 / 3, 1]))
     many = np.random.default_rng(0).lognormal(size=10_000)
     values, shares = cdf(many)
 
@@ -381,3 +381,29 @@ def test_tables_have_no_colours_in_pipes() -> None:
 
     assert "\x1b" not in result.out + result.err
     assert re.search(r"requests inside, over that time +[ ▁▂▃▄▅▆▇█]{40} ≤ \d+", result.out)
+
+
+@pytest.mark.parametrize("tokens", [16, 4000])
+def test_nobody_served_and_one_request_have_a_page_too(tokens: int) -> None:
+    page = made(replaced("tokens: 4000", f"tokens: {tokens}").replace("requests: 30", "requests: 1"))
+    html = Path("out/report.html").read_text()
+    figures = json.loads(page.unpacked("data"))["figures"]
+
+    served = json.loads(Path("out/summary.json").read_text())["completed"]
+    assert served == (tokens == 4000)
+    assert ("No request was completed." in html, "No step was run." in html) == (not served, not served)
+    curves = [
+        f for f in figures.values() if f["layout"].get("xaxis", {}).get("title", {}).get("text", "").startswith("TTFT")
+    ]
+    assert [curve["data"][0]["y"] for curve in curves] == ([[0, 1]] if served else [])
+
+
+def test_a_folder_of_another_version_is_named() -> None:
+    made(SCENARIO)
+    Path("out/study.json").write_text('{"name": "x", "runs": []}')
+    result = chairlift("report", "out")
+
+    assert (result.status, result.err) == (
+        2,
+        "error: out/study.json: is of another version of Chairlift: run the scenario again\n",
+    )

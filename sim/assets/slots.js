@@ -274,7 +274,7 @@ class SlotView {
       height: high + 56, hovermode: "closest",
       margin: { l: 44, r: 14, t: 8, b: 44 },
       xaxis: { title: { text: this.byStep ? "engine step" : "simulated time, s" }, range: this.range, showgrid: false },
-      yaxis: { title: { text: "slot" }, range: [r.slots - 0.5, -0.5], fixedrange: true, showgrid: false, ticks: "", nticks: 8 },
+      yaxis: { title: { text: "slot" }, range: [r.slots - 0.5, -0.5], fixedrange: true, showgrid: false, ticks: "", tick0: 0, dtick: Math.max(1, 5 * Math.round(r.slots / 40)) },
     };
     const place = this.place;
     Plotly.react(place, [heat, painted(cross)], dressed(layout), CONFIG).then(() => this.bind());
