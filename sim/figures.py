@@ -23,6 +23,7 @@ HUES = 8  # var(--v0) … var(--v7), told apart by the colour-blind too; dashes 
 DASHES = ("solid", "dash", "dot", "dashdot")
 WIDE = 50  # times from a distribution's 1st to its 99th percentile from which on the axis is logarithmic
 ROW = 20  # pixels of a bar
+LONG = 0.6  # of the longest bar: from there on its text stands inside it
 INK, MUTED = "var(--ink)", "var(--muted)"
 LATENCY_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 STATES = {  # what a slot does → how it is named
@@ -110,13 +111,16 @@ def throughput(runs: Sequence[RunResults], baseline: str) -> Figure:
             "y": names,
             "x": rates,
             "text": texts,
-            "textposition": "outside",
+            "textposition": ["inside" if rate > LONG * max(rates) else "outside" for rate in rates],
+            "insidetextanchor": "end",
+            "insidetextfont": {"color": "var(--paper)"},
+            "constraintext": "none",
             "cliponaxis": False,
             "marker": {"color": [hue(i) for i in range(len(runs))]},
             "hovertemplate": "%{y}: %{x:,.1f} tokens/s<extra></extra>",
         }
     ]
-    layout = _bars(len(runs), "tokens/s, prompts and outputs counted", [0, max(rates) * 1.6 or 1])
+    layout = _bars(len(runs), "tokens/s, prompts and outputs counted", [0, max(rates) * 1.2 or 1])
     return {"data": traces, "layout": layout}
 
 
@@ -176,9 +180,10 @@ def shares(
             "y": list(names),
             "x": list(values),
             "customdata": list(words),
-            "text": [f"{v:.0%}" if v >= 0.06 else "" for v in values],
+            "text": [f"{v:.0%}" if v >= 0.12 else "" for v in values],
             "textposition": "inside",
             "insidetextanchor": "middle",
+            "textangle": 0,
             "insidetextfont": {"color": MUTED if colour == "idle" else "var(--on-mark)", "size": 11},
             "constraintext": "none",
             "marker": {"color": f"var(--{colour})"},
@@ -188,6 +193,7 @@ def shares(
     ]
     layout = _bars(len(names), title, [0, 1])
     layout["xaxis"].update(tickformat=".0%", dtick=0.25)
+    layout["margin"]["r"] = 24  # half of the last label
     layout["barmode"] = "stack"
     return {"data": traces, "layout": layout}
 
@@ -230,7 +236,7 @@ def over_time(line: Timeline) -> Figure:
     add(4, "kv", "used", "decode", ".1%", fill=True)
     titles = (
         "<b>tokens/s</b>   " + _key(("output", "decode"), ("prompt", "prefill")),
-        "<b>slots in use</b>   " + _key(*STATES.values()),
+        "<b>slots</b>   " + _key(*(named for name, named in STATES.items() if curves[name].any())),
         "<b>requests waiting</b>",
         "<b>KV pools</b>   " + _key(("used", "decode"), ("held", "stalled")),
     )

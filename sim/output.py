@@ -30,7 +30,7 @@ from sim.results import run_facts, study_facts
 from sim.run import Outcome
 from sim.setup import Setup, Study
 
-KINDS = pa.array([kind.name.lower() for kind in Kind])
+KINDS = [kind.name.lower() for kind in Kind]
 STATUS = [status.name.lower() for status in Status]
 
 
@@ -153,7 +153,9 @@ def replica_table(
         arrays = _labels(label, n)
         arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
         for name, values in columns.items():
-            arrays[name] = KINDS.take(pa.array(values)) if name == "kind" else pa.array(np.ascontiguousarray(values))
+            arrays[name] = (
+                pa.array(KINDS).take(pa.array(values)) if name == "kind" else pa.array(np.ascontiguousarray(values))
+            )
         tables.append(pa.table(arrays))
     return pa.concat_tables(tables).combine_chunks()
 

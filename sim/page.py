@@ -274,7 +274,7 @@ def _slots(page: _Page, i: int, run: RunResults) -> str:
     if not run.has_events:
         return (
             '<div class="card"><p class="caption">This run kept no journal of its requests, so there is no slot '
-            "diagram; <i>slots in use</i> below says what the batch did. Run it again with --events.</p></div>"
+            "diagram; <i>slots</i> below says what the batch did. Run it again with --events.</p></div>"
         )
     made = list(slotview.diagrams(run, page.rows, page.span_s))
     if not made:

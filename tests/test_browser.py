@@ -57,6 +57,13 @@ LABELS = """() => [...document.querySelectorAll('.figure')].filter((e) => e.offs
   });
   return found;
 })"""
+CLIPPED = """() => [...document.querySelectorAll('.bartext, .annotation-text, .xtick text, .ytick text')]
+  .filter((t) => t.closest('.figure').offsetParent && t.textContent)
+  .filter((t) => {
+    const box = t.getBoundingClientRect(), room = t.closest('.figure').getBoundingClientRect();
+    const wide = box.left < room.left - 1 || box.right > room.right + 1;
+    return wide || box.top < room.top - 1 || box.bottom > room.bottom + 1;
+  }).map((t) => t.textContent)"""
 GRID = """([run, replica]) => {
   const replay = new Replay(report.slots[run][replica]);
   const lines = Array.from({length: replay.slots}, () => new Array(replay.cumulative[replay.n]).fill('.'));
@@ -115,6 +122,7 @@ def test_the_flagship_is_whole_in_every_look(flagship: Path, browser: Any, tmp_p
     assert page.evaluate(OVERLAPS) == []
     assert page.evaluate(OUTSIDE) == []
     assert page.evaluate(LABELS) == []
+    assert page.evaluate(CLIPPED) == []
     figures = page.evaluate(FIGURES)
     assert len(figures) == 9
     assert [f for f in figures if f["marks"] == 0 or abs(f["width"] - f["room"]) > 2] == []

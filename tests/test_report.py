@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from command import SCENARIO, chairlift, replaced
 
-from sim import results, slotview
+from sim import cli, progress, results, slotview
 from sim.headlines import LATENCIES, REPLICAS, SERVED, STATISTICS, text
+from sim.load import load
 from sim.progress import inside, sparkline
 from sim.slots import GLYPHS, seat
 from sim.timeline import REQUEST_COLUMNS, cdf, timeline, work
@@ -407,3 +409,50 @@ def test_a_folder_of_another_version_is_named() -> None:
         2,
         "error: out/study.json: is of another version of Chairlift: run the scenario again\n",
     )
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """What the progress of a run writes to a terminal."""
+    for name in ("CI", "NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    Path("small.yaml").write_text(SCENARIO)
+    study = load(Path("small.yaml"))
+    terminal = progress.console()
+    terminal.file, terminal._force_terminal, terminal.is_interactive, terminal.width = io.StringIO(), True, True, 140
+    with progress.progress(study, terminal, silent=False) as advance:
+        advance(10, "small", 5.0)
+        advance(30, "small", 1234.0)
+    return terminal.file.getvalue()
+
+
+def test_progress_says_how_far_it_is_and_keeps_silent_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = shown(monkeypatch)
+    assert "30/30 requests" in written
+    assert "simulated 1,234 s" in written
+    assert shown(monkeypatch, CI="true") == ""
+
+
+def test_no_color_takes_the_colours_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    colour = re.compile(r"\x1b\[[\d;]*3[1-7]")
+    assert not colour.search(shown(monkeypatch, NO_COLOR="1"))
+
+
+def test_an_interrupted_comparison_can_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("two.yaml").write_text(TWO)
+    real, count = cli.simulate, 0
+
+    def stopped(*parts: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise KeyboardInterrupt
+        return real(*parts, **more)
+
+    monkeypatch.setattr(cli, "simulate", stopped)
+    assert chairlift("run", "two.yaml", "--out", "out", "--quiet").status == 130
+    result = chairlift("report", "out")
+
+    assert (result.status, result.err) == (0, "")
+    assert Path("out/report.html").read_text().count("<section data-run=") == 3
