@@ -41,9 +41,10 @@ def report(
 ) -> None:
     """Draw a run: one HTML file that works offline, with the slot diagram, distributions and curves over time.
 
-    [bold]chairlift run anyscale_23x --report[/bold] does both in one go. A run of more than 20,000 requests needs
-    [bold]--events[/bold] for its slot diagram. With [bold]--perfetto[/bold] the steps, slots and requests become a
-    trace instead; --case and --variant choose the runs in it.
+    [bold]chairlift run anyscale_23x --report[/bold]
+
+    does both in one go. Runs of more than 20,000 requests need --events for their slot diagram. With --perfetto the
+    steps, slots and requests become a trace instead; --case and --variant choose the runs in it.
     """
     results = read(folder)
     span = _span(begin, end)

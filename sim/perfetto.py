@@ -16,9 +16,11 @@ from typing import IO, Any, cast
 import numpy as np
 
 from sim.journal import Kind
+from sim.metrics import PS_PER_S
 from sim.records import Status
-from sim.results import Columns, Replica, Results, RunResults
+from sim.results import Columns, Results, RunResults
 from sim.slots import Cell, Slots, seat
+from sim.trace import LATEST_PS
 
 Event = dict[str, Any]
 
@@ -38,14 +40,12 @@ def write(results: Results, runs: list[RunResults], path: Path, span_s: tuple[fl
     ``span_s`` leaves out what ends before or begins after those seconds.
     """
     count = 0
-    low, high = (0.0, float("inf")) if span_s is None else (span_s[0] * 1e6, span_s[1] * 1e6)
+    low, high = (0, LATEST_PS) if span_s is None else (int(min(s * PS_PER_S, LATEST_PS)) for s in span_s)
     with cast("IO[str]", gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w", encoding="utf-8")) as file:
         file.write('{"displayTimeUnit":"ms","otherData":' + json.dumps({"scenario": results.name}) + ',"traceEvents":[')
         process = 0
         for run in runs:
-            for event in _run(run, process):
-                if "ts" in event and (event["ts"] > high or event["ts"] + event.get("dur", 0) < low):
-                    continue
+            for event in _run(run, process, low, high):
                 file.write(("," if count else "") + "\n" + json.dumps(event, separators=(",", ":")))
                 count += 1
             process += len(run.replicas) + 1
@@ -53,10 +53,10 @@ def write(results: Results, runs: list[RunResults], path: Path, span_s: tuple[fl
     return count
 
 
-def _run(run: RunResults, process: int) -> Iterator[Event]:
+def _run(run: RunResults, process: int, low: int, high: int) -> Iterator[Event]:
     label = f" ({run.label})" if run.label else ""
     yield _meta("process_name", process, 0, f"requests{label}")
-    yield from _requests(run, process)
+    yield from _requests(run, process, low, high)
     journals = run.events() if run.has_events else iter([None] * len(run.replicas))
     flows = _Flows(process)
     for replica, steps, events in zip(run.replicas, run.steps(*COLUMNS), journals, strict=True):
@@ -64,16 +64,18 @@ def _run(run: RunResults, process: int) -> Iterator[Event]:
         role = "" if replica.role == "mixed" else f" {replica.role}"
         yield _meta("process_name", pid, 0, f"replica {replica.index}{role}{label}")
         yield _meta("thread_name", pid, STEPS_TRACK, "steps")
-        yield from _steps(steps, pid)
+        within = slice(*(int(i) for i in np.searchsorted(_ends(steps), (low, high))))
+        yield from _steps({name: column[within] for name, column in steps.items()}, pid)
         if events is not None:
-            yield from _slots(replica, seat(events, steps), steps, pid, flows)
+            yield from _slots(seat(events, steps), steps, within, pid, flows)
     yield from flows.events()
 
 
-def _requests(run: RunResults, pid: int) -> Iterator[Event]:
+def _requests(run: RunResults, pid: int, low: int, high: int) -> Iterator[Event]:
     columns = run.requests("arrival_ps", "finished_ps", "status", "prompt_tokens", "output_tokens")
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    for i, (arrival, finished, status, prompt, output) in enumerate(rows):
+    here = np.flatnonzero((columns["arrival_ps"] <= high) & (columns["finished_ps"] >= low))
+    rows = zip(here.tolist(), *(column[here].tolist() for column in columns.values()), strict=True)
+    for i, arrival, finished, status, prompt, output in rows:
         same: Event = {"cat": "request", "id": f"{pid}.{i}", "pid": pid, "tid": 0, "name": f"request {i}"}
         args = {"prompt_tokens": prompt, "output_tokens": output, "status": Status(status).name.lower()}
         yield {"ph": "b", "ts": arrival / PS_PER_US, **same, "args": args}
@@ -106,14 +108,13 @@ def _steps(steps: Columns, pid: int) -> Iterator[Event]:
                 yield _counter(name, pid, end, 0)
 
 
-def _slots(replica: Replica, slots: Slots, steps: Columns, pid: int, flows: _Flows) -> Iterator[Event]:
+def _slots(slots: Slots, steps: Columns, within: slice, pid: int, flows: _Flows) -> Iterator[Event]:
     for slot in range(slots.count):
         yield _meta("thread_name", pid, slot + 1, f"slot {slot}")
     starts, ends = steps["start_ps"], _ends(steps)
-    for stay in range(len(slots.slot)):
+    seated = (slots.end > slots.begin) & (slots.end > within.start) & (slots.begin < within.stop)
+    for stay in np.flatnonzero(seated).tolist():
         begin, end = int(slots.begin[stay]), int(slots.end[stay])
-        if end <= begin:
-            continue
         request, track = int(slots.request[stay]), int(slots.slot[stay]) + 1
         cells = slots.cells(stay)
         idle = starts[begin + 1 : end] > ends[begin : end - 1]
@@ -122,9 +123,11 @@ def _slots(replica: Replica, slots: Slots, steps: Columns, pid: int, flows: _Flo
             name = NAMES[Cell(cells[low])]
             start, finish = int(starts[begin + low]), int(ends[begin + high - 1])
             tokens = int(slots.first_step[begin + high] - slots.first_step[begin + low])
+            if begin + high <= within.start or begin + low >= within.stop:
+                continue
             yield _slice(f"{request} {name}", name, pid, track, start, finish, {"request": request, "steps": tokens})
             flows.pass_by(request, pid, track, start, finish)
-        if slots.why[stay] in (Kind.PREEMPT, Kind.LOST):
+        if slots.why[stay] in (Kind.PREEMPT, Kind.LOST) and within.start < end <= within.stop:
             word = "preempted" if slots.why[stay] == Kind.PREEMPT else "lost"
             at = int(ends[end - 1]) / PS_PER_US
             yield {

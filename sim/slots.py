@@ -92,7 +92,9 @@ class Slots:
 def seat(events: dict[str, npt.NDArray[Any]], runs: dict[str, npt.NDArray[Any]]) -> Slots:
     """The slots of a replica, from its ``events`` and the columns ``steps`` and ``decodes`` of its ``runs``."""
     rows = len(runs["steps"])
-    order = np.argsort(events["run"], kind="stable")  # a plan is written down before the step in flight has ended
+    moves = np.flatnonzero((events["kind"] != Kind.ARRIVE) & (events["kind"] != Kind.DENY))
+    # a plan is written down before the step in flight has ended
+    order = moves[np.argsort(events["run"][moves], kind="stable")]
     columns = (events[name][order].tolist() for name in ("run", "kind", "request", "other", "value"))
     made = _Seating(rows)
     for run, kind, request, other, value in zip(*columns, strict=True):
@@ -118,8 +120,8 @@ class _Seating:
         self.rows = rows
         self.stays: dict[int, int] = {}  # request → its stay under way
         self.parked: dict[int, int] = {}  # request → since which row
-        self.columns = {name: array("q") for name in ("request", "slot", "begin", "end", "done", "ready", "why")}
-        self.done = self.columns["done"]
+        self._request, self._slot, self._begin, self._end = (array("q") for _ in range(4))  # columns of `Slots`
+        self.done, self._ready, self._why = (array("q") for _ in range(3))
         self._left = array("q")  # tokens to compute before it decodes
         self._chunks = array("q")
         self._parks = array("q")
@@ -132,11 +134,13 @@ class _Seating:
         if run != self._row:
             self._sit(run)
         stay = len(self._left)
-        for name, value in (("request", request), ("slot", -1), ("begin", run), ("ready", self.rows), ("why", -1)):
-            self.columns[name].append(value)
-        self.columns["end"].append(self.rows)
-        self.done.append(self.rows)
+        self._request.append(request)
+        self._begin.append(run)
         self._left.append(left)
+        self._slot.append(-1)
+        self._why.append(-1)
+        for open_ended in (self._end, self.done, self._ready):
+            open_ended.append(self.rows)
         self.stays[request] = stay
         self._entering.append(stay)
 
@@ -147,7 +151,7 @@ class _Seating:
         self._chunks.extend((stay, run, tokens))
         self._left[stay] -= tokens
         if self._left[stay] <= 0:
-            self.columns["ready"][stay] = run + 1
+            self._ready[stay] = run + 1
 
     def leave(self, run: int, request: int, kind: int) -> None:
         if run != self._row:
@@ -156,12 +160,12 @@ class _Seating:
         stay = self.stays.pop(request, None)
         if stay is None:
             return  # it was waiting
-        columns = self.columns
-        columns["end"][stay] = run
-        columns["why"][stay] = kind
-        for name in ("done", "ready"):
-            columns[name][stay] = min(columns[name][stay], run)
-        if (slot := columns["slot"][stay]) >= 0:
+        self._end[stay] = run
+        self._why[stay] = kind
+        for column in (self.done, self._ready):
+            if column[stay] > run:
+                column[stay] = run
+        if (slot := self._slot[stay]) >= 0:
             heappush(self._free, slot)
 
     def unpark(self, run: int, request: int) -> None:
@@ -171,9 +175,9 @@ class _Seating:
 
     def _sit(self, run: int) -> None:
         """Everybody who has come before ``run`` gets a slot."""
-        slots, ends = self.columns["slot"], self.columns["end"]
+        slots = self._slot
         for stay in self._entering:
-            if ends[stay] <= self.columns["begin"][stay]:
+            if self._end[stay] <= self._begin[stay]:
                 continue  # it was preempted in the very plan
             if self._free:
                 slots[stay] = heappop(self._free)
@@ -187,7 +191,6 @@ class _Seating:
         for request in list(self.parked):
             self.unpark(self.rows, request)
         self._sit(self.rows)
-        found = {name: np.array(column, dtype=np.int64) for name, column in self.columns.items()}
         chunks = np.array(self._chunks, dtype=np.int64).reshape(-1, 3)
         parks = np.array(self._parks, dtype=np.int64).reshape(-1, 3)
         chunks = chunks[np.lexsort((chunks[:, 1], chunks[:, 0]))]
@@ -196,7 +199,13 @@ class _Seating:
         return Slots(
             first_step,
             np.asarray(runs["decodes"]) > 0,
-            **found,
+            request=np.array(self._request, dtype=np.int64),
+            slot=np.array(self._slot, dtype=np.int64),
+            begin=np.array(self._begin, dtype=np.int64),
+            end=np.array(self._end, dtype=np.int64),
+            done=np.array(self.done, dtype=np.int64),
+            ready=np.array(self._ready, dtype=np.int64),
+            why=np.array(self._why, dtype=np.int64),
             chunk_stay=chunks[:, 0],
             chunk_row=chunks[:, 1],
             chunk_tokens=chunks[:, 2],

@@ -130,7 +130,14 @@ def test_a_stretch_compressed(events: list[Event]) -> None:
 
     assert result.status == 0
     assert 0 < len(of(part, "X")) < len(of(events, "X"))
-    assert all(e["ts"] <= 4e6 and e["ts"] + e["dur"] >= 2e6 for e in of(part, "X"))
+    whole = {json.dumps(e) for e in events}
+    steps = [
+        e for e in of(events, "X") if e["cat"] == "step" and e["ts"] + e["dur"] >= 2e6 and e["ts"] + e["dur"] < 4e6
+    ]
+    assert [e for e in of(part, "X") if e["cat"] == "step"] == steps
+    assert all(json.dumps(e) in whole for e in of(part, "M", "b", "e", "X"))
+    assert all(e["ts"] <= 4e6 for e in of(part, "b"))
+    assert all(e["ts"] >= 2e6 for e in of(part, "e"))
 
 
 def test_without_a_journal_it_has_steps_and_requests_and_says_so(events: list[Event]) -> None:
