@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from backend import specs
 from policies.base import PolicyError
-from sim import cli_compare, cli_profile, cli_sweep, formats, named, output, plugins, report, uncertainty
+from sim import (
+    cli_compare,
+    cli_profile,
+    cli_report,
+    cli_sweep,
+    formats,
+    named,
+    output,
+    plugins,
+    report,
+    results,
+    uncertainty,
+)
 from sim.describe import table as trace_table
 from sim.load import load
 from sim.lookup import BACKENDS
+from sim.metrics import PS_PER_S
 from sim.problems import BadInput, Problem, did_you_mean
+from sim.progress import console, progress
 from sim.run import Outcome, simulate
 from sim.setup import Study
 
@@ -39,12 +50,13 @@ app.add_typer(trace_app, name="trace")
 SCENARIOS = Path(__file__).resolve().parent.parent / "scenarios"
 SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps")
 
+FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
-out = Console(highlight=False)
+out = console()
 if not out.is_terminal:
     out.width = max(out.width, WIDTH)
-err = Console(stderr=True, highlight=False)
+err = console(stderr=True)
 
 
 def _version(wanted: bool) -> None:
@@ -89,6 +101,14 @@ def run(
     trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json (or comparison.json) instead.")] = False,
+    events: Annotated[
+        bool | None,
+        typer.Option(
+            "--events/--no-events",
+            help="Keep what happens to each request, for report and explain; default: up to 20,000 requests a run.",
+        ),
+    ] = None,
+    report_: Annotated[bool, typer.Option("--report", help="Write report.html too: pictures of the run.")] = False,
 ) -> None:
     """Simulate a scenario: a table here, and summary.json, requests.parquet, steps.parquet in DIR.
 
@@ -105,7 +125,8 @@ def run(
     writer = output.Writer(folder, study)
     outcomes: list[Outcome] = []
     try:
-        for outcome in _simulated(study, not no_leap, quiet or as_json):
+        journal = True if report_ and events is None else events
+        for outcome in _simulated(study, not no_leap, quiet or as_json, journal):
             outcomes.append(outcome)
             writer.add(outcome)
         if draws:
@@ -116,6 +137,7 @@ def run(
         raise typer.Exit(130) from None
     finally:
         writer.close(outcomes)
+    drawn = cli_report.draw(results.read(folder), folder / "report.html") if report_ else ""
     if as_json:
         name = "comparison.json" if len(study.setups) > 1 else "summary.json"
         sys.stdout.write((folder / name).read_text(encoding="utf-8"))
@@ -126,6 +148,8 @@ def run(
         if draws:
             out.print(uncertainty.table(spread))
         out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
+        if drawn:
+            out.print(drawn, soft_wrap=True)
 
 
 @app.command("list")
@@ -197,35 +221,19 @@ def _shipped() -> dict[str, Path]:
     return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
 
 
-def _simulated(study: Study, leap: bool, silent: bool) -> Iterator[Outcome]:
-    total = sum(len(setup.trace) for setup in study.setups)
+def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> Iterator[Outcome]:
     done = 0
-    with _progress(total, silent) as advance:
+    with progress(study, err, silent) as advance:
         for setup in study.setups:
             label = " ".join(filter(None, (setup.case, setup.variant))) or study.name
-            advance(done, label)
+            times = setup.trace.arrival_ps if setup.trace.follows is None else None  # who follows comes later than this
+            advance(done, label, None)
 
-            def arrived(count: int, before: int = done, label: str = label) -> None:
-                advance(before + count, label)
+            def arrived(count: int, before: int = done, label: str = label, times: Any = times) -> None:
+                advance(before + count, label, None if times is None else float(times[count - 1]) / PS_PER_S)
 
-            yield simulate(setup, leap, arrived)
+            yield simulate(setup, leap, arrived, len(setup.trace) <= FEW if journal is None else journal)
             done += len(setup.trace)
-
-
-@contextmanager
-def _progress(total: int, silent: bool) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar over requests on a terminal; nothing in pipes."""
-    if silent or not err.is_terminal:
-        yield lambda _count, _label: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,} requests"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count, label: bar.update(task, completed=count, description=label)
 
 
 def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
@@ -286,6 +294,8 @@ def _question(path: Path) -> str:
 
 app.command("sweep")(cli_sweep.sweep)
 app.command("compare")(cli_compare.compare)
+app.command()(cli_report.report)
+app.command()(cli_report.explain)
 
 
 def main() -> None:

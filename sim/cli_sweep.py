@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sim import sweep_table
 from sim.executors import Local
-from sim.journal import Journal
 from sim.problems import BadInput, Problem, did_you_mean
 from sim.race import AFTER, Race
 from sim.sweep import Executor, Row, Run, known, results
 from sim.sweep_file import SCENARIOS, Plan, read_sweep
+from sim.sweep_journal import Journal
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,80 +1,179 @@
-"""The file in which a sweep writes each result down as it comes: one line of JSON a run, only ever added to.
+"""Who did what in which step: an engine that keeps a journal of its requests, for pictures and explanations.
 
-A line is there whole or not at all: a start drops what a crash left half written. Two writers at once are refused.
+The records of a plain engine say what each step held, not who. `JournalEngine` writes a row for everything that
+happens to a request and is not implied by the rows before it: an arrival, an admission, a chunk, a preemption. Decode
+steps are implied, so a journal has a handful of rows a request, however long the answer. It overrides and changes
+nothing: a run with a journal and one without have the same results, and a run without one pays nothing.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Callable
+from enum import IntEnum
+from struct import Struct
 from typing import Any
 
-from sim.problems import BadInput, Problem
+from policies.base import Request
+from sim.engine import Engine
+from sim.records import EVENT_COLUMNS, RUN_COLUMNS, Status
+from sim.runs import Plan
+from sim.step import ReplicaStep
 
-try:
-    import fcntl
-except ImportError:  # no such thing on Windows: there nobody watches over two writers
-    fcntl = None  # type: ignore[assignment]
+PACK_EVENT = Struct(f"{len(EVENT_COLUMNS)}q").pack
+DENIALS = 8  # written of one plan; a policy may try its whole queue
 
 
-class Journal:
-    """Results by key, on disk. Raises `BadInput` if ``path`` cannot be written, or if another process writes it."""
+class Kind(IntEnum):
+    """What happened, and what ``other`` and ``value`` then say."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._known: dict[str, dict[str, Any]] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._file.close()
-                raise BadInput(Problem("another process is writing here", file=str(path))) from None
-        self._read()
+    ARRIVE = 0  # it is handed to the replica; value: requests waiting there before it
+    DENY = 1  # no room in the pool when a policy asked; other: blocks that were free; value: blocks it lacks
+    ADMIT = 2  # value: tokens found in the prefix cache or loaded; other: known tokens left to compute
+    CHUNK = 3  # value: tokens computed in this run
+    PARK = 4  # it decodes, but not in this run and those after it
+    JOIN = 5  # it decodes again
+    PREEMPT = 6  # other: for whose tokens, -1: for all decodes; value: tokens of KV it loses
+    DONE = 7  # it has its answer and keeps its slot (static batching)
+    END = 8  # it is gone for good; value: its `Status`
+    HANDOVER = 9  # its prompt is done, its KV goes to a decode replica
+    LOST = 10  # its replica failed
 
-    def _read(self) -> None:
-        self._file.seek(0)
-        whole = 0
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-                self._known[entry.pop("key")] = entry
-            except (ValueError, KeyError, AttributeError):
-                self._file.close()
-                rule = "not a line of a sweep's journal: move the file away to start anew"
-                raise BadInput(Problem(rule, str(self.path), number)) from None
-            whole += len(line)
-        self._file.truncate(whole)
-        self._file.seek(0, os.SEEK_END)
 
-    def __len__(self) -> int:
-        return len(self._known)
+class JournalStep(ReplicaStep):
+    """A step whose verbs are written down; ``write`` and ``row`` are the engine's."""
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """What was written down under ``key``, the key with it; None: nothing."""
-        known = self._known.get(key)
-        return None if known is None else {"key": key, **known}
+    write: Callable[..., None]
+    row: Callable[[], int]
 
-    def add(self, key: str, entry: dict[str, Any]) -> None:
-        """Write ``entry`` down; it is in the hands of the system when this returns, also if the process is killed."""
-        rest = {name: value for name, value in entry.items() if name != "key"}
-        self._file.write(json.dumps({"key": key, **rest}).encode() + b"\n")
-        self._file.flush()
-        self._known[key] = rest
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._denied = 0
+        self._needy = -1  # for whom room is sought, -1: all decodes
 
-    def close(self) -> None:
-        """Let others write."""
-        self._file.close()
+    def open(self, now: int) -> None:
+        """Start a new plan."""
+        super().open(now)
+        self._denied = 0
+        self._needy = -1
 
-    def __enter__(self) -> Journal:
-        return self
+    def fits(self, request: Request, tokens: int) -> bool:  # noqa: D102 - documented in the contract, as all below
+        fits = super().fits(request, tokens)
+        if not fits:
+            self._deny(request, tokens)
+        return fits
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def admit(self, request: Request, tokens: int, reserve: int | None = None, *more: Any, **named: Any) -> bool:  # noqa: D102
+        hit = self.pool.hit(request)
+        left = request.remaining - hit
+        admitted = super().admit(request, tokens, reserve, *more, **named)
+        if admitted:
+            self.write(self.now, self.row(), Kind.ADMIT, request.id, left, hit)
+        elif not any(r is request for r in self.rejected):
+            self._deny(request, hit + tokens if reserve is None else reserve)
+        return admitted
+
+    def run(self, request: Request, tokens: int) -> bool:  # noqa: D102
+        ran = super().run(request, tokens)
+        if not ran:
+            self._needy = request.id
+        return ran
+
+    def decode_all(self) -> bool:  # noqa: D102
+        back = list(self.parked)
+        granted = super().decode_all()
+        for i in back:
+            self.write(self.now, self.row(), Kind.JOIN, i, -1, 0)
+        if not granted:
+            self._needy = -1
+        return granted
+
+    def arrange(self) -> None:
+        """Write down who is left out of the decodes, and who is taken in again."""
+        before = set(self.parked)
+        super().arrange()
+        row = self.row()
+        for i in self.parked:
+            if i not in before:
+                self.write(self.now, row, Kind.PARK, i, -1, 0)
+        for i in before:
+            if i not in self.parked:
+                self.write(self.now, row, Kind.JOIN, i, -1, 0)
+
+    def preempt(self, request: Request, *more: Any, **named: Any) -> None:  # noqa: D102
+        lost = request.computed
+        super().preempt(request, *more, **named)
+        self.write(self.now, self.row(), Kind.PREEMPT, request.id, self._needy, lost)
+
+    def _deny(self, request: Request, tokens: int) -> None:
+        self._denied += 1
+        if self._denied <= DENIALS:
+            free = self.pool.free
+            self.write(self.now, self.row(), Kind.DENY, request.id, free, self.pool.need(request, tokens) - free)
+
+
+class JournalEngine(Engine):
+    """An engine that writes a journal beside its records."""
+
+    step_type = JournalStep
+
+    def __init__(self, *parts: Any, **settings: Any) -> None:
+        super().__init__(*parts, **settings)
+        state = self.state
+        assert isinstance(state, JournalStep)
+        state.write, state.row = self.write, self._row_to_come
+
+    def write(self, now: int, row: int, kind: Kind, request: int, other: int, value: int) -> None:
+        """Add one row to the journal, of which `EVENT_COLUMNS` has the meaning."""
+        self.records.event_rows.frombytes(PACK_EVENT(now, row, kind, request, other, value))
+
+    def _row(self) -> int:
+        """The next row of this replica's runs."""
+        return len(self.records.rows) // len(RUN_COLUMNS)
+
+    def _row_to_come(self) -> int:
+        """The row of what is planned now: a step in flight has the one before it."""
+        return self._row() + (self._flight is not None)
+
+    def submit(self, request: Request, now: int) -> bool:
+        """As `Engine.submit`."""
+        planned = self.end is not None and self._plan is not None  # without it
+        self.write(now, self._row_to_come() + planned, Kind.ARRIVE, request.id, -1, len(self.state.waiting))
+        return super().submit(request, now)
+
+    def settle(self, now: int) -> list[Request]:
+        """As `Engine.settle`; the first row that it records is that of the chunks planned last."""
+        plan = self._flight if self._ahead else self._plan
+        if plan is not None and plan.chunks:
+            row = self._row()
+            start = plan.air[0] if self._ahead else self._start
+            for request, tokens in plan.chunks:
+                self.write(start, row, Kind.CHUNK, request.id, -1, tokens)
+        return super().settle(now)
+
+    def abort(self, now: int) -> list[Request]:
+        """As `Engine.abort`."""
+        lost = super().abort(now)
+        row = self._row()
+        for request in lost:
+            self.write(now, row, Kind.LOST, request.id, -1, 0)
+        return lost
+
+    def end_request(self, request: Request, now: int, status: Status) -> None:
+        """As `Planner.end_request`."""
+        before = self._requests.status[request.id]
+        super().end_request(request, now, status)
+        if before != Status.PENDING:
+            return
+        became = self._requests.status[request.id]
+        # a client that gives up while its step is in flight leaves with the step after it
+        row = self._row_to_come() if status is Status.TIMED_OUT else self._row()
+        kind = Kind.HANDOVER if became == Status.PENDING else Kind.END
+        self.write(now, row, kind, request.id, -1, became)
+
+    def complete(self, plan: Plan, now: int) -> list[Request]:
+        """As `Planner.complete`."""
+        if self.scheduler.batch_synchronous:
+            row = self._row()
+            for request in plan.ending:
+                self.write(now, row, Kind.DONE, request.id, -1, 0)
+        return super().complete(plan, now)

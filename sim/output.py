@@ -1,5 +1,5 @@
 """What a study leaves on disk: ``summary.json``, ``comparison.json``, ``requests.parquet``, ``steps.parquet``,
-``scenario.yaml`` and, for a comparison that prints one, ``cdf.csv``.
+``scenario.yaml``, ``study.json``, ``events.parquet`` if a journal was kept, ``cdf.csv`` if a comparison prints one.
 
 Same scenario, same seed, same bytes: nothing but the ``wall_s`` figures depends on the machine or the day.
 """
@@ -9,26 +9,30 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from sim import claims
 from sim.control import HANDOVER_COLUMNS
+from sim.journal import Kind
 from sim.metrics import PS_PER_MS, Latencies
 from sim.problems import BadInput, Problem
 from sim.recorder import Recorder
-from sim.records import Status
+from sim.records import RunRecords, Status
+from sim.results import run_facts, study_facts
 from sim.run import Outcome
-from sim.setup import Study
+from sim.setup import Setup, Study
 
+KINDS = [kind.name.lower() for kind in Kind]
 STATUS = [status.name.lower() for status in Status]
 
 
@@ -46,9 +50,13 @@ class Writer:
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._recorders: dict[str, Recorder] = {}
+        self._facts = study_facts(study)
+        self._columns = [c for c in ("tenant", "session", "priority") if any(_of_trace(s, c) for s in study.setups)]
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for made in ("events.parquet", "report.html"):  # of an earlier run; this one may make none
+                (folder / made).unlink(missing_ok=True)
             (folder / "scenario.yaml").write_text(text, encoding="utf-8")
 
     def add(self, outcome: Outcome) -> None:
@@ -59,8 +67,10 @@ class Writer:
     def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
-        self._append("requests", request_table(outcome, label, self._moves))
-        self._append("steps", step_table(outcome, label))
+        self._append("requests", request_table(outcome, label, self._moves, self._columns))
+        self._append("steps", replica_table(outcome, label, RunRecords.runs))
+        if any(each.event_rows for each in outcome.runs):
+            self._append("events", replica_table(outcome, label, RunRecords.events))
         if setup.executes:
             name = "_".join(filter(None, label.values())) or self._study.name
             recorder = self._recorders.setdefault(setup.model.name, Recorder(self.folder / "recording"))
@@ -71,9 +81,11 @@ class Writer:
             "assumptions": outcome.assumptions,
         }
         self._summaries.append(summary)
+        self._facts["runs"].append(run_facts(outcome))
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if self._compares:
             _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
+        _replace(self.folder / "study.json", json.dumps(self._facts, indent=1, allow_nan=False) + "\n")
 
     def close(self, outcomes: Sequence[Outcome]) -> None:
         """Finish the tables."""
@@ -105,12 +117,19 @@ class Writer:
                     rows.writerow([outcome.setup.case, outcome.setup.variant, f"{(i + 1) / n:.6f}", *numbers])
 
 
-def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False) -> pa.Table:
+def _of_trace(setup: Setup, column: str) -> bool:
+    return getattr(setup.trace, column) is not None
+
+
+def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()) -> pa.Table:
     """A row a request: the trace's columns, times in ps (null where it did not happen), latencies in ms.
 
-    ``moves``: with the columns of a hand-over of KV, also where there was none.
+    ``moves``: with the columns of a hand-over of KV, also where there was none; ``also``: with these of the trace.
     """
     columns = outcome.requests.columns()
+    for name in also:
+        given = getattr(outcome.setup.trace, name)
+        columns[name] = np.full(len(outcome.requests.status), -1, dtype=np.int64) if given is None else given
     if moves:
         none = np.full(len(outcome.requests.status), -1, dtype=np.int64)
         columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
@@ -133,15 +152,20 @@ def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False) 
     return pa.table(arrays)
 
 
-def step_table(outcome: Outcome, label: dict[str, str]) -> pa.Table:
-    """A row a run of engine steps; the columns of `sim.records.RUN_COLUMNS`."""
+def replica_table(
+    outcome: Outcome, label: dict[str, str], rows: Callable[[RunRecords], dict[str, npt.NDArray[np.int64]]]
+) -> pa.Table:
+    """The ``rows`` of each replica, one after the other: runs of engine steps, or the events of a journal."""
     tables = []
     for replica, each in enumerate(outcome.runs):
-        runs = each.runs()
-        n = len(runs["steps"])
+        columns = rows(each)
+        n = len(next(iter(columns.values())))
         arrays = _labels(label, n)
         arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
-        arrays.update({name: pa.array(np.ascontiguousarray(values)) for name, values in runs.items()})
+        for name, values in columns.items():
+            arrays[name] = (
+                pa.array(KINDS).take(pa.array(values)) if name == "kind" else pa.array(np.ascontiguousarray(values))
+            )
         tables.append(pa.table(arrays))
     return pa.concat_tables(tables).combine_chunks()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from heapq import heappop
+from typing import ClassVar
 
 from backend.base import NO_HOST, Backend, Batch, Chunk
 from policies.base import FOREVER, PolicyError, Request, Scheduler
@@ -20,6 +21,8 @@ class Planner:
     `ask` has the policy arrange the next steps, `commit` takes them as done as far as policies can see, `complete`
     lets those go whose last token they brought. ``finish`` is called with each request that ends here.
     """
+
+    step_type: ClassVar[type[ReplicaStep]] = ReplicaStep
 
     def __init__(
         self,
@@ -42,7 +45,7 @@ class Planner:
         self.index = index
         self.leap = leap
         self.max_model_len = max_model_len
-        self.state = ReplicaStep(scheduler, backend, pool, requests, outputs, max_model_len, host)
+        self.state = self.step_type(scheduler, backend, pool, requests, outputs, max_model_len, host)
         self._ahead = scheduler.asynchronous
         self._requests = requests
         self._outputs = outputs

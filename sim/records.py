@@ -57,6 +57,15 @@ MEASURED_COLUMNS = (
     "update_ps",  # wall time to take its tokens in and let requests go
 )
 
+EVENT_COLUMNS = (  # of a journal, see `sim.journal`
+    "time_ps",
+    "run",  # row of this replica's runs from which on it counts; of a chunk: the row that computed it
+    "kind",
+    "request",
+    "other",
+    "value",
+)
+
 GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
 
 
@@ -123,6 +132,7 @@ class RunRecords:
         self.rows = array("q")
         self.gap_rows = array("q")
         self.measured = array("q")  # a row a step, where steps are executed: MEASURED_COLUMNS
+        self.event_rows = array("q")  # rows of EVENT_COLUMNS, if a journal is kept
 
     def runs(self) -> dict[str, Ints]:
         """Column name → int64 array, in order of time."""
@@ -132,6 +142,11 @@ class RunRecords:
             table = np.array(self.measured, dtype=np.int64).reshape(-1, len(MEASURED_COLUMNS))
             columns.update({name: table[:, i] for i, name in enumerate(MEASURED_COLUMNS)})
         return columns
+
+    def events(self) -> dict[str, Ints]:
+        """Column name of EVENT_COLUMNS → int64 array; empty without a journal."""
+        table = np.array(self.event_rows, dtype=np.int64).reshape(-1, len(EVENT_COLUMNS))
+        return {name: table[:, i] for i, name in enumerate(EVENT_COLUMNS)}
 
     def gaps(self) -> dict[str, Ints]:
         """Column name → int64 array."""

@@ -13,6 +13,7 @@ from rich.text import Text
 from sim import claims
 from sim.fairness import by_tenant
 from sim.metrics import Latencies
+from sim.progress import inside, sparkline
 from sim.run import Outcome
 from sim.setup import Study
 
@@ -62,6 +63,7 @@ def single(study: Study, outcome: Outcome) -> Table:
     lost = [f"{s[key]:,} {key.replace('_', ' ')}" for key in ("rejected", "timed_out", "failed") if s[key]]
     table.add_row("completed", f"{s['completed']:,}" + (f" ({', '.join(lost)})" if lost else ""))
     table.add_row("duration", f"{s['duration']:,.2f} s")
+    table.add_row("requests inside, over that time", _load(outcome))
     table.add_row("requests/s", f"{s['request_throughput']:,.3f}")
     if s["request_goodput"] is not None:
         table.add_row("goodput, requests/s", f"{s['request_goodput']:,.3f}")
@@ -226,6 +228,11 @@ def _whose(members: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
         if len(here) < len(set(map(pick, outcomes))):
             said.append(", ".join(here))
     return f" [{'; '.join(said)}]" if said else ""
+
+
+def _load(outcome: Outcome) -> str:
+    level = inside(np.array(outcome.requests.arrival), np.array(outcome.requests.finished))
+    return f"{sparkline(level)} ≤ {level.max():,.0f}"
 
 
 def _table(title: str) -> Table:

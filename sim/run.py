@@ -18,6 +18,7 @@ from sim.cluster import Cluster, Replica
 from sim.control import Autoscaler, Breakdowns, Handover, Patience
 from sim.engine import Engine
 from sim.executing import Executing
+from sim.journal import JournalEngine
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
 from sim.metrics import fleet, summarise
 from sim.prefix import Identity, PrefixPool
@@ -39,20 +40,24 @@ class Outcome:
     assumptions: dict[str, str]
 
 
-def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | None = None) -> Outcome:
+def simulate(
+    setup: Setup, leap: bool = True, progress: Callable[[int], None] | None = None, journal: bool = False
+) -> Outcome:
     """Serve the trace of ``setup`` to its end.
 
     ``progress(arrived)`` is called now and then. ``leap=False`` takes every engine step on its own: the same
-    results, slowly. Raises `PolicyError` if the policy asks for what cannot be, or leaves requests unserved.
+    results, slowly. ``journal`` keeps what happens to each request (`sim.journal`). Raises `PolicyError` if the policy
+    asks for what cannot be, or leaves requests unserved.
     """
+    engine_type = JournalEngine if journal else Engine
     started = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()  # a run makes no cycles to speak of, and looking for them costs a tenth of its time
     try:
         identify = setup.executes or Identity.shares(setup.trace)
-        requests, engines, up_ps = _served(setup, leap, progress, identify)
+        requests, engines, up_ps = _served(setup, leap, progress, identify, engine_type)
     except PrefixCacheMatters:
-        requests, engines, up_ps = _served(setup, leap, progress, True)
+        requests, engines, up_ps = _served(setup, leap, progress, True, engine_type)
     finally:
         if collecting:
             gc.enable()
@@ -65,7 +70,7 @@ def simulate(setup: Setup, leap: bool = True, progress: Callable[[int], None] | 
 
 
 def _served(
-    setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool
+    setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool, engine_type: type[Engine] = Engine
 ) -> tuple[RequestRecords, list[Engine], list[int]]:
     """Records, engines, and how long each was up, ps.
 
@@ -105,7 +110,7 @@ def _served(
             engine: Engine = Executing(*parts, index=replica.index, leap=False, finish=finish, identity=identity)
         else:
             host = group.make_host(setup.model)
-            engine = Engine(*parts, index=replica.index, leap=leap, finish=finish, host=host)
+            engine = engine_type(*parts, index=replica.index, leap=leap, finish=finish, host=host)
         engine.state.more_arrivals = cluster.more_arrivals
         if group.role == "prefill":
             engine.handover = handover.take

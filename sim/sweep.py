@@ -23,10 +23,10 @@ from policies.base import PolicyError
 from sim import ragpulse
 from sim.axes import Scalar
 from sim.document import Document
-from sim.journal import Journal
 from sim.load import prepare
 from sim.problems import BadInput
 from sim.run import simulate
+from sim.sweep_journal import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 1  # raised when the meaning of a row's figures changes

@@ -31,7 +31,10 @@ def summaries(name: str) -> dict[str, dict[str, Any]]:
     return {setup.variant: simulate(setup).summary for setup in study.setups}
 
 
-@pytest.mark.parametrize("path", sorted({*SCENARIOS.rglob("*.yaml")} - {*(SCENARIOS / "sweeps").iterdir()}), ids=lambda path: path.stem)
+SHIPPED = sorted({*SCENARIOS.rglob("*.yaml")} - {*(SCENARIOS / "sweeps").iterdir()})
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_scenario_begins_with_its_question(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
 

@@ -192,7 +192,7 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, how: 
 
 
 def test_two_writers_at_once_are_refused_and_a_foreign_journal_too(tmp_path: Path) -> None:
-    from sim.journal import Journal
+    from sim.sweep_journal import Journal
 
     written(tmp_path)
     with Journal(tmp_path / "out" / "journal.jsonl"):

@@ -152,6 +152,7 @@ def play(
     leap: bool = True,
     max_model_len: int = 1 << 20,
     host: tuple[int, int] = (0, 0),
+    engine_type: type[Engine] = Engine,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one."""
     requests = RequestRecords(trace)
@@ -180,7 +181,7 @@ def play(
             replica.left(request)
             cluster.ended(request, now)
 
-        return Engine(
+        return engine_type(
             policy,
             backend(),
             pool,
