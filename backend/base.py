@@ -174,6 +174,10 @@ class Executor(Backend):
     def wait(self) -> Measured:
         """Wait for the oldest step under way."""
 
+    def facts(self) -> dict[str, str]:
+        """What a recording says of the engine: ``gpu``, versions."""
+        return {}
+
 
 class Settings(Protocol):
     """A backend's settings as a scenario gives them: a frozen dataclass, its fields the YAML's keys.

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.evidence import (
+    CLEAR,
     EAGER,
     GRAPH,
     KINDS,
@@ -230,9 +231,13 @@ def _take(steps: Steps, rows: npt.NDArray[np.int64]) -> Steps:
 
 
 def _linear(columns: list[Floats], values: Floats, noise: float) -> Floats:
-    """Coefficients (>= 0) of ``values`` by soft L1: an absolute noise and a tenth of the value."""
+    """Coefficients (>= 0) of ``values`` by soft L1, an absolute noise and a tenth of the value; 0 without data."""
     from scipy.optimize import least_squares
 
+    seen = [bool(column.any()) for column in columns]
+    if not all(seen):
+        found_few = iter(_linear([c for c, some in zip(columns, seen, strict=True) if some], values, noise))
+        return np.array([next(found_few) if some else 0.0 for some in seen])
     table = np.stack(columns, axis=1)
     unit = np.maximum(np.abs(table).max(axis=0), 1e-12)
     scale = noise + 0.1 * np.abs(values)
@@ -268,10 +273,14 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
     waits = Waits.of(steps)
     room = (steps.done - waits.ready)[np.isfinite(waits.ready) & (waits.kind == GRAPH)]
     bound = float(np.quantile(room, 0.01)) if len(room) else LONGEST_LAUNCH[GRAPH]
-    notes.append(
-        f"launch of a whole graph is hidden by the GPU everywhere: below {bound * 1e3:.1f} ms,"
-        f" {min(bound, GRAPH_LAUNCH_S) * 1e3:.1f} ms assumed"
-    )
+    graph_s = min(bound, GRAPH_LAUNCH_S)
+    if np.isfinite(steps.launch).all():
+        graph_s = float(np.median(steps.launch[steps.kind == GRAPH]))
+    else:
+        notes.append(
+            f"launch of a whole graph is hidden by the GPU everywhere: below {bound * 1e3:.1f} ms,"
+            f" {graph_s * 1e3:.1f} ms assumed"
+        )
     small = steps.woke & (steps.kind == PIECEWISE) & (steps.computed <= SMALL_PROMPT)
     small &= steps.last | np.append(steps.woke[1:], True)
     whole = (steps.done - steps.schedule - steps.schedule_cpu)[small]
@@ -285,12 +294,18 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
         update_request_s=turn[1],
         arrival_s=turn[2],
         arrival_token_s=turn[3],
-        graph_s=min(bound, GRAPH_LAUNCH_S),
+        graph_s=graph_s,
         piecewise_s=launch[PIECEWISE],
         eager_s=launch[EAGER],
-        tail_s=tail,
+        tail_s=_tail(steps) if np.isfinite(steps.gpu).all() else tail,
     )
     return HostTime(**{name: float(value) for name, value in vars(host).items()}), len(rows)
+
+
+def _tail(steps: Steps) -> float:
+    """By how much the GPU's part of small steps with chunks outlasts their launch, both measured."""
+    rows = (steps.chunks > 0) & (steps.gpu <= CLEAR * steps.launch)
+    return max(0.0, float(np.median((steps.gpu - steps.launch)[rows]))) if rows.any() else 0.0
 
 
 def _typical(seconds: Floats, experiment: npt.NDArray[np.int64]) -> float:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from backend.profile import graph_limit, graph_sizes
 from backend.recording import Experiment
 
+CLEAR = 1.15  # times its launch: then a step's time is the GPU's
+
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
@@ -46,6 +48,8 @@ class Steps:
     first: Bools  # of its experiment
     last: Bools
     woke: Bools  # the engine had nothing to do before it
+    gpu: Floats  # measured on the GPU, where the engine does so; else NaN
+    launch: Floats  # likewise its launch
 
     def __len__(self) -> int:
         return len(self.done)
@@ -81,8 +85,11 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
     sizes = np.array(graph_sizes(limit))
     tokens = prompt + decodes
     fits = tokens <= sizes[-1]
+    if not experiment.limits.get("piecewise_graphs", True):
+        fits &= chunks == 0
     computed = np.where(fits, sizes[np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)], tokens)
     kind = np.where(fits, np.where(chunks > 0, PIECEWISE, GRAPH), EAGER)
+    unknown = np.full(n, np.nan)
     earlier = np.concatenate([[-np.inf], done[:-1]])
     before = np.concatenate([[-np.inf, -np.inf], done[:-2]])[:n]
     woke = schedule >= earlier
@@ -126,6 +133,8 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "first": first,
         "last": last,
         "woke": woke,
+        "gpu": table["gpu_s"].astype(np.float64) if "gpu_s" in table else unknown,
+        "launch": table["launch_s"].astype(np.float64) if "launch_s" in table else unknown,
     }
 
 
@@ -148,7 +157,10 @@ class Waits:
 
 
 def decode_times(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Decode-only steps whose gap is their GPU time: which, and seconds."""
+    """Decode-only steps whose GPU time was measured, or whose gap it is: which, and seconds."""
+    if np.isfinite(steps.gpu).all():
+        rows = np.flatnonzero(steps.kind == GRAPH)
+        return rows, steps.gpu[rows]
     waits = Waits.of(steps)
     sure = waits.sure
     before = np.concatenate([[False], sure[:-1]]) & ~steps.first & ~steps.woke
@@ -162,6 +174,9 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
 
     ``decode_s`` holds the GPU time that each decode-only step should take, ``launch`` the usual launch of each kind.
     """
+    if np.isfinite(steps.gpu).all():
+        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * steps.launch))
+        return rows, steps.gpu[rows]
     sure = Waits.of(steps).sure
     begun = steps.schedule + steps.schedule_cpu  # its launch
     earlier = np.concatenate([[0.0], steps.done[:-1]])
@@ -175,13 +190,19 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     start = np.where(hidden, np.minimum(earlier, two_before + decode_before), start)
     start = np.maximum(start, begun)
     known = steps.woke | sure_before | hidden
-    shows = steps.done - begun > 1.15 * launch[steps.kind]  # else the launch set the time
+    shows = steps.done - begun > CLEAR * launch[steps.kind]  # else the launch set the time
     rows = np.flatnonzero((steps.chunks > 0) & sure & known & shows & ~(steps.first & ~steps.woke))
     return rows, (steps.done - start)[rows]
 
 
 def chunk_ceilings(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Small steps with chunks, one after the other: the GPU takes no longer for them than the usual gap of such."""
+    """Small steps with chunks, one after the other: the GPU takes no longer for them than the usual gap of such.
+
+    Where GPU times are measured: steps whose launch set the time.
+    """
+    if np.isfinite(steps.gpu).all():
+        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu <= CLEAR * steps.launch))
+        return rows, steps.gpu[rows]
     chunked = steps.chunks > 0
     before = np.concatenate([[False], chunked[:-1]]) & ~steps.woke & ~steps.first
     rows = np.flatnonzero(chunked & before & (steps.kind == PIECEWISE))
@@ -198,6 +219,9 @@ def launch_times(steps: Steps, decode_s: Floats) -> tuple[npt.NDArray[np.int64],
     Either the engine was idle, so that the next step is scheduled right after the launch, or the launch outlasted
     the decode-only step before it, whose GPU time ``decode_s`` is known.
     """
+    if np.isfinite(steps.launch).all():
+        rows = np.flatnonzero(steps.chunks > 0)
+        return rows, steps.launch[rows]
     begun = steps.schedule + steps.schedule_cpu
     n = len(steps)
     follows = ~steps.last & ~np.append(steps.woke[1:], True)

@@ -113,6 +113,7 @@ class Profile:
     gpu_time: GpuTime
     host: HostTime
     graph_tokens: int = 512  # the largest captured CUDA graph
+    piecewise: bool = True  # whether steps with chunks are padded to a captured size too; else they run as they are
     tensor_parallel: int = 1
     provenance: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, Any] = field(default_factory=dict)  # held out, relative: `steps` by regime, `runs` by experiment
@@ -249,7 +250,7 @@ class Calibrated(Backend):
         chunks = len(batch.prefills)
         sequences = batch.decodes + chunks
         all_tokens = tokens + batch.decodes + batch.padded
-        computed = padded(all_tokens, self.limit)
+        computed = padded(all_tokens, self.limit) if self.profile.piecewise else all_tokens
         matmuls = self._matmuls.get(computed)
         if matmuls is None:
             seconds = float(self._gpu.matmuls(np.array([computed], dtype=np.float64), self._gpu.chunk_residual)[0])
@@ -259,7 +260,7 @@ class Calibrated(Backend):
         schedule, update = self._schedule, self._update
         host = Host(
             schedule[0] + schedule[1] * sequences + schedule[2] * tokens,
-            self._launch["piecewise" if computed <= self.limit else "eager"],
+            self._launch["piecewise" if computed <= self.limit and self.profile.piecewise else "eager"],
             update[0] + update[1] * sequences,
             self._tail,
         )

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,6 +212,14 @@ class TorchEngine(Executor):
 
     def release(self, request_id: int) -> None:  # noqa: D102
         self._sequences.release(request_id)
+
+    def facts(self) -> dict[str, str]:  # noqa: D102
+        gpu = torch.cuda.get_device_name(self.device) if self._cuda else "CPU"
+        try:
+            own = version("chairlift")
+        except PackageNotFoundError:
+            own = "0"
+        return {"chairlift": own, "gpu": gpu, "torch": torch.__version__, "dtype": str(self.dtype)}
 
     def assumptions(self) -> dict[str, str]:  # noqa: D102
         o = self.options

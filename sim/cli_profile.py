@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from backend import residuals
+from backend import residuals, specs
 from backend.calibrate import CalibrationError
 from backend.evidence import steps_of
+from backend.hardware import Torch
 from backend.profile import Profile, ProfileError, load
 from backend.recording import Experiment, Recording, RecordingError, read
-from sim import fitting, validate
+from sim import fitting, grid, validate
 from sim.problems import BadInput, Problem
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
@@ -36,8 +37,15 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing 
 
 
 def calibrate(
-    recording: RecordingOption,
     model: ModelOption,
+    recording: Annotated[
+        Path | None,
+        typer.Option("--recording", metavar="DIR", help="A recording: <model>_requests.csv.gz, _steps, _summary."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="torch", help="Measure this engine on a grid first (some minutes), recorded in DIR."),
+    ] = None,
     experiments: ExperimentsOption = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="The profile; default <gpu>-<model>-<engine>.json.")
@@ -60,7 +68,14 @@ def calibrate(
     which and why. [bold]chairlift calibrate --recording DIR --model llama-3.1-8b[/bold]
     """
     out = _console()
+    if backend not in (None, "torch"):
+        raise BadInput(Problem("must be torch, the only backend that executes steps", file="--backend", value=backend))
+    if recording is None and backend is None:
+        raise BadInput(Problem("give --recording DIR, or --backend torch to make one", file="calibrate"))
+    recording = recording or Path("recordings") / model
     with _bad_input(), status(quiet) as progress:
+        if backend is not None:
+            grid.measure(specs.model(model), specs.gpu(gpu or "h200"), Torch(), recording, progress)
         source = read(recording, model)
         chosen = source.select(_names(experiments))
         progress("fit")

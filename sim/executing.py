@@ -58,7 +58,9 @@ class Executing(Engine):
         began = time.perf_counter_ns()
         plan = super().ask(now, start)
         if plan is not None:
-            self._asked[id(plan)] = (now, (time.perf_counter_ns() - began) * 1000, self._pairs)
+            assert self._clock is not None
+            asked = now + (began - self._clock) * 1000
+            self._asked[id(plan)] = (asked, (time.perf_counter_ns() - began) * 1000, self._pairs)
             if not self._ahead:
                 plan.first += self._wait(plan)
         return plan

@@ -53,6 +53,7 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         engine=label,
         gpu_time=fit.gpu,
         host=fit.host,
+        piecewise=all(each.limits.get("piecewise_graphs", True) for each in experiments),
         provenance={
             "gpu": engine.get("gpu"),
             "torch": engine.get("torch"),

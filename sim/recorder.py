@@ -55,6 +55,7 @@ class Recorder:
                     **settings,
                     "num_gpu_blocks": setup.groups[0].blocks + 1,  # as vLLM counts them, its null block included
                     "block_size": setup.groups[0].block_size,
+                    "piecewise_graphs": False,
                 },
             }
         )
@@ -62,7 +63,7 @@ class Recorder:
         start = self._folder / setup.model.name
         _write(start.with_name(f"{start.name}_requests.csv.gz"), REQUESTS, self._requests)
         _write(start.with_name(f"{start.name}_steps.csv.gz"), STEPS, self._steps)
-        engine = {"engine": "chairlift", "model": setup.model.name, **outcome.assumptions}
+        engine = {**outcome.engine, "model": setup.model.name, **outcome.assumptions}
         text = json.dumps({"engine": engine, "experiments": self._experiments}, indent=1)
         start.with_name(f"{start.name}_summary.json").write_text(text + "\n", encoding="utf-8")
 
@@ -92,7 +93,7 @@ def _step_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
     return list(
         zip(
             *([name] * n, _seconds(seconds["asked_ps"]), _seconds(seconds["start_ps"] + seconds["first_ps"])),
-            *(_seconds(seconds["planning_ps"] + seconds["launch_ps"]), _seconds(seconds["update_ps"])),
+            *(_seconds(seconds["planning_ps"]), _seconds(seconds["update_ps"])),
             *(runs[key].tolist() for key in ("chunks", "prefill_tokens", "prefill_pairs", "decodes", "context")),
             *(runs[key].tolist() for key in ("running", "waiting")),
             *((total - runs["held_blocks"]).tolist(), runs["preempted"].tolist()),

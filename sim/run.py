@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -38,6 +38,7 @@ class Outcome:
     runs: list[RunRecords]  # one a replica
     summary: dict[str, Any]
     assumptions: dict[str, str]
+    engine: dict[str, str] = field(default_factory=dict)  # of an executed run: the GPU and the software
 
 
 def simulate(
@@ -66,7 +67,9 @@ def simulate(
     pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
     summary = summarise(requests, runs, pools, setup.slo, wall)
     summary.update(fleet(summary, up_ps))
-    return Outcome(setup, requests, runs, summary, _assumptions(setup, engines[0], summary["swaps"]))
+    backend = engines[0].backend
+    facts = backend.facts() if isinstance(backend, Executor) else {}
+    return Outcome(setup, requests, runs, summary, _assumptions(setup, engines[0], summary["swaps"]), facts)
 
 
 def _served(
