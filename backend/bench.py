@@ -24,6 +24,7 @@ from backend import specs
 from backend.base import Batch, Prompt
 from backend.hardware import Torch
 from backend.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
+from backend.sequences import Practice
 from backend.shapes import Model
 from backend.torch_engine import TorchEngine
 
@@ -153,21 +154,6 @@ def peers(
         )
 
 
-class Practice:
-    """Members of a step of made-up requests, whose blocks follow one another."""
-
-    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int]) -> None:
-        self.prompts, self.decodes = prompts, decodes
-        self.dead: Sequence[int] = ()
-
-    def table(self, request: int) -> None:
-        """Blocks are the engine's own."""
-
-    def tokens(self, request: int) -> Sequence[int]:
-        """Some tokens."""
-        return range(request * 7919, request * 7919 + 20_000)
-
-
 def engine_of(model: Model, tokens: int, batch: int) -> TorchEngine:
     """An engine with room for ``tokens`` tokens of KV, its cache full of random numbers."""
     engine = TorchEngine(model, specs.gpu("h200"), Torch(max_batch=batch))
@@ -213,7 +199,7 @@ def prefill_steps(engine: TorchEngine, rate: float, shapes: Sequence[tuple[int, 
             requests = list(range(count))
             began = time.perf_counter()
             prompts = [Prompt(r, 0, length, 0, True) for r in requests]
-            engine.launch(Batch((), 0, 0, 0, Practice(prompts, ())))
+            engine.launch(Batch((), 0, 0, 0, Practice(prompts)))
             gpu = engine.wait().gpu / 1e9
             times[count, length].append(((time.perf_counter() - began) * 1e3, gpu))
             for request in requests:

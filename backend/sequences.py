@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from backend.base import Members
+from backend.base import Members, Prompt
 
 Ints = npt.NDArray[np.int32]
 Tokens = npt.NDArray[np.int64]
@@ -103,3 +103,22 @@ class Sequences:
                 changed, more = self.cover(requests[i], int(lengths[i]), members)
                 if changed:
                     cells[i], blocks[i] = changed[0], more[0]
+
+
+class Practice:
+    """Members of a step of made-up requests, to warm an engine up and to time it.
+
+    Where blocks are named, request -1 has all but the first three, and every other one those.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = ()) -> None:
+        self.prompts, self.decodes = prompts, decodes
+        self.dead: Sequence[int] = ()
+
+    def table(self, request: int) -> Sequence[int]:
+        """Its blocks."""
+        return range(3, 100_000) if request == -1 else range(3)
+
+    def tokens(self, request: int) -> Sequence[int]:
+        """Some tokens, others for each request."""
+        return range(abs(request) * 7919, abs(request) * 7919 + 100_000)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,11 +28,12 @@ from backend.hardware import Torch
 from backend.model import Arithmetic, Tokens, Transformer, random_weights, read_config, saved_weights
 from backend.paged_attention import TILE, Chunks, Heads, Paging, new_cache, unfit
 from backend.roofline import Roofline
-from backend.sequences import Sequences
+from backend.sequences import Practice, Sequences
 from backend.shapes import GIB, GPU, Model
 
 GRAPHS = (1, 2, 4, *range(8, 257, 8), *range(272, 1025, 16))  # padded batch sizes of decode steps
 PAGE = 16  # tokens a block where the pool only counts
+TURNS = 4  # pinned buffers of a kind; to allocate one while the GPU works waits for it
 SPARE = 4 * GIB  # bytes left for activations, graphs and libraries
 
 
@@ -95,9 +96,10 @@ class TorchEngine(Executor):
         self._tables = torch.zeros(self._sequences.table.shape, **integer)
         self._last = torch.zeros(batch + 1, **integer)  # each row's latest token
         self._staged = torch.zeros((6, batch + 1), **integer)  # of the decodes, see `Sequences.decode`
-        self._pinned = [
-            torch.zeros(self._staged.shape, dtype=torch.int32, pin_memory=self._cuda) for _ in range(3)
-        ]  # in turn: the copy of one step may still be under way while the next is staged
+        # in turn: the copies of one step may still be under way while the next is prepared
+        self._pinned = [self._host(self._staged.numel()).view(self._staged.shape) for _ in range(TURNS)]
+        self._flat = [self._host(1 << 18) for _ in range(TURNS)]
+        self._answers = [self._host(2 * batch) for _ in range(TURNS)]
         self._turn = 0
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         if self._cuda:
@@ -117,10 +119,10 @@ class TorchEngine(Executor):
         """Run every kind of step once, so that no compilation or plan falls into a measured one."""
         self._net.attention.warm_up(self.dtype, self.device, longest)
         for length in [n for n in (8192, 2048, 600) if n + 4 * self._block < min(room, longest)]:
-            steps = [_Practice([Prompt(-1, 0, length, 0, True)])]
+            steps = [Practice([Prompt(-1, 0, length, 0, True)])]
             if self.options.max_batch > 1:
-                steps.append(_Practice([Prompt(-2, 0, 16, 0, False)], [-1]))
-                steps.append(_Practice([Prompt(-2, 16, 16, 0, True)], [-1]))
+                steps.append(Practice([Prompt(-2, 0, 16, 0, False)], [-1]))
+                steps.append(Practice([Prompt(-2, 16, 16, 0, True)], [-1]))
             for step in steps:
                 self.launch(Batch((), 0, 0, 0, step))
                 self.wait()
@@ -157,7 +159,7 @@ class TorchEngine(Executor):
         with torch.inference_mode():
             requests = [*members.decodes, *[-1] * len(members.dead)]
             n = len(requests)
-            self._turn = (self._turn + 1) % len(self._pinned)
+            self._turn = (self._turn + 1) % TURNS
             staged = self._pinned[self._turn]
             self._sequences.decode([*members.decodes, *members.dead], members, staged.numpy())
             self._staged.copy_(staged, non_blocking=True)
@@ -170,7 +172,7 @@ class TorchEngine(Executor):
                     graph.replay()
                 else:
                     sampled = self._decode(size)
-            tokens = torch.empty(len(requests), dtype=torch.int32, pin_memory=self._cuda)
+            tokens = self._answers[self._turn][: len(requests)]
             tokens.copy_(sampled[: len(requests)], non_blocking=True)
         if self._cuda:
             end.record()
@@ -201,7 +203,7 @@ class TorchEngine(Executor):
 
         For measuring steps of a given shape; needs blocks that the pool does not name.
         """
-        practice = _Practice(())
+        practice = Practice(())
         for request, tokens in contexts.items():
             row = self._sequences.take(request, 0, lambda: np.zeros(0, dtype=np.int64))
             self._sequences.length[row] = tokens
@@ -232,6 +234,9 @@ class TorchEngine(Executor):
         }
 
     # decodes
+
+    def _host(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, pin_memory=self._cuda)
 
     def _paging(self, size: int) -> Paging:
         rows, lengths, first = (self._staged[i][:size] for i in range(3))
@@ -276,7 +281,8 @@ class TorchEngine(Executor):
         flat.parts["ends"] = [np.cumsum([0, *lengths])]
         flat.parts["ends_known"] = [np.cumsum([0, *np.add(lengths, starts)])]
         flat.parts["rows"], flat.parts["takers"] = [np.array(rows)], [np.array(takers)]
-        parts = flat.to(self.device)
+        self._flat[self._turn] = flat.fill(self._flat[self._turn])
+        parts = flat.to(self._flat[self._turn], self.device)
         cells, blocks = (torch.cat((self._staged[i][:n], parts[name])) for i, name in ((4, "cells"), (5, "blocks")))
         self._tables.view(-1)[cells] = blocks
         chunks = Chunks(lengths, starts, parts["ends"], parts["ends_known"], parts.get("known"))
@@ -338,32 +344,25 @@ class _Flat:
 
     def __init__(self) -> None:
         self.parts: dict[str, list[Any]] = {}
+        self._arrays: dict[str, Any] = {}
 
     def add(self, name: str, values: Any) -> None:
         self.parts.setdefault(name, []).append(values)
 
-    def to(self, device: torch.device) -> dict[str, Tensor]:
-        """Each part as an int32 tensor on the device; parts without anything are left out but for ``cells``."""
-        arrays = {name: np.concatenate(parts) for name, parts in self.parts.items() if parts}
-        everything = torch.from_numpy(np.concatenate(list(arrays.values())).astype(np.int32))
-        if device.type == "cuda":
-            everything = everything.pin_memory()
-        split = everything.to(device, non_blocking=True).split([len(a) for a in arrays.values()])
-        return dict(zip(arrays, split, strict=True))
+    def fill(self, buffer: Tensor) -> Tensor:
+        """Write all parts into ``buffer``, a pinned int32 tensor; a larger one if it is too small."""
+        self._arrays = {name: np.concatenate(parts) for name, parts in self.parts.items() if parts}
+        count = sum(map(len, self._arrays.values()))
+        if count > len(buffer):
+            buffer = torch.empty(2 * count, dtype=torch.int32, pin_memory=buffer.is_pinned())
+        np.concatenate(list(self._arrays.values()), out=buffer.numpy()[:count], casting="unsafe")
+        return buffer
 
-
-class _Practice:
-    """Members of a step that only warms up; its blocks are the first of the pool."""
-
-    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = ()) -> None:
-        self.prompts, self.decodes = prompts, decodes
-        self.dead: Sequence[int] = ()
-
-    def table(self, request: int) -> Sequence[int]:
-        return range(3, 100_000) if request == -1 else range(3)
-
-    def tokens(self, request: int) -> Sequence[int]:
-        return range(100_000)
+    def to(self, buffer: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """Each part as an int32 tensor on the device, in one copy; parts without anything are left out."""
+        lengths = [len(array) for array in self._arrays.values()]
+        split = buffer[: sum(lengths)].to(device, non_blocking=True).split(lengths)
+        return dict(zip(self._arrays, split, strict=True))
 
 
 @lru_cache(maxsize=1)
