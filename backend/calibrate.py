@@ -83,7 +83,7 @@ def _fit(steps: Steps) -> Fit:
     if len(mixed) < 20:
         notes.append(f"{len(mixed)} mixed steps show their GPU time: decodes beside chunks cost what they do alone")
     both = _Form(mixed=len(mixed) >= 20, chunks=True)
-    most_rows, most = chunk_ceilings(steps)
+    most_rows, most = chunk_ceilings(steps, launch)
     gpu = both.fitted(
         steps,
         np.concatenate([rows, chunk_rows, most_rows]),
@@ -297,14 +297,14 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
         graph_s=graph_s,
         piecewise_s=launch[PIECEWISE],
         eager_s=launch[EAGER],
-        tail_s=_tail(steps) if np.isfinite(steps.gpu).all() else tail,
+        tail_s=_tail(steps, launch[EAGER]) if np.isfinite(steps.gpu).all() else tail,
     )
     return HostTime(**{name: float(value) for name, value in vars(host).items()}), len(rows)
 
 
-def _tail(steps: Steps) -> float:
+def _tail(steps: Steps, launch: float) -> float:
     """By how much the GPU's part of small steps with chunks outlasts their launch, both measured."""
-    rows = (steps.chunks > 0) & (steps.gpu <= CLEAR * steps.launch)
+    rows = (steps.chunks > 0) & steps.woke & (steps.gpu <= CLEAR * launch)
     return max(0.0, float(np.median((steps.gpu - steps.launch)[rows]))) if rows.any() else 0.0
 
 

@@ -175,7 +175,7 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     ``decode_s`` holds the GPU time that each decode-only step should take, ``launch`` the usual launch of each kind.
     """
     if np.isfinite(steps.gpu).all():
-        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * steps.launch))
+        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch[steps.kind]))
         return rows, steps.gpu[rows]
     sure = Waits.of(steps).sure
     begun = steps.schedule + steps.schedule_cpu  # its launch
@@ -195,13 +195,13 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     return rows, (steps.done - start)[rows]
 
 
-def chunk_ceilings(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
+def chunk_ceilings(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
     """Small steps with chunks, one after the other: the GPU takes no longer for them than the usual gap of such.
 
-    Where GPU times are measured: steps whose launch set the time.
+    ``launch`` is the usual one of each kind. Where GPU times are measured: steps whose launch set the time.
     """
     if np.isfinite(steps.gpu).all():
-        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu <= CLEAR * steps.launch))
+        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu <= CLEAR * launch[steps.kind]))
         return rows, steps.gpu[rows]
     chunked = steps.chunks > 0
     before = np.concatenate([[False], chunked[:-1]]) & ~steps.woke & ~steps.first
@@ -219,8 +219,9 @@ def launch_times(steps: Steps, decode_s: Floats) -> tuple[npt.NDArray[np.int64],
     Either the engine was idle, so that the next step is scheduled right after the launch, or the launch outlasted
     the decode-only step before it, whose GPU time ``decode_s`` is known.
     """
-    if np.isfinite(steps.launch).all():
-        rows = np.flatnonzero(steps.chunks > 0)
+    if np.isfinite(steps.launch).all():  # behind a long step a launch may wait for the GPU
+        quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])
+        rows = np.flatnonzero((steps.chunks > 0) & quiet)
         return rows, steps.launch[rows]
     begun = steps.schedule + steps.schedule_cpu
     n = len(steps)
