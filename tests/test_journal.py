@@ -194,7 +194,7 @@ def test_a_journal_changes_nothing_and_counting_its_cells_gives_the_records(
     if policy().block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     plain, kept = (
-        play(trace, policy, lambda: backend, blocks, block_size, replicas, leap, 2000, engine_type)
+        play(trace, policy, lambda: backend, blocks, block_size, replicas, leap, 2000, engine_type=engine_type)
         for engine_type in (Engine, JournalEngine)
     )
 

@@ -154,7 +154,10 @@ def extras() -> set[str]:
     return {each.split(">")[0].strip() for name, needed in optional.items() if name != "dev" for each in needed}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+AT_HOME = [path for path in MODULES if not any(module_name(path).startswith(gpu) for gpu in GPU_MODULES)]
+
+
+@pytest.mark.parametrize("path", AT_HOME, ids=names(AT_HOME))
 def test_extras_are_imported_only_where_they_are_used(path: Path) -> None:
     at_import = {
         name
