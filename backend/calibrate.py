@@ -260,7 +260,9 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
     for kind in (PIECEWISE, EAGER):
         mine = steps.kind[rows] == kind
         if mine.any():
-            launch[kind] = _typical(seconds[mine], steps.experiment[rows][mine])
+            measured = np.isfinite(steps.launch).all()  # each one, not only those that outlast the GPU
+            typical = np.median(seconds[mine]) if measured else _typical(seconds[mine], steps.experiment[rows][mine])
+            launch[kind] = float(typical)
     if not launch:
         raise CalibrationError(
             "piecewise_s and eager_s cannot be identified: no launch of a step with a chunk shows; record requests"

@@ -16,6 +16,7 @@ from rich.table import Table
 from backend import specs
 from policies.base import PolicyError
 from sim import (
+    cli_agree,
     cli_compare,
     cli_profile,
     cli_report,
@@ -294,6 +295,7 @@ def _question(path: Path) -> str:
 
 app.command("sweep")(cli_sweep.sweep)
 app.command("compare")(cli_compare.compare)
+app.command("agree")(cli_agree.agree)
 app.command()(cli_report.report)
 app.command()(cli_report.explain)
 

@@ -83,7 +83,8 @@ def calibrate(
         held = fitting.Held() if fast else fitting.hold_out(source, chosen, progress)
     profile = fitting.with_errors(profile, held)
     path = out_file or Path(f"{profile.name}.json")
-    command = f"chairlift calibrate --recording {recording.name} --model {model}"
+    source_of = f"--recording {recording.name}" if backend is None else f"--backend {backend}"
+    command = f"chairlift calibrate {source_of} --model {model}"
     profile.provenance["command"] = command + (f" --experiments {','.join(_names(experiments))}" if experiments else "")
     with _bad_input():
         path.parent.mkdir(parents=True, exist_ok=True)
