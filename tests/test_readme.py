@@ -66,3 +66,16 @@ def test_the_scenario_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     assert result.status == 0, result.err
     assert "good/s" in result.out
+
+
+def test_the_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(blocks("yaml")[0])
+    [example] = [block for block in blocks("python") if "simulate(setup)" in block]
+    exec(example.replace("requests=2000", "requests=100"), {})
+
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in shown] == ["vllm", "orca"]
+    assert all("p99 TTFT" in line for line in shown)
