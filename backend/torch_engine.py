@@ -316,16 +316,16 @@ class TorchEngine(Executor):
         if len(tokens) < length:
             raise RuntimeError(f"request {request}: its last token is not in yet, but is to be computed again")
         slots = sequences.slots(row, stop)
-        places = np.arange(stop)
-        if pad:  # a chunk of its own, that nobody attends to
-            flat.add("tokens", np.zeros(pad, dtype=np.int64))
-            flat.add("positions", places[:pad])
-            flat.add("slots", slots[:pad])
+        if pad:  # a chunk of its own, that nobody attends to and that is stored nowhere
+            nothing = np.zeros(pad, dtype=np.int64)
+            flat.add("tokens", nothing)
+            flat.add("positions", nothing)
+            flat.add("slots", nothing - 1)
             flat.add("known", slots[:pad])
             lengths.append(pad)
             starts.append(0)
         flat.add("tokens", tokens)
-        flat.add("positions", places[start : start + length])
+        flat.add("positions", np.arange(start, start + length))
         flat.add("slots", slots[before + start :])
         flat.add("known", slots[before:])
         lengths.append(length)

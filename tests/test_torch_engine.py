@@ -228,6 +228,48 @@ def test_a_padded_prompt_may_be_computed_in_chunks(folder: Path) -> None:
     check_greedy(got)
 
 
+@dataclass
+class CachedPadding(Vllm):
+    """Padding in front of prompts that others find in the cache."""
+
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = False
+
+    def schedule(self, step: Step) -> int:
+        step.decode_all()
+        for request in list(step.waiting):
+            step.admit(request, request.remaining - step.cached_tokens(request), pad=21)
+        return 1
+
+
+def test_a_padded_prompt_can_be_found_in_the_cache(folder: Path) -> None:
+    got = answers(folder, made([(0, 60, 9), (100, 60, 20)], 1, 60), CachedPadding, {})
+
+    assert got.served.columns()["cached_tokens"] == [0, 48]
+    check_greedy(got)
+
+
+@dataclass
+class WidePadding(Orca):
+    """More padding than a sequence can be long."""
+
+    pad: int = LONGEST + 1
+
+    def schedule(self, step: Step) -> int:
+        step.decode_all()
+        for request in list(step.waiting):
+            step.admit(request, request.remaining, pad=self.pad)
+        return 1
+
+
+def test_padding_as_long_as_the_longest_sequence_and_longer(folder: Path) -> None:
+    trace = made([(0, 90, 70), (0, 3, 20)])
+    check_greedy(answers(folder, trace, WidePadding, {"pad": LONGEST}))
+
+    with pytest.raises(PolicyError, match="WidePadding: a padding of 161 tokens: sequences have at most 160"):
+        answers(folder, trace, WidePadding, {})
+
+
 def test_whatever_the_policy_the_answers_are_the_same(folder: Path) -> None:
     trace = made(many(6, 2))
     found = [answers(folder, trace, scheduler, chosen(3), blocks=60).tokens for scheduler, chosen in POLICIES.values()]
@@ -259,7 +301,6 @@ def test_a_larger_batch_than_there_are_rows(folder: Path) -> None:
 # defects
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="positions and tables end at max_model_len, padding or not")
 @pytest.mark.parametrize("pad_to", ["batch", "global"])
 def test_padding_may_reach_beyond_the_longest_sequence(folder: Path, pad_to: str) -> None:
     # each fits 160 tokens; the first, dead and padded, goes on to 100 + 149
@@ -268,9 +309,8 @@ def test_padding_may_reach_beyond_the_longest_sequence(folder: Path, pad_to: str
     check_greedy(got)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="TGI sets nothing aside for the padding, which takes blocks")
 def test_the_padding_of_tgi_does_not_use_the_pool_up(folder: Path) -> None:
-    # Σ prompt + max_tokens is 318 of 336 slots; with prompts padded to 90 it would be 743
+    # TGI sets nothing aside for padding: Σ prompt + max_tokens is 318 of 336 slots; padded to 90 it would be 743
     kept = Kept(Torch(device="cpu", weights=str(folder), max_batch=8))
     trace = made([(0, 5, 40)] * 5 + [(0, 90, 3)])
     served = executed(system(trace, Tgi, {}, kept, blocks=21))
