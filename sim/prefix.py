@@ -14,7 +14,7 @@ from collections import deque
 
 import numpy as np
 
-from policies.base import Request
+from policies.base import PolicyError, Request
 from sim.kv import CountingPool, Decodes, admission
 from sim.trace import Trace
 
@@ -94,6 +94,11 @@ class PrefixPool(CountingPool):
 
     ``late``: asynchronous scheduling knows the token of a step one step later, so a block that decoding fills can be
     found from the next step on.
+
+    Blocks can be found once the step that fills them is planned. If that plan is taken back (a request is preempted in
+    the very step) vLLM 0.23.0 leaves them in its cache all the same, though nothing was computed: `allocate_slots`
+    caches, `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before. With
+    ``forgets`` they are forgotten instead: where steps really run, wrong tokens would come of it.
     """
 
     tracks = True
@@ -101,6 +106,7 @@ class PrefixPool(CountingPool):
     __slots__ = (
         "_cached",
         "_done",
+        "_forgets",
         "_found",
         "_identity",
         "_keys",
@@ -112,10 +118,13 @@ class PrefixPool(CountingPool):
         "_users",
     )
 
-    def __init__(self, total: int, block_size: int, identity: Identity, late: bool = False) -> None:
+    def __init__(
+        self, total: int, block_size: int, identity: Identity, late: bool = False, forgets: bool = False
+    ) -> None:
         super().__init__(total, block_size)
         self._identity = identity
         self._late = late
+        self._forgets = forgets
         self._queue = deque(range(total))  # free blocks, the next to be reused first; and stale entries
         self._stale: dict[int, int] = {}  # block → its first so many entries in the queue count no more
         self._keys: dict[int, int] = {}  # findable block → its content's key
@@ -201,6 +210,9 @@ class PrefixPool(CountingPool):
         full = self._done[number]
         if decoding:
             full = max(full, (request.computed + planned - self._late) // self.block_size)
+        if self._forgets:
+            full = min(full, request.computed // self.block_size)
+            self._take_back(request, full)
         self._publish(number, full)
 
     def table(self, request: int) -> list[int]:  # noqa: D102
@@ -247,6 +259,16 @@ class PrefixPool(CountingPool):
                 cached[key] = {others: None, block: None}
         self._public[number] = upto
         self._found = None
+
+    def _take_back(self, request: Request, full: int) -> None:
+        """Let only the first ``full`` blocks of a request be found; the others will not be filled."""
+        number = request.id
+        for block in self._tables[number][full : self._public[number]]:
+            if self._users[block] > 1:
+                raise PolicyError(f"preempt of {request} in the step that computes what others were admitted to find")
+            self._forget(block)
+            self._found = None
+        self._public[number] = min(self._public[number], full)
 
     def _look_up(self, request: Request) -> tuple[int, list[int], int]:
         """The blocks that hold a waiting request's leading tokens; the last known token is computed in any case."""

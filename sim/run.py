@@ -97,7 +97,7 @@ def _served(
 
     def build(replica: Replica, group: ReplicaGroup) -> Engine:
         scheduler = group.make_scheduler()
-        pool = make_pool(scheduler, trace, group.blocks, group.block_size, identities)
+        pool = make_pool(scheduler, trace, group.blocks, group.block_size, identities, setup.executes)
         tokens = first_only if group.role == "prefill" else outputs
 
         def finish(request: Request, now: int) -> None:
@@ -174,11 +174,17 @@ def _chance(setup: Setup, purpose: str) -> Random:
 
 
 def make_pool(
-    scheduler: Scheduler, trace: Trace, blocks: int, block_size: int, identities: dict[int, Identity] | None
+    scheduler: Scheduler,
+    trace: Trace,
+    blocks: int,
+    block_size: int,
+    identities: dict[int, Identity] | None,
+    executes: bool = False,
 ) -> CountingPool:
     """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching can matter.
 
     ``identities``: by block size, what all replicas share of the trace, filled as needed; None where it cannot matter.
+    ``executes``: steps really run.
     """
     if not scheduler.prefix_caching:
         return CountingPool(blocks, block_size)
@@ -186,7 +192,7 @@ def make_pool(
         return StandInPool(blocks, block_size)
     if block_size not in identities:
         identities[block_size] = Identity(trace, block_size)
-    return PrefixPool(blocks, block_size, identities[block_size], late=scheduler.asynchronous)
+    return PrefixPool(blocks, block_size, identities[block_size], scheduler.asynchronous, forgets=executes)
 
 
 def request_maker(
