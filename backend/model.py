@@ -241,14 +241,22 @@ def random_weights(dtype: torch.dtype, device: torch.device, seed: int) -> Calla
 def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     """Weights of the ``*.safetensors`` in ``folder``, named as `transformers` saves them.
 
-    Raises ValueError, when asked for one, if it is missing or of another shape; FileNotFoundError without any file.
+    Raises ValueError without safetensors, without any file, if one cannot be read, and, when asked for a weight, if it
+    is missing or of another shape.
     """
-    from safetensors import safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError("reading weights needs safetensors: pip install 'chairlift[gpu]'") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    opened = {path: safe_open(path, "pt") for path in files}
+        raise ValueError(f"no *.safetensors in {folder}")
+    opened = {}
+    for path in files:
+        try:
+            opened[path] = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
     where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def weight(name: str, *shape: int) -> Tensor:

@@ -299,5 +299,12 @@ def test_scaling_that_is_not_built(folder: Path) -> None:
 def test_no_safetensors(folder: Path) -> None:
     next(folder.glob("*.safetensors")).unlink()
 
-    with pytest.raises((ValueError, FileNotFoundError), match=r"no \*\.safetensors in .*weights"):
+    with pytest.raises(ValueError, match=r"no \*\.safetensors in .*weights"):
+        prepared(folder)
+
+
+def test_safetensors_that_are_none(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).write_bytes(b"half a file")
+
+    with pytest.raises(ValueError, match=r"\.safetensors cannot be read: "):
         prepared(folder)
