@@ -29,7 +29,7 @@ class Identity:
     """
 
     def __init__(self, trace: Trace, block_size: int) -> None:
-        self._size = block_size
+        self.block_size = block_size
         n = len(trace)
         self._group: list[int] = [-1] * n if trace.prefix_group is None else trace.prefix_group.tolist()
         self._stream = _streams(trace)
@@ -66,7 +66,7 @@ class Identity:
 
     def tokens(self, request: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Numbers for the first ``count`` tokens of a request: equal in two requests where their blocks' keys are."""
-        size = self._size
+        size = self.block_size
         keys = np.array([self.key(request, block) for block in range(-(-count // size))], dtype=np.uint64)
         each = (np.repeat(keys, size)[:count] << np.uint64(8)) + np.arange(count, dtype=np.uint64) % np.uint64(size)
         each = (each ^ (each >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's mixing (Steele 2014)
@@ -74,10 +74,29 @@ class Identity:
         numbers: np.ndarray[tuple[int], np.dtype[np.int64]] = (each >> np.uint64(1)).astype(np.int64)
         return numbers
 
+    def named(self, request: int) -> int:
+        """Leading tokens of a request whose blocks ids of the trace name."""
+        return self._hashed[request] * self.block_size
+
+    def earlier_turns(self) -> dict[int, list[int]]:
+        """For each request whose prompt repeats earlier ones of its session and their answers: those, in order."""
+        found: dict[int, list[int]] = {}
+        latest: dict[int, int] = {}  # stream → its latest request
+        for request, stream in enumerate(self._stream or ()):
+            if stream >= 0:
+                if (before := latest.get(stream)) is not None:
+                    found[request] = [*found.get(before, ()), before]
+                latest[stream] = request
+        return found
+
+    def share(self, request: int, blocks: int) -> None:
+        """Let others have only the first ``blocks`` blocks of a request, and those that ids of the trace name."""
+        self.shareable[request] = max(blocks, self._hashed[request])
+
     def key(self, request: int, block: int) -> int:
         """An integer for block number ``block`` (from 0, full) of a request, its row in the trace."""
         if block < self._hashed[request]:  # an id stands for all before it too
-            at = self._offsets[request] + ((block + 1) * self._size - 1) // self._hash_block
+            at = self._offsets[request] + ((block + 1) * self.block_size - 1) // self._hash_block
             return (self._hashes[at] << INDEX_BITS | block) << 2 | HASHED
         if block >= self.shareable[request]:
             return (request << INDEX_BITS | block) << 2 | OWN

@@ -109,7 +109,8 @@ def _served(
         backend = _ready(setup, group, pool)
         parts = (scheduler, backend, pool, requests, tokens, setup.max_model_len)
         if isinstance(backend, Executor):  # it has no host memory to swap to: preempted requests compute again
-            identity = Identity(trace, pool.block_size if pool.tracks else 16)
+            identity = (identities or {}).get(pool.block_size) if pool.tracks else None
+            identity = identity or Identity(trace, 16)
             engine: Engine = Executing(*parts, index=replica.index, leap=False, finish=finish, identity=identity)
         else:
             host = group.make_host(setup.model)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from command import ROOT, Result, chairlift
-from hypothesis import given, settings
+from hypothesis import HealthCheck, settings
+from hypothesis import given as given_
 from hypothesis import strategies as st
 from worlds import trace_of
 
@@ -48,6 +49,7 @@ from policies.vllm import Vllm  # noqa: E402
 from sim import executing  # noqa: E402
 from sim.scenario import Limits  # noqa: E402
 from sim.trace import Trace  # noqa: E402
+from sim.turns import Turns  # noqa: E402
 
 MS = 10**9  # ps
 Rows = list[tuple[int, int, int]]
@@ -124,7 +126,7 @@ POLICIES: dict[str, tuple[type[Scheduler], Callable[[int], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=4, deadline=None)
-@given(
+@given_(
     rows=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 90), st.integers(1, 40)), min_size=2, max_size=5),
     size=st.integers(2, 4),
     blocks=st.integers(9, 20),
@@ -332,13 +334,84 @@ def test_a_chunk_that_was_taken_back_is_not_in_the_cache(folder: Path, shared: b
     check_greedy(got)
 
 
-@pytest.mark.xfail(strict=True, reason="a next turn's prompt stands for other tokens than the answer that it repeats")
 def test_a_next_turn_finds_its_last_answer_in_the_cache(folder: Path) -> None:
     # 20 tokens and an answer of 30; then a prompt of 70 that begins with them: 48 are cached, 28 of them generated
     got = answers(folder, made([(0, 20, 30), (10_000, 70, 5)], session=[0, 0]), Vllm, {})
 
     assert got.served.columns()["cached_tokens"] == [0, 48]
     check_greedy(got)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """The prompts that the engine was given, each the same whenever it was."""
+    found: dict[int, list[int]] = {}
+    make = Turns.prompt
+
+    def prompt(turns: Turns, request: int) -> list[int]:
+        tokens = [n % MODEL.vocab for n in make(turns, request)]
+        assert found.setdefault(request, tokens) == tokens
+        return tokens
+
+    monkeypatch.setattr(Turns, "prompt", prompt)
+    return found
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_turn_that_comes_before_the_answer_it_repeats(folder: Path, given: dict[int, list[int]], ahead: bool) -> None:
+    # Turn 2 repeats 20 + 100 tokens, but comes when some ten are there. Turn 3 comes when all is done, and goes on
+    # from the whole of turn 1's answer: it must not find what turn 2 stored in its stead.
+    trace = made([(0, 20, 100), (30, 125, 4), (10_000, 140, 3)], session=[0, 0, 0])
+    got = answers(folder, trace, Vllm, {"async_scheduling": ahead})
+
+    [first, second, third] = [got.tokens[i] for i in range(3)]
+    same = [a == b for a, b in zip(given[1][20:120], first, strict=True)]
+    assert 3 < same.index(False) < 40  # as far as it was known, then made up
+    assert given[1][:20] == given[0]
+    assert given[2][:120] == given[0] + first
+    assert given[2][125:129] == second
+    assert got.served.columns()["cached_tokens"][1] in (16, 32, 48)
+    assert got.served.columns()["cached_tokens"][2] == 112  # 119 tokens are stored, and the answer of turn 2 is apart
+    assert len(third) == 3
+    check_greedy(got, given=[given[i] for i in range(3)])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given_(
+    rows=st.lists(
+        st.tuples(st.integers(0, 60), st.integers(1, 30), st.integers(1, 30), st.integers(-1, 1)),
+        min_size=2,
+        max_size=7,
+    ),
+    ahead=st.booleans(),
+    priority=st.booleans(),
+    blocks=st.integers(11, 24),
+    timeout=st.sampled_from([None, 0.08]),
+)
+def test_turns_of_sessions_have_the_tokens_of_a_plain_forward_pass(
+    folder: Path,
+    given: dict[int, list[int]],
+    rows: list[tuple[int, int, int, int]],
+    ahead: bool,
+    priority: bool,
+    blocks: int,
+    timeout: float | None,
+) -> None:
+    given.clear()
+    lengths: dict[int, int] = {}
+    at, table = 0, []
+    for gap, more, output, session in rows:
+        at += gap
+        prompt = more if session < 0 else lengths.get(session, 0) + more
+        prompt = more if prompt + output > LONGEST else prompt  # it has forgotten
+        lengths[session] = prompt + output
+        table.append((at, prompt, output))
+    options = {"async_scheduling": ahead, "max_num_batched_tokens": 64, "max_num_seqs": 3}
+    options |= {"scheduling_policy": "priority" if priority else "fcfs", "long_prefill_token_threshold": 32}
+    trace = made(table, session=[s for *_, s in rows], priority=[(5 * i) % 3 for i in range(len(rows))])
+    got = answers(folder, trace, Vllm, options, blocks=blocks, limits=Limits(timeout_s=timeout))
+
+    check_greedy(got, given=[given.get(i, []) for i in range(len(rows))])
 
 
 # tokens
