@@ -52,7 +52,10 @@ class Members(Protocol):
         """The pool's blocks of a request, in order; None if the pool counts blocks and does not name them."""
 
     def tokens(self, request: int) -> Sequence[int]:
-        """Numbers that stand for the tokens of its prompt; equal where the trace says that prompts are equal."""
+        """Numbers that stand for the tokens of its prompt; equal where the trace says that prompts are equal.
+
+        Where it repeats an earlier answer: the tokens of that.
+        """
 
 
 class Batch(NamedTuple):
@@ -173,6 +176,10 @@ class Executor(Backend):
     @abstractmethod
     def wait(self) -> Measured:
         """Wait for the oldest step under way."""
+
+    def answer(self, request_id: int) -> Sequence[int]:
+        """The tokens that a request was given so far, by `wait`; none from one that only takes time."""
+        return ()
 
     def facts(self) -> dict[str, str]:
         """What a recording says of the engine: ``gpu``, versions."""

@@ -37,8 +37,21 @@ class Arithmetic:
     linear_scaling: float = 1.0
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any]) -> Arithmetic:
-        """As a Hugging Face ``config.json`` says. Raises ValueError for a kind of RoPE scaling that is not built."""
+    def from_hf_config(cls, config: Mapping[str, Any], longest: int = 0) -> Arithmetic:
+        """As a Hugging Face ``config.json`` says; sequences have at most ``longest`` tokens.
+
+        Raises ValueError for layers that are not built: another RoPE scaling, activation or order of norms, or a
+        window of attention that is shorter than the longest sequence.
+        """
+        opt = config.get("model_type") == "opt"
+        key, built = ("activation_function", ("relu",)) if opt else ("hidden_act", ("silu", "swish"))
+        if (activation := config.get(key) or built[0]) not in built:
+            raise ValueError(f"{key} {activation!r} is not built; {built[0]} is")
+        if opt and not config.get("do_layer_norm_before", True):
+            raise ValueError("do_layer_norm_before false is not built; norms before attention and MLP are")
+        window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+        if window and window < longest:
+            raise ValueError(f"sliding_window {window} is not built; a max_model_len of up to {window} needs none")
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "llama3", "linear"):
@@ -241,14 +254,22 @@ def random_weights(dtype: torch.dtype, device: torch.device, seed: int) -> Calla
 def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     """Weights of the ``*.safetensors`` in ``folder``, named as `transformers` saves them.
 
-    Raises ValueError, when asked for one, if it is missing or of another shape; FileNotFoundError without any file.
+    Raises ValueError without safetensors, without any file, if one cannot be read, and, when asked for a weight, if it
+    is missing or of another shape.
     """
-    from safetensors import safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError("reading weights needs safetensors: pip install 'chairlift[gpu]'") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"no *.safetensors in {folder}")
-    opened = {path: safe_open(path, "pt") for path in files}
+        raise ValueError(f"no *.safetensors in {folder}")
+    opened = {}
+    for path in files:
+        try:
+            opened[path] = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
     where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def weight(name: str, *shape: int) -> Tensor:

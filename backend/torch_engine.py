@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -215,6 +215,9 @@ class TorchEngine(Executor):
     def release(self, request_id: int) -> None:  # noqa: D102
         self._sequences.release(request_id)
 
+    def answer(self, request_id: int) -> Sequence[int]:  # noqa: D102
+        return self.generated.get(request_id, ())
+
     def facts(self) -> dict[str, str]:  # noqa: D102
         gpu = torch.cuda.get_device_name(self.device) if self._cuda else "CPU"
         try:
@@ -316,16 +319,16 @@ class TorchEngine(Executor):
         if len(tokens) < length:
             raise RuntimeError(f"request {request}: its last token is not in yet, but is to be computed again")
         slots = sequences.slots(row, stop)
-        places = np.arange(stop)
-        if pad:  # a chunk of its own, that nobody attends to
-            flat.add("tokens", np.zeros(pad, dtype=np.int64))
-            flat.add("positions", places[:pad])
-            flat.add("slots", slots[:pad])
+        if pad:  # a chunk of its own, that nobody attends to and that is stored nowhere
+            nothing = np.zeros(pad, dtype=np.int64)
+            flat.add("tokens", nothing)
+            flat.add("positions", nothing)
+            flat.add("slots", nothing - 1)
             flat.add("known", slots[:pad])
             lengths.append(pad)
             starts.append(0)
         flat.add("tokens", tokens)
-        flat.add("positions", places[start : start + length])
+        flat.add("positions", np.arange(start, start + length))
         flat.add("slots", slots[before + start :])
         flat.add("known", slots[before:])
         lengths.append(length)
@@ -379,7 +382,7 @@ def _load(
         for size in ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab"):
             if getattr(told, size) != getattr(model, size):
                 raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
-        arithmetic = Arithmetic.from_hf_config(config)
+        arithmetic = Arithmetic.from_hf_config(config, max_model_len)
         weight = saved_weights(folder, dtype, device)
     _check_room(device, round(model.parameters * dtype.itemsize), f"{model.name}'s weights")
     return Transformer(model, arithmetic, dtype, device, weight, block, options.max_batch + 1, max_model_len)

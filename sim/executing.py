@@ -18,24 +18,29 @@ from sim.engine import Engine
 from sim.prefix import Identity
 from sim.runs import Plan
 from sim.step import ReplicaStep
+from sim.turns import Turns
 
 _UNKNOWN = Host()  # of a step whose host work is measured, not priced
 
 
 class Executing(Engine):
-    """An `Engine` over an `Executor`. ``identity`` says which prompts have tokens in common."""
+    """An `Engine` over an `Executor`. ``identity`` says which prompts have tokens in common: the pool's own."""
 
     def __init__(self, *parts: Any, identity: Identity, **settings: Any) -> None:
         super().__init__(*parts, **settings)
         assert isinstance(self.backend, Executor)
         self._executor = self.backend
-        self._identity = identity
+        self._turns = Turns(identity, self._requests, self._executor.answer)
         self._cost = self._execute
         self._clock: int | None = None  # wall clock when the latest step's tokens were in, ns; None while idle
         self._asked: dict[int, tuple[int, int, int]] = {}  # plan (by id) → when, ps spent planning, attention pairs
         self._pairs = 0
 
-    def begin(self, now: int) -> int | None:  # noqa: D102 - documented in `Engine`
+    def submit(self, request: Request, now: int) -> bool:  # noqa: D102 - documented in `Engine`, as those below
+        self._turns.arrived(request.id)
+        return super().submit(request, now)
+
+    def begin(self, now: int) -> int | None:  # noqa: D102
         if self._clock is None:
             self._clock = time.perf_counter_ns()
         if self._ahead and self._flight is None:
@@ -56,6 +61,7 @@ class Executing(Engine):
 
     def ask(self, now: int, start: int) -> Plan | None:  # noqa: D102
         began = time.perf_counter_ns()
+        self._turns.look()
         plan = super().ask(now, start)
         if plan is not None:
             assert self._clock is not None
@@ -76,7 +82,7 @@ class Executing(Engine):
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
         self._pairs = sum(t * (2 * r._offset + t + 1) // 2 for r, t in self.state.chunks)
         try:
-            self._executor.launch(batch._replace(members=_Members(self.state, self._identity)))
+            self._executor.launch(batch._replace(members=_Members(self.state, self._turns)))
         except RuntimeError as error:  # more sequences than it has room for
             raise PolicyError(f"policy {type(self.scheduler).__name__}: {error}") from None
         return StepCost(0, 0, 1, _UNKNOWN)
@@ -95,9 +101,9 @@ class Executing(Engine):
 class _Members:
     """Who is in the plan that a replica has just made (`backend.base.Members`)."""
 
-    def __init__(self, state: ReplicaStep, identity: Identity) -> None:
+    def __init__(self, state: ReplicaStep, turns: Turns) -> None:
         self._state = state
-        self._identity = identity
+        self._turns = turns
         self.prompts = [
             Prompt(
                 r.id,
@@ -111,7 +117,6 @@ class _Members:
         decoding = state.whole or bool(state.ran)
         self.decodes = [r.id for r in state.admitted.values() if r._counter is not None] if decoding else []
         self.dead = [r.id for r in state.batch if r._counter is not None] if decoding else []
-        self._requests = {r.id: r for r, _ in state.chunks}
 
     def table(self, request: int) -> Sequence[int] | None:
         """The pool's blocks of a request."""
@@ -119,5 +124,4 @@ class _Members:
 
     def tokens(self, request: int) -> Sequence[int]:
         """Numbers that stand for its prompt's tokens."""
-        tokens: list[int] = self._identity.tokens(request, self._requests[request].prompt_tokens).tolist()
-        return tokens
+        return self._turns.prompt(request)

@@ -221,11 +221,13 @@ class Planner:
         """A request has left the replica for good; what became of it is written down once."""
         records = self._requests
         if records.status[request.id] != Status.PENDING:
-            return  # it was cancelled while its batch was under way
+            if self.state.releases:  # it was cancelled while its batch was under way, and kept its slot until now
+                self.backend.release(request.id)
+            return
         if status is Status.FINISHED and self.handover is not None and self.handover(request):
             return
         records.end(request, now, status)
-        if self.state.releases:
+        if self.state.releases and request._counter is None:  # else its slot is paid for until its batch returns
             self.backend.release(request.id)
         if self._finish is not None:
             self._finish(request, now)

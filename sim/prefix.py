@@ -14,7 +14,7 @@ from collections import deque
 
 import numpy as np
 
-from policies.base import Request
+from policies.base import PolicyError, Request
 from sim.kv import CountingPool, Decodes, admission
 from sim.trace import Trace
 
@@ -29,7 +29,7 @@ class Identity:
     """
 
     def __init__(self, trace: Trace, block_size: int) -> None:
-        self._size = block_size
+        self.block_size = block_size
         n = len(trace)
         self._group: list[int] = [-1] * n if trace.prefix_group is None else trace.prefix_group.tolist()
         self._stream = _streams(trace)
@@ -66,7 +66,7 @@ class Identity:
 
     def tokens(self, request: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Numbers for the first ``count`` tokens of a request: equal in two requests where their blocks' keys are."""
-        size = self._size
+        size = self.block_size
         keys = np.array([self.key(request, block) for block in range(-(-count // size))], dtype=np.uint64)
         each = (np.repeat(keys, size)[:count] << np.uint64(8)) + np.arange(count, dtype=np.uint64) % np.uint64(size)
         each = (each ^ (each >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's mixing (Steele 2014)
@@ -74,10 +74,29 @@ class Identity:
         numbers: np.ndarray[tuple[int], np.dtype[np.int64]] = (each >> np.uint64(1)).astype(np.int64)
         return numbers
 
+    def named(self, request: int) -> int:
+        """Leading tokens of a request whose blocks ids of the trace name."""
+        return self._hashed[request] * self.block_size
+
+    def earlier_turns(self) -> dict[int, list[int]]:
+        """For each request whose prompt repeats earlier ones of its session and their answers: those, in order."""
+        found: dict[int, list[int]] = {}
+        latest: dict[int, int] = {}  # stream → its latest request
+        for request, stream in enumerate(self._stream or ()):
+            if stream >= 0:
+                if (before := latest.get(stream)) is not None:
+                    found[request] = [*found.get(before, ()), before]
+                latest[stream] = request
+        return found
+
+    def share(self, request: int, blocks: int) -> None:
+        """Let others have only the first ``blocks`` blocks of a request, and those that ids of the trace name."""
+        self.shareable[request] = max(blocks, self._hashed[request])
+
     def key(self, request: int, block: int) -> int:
         """An integer for block number ``block`` (from 0, full) of a request, its row in the trace."""
         if block < self._hashed[request]:  # an id stands for all before it too
-            at = self._offsets[request] + ((block + 1) * self._size - 1) // self._hash_block
+            at = self._offsets[request] + ((block + 1) * self.block_size - 1) // self._hash_block
             return (self._hashes[at] << INDEX_BITS | block) << 2 | HASHED
         if block >= self.shareable[request]:
             return (request << INDEX_BITS | block) << 2 | OWN
@@ -94,6 +113,11 @@ class PrefixPool(CountingPool):
 
     ``late``: asynchronous scheduling knows the token of a step one step later, so a block that decoding fills can be
     found from the next step on.
+
+    Blocks can be found once the step that fills them is planned. If that plan is taken back (a request is preempted in
+    the very step) vLLM 0.23.0 leaves them in its cache all the same, though nothing was computed: `allocate_slots`
+    caches, `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before. With
+    ``forgets`` they are forgotten instead: where steps really run, wrong tokens would come of it.
     """
 
     tracks = True
@@ -101,6 +125,7 @@ class PrefixPool(CountingPool):
     __slots__ = (
         "_cached",
         "_done",
+        "_forgets",
         "_found",
         "_identity",
         "_keys",
@@ -112,10 +137,13 @@ class PrefixPool(CountingPool):
         "_users",
     )
 
-    def __init__(self, total: int, block_size: int, identity: Identity, late: bool = False) -> None:
+    def __init__(
+        self, total: int, block_size: int, identity: Identity, late: bool = False, forgets: bool = False
+    ) -> None:
         super().__init__(total, block_size)
         self._identity = identity
         self._late = late
+        self._forgets = forgets
         self._queue = deque(range(total))  # free blocks, the next to be reused first; and stale entries
         self._stale: dict[int, int] = {}  # block → its first so many entries in the queue count no more
         self._keys: dict[int, int] = {}  # findable block → its content's key
@@ -201,6 +229,9 @@ class PrefixPool(CountingPool):
         full = self._done[number]
         if decoding:
             full = max(full, (request.computed + planned - self._late) // self.block_size)
+        if self._forgets:
+            full = min(full, request.computed // self.block_size)
+            self._take_back(request, full)
         self._publish(number, full)
 
     def table(self, request: int) -> list[int]:  # noqa: D102
@@ -247,6 +278,16 @@ class PrefixPool(CountingPool):
                 cached[key] = {others: None, block: None}
         self._public[number] = upto
         self._found = None
+
+    def _take_back(self, request: Request, full: int) -> None:
+        """Let only the first ``full`` blocks of a request be found; the others will not be filled."""
+        number = request.id
+        for block in self._tables[number][full : self._public[number]]:
+            if self._users[block] > 1:
+                raise PolicyError(f"preempt of {request} in the step that computes what others were admitted to find")
+            self._forget(block)
+            self._found = None
+        self._public[number] = min(self._public[number], full)
 
     def _look_up(self, request: Request) -> tuple[int, list[int], int]:
         """The blocks that hold a waiting request's leading tokens; the last known token is computed in any case."""

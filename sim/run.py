@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from backend.base import Executor
+from backend.base import Backend, Executor
 from policies.base import Request, Scheduler
 from sim import predict
 from sim.cluster import Cluster, Replica
@@ -22,6 +22,7 @@ from sim.journal import JournalEngine
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
 from sim.metrics import fleet, summarise
 from sim.prefix import Identity, PrefixPool
+from sim.problems import BadInput, Problem
 from sim.records import RequestRecords, RunRecords
 from sim.routing import ReplicaPool
 from sim.setup import ReplicaGroup, Setup
@@ -48,7 +49,7 @@ def simulate(
 
     ``progress(arrived)`` is called now and then. ``leap=False`` takes every engine step on its own: the same
     results, slowly. ``journal`` keeps what happens to each request (`sim.journal`). Raises `PolicyError` if the policy
-    asks for what cannot be, or leaves requests unserved.
+    asks for what cannot be, or leaves requests unserved, and `BadInput` if the backend cannot run here.
     """
     engine_type = JournalEngine if journal else Engine
     started = time.perf_counter()
@@ -97,7 +98,7 @@ def _served(
 
     def build(replica: Replica, group: ReplicaGroup) -> Engine:
         scheduler = group.make_scheduler()
-        pool = make_pool(scheduler, trace, group.blocks, group.block_size, identities)
+        pool = make_pool(scheduler, trace, group.blocks, group.block_size, identities, setup.executes)
         tokens = first_only if group.role == "prefill" else outputs
 
         def finish(request: Request, now: int) -> None:
@@ -105,11 +106,11 @@ def _served(
                 replica.left(request)
             cluster.ended(request, now)
 
-        backend = group.make_backend(setup.model)
+        backend = _ready(setup, group, pool)
         parts = (scheduler, backend, pool, requests, tokens, setup.max_model_len)
         if isinstance(backend, Executor):  # it has no host memory to swap to: preempted requests compute again
-            backend.prepare(pool.total, pool.block_size, setup.max_model_len, pool.tracks)
-            identity = Identity(trace, pool.block_size if pool.tracks else 16)
+            identity = (identities or {}).get(pool.block_size) if pool.tracks else None
+            identity = identity or Identity(trace, 16)
             engine: Engine = Executing(*parts, index=replica.index, leap=False, finish=finish, identity=identity)
         else:
             host = group.make_host(setup.model)
@@ -169,16 +170,33 @@ def audit(requests: RequestRecords, engines: list[Engine], request_time: int) ->
     assert gaps == tokens - int((first >= 0).sum()), f"{tokens} tokens, {gaps} gaps"
 
 
+def _ready(setup: Setup, group: ReplicaGroup, pool: CountingPool) -> Backend:
+    """A backend for one replica. Raises `BadInput` where it cannot serve that."""
+    try:
+        backend = group.make_backend(setup.model)
+        if isinstance(backend, Executor):
+            backend.prepare(pool.total, pool.block_size, setup.max_model_len, pool.tracks)
+    except ValueError as error:
+        raise BadInput(Problem(str(error), path="backend")) from None
+    return backend
+
+
 def _chance(setup: Setup, purpose: str) -> Random:
     return Random(int(stream(setup.seed, purpose).integers(1 << 62)))
 
 
 def make_pool(
-    scheduler: Scheduler, trace: Trace, blocks: int, block_size: int, identities: dict[int, Identity] | None
+    scheduler: Scheduler,
+    trace: Trace,
+    blocks: int,
+    block_size: int,
+    identities: dict[int, Identity] | None,
+    executes: bool = False,
 ) -> CountingPool:
     """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching can matter.
 
     ``identities``: by block size, what all replicas share of the trace, filled as needed; None where it cannot matter.
+    ``executes``: steps really run.
     """
     if not scheduler.prefix_caching:
         return CountingPool(blocks, block_size)
@@ -186,7 +204,7 @@ def make_pool(
         return StandInPool(blocks, block_size)
     if block_size not in identities:
         identities[block_size] = Identity(trace, block_size)
-    return PrefixPool(blocks, block_size, identities[block_size], late=scheduler.asynchronous)
+    return PrefixPool(blocks, block_size, identities[block_size], scheduler.asynchronous, forgets=executes)
 
 
 def request_maker(

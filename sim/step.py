@@ -59,7 +59,7 @@ class ReplicaStep(Step):
         self.taken = 0  # blocks taken for this step's decodes
         self.preempted = 0
         self.slept = 0
-        self.resumed = False  # somebody was admitted who lacks but one token
+        self.resumed = False  # somebody computes again who lacks but one token
         self.wake: int | None = None
         self.rejected: list[Request] = []
         self.released: list[Request] = []
@@ -168,8 +168,8 @@ class ReplicaStep(Step):
             if not pool.extend(request, upto):
                 return False
             self.tokens += tokens
-            if pool.tracks:
-                pool.computed(request, upto)
+            pool.computed(request, upto)
+            self.resumed |= tokens == 1 and request._emitted > 0 and request.remaining == 1
             self.chunks.append((request, tokens))
             return True
         if self.whole or request.id in self.ran:

@@ -193,18 +193,33 @@ def test_other_scaling_of_rope_is_refused(kind: str, key: str) -> None:
         Arithmetic.from_hf_config({key: {"rope_type": kind, "factor": 2.0}})
 
 
-@pytest.mark.xfail(strict=True, reason="layers that are not built are taken for those that are: other logits, silently")
 @pytest.mark.parametrize(
-    "config",
+    ("name", "change", "message"),
     [
-        FAMILIES["llama"]().to_dict() | {"hidden_act": "gelu"},
-        FAMILIES["opt"]().to_dict() | {"activation_function": "gelu"},
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not built; silu is"),
+        ("opt", {"activation_function": "gelu"}, "activation_function 'gelu' is not built; relu is"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before false is not built"),
+        (
+            "mistral",
+            {"sliding_window": 159},
+            "sliding_window 159 is not built; a max_model_len of up to 159 needs none",
+        ),
+        ("qwen2", {"sliding_window": 159, "use_sliding_window": True}, "sliding_window 159 is not built"),
     ],
-    ids=["llama with GELU", "OPT with GELU"],
 )
-def test_layers_that_are_not_built_are_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not"):
-        Arithmetic.from_hf_config(config)
+def test_layers_that_are_not_built_are_refused(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Arithmetic.from_hf_config(FAMILIES[name]().to_dict() | change, 160)
+
+
+def test_other_names_and_windows_of_layers_that_are_built() -> None:
+    swish = FAMILIES["llama"]().to_dict() | {"hidden_act": "swish"}
+    wide = FAMILIES["mistral"]().to_dict() | {"sliding_window": 160}
+    unused = FAMILIES["qwen2"]().to_dict() | {"sliding_window": 8, "use_sliding_window": False}
+
+    assert Arithmetic.from_hf_config(swish, 160) == Arithmetic.from_hf_config(FAMILIES["llama"]().to_dict())
+    assert Arithmetic.from_hf_config(wide, 160) == Arithmetic.from_hf_config(FAMILIES["mistral"]().to_dict())
+    assert Arithmetic.from_hf_config(unused, 160) == Arithmetic.from_hf_config(FAMILIES["qwen2"]().to_dict())
 
 
 # folders of weights that are no good
@@ -299,5 +314,12 @@ def test_scaling_that_is_not_built(folder: Path) -> None:
 def test_no_safetensors(folder: Path) -> None:
     next(folder.glob("*.safetensors")).unlink()
 
-    with pytest.raises((ValueError, FileNotFoundError), match=r"no \*\.safetensors in .*weights"):
+    with pytest.raises(ValueError, match=r"no \*\.safetensors in .*weights"):
+        prepared(folder)
+
+
+def test_safetensors_that_are_none(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).write_bytes(b"half a file")
+
+    with pytest.raises(ValueError, match=r"\.safetensors cannot be read: "):
         prepared(folder)

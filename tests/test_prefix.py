@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import Affine, World, check_books, play, trace_of
@@ -140,6 +141,29 @@ def test_a_turn_finds_the_last_prompt_and_answer() -> None:
     trace = trace_of([(0, 10, 7), (far, 25, 5), (2 * far, 20, 2), (3 * far, 40, 2)], session=[3, 3, 3, 3])
 
     assert one_by_one(trace) == [0, 16, 0, 20]
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_blocks_of_a_plan_that_was_taken_back_stay_in_the_cache_of_vllm(
+    forgets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seven blocks of 16. A computes 32 tokens a step; B, more urgent, comes in the second. In the third A's last two
+    # blocks are planned, then B's first decode needs one: A is preempted, and its tail is what B takes. A's fifth
+    # block, never filled, is found (80 tokens, 20 to compute) unless it is forgotten (64 tokens; 32 and 4).
+    make = worlds.make_pool
+    monkeypatch.setattr(worlds, "make_pool", lambda *parts, **more: make(*parts, **more, executes=forgets))
+    policy = Vllm(
+        max_num_batched_tokens=64,
+        long_prefill_token_threshold=32,
+        scheduling_policy="priority",
+        async_scheduling=False,
+    )
+    trace = trace_of([(0, 100, 3), (1, 16, 2)], priority=[9, 0], max_tokens=[3, 2])
+    world = play(trace, lambda: policy, Affine, blocks=7)
+
+    assert list(world.requests.preemptions) == [1, 0]
+    runs = world.engines[0].records.runs()
+    assert runs["prefill_tokens"][runs["chunks"] > 0].tolist() == [32, 32 + 16, *([32, 4] if forgets else [20])]
 
 
 def test_an_id_stands_for_all_before_it() -> None:

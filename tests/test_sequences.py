@@ -13,7 +13,7 @@ from backend.base import Prompt
 from backend.sequences import Sequences
 
 MOST, BLOCKS, BLOCK, LONGEST = 4, 12, 16, 64
-COLUMNS = LONGEST // BLOCK + 1
+COLUMNS = 2 * LONGEST // BLOCK + 1  # as much padding, and one more
 ROWS, LENGTHS, FIRST, POSITIONS, CELLS, NEWS = range(6)  # of what is staged for the device
 
 
@@ -101,21 +101,64 @@ def test_what_is_staged_for_decodes() -> None:
     found = sequences(named=True)
     pool = Pool({1: [4, 6], 2: [5]})
     one, other = take(found, 1), take(found, 2, pad=3)
-    for request, tokens in ((1, 16), (2, 9)):
+    for request, tokens in ((1, 16), (2, 16 + 9)):  # padding ends with a block
         found.cover(request, tokens, pool)
         found.length[found.row[request]] = tokens
 
     staged = stage(found, [2, 1], pool)
     nobody = MOST * COLUMNS
     assert staged[ROWS].tolist() == [other, one, MOST, MOST, MOST]
-    assert staged[LENGTHS].tolist() == [10, 17, 0, 0, 0]
-    assert staged[FIRST].tolist() == [3, 0, 0, 0, 0]
-    assert staged[POSITIONS].tolist() == [6, 16, 0, 0, 0]  # the padding has no positions
+    assert staged[LENGTHS].tolist() == [26, 17, 0, 0, 0]
+    assert staged[FIRST].tolist() == [16, 0, 0, 0, 0]
+    assert staged[POSITIONS].tolist() == [9, 16, 0, 0, 0]  # the padding has no positions
     assert staged[CELLS].tolist() == [nobody, one * COLUMNS + 1, nobody, nobody, nobody]
     assert staged[NEWS][1] == 6
     staged = stage(found, [1], pool)
     assert staged[[ROWS, LENGTHS, POSITIONS, CELLS], 0].tolist() == [one, 18, 17, nobody]
     assert stage(found, [])[:5].tolist() == [[MOST] * 5, [0] * 5, [0] * 5, [0] * 5, [nobody] * 5]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_padding_takes_no_block_and_moves_no_token_within_one(named: bool) -> None:
+    found = sequences(named)
+    pool = Pool({1: [4, 6], 2: [5]})
+    one = take(found, 1, pad=20)
+    take(found, 2, pad=LONGEST)
+    with pytest.raises(RuntimeError, match="a padding of 65 tokens: sequences have at most 64"):
+        take(found, 3, pad=65)
+
+    cells, blocks = found.cover(1, 32 + 17, pool)
+    assert cells == [one * COLUMNS + i for i in range(4)]
+    assert found.slots(one, 49)[32:].tolist() == [b * 16 + i for b in blocks[2:] for i in range(16)][:17]
+    more = found.cover(2, 64 + 9, pool)[1]
+    assert len(set(blocks[:2] + more[:4])) == 6  # padding names other blocks each time
+    assert named is False or (blocks[2:], more[4:]) == ([4, 6], [5])
+    assert len(set(blocks[2:] + more[4:])) == 3
+    assert found.cover(2, 64 + 16, pool) == ([], [])
+    found.release(1)
+    found.release(2)
+    for request in range(3):  # every block is free
+        take(found, request)
+        found.cover(request, 4 * BLOCK, Pool({request: [*range(4 * request, 4 * request + 4)]}))
+    assert len({int(found.slots(found.row[r], t)[-1]) for r in range(3) for t in range(1, 65)}) == BLOCKS * BLOCK
+
+
+def test_a_dead_sequence_stops_at_the_longest_and_may_overwrite_itself() -> None:
+    found = sequences(named=True)
+    pool = Pool({1: [4, 6], 2: [5]})
+    pool.dead = [1]
+    row = take(found, 1, pad=3)
+    found.cover(1, 16 + 30, pool)
+    found.length[row] = 46
+    for position in range(30, 70):
+        staged = stage(found, [1], pool)
+        assert staged[POSITIONS][0] == min(position, LONGEST - 1)
+        assert staged[LENGTHS][0] == staged[POSITIONS][0] + 1 + 16
+    assert set(found.slots(row, 16 + LONGEST)[16 + 32 :].tolist()) == set(range(6 * 16, 7 * 16))  # its last block
+
+    take(found, 2)
+    with pytest.raises(RuntimeError, match="request 2 has no block for its token 17"):
+        found.cover(2, 17, pool)
 
 
 @settings(max_examples=150, deadline=None)

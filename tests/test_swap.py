@@ -13,8 +13,9 @@ from clusters import serve as serve_cluster
 from worlds import Affine, play, trace_of
 
 from backend import specs
-from backend.base import Batch, StepCost
+from backend.base import Batch, Chunk, StepCost
 from policies.base import PolicyError, Preemption, Request, Scheduler, Step
+from policies.vllm import Vllm
 from policies.vllm_v0 import VllmV0
 from sim.host_memory import HostMemory, host_memory
 from sim.records import Status
@@ -89,6 +90,29 @@ def test_a_resumed_request_is_priced_as_the_decode_that_it_is() -> None:
         (0, 1, 8),  # B alone
         (0, 2, 8 + 9),  # A reads the 7 tokens that came back and its own, B its 9
         (0, 1, 9),
+    ]
+
+
+def test_the_last_token_of_a_recompute_in_chunks_is_priced_as_the_decode_that_it_is() -> None:
+    # Five blocks of 4. B is preempted with 8 tokens computed and 3 emitted, computes 8 again, and then its latest
+    # token alone: nobody is admitted in that step.
+    seen: list[Batch] = []
+
+    class Watching(TokenAPs):
+        def step(self, batch: Batch) -> StepCost:
+            seen.append(batch)
+            return super().step(batch)
+
+    policy = Vllm(long_prefill_token_threshold=8, async_scheduling=False, enable_prefix_caching=False)
+    play(trace_of([(0, 6, 4), (0, 6, 4)]), lambda: policy, Watching, blocks=5, block_size=4, leap=False)
+
+    assert [(b.prefills, b.decodes, b.context) for b in seen] == [
+        ((Chunk(0, 6), Chunk(0, 6)), 0, 0),
+        ((), 2, 7 + 7),
+        ((), 2, 8 + 8),
+        ((), 1, 9),  # A alone
+        ((Chunk(0, 8),), 0, 0),
+        ((), 1, 9),
     ]
 
 

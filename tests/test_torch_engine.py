@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from command import ROOT, Result, chairlift
-from hypothesis import given, settings
+from hypothesis import HealthCheck, settings
+from hypothesis import given as given_
 from hypothesis import strategies as st
 from worlds import trace_of
 
@@ -48,6 +49,7 @@ from policies.vllm import Vllm  # noqa: E402
 from sim import executing  # noqa: E402
 from sim.scenario import Limits  # noqa: E402
 from sim.trace import Trace  # noqa: E402
+from sim.turns import Turns  # noqa: E402
 
 MS = 10**9  # ps
 Rows = list[tuple[int, int, int]]
@@ -124,7 +126,7 @@ POLICIES: dict[str, tuple[type[Scheduler], Callable[[int], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=4, deadline=None)
-@given(
+@given_(
     rows=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 90), st.integers(1, 40)), min_size=2, max_size=5),
     size=st.integers(2, 4),
     blocks=st.integers(9, 20),
@@ -228,6 +230,48 @@ def test_a_padded_prompt_may_be_computed_in_chunks(folder: Path) -> None:
     check_greedy(got)
 
 
+@dataclass
+class CachedPadding(Vllm):
+    """Padding in front of prompts that others find in the cache."""
+
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = False
+
+    def schedule(self, step: Step) -> int:
+        step.decode_all()
+        for request in list(step.waiting):
+            step.admit(request, request.remaining - step.cached_tokens(request), pad=21)
+        return 1
+
+
+def test_a_padded_prompt_can_be_found_in_the_cache(folder: Path) -> None:
+    got = answers(folder, made([(0, 60, 9), (100, 60, 20)], 1, 60), CachedPadding, {})
+
+    assert got.served.columns()["cached_tokens"] == [0, 48]
+    check_greedy(got)
+
+
+@dataclass
+class WidePadding(Orca):
+    """More padding than a sequence can be long."""
+
+    pad: int = LONGEST + 1
+
+    def schedule(self, step: Step) -> int:
+        step.decode_all()
+        for request in list(step.waiting):
+            step.admit(request, request.remaining, pad=self.pad)
+        return 1
+
+
+def test_padding_as_long_as_the_longest_sequence_and_longer(folder: Path) -> None:
+    trace = made([(0, 90, 70), (0, 3, 20)])
+    check_greedy(answers(folder, trace, WidePadding, {"pad": LONGEST}))
+
+    with pytest.raises(PolicyError, match="WidePadding: a padding of 161 tokens: sequences have at most 160"):
+        answers(folder, trace, WidePadding, {})
+
+
 def test_whatever_the_policy_the_answers_are_the_same(folder: Path) -> None:
     trace = made(many(6, 2))
     found = [answers(folder, trace, scheduler, chosen(3), blocks=60).tokens for scheduler, chosen in POLICIES.values()]
@@ -259,7 +303,6 @@ def test_a_larger_batch_than_there_are_rows(folder: Path) -> None:
 # defects
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="positions and tables end at max_model_len, padding or not")
 @pytest.mark.parametrize("pad_to", ["batch", "global"])
 def test_padding_may_reach_beyond_the_longest_sequence(folder: Path, pad_to: str) -> None:
     # each fits 160 tokens; the first, dead and padded, goes on to 100 + 149
@@ -268,9 +311,8 @@ def test_padding_may_reach_beyond_the_longest_sequence(folder: Path, pad_to: str
     check_greedy(got)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="TGI sets nothing aside for the padding, which takes blocks")
 def test_the_padding_of_tgi_does_not_use_the_pool_up(folder: Path) -> None:
-    # Σ prompt + max_tokens is 318 of 336 slots; with prompts padded to 90 it would be 743
+    # TGI sets nothing aside for padding: Σ prompt + max_tokens is 318 of 336 slots; padded to 90 it would be 743
     kept = Kept(Torch(device="cpu", weights=str(folder), max_batch=8))
     trace = made([(0, 5, 40)] * 5 + [(0, 90, 3)])
     served = executed(system(trace, Tgi, {}, kept, blocks=21))
@@ -278,29 +320,98 @@ def test_the_padding_of_tgi_does_not_use_the_pool_up(folder: Path) -> None:
     check_greedy(Answers(served, kept.built[-1].generated))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="blocks of a chunk that was planned and then taken back stay in the prefix cache"
-)
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_chunk_that_was_taken_back_is_not_in_the_cache(folder: Path, shared: bool) -> None:
     # Request 0 computes 32 tokens a step. In the third its chunk is planned (blocks 5 and 6 of 7), then request 1,
-    # which is more urgent, needs a block: request 0 is preempted, and block 5 is never filled, but found.
+    # which is more urgent, needs a block: request 0 is preempted, and block 5 is never filled, so it must not be found.
     options = {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 32, "scheduling_policy": "priority"}
     prefix = {"prefix_group": [0, -1], "prefix_tokens": [96, 0]} if shared else {}
     trace = made([(0, 100, 3), (1, 16, 2)], priority=[9, 0], **prefix)
     got = answers(folder, trace, Vllm, {**options, "async_scheduling": False}, blocks=7)
 
     assert got.served.columns()["preemptions"] == [1, 0]
+    assert column(got, "prefill_tokens").sum() == 32 + 32 + 16 + 36  # four blocks are found
     check_greedy(got)
 
 
-@pytest.mark.xfail(strict=True, reason="a next turn's prompt stands for other tokens than the answer that it repeats")
 def test_a_next_turn_finds_its_last_answer_in_the_cache(folder: Path) -> None:
     # 20 tokens and an answer of 30; then a prompt of 70 that begins with them: 48 are cached, 28 of them generated
     got = answers(folder, made([(0, 20, 30), (10_000, 70, 5)], session=[0, 0]), Vllm, {})
 
     assert got.served.columns()["cached_tokens"] == [0, 48]
     check_greedy(got)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """The prompts that the engine was given, each the same whenever it was."""
+    found: dict[int, list[int]] = {}
+    make = Turns.prompt
+
+    def prompt(turns: Turns, request: int) -> list[int]:
+        tokens = [n % MODEL.vocab for n in make(turns, request)]
+        assert found.setdefault(request, tokens) == tokens
+        return tokens
+
+    monkeypatch.setattr(Turns, "prompt", prompt)
+    return found
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_turn_that_comes_before_the_answer_it_repeats(folder: Path, given: dict[int, list[int]], ahead: bool) -> None:
+    # Turn 2 repeats 20 + 100 tokens, but comes when some ten are there. Turn 3 comes when all is done, and goes on
+    # from the whole of turn 1's answer: it must not find what turn 2 stored in its stead.
+    trace = made([(0, 20, 100), (30, 125, 4), (10_000, 140, 3)], session=[0, 0, 0])
+    got = answers(folder, trace, Vllm, {"async_scheduling": ahead})
+
+    [first, second, third] = [got.tokens[i] for i in range(3)]
+    same = [a == b for a, b in zip(given[1][20:120], first, strict=True)]
+    assert 3 < same.index(False) < 40  # as far as it was known, then made up
+    assert given[1][:20] == given[0]
+    assert given[2][:120] == given[0] + first
+    assert given[2][125:129] == second
+    assert got.served.columns()["cached_tokens"][1] in (16, 32, 48)
+    assert got.served.columns()["cached_tokens"][2] == 112  # 119 tokens are stored, and the answer of turn 2 is apart
+    assert len(third) == 3
+    check_greedy(got, given=[given[i] for i in range(3)])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given_(
+    rows=st.lists(
+        st.tuples(st.integers(0, 60), st.integers(1, 30), st.integers(1, 30), st.integers(-1, 1)),
+        min_size=2,
+        max_size=7,
+    ),
+    ahead=st.booleans(),
+    priority=st.booleans(),
+    blocks=st.integers(11, 24),
+    timeout=st.sampled_from([None, 0.08]),
+)
+def test_turns_of_sessions_have_the_tokens_of_a_plain_forward_pass(
+    folder: Path,
+    given: dict[int, list[int]],
+    rows: list[tuple[int, int, int, int]],
+    ahead: bool,
+    priority: bool,
+    blocks: int,
+    timeout: float | None,
+) -> None:
+    given.clear()
+    lengths: dict[int, int] = {}
+    at, table = 0, []
+    for gap, more, output, session in rows:
+        at += gap
+        prompt = more if session < 0 else lengths.get(session, 0) + more
+        prompt = more if prompt + output > LONGEST else prompt  # it has forgotten
+        lengths[session] = prompt + output
+        table.append((at, prompt, output))
+    options = {"async_scheduling": ahead, "max_num_batched_tokens": 64, "max_num_seqs": 3}
+    options |= {"scheduling_policy": "priority" if priority else "fcfs", "long_prefill_token_threshold": 32}
+    trace = made(table, session=[s for *_, s in rows], priority=[(5 * i) % 3 for i in range(len(rows))])
+    got = answers(folder, trace, Vllm, options, blocks=blocks, limits=Limits(timeout_s=timeout))
+
+    check_greedy(got, given=[given.get(i, []) for i in range(len(rows))])
 
 
 # tokens
@@ -382,7 +493,6 @@ def refused(result: Result, *words: str) -> None:
 
 
 in_a_folder_of_its_own = pytest.mark.usefixtures("_in_a_folder_of_its_own")
-traceback = pytest.mark.xfail(strict=True, reason="what `build` and `prepare` raise ends in a traceback")
 
 
 @in_a_folder_of_its_own
@@ -397,9 +507,9 @@ def test_the_command_runs_the_engine() -> None:
 @pytest.mark.parametrize(
     ("assignments", "words"),
     [
-        pytest.param(["tensor_parallel=2"], ["runs on one GPU (got tensor_parallel 2)"], marks=traceback),
-        pytest.param(["kv.block_size=8"], ["blocks hold a multiple of 16 tokens (got 8)"], marks=traceback),
-        pytest.param(["backend.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"], marks=traceback),
+        (["tensor_parallel=2"], ["runs on one GPU (got tensor_parallel 2)"]),
+        (["kv.block_size=8"], ["blocks hold a multiple of 16 tokens (got 8)"]),
+        (["backend.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"]),
         (["replicas=2"], ["replicas", "one replica"]),
         (['replicas=[{"count": 1}, {"count": 1}]'], ["replicas", "one replica"]),
         (['failures={"mtbf_s": 5, "mttr_s": 1}'], ["failures", "one replica"]),
@@ -417,7 +527,6 @@ def test_what_the_engine_cannot_serve(assignments: list[str], words: list[str]) 
     refused(run(*arguments), *words)
 
 
-@traceback
 @in_a_folder_of_its_own
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there() -> None:
@@ -432,7 +541,6 @@ def test_settings_are_checked() -> None:
     refused(run("--set", "backend.weight=x"), "backend.weight", "did you mean 'weights'?")
 
 
-@traceback
 @pytest.mark.parametrize("missing", ["torch", "safetensors"])
 def test_without_the_extra(tmp_path: Path, folder: Path, missing: str) -> None:
     (tmp_path / "s.yaml").write_text(SCENARIO)

@@ -199,13 +199,34 @@ def prompt_of(trace: Trace, request: int, block_size: int, vocab: int = MODEL.vo
     return [int(n) % vocab for n in numbers]
 
 
-def check_greedy(got: Answers, block_size: int = 16) -> None:
-    """Every finished request has the tokens that a plain forward pass likes best, one after the other."""
+def prompts(got: Answers, block_size: int = 16) -> list[list[int]]:
+    """Every prompt: one that is as long as the session's last prompt and answer begins with them."""
     trace = got.served.setup.trace
+    found: list[list[int]] = []
+    last: dict[int, list[int]] = {}  # session → its last prompt and answer
+    for i in range(len(trace)):
+        prompt = prompt_of(trace, i, block_size)
+        session = -1 if trace.session is None else int(trace.session[i])
+        known = last.get(session, [])
+        if len(known) <= len(prompt):
+            prompt[: len(known)] = known
+        found.append(prompt)
+        if session >= 0:
+            last[session] = prompt + got.tokens[i]
+    return found
+
+
+def check_greedy(got: Answers, block_size: int = 16, given: list[list[int]] | None = None) -> None:
+    """Every finished request has the tokens that a plain forward pass likes best, one after the other.
+
+    ``given`` are the prompts, if they are not `prompts`.
+    """
+    trace = got.served.setup.trace
+    given = given or prompts(got, block_size)
     for i, status in enumerate(got.served.requests.status):
         if status != Status.FINISHED:
             continue
-        prompt, tokens = prompt_of(trace, i, block_size), got.tokens[i]
+        prompt, tokens = given[i], got.tokens[i]
         assert len(tokens) == trace.output_tokens[i], f"request {i}"
         logits = plain(prompt + tokens)[len(prompt) - 1 : -1]
         short = logits.max(-1).values - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
