@@ -104,7 +104,7 @@ class Gaps(NamedTuple):
 
     at_s: Floats
     ms: Floats
-    count: npt.NDArray[np.int64]
+    often: npt.NDArray[np.int64]
 
 
 def sample_of(promises: Sequence[Promise], times: Latency, gaps: Gaps | None = None, wall_s: float = 0.0) -> Sample:
@@ -120,8 +120,8 @@ def sample_of(promises: Sequence[Promise], times: Latency, gaps: Gaps | None = N
             bins = np.searchsorted(times.arrival_s[edges[:-1]], gaps.at_s, side="right") - 1
             bins = np.clip(bins, 0, BINS - 1)
             good = gaps.ms <= limits["itl"]
-            eligible.append(np.bincount(bins, gaps.count, BINS).astype(np.int64).tolist())
-            met.append(np.bincount(bins, gaps.count * good, BINS).astype(np.int64).tolist())
+            eligible.append(np.bincount(bins, gaps.often, BINS).astype(np.int64).tolist())
+            met.append(np.bincount(bins, gaps.often * good, BINS).astype(np.int64).tolist())
             worst = np.maximum(worst, times.tpot / limits["itl"])  # by request there is but the mean gap
             continue
         which = _which(promise, times)
@@ -172,7 +172,7 @@ def _figures(
             found[f"p{q:g}_{metric}_ms"] = value if np.isfinite(value) else 1e12
     if gaps is not None and len(gaps.ms):
         order = np.argsort(gaps.ms)
-        below = np.cumsum(gaps.count[order])
+        below = np.cumsum(gaps.often[order])
         for q in sorted({50.0, 99.0} | {q for metric, q in wanted if metric == "itl"}):
             at = min(int(np.searchsorted(below, q / 100 * below[-1])), len(order) - 1)
             found[f"p{q:g}_itl_ms"] = float(gaps.ms[order[at]])

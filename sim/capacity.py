@@ -79,7 +79,12 @@ class Unreachable(Exception):
 
 
 def find(
-    measure: Measure, promises: Sequence[Promise], guess: float, bound: float, effort: Effort, told: Told = lambda _: None
+    measure: Measure,
+    promises: Sequence[Promise],
+    guess: float,
+    bound: float,
+    effort: Effort,
+    told: Told = lambda _: None,
 ) -> Capacity:
     """The capacity. ``guess``: any rate to begin with; ``bound``: none above it can be served (inf: not known)."""
     search = _Search(measure, promises, guess, bound, effort, told)
@@ -240,8 +245,7 @@ class _Search:
         return [
             verdict
             for verdict in self.ordered()
-            if abs(math.log(verdict.rate_per_s / self.centre)) > NEAR
-            or verdict.replications * verdict.requests >= work
+            if abs(math.log(verdict.rate_per_s / self.centre)) > NEAR or verdict.replications * verdict.requests >= work
         ]
 
     def proven(self) -> tuple[float, float]:
@@ -277,10 +281,7 @@ class _Search:
 
     def result(self) -> Capacity:
         low, high = self.proven()
-        if self.centre == 0:
-            rate = self.below
-        else:
-            rate = min(max(self.fitted(), low), high)
+        rate = self.below if self.centre == 0 else min(max(self.fitted(), low), high)
         limiting = _worst(self.seen[self.above], self.promises) if math.isfinite(self.above) else None
         islands = [verdict.rate_per_s for verdict in self.ordered() if verdict.rate_per_s > high and verdict.holds]
         if high - low > 2 * self.effort.precision * max(rate, 1e-12) * 1.01:
@@ -299,4 +300,3 @@ class _Search:
 
 def _worst(verdict: Verdict, promises: Sequence[Promise]) -> Promise:
     return promises[max(range(len(promises)), key=lambda j: verdict.kept[j].logit_gap)]
-

@@ -114,7 +114,9 @@ def judge(
         values = np.array([s.figures[name] for s in samples if name in s.figures])
         half = 0.0
         if len(values) > 1:
-            half = student(1 - (1 - confidence) / 2, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+            half = (
+                student(1 - (1 - confidence) / 2, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+            )
         figures[name] = (float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
     return Verdict(
         rate_per_s,
