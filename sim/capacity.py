@@ -45,6 +45,7 @@ class Effort:
     confidence: float = 0.95
     requests: int = 2000  # a replication, to begin with
     most_requests: int = 256_000  # a replication
+    budget: float = math.inf  # requests in all, beyond which no more work is put in
 
 
 @dataclass
@@ -111,6 +112,7 @@ class _Search:
         self.above = math.inf
         self.centre = 0.0  # where the proofs are sought
         self.looks = 0
+        self.spent = 0  # requests
         self.notes: list[str] = []
 
     def look(self, rate: float, replications: int) -> Verdict:
@@ -126,7 +128,9 @@ class _Search:
                 self.promises, self.measure(rate, requests, replications), rate, requests, self.effort.confidence
             )
             self.looks += 1
-            if not verdict.is_short or verdict.proof < 0 or requests >= self.effort.most_requests:
+            self.spent += requests * replications
+            most = requests >= self.effort.most_requests or self.spent > self.effort.budget
+            if most or not verdict.is_short or verdict.proof < 0:
                 break
             requests *= 2
         if verdict.drifting and verdict.proof >= 0:
@@ -254,19 +258,20 @@ class _Search:
         Neither is nearer to the centre than a third of the precision: of many looks close to the truth one errs.
         """
         low, high, apart = 0.0, math.inf, math.exp(self.effort.precision / 3)
+        doubted = False  # whether a lower rate seems broken
         for verdict in self.trusted():
             rate = verdict.rate_per_s
             if verdict.proof < 0 and rate >= self.centre * apart:
                 high = rate
                 break
-            if verdict.proof > 0 and rate <= self.centre / apart:
+            if verdict.proof > 0 and rate <= self.centre / apart and not doubted:
                 low = rate
-            elif not verdict.holds and rate < self.centre / apart:
-                break
+            doubted = doubted or (not verdict.holds and rate < self.centre / apart)
         return low, high
 
     def can_grow(self) -> bool:
-        return self.replications < MOST or self.requests < self.effort.most_requests
+        more = self.replications < MOST or self.requests < self.effort.most_requests
+        return more and self.spent < self.effort.budget
 
     def grow(self, factor: float) -> bool:
         """``factor`` times the work: first more replications, then longer ones. False: that is all one may."""
@@ -285,7 +290,7 @@ class _Search:
         limiting = _worst(self.seen[self.above], self.promises) if math.isfinite(self.above) else None
         islands = [verdict.rate_per_s for verdict in self.ordered() if verdict.rate_per_s > high and verdict.holds]
         if high - low > 2 * self.effort.precision * max(rate, 1e-12) * 1.01:
-            self.notes.append("the interval is wider than asked for: more requests a replication would narrow it")
+            self.notes.append("the interval is wider than asked for: search.budget or search.most_requests was reached")
         return Capacity(rate, low, high, self.ordered(), limiting, islands, self.notes)
 
     def fitted(self) -> float:

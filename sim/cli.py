@@ -167,11 +167,15 @@ def list_(
 
 
 @app.command()
-def schema(sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False) -> None:
+def schema(
+    sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Of plan files instead.")] = False,
+) -> None:
     """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
-    from sim.schema import scenario_schema, sweep_schema
+    from sim.schema import plan_schema, scenario_schema, sweep_schema
 
-    sys.stdout.write(json.dumps(sweep_schema() if sweep else scenario_schema(), indent=2) + "\n")
+    found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
 @trace_app.command("describe")

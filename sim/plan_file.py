@@ -16,7 +16,7 @@ from backend import profile, specs
 from sim import load
 from sim.arrivals import Arrivals
 from sim.attainment import Promise
-from sim.axes import Scalar, Value
+from sim.axes import Scalar, Value, label_of
 from sim.capacity import Effort
 from sim.document import Document, read
 from sim.lengths import Spec
@@ -53,7 +53,10 @@ class Search(Spec):
         default=2000, description="Of a replication, to begin with; runs that have not settled get longer."
     )
     most_requests: Annotated[int, Field(ge=200, le=10**7)] = Field(
-        default=64_000, description="Of a replication, at most."
+        default=32_000, description="Of a replication, at most."
+    )
+    budget: Annotated[int, Field(ge=1000, le=10**10)] = Field(
+        default=3_000_000, description="Requests for one capacity, in all; beyond, its interval stays as wide as it is."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the first replication; the others follow.")
 
@@ -65,7 +68,7 @@ class Search(Spec):
 
     def effort(self, precision: float | None = None) -> Effort:
         """The same for a search; ``precision`` if a rougher one will do."""
-        return Effort(precision or self.precision, self.confidence, self.requests, self.most_requests)
+        return Effort(precision or self.precision, self.confidence, self.requests, self.most_requests, self.budget)
 
 
 class Stress(Spec):
@@ -240,7 +243,7 @@ def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:
 def _candidate(
     document: Document, point: dict[str, Value], folder: Path, trust: bool, prices: Prices, plan: Document
 ) -> Candidate:
-    labels = {key: value.label for key, value in point.items()}
+    labels = {key: _label(key, value) for key, value in point.items() if value.value is not None}
     try:
         setup = load.prepare(paced(document, 1.0, SAMPLE), folder, trust)
     except BadInput as error:
@@ -258,6 +261,15 @@ def _candidate(
         gpus += group.count * group.tensor_parallel
         usd += group.count * group.tensor_parallel * price.usd_per_gpu_hour
     return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup))
+
+
+def _label(key: str, value: Value) -> Scalar:
+    """Groups of replicas in words: ``2 prefill + 6 decode``."""
+    groups = value.value
+    if key != "replicas" or not isinstance(groups, list) or value.label != label_of(groups):
+        return value.label
+    kinds = [(g.get("count", 1), g.get("gpu"), g.get("role", "mixed")) for g in groups]
+    return " + ".join(" ".join(str(part) for part in kind if part is not None) for kind in kinds)
 
 
 def _same(name: str, gpu: str) -> bool:
