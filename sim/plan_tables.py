@@ -121,12 +121,13 @@ def _show_race(out: Console, race: Race) -> None:
         )
     table = _table("simulated, cheapest first", "system", "$/h", "outcome", "share that met it [interval]")
     simulated = [entry for entry in race.entries if entry.verdict is not None]
-    for entry in simulated[-SHOWN:]:
+    shown = _worth_showing(race, simulated)
+    for entry in shown:
         table.add_row(
             escape(entry.candidate.name), f"{entry.candidate.usd_per_hour:,.2f}", entry.outcome, escape(entry.why)
         )
-    if len(simulated) > SHOWN:
-        table.caption = f"{len(simulated) - SHOWN} cheaper ones broke a promise as well"
+    if len(simulated) > len(shown):
+        table.caption = f"and {len(simulated) - len(shown)} more, in plan.html"
     if simulated:
         out.print(table)
     counts: dict[str, list[Entry]] = {}
@@ -139,6 +140,16 @@ def _show_race(out: Console, race: Race) -> None:
     )
     for kind, entries in list(counts.items())[:REASONS]:
         out.print(f"  {kind}: {len(entries)}; e.g. {escape(entries[-1].candidate.name)}: {escape(entries[-1].why)}")
+
+
+def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:
+    """The last that were cheaper than the winner and failed, and what will do."""
+    if race.winner is None:
+        return sorted(simulated, key=lambda e: e.verdict.gap if e.verdict else math.inf)[:SHOWN]
+    price = race.winner.candidate.usd_per_hour
+    cheaper = [e for e in simulated if e.outcome != "kept" and e.candidate.usd_per_hour <= price]
+    kept = [e for e in simulated if e.outcome == "kept"]
+    return [*cheaper[-SHOWN // 3 :], *kept[: SHOWN - SHOWN // 3]]
 
 
 def _kind(why: str) -> str:
