@@ -388,13 +388,13 @@ def test_scenarios_in_folders_are_listed_and_found_by_either_name() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scenarios").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_schema_has_the_keys_of_shipped_scenarios(path: Path) -> None:
-    schema = json.loads(chairlift("schema").out)
+    options = {"sweeps": ["--sweep"], "plans": ["--plan"]}.get(path.parent.name, [])
+    schema = json.loads(chairlift("schema", *options).out)
     scenario = yaml.safe_load(path.read_text())
 
     assert set(scenario) <= set(schema["properties"])
-    assert {key for each in scenario.get("compare", []) for key in each} <= set(
-        schema["$defs"]["Variant"]["properties"]
-    )
+    for each in scenario.get("compare", []):
+        assert set(each) <= set(schema["$defs"]["Variant"]["properties"])
 
 
 def test_trace_describe() -> None:
