@@ -288,7 +288,7 @@ class _Search:
         low, high = self.proven()
         rate = self.below if self.centre == 0 else min(max(self.fitted(), low), high)
         limiting = _worst(self.seen[self.above], self.promises) if math.isfinite(self.above) else None
-        islands = [verdict.rate_per_s for verdict in self.ordered() if verdict.rate_per_s > high and verdict.holds]
+        islands = [verdict.rate_per_s for verdict in self.trusted() if verdict.rate_per_s > high and verdict.holds]
         if high - low > 2 * self.effort.precision * max(rate, 1e-12) * 1.01:
             self.notes.append("the interval is wider than asked for: search.budget or search.most_requests was reached")
         return Capacity(rate, low, high, self.ordered(), limiting, islands, self.notes)

@@ -56,7 +56,7 @@ class Search(Spec):
         default=32_000, description="Of a replication, at most."
     )
     budget: Annotated[int, Field(ge=1000, le=10**10)] = Field(
-        default=3_000_000, description="Requests for one capacity, in all; beyond, its interval stays as wide as it is."
+        default=1_500_000, description="Requests for one capacity, in all; beyond, its interval stays as wide as it is."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the first replication; the others follow.")
 
