@@ -18,6 +18,7 @@ from policies.base import PolicyError
 from sim import (
     cli_agree,
     cli_compare,
+    cli_plan,
     cli_profile,
     cli_report,
     cli_sweep,
@@ -49,7 +50,7 @@ trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 
 SCENARIOS = Path(__file__).resolve().parent.parent / "scenarios"
-SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps")
+SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps", "plans")
 
 FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
@@ -157,7 +158,7 @@ def run(
 def list_(
     kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
 ) -> None:
-    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers, sweeps."""
+    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers, sweeps, plans."""
     if kind not in SCENARIO_KINDS:
         raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
     table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)
@@ -167,11 +168,15 @@ def list_(
 
 
 @app.command()
-def schema(sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False) -> None:
+def schema(
+    sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Of plan files instead.")] = False,
+) -> None:
     """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
-    from sim.schema import scenario_schema, sweep_schema
+    from sim.schema import plan_schema, scenario_schema, sweep_schema
 
-    sys.stdout.write(json.dumps(sweep_schema() if sweep else scenario_schema(), indent=2) + "\n")
+    found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
 @trace_app.command("describe")
@@ -217,7 +222,7 @@ def find_scenario(name: str) -> Path:
 
 def _shipped() -> dict[str, Path]:
     """Shipped scenarios by name, those in folders last: ``research/policy_zoo``."""
-    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(cli_sweep.SWEEPS.rglob("*")))
+    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(cli_sweep.SWEEPS.rglob("*")) - set(cli_plan.PLANS.rglob("*")))
     files.sort(key=lambda file: (len(file.parts), file))
     return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
 
@@ -275,8 +280,8 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
     elif kind == "scenarios":
         for name, path in _shipped().items():
             yield name, _question(path)
-    elif kind == "sweeps":
-        for path in sorted(cli_sweep.SWEEPS.glob("*.yaml")):
+    elif kind in ("sweeps", "plans"):
+        for path in sorted((SCENARIOS / kind).glob("*.yaml")):
             yield path.stem, _question(path)
     elif kind == "backends":
         for name, settings in BACKENDS.items():
@@ -298,6 +303,7 @@ app.command("compare")(cli_compare.compare)
 app.command("agree")(cli_agree.agree)
 app.command()(cli_report.report)
 app.command()(cli_report.explain)
+app.command("plan")(cli_plan.plan)
 
 
 def main() -> None:

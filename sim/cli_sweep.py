@@ -86,7 +86,7 @@ def sweep(
         return
     with Journal(folder / "journal.jsonl") as journal:
         rows: dict[int, tuple[Run, Row]] = {}
-        where = _executor(executor, jobs, address)
+        where = executor_for(executor, jobs, address)
         before = len(journal)
         started = time.perf_counter()
 
@@ -133,7 +133,8 @@ def find_sweep(name: str) -> Path:
     return shipped
 
 
-def _executor(name: str, jobs: int | None, address: str | None) -> Executor:
+def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:
+    """Where runs take place. Raises `BadInput`: no cluster, or options that do not go together."""
     if name == "local":
         return Local(jobs)
     if jobs is not None:

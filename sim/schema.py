@@ -7,8 +7,9 @@ from typing import Any
 from backend import specs
 from sim import plugins
 from sim.lookup import BACKENDS
+from sim.plan_file import PlanFile
 from sim.scenario import Scenario
-from sim.sweep_file import SweepFile
+from sim.sweep_file import Based, SweepFile
 
 
 def scenario_schema() -> dict[str, Any]:
@@ -31,9 +32,18 @@ def scenario_schema() -> dict[str, Any]:
 
 def sweep_schema() -> dict[str, Any]:
     """The same for sweep YAML; a list stands for an axis of these values."""
-    schema = SweepFile.model_json_schema()
+    return _with_axes(SweepFile, "sweep")
+
+
+def plan_schema() -> dict[str, Any]:
+    """The same for plan YAML."""
+    return _with_axes(PlanFile, "plan")
+
+
+def _with_axes(kind: type[Based], name: str) -> dict[str, Any]:
+    schema = kind.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "Chairlift sweep"
+    schema["title"] = f"Chairlift {name}"
     axis = schema["$defs"]["Axis"]
     schema["$defs"]["Axis"] = {"anyOf": [{"type": "array", "minItems": 1}, axis]}
     return schema

@@ -28,16 +28,21 @@ _SAID = ("name", "question", "compare", "cases", "baseline", "waterfall", "table
 _VARIANT = ("name", "note", "published")
 
 
-class SweepFile(Grid):
-    """What a sweep YAML may say."""
+class Based(Grid):
+    """Axes over a base scenario: what sweeps and plans have in common."""
 
     name: str | None = Field(default=None, description="Default: the file's name.")
-    question: str | None = Field(default=None, description="What this sweep answers.")
+    question: str | None = Field(default=None, description="What this answers.")
     base: str | dict[str, Any] = Field(
         description="A scenario file (a relative path starts at this file's folder), the name of a shipped one, or "
         "the scenario itself. What it compares becomes an axis: variant, case."
     )
     set: dict[str, Any] = Field(default_factory=dict, description="Dotted key → value, for all runs, as with --set.")
+
+
+class SweepFile(Based):
+    """What a sweep YAML may say."""
+
     seeds: Annotated[int, Field(ge=1, le=10**5)] | Annotated[list[Seed], Field(min_length=1)] = Field(
         default=1,
         description="Replications: how many seeds, from the scenario's own on, or a list. All points share them.",
@@ -73,9 +78,9 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     """
     document = read(path)
     spec = document.check(SweepFile)
-    base, folder = _base(document, spec, path)
+    base, folder = base_of(document, spec, path)
     for key, value in spec.set.items():
-        base.assign(key, value, _origin(document, ("set", key)))
+        base.assign(key, value, origin_of(document, ("set", key)))
     base.set(assignments)
     seeds = _seeds(document, spec, base)
     added = [Value(str(Path(p).resolve()) if ".py" in p else p, p, f"--policy {p}") for p in policies]
@@ -94,24 +99,24 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     plan = Plan(spec.name or path.stem, spec.question or "", keys, seeds, [], [], document.data)
     problems: list[Problem] = []
     for labels, system in _systems(
-        base, [(key, spec.set[key], _origin(document, ("set", key))) for key in spec.set], assignments
+        base, [(key, spec.set[key], origin_of(document, ("set", key))) for key in spec.set], assignments
     ):
         plan.axes = [*labels, *keys]
         for point in once:
             try:
-                load.check(_scenario(system, point, seeds[0], document), folder, trust)
+                load.check(scenario_at(system, point, seeds[0], document), folder, trust)
             except BadInput as error:
                 problems += error.problems
         for point in points:
             names: dict[str, Scalar] = {**labels, **{key: value.label for key, value in point.items()}}
             plan.points.append(names)
-            plan.runs.append([Run(_scenario(system, point, s, document), folder, names, s, trust) for s in seeds])
+            plan.runs.append([Run(scenario_at(system, point, s, document), folder, names, s, trust) for s in seeds])
     if problems:
         raise BadInput({str(p): p for p in problems}.values())
     return plan
 
 
-def _base(document: Document, spec: SweepFile, path: Path) -> tuple[Document, Path]:
+def base_of(document: Document, spec: Based, path: Path) -> tuple[Document, Path]:
     """The base scenario, and the folder that its relative paths start from."""
     if isinstance(spec.base, dict):
         lines = {at[1:]: line for at, line in document.lines.items() if at[0:1] == ("base",)}
@@ -155,15 +160,15 @@ def _systems(
     """Labels and scenario of every variant of every case of the base; just the base if it compares nothing."""
     cases, variants = _named(base, "cases"), _named(base, "compare")
     for i, case in cases or [(0, "")]:
-        changed = _copy(base)
+        changed = copied(base)
         if case:
             for key, value in base.check(Case, at=("cases", i)).set.items():
-                changed.assign(key, value, _origin(base, ("cases", i, "set", key)))
+                changed.assign(key, value, origin_of(base, ("cases", i, "set", key)))
             for key, value, origin in set_:  # what the sweep says has the last word
                 changed.assign(key, value, origin)
             changed.set(assignments)
         for j, variant in variants or [(0, "")]:
-            one = _copy(changed)
+            one = copied(changed)
             for key, value in (changed.data["compare"][j] if variant else {}).items():
                 if key not in _VARIANT and value is not None:
                     one.data[key] = value
@@ -183,9 +188,9 @@ def _folded(known: dict[tuple[str | int, ...], T], variant: int, key: str) -> di
     return kept | {at[2:]: said for at, said in known.items() if at[:3] == ("compare", variant, key)}
 
 
-def _scenario(system: Document, point: dict[str, Value], seed: int, document: Document) -> Document:
+def scenario_at(system: Document, point: dict[str, Value], seed: int, document: Document) -> Document:
     """The scenario of one run: ``system`` with the keys of ``point`` changed, shorter keys first."""
-    one = _copy(system)
+    one = copied(system)
     for key in sorted(point, key=lambda key: key.count(".")):
         head = key.partition(".")[0]
         if head != key and head in _NAMED and isinstance(one.data.get(head), str):
@@ -199,16 +204,17 @@ def _place(document: Document, key: str) -> str:
     """Where the axis ``key`` stands in the sweep, for messages."""
     known = document.data
     if key in (known.get("axes") or {}):
-        return _origin(document, ("axes", key))
+        return origin_of(document, ("axes", key))
     for i, group in enumerate(known.get("zip") or []):
         if key in group:
-            return _origin(document, ("zip", i, key))
+            return origin_of(document, ("zip", i, key))
     if known.get("random") and key in known["random"]["keys"]:
-        return _origin(document, ("random", "keys", key))
+        return origin_of(document, ("random", "keys", key))
     raise AssertionError(f"{key} is no axis")
 
 
-def _copy(document: Document) -> Document:
+def copied(document: Document) -> Document:
+    """A copy of its own."""
     return Document(
         pickle.loads(pickle.dumps(document.data)), dict(document.lines), document.path, dict(document.overrides)
     )
@@ -229,6 +235,7 @@ def _named(base: Document, key: str) -> list[tuple[int, str]]:
     return found
 
 
-def _origin(document: Document, at: tuple[str | int, ...]) -> str:
+def origin_of(document: Document, at: tuple[str | int, ...]) -> str:
+    """``file:line: path``, for messages about what came from there."""
     line = document.problem(at, "").line
     return f"{document.path}:{line}: {'.'.join(map(str, at))}"
