@@ -78,7 +78,7 @@ class Sample(NamedTuple):
 
     starts_s: list[float]  # (B,) arrival of a bin's first request
     end_s: float  # the last arrival
-    stay_s: float  # 99 of 100 requests were answered within so much time
+    stay_s: float  # 99 of 100 requests (of sessions: from their start) were answered within so much time
     severity: list[float]  # (B,) mean of the worst latency as a part of its limit, at most `CAP`
     eligible: list[list[int]]  # (J, B) requests (gaps) that a promise is of
     met: list[list[int]]  # (J, B) those that met its limits
@@ -107,8 +107,14 @@ class Gaps(NamedTuple):
     often: npt.NDArray[np.int64]
 
 
-def sample_of(promises: Sequence[Promise], times: Latency, gaps: Gaps | None = None, wall_s: float = 0.0) -> Sample:
-    """``times`` in bins; at least `BINS` requests."""
+def sample_of(
+    promises: Sequence[Promise],
+    times: Latency,
+    gaps: Gaps | None = None,
+    wall_s: float = 0.0,
+    since_s: Floats | None = None,
+) -> Sample:
+    """``times`` in bins; at least `BINS` requests. ``since_s``: when the session of each started, if it has one."""
     n = len(times.arrival_s)
     edges = np.linspace(0, n, BINS + 1).astype(np.int64)
     worst = np.zeros(n)
@@ -132,12 +138,15 @@ def sample_of(promises: Sequence[Promise], times: Latency, gaps: Gaps | None = N
             worst = np.maximum(worst, np.where(which, values / limit, 0))
         eligible.append(np.add.reduceat(which.astype(np.int64), edges[:-1]).tolist())
         met.append(np.add.reduceat((which & good).astype(np.int64), edges[:-1]).tolist())
-    served = times.e2el[np.isfinite(times.e2el)]
-    stay = float(np.percentile(served, 99)) / 1e3 if len(served) else 0.0
+    done = np.isfinite(times.e2el)
+    served = times.e2el[done] / 1e3
+    if since_s is not None:
+        served = served + (times.arrival_s - since_s)[done]
+    stay = float(np.percentile(served, 99)) if len(served) else 0.0
     end = float(times.arrival_s[-1])
     severity = np.add.reduceat(np.minimum(worst, CAP), edges[:-1]) / np.diff(edges)
     figures = _figures(promises, times, gaps, stay, end)
-    last = end + (float(times.e2el[np.isfinite(times.e2el)].max()) / 1e3 if len(served) else 0.0)
+    last = end + (float(times.e2el[done].max()) / 1e3 if len(served) else 0.0)
     return Sample(
         times.arrival_s[edges[:-1]].tolist(), end, stay, severity.tolist(), eligible, met, figures, last, wall_s
     )
@@ -205,7 +214,13 @@ def measured(promises: Sequence[Promise], requests: RequestRecords, runs: list[R
     priority = None if trace.priority is None else trace.priority[order].astype(np.int64)
     times = Latency(arrival[order] / PS_PER_S, ttft[order], tpot[order], e2el[order], several[order], tenant, priority)
     gaps = _gaps(runs) if any("itl" in promise.limits() for promise in promises) else None
-    return sample_of(promises, times, gaps, wall_s)
+    since = None
+    if trace.follows is not None:
+        root = np.arange(len(trace))
+        for i in np.flatnonzero(trace.follows >= 0).tolist():
+            root[i] = root[trace.follows[i]]  # an earlier row
+        since = (arrival[root] / PS_PER_S)[order]
+    return sample_of(promises, times, gaps, wall_s, since)
 
 
 def _gaps(runs: list[RunRecords]) -> Gaps:

@@ -139,6 +139,8 @@ class _Search:
             self.notes.append(note)
         elif verdict.proof >= 0:
             self.requests = max(self.requests, requests)
+            if verdict.is_short:
+                self.notes.append(f"at {rate:.4g}/s {requests:,} requests are too few to settle: raise search.requests")
         self.seen[rate] = verdict
         return verdict
 
@@ -158,9 +160,13 @@ class _Search:
                 raise Unreachable(self.look(lowest, FIRST))
             self.look(lowest, SCREEN)
         while self.ordered()[-1].holds:
-            self.look(self.ordered()[-1].rate_per_s * step, SCREEN)
-            if self.looks > 3 * LOOKS:
+            rate = self.ordered()[-1].rate_per_s * step
+            if rate > min(self.bound * step, top * WIDTH**2):
+                self.notes.append(
+                    "no rate that was looked at breaks a promise: runs are too short, or the slo is loose"
+                )
                 break
+            self.look(rate, SCREEN)
         self.bracket()
 
     def bracket(self) -> None:
@@ -176,6 +182,8 @@ class _Search:
     def close_in(self) -> None:
         """Secant steps, kept within the middle of the bracket, until it is a few precisions wide."""
         begun = self.looks
+        if self.below == 0 or not math.isfinite(self.above):
+            return
         while math.log(self.above / self.below) > 3 * self.effort.precision and self.looks < begun + LOOKS:
             low, high = math.log(self.below), math.log(self.above)
             guess = self.crossing() if math.isfinite(self.above) else high

@@ -22,6 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 FEW = 100  # failures (or successes) to be expected where none was seen, before that counts as proof
 MOST_CUT = BINS // 2  # of the warm-up
+LONG_STAY = 0.3  # of a run
 DRIFT_T = 3.5  # Student's t beyond which a second half is worse than the first
 DRIFT = 0.02  # and by so much, as a part of the limit
 
@@ -61,6 +62,7 @@ class Verdict:
     figures: dict[str, tuple[float, float, float]]  # percentile → mean over replications, its interval
     simulated_s: float
     wall_s: float
+    fleeting: bool = False  # requests, or sessions, stayed for much of a run: it shows no long run
     overloaded: bool = False  # it worsened for as long as one was ready to look
 
     @property
@@ -82,7 +84,7 @@ class Verdict:
     @property
     def is_short(self) -> bool:
         """Whether most of it was warm-up, or it has not settled."""
-        return self.drifting or self.warm_up + self.cool_down > 0.6 * BINS
+        return self.drifting or self.fleeting or self.warm_up + self.cool_down > 0.6 * BINS
 
     @property
     def holds(self) -> bool:
@@ -130,6 +132,7 @@ def judge(
         figures,
         sum(s.simulated_s for s in samples),
         sum(s.wall_s for s in samples),
+        any(s.stay_s > LONG_STAY * (s.end_s - s.starts_s[0]) for s in samples),
     )
 
 

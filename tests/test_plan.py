@@ -193,6 +193,19 @@ def test_shares_by_hand() -> None:
     assert max(sample.severity) == pytest.approx((2.0 + 0.5) / 2)
 
 
+def test_sessions_that_last_as_long_as_a_run_show_no_long_run() -> None:
+    n = BINS * 2
+    promises = [Promise(percentile=50, e2el_ms=5000)]
+    times = Latency(np.arange(n) / 10, np.full(n, 50.0), np.zeros(n), np.full(n, 100.0), np.zeros(n, dtype=bool))
+    short = sample_of(promises, times)
+    long = sample_of(promises, times, since_s=np.zeros(n))  # all of them begun at once
+
+    assert short.stay_s == pytest.approx(0.1)
+    assert long.stay_s == pytest.approx(0.1 + 0.99 * (n - 1) / 10)
+    assert not judge(promises, [short, short], 10, n).is_short
+    assert judge(promises, [long, long], 10, n).is_short
+
+
 def test_a_share_of_a_mix_keeps_its_proportion(tmp_path: Path) -> None:
     plan = changed(
         tmp_path,
