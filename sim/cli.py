@@ -35,7 +35,7 @@ from sim.load import load
 from sim.lookup import BACKENDS
 from sim.metrics import PS_PER_S
 from sim.problems import BadInput, Problem, did_you_mean
-from sim.progress import console, progress
+from sim.progress import console, progress, status
 from sim.run import Outcome, simulate
 from sim.setup import Study
 
@@ -55,9 +55,7 @@ SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "worklo
 FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
-out = console()
-if not out.is_terminal:
-    out.width = max(out.width, WIDTH)
+out = console(least=WIDTH)
 err = console(stderr=True)
 
 
@@ -132,7 +130,7 @@ def run(
             outcomes.append(outcome)
             writer.add(outcome)
         if draws:
-            with cli_profile.status(quiet or as_json) as told:
+            with status(quiet or as_json) as told:
                 spread = uncertainty.repeat(study, again, draws, folder, told)
     except KeyboardInterrupt:
         err.print(f"interrupted: {len(outcomes)} of {len(study.setups)} runs are in {escape(str(folder))}")

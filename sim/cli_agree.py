@@ -25,9 +25,7 @@ def agree(
 
     [bold]chairlift agree runs/hardware_policies runs/predicted[/bold]
     """
-    out = console()
-    if not out.is_terminal:
-        out.width = max(out.width, WIDTH)
+    out = console(least=WIDTH)
     found = agreements(measured, predicted)
     if json_file is not None:
         json_file.write_text(json.dumps([each.json() for each in found], indent=1) + "\n", encoding="utf-8")

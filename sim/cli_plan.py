@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,17 +15,15 @@ from sim.cli_sweep import executor_for
 from sim.plan_answer import Answer, answers
 from sim.plan_file import BuyingPlan, read_plan
 from sim.plan_runs import Simulations
-from sim.problems import BadInput, Problem, did_you_mean
-from sim.progress import console
-from sim.sweep_file import SCENARIOS
+from sim.problems import BadInput, Problem
+from sim.progress import console, status
+from sim.sweep_file import SCENARIOS, shipped_file
 from sim.sweep_journal import Journal
 
 PLANS = SCENARIOS / "plans"
 WIDTH = 120  # columns of tables in a pipe
 
-out = console()
-if not out.is_terminal:
-    out.width = max(out.width, WIDTH)
+out = console(least=WIDTH)
 err = console(stderr=True)
 
 
@@ -70,7 +66,7 @@ def plan(
     """
     if address is not None and executor != "ray":
         raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
-    found = read_plan(find_plan(plan), set_ or [], rate or [], trust)
+    found = read_plan(shipped_file(plan, PLANS, "plan"), set_ or [], rate or [], trust)
     folder = out_dir or Path("runs") / found.name
     if dry_run:
         _say_bounds(found)
@@ -80,7 +76,7 @@ def plan(
         spec = found.spec
         runs = Simulations(journal, executor_for(executor, jobs, address), tuple(spec.slo), spec.search.seed)
         try:
-            with _status(quiet) as told:
+            with status(quiet) as told:
                 for answer in answers(found, runs, told):
                     plan_tables.write(answer, folder)
         except KeyboardInterrupt:
@@ -100,18 +96,6 @@ def plan(
         raise typer.Exit(1)
 
 
-def find_plan(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped plan. Raises `BadInput`."""
-    path = Path(name)
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
-        return path
-    shipped = PLANS / f"{name}.yaml"
-    if not shipped.is_file():
-        known = [p.stem for p in PLANS.glob("*.yaml")]
-        raise BadInput(Problem(f"no such file, and no plan of that name{did_you_mean(name, known)}", value=name))
-    return shipped
-
-
 def _say_bounds(plan: BuyingPlan) -> None:
     from sim.plan_answer import cache_bounds
 
@@ -124,13 +108,3 @@ def _say_bounds(plan: BuyingPlan) -> None:
         said = limit.impossible or f"at most {limit.rate_per_s:,.4g}/s, however scheduled"
         head = f"{candidate.name}: ${candidate.usd_per_hour:,.2f}/h, {candidate.backend}"
         out.print(f"{escape(head)}; {escape(said)}")
-
-
-@contextmanager
-def _status(silent: bool) -> Iterator[Callable[[str], None]]:
-    """What is looked at just now, on a terminal."""
-    if silent or not err.is_terminal:
-        yield lambda _text: None
-        return
-    with err.status("") as spinner:
-        yield lambda text: spinner.update(escape(text))

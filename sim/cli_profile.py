@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from backend.profile import Profile, ProfileError, load
 from backend.recording import Experiment, Recording, RecordingError, read
 from sim import fitting, grid, validate
 from sim.problems import BadInput, Problem
+from sim.progress import console, status
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
@@ -67,7 +67,7 @@ def calibrate(
     Prints how far a fit without each experiment was off on its steps. Refuses data that cannot tell a term, and says
     which and why. [bold]chairlift calibrate --recording DIR --model llama-3.1-8b[/bold]
     """
-    out = _console()
+    out = console(least=WIDTH)
     if backend not in (None, "torch"):
         raise BadInput(Problem("must be torch, the only backend that executes steps", file="--backend", value=backend))
     if recording is None and backend is None:
@@ -127,7 +127,7 @@ def validate_(
     Each is replayed with its own arrivals, lengths and limits by the vllm policy. Grids, made to measure steps, and
     repeats, which show the engine's own noise, are left out unless named.
     """
-    out = _console()
+    out = console(least=WIDTH)
     if leave_one_out == (profile is not None):
         raise BadInput(Problem("give either --profile or --leave-one-out", file="validate"))
     cells: list[validate.Cell] = []
@@ -236,13 +236,6 @@ def _names(experiments: list[str] | None) -> list[str]:
     return [name.strip() for each in experiments or [] for name in each.split(",") if name.strip()]
 
 
-def _console() -> Console:
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out.width = max(out.width, WIDTH)
-    return out
-
-
 @contextmanager
 def _bad_input() -> Iterator[None]:
     """Recordings and profiles that cannot be used are bad input, as are files that cannot be written."""
@@ -250,14 +243,3 @@ def _bad_input() -> Iterator[None]:
         yield
     except (RecordingError, ProfileError, CalibrationError, OSError) as error:
         raise BadInput(Problem(str(error))) from None
-
-
-@contextmanager
-def status(silent: bool) -> Iterator[Callable[[str], None]]:
-    """What is being done, on a terminal; nothing in pipes."""
-    err = Console(stderr=True, highlight=False)
-    if silent or not err.is_terminal:
-        yield lambda _what: None
-        return
-    with err.status("") as shown:
-        yield lambda what: shown.update(escape(what))

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sim import sweep_table
 from sim.executors import Local
-from sim.problems import BadInput, Problem, did_you_mean
+from sim.problems import BadInput, Problem
 from sim.race import AFTER, Race
 from sim.sweep import Executor, Row, Run, known, results
-from sim.sweep_file import SCENARIOS, Plan, read_sweep
+from sim.sweep_file import SCENARIOS, Plan, read_sweep, shipped_file
 from sim.sweep_journal import Journal
 
 out = Console(highlight=False, soft_wrap=True)
@@ -72,7 +72,7 @@ def sweep(
 
     [bold]chairlift sweep chat_knee && chairlift compare chat_knee[/bold]
     """
-    plan = read_sweep(find_sweep(sweep), set_ or [], policy or [], trust)
+    plan = read_sweep(shipped_file(sweep, SWEEPS, "sweep"), set_ or [], policy or [], trust)
     folder = out_dir or Path("runs") / plan.name
     if address is not None and executor != "ray":
         raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
@@ -119,18 +119,6 @@ def sweep(
         for error, count in Counter(failed).most_common(5):
             err.print(f"[red]failed:[/red] {escape(error)} ({count} runs)", soft_wrap=True)
         raise typer.Exit(1)
-
-
-def find_sweep(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped sweep. Raises `BadInput`."""
-    path = Path(name)
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
-        return path
-    shipped = SWEEPS / f"{name}.yaml"
-    if not shipped.is_file():
-        known = [p.stem for p in SWEEPS.glob("*.yaml")]
-        raise BadInput(Problem(f"no such file, and no sweep of that name{did_you_mean(name, known)}", value=name))
-    return shipped
 
 
 def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -21,9 +22,23 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # characters of a sparkline
 
 
-def console(stderr: bool = False) -> Console:
-    """A console without colours in CI, as `NO_COLOR` has it and as in pipes."""
-    return Console(stderr=stderr, highlight=False, no_color=True if os.environ.get("CI") else None)
+def console(stderr: bool = False, least: int = 0) -> Console:
+    """A console without colours in CI, as `NO_COLOR` has it and as in pipes; in those ``least`` columns wide."""
+    made = Console(stderr=stderr, highlight=False, no_color=True if os.environ.get("CI") else None)
+    if not made.is_terminal:
+        made.width = max(made.width, least)
+    return made
+
+
+@contextmanager
+def status(silent: bool) -> Iterator[Callable[[str], None]]:
+    """What is being done just now, on a terminal; nothing in pipes."""
+    err = console(stderr=True)
+    if silent or not err.is_terminal:
+        yield lambda _what: None
+        return
+    with err.status("") as shown:
+        yield lambda what: shown.update(escape(what))
 
 
 class _Rate(ProgressColumn):

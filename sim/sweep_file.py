@@ -21,6 +21,19 @@ from sim.sweep import Run
 
 SCENARIOS = Path(__file__).resolve().parent.parent / "scenarios"
 
+
+def shipped_file(name: str, folder: Path, what: str) -> Path:
+    """The file that ``name`` means: a path, or the ``what`` of that name shipped in ``folder``. Raises `BadInput`."""
+    path = Path(name)
+    if path.exists() or path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
+        return path
+    shipped = folder / f"{name}.yaml"
+    if not shipped.is_file():
+        known = [p.stem for p in folder.glob("*.yaml")]
+        raise BadInput(Problem(f"no such file, and no {what} of that name{did_you_mean(name, known)}", value=name))
+    return shipped
+
+
 Seed = Annotated[int, Field(ge=0)]
 
 _NAMED = ("model", "gpu", "policy", "router", "backend")  # a name, or a mapping with `name` and settings
