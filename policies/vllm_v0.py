@@ -62,7 +62,10 @@ class VllmV0(Scheduler):
         else:
             vouched = 1
         for request in swapped:
-            if len(step.running) >= self.max_num_seqs or not self._fits(step, request, request.remaining + 1):
+            if self._never_fits(step, request):
+                step.reject(request)
+                continue
+            if len(step.running) >= self.max_num_seqs or not self._fits(step, request, request.remaining):
                 break
             step.admit(request, 1)
         return vouched
@@ -77,8 +80,8 @@ class VllmV0(Scheduler):
         started = False
         while step.waiting and len(step.running) < self.max_num_seqs:
             request = step.waiting[0]
-            if -(-request.remaining // step.block_size) > step.total_blocks - self._spare(step):
-                step.reject(request)  # V0 calls it ignored: it could never be admitted
+            if self._never_fits(step, request):
+                step.reject(request)
                 continue
             tokens = request.remaining - step.cached_tokens(request)
             if tokens > budget or not self._fits(step, request, request.remaining) or not step.admit(request, tokens):
@@ -110,6 +113,10 @@ class VllmV0(Scheduler):
 
     def _spare(self, step: Step) -> int:
         return int(self.watermark * step.total_blocks)
+
+    def _never_fits(self, step: Step, request: Request) -> bool:
+        """Whether not even an empty pool would take it; V0 calls such a request ignored, and it ends."""
+        return -(-request.remaining // step.block_size) > step.total_blocks - self._spare(step)
 
     def _fits(self, step: Step, request: Request, tokens: int) -> bool:
         return step.fits(request, tokens + self._spare(step) * step.block_size)

@@ -49,7 +49,7 @@ class ReplicaStep(Step):
         self.promised = 0  # reserved tokens that will be filled
         self.decoded_at = 0  # ps, when the group emitted last
         self.fresh: dict[int, Request] = {}  # joined the group since
-        self._admissions = 0
+        self._admissions = self._admitted_before = 0  # ever, and by earlier plans
         # the plan
         self.chunks: list[tuple[Request, int]] = []
         self.ran: dict[int, Request] = {}  # decodes chosen one by one
@@ -68,6 +68,7 @@ class ReplicaStep(Step):
     def open(self, now: int) -> None:
         """Start a new plan."""
         self.now = now
+        self._admitted_before = self._admissions
         self.chunks = []
         if self.ran:
             self.ran = {}
@@ -349,14 +350,12 @@ class ReplicaStep(Step):
         self.pool.close(request, blocks)
 
     def _blocks_of(self, request: Request) -> int:
-        if request._counter is None or request._reserved:
-            return request._blocks
-        return self.pool.blocks(request.computed)
+        grows = request._counter is not None and not request._reserved
+        return self.pool.blocks(request.computed) if grows else request._blocks
 
     def _next_block(self, request: Request) -> int:
         """Blocks that a decoding request takes for one more token."""
-        computed = request.computed
-        return int(computed % self.pool.block_size == 0 and computed >= request._reserved)
+        return int(request.computed % self.pool.block_size == 0 and request.computed >= request._reserved)
 
     def _promise(self, request: Request, computed: int) -> int:
         final = request.prompt_tokens + self._outputs[request.id] - 1
@@ -372,7 +371,8 @@ class ReplicaStep(Step):
             for i, (chosen, tokens) in enumerate(self.chunks):
                 if chosen is request:
                     self.tokens -= tokens
-                    self.padding -= request.pad
+                    if request._seq > self._admitted_before:  # only its first chunk is padded
+                        self.padding -= request.pad
                     del self.chunks[i]
                     break
             return False
@@ -385,11 +385,11 @@ class ReplicaStep(Step):
         waiting = self.waiting
         if waiting and waiting[0] is request:
             waiting.popleft()
-        else:
-            try:
-                waiting.remove(request)
-            except ValueError:
-                self._fail(f"{request} is not waiting")
+            return
+        try:
+            waiting.remove(request)
+        except ValueError:
+            self._fail(f"{request} is not waiting")
 
     def check_budget(self) -> None:
         """Raise `PolicyError` if the plan holds more tokens than the policy's own limit."""

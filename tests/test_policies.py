@@ -707,6 +707,32 @@ def test_a_decode_preempted_after_it_was_planned_leaves_no_step_behind() -> None
     assert finished(world) == [314]
 
 
+def test_a_chunk_taken_back_takes_its_padding_back_only_if_it_had_some() -> None:
+    def both(step: Step) -> None:
+        step.admit(step.waiting[0], 4, pad=10)
+        step.admit(step.waiting[0], 6)
+
+    def change_of_mind(step: Step) -> None:
+        step.decode_all()
+        step.run(head(step), 2)
+        step.preempt(head(step))
+
+    def at_once(step: Step) -> None:
+        step.admit(step.waiting[0], 6, pad=10)
+        step.admit(step.waiting[0], 6)
+        step.preempt(head(step))
+
+    # 0  4 of A, padded by 10, and all of B 120; B2 101; A again 106 and B3 at once 107
+    later = serve([(0, 6, 1), (0, 6, 3)], lambda: Scripted([both, change_of_mind]))
+    assert finished(later) == [328, 328]
+    assert rows(later, "padded") == [(10,), (0,), (0,)]
+
+    # 0  B alone: A's padding went with A
+    never = serve([(0, 6, 1), (0, 6, 1)], lambda: Scripted([at_once]))
+    assert finished(never) == [212, 106]
+    assert rows(never, "padded") == [(0,), (0,)]
+
+
 class Idler(Scheduler):
     """Plans nothing, ever."""
 

@@ -195,6 +195,26 @@ def test_vllm_v0_recomputes_by_default() -> None:
     assert list(world.requests.swaps) == [0, 0, 0]
 
 
+def test_vllm_v0_takes_back_whoever_fits_an_empty_pool_and_refuses_who_never_will() -> None:
+    # 3 blocks of 4 and A(9, 5), which stores 13 tokens at most but is asked for 12 of them here: B(9, 4) does.
+    #   0  prompt, 3 blocks                       109 -> 109  1
+    # 109  no block is free: out 21, in 21; b10   101 -> 252  2; the same again -> 395  3, -> 538  4, done
+    swap = {"preemption_mode": "swap"}
+    tight = {"blocks": 3, "block_size": 4, "host": (3, KV)}
+    world = serve([(0, 9, 4)], lambda: VllmV0(**swap, watermark=0), **tight)  # type: ignore[arg-type]
+    assert first(world) == [109]
+    assert list(world.requests.swaps) == [3]
+
+    # With a watermark of a block nobody starts or comes back with more than 8 tokens: A(8, 3) starts, and is refused
+    # once it is out with 10. B(1, 1) then pays for A's way out.
+    #   0  A's prompt, 2 blocks                   108 -> 108  A1
+    # 108  a9 takes the last block                101 -> 209  A2
+    # 209  no block is free: A out, refused; B    101 + 21 -> 331
+    world = serve([(0, 8, 3), (150, 1, 1)], lambda: VllmV0(**swap, watermark=0.34), **tight)  # type: ignore[arg-type]
+    assert list(world.requests.status) == [Status.REJECTED, Status.FINISHED]
+    assert finished(world)[1] == 331
+
+
 def test_an_asynchronous_policy_cannot_swap() -> None:
     class Ahead(OutOnce):
         asynchronous = True  # type: ignore[assignment]
