@@ -76,6 +76,6 @@ def kernel(file: str, name: str, shared_bytes: int = 0, **defines: int) -> Kerne
         import cupy
     except ImportError as error:
         raise RuntimeError("the GPU engine needs CuPy: pip install 'chairlift[gpu]'") from error
-    options = ("--std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
+    options = ("--std=c++17", f"-I{FOLDER}", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
     module = cupy.RawModule(code=(FOLDER / f"{file}.cu").read_text(encoding="utf-8"), options=options)
     return Kernel(module.get_function(name), shared_bytes)

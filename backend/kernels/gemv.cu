@@ -4,44 +4,13 @@
 // 16 bytes before it uses the first. Compile-time: BF16, ROWS (of x: 1, 2), K (width, a multiple of 256), AHEAD (divides
 // K / 256), PER_SM (thread blocks an SM), KIND (0: plain, 1: ReLU, 2: weight has 2n rows, gates then ups, and out is silu(gate) · up).
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short half_t;  // the bits of a bfloat16 or float16
+#include "half.cuh"
 
-__device__ __forceinline__ float low_of(u32 pair) {
-#if BF16
-  return __uint_as_float(pair << 16);
-#else
-  float f;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(f) : "r"(pair));
-  return f;
-#endif
+__device__ __forceinline__ float product_of(u32 a, u32 b) {  // of two pairs
+  return to_float(a & 0xffff) * to_float(b & 0xffff) + to_float(a >> 16) * to_float(b >> 16);
 }
 
-__device__ __forceinline__ float high_of(u32 pair) {
-#if BF16
-  return __uint_as_float(pair & 0xffff0000);
-#else
-  float f;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(f) : "r"(pair));
-  return f;
-#endif
-}
-
-__device__ __forceinline__ half_t to_half(float x) {
-  half_t r;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
-#endif
-  return r;
-}
-
-__device__ __forceinline__ float rounded(float x) {
-  const u32 bits = to_half(x);
-  return low_of(bits);
-}
+__device__ __forceinline__ float rounded(float x) { return to_float(to_half(x)); }
 
 __device__ __forceinline__ uint4 stream(const uint4* from) {  // read once: keep it out of L1
   uint4 v;
@@ -62,10 +31,10 @@ __device__ __forceinline__ void dot(const uint4* __restrict__ weight, const uint
 #pragma unroll
       for (int m = 0; m < ROWS; ++m) {
         const uint4 v = __ldg(x + m * (K / 8) + base + i * 32 + lane);
-        sum[m] += low_of(w[i].x) * low_of(v.x) + high_of(w[i].x) * high_of(v.x);
-        sum[m] += low_of(w[i].y) * low_of(v.y) + high_of(w[i].y) * high_of(v.y);
-        sum[m] += low_of(w[i].z) * low_of(v.z) + high_of(w[i].z) * high_of(v.z);
-        sum[m] += low_of(w[i].w) * low_of(v.w) + high_of(w[i].w) * high_of(v.w);
+        sum[m] += product_of(w[i].x, v.x);
+        sum[m] += product_of(w[i].y, v.y);
+        sum[m] += product_of(w[i].z, v.z);
+        sum[m] += product_of(w[i].w, v.w);
       }
   }
 #pragma unroll
@@ -91,7 +60,7 @@ gemv(const uint4* __restrict__ x, const uint4* __restrict__ weight, const half_t
   }
 #endif
   if (lane == 0) {
-    const float more = bias ? low_of(bias[row]) : 0.f;
+    const float more = bias ? to_float(bias[row]) : 0.f;
 #pragma unroll
     for (int m = 0; m < ROWS; ++m) {
       const float y = sum[m] + more;

@@ -3,29 +3,7 @@
 // Compile-time: BF16; D (head size) and BLOCK (tokens a block) for what touches the cache; WIDTH (hidden size), RMS (1:
 // RMSNorm, 0: LayerNorm) and EACH (pieces of 8 elements a thread) for the norm.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short half_t;  // the bits of a bfloat16 or float16
-
-__device__ __forceinline__ float to_float(u32 bits) {
-#if BF16
-  return __uint_as_float(bits << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((half_t)bits));
-  return f;
-#endif
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 r;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-  return r;
-}
+#include "half.cuh"
 
 struct Eight {
   float x[8];
@@ -124,13 +102,6 @@ extern "C" __global__ void gated(const uint4* __restrict__ x, uint4* __restrict_
 }
 
 #ifdef BLOCK
-#define TILE 16
-#define PIECES (D / 8)
-#define SHIFT (D == 80 ? 2 : D == 96 ? 1 : 0)
-#define MASK (D == 80 ? 1 : D == 96 ? 3 : 7)
-
-__device__ __forceinline__ int place(int token, int piece) { return piece ^ ((token >> SHIFT) & MASK); }
-
 // RMSNorm of every query and key head of a row, in place (Qwen3): a warp a head.
 extern "C" __global__ void head_norm(half_t* __restrict__ qkv, const half_t* __restrict__ query_weight,
                                      const half_t* __restrict__ key_weight, int query_heads, int key_heads, int stride,

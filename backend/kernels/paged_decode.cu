@@ -12,47 +12,17 @@
 // warps is merged in shared memory, one that spans thread blocks through `partial` by whoever comes last.
 // The products run on tensor cores with the query heads as rows of a 16-row tile.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short half_t;  // the bits of a bfloat16 or float16
+#include "half.cuh"
 
 #define WARPS 8
-#define TILE 16
 #define ROW (D * 2)               // bytes of one token's K or V in a tile
-#define PIECES (D / 8)            // 16-byte pieces of a row
 #define TILE_BYTES (2 * TILE * ROW)
 #define WIDE (GROUP > 8)          // rows 8..15 of the query tile are in use
 #define ROWS GROUP
-#define SHIFT (D == 80 ? 2 : D == 96 ? 1 : 0)
-#define MASK (D == 80 ? 1 : D == 96 ? 3 : 7)
 #define PART (ROWS * D + 2 * ROWS)  // floats of one partial result: O, then m and l of each row
 #define EACH ((D + 31) / 32)        // elements of a row that a lane has when parts are merged
 #define NEVER -1e30f
 #define MAX_BATCH 4096
-
-__device__ __forceinline__ int place(int token, int piece) { return piece ^ ((token >> SHIFT) & MASK); }
-
-__device__ __forceinline__ float to_float(half_t x) {
-#if BF16
-  return __uint_as_float((u32)x << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
-  return f;
-#endif
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 r;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-  return r;
-}
-
-__device__ __forceinline__ half_t to_half(float x) { return (half_t)(pack(x, 0.f) & 0xffff); }
 
 __device__ __forceinline__ float power2(float x) {
   float y;

@@ -1,0 +1,37 @@
+// Halves (the bits of a bfloat16 or float16, as BF16 says) and, where D is given, where a tile of the KV cache keeps them.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short half_t;
+
+__device__ __forceinline__ float to_float(u32 bits) {
+#if BF16
+  return __uint_as_float(bits << 16);
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((half_t)bits));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 r;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+  return r;
+}
+
+__device__ __forceinline__ half_t to_half(float x) { return (half_t)(pack(x, 0.f) & 0xffff); }
+
+#ifdef D
+// A tile is [K, V][TILE tokens][D]; the 16-byte pieces of a token's row are permuted so that ldmatrix meets no bank twice.
+#define TILE 16
+#define PIECES (D / 8)
+#define SHIFT (D == 80 ? 2 : D == 96 ? 1 : 0)
+#define MASK (D == 80 ? 1 : D == 96 ? 3 : 7)
+
+__device__ __forceinline__ int place(int token, int piece) { return piece ^ ((token >> SHIFT) & MASK); }
+#endif
