@@ -275,7 +275,7 @@ class Calibrated(Backend):
         for key, what in (("gpu", "GPU time"), ("steps", "step, launches included")):
             if found := profile.errors.get(key):
                 told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in found.items())
-                lines[f"held-out error, {what}"] = f"{told} (median)"
+                lines[f"held-out error, {what}"] = f"{told} (median{', before scaling' if profile.scaled else ''})"
         for i, note in enumerate(profile.notes):
             lines["profile" if i == 0 else f"profile, {i + 1}"] = note
         return lines
@@ -316,7 +316,6 @@ def scaled(profile: Profile, gpu: GPU) -> Profile:
         name=f"{gpu.name}-{profile.name} (scaled)",
         gpu=gpu.name,
         gpu_time=profile.gpu_time.scaled(compute, bandwidth),
-        errors={},
         scaled=f"{profile.gpu} → {gpu.name}: compute × {compute:.3g}, bandwidth × {bandwidth:.3g}; host time as there",
     )
 

@@ -23,6 +23,7 @@ Bools = npt.NDArray[np.bool_]
 
 BINS = 100  # parts of a run, of equally many requests: fine enough to cut a warm-up off
 CAP = 4.0  # times its limit at which a latency stops to count as worse, so that one straggler is no warm-up
+METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}  # as they are printed
 Limit = Annotated[float, Field(gt=0, le=1e10, description="Milliseconds.")]
 
 
@@ -63,13 +64,12 @@ class Promise(Spec):
 
     def __str__(self) -> str:
         limits = self.limits()
-        names = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
         of = f" of {self.tenant}" if self.tenant is not None else ""
         of += f" of priority {self.priority}" if self.priority is not None else ""
         if len(limits) == 1:
             [(metric, limit)] = limits.items()
-            return f"p{100 * self.wanted:g} {names[metric]}{of} ≤ {limit:g} ms"
-        told = " and ".join(f"{names[metric]} ≤ {limit:g} ms" for metric, limit in limits.items())
+            return f"p{100 * self.wanted:g} {METRICS[metric]}{of} ≤ {limit:g} ms"
+        told = " and ".join(f"{METRICS[metric]} ≤ {limit:g} ms" for metric, limit in limits.items())
         return f"{100 * self.wanted:g} % of requests{of}: {told}"
 
 

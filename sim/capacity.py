@@ -14,7 +14,7 @@ interval of the simulation's randomness: it knows nothing of errors of the step 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -135,12 +135,8 @@ class _Search:
             requests *= 2
         if verdict.drifting and verdict.proof >= 0:
             verdict = replace(verdict, overloaded=True)
-            note = f"at {rate:.4g}/s waits still grow after {requests:,} requests: taken as not sustainable"
-            self.notes.append(note)
         elif verdict.proof >= 0:
             self.requests = max(self.requests, requests)
-            if verdict.is_short:
-                self.notes.append(f"at {rate:.4g}/s {requests:,} requests are too few to settle: raise search.requests")
         self.seen[rate] = verdict
         return verdict
 
@@ -299,7 +295,19 @@ class _Search:
         islands = [verdict.rate_per_s for verdict in self.trusted() if verdict.rate_per_s > high and verdict.holds]
         if high - low > 2 * self.effort.precision * max(rate, 1e-12) * 1.01:
             self.notes.append("the interval is wider than asked for: search.budget or search.most_requests was reached")
-        return Capacity(rate, low, high, self.ordered(), limiting, islands, self.notes)
+        return Capacity(rate, low, high, self.ordered(), limiting, islands, [*self.notes, *self.unsettled(rate)])
+
+    def unsettled(self, near: float) -> Iterator[str]:
+        """Which of the rates that count, if any, were judged on runs too short for them."""
+        growing = [verdict for verdict in self.trusted() if verdict.overloaded]
+        if growing:
+            after = f"after {max(verdict.requests for verdict in growing):,} requests"
+            yield f"from {growing[0].rate_per_s:.4g}/s on waits still grow {after}: taken as not sustainable"
+        close = [v for v in self.trusted() if near > 0 and abs(math.log(v.rate_per_s / near)) <= NEAR]
+        short = [v for v in close if v.is_short and v.proof >= 0 and not v.overloaded]
+        if short:
+            few = max(verdict.requests for verdict in short)
+            yield f"at {short[-1].rate_per_s:.4g}/s {few:,} requests are too few to settle: raise search.most_requests"
 
     def fitted(self) -> float:
         """The rate where a line through the last verdicts near the centre crosses 0."""

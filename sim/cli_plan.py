@@ -64,8 +64,6 @@ def plan(
 
     [bold]chairlift plan chat_8b[/bold]
     """
-    if address is not None and executor != "ray":
-        raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
     found = read_plan(shipped_file(plan, PLANS, "plan"), set_ or [], rate or [], trust)
     folder = out_dir or Path("runs") / found.name
     if dry_run:

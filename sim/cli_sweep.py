@@ -74,8 +74,6 @@ def sweep(
     """
     plan = read_sweep(shipped_file(sweep, SWEEPS, "sweep"), set_ or [], policy or [], trust)
     folder = out_dir or Path("runs") / plan.name
-    if address is not None and executor != "ray":
-        raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
     contest = _contest(plan, race or [], race_over or [])
     total = sum(map(len, plan.runs))
     if not quiet:
@@ -124,6 +122,8 @@ def sweep(
 def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:
     """Where runs take place. Raises `BadInput`: no cluster, or options that do not go together."""
     if name == "local":
+        if address is not None:
+            raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
         return Local(jobs)
     if jobs is not None:
         raise BadInput(Problem("must not be given with --executor ray, which uses the whole cluster", file="--jobs"))

@@ -107,9 +107,9 @@ def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) ->
             answer.capacities.append(
                 (candidate, find(runs.of(candidate), promises, limit.rate_per_s / 2, limit.rate_per_s, effort, told))
             )
+            answer.capacities.sort(key=lambda each: _per_million(*each))
             conclude(answer, runs)
             yield answer
-        answer.capacities.sort(key=lambda each: _per_million(*each))
     if not spec.rates or (plan.today is not None and not spec.keys()):
         yield answer
         return
@@ -198,7 +198,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         answer.commands = commands(setup, kv.get("memory_utilization", 0.9))
         lines["system"] = chosen.name
         lines["workload"] = "; ".join((setup.trace.source, *setup.trace.notes))
-        if setup.trace.follows is not None:
+        if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
         for group in setup.groups:
             backend = group.make_backend(setup.model)
@@ -216,7 +216,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         lines["cost models differ"] = f"{'; '.join(sorted(kinds))}: systems of different ones compare less surely"
     lines["simulated"] = (
         f"{runs.simulated_s / 3600:,.1f} hours of service; {runs.simulated + runs.known:,} requests, "
-        f"{runs.known:,} of them known before"
+        f"{runs.known:,} of them by an earlier run of this plan"
     )
     lines["seeds"] = f"{plan.spec.search.seed} and on, the same requests for every system and rate"
     lines["intervals"] = (

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.base import Backend, Batch, Chunk
-from sim.attainment import Promise
+from sim.attainment import METRICS, Promise
 from sim.clients import starts
 from sim.plan_file import Candidate
 from sim.prefix import Identity
@@ -107,8 +107,8 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
         # by less than a percent a sample of requests may just be unlucky
         if share < promise.wanted - 0.01:
             quantiles = ", ".join(
-                f"p{100 * promise.wanted:g} {metric.upper()} is at least "
-                f"{np.quantile(fastest[metric][counted], promise.wanted):,.3g} ms"
+                f"p{100 * promise.wanted:g} {METRICS[metric]} is at least "
+                f"{float(f'{np.quantile(fastest[metric][counted], promise.wanted):.3g}'):,g} ms"
                 for metric in promise.limits()
             )
             return f"{promise} cannot be kept even by a request that is alone: {quantiles}"

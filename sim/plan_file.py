@@ -153,6 +153,12 @@ class BuyingPlan:
     prices: Prices
     data: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def unit(self) -> str:
+        """What a rate counts: requests, or sessions of several."""
+        setups = (candidate.setup for candidate in (*self.candidates, *filter(None, [self.today])))
+        return "sessions" if any(s is not None and s.trace.follows is not None for s in setups) else "requests"
+
 
 def read_plan(
     path: Path, assignments: Sequence[str] = (), rates: Sequence[float] = (), trust: bool = False
@@ -206,7 +212,10 @@ def _at(base: Document, point: dict[str, Value], document: Document) -> Document
 
 
 def _profile(document: Document) -> str | None:
-    """The shipped profile for the model: of the same GPU if there is one, else to be scaled. None: none fits."""
+    """The shipped profile for the model. None: none fits.
+
+    One of vLLM, since a plan ends in its command line; of the same GPU if there is one, else to be scaled.
+    """
     model = document.data.get("model")
     if not isinstance(model, str):
         return None
@@ -221,7 +230,7 @@ def _profile(document: Document) -> str | None:
     except LookupError:
         return None
     fitting = [p for p in map(profile.load, profile.shipped()) if p.model == name and {p.tensor_parallel} == degrees]
-    fitting.sort(key=lambda p: known != {p.gpu})
+    fitting.sort(key=lambda p: (not p.engine.startswith("vllm"), known != {p.gpu}))
     return fitting[0].name if fitting else None
 
 

@@ -65,7 +65,7 @@ def _headlines(answer: Answer) -> Iterator[str]:
     for candidate, capacity in answer.capacities[:3]:
         kind = "answer" if capacity.reached else "answer no"
         told = "<br>".join(_(line) for line in said_of(candidate, capacity))
-        found = f"{_(candidate.name)}: <b>{interval(capacity)}</b> requests/s"
+        found = f"{_(candidate.name)}: <b>{interval(capacity)}</b> {answer.plan.unit}/s"
         yield f'<p class="{kind}">{found}<br><small>{told}</small></p>'
 
 
@@ -78,10 +78,11 @@ def _capacities(answer: Answer) -> Iterator[str]:
         for c, k in answer.capacities
     ]
     yield _table(("system", "rate [interval], /s", "$/h", "limited by", "hours simulated"), rows)
-    yield from _curves([(c.name, k) for c, k in answer.capacities], answer.plan.spec.slo)
+    unit = f"{answer.plan.unit}/s"
+    yield from _curves([(c.name, k) for c, k in answer.capacities], answer.plan.spec.slo, unit)
 
 
-def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise]) -> Iterator[str]:
+def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise], unit: str) -> Iterator[str]:
     """Rate against each promise's share, and against its percentile."""
     import plotly.graph_objects as go
 
@@ -101,7 +102,7 @@ def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise]) -> 
             figure.add_scatter(x=x, y=y, error_y=bars, name=name, mode="lines+markers", line_color=_COLOURS[i])
             _interval(figure, capacity, _COLOURS[i])
         figure.add_hline(y=100 * promise.wanted, line_dash="dot", annotation_text="promised")
-        yield _drawn(figure, str(promise), "requests/s", "% that met it")
+        yield _drawn(figure, str(promise), unit, "% that met it")
         limits = promise.limits()
         figure_name = f"p{100 * promise.wanted:g}_{next(iter(limits))}_ms"
         if len(limits) > 1 or not any(figure_name in v.figures for _, k in drawn for v in k.verdicts):
@@ -117,10 +118,7 @@ def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise]) -> 
             _interval(figure, capacity, _COLOURS[i])
         figure.add_hline(y=limit, line_dash="dot", annotation_text=f"{limit:g} ms")
         figure.update_yaxes(type="log")
-        title = (
-            figure_name.removesuffix("_ms").replace("_", " of ").upper().replace(" OF ", " of ").replace("P", "p", 1)
-        )
-        yield _drawn(figure, f"{title} over the rate", "requests/s", "ms")
+        yield _drawn(figure, f"{latency_name(figure_name)} over the rate", unit, "ms")
 
 
 def _near(capacity: Capacity) -> list[Verdict]:
@@ -158,7 +156,7 @@ def _headroom(answer: Answer) -> Iterator[str]:
     }
     figure.add_bar(x=[h.stress for h in answer.headroom], y=rates, error_y=bars, marker_color=_COLOURS[0])
     figure.add_hline(y=today, line_dash="dot", annotation_text="today")
-    yield _drawn(figure, "max sustainable rate under stress", "", "requests/s")
+    yield _drawn(figure, "max sustainable rate under stress", "", f"{answer.plan.unit}/s")
 
 
 def _races(answer: Answer) -> Iterator[str]:
@@ -176,7 +174,7 @@ def _races(answer: Answer) -> Iterator[str]:
         line = {"shape": "vh", "color": _COLOURS[0]}
         figure.add_scatter(x=x, y=usd, text=names, mode="lines+markers", line=line)
         figure.update_yaxes(rangemode="tozero")
-        yield _drawn(figure, "price of the cheapest system that keeps the promises", "requests/s", "$ an hour")
+        yield _drawn(figure, "price of the cheapest that keeps the promises", f"{answer.plan.unit}/s", "$ an hour")
     for race in answer.races:
         simulated = [entry for entry in race.entries if entry.verdict is not None]
         rows = [(e.candidate.name, f"{e.candidate.usd_per_hour:,.2f}", e.outcome, e.why) for e in simulated]
@@ -214,7 +212,7 @@ def _front(answer: Answer) -> Iterator[str]:
             "size": 12,
             "color": [p.capacity.rate_per_s for p in answer.front],
             "colorscale": "Viridis",
-            "colorbar": {"title": "requests/s"},
+            "colorbar": {"title": f"{answer.plan.unit}/s"},
             "symbol": ["circle" if p.is_best else "circle-open" for p in answer.front],
         },
     )

@@ -64,9 +64,10 @@ class Simulations:
     promises: tuple[Promise, ...]
     seed: int = 0
     told: Callable[[str], None] = lambda _: None
-    simulated: int = field(default=0, init=False)  # requests, not counting what was known
-    known: int = field(default=0, init=False)  # requests that were
-    simulated_s: float = field(default=0.0, init=False)  # on the replicas' clocks, all of them
+    simulated: int = field(default=0, init=False)  # requests
+    known: int = field(default=0, init=False)  # requests that an earlier process had simulated
+    simulated_s: float = field(default=0.0, init=False)  # of both, on the replicas' clocks
+    _counted: set[str] = field(default_factory=set, init=False)
 
     def of(self, candidate: Candidate, cv: float | None = None) -> Measure:
         """Replications of ``candidate``; ``cv``: with burstier arrivals."""
@@ -96,7 +97,7 @@ class Simulations:
             entry = self.journal.get(run.key)
             if entry is not None and not entry["error"]:
                 found[run.key] = Sample(*entry["sample"])
-                self.known += requests
+                self.known += requests if run.key not in self._counted else 0
             else:
                 waiting.append(run)
         function = cast("Callable[[Run], Row]", replicate)  # executors hand on what they get, by its key
@@ -107,9 +108,9 @@ class Simulations:
             self.journal.add(result.key, {"error": "", "sample": list(result.sample)})
             found[result.key] = Sample(*json.loads(json.dumps(list(result.sample))))
             self.simulated += requests
-        samples = [found[run.key] for run in runs]
-        self.simulated_s += sum(sample.simulated_s for sample in samples)
-        return samples
+        self.simulated_s += sum(sample.simulated_s for key, sample in found.items() if key not in self._counted)
+        self._counted.update(found)
+        return [found[run.key] for run in runs]
 
 
 def replicate(run: Run) -> Result:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sim.attainment import METRICS
 from sim.capacity import Capacity
 from sim.plan_answer import Answer
 from sim.plan_file import Candidate
@@ -62,7 +63,7 @@ def interval(capacity: Capacity) -> str:
 def latency_name(figure: str) -> str:
     """``p99 of TTFT`` for ``p99_ttft_ms``."""
     quantile, metric, _ = figure.split("_")
-    return f"{quantile} of {metric.upper() if metric != 'e2el' else 'E2E'}"
+    return f"{quantile} of {METRICS[metric]}"
 
 
 def said_of(candidate: Candidate, capacity: Capacity) -> Iterator[str]:
@@ -87,7 +88,9 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _capacities(answer: Answer) -> Table:
-    table = _table("max sustainable rate, requests/s", "system", "rate [interval]", "$/h", "$ per 1k req", "limited by")
+    unit = answer.plan.unit
+    title = f"max sustainable rate, {unit}/s"
+    table = _table(title, "system", "rate [interval]", "$/h", f"$ per 1,000 {unit}", "limited by")
     for candidate, capacity in answer.capacities:
         cost = candidate.usd_per_hour / 3.6 / capacity.rate_per_s if capacity.reached else math.inf
         limit = str(capacity.limiting) if capacity.limiting else ""
@@ -181,7 +184,7 @@ def feasible(race: Race) -> Iterator[str]:
 
 
 def _front(answer: Answer) -> Table:
-    name = answer.front[0].latency_name.removesuffix("_ms").replace("_", " of ").replace("e2el", "E2E")
+    name = latency_name(answer.front[0].latency_name)
     table = _table(
         "front of price × latency × capacity (• on it)", "", "system", "$/h", f"{name}, ms", "rate [interval]"
     )
