@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from backend.shapes import GPU, Model
 
 FOREVER = 1 << 60  # steps: "to the end of any run"
@@ -51,7 +54,7 @@ class Members(Protocol):
     def table(self, request: int) -> Sequence[int] | None:
         """The pool's blocks of a request, in order; None if the pool counts blocks and does not name them."""
 
-    def tokens(self, request: int) -> Sequence[int]:
+    def tokens(self, request: int) -> Sequence[int] | npt.NDArray[np.int64]:
         """Numbers that stand for the tokens of its prompt; equal where the trace says that prompts are equal.
 
         Where it repeats an earlier answer: the tokens of that.

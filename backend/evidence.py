@@ -81,7 +81,7 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
     n = len(done)
     chunks, prompt = table["prefill_requests"].astype(float), table["prefill_tokens"].astype(float)
     decodes = table["decode_requests"].astype(float)
-    limit = graph_limit(experiment.limits["max_num_seqs"], experiment.limits["max_num_batched_tokens"])
+    limit = graph_limit(experiment.limits)
     sizes = np.array(graph_sizes(limit))
     tokens = prompt + decodes
     fits = tokens <= sizes[-1]

@@ -7,11 +7,9 @@ the layers' arithmetic is that of `transformers`, to which the tests hold it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +19,6 @@ from torch.nn import functional
 from backend.kernels.layers import head_norm, linear, residual_norm
 from backend.paged_attention import Chunks, Heads, PagedAttention, Paging
 from backend.shapes import Model
-
-STD = 0.02  # of random weights, as transformers initialises
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Tokens(NamedTuple):
     tokens: Tensor  # [rows]
     positions: Tensor  # [rows], from 0
     paging: Paging | None  # of the decodes, one row each
-    slots: Tensor | None  # [rows of chunks]: where keys and values go; -1: nowhere
+    slots: Tensor | None  # [rows of chunks]: where keys and values go, or `NOWHERE`
     chunks: Chunks | None
     sampled: Tensor | None  # rows whose next token is wanted; None: all
 
@@ -196,100 +192,78 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, step: Tokens, cache: Tensor) -> Tensor:
         """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards."""
-        residual = functional.embedding(step.tokens, self.embedding)
-        if self.positions is not None:
-            residual += functional.embedding(step.positions + 2, self.positions)  # OPT keeps two rows for padding
         if step.paging is not None:
             self.attention.plan(step.paging)
-        layers = self.layers
-        x = residual_norm(None, residual, layers[0].norm, layers[0].norm_bias, self.epsilon)
-        for i, layer in enumerate(layers):
-            y = self._attend(layer, x, step, cache[i])
-            if i + 1 == len(layers) and step.sampled is not None:  # of the others only keys and values are needed
-                y, residual = y[step.sampled], residual[step.sampled]
-                if not len(y):
-                    return y.new_empty((0, self.model.vocab))
-            y = linear(y, layer.out, layer.out_bias)
-            x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
-            y = linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)
-            if i + 1 < len(layers):
-                x = residual_norm(y, residual, layers[i + 1].norm, layers[i + 1].norm_bias, self.epsilon)
-        x = residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon)
-        return linear(x, self.head)
+        residual = self.embed(step.tokens, step.positions)
+        qkv = self.enter(residual)
+        for i, layer in enumerate(cache):
+            if step.slots is not None:
+                start = len(qkv) - len(step.slots)
+                self.attention.rotate_and_store(qkv[start:], layer, step.positions[start:], step.slots)
+            y = self.attending(qkv, step)(layer)
+            if i + 1 < len(self.layers):
+                qkv = self.between(i, y, residual)
+        return self.leave(y, residual, step.sampled)
 
-    def _attend(self, layer: Layer, x: Tensor, step: Tokens, cache: Tensor) -> Tensor:
-        heads, attention = self.heads, self.attention
-        qkv = linear(x, layer.qkv, layer.qkv_bias)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            head_norm(qkv, layer.query_norm, layer.key_norm, heads.query, heads.kv, self.epsilon)
+    # the parts of a step; between two attentions they know rows only, not whose they are
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first layer: ``[rows, hidden]``."""
+        residual = functional.embedding(tokens, self.embedding)
+        if self.positions is not None:
+            residual += functional.embedding(positions + 2, self.positions)  # OPT keeps two rows for padding
+        return residual
+
+    def enter(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """Queries, keys and values of the first layer, ``[rows, width]``; in ``out`` if that is given."""
+        first = self.layers[0]
+        return self._project(residual_norm(None, residual, first.norm, first.norm_bias, self.epsilon), first, out)
+
+    def between(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """From what layer ``i`` attended to, ``y`` [rows, query · size], to the next one's queries, keys and values."""
+        y, following = self._rest(self.layers[i], y, residual), self.layers[i + 1]
+        return self._project(
+            residual_norm(y, residual, following.norm, following.norm_bias, self.epsilon), following, out
+        )
+
+    def leave(self, y: Tensor, residual: Tensor, sampled: Tensor | None) -> Tensor:
+        """Logits of the ``sampled`` rows (None: all) from what the last layer attended to."""
+        if sampled is not None:  # of the others only keys and values are needed
+            y, residual = y[sampled], residual[sampled]
+            if not len(y):
+                return y.new_empty((0, self.model.vocab))
+        y = self._rest(self.layers[-1], y, residual)
+        return linear(residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon), self.head)
+
+    def attending(self, qkv: Tensor, step: Tokens, out: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """One layer's attention as a function of its cache: ``[rows, query · size]``; in ``out`` if that is given.
+
+        Rows of chunks are rotated and stored before. What depends on the step alone is done here, not in every layer.
+        """
         decodes = 0 if step.paging is None else len(step.paging.lengths)
-        if decodes < len(qkv):
-            assert step.slots is not None
-            attention.rotate_and_store(qkv[decodes:], cache, step.positions[decodes:], step.slots)
-        if step.paging is None:
-            return self._chunks(qkv, cache, step)
-        out = torch.empty((len(x), heads.query * heads.size), dtype=x.dtype, device=x.device)
-        attention.append_and_decode(qkv[:decodes], cache, step.paging, out[:decodes])
-        if decodes < len(qkv):
-            out[decodes:] = self._chunks(qkv[decodes:], cache, step)
-        return out
+        chunked = None if step.chunks is None else self.attention.chunked(qkv[decodes:], step.chunks)
+        if step.paging is None and out is None and chunked is not None:
+            return chunked
+        if out is None:
+            out = torch.empty((len(qkv), self.heads.query * self.heads.size), dtype=qkv.dtype, device=qkv.device)
+        whole, paging, rows, decoded, rest = out, step.paging, qkv[:decodes], out[:decodes], out[decodes:]
 
-    def _chunks(self, qkv: Tensor, cache: Tensor, step: Tokens) -> Tensor:
-        assert step.chunks is not None
-        return self.attention.chunks(qkv, cache, step.chunks)
+        def attend(cache: Tensor) -> Tensor:
+            if paging is not None:
+                self.attention.append_and_decode(rows, cache, paging, decoded)
+            if chunked is not None:
+                rest.copy_(chunked(cache))
+            return whole
 
+        return attend
 
-def random_weights(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:
-    """Weights drawn afresh: norms at one, biases and matrices normal with standard deviation `STD`."""
-    generator = torch.Generator(device).manual_seed(seed)
+    def _project(self, x: Tensor, layer: Layer, out: Tensor | None) -> Tensor:
+        qkv = linear(x, layer.qkv, layer.qkv_bias, out=out)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
+        return qkv
 
-    def weight(name: str, *shape: int) -> Tensor:
-        if len(shape) == 1 and name.endswith("weight"):
-            return torch.ones(shape, dtype=dtype, device=device)
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, STD, generator=generator)
-
-    return weight
-
-
-def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-    """Weights of the ``*.safetensors`` in ``folder``, named as `transformers` saves them.
-
-    Raises ValueError without safetensors, without any file, if one cannot be read, and, when asked for a weight, if it
-    is missing or of another shape.
-    """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError("reading weights needs safetensors: pip install 'chairlift[gpu]'") from None
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"no *.safetensors in {folder}")
-    opened = {}
-    for path in files:
-        try:
-            opened[path] = safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-    where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - no mapping
-
-    def weight(name: str, *shape: int) -> Tensor:
-        for known in (name, name.removeprefix("model.")):
-            if known in where:
-                found: Tensor = where[known].get_tensor(known)
-                if tuple(found.shape) != shape:
-                    raise ValueError(f"{folder}: {known} must be {list(shape)} (got {list(found.shape)})")
-                return found.to(device=device, dtype=dtype)
-        raise ValueError(f"{folder}: {name} is missing")
-
-    return weight
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder of weights. Raises ValueError, one sentence."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} must be a mapping")
-    return config
+    def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor:
+        y = linear(y, layer.out, layer.out_bias)
+        x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+        return linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)

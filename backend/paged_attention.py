@@ -12,7 +12,7 @@ that is long goes through cuDNN's, which is faster there (`_long`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ WARPS = 8  # of a thread block of the decode kernel
 MIN_TILES = 2  # worth a warp of their own
 LONG = 1024  # long prompts are padded to a multiple of this for cuDNN, which plans once a shape,
 LONGEST = 16 * LONG  # and up to here
+NOWHERE, UNTOUCHED = -1, -2  # slots: a row whose key and value are not stored; one that is not even rotated
 
 
 class Heads(NamedTuple):
@@ -240,36 +241,50 @@ class PagedAttention:
         out[live] = self._attend_each(split, cache, paging, live).reshape(-1, heads.query * heads.size)
 
     def rotate_and_store(self, qkv: Tensor, cache: Tensor, positions: Tensor, slots: Tensor) -> None:
-        """Rotate queries and keys of ``qkv``'s rows in place; store keys and values at ``slots`` (< 0: not)."""
+        """Rotate queries and keys of ``qkv``'s rows in place; store keys and values at ``slots``.
+
+        A slot of `NOWHERE`: it is not stored; `UNTOUCHED`: not even rotated.
+        """
         heads = self.heads
         if self._cuda:
             self._rotate_and_store(
                 (len(qkv),), 256, qkv, cache, positions, slots, self.rotation, heads.query, heads.kv, qkv.stride(0)
             )
             return
+        mine = slots != UNTOUCHED
         query, key, value = self._split(qkv, positions.long())
-        qkv.copy_(torch.cat((query, key, value), dim=1).flatten(1))
+        qkv[mine] = torch.cat((query, key, value), dim=1).flatten(1)[mine]
         kept = slots >= 0
         store(cache, slots[kept], key[kept], value[kept])
 
     def chunks(self, qkv: Tensor, cache: Tensor, chunks: Chunks) -> Tensor:
         """Attention of prompt rows, rotated and stored already: ``qkv`` [rows, width] → ``[rows, query · size]``."""
+        return self.chunked(qkv, chunks)(cache)
+
+    def chunked(self, qkv: Tensor, chunks: Chunks) -> Callable[[Tensor], Tensor]:
+        """`chunks` as a function of the cache, for layer after layer whose rows come to the same place."""
         heads = self.heads
         query, key, value = qkv.view(len(qkv), -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
         if not self._cuda:
-            return self._chunks_plainly(query, key, value, cache, chunks).flatten(1)
+            return lambda cache: self._chunks_plainly(query, key, value, cache, chunks).flatten(1)
         if chunks.known is None and all(_long(n) for n in chunks.lengths):
-            parts = (x.split(list(chunks.lengths)) for x in (query, key, value))
-            whole = [self._whole(*each) for each in zip(*parts, strict=True)]
-            return (torch.cat(whole) if len(whole) > 1 else whole[0]).flatten(1)
-        if chunks.known is not None:
-            key, value = self._gathered(cache, chunks.known)
+            parts = list(zip(*(x.split(list(chunks.lengths)) for x in (query, key, value)), strict=True))
+
+            def long(_cache: Tensor) -> Tensor:
+                whole = [self._whole(*part) for part in parts]
+                return (torch.cat(whole) if len(whole) > 1 else whole[0]).flatten(1)
+
+            return long
         longest = max(chunks.lengths)
         longest_known = max(s + n for s, n in zip(chunks.starts, chunks.lengths, strict=True))
-        done: Tensor = torch.ops.aten._flash_attention_forward(
-            query, key, value, chunks.ends, chunks.ends_known, longest, longest_known, 0.0, True, False
-        )[0]
-        return done.flatten(1)
+        ends = (chunks.ends, chunks.ends_known, longest, longest_known)
+
+        def flash(cache: Tensor) -> Tensor:
+            known = (key, value) if chunks.known is None else self._gathered(cache, chunks.known)
+            done: Tensor = torch.ops.aten._flash_attention_forward(query, *known, *ends, 0.0, True, False)[0]
+            return done.flatten(1)
+
+        return flash
 
     def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One whole prompt by cuDNN: ``[n, heads, size]`` each."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -33,6 +34,7 @@ from backend.shapes import GPU, Model
 PS = 10**12
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 FORMAT = 1
+GRAPH_TOKENS = 512  # the largest CUDA graph that vLLM 0.23 captures, and our own engine too
 Floats = npt.NDArray[np.float64]
 Knots = tuple[tuple[int, float], ...]  # (tokens, factor), ascending
 
@@ -112,7 +114,7 @@ class Profile:
     engine: str
     gpu_time: GpuTime
     host: HostTime
-    graph_tokens: int = 512  # the largest captured CUDA graph
+    graph_tokens: int = GRAPH_TOKENS  # the largest captured CUDA graph
     piecewise: bool = True  # whether steps with chunks are padded to a captured size too; else they run as they are
     tensor_parallel: int = 1
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -175,9 +177,10 @@ def parse(data: Any) -> Profile:
     return Profile(**data)
 
 
-def graph_limit(max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """The largest CUDA graph that vLLM 0.23 captures by default, in tokens."""
-    return min(512, 2 * max_num_seqs, max_num_batched_tokens)
+def graph_limit(limits: Mapping[str, int]) -> int:
+    """The largest CUDA graph of an engine with these settings, in tokens: as it says, or what vLLM 0.23 captures."""
+    usual = min(GRAPH_TOKENS, 2 * limits["max_num_seqs"], limits["max_num_batched_tokens"])
+    return limits.get("graph_tokens", usual)
 
 
 @cache

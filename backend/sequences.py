@@ -143,6 +143,6 @@ class Practice:
         """Its blocks."""
         return range(3, 100_000) if request == -1 else range(3)
 
-    def tokens(self, request: int) -> Sequence[int]:
+    def tokens(self, request: int) -> Tokens:
         """Some tokens, others for each request."""
-        return range(abs(request) * 7919, abs(request) * 7919 + 100_000)
+        return np.arange(abs(request) * 7919, abs(request) * 7919 + 100_000)

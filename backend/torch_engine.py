@@ -4,8 +4,9 @@ One `TorchEngine` is one replica. `launch` turns a batch's members into a flat b
 queues it; `wait` takes the oldest step's tokens in. Between the two the host is free to plan the next step
 (asynchronous scheduling): tokens stay on the device from one step to the next, so nothing but `wait` waits for it.
 
-Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`); steps with a chunk run eagerly.
-On a CPU the same code runs plain torch, which is meant for tests with tiny models.
+Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`); small steps with chunks replay
+graphs of all but their attention (`backend.pieces`), larger ones run eagerly. On a CPU the same code runs plain torch,
+which is meant for tests with tiny models.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import gc
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +25,17 @@ from torch import Tensor
 
 from backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
 from backend.hardware import Torch
-from backend.model import Arithmetic, Tokens, Transformer, random_weights, read_config, saved_weights
-from backend.paged_attention import TILE, Chunks, Heads, Paging, new_cache, unfit
+from backend.model import Tokens
+from backend.paged_attention import NOWHERE, TILE, Chunks, Heads, Paging, new_cache, unfit
+from backend.pieces import Pieces
 from backend.roofline import Roofline
 from backend.sequences import Practice, Sequences
-from backend.shapes import GIB, GPU, Model
+from backend.shapes import GPU, Model
+from backend.weights import check_room, loaded
 
 GRAPHS = (1, 2, 4, *range(8, 257, 8), *range(272, 1025, 16))  # padded batch sizes of decode steps
 PAGE = 16  # tokens a block where the pool only counts
 TURNS = 4  # pinned buffers of a kind; to allocate one while the GPU works waits for it
-SPARE = 4 * GIB  # bytes left for activations, graphs and libraries
 
 
 class Flight(NamedTuple):
@@ -85,11 +86,8 @@ class TorchEngine(Executor):
             raise ValueError(f"the engine's blocks hold a multiple of {TILE} tokens (got {self._block})")
         if not named:  # every sequence may leave its last block half empty
             blocks = -(-blocks * block_size // PAGE) + batch
-        gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()
-        self._net = _load(model, self.options, self.device, self.dtype, self._block, max_model_len)
-        _check_room(self.device, blocks * self._block * model.kv_bytes_per_token, f"a KV pool of {blocks:,} blocks")
+        self._net = loaded(model, self.options, self.device, self.dtype, self._block, max_model_len)
+        check_room(self.device, blocks * self._block * model.kv_bytes_per_token, f"a KV pool of {blocks:,} blocks")
         integer: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
         self._cache = new_cache(model.layers, blocks, self._block, heads, self.dtype, self.device)
         self._sequences = Sequences(batch, blocks, self._block, max_model_len, named)
@@ -102,6 +100,7 @@ class TorchEngine(Executor):
         self._answers = [self._host(2 * batch) for _ in range(TURNS)]
         self._turn = 0
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
+        self._pieces = Pieces(self._net, self._cache, self._cuda) if self.options.graphs else None
         if self._cuda:
             self._warm_up(blocks * self._block, max_model_len)
             if self.options.graphs:
@@ -109,8 +108,8 @@ class TorchEngine(Executor):
 
     def close(self) -> None:
         """Give the cache and the graphs back; the weights stay for the next engine of the same model."""
-        del self._cache, self._tables
-        self._graphs = {}
+        del self._cache, self._tables, self._net
+        self._graphs, self._pieces = {}, None
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
@@ -298,7 +297,10 @@ class TorchEngine(Executor):
             chunks,
             sampled_rows,
         )
-        logits = self._net.forward(step, self._cache)
+        if self._pieces is not None and len(step.tokens) <= self._pieces.limit:
+            logits = self._pieces.forward(step)
+        else:
+            logits = self._net.forward(step, self._cache)
         if not len(rows):
             return logits.new_empty(0, dtype=torch.int32)
         sampled = self._sample(logits)
@@ -323,7 +325,7 @@ class TorchEngine(Executor):
             nothing = np.zeros(pad, dtype=np.int64)
             flat.add("tokens", nothing)
             flat.add("positions", nothing)
-            flat.add("slots", nothing - 1)
+            flat.add("slots", nothing + NOWHERE)
             flat.add("known", slots[:pad])
             lengths.append(pad)
             starts.append(0)
@@ -366,35 +368,3 @@ class _Flat:
         lengths = [len(array) for array in self._arrays.values()]
         split = buffer[: sum(lengths)].to(device, non_blocking=True).split(lengths)
         return dict(zip(self._arrays, split, strict=True))
-
-
-@lru_cache(maxsize=1)
-def _load(
-    model: Model, options: Torch, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
-) -> Transformer:
-    """The model with its weights on the device; the latest one is kept for the next engine."""
-    arithmetic = Arithmetic()
-    weight = random_weights(dtype, device, options.seed)
-    if options.weights is not None:
-        folder = Path(options.weights)
-        config = read_config(folder)
-        told = Model.from_hf_config(config, model.name)
-        for size in ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab"):
-            if getattr(told, size) != getattr(model, size):
-                raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
-        arithmetic = Arithmetic.from_hf_config(config, max_model_len)
-        weight = saved_weights(folder, dtype, device)
-    _check_room(device, round(model.parameters * dtype.itemsize), f"{model.name}'s weights")
-    return Transformer(model, arithmetic, dtype, device, weight, block, options.max_batch + 1, max_model_len)
-
-
-def _check_room(device: torch.device, need: int, what: str) -> None:
-    """Raise ValueError unless ``need`` bytes and something to spare are free on a GPU."""
-    if device.type != "cuda":
-        return
-    free = torch.cuda.mem_get_info(device)[0] - SPARE
-    if need > free:
-        raise ValueError(
-            f"{what} needs {need / GIB:.1f} GiB; {max(0, free) / GIB:.1f} GiB of {torch.cuda.get_device_name(device)}"
-            " are free for it: give kv.blocks or a smaller kv.memory_utilization, or another model"
-        )

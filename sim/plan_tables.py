@@ -120,7 +120,7 @@ def _show_race(out: Console, race: Race) -> None:
         best = race.winner.candidate
         out.print(
             f"\n[bold]Cheapest for {race.rate_per_s:g}/s: {escape(best.name)}, ${best.usd_per_hour:,.2f}/h[/bold]"
-            f" ({best.gpus} GPUs; {escape(best.backend)}); {escape(race.winner.why)}"
+            f" ({best.gpus} GPU{'s' * (best.gpus > 1)}; {escape(best.backend)}); {escape(race.winner.why)}"
         )
     table = _table("simulated, cheapest first", "system", "$/h", "outcome", "share that met it [interval]")
     simulated = [entry for entry in race.entries if entry.verdict is not None]

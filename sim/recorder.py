@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from backend.profile import GRAPH_TOKENS
 from sim.records import Status
 from sim.run import Outcome
 
@@ -55,7 +56,7 @@ class Recorder:
                     **settings,
                     "num_gpu_blocks": setup.groups[0].blocks + 1,  # as vLLM counts them, its null block included
                     "block_size": setup.groups[0].block_size,
-                    "piecewise_graphs": False,
+                    "graph_tokens": GRAPH_TOKENS,
                 },
             }
         )

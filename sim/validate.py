@@ -139,7 +139,7 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         tensor_parallel=profile.tensor_parallel,
         scheduler=Vllm,
         scheduler_settings=settings,
-        backend=Given(profile, graph_limit(limits["max_num_seqs"], limits["max_num_batched_tokens"])),
+        backend=Given(profile, graph_limit(limits)),
         blocks=limits["num_gpu_blocks"] - 1,
         block_size=limits["block_size"],
         kv_source=f"recorded num_gpu_blocks {limits['num_gpu_blocks']}, one of them vLLM's null block",

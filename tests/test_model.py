@@ -18,9 +18,10 @@ from tiny import Kept, executed, prompt_of, system  # noqa: E402 - torch may be 
 from worlds import trace_of  # noqa: E402
 
 from backend.hardware import Torch  # noqa: E402
-from backend.model import Arithmetic, Tokens, Transformer, read_config, saved_weights  # noqa: E402
+from backend.model import Arithmetic, Tokens, Transformer  # noqa: E402
 from backend.paged_attention import Chunks, Heads, Paging, new_cache  # noqa: E402
 from backend.shapes import Model  # noqa: E402
+from backend.weights import read_config, saved_weights  # noqa: E402
 from policies.vllm import Vllm  # noqa: E402
 
 CPU = torch.device("cpu")

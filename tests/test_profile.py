@@ -93,7 +93,7 @@ def test_steps_are_padded_as_vllm_captures_graphs(tokens: int, limit: int, compu
 
 @pytest.mark.parametrize(("seqs", "tokens", "limit"), [(256, 8192, 512), (32, 8192, 64), (256, 128, 128)])
 def test_the_largest_graph_follows_from_the_limits(seqs: int, tokens: int, limit: int) -> None:
-    assert profile.graph_limit(seqs, tokens) == limit
+    assert profile.graph_limit({"max_num_seqs": seqs, "max_num_batched_tokens": tokens}) == limit
 
 
 @settings(max_examples=40, deadline=None)

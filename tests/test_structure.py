@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sim", "backend", "policies")
 LONGEST = 400  # lines a module
 GPU_LIBRARIES = {"torch", "cupy", "triton", "flashinfer", "flash_attn"}
-GPU_MODULES = {f"backend.{name}" for name in ("torch_engine", "model", "paged_attention", "kernels", "bench")}
+GPU_NAMES = ("torch_engine", "model", "weights", "pieces", "paged_attention", "kernels", "bench")
+GPU_MODULES = {f"backend.{name}" for name in GPU_NAMES}
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"),
     *("sim", "backend", "policies", "scenarios", "tests"),

@@ -133,9 +133,10 @@ POLICIES: dict[str, tuple[type[Scheduler], Callable[[int], dict[str, Any]]]] = {
     block_size=st.sampled_from([16, 32]),
     budget=st.integers(5, 100),
     prefix=st.integers(0, 60),
+    graphs=st.booleans(),
 )
 def test_greedy_tokens_are_those_of_a_plain_forward_pass(
-    folder: Path, name: str, rows: Rows, size: int, blocks: int, block_size: int, budget: int, prefix: int
+    folder: Path, name: str, rows: Rows, size: int, blocks: int, block_size: int, budget: int, prefix: int, graphs: bool
 ) -> None:
     scheduler, chosen = POLICIES[name]
     options = chosen(size)
@@ -143,7 +144,7 @@ def test_greedy_tokens_are_those_of_a_plain_forward_pass(
         options |= {"max_num_batched_tokens": max(budget, size)}
     else:  # set aside and padded: a batch must fit
         blocks = 4 * 9
-    got = answers(folder, made(rows, 2, prefix), scheduler, options, blocks=blocks, block_size=block_size)
+    got = answers(folder, made(rows, 2, prefix), scheduler, options, graphs, blocks=blocks, block_size=block_size)
 
     cached = scheduler is Vllm and options.get("enable_prefix_caching", True)
     check_greedy(got, block_size if cached else 16)

@@ -185,10 +185,15 @@ class Answers:
 
 
 def answers(
-    folder: Path, trace: Trace, scheduler: type[Scheduler], settings: Mapping[str, Any], **more: Any
+    folder: Path,
+    trace: Trace,
+    scheduler: type[Scheduler],
+    settings: Mapping[str, Any],
+    graphs: bool = True,
+    **more: Any,
 ) -> Answers:
-    """Run ``trace`` on the tiny model's engine."""
-    kept = Kept(Torch(device="cpu", weights=str(folder), max_batch=32))
+    """Run ``trace`` on the tiny model's engine; with ``graphs`` chunks are computed in pieces, as on a GPU."""
+    kept = Kept(Torch(device="cpu", weights=str(folder), max_batch=32, graphs=graphs))
     served = executed(system(trace, scheduler, settings, kept, **more))
     return Answers(served, kept.built[-1].generated)
 

@@ -129,11 +129,13 @@ extern "C" __global__ void head_norm(half_t* __restrict__ qkv, const half_t* __r
 }
 
 // Rotate the queries and keys of a row (if `rotation` is given), in place, and store its K and V: a thread block a row.
+// Slots: block · BLOCK + place in it; -1: not stored; -2: the row is another kernel's.
 extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __restrict__ cache,
                                             const int* __restrict__ positions, const int* __restrict__ slots,
                                             const float2* __restrict__ rotation, int query_heads, int key_heads, int stride) {
   half_t* row = qkv + (u64)blockIdx.x * stride;
-  const int slot = slots[blockIdx.x];  // block · BLOCK + place in it; < 0: not stored
+  const int slot = slots[blockIdx.x];
+  if (slot == -2) return;
   const int token = slot % TILE;
   half_t* tiles = cache + ((u64)(slot / BLOCK) * key_heads * (BLOCK / TILE) + slot % BLOCK / TILE) * (2 * TILE * D);
   const u64 head_step = (u64)(BLOCK / TILE) * (2 * TILE * D);
