@@ -160,15 +160,17 @@ class JournalEngine(Engine):
 
     def end_request(self, request: Request, now: int, status: Status) -> None:
         """As `Planner.end_request`."""
-        before = self._requests.status[request.id]
+        records = self._requests
+        before = records.status[request.id]
         super().end_request(request, now, status)
-        if before != Status.PENDING:
-            return
-        became = self._requests.status[request.id]
+        if request._counter is not None:
+            return  # its client has given up, but its slot is paid for until its batch returns: then comes this again
+        became = records.status[request.id]
+        at = now if before == Status.PENDING else records.finished[request.id]
         # a client that gives up while its step is in flight leaves with the step after it
         row = self._row_to_come() if status is Status.TIMED_OUT else self._row()
         kind = Kind.HANDOVER if became == Status.PENDING else Kind.END
-        self.write(now, row, kind, request.id, -1, became)
+        self.write(at, row, kind, request.id, -1, became)
 
     def complete(self, plan: Plan, now: int) -> list[Request]:
         """As `Planner.complete`."""

@@ -21,6 +21,7 @@ from policies.tgi import Tgi
 from policies.vllm import Vllm
 from sim.engine import Engine
 from sim.journal import JournalEngine, Kind
+from sim.records import Status
 from sim.run import simulate
 from sim.scenario import Failures, Limits, Outage
 from sim.slots import Cell, Slots, seat
@@ -150,6 +151,21 @@ def test_a_client_that_gives_up_frees_its_slot() -> None:
     records = simulate(setup, journal=True).runs[0]
 
     assert seat(records.events(), records.runs()).grid() == ["PDD"]
+
+
+def test_a_client_that_gives_up_on_a_batch_leaves_a_slot_that_is_paid_for() -> None:
+    # both run from 1000 on; A has its answer at 2000 and gives up at 2500. So does B at 3500, with the boundary at 4000
+    # the batch returns
+    trace = trace_of([(0, 2, 1), (1000, 2, 3)], max_tokens=[1, 3])
+    limits = Limits(timeout_s=s(2500))
+    setup = setup_of(trace, [group(Static, {"batch": 2}, cost=Steady())], limits=limits)
+    outcome = simulate(setup, journal=True)
+    events = outcome.runs[0].events()
+    ended = events["kind"] == Kind.END
+
+    assert seat(events, outcome.runs[0].runs()).grid() == ["P##", "PDD"]
+    assert events["time_ps"][ended].tolist() == outcome.requests.finished.tolist()
+    assert events["value"][ended].tolist() == [Status.TIMED_OUT, Status.TIMED_OUT]
 
 
 def test_without_a_journal_there_is_none() -> None:
