@@ -4,6 +4,9 @@ The records of a plain engine say what each step held, not who. `JournalEngine` 
 happens to a request and is not implied by the rows before it: an arrival, an admission, a chunk, a preemption. Decode
 steps are implied, so a journal has a handful of rows a request, however long the answer. It overrides and changes
 nothing: a run with a journal and one without have the same results, and a run without one pays nothing.
+
+Whether steps are priced or run makes no difference to it: `JournalExecuting` is both engines in one, and its times are
+those of the clock, which there is the wall clock.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 from policies.base import Request
 from sim.engine import Engine
+from sim.executing import Executing
 from sim.records import EVENT_COLUMNS, RUN_COLUMNS, Status
 from sim.runs import Plan
 from sim.step import ReplicaStep
@@ -179,3 +183,7 @@ class JournalEngine(Engine):
             for request in plan.ending:
                 self.write(now, row, Kind.DONE, request.id, -1, 0)
         return super().complete(plan, now)
+
+
+class JournalExecuting(JournalEngine, Executing):
+    """The same of an engine whose steps really run; the microsecond that a row takes is part of what is measured."""
