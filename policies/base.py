@@ -273,6 +273,8 @@ class Step(ABC):
 
         ``recompute``: all known tokens are computed again. ``swap``: its KV moves to host memory, and back when it is
         admitted again; both moves take time (`overlaps_swaps`). Where host memory has no room it is computed again.
+        Where steps really run, it takes those with it that this plan admitted to find in the cache what it was to
+        compute.
         """
 
     @abstractmethod

@@ -4,6 +4,9 @@ The records of a plain engine say what each step held, not who. `JournalEngine` 
 happens to a request and is not implied by the rows before it: an arrival, an admission, a chunk, a preemption. Decode
 steps are implied, so a journal has a handful of rows a request, however long the answer. It overrides and changes
 nothing: a run with a journal and one without have the same results, and a run without one pays nothing.
+
+Whether steps are priced or run makes no difference to it: `JournalExecuting` is both engines in one, and its times are
+those of the clock, which there is the wall clock.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 from policies.base import Request
 from sim.engine import Engine
+from sim.executing import Executing
 from sim.records import EVENT_COLUMNS, RUN_COLUMNS, Status
 from sim.runs import Plan
 from sim.step import ReplicaStep
@@ -160,15 +164,17 @@ class JournalEngine(Engine):
 
     def end_request(self, request: Request, now: int, status: Status) -> None:
         """As `Planner.end_request`."""
-        before = self._requests.status[request.id]
+        records = self._requests
+        before = records.status[request.id]
         super().end_request(request, now, status)
-        if before != Status.PENDING:
-            return
-        became = self._requests.status[request.id]
+        if request._counter is not None:
+            return  # its client has given up, but its slot is paid for until its batch returns: then comes this again
+        became = records.status[request.id]
+        at = now if before == Status.PENDING else records.finished[request.id]
         # a client that gives up while its step is in flight leaves with the step after it
         row = self._row_to_come() if status is Status.TIMED_OUT else self._row()
         kind = Kind.HANDOVER if became == Status.PENDING else Kind.END
-        self.write(now, row, kind, request.id, -1, became)
+        self.write(at, row, kind, request.id, -1, became)
 
     def complete(self, plan: Plan, now: int) -> list[Request]:
         """As `Planner.complete`."""
@@ -177,3 +183,7 @@ class JournalEngine(Engine):
             for request in plan.ending:
                 self.write(now, row, Kind.DONE, request.id, -1, 0)
         return super().complete(plan, now)
+
+
+class JournalExecuting(JournalEngine, Executing):
+    """The same of an engine whose steps really run; the microsecond that a row takes is part of what is measured."""

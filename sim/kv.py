@@ -6,6 +6,7 @@ matter, and O(1) for any number of steps. `sim.prefix` has the pool that knows e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heappop, heappush
 
 from policies.base import FOREVER, Request
@@ -79,6 +80,13 @@ class CountingPool:
         """A request gives its ``blocks`` blocks back."""
         self.free += blocks
         request._blocks = 0
+
+    def leaning(self, request: Request, admitted: dict[int, Request]) -> Iterator[Request]:
+        """Of ``admitted``, those that were to find what ``request`` computes in the plan under way, one at a time.
+
+        Each is to be preempted before the next is asked for, and all before ``request``.
+        """
+        return iter(())
 
     def preempted(self, request: Request, decoding: bool, planned: bool) -> None:
         """A request is about to lose its blocks, and will look its known tokens up once more.

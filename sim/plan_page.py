@@ -58,9 +58,10 @@ def _headlines(answer: Answer) -> Iterator[str]:
             yield f'<p class="answer no">{lost}<br><small>{told}</small></p>'
         else:
             best = race.winner.candidate
+            gpus = f"{best.gpus} GPU{'s' * (best.gpus > 1)}"
             yield (
                 f'<p class="answer">{race.rate_per_s:g}/s: <b>{_(best.name)}</b>, ${best.usd_per_hour:,.2f} an hour '
-                f"({best.gpus} GPU{"s" * (best.gpus > 1)})<br><small>{_(race.winner.why)}; steps: {_(best.backend)}</small></p>"
+                f"({gpus})<br><small>{_(race.winner.why)}; steps: {_(best.backend)}</small></p>"
             )
     for candidate, capacity in answer.capacities[:3]:
         kind = "answer" if capacity.reached else "answer no"

@@ -11,10 +11,11 @@ and its answer. Every other block is its request's own, found again only by itse
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 
-from policies.base import PolicyError, Request
+from policies.base import Request
 from sim.kv import CountingPool, Decodes, admission
 from sim.trace import Trace
 
@@ -117,7 +118,8 @@ class PrefixPool(CountingPool):
     Blocks can be found once the step that fills them is planned. If that plan is taken back (a request is preempted in
     the very step) vLLM 0.23.0 leaves them in its cache all the same, though nothing was computed: `allocate_slots`
     caches, `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before. With
-    ``forgets`` they are forgotten instead: where steps really run, wrong tokens would come of it.
+    ``forgets`` they are forgotten instead, and whoever was to find them in that plan (`leaning`) is preempted with it:
+    where steps really run, wrong tokens would come of it.
     """
 
     tracks = True
@@ -224,6 +226,15 @@ class PrefixPool(CountingPool):
             if shareable:
                 self._publish(number, min(full, shareable))
 
+    def leaning(self, request: Request, admitted: dict[int, Request]) -> Iterator[Request]:  # noqa: D102
+        number = request.id
+        begin, end = request.computed // self.block_size, self._public[number]
+        if self._forgets and begin < end:
+            tables = self._tables
+            for block in tables[number][begin:end]:
+                while self._users[block] > 1:
+                    yield next(r for r in reversed(admitted.values()) if block in tables[r.id])
+
     def preempted(self, request: Request, decoding: bool, planned: bool) -> None:  # noqa: D102
         number = request.id
         full = self._done[number]
@@ -283,8 +294,7 @@ class PrefixPool(CountingPool):
         """Let only the first ``full`` blocks of a request be found; the others will not be filled."""
         number = request.id
         for block in self._tables[number][full : self._public[number]]:
-            if self._users[block] > 1:
-                raise PolicyError(f"preempt of {request} in the step that computes what others were admitted to find")
+            assert self._users[block] == 1
             self._forget(block)
             self._found = None
         self._public[number] = min(self._public[number], full)

@@ -18,7 +18,7 @@ from sim.cluster import Cluster, Replica
 from sim.control import Autoscaler, Breakdowns, Handover, Patience
 from sim.engine import Engine
 from sim.executing import Executing
-from sim.journal import JournalEngine
+from sim.journal import JournalEngine, JournalExecuting
 from sim.kv import CountingPool, PrefixCacheMatters, StandInPool
 from sim.metrics import fleet, summarise
 from sim.prefix import Identity, PrefixPool
@@ -51,15 +51,14 @@ def simulate(
     results, slowly. ``journal`` keeps what happens to each request (`sim.journal`). Raises `PolicyError` if the policy
     asks for what cannot be, or leaves requests unserved, and `BadInput` if the backend cannot run here.
     """
-    engine_type = JournalEngine if journal else Engine
     started = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()  # a run makes no cycles to speak of, and looking for them costs a tenth of its time
     try:
         identify = setup.executes or Identity.shares(setup.trace)
-        requests, engines, up_ps = _served(setup, leap, progress, identify, engine_type)
+        requests, engines, up_ps = _served(setup, leap, progress, identify, journal)
     except PrefixCacheMatters:
-        requests, engines, up_ps = _served(setup, leap, progress, True, engine_type)
+        requests, engines, up_ps = _served(setup, leap, progress, True, journal)
     finally:
         if collecting:
             gc.enable()
@@ -74,7 +73,7 @@ def simulate(
 
 
 def _served(
-    setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool, engine_type: type[Engine] = Engine
+    setup: Setup, leap: bool, progress: Callable[[int], None] | None, identify: bool, journal: bool = False
 ) -> tuple[RequestRecords, list[Engine], list[int]]:
     """Records, engines, and how long each was up, ps.
 
@@ -96,6 +95,8 @@ def _served(
         behind = ReplicaPool(cluster, setup.make_router(), _chance(setup, "decode router"), setup.router_stale_ps)
         handover = Handover(cluster, setup.link, setup.model.kv_bytes_per_token, behind)
 
+    pricing, executing = (JournalEngine, JournalExecuting) if journal else (Engine, Executing)
+
     def build(replica: Replica, group: ReplicaGroup) -> Engine:
         scheduler = group.make_scheduler()
         pool = make_pool(scheduler, trace, group.blocks, group.block_size, identities, setup.executes)
@@ -111,10 +112,10 @@ def _served(
         if isinstance(backend, Executor):  # it has no host memory to swap to: preempted requests compute again
             identity = (identities or {}).get(pool.block_size) if pool.tracks else None
             identity = identity or Identity(trace, 16)
-            engine: Engine = Executing(*parts, index=replica.index, leap=False, finish=finish, identity=identity)
+            engine: Engine = executing(*parts, index=replica.index, leap=False, finish=finish, identity=identity)
         else:
             host = group.make_host(setup.model)
-            engine = engine_type(*parts, index=replica.index, leap=leap, finish=finish, host=host)
+            engine = pricing(*parts, index=replica.index, leap=leap, finish=finish, host=host)
         engine.state.more_arrivals = cluster.more_arrivals
         if group.role == "prefill":
             engine.handover = handover.take

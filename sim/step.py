@@ -57,8 +57,7 @@ class ReplicaStep(Step):
         self.tokens = 0  # tokens planned
         self.padding = 0  # dead tokens planned beside them, dead slots apart
         self.taken = 0  # blocks taken for this step's decodes
-        self.preempted = 0
-        self.slept = 0
+        self.preempted = self.slept = 0
         self.resumed = False  # somebody computes again who lacks but one token
         self.wake: int | None = None
         self.rejected: list[Request] = []
@@ -230,6 +229,8 @@ class ReplicaStep(Step):
     def preempt(self, request: Request, how: Preemption = "recompute") -> None:  # noqa: D102
         if self.admitted.pop(request.id, None) is None:
             self._fail(f"preempt of {request}, which is not running")
+        for other in self.pool.leaning(request, self.admitted):
+            self.preempt(other)
         planned = self._unplan(request)
         need = self._next_block(request) if planned else 0
         self.taken -= need
@@ -342,11 +343,10 @@ class ReplicaStep(Step):
         else:
             self.prefills.pop(request.id, None)
             self.parked.pop(request.id, None)
-        computed = request._offset
         if request._reserved:
-            self.promised -= self._promise(request, computed)
+            self.promised -= self._promise(request, request._offset)
             request._reserved = 0
-        self.kv_tokens -= computed
+        self.kv_tokens -= request._offset
         self.pool.close(request, blocks)
 
     def _blocks_of(self, request: Request) -> int:

@@ -114,7 +114,7 @@ class Served:
         return [int(engine.records.runs()["steps"].sum()) for engine in self.engines]
 
 
-def serve(setup: Setup, leap: bool = True) -> Served:
+def serve(setup: Setup, leap: bool = True, journal: bool = False) -> Served:
     """As `sim.run.simulate`, but hands back what it built too."""
     clusters: list[Cluster] = []
     pools: list[ReplicaPool] = []
@@ -138,9 +138,9 @@ def serve(setup: Setup, leap: bool = True) -> Served:
 
     with mock.patch.multiple(run, Cluster=Watched, ReplicaPool=WatchedPool):
         try:
-            requests, engines, _ = run._served(setup, leap, None, Identity.shares(setup.trace))
+            requests, engines, _ = run._served(setup, leap, None, Identity.shares(setup.trace), journal)
         except PrefixCacheMatters:
-            requests, engines, _ = run._served(setup, leap, None, True)
+            requests, engines, _ = run._served(setup, leap, None, True, journal)
     return Served(setup, requests, engines, clusters[-1].replicas, pools, endings)
 
 

@@ -16,6 +16,7 @@ from clusters import Served, check_endings, check_gap_time, check_nothing_left, 
 from command import chairlift, replaced
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journals import check_lives, check_slots, seats, story
 from test_leap import POLICIES
 from worlds import Affine, trace_of
 
@@ -172,16 +173,23 @@ class Hardware(Executor):
             self.given[request] += 1
 
 
-def run_on(hardware: Hardware, setup: Setup) -> Served:
+def run_on(hardware: Hardware, setup: Setup, journal: bool = False) -> Served:
     hardware.prompts = dict(enumerate(setup.trace.prompt_tokens.tolist()))
     with mock.patch.object(Identity, "shares", staticmethod(lambda _trace: True)):  # as `sim.run.simulate` does
-        served = serve(setup, leap=False)
+        served = serve(setup, leap=False, journal=journal)
     check_endings(served)
     check_nothing_left(served)
     check_tokens(served)
     assert hardware.closed
     assert hardware.sequences == {}
-    assert hardware.launched == len(served.engines[0].records.runs()["steps"])
+    engine = served.engines[0]
+    runs, events = engine.records.runs(), engine.records.events()
+    assert hardware.launched == len(runs["steps"])
+    assert journal == (len(events["run"]) > 0)
+    if journal:
+        gaps = check_lives(served.requests.columns(), runs, events, engine.scheduler.batch_synchronous)
+        assert sorted(gaps.items()) == served.gaps()[0]
+        check_slots(seats(engine), runs, engine.scheduler.asynchronous)
     return served
 
 
@@ -208,6 +216,7 @@ seconds = st.one_of(st.none(), st.integers(1_000, 60_000).map(lambda ns: s(ns * 
     shares=st.booleans(),
     timeout=seconds,
     queue_timeout=seconds,
+    journal=st.booleans(),
 )
 def test_hardware_that_takes_what_the_model_says_makes_the_modelled_run(
     name: str,
@@ -219,6 +228,7 @@ def test_hardware_that_takes_what_the_model_says_makes_the_modelled_run(
     shares: bool,
     timeout: float | None,
     queue_timeout: float | None,
+    journal: bool,
 ) -> None:
     table = sorted((at * NS, prompt, output) for at, prompt, output in table)
     n = len(table)
@@ -233,16 +243,18 @@ def test_hardware_that_takes_what_the_model_says_makes_the_modelled_run(
     parts = (trace, lambda: POLICIES[name](size), blocks, block_size, limits)
     make = run.make_pool  # where steps run, the cache forgets what was planned and taken back (`PrefixPool`)
     with mock.patch.object(run, "make_pool", lambda *parts: make(*parts[:-1], True)):
-        modelled = serve(setup_on(cost, *parts), leap=False)
+        modelled = serve(setup_on(cost, *parts), leap=False, journal=journal)
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(executing, "time", clock)
         hardware = Hardware(clock, cost)
-        executed = run_on(hardware, setup_on(hardware, *parts))
+        executed = run_on(hardware, setup_on(hardware, *parts), journal)
 
     assert executed.columns() == modelled.columns()
     assert executed.gaps() == modelled.gaps()
-    ours, theirs = (served.engines[0].records.runs() for served in (executed, modelled))
+    one, other = (served.engines[0].records for served in (executed, modelled))
+    assert one.event_rows == other.event_rows
+    ours, theirs = one.runs(), other.runs()
     for column in RUN_COLUMNS:
         assert column == "slope_ps" or ours[column].tolist() == theirs[column].tolist(), column
 
@@ -256,7 +268,7 @@ def hand(clock: Clock, rows: list[tuple[int, int, int]], policy: Callable[[], Sc
     blocks, size, limits = more.pop("blocks", 1000), more.pop("size", 16), more.pop("limits", Limits())
     hardware = Hardware(clock, Modelled(fixed=took, token=0, context=more.pop("context", 0)), launching, releasing)
     trace = trace_of([(at * NS, prompt, output) for at, prompt, output in rows], **more)
-    return run_on(hardware, setup_on(hardware, trace, policy, blocks, size, limits))
+    return run_on(hardware, setup_on(hardware, trace, policy, blocks, size, limits), journal=True)
 
 
 def nanoseconds(served: Served, *names: str) -> list[list[int]]:
@@ -443,12 +455,14 @@ def test_steps_are_those_of_a_modelled_run_when_all_arrive_at_once(name: str, cl
     trace = trace_of(rows, **more, prefix_tokens=[min(p, 40) for _, p, _ in rows])
     size = 1 if AT_ONCE[name]().block_tokens == 1 else 16
     parts = (trace, AT_ONCE[name], 24 * 16 // size if "vllm" in name else 200 * 16, size, Limits())
-    modelled = serve(setup_on(Modelled(host=Host(schedule=1, launch=2, update=3)), *parts), leap=False)
+    modelled = serve(setup_on(Modelled(host=Host(schedule=1, launch=2, update=3)), *parts), leap=False, journal=True)
     hardware = Hardware(clock, Modelled(fixed=12_345, token=7), launching=77, releasing=5)  # another pace altogether
-    executed = run_on(hardware, setup_on(hardware, *parts))
+    executed = run_on(hardware, setup_on(hardware, *parts), journal=True)
 
     for each in DECISIONS:
         assert column(executed, each) == column(modelled, each), each
+    one, other = (story(served.engines[0].records.events()) for served in (executed, modelled))
+    assert one == other
     assert executed.steps() == modelled.steps()
     assert (max(column(executed, "preempted")) > 0) == ("vllm" in name)
     assert (sum(executed.columns()["cached_tokens"]) > 0) == (name in ("vllm", "vllm-async"))

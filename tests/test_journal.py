@@ -10,6 +10,7 @@ import pytest
 from clusters import group, link, s, setup_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journals import check_slots, seats
 from test_leap import POLICIES, backends, rows
 from worlds import Affine, play, trace_of
 
@@ -21,9 +22,10 @@ from policies.tgi import Tgi
 from policies.vllm import Vllm
 from sim.engine import Engine
 from sim.journal import JournalEngine, Kind
+from sim.records import Status
 from sim.run import simulate
 from sim.scenario import Failures, Limits, Outage
-from sim.slots import Cell, Slots, seat
+from sim.slots import Slots, seat
 
 
 class Steady(Backend):
@@ -31,10 +33,6 @@ class Steady(Backend):
 
     def step(self, batch: Batch) -> StepCost:
         return StepCost(1000)
-
-
-def seats(engine: Engine) -> Slots:
-    return seat(engine.records.events(), engine.records.runs())
 
 
 def drawn(outputs: Sequence[int], policy: Callable[[], Scheduler], **world: Any) -> list[str]:
@@ -152,18 +150,25 @@ def test_a_client_that_gives_up_frees_its_slot() -> None:
     assert seat(records.events(), records.runs()).grid() == ["PDD"]
 
 
+def test_a_client_that_gives_up_on_a_batch_leaves_a_slot_that_is_paid_for() -> None:
+    # both run from 1000 on; A has its answer at 2000 and gives up at 2500. So does B at 3500, with the boundary at 4000
+    # the batch returns
+    trace = trace_of([(0, 2, 1), (1000, 2, 3)], max_tokens=[1, 3])
+    limits = Limits(timeout_s=s(2500))
+    setup = setup_of(trace, [group(Static, {"batch": 2}, cost=Steady())], limits=limits)
+    outcome = simulate(setup, journal=True)
+    events = outcome.runs[0].events()
+    ended = events["kind"] == Kind.END
+
+    assert seat(events, outcome.runs[0].runs()).grid() == ["P##", "PDD"]
+    assert events["time_ps"][ended].tolist() == outcome.requests.finished.tolist()
+    assert events["value"][ended].tolist() == [Status.TIMED_OUT, Status.TIMED_OUT]
+
+
 def test_without_a_journal_there_is_none() -> None:
     outcome = simulate(setup_of(trace_of([(0, 2, 9)]), [group(Vllm)]))
 
     assert not outcome.runs[0].event_rows
-
-
-def counted(slots: Slots, count: int) -> np.ndarray[Any, Any]:
-    """Cells of each kind in each row, shape (rows, kinds)."""
-    cells = np.zeros((count, len(Cell)), dtype=np.int64)
-    for stay in range(len(slots.slot)):
-        np.add.at(cells, (np.arange(slots.begin[stay], slots.end[stay]), slots.cells(stay)), 1)
-    return cells
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -201,33 +206,4 @@ def test_a_journal_changes_nothing_and_counting_its_cells_gives_the_records(
     assert kept.outcome() == plain.outcome()
     for one, other in zip(plain.engines, kept.engines, strict=True):
         assert other.records.rows == one.records.rows
-        runs = other.records.runs()
-        slots = seats(other)
-        cells = counted(slots, len(runs["steps"]))
-        assert cells[:, Cell.PREFILL].tolist() == runs["chunks"].tolist()
-        assert cells[:, Cell.DECODE].tolist() == runs["decodes"].tolist()
-        alone = runs["chunks"] == 0  # beside a chunk `padded` holds its prompt's padding too
-        assert cells[alone, Cell.PADDING].tolist() == runs["padded"][alone].tolist()
-        busy = cells[:, Cell.PREFILL] + cells[:, Cell.DECODE] + cells[:, Cell.STALLED]
-        if other.scheduler.asynchronous:  # who only waits for a last token in flight counts as running there
-            leaving = np.bincount(slots.end, minlength=len(busy) + 1)[: len(busy)]
-            assert (busy <= runs["running"]).all()
-            assert (runs["running"] <= busy + leaving).all()
-        else:
-            assert busy.tolist() == runs["running"].tolist()
-        tokens = np.zeros(len(busy), dtype=np.int64)
-        np.add.at(tokens, slots.chunk_row, slots.chunk_tokens)
-        assert tokens.tolist() == runs["prefill_tokens"].tolist()
-        _check_seats(slots)
-
-
-def _check_seats(slots: Slots) -> None:
-    """No two on one slot at once, and nobody on a higher slot while a lower one is free as they sit down."""
-    taken: dict[int, int] = {}
-    for stay in range(len(slots.slot)):
-        begin, slot = int(slots.begin[stay]), int(slots.slot[stay])
-        if slots.end[stay] <= begin:
-            continue
-        assert taken.get(slot, 0) <= begin
-        assert all(taken.get(lower, 0) > begin for lower in range(slot))
-        taken[slot] = int(slots.end[stay])
+        check_slots(seats(other), other.records.runs(), other.scheduler.asynchronous)

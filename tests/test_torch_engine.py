@@ -335,6 +335,44 @@ def test_a_chunk_that_was_taken_back_is_not_in_the_cache(folder: Path, shared: b
     check_greedy(got)
 
 
+@dataclass
+class Fickle(Vllm):
+    """Runs and admits whoever fits; then, in the plans ``regrets``, preempts the oldest of them after all."""
+
+    async_scheduling: bool = False
+    chunk: int = 64
+    regrets: tuple[int, ...] = (0,)
+    plans: int = 0
+
+    def schedule(self, step: Step) -> int:
+        while not step.decode_all():
+            step.preempt(list(step.running)[-1])
+        for request in step.prefilling:
+            step.run(request, min(self.chunk, request.remaining))
+        for request in list(step.waiting):
+            left = request.remaining - step.cached_tokens(request)
+            if not step.admit(request, min(self.chunk, left), request.prompt_tokens + request.max_tokens):
+                break
+        if self.plans in self.regrets and len(step.running) > 1:
+            step.preempt([*step.prefilling, *step.running][0])
+        self.plans += 1
+        return 1
+
+
+def test_a_preempted_request_takes_those_with_it_that_were_to_find_what_it_computes(folder: Path) -> None:
+    # 1 is admitted on 64 tokens that 0 is to compute in this plan, 2 on those and 16 that 1 is to compute; 3 is another
+    prefixes = {"prefix_group": [0, 0, 0, -1], "prefix_tokens": [96, 90, 95, 0]}
+    trace = made([(0, 100, 4), (0, 90, 5), (0, 95, 6), (0, 30, 7)], **prefixes)
+    got = answers(folder, trace, Fickle, {}, blocks=60)
+    columns = got.served.columns()
+
+    assert columns["preemptions"] == [1, 1, 1, 0]
+    assert columns["cached_tokens"] == [0, 64, 80, 0]
+    assert column(got, "prefill_tokens").tolist()[:2] == [30, 64 + 26 + 15]
+    assert column(got, "running").tolist()[:2] == [1, 4]
+    check_greedy(got)
+
+
 def test_a_next_turn_finds_its_last_answer_in_the_cache(folder: Path) -> None:
     # 20 tokens and an answer of 30; then a prompt of 70 that begins with them: 48 are cached, 28 of them generated
     got = answers(folder, made([(0, 20, 30), (10_000, 70, 5)], session=[0, 0]), Vllm, {})
@@ -413,6 +451,39 @@ def test_turns_of_sessions_have_the_tokens_of_a_plain_forward_pass(
     got = answers(folder, trace, Vllm, options, blocks=blocks, limits=Limits(timeout_s=timeout))
 
     check_greedy(got, given=[given.get(i, []) for i in range(len(rows))])
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given_(
+    rows=st.lists(st.tuples(st.sampled_from([0, 9]), st.integers(1, 90), st.integers(1, 20)), min_size=3, max_size=7),
+    prefix=st.integers(16, 90),
+    sessions=st.booleans(),
+    blocks=st.integers(11, 40),
+    ahead=st.booleans(),
+    chunk=st.sampled_from([16, 40, 160]),
+    regrets=st.sets(st.integers(0, 6), min_size=1),
+)
+def test_whoever_is_preempted_in_whichever_plan(
+    folder: Path,
+    given: dict[int, list[int]],
+    rows: Rows,
+    prefix: int,
+    sessions: bool,
+    blocks: int,
+    ahead: bool,
+    chunk: int,
+    regrets: set[int],
+) -> None:
+    given.clear()
+    if sessions:
+        turns = [(10 * i, 20 + 30 * i, 6) for i in range(4)]
+        trace = made(turns + [(30, p, o) for _, p, o in rows], session=[0] * 4 + [-1] * len(rows))
+    else:
+        trace = made(rows, 1, prefix)
+    options = {"async_scheduling": ahead, "chunk": chunk, "regrets": tuple(regrets)}
+    got = answers(folder, trace, Fickle, options, blocks=blocks)
+
+    check_greedy(got, given=[given[i] for i in range(len(trace))])
 
 
 # tokens

@@ -170,10 +170,10 @@ def system(
     return setup_of(trace, [ReplicaGroup(*parts)], **{"model": MODEL, "max_model_len": LONGEST, **more})
 
 
-def executed(setup: Setup) -> Served:
+def executed(setup: Setup, journal: bool = False) -> Served:
     """Serve ``setup`` on hardware; as `sim.run.simulate` each block is known from the start."""
     with mock.patch.object(Identity, "shares", staticmethod(lambda _trace: True)):
-        return serve(setup, leap=False)
+        return serve(setup, leap=False, journal=journal)
 
 
 @dataclass
