@@ -185,7 +185,8 @@ def _races(answer: Answer) -> Iterator[str]:
             f"{len(race.of('excluded'))} excluded by bounds, {dearer} dearer than what will do.</p>"
         )
         yield _table(("simulated, cheapest first", "$/h", "outcome", "share that met it [interval]"), rows)
-        excluded = [(e.candidate.name, f"{e.candidate.usd_per_hour:,.2f}", e.why) for e in race.of("excluded")]
+        barred = [(e.candidate, e.why) for e in race.of("excluded")]
+        excluded = [(c.name, f"{c.usd_per_hour:,.2f}" if c.setup else "–", why) for c, why in barred]
         if excluded:
             table = _table(("excluded", "$/h", "why"), excluded)
             yield f"<details><summary>what bounds exclude, and why</summary>{table}</details>"

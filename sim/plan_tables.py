@@ -240,8 +240,8 @@ def _system(candidate: Candidate) -> dict[str, Any]:
     return {
         "system": candidate.name,
         "axes": candidate.labels,
-        "gpus": candidate.gpus,
-        "usd_per_hour": candidate.usd_per_hour,
+        "gpus": candidate.gpus or None,  # of a system that cannot be
+        "usd_per_hour": candidate.usd_per_hour or None,
         "priced_by": candidate.backend,
     }
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command import ROOT, chairlift
+from sweeping import started
 
 from sim.attainment import BINS, Latency, Promise, sample_of
 from sim.executors import Local
@@ -292,3 +296,38 @@ def test_a_shipped_plan_is_sound(path: Path) -> None:
     assert path.stem in chairlift("list", "plans").out
     assert result.status == 0, result.err
     assert "however scheduled" in " ".join(result.out.split())
+
+
+# ---- interruption ----
+
+
+def keys(folder: Path) -> list[str]:
+    """Of the replications that a plan has written down."""
+    return [json.loads(line)["key"] for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_plan_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, how: signal.Signals) -> None:
+    plan, out = written(tmp_path), tmp_path / "out"
+    process = started("plan", plan, "--out", str(out), "--jobs", "2")
+    while not ((out / "journal.jsonl").exists() and (out / "journal.jsonl").read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
+    told, err = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130, told + err
+        assert "interrupted: what was found is in" in err
+        assert "Traceback" not in err
+    known = (out / "journal.jsonl").read_bytes().count(b"\n")
+    whole = chairlift("plan", plan, "--out", str(tmp_path / "whole"), "--jobs", "1", "--json")
+    again = chairlift("plan", plan, "--out", str(out), "--jobs", "1", "--json")
+
+    assert 5 <= known < (tmp_path / "whole" / "journal.jsonl").read_bytes().count(b"\n")
+    assert sorted(keys(out)) == sorted(keys(tmp_path / "whole"))  # nothing twice
+    first, second = json.loads(whole.out), json.loads(again.out)
+    assert "by an earlier run" in second["assumptions"]["simulated"]
+    for answer in (first, second):
+        del answer["assumptions"]["simulated"]
+    assert first == second
+    assert first["cheapest"][0]["winner"] is not None

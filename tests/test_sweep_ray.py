@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,9 @@ def cluster() -> Iterator[Any]:
         made.shutdown()
 
 
-def on_ray(cluster: Any, folder: Path, *arguments: str) -> str:
-    result = chairlift(
-        "sweep", "sweep.yaml", "--out", str(folder), "--executor", "ray", "--address", cluster.address, *arguments
-    )
+def on_ray(cluster: Any, folder: Path, *arguments: str, ask: tuple[str, str] = ("sweep", "sweep.yaml")) -> str:
+    where = ("--out", str(folder), "--executor", "ray", "--address", cluster.address)
+    result = chairlift(*ask, *where, *arguments)
     assert result.status == 0, result.err
     return result.out
 
@@ -55,6 +55,20 @@ def test_two_nodes_give_the_rows_that_this_machine_gives(
     assert len(cluster.list_all_nodes()) == 2
     assert table(tmp_path / "ray").equals(table(tmp_path / "local"), check_metadata=True)
     assert "0 new, 12 known" in on_ray(cluster, tmp_path / "ray")
+
+
+def test_a_plan_has_the_same_answer_on_two_nodes(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(SCENARIO.replace("seed: 7\n", ""))
+    (tmp_path / "plan.yaml").write_text(
+        "base: base.yaml\nslo: [{percentile: 90, ttft_ms: 300}]\nrate_per_s: 8\n"
+        "search: {requests: 200, most_requests: 400}\naxes: {gpu: [h100, a100-80gb], replicas: [1, 2]}\n"
+    )
+    spread = json.loads(on_ray(cluster, tmp_path / "ray", "--json", ask=("plan", "plan.yaml")))
+    here = chairlift("plan", "plan.yaml", "--out", str(tmp_path / "here"), "--jobs", "1", "--json")
+
+    assert spread["cheapest"][0]["winner"] is not None
+    assert spread == json.loads(here.out)
 
 
 def test_files_travel_and_a_worker_that_is_killed_loses_nothing(
