@@ -34,13 +34,14 @@ class Value:
 
 
 def label_of(value: object) -> Scalar:
-    """A number or a text as it is; ``{name: orca, reserve: max}`` as ``orca reserve=max``; else JSON."""
+    """A number or a text as it is; ``{name: orca, reserve: max}`` as ``orca reserve=max``; lists as JSON."""
     if isinstance(value, str | int | float | bool):
         return value
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        rest = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items() if k != "name"]
-        return " ".join([value["name"], *rest])
-    return json.dumps(value)
+    if not isinstance(value, Mapping):
+        return json.dumps(value)
+    named = [value["name"]] if isinstance(value.get("name"), str) else []
+    rest = {k: v for k, v in value.items() if not (named and k == "name")}
+    return " ".join([*named, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in rest.items())])
 
 
 class Log(Spec):

@@ -19,7 +19,8 @@ _STYLE = (
     "body{font:15px system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right}"
     "td,th{border-bottom:1px solid #ddd}"
-    "td:first-child,th:first-child{text-align:left}pre{background:#f4f4f4;padding:1em;overflow-x:auto}"
+    "td:first-child,th:first-child{text-align:left}td:not(:first-child):not(:last-child){white-space:nowrap}"
+    "pre{background:#f4f4f4;padding:1em;white-space:pre-wrap}"
     ".answer{font-size:1.25em;border-left:4px solid #0072B2;padding:.4em 1em;margin:1em 0}.no{border-color:#D55E00}"
     "details{margin:1em 0}small,li{color:#555}"
 )
@@ -117,9 +118,9 @@ def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise], uni
             x, y = [v.rate_per_s for v in near], [mean for mean, _, _ in found]
             figure.add_scatter(x=x, y=y, error_y=bars, name=name, mode="lines+markers", line_color=_COLOURS[i])
             _interval(figure, capacity, _COLOURS[i])
-        figure.add_hline(y=limit, line_dash="dot", annotation_text=f"{limit:g} ms")
+        figure.add_hline(y=limit, line_dash="dot")  # an annotation of plotly's would stand at 10 to the power of it
         figure.update_yaxes(type="log")
-        yield _drawn(figure, f"{latency_name(figure_name)} over the rate", unit, "ms")
+        yield _drawn(figure, f"{latency_name(figure_name)} over the rate (dotted: promised)", unit, "ms")
 
 
 def _near(capacity: Capacity) -> list[Verdict]:
@@ -229,8 +230,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _drawn(figure: Any, title: str, x: str, y: str) -> str:
-    figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", height=380)
-    figure.update_layout(margin={"t": 50, "b": 45})
+    lines = sum(trace.showlegend is not False and bool(trace.name) for trace in figure.data)
+    below = lines * 19 if lines > 1 else 0  # pixels: one name a line
+    figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", height=380 + below)
+    figure.update_layout(margin={"t": 50, "b": 45 + below}, legend={"orientation": "v", "yref": "container", "y": 0})
+    figure.update_layout(legend={"yanchor": "bottom", "x": 0})
     return str(figure.to_html(full_html=False, include_plotlyjs=False))
 
 

@@ -20,7 +20,9 @@ from sim.attainment import BINS, Promise, Sample, window
 
 Floats = npt.NDArray[np.float64]
 
-FEW = 100  # failures (or successes) to be expected where none was seen, before that counts as proof
+# Where none of n requests failed (or all did), 3 / n bounds the share at 95 % if they are independent (the rule of
+# three). Requests of a run are not: they count as if they failed in clusters of some 30, so 100 / n bounds it.
+FEW = 100
 MOST_CUT = BINS // 2  # of the warm-up
 LONG_STAY = 0.3  # of a run
 DRIFT_T = 3.5  # Student's t beyond which a second half is worse than the first
@@ -175,11 +177,10 @@ def _kept(wanted: float, eligible: npt.NDArray[np.int64], met: npt.NDArray[np.in
     clipped = min(max(share, 0.5 / total), 1 - 0.5 / total)
     gap = _logit(clipped) - _logit(allowed)
     if failed == 0 or failed == total:
-        expected = total * (allowed if failed == 0 else wanted)
-        proven = expected >= FEW
-        low, high = (0.0, allowed if proven else 1.0) if failed == 0 else (allowed if proven else 0.0, 1.0)
-        proof = (1 if failed == 0 else -1) * proven
-        return Kept(1 - share, 1 - high, 1 - low, gap, 0.0 if proven else math.inf, proof)
+        unseen = min(1.0, FEW / total)
+        low, high = (0.0, unseen) if failed == 0 else (1 - unseen, 1.0)
+        proof = 1 if high <= allowed else -1 if low > allowed else 0
+        return Kept(1 - share, 1 - high, 1 - low, gap, 0.0 if proof else math.inf, proof)
     replications = len(eligible)
     residual = (eligible - met) - share * eligible
     se = float(np.sqrt((residual**2).sum() / (replications - 1) / replications)) / (total / replications)
