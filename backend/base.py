@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from backend.shapes import GPU, Model
 
 FOREVER = 1 << 60  # steps: "to the end of any run"
+new = tuple.__new__  # ``new(StepCost, (first, slope, steps, host))``, for hot paths: half the time of ``StepCost(…)``
 
 
 class Chunk(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost
+from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost, new
 from backend.specs import GPU, Model
 
 PS = 10**12
@@ -70,10 +70,10 @@ class Roofline(Backend):
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; a decode-only batch vouches until another bound of the roofline takes over."""
-        if batch.prefills:
+        prefills, decodes, context, padded, _ = batch
+        if prefills:
             return self._with_prompts(batch)
-        slots = batch.decodes + batch.padded
-        context = batch.context
+        slots = decodes + padded
         reduce = self._reduce_fixed + self._reduce_token * slots
         compute_slope = self._pair * slots
         compute = slots * (self._token + self._sequence) + self._pair * context + reduce
@@ -85,26 +85,27 @@ class Roofline(Backend):
             steps = min(_until(floor, 0, memory, memory_slope), _until(floor, 0, compute, compute_slope))
             return StepCost(floor, 0, steps, self._host)
         other, other_slope = (compute, compute_slope) if memory >= compute else (memory, memory_slope)
-        return StepCost(bound, slope, _until(bound, slope, other, other_slope), self._host)
+        return new(StepCost, (bound, slope, _until(bound, slope, other, other_slope), self._host))
 
     def _with_prompts(self, batch: Batch) -> StepCost:
+        prefills, decodes, context, padded, _ = batch
         tokens = pairs = history = 0
-        for start, length in batch.prefills:
+        for start, length in prefills:
             tokens += length
             pairs += length * (2 * start + length + 1) // 2
             history += start
-        padded = tokens + batch.padded
-        compute = padded * self._token + pairs * self._pair + len(batch.prefills) * self._sequence
+        padded += tokens
+        compute = padded * self._token + pairs * self._pair + len(prefills) * self._sequence
         memory = self._weights + history * self._kv
-        prompt = max(compute, memory)
-        if batch.decodes:
-            memory = self._weights + self._kv * batch.context
-            compute = batch.decodes * (self._token + self._sequence) + self._pair * batch.context
-            decode = max(memory, compute)
+        prompt = compute if compute >= memory else memory
+        if decodes:
+            memory = self._weights + self._kv * context
+            compute = decodes * (self._token + self._sequence) + self._pair * context
+            decode = compute if compute >= memory else memory
             longer, shorter = (prompt, decode) if prompt >= decode else (decode, prompt)
             prompt = longer + shorter * self._apart // self._apart_of
-        prompt += self._reduce_fixed + self._reduce_token * (padded + batch.decodes)
-        return StepCost(max(prompt, self._floor), 0, 1, self._host)
+        prompt += self._reduce_fixed + self._reduce_token * (padded + decodes)
+        return new(StepCost, (prompt if prompt >= self._floor else self._floor, 0, 1, self._host))
 
     def _all_reduce(self) -> tuple[int, int]:
         """Picoseconds of a step's all-reduces: fixed, and for each token."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from heapq import heappop
 from typing import ClassVar
 
-from backend.base import NO_HOST, Backend, Batch, Chunk
+from backend.base import NO_HOST, Backend, Batch, Chunk, new
 from policies.base import FOREVER, PolicyError, Request, Scheduler
 from sim.host_memory import HostMemory
 from sim.kv import CountingPool, admission
@@ -104,11 +104,14 @@ class Planner:
             decodes = context = dead = 0
         prefills: tuple[Chunk, ...] = ()
         if chunks:
-            prefills = tuple([Chunk(r._offset, t) for r, t in chunks])
-        batch = Batch(prefills, decodes, context, dead + state.padding)
+            prefills = tuple([new(Chunk, (r._offset, t)) for r, t in chunks])
+        padded = dead + state.padding
+        batch = new(Batch, (prefills, decodes, context, padded, None))
         cost = self._cost(_as_decodes(chunks, batch) if state.resumed else batch)
         count = 1
-        first, slope = (cost.first, cost.slope) if cost.host is NO_HOST else cost.spacing(self._ahead)
+        first, slope, _, host = cost
+        if host is not NO_HOST:
+            first, slope = cost.spacing(self._ahead)
         if state.host.busy:
             state.slept += state.host.delay(first)
         leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
@@ -123,7 +126,7 @@ class Planner:
             len(chunks),
             state.tokens - decodes if chunks else 0,
             decodes,
-            dead + state.padding,
+            padded,
             context,
             late,
             len(state.admitted),

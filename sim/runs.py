@@ -75,9 +75,7 @@ class Plan:
         self.late_gaps = (
             late_gaps  # decodes that did not emit just before, flat rows: time of their last token, how many
         )
-        self.host = cost.host
-        self.gpu = cost.first  # ps on the GPU, the first step's; pauses included
-        self.gpu_slope = cost.slope
+        self.gpu, self.gpu_slope, _, self.host = cost  # `gpu`: ps on the GPU, the first step's; pauses included
         self.intake = 0  # ps of host time for requests that have come
         self.gaps: dict[int, int] | None = (
             None  # of requests in `emitting` that have emitted before: when they last did
