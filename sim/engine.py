@@ -149,13 +149,17 @@ class Engine(Planner):
                     self._record(plan, landing, plan.first, count - 1, plan.row)
                     gpu = plan.gpu + (count - 1) * plan.gpu_slope
                     self._launch(plan, now, now - plan.host.update + gpu, before=count - 1)
-                elif plan.emitting or not plan.decoding or plan.host is not NO_HOST:
+                elif plan.host is not NO_HOST or self._gpu_next <= now:
                     self._launch(plan, now, self._gpu_next)
                 else:  # as `_launch`, without the detour
                     self._flight = plan
-                    self._decoded = state.decoded_at
-                    self._landing = self._gpu_end = state.decoded_at = self._gpu_next
+                    self._landing = self._gpu_end = landing = self._gpu_next
                     plan.air = (now, plan.row)
+                    if plan.decoding:
+                        self._decoded = state.decoded_at
+                        state.decoded_at = landing
+                    if plan.emitting:
+                        self._announce(plan, landing)
         if self._cancelled:
             self._let_go(now)
         return done
@@ -285,12 +289,13 @@ class Engine(Planner):
 
     def _deliver(self, plan: Plan, now: int) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
-        gaps = plan.gaps or {}
+        gaps = plan.gaps
+        first_token = self._requests.first_token
         for request in plan.emitting:
-            if request.id in gaps:
+            if gaps is not None and request.id in gaps:
                 self.records.gap_rows.extend((now - gaps[request.id], 1))
             else:
-                self._requests.first_token[request.id] = now
+                first_token[request.id] = now
 
     def _record(self, plan: Plan, start: int, first: int, count: int, row: tuple[int, ...]) -> None:
         self.steps += count
