@@ -189,14 +189,10 @@ class Step(ABC):
     """
 
     now: int  # ps
+    running: Running  # admitted and not finished, in order of admission
     waiting: Sequence[Request]  # order of arrival, preempted ones first; or by `Scheduler.order`
     more_arrivals: bool  # False once no request will ever arrive again
     max_model_len: int  # tokens, prompt and output, that the model can hold of one request
-
-    @property
-    @abstractmethod
-    def running(self) -> Running:
-        """Admitted and not finished, in order of admission."""
 
     @property
     @abstractmethod

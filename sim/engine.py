@@ -38,6 +38,11 @@ class Engine(Planner):
     own: slow, and the oracle for leaping. ``records`` continues those of an engine before it.
     """
 
+    __slots__ = (
+        *("_cancelled", "_count", "_decoded", "_flight", "_gpu_end", "_gpu_next", "_landing", "_plan", "_start"),
+        *("end", "records", "steps"),
+    )
+
     def __init__(self, *parts: Any, records: RunRecords | None = None, **settings: Any) -> None:
         super().__init__(*parts, **settings)
         self.records = records or RunRecords()

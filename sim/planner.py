@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from heapq import heappop
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from backend.base import NO_HOST, Backend, Batch, Chunk, new
 from policies.base import FOREVER, PolicyError, Request, Scheduler
@@ -22,6 +22,10 @@ class Planner:
     lets those go whose last token they brought. ``finish`` is called with each request that ends here.
     """
 
+    __slots__ = (  # beyond thirty attributes a dict is slow
+        *("_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_finish", "_intake", "_outputs", "_requests"),
+        *("_room", "backend", "handover", "index", "leap", "max_model_len", "pool", "scheduler", "state"),
+    )
     step_type: ClassVar[type[ReplicaStep]] = ReplicaStep
 
     def __init__(
@@ -81,9 +85,9 @@ class Planner:
         intake, self._intake = self._intake, 0
         vouched = self.scheduler.schedule(state)
         if not isinstance(vouched, int) or vouched < 1:
-            raise PolicyError(f"policy {type(self.scheduler).__name__}: vouched for {vouched} steps")
+            self._fail(f"vouched for {vouched} steps")
         if state.tokens > self._budget:
-            state.check_budget()
+            self._fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
         if state.released:
             self._answer_batch(now)
         if state.rejected or state.preempted:
@@ -278,6 +282,9 @@ class Planner:
             gaps += (state.decoded_at, old)
             late += old
         return late, gaps
+
+    def _fail(self, what: str) -> NoReturn:
+        raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
 
 
 def _as_decodes(chunks: list[tuple[Request, int]], batch: Batch) -> Batch:

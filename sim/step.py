@@ -17,6 +17,13 @@ from sim.waiting import OrderedQueue
 class ReplicaStep(Step):
     """One replica's requests, the blocks they hold, and the plan that its policy is making."""
 
+    __slots__ = (  # beyond thirty attributes a dict is slow
+        *("_admissions", "_admitted_before", "_outputs", "_requests", "admitted", "backend", "batch", "chunks"),
+        *("decoded_at", "evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals", "now"),
+        *("padding", "parked", "pool", "preempted", "prefills", "promised", "ran", "rejected", "released", "releases"),
+        *("resumed", "running", "scheduler", "slept", "taken", "tokens", "waiting", "wake", "whole"),
+    )
+
     def __init__(
         self,
         scheduler: Scheduler,
@@ -36,12 +43,12 @@ class ReplicaStep(Step):
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self._requests = requests
         self._outputs = outputs  # true lengths by request id: never shown to a policy
-        self._limit = scheduler.token_limit
         self.waiting: deque[Request] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self.now = 0
         self.more_arrivals = True
         self.max_model_len = max_model_len
-        self.admitted: dict[int, Request] = {}  # running, in order of admission
+        self.admitted: dict[int, Request] = {}  # in order of admission
+        self.running: Running = self.admitted.values()
         self.prefills: dict[int, Request] = {}  # of those: still lacking known tokens
         self.parked: dict[int, Request] = {}  # of those: decoding, but left out of the latest decode step
         self.batch: list[Request] = []  # finished, keeping their slot
@@ -83,11 +90,7 @@ class ReplicaStep(Step):
     # what a policy sees
 
     @property
-    def running(self) -> Running:  # noqa: D102 - documented in the contract, as all below
-        return self.admitted.values()
-
-    @property
-    def decodes(self) -> int:  # noqa: D102
+    def decodes(self) -> int:  # noqa: D102 - documented in the contract, as all below
         return self.group.live + len(self.parked)
 
     @property
@@ -390,11 +393,6 @@ class ReplicaStep(Step):
             waiting.remove(request)
         except ValueError:
             self._fail(f"{request} is not waiting")
-
-    def check_budget(self) -> None:
-        """Raise `PolicyError` if the plan holds more tokens than the policy's own limit."""
-        if self._limit is not None and self.tokens > self._limit:
-            self._fail(f"a step of {self.tokens} tokens: its budget is {self._limit}")
 
     def _fail(self, what: str) -> NoReturn:
         raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
