@@ -79,13 +79,15 @@ class Roofline(Backend):
         compute = slots * (self._token + self._sequence) + self._pair * context + reduce
         memory_slope = self._kv * slots
         memory = self._weights + self._kv * context + reduce
-        bound, slope = (memory, memory_slope) if memory >= compute else (compute, compute_slope)
         floor = self._floor
-        if floor > bound:
+        if floor > memory and floor > compute:
             steps = min(_until(floor, 0, memory, memory_slope), _until(floor, 0, compute, compute_slope))
             return StepCost(floor, 0, steps, self._host)
-        other, other_slope = (compute, compute_slope) if memory >= compute else (memory, memory_slope)
-        return new(StepCost, (bound, slope, _until(bound, slope, other, other_slope), self._host))
+        if memory >= compute:
+            steps = _until(memory, memory_slope, compute, compute_slope)
+            return new(StepCost, (memory, memory_slope, steps, self._host))
+        steps = _until(compute, compute_slope, memory, memory_slope)
+        return new(StepCost, (compute, compute_slope, steps, self._host))
 
     def _with_prompts(self, batch: Batch) -> StepCost:
         prefills, decodes, context, padded, _ = batch

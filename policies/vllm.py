@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from operator import is_
 from typing import Any, ClassVar, Literal
 
 from policies.base import FOREVER, NotNegative, Positive, Request, Scheduler, Step
@@ -144,9 +144,11 @@ class Vllm(Scheduler):
         """Only under the priority policy."""
         return self._by_priority
 
-    def _chunk(self, tokens: int) -> int:
+    def _chunk(self, tokens: int, budget: int) -> int:
         threshold = self.long_prefill_token_threshold
-        return threshold if 0 < threshold < tokens else tokens
+        if 0 < threshold < tokens:
+            tokens = threshold
+        return tokens if tokens < budget else budget
 
     @staticmethod
     def _in_one_go(step: Step, unfinished: Sequence[Request]) -> bool:
@@ -154,7 +156,7 @@ class Vllm(Scheduler):
 
         So it is where all decodes fit the budget and whoever lacks prompt tokens was admitted after all of them.
         """
-        return not unfinished or unfinished == list(islice(reversed(step.running), len(unfinished)))[::-1]
+        return all(map(is_, reversed(unfinished), reversed(step.running)))
 
     def _run_all(self, step: Step, budget: int) -> tuple[int, bool]:
         preempted = False
@@ -164,7 +166,7 @@ class Vllm(Scheduler):
         budget -= step.decodes
         gone: set[int] = set()
         for request in step.prefilling:
-            tokens = min(self._chunk(request.remaining), budget)
+            tokens = self._chunk(request.remaining, budget)
             if tokens == 0 or request.id in gone:
                 break
             while not step.run(request, tokens):
@@ -189,7 +191,7 @@ class Vllm(Scheduler):
         while index < len(running) and budget > 0:
             request = running[index]
             index += 1
-            tokens = min(self._chunk(request.remaining), budget)
+            tokens = self._chunk(request.remaining, budget)
             if tokens == 0:
                 continue
             while not step.run(request, tokens):

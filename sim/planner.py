@@ -113,14 +113,14 @@ class Planner:
         batch = new(Batch, (prefills, decodes, context, padded, None))
         cost = self._cost(_as_decodes(chunks, batch) if state.resumed else batch)
         count = 1
-        first, slope, _, host = cost
+        first, slope, alike, host = cost
         if host is not NO_HOST:
             first, slope = cost.spacing(self._ahead)
         if state.host.busy:
             state.slept += state.host.delay(first)
         leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
-            count = min(vouched, cost.steps_alike(self._ahead), group.horizon())
+            count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), group.horizon())
             if count > 1 and group.growing:
                 count = group.steps_within(count, self.pool.free + state.taken)
         late, late_gaps = 0, NO_GAPS
@@ -227,11 +227,11 @@ class Planner:
     def end_request(self, request: Request, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""
         records = self._requests
-        if records.status[request.id] != Status.PENDING:
+        if records.status[request.id]:  # pending no more
             if self.state.releases:  # it was cancelled while its batch was under way, and kept its slot until now
                 self.backend.release(request.id)
             return
-        if status is Status.FINISHED and self.handover is not None and self.handover(request):
+        if self.handover is not None and status is Status.FINISHED and self.handover(request):
             return
         records.end(request, now, status)
         if self.state.releases and request._counter is None:  # else its slot is paid for until its batch returns

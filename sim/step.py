@@ -165,13 +165,14 @@ class ReplicaStep(Step):
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         pool = self.pool
         if request.id in self.prefills:
-            if any(chosen is request for chosen, _ in self.chunks):
+            if self.chunks and any(chosen is request for chosen, _ in self.chunks):
                 self._fail(f"run of {request} twice in one step")
             upto = request._offset + tokens
             if not pool.extend(request, upto):
                 return False
             self.tokens += tokens
-            pool.computed(request, upto)
+            if pool.tracks:
+                pool.computed(request, upto)
             self.resumed |= tokens == 1 and request._emitted > 0 and request.remaining == 1
             self.chunks.append((request, tokens))
             return True
@@ -206,7 +207,11 @@ class ReplicaStep(Step):
         self.tokens += tokens
         if hit:
             self._resume(request, hit)
-        self._leave_queue(request)
+        waiting = self.waiting
+        if waiting and waiting[0] is request and not request.swapped:
+            waiting.popleft()
+        else:
+            self._leave_queue(request)
         pool.open(request, upto)
         if pool.tracks:
             pool.computed(request, hit + tokens)
@@ -385,12 +390,8 @@ class ReplicaStep(Step):
     def _leave_queue(self, request: Request) -> None:
         if request.swapped:
             self.host.drop(request)
-        waiting = self.waiting
-        if waiting and waiting[0] is request:
-            waiting.popleft()
-            return
         try:
-            waiting.remove(request)
+            self.waiting.remove(request)
         except ValueError:
             self._fail(f"{request} is not waiting")
 
