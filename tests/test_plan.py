@@ -140,6 +140,23 @@ def test_today_has_a_capacity_and_headroom(tmp_path: Path) -> None:
     assert "prices" not in told["assumptions"]
 
 
+def test_the_best_system_comes_first_and_sessions_are_called_so(tmp_path: Path) -> None:
+    plan = changed(
+        tmp_path,
+        ("rate_per_s: 60\n", ""),
+        ("  gpu: [h100, a100-80gb, l4]\n  replicas: [1, 2, 3, 4]\n", "  gpu: [l4, h100]\n"),
+        ("requests: 400, most_requests: 3200, precision: 0.05", "requests: 200, most_requests: 400, precision: 0.5"),
+        ("    prompt_tokens:", "    sessions: {turns: 2, think_s: 0.1}\n    prompt_tokens:"),
+    )
+    result = chairlift("plan", plan, "--out", str(tmp_path / "out"), "--jobs", "1")
+    told = json.loads((tmp_path / "out" / "plan.json").read_text())
+
+    assert [c["axes"]["gpu"] for c in told["capacities"]] == ["h100", "l4"]
+    assert told["assumptions"]["system"] == "gpu h100"
+    assert "max sustainable rate, sessions/s" in result.out
+    assert "$ per 1,000 sessions" in " ".join(result.out.split())
+
+
 def test_recorded_loads_that_met_the_promise_are_said_to(tmp_path: Path) -> None:
     """vLLM 0.23 on an H200 had a p99 TTFT of 110 ms at 6/s and 419 ms at 20/s of Azure's chat."""
     plan = written(
@@ -153,6 +170,7 @@ def test_recorded_loads_that_met_the_promise_are_said_to(tmp_path: Path) -> None
     [candidate] = read.candidates
 
     assert candidate.backend == "profile, measured"
+    assert candidate.document.data["backend"] == "h200-llama-3.1-8b-vllm-0.23"  # not our own engine's
     with Journal(tmp_path / "journal.jsonl") as journal:
         measure = Simulations(journal, Local(1), tuple(read.spec.slo)).of(candidate)
         for rate, proof in ((6, 1), (20, 1), (40, -1)):
