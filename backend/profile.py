@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,15 @@ class HostTime:
     tail_s: float  # GPU work that waits for the end of such a launch
 
 
+class Spread(TypedDict):
+    """By how much steps of one regime and length were off, in runs that the fit had not seen."""
+
+    upto_s: float | None  # predicted to take at most so long, s; None: the longest
+    runs: int  # how many tell
+    rms: float  # of the logarithm of recorded ÷ predicted, over whole runs
+    steps: list[float]  # quantiles of the same over steps, each beside its run's; at `residuals.QUANTILES`
+
+
 @dataclass(frozen=True)
 class Profile:
     """A calibrated cost model with where it comes from and how far off it was."""
@@ -119,8 +128,7 @@ class Profile:
     tensor_parallel: int = 1
     provenance: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, Any] = field(default_factory=dict)  # held out, relative: `steps` by regime, `runs` by experiment
-    residuals: dict[str, list[float]] = field(default_factory=dict)  # by regime: quantiles of log(recorded/predicted)
-    run_factors: dict[str, list[float]] = field(default_factory=dict)  # likewise: recorded/predicted of whole runs
+    spread: dict[str, list[Spread]] = field(default_factory=dict)  # by regime, rising lengths of steps
     scaled: str = ""  # how it was derived from a measured one; "" if it was measured
     notes: tuple[str, ...] = ()
 
@@ -173,6 +181,9 @@ def parse(data: Any) -> Profile:
     for name in ("decode_residual", "chunk_residual", "kv_residual"):
         gpu_time[name] = tuple((int(at), float(factor)) for at, factor in gpu_time.get(name, [(1, 1.0)]))
     data = {**data, "gpu_time": GpuTime(**gpu_time), "host": HostTime(**data["host"])}
+    for each in [each for lengths in data.get("spread", {}).values() for each in lengths]:
+        if each.keys() != Spread.__annotations__.keys():
+            raise ProfileError(f"spread must list {', '.join(Spread.__annotations__)} (got {', '.join(each)})")
     data["notes"] = tuple(data.get("notes", ()))
     return Profile(**data)
 

@@ -6,16 +6,19 @@ What is left are the terms of the profile: the GPU's time, launches, and how the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from backend.calibrate import predicted
 from backend.evidence import GRAPH, REGIMES, Floats, Steps, chunk_times, decode_times
-from backend.profile import GpuTime, HostTime
+from backend.profile import GpuTime, HostTime, Spread
 
+LENGTHS_S = (0.008, 0.016, 0.032, 0.064)  # steps up to so long, and longer ones, are off by different factors
+FEWEST = 10  # steps of a run and length, before they count
 QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)
 
 
@@ -96,11 +99,26 @@ def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:
     return found
 
 
-def distribution(foreseen: list[Foreseen]) -> dict[str, list[float]]:
-    """By regime: quantiles of log(recorded ÷ predicted), at `QUANTILES`."""
-    found: dict[str, Any] = {}
-    for i, name in enumerate(REGIMES):
-        logs = np.concatenate([np.log(f.recorded / f.predicted)[f.regime == i] for f in foreseen])
-        if len(logs):
-            found[name] = np.quantile(logs, QUANTILES).round(5).tolist()
+def spread(foreseen: Sequence[Foreseen]) -> dict[str, list[Spread]]:
+    """How far off, by regime and by how long a step was predicted to take; one of ``foreseen`` a run.
+
+    A run's own factor is the ratio of its sums there; it is centred at 1, where the fit put it, not at the mean of a
+    handful of runs. What is left of a step after its run's factor is the step's.
+    """
+    found: dict[str, list[Spread]] = {}
+    for i, regime in enumerate(REGIMES):
+        for j, upto in enumerate((*LENGTHS_S, None)):
+            runs, logs = [], []
+            for each in foreseen:
+                mine = (each.regime == i) & (np.searchsorted(LENGTHS_S, each.predicted) == j)
+                if mine.sum() >= FEWEST:
+                    ratio = each.recorded[mine].sum() / each.predicted[mine].sum()
+                    runs.append(float(np.log(ratio)))
+                    logs.append(np.log(each.recorded[mine] / each.predicted[mine] / ratio))
+            if runs:
+                rms = math.sqrt(sum(log**2 for log in runs) / len(runs))
+                steps = np.quantile(np.concatenate(logs), QUANTILES).round(5).tolist()
+                found.setdefault(regime, []).append(
+                    {"upto_s": upto, "runs": len(runs), "rms": round(rms, 5), "steps": steps}
+                )
     return found

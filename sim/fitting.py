@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from backend import calibrate, residuals, specs
-from backend.evidence import REGIMES, steps_of
+from backend.evidence import steps_of
 from backend.profile import Profile
 from backend.recording import Experiment, Recording, RecordingError
 from backend.residuals import Foreseen
@@ -21,7 +21,6 @@ from sim.validate import Cell, compare, predict, recorded
 
 Progress = Callable[[str], None]
 SIGNIFICANT = 6  # digits of a number in a profile
-FEWEST = 100  # steps of a regime that tell how fast a run was; fewer tell of one stall
 
 
 @dataclass
@@ -108,13 +107,6 @@ def with_errors(profile: Profile, held: Held) -> Profile:
         name: {c.metric: round(c.relative_error, 4) for c in cells if c.relative_error is not None}
         for name, cells in held.cells.items()
     }
-    factors: dict[str, list[float]] = {}
-    for i, regime in enumerate(REGIMES):
-        for each in foreseen:
-            mine = each.regime == i
-            if mine.sum() >= FEWEST:
-                ratio = float(each.recorded[mine].sum() / each.predicted[mine].sum())
-                factors.setdefault(regime, []).append(round(ratio, 4))
     return replace(
         profile,
         gpu_time=replace(profile.gpu_time, **_cut(vars(profile.gpu_time))),
@@ -126,8 +118,7 @@ def with_errors(profile: Profile, held: Held) -> Profile:
         }
         if foreseen
         else {},
-        residuals=residuals.distribution(foreseen) if foreseen else {},
-        run_factors=factors,
+        spread=residuals.spread(foreseen),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def table(folder: Path) -> pa.Table:
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
-    """``chairlift ARGUMENTS`` as a process of its own."""
+    """``chairlift ARGUMENTS`` as a process of its own, which hears interrupts even where the tests do not."""
     return subprocess.Popen(
         [sys.executable, "-m", "sim", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -43,4 +44,5 @@ def started(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what is started with & ignores it
     )

@@ -226,9 +226,10 @@ def test_more_noise_makes_wider_intervals() -> None:
     from backend.resample import Resampled
 
     shipped = profile.load("h200-opt-13b-vllm-0.23")
-    sure = replace(
-        shipped, residuals={k: [0.0] * len(v) for k, v in shipped.residuals.items()}, run_factors={"mixed": [1]}
-    )
+    calm = {
+        k: [each | {"rms": 0.0, "steps": [0.0] * len(each["steps"])} for each in v] for k, v in shipped.spread.items()
+    }
+    sure = replace(shipped, spread=calm)
     batch = Batch((Chunk(0, 900),), 20, 9000)
     plain = profile.Calibrated(shipped).step(batch).first
 

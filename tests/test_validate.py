@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,3 +157,38 @@ def test_a_repeat_is_left_out_together_with_what_it_repeats() -> None:
     assert isinstance(one, profile.Profile)
     assert one is other
     assert not {"conv_poisson_q20", "noise_conv_poisson_q20_again"} & set(one.provenance["experiments"])
+
+
+@needs_truth
+def test_intervals_hold_what_runs_that_the_fit_had_not_seen_came_to() -> None:
+    """Nine in ten are wanted: of 40 draws' inner nine tenths at least three quarters of a run's figures."""
+    from backend.resample import Resampled
+    from sim.run import simulate
+
+    @dataclass(frozen=True)
+    class Drawn:
+        profile: profile.Profile
+        draw: int
+
+        def build(self, _model: Any, _gpu: Any, _degree: int) -> Resampled:
+            return Resampled(self.profile, None, self.draw)
+
+    recording = read(TRUTH, "opt-13b")
+    everything = list(recording.experiments.values())
+    for name in ("seed_cap32_burst", "seed_cap1536_burst"):
+        rest = [each for each in everything if each.name != name]
+        fitted = fitting.with_errors(fitting.fitted(recording, rest), fitting.hold_out(recording, rest))
+        experiment = recording.experiments[name]
+        setup = validate.setup_of(experiment, recording, fitted)
+        runs = []
+        for draw in range(1, 41):
+            group = replace(setup.groups[0], backend=Drawn(fitted, draw))
+            runs.append(validate.observed(simulate(replace(setup, groups=[group]))).metrics())
+        recorded = validate.recorded(experiment).metrics()
+        names = [f"{q}_{m}_ms" for m in ("ttft", "tpot", "e2el") for q in ("mean", "median", "p90", "p99")]
+        names += ["duration", "output_throughput"]
+        held = []
+        for metric in names:
+            low, high = np.percentile([run[metric] for run in runs], [5, 95])
+            held.append(low <= recorded[metric] <= high)
+        assert sum(held) >= 0.75 * len(held), (name, dict(zip(names, held, strict=True)))
