@@ -153,7 +153,7 @@ def load(choice: str) -> Profile:
         raise ProfileError(f"no profile {choice!r} – {hint}")
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ProfileError(f"{path}: not a profile: {error}") from None
 
 
