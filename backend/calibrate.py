@@ -260,9 +260,10 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
     for kind in (PIECEWISE, EAGER):
         mine = steps.kind[rows] == kind
         if mine.any():
-            measured = np.isfinite(steps.launch).all()  # each one, not only those that outlast the GPU
-            typical = np.median(seconds[mine]) if measured else _typical(seconds[mine], steps.experiment[rows][mine])
-            launch[kind] = float(typical)
+            if steps.launch_known:  # each one, not only those that outlast the GPU
+                launch[kind] = float(np.median(seconds[mine]))
+            else:
+                launch[kind] = _typical(seconds[mine], steps.experiment[rows][mine])
     if not launch:
         raise CalibrationError(
             "piecewise_s and eager_s cannot be identified: no launch of a step with a chunk shows; record requests"
@@ -276,7 +277,7 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
     room = (steps.done - waits.ready)[np.isfinite(waits.ready) & (waits.kind == GRAPH)]
     bound = float(np.quantile(room, 0.01)) if len(room) else LONGEST_LAUNCH[GRAPH]
     graph_s = min(bound, GRAPH_LAUNCH_S)
-    if np.isfinite(steps.launch).all():
+    if steps.launch_known:
         graph_s = float(np.median(steps.launch[steps.kind == GRAPH]))
     else:
         notes.append(
@@ -299,7 +300,7 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
         graph_s=graph_s,
         piecewise_s=launch[PIECEWISE],
         eager_s=launch[EAGER],
-        tail_s=_tail(steps, launch[EAGER]) if np.isfinite(steps.gpu).all() else tail,
+        tail_s=_tail(steps, launch[EAGER]) if steps.gpu_known else tail,
     )
     return HostTime(**{name: float(value) for name, value in vars(host).items()}), len(rows)
 

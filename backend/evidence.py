@@ -51,6 +51,16 @@ class Steps:
     gpu: Floats  # measured on the GPU, where the engine does so; else NaN
     launch: Floats  # likewise its launch
 
+    @property
+    def gpu_known(self) -> bool:
+        """Whether the engine measured every step on the GPU."""
+        return bool(np.isfinite(self.gpu).all())
+
+    @property
+    def launch_known(self) -> bool:
+        """Whether it measured every launch."""
+        return bool(np.isfinite(self.launch).all())
+
     def __len__(self) -> int:
         return len(self.done)
 
@@ -158,7 +168,7 @@ class Waits:
 
 def decode_times(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
     """Decode-only steps whose GPU time was measured, or whose gap it is: which, and seconds."""
-    if np.isfinite(steps.gpu).all():
+    if steps.gpu_known:
         rows = np.flatnonzero(steps.kind == GRAPH)
         return rows, steps.gpu[rows]
     waits = Waits.of(steps)
@@ -174,7 +184,7 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
 
     ``decode_s`` holds the GPU time that each decode-only step should take, ``launch`` the usual launch of each kind.
     """
-    if np.isfinite(steps.gpu).all():
+    if steps.gpu_known:
         rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch[steps.kind]))
         return rows, steps.gpu[rows]
     sure = Waits.of(steps).sure
@@ -200,7 +210,7 @@ def chunk_ceilings(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64],
 
     ``launch`` is the usual one of each kind. Where GPU times are measured: steps whose launch set the time.
     """
-    if np.isfinite(steps.gpu).all():
+    if steps.gpu_known:
         rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu <= CLEAR * launch[steps.kind]))
         return rows, steps.gpu[rows]
     chunked = steps.chunks > 0
@@ -219,7 +229,7 @@ def launch_times(steps: Steps, decode_s: Floats) -> tuple[npt.NDArray[np.int64],
     Either the engine was idle, so that the next step is scheduled right after the launch, or the launch outlasted
     the decode-only step before it, whose GPU time ``decode_s`` is known.
     """
-    if np.isfinite(steps.launch).all():  # behind a long step a launch may wait for the GPU
+    if steps.launch_known:  # behind a long step a launch may wait for the GPU
         quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])
         rows = np.flatnonzero((steps.chunks > 0) & quiet)
         return rows, steps.launch[rows]

@@ -28,12 +28,13 @@ from backend.hardware import Torch
 from backend.model import Tokens
 from backend.paged_attention import NOWHERE, TILE, Chunks, Heads, Paging, new_cache, unfit
 from backend.pieces import Pieces
+from backend.profile import graph_sizes
 from backend.roofline import Roofline
 from backend.sequences import Practice, Sequences
 from backend.shapes import GPU, Model
 from backend.weights import check_room, loaded
 
-GRAPHS = (1, 2, 4, *range(8, 257, 8), *range(272, 1025, 16))  # padded batch sizes of decode steps
+GRAPHS = graph_sizes(1024)  # padded batch sizes of decode steps
 PAGE = 16  # tokens a block where the pool only counts
 TURNS = 4  # pinned buffers of a kind; to allocate one while the GPU works waits for it
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from sim import plan_page, plan_tables
-from sim.cli_sweep import executor_for
+from sim.cli_sweep import AddressOption, ExecutorOption, JobsOption, check_executor, executor_for
 from sim.plan_answer import Answer, answers
 from sim.plan_file import BuyingPlan, read_plan
 from sim.plan_runs import Simulations
@@ -40,13 +40,9 @@ def plan(
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where results go; default runs/<plan>.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; default: one a core.")] = None,
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="Run on this machine's cores, or on a Ray cluster.")
-    ] = "local",
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster; default: the one this machine is in.")
-    ] = None,
+    jobs: JobsOption = None,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what bounds exclude, and stop.")
     ] = False,
@@ -64,6 +60,7 @@ def plan(
 
     [bold]chairlift plan chat_8b[/bold]
     """
+    check_executor(executor, jobs, address)
     found = read_plan(shipped_file(plan, PLANS, "plan"), set_ or [], rate or [], trust)
     folder = out_dir or Path("runs") / found.name
     if dry_run:

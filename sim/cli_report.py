@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +21,7 @@ Folder = Annotated[
 Case = Annotated[str | None, typer.Option("--case", help="Which case, of a study with several; default: the last.")]
 Variant = Annotated[str | None, typer.Option("--variant", help="Which variant of a comparison.")]
 MB = 1e6
+WIDTH = 120  # columns of what goes to a file or a pipe
 
 
 def report(
@@ -108,7 +108,7 @@ def explain(
         ]
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
-    console = _console()
+    console = progress.console(least=WIDTH)
     for k, life in enumerate(told):
         console.print(("\n" if k else "") + f"[bold]request {life.request}[/bold]  {escape(life.headline)}")
         lines = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -160,13 +160,6 @@ def _jsonable(facts: dict[str, Any]) -> dict[str, Any]:
     return {**named, "status": Status(facts["status"]).name.lower()}
 
 
-def _console() -> Console:
-    console = progress.console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    return console
-
-
 def say(line: str) -> None:
     """Print one line."""
-    _console().print(line, soft_wrap=True)
+    progress.console(least=WIDTH).print(line, soft_wrap=True)

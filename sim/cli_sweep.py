@@ -28,6 +28,15 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 SWEEPS = SCENARIOS / "sweeps"
 EVERY_S = 30  # between two lines of progress where there is no terminal
 
+# of whatever makes many runs; `check_executor` says which go together
+JobsOption = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; default: one a core.")]
+ExecutorOption = Annotated[
+    Literal["local", "ray"], typer.Option(help="Run on this machine's cores, or on a Ray cluster.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster; default: the one this machine is in.")
+]
+
 
 def sweep(
     sweep: Annotated[str, typer.Argument(help="A sweep file, or the name of a shipped one.")],
@@ -42,13 +51,9 @@ def sweep(
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where results go; default runs/<sweep>.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; default: one a core.")] = None,
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="Run on this machine's cores, or on a Ray cluster.")
-    ] = "local",
-    address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster; default: the one this machine is in.")
-    ] = None,
+    jobs: JobsOption = None,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     race: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,6 +77,7 @@ def sweep(
 
     [bold]chairlift sweep chat_knee && chairlift compare chat_knee[/bold]
     """
+    check_executor(executor, jobs, address)
     plan = read_sweep(shipped_file(sweep, SWEEPS, "sweep"), set_ or [], policy or [], trust)
     folder = out_dir or Path("runs") / plan.name
     contest = _contest(plan, race or [], race_over or [])
@@ -119,14 +125,18 @@ def sweep(
         raise typer.Exit(1)
 
 
-def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:
-    """Where runs take place. Raises `BadInput`: no cluster, or options that do not go together."""
-    if name == "local":
-        if address is not None:
-            raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
-        return Local(jobs)
-    if jobs is not None:
+def check_executor(name: str, jobs: int | None, address: str | None) -> None:
+    """Raise `BadInput` where options do not go together, before anything is written."""
+    if name == "local" and address is not None:
+        raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
+    if name == "ray" and jobs is not None:
         raise BadInput(Problem("must not be given with --executor ray, which uses the whole cluster", file="--jobs"))
+
+
+def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:
+    """Where runs take place. Raises `BadInput`: no cluster."""
+    if name == "local":
+        return Local(jobs)
     from sim.ray_cluster import Cluster  # here: Ray is an extra
 
     return Cluster(address)

@@ -17,13 +17,13 @@ from backend import specs
 from backend.base import Settings
 from policies.routers import RoundRobin
 from policies.vllm import Vllm
+from sim.metrics import PS_PER_S
 from sim.recorder import Recorder
 from sim.run import simulate
 from sim.scenario import Kv, Limits, Slo
 from sim.setup import ReplicaGroup, Setup
 from sim.trace import Trace
 
-PS_PER_S = 10**12
 APART_S = 1000  # from one wave to the next
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXTS = (16, 256, 1024, 4096)  # tokens

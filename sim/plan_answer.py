@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from sim.attainment import Promise
 from sim.capacity import Capacity, find
 from sim.headroom import Headroom, headroom
 from sim.plan_bounds import Bound, bound
-from sim.plan_file import BuyingPlan, Candidate
+from sim.plan_file import BuyingPlan, Candidate, price_of
 from sim.plan_race import Entry, Race, race
 from sim.plan_runs import Simulations
 from sim.problems import BadInput, Problem, did_you_mean
@@ -78,8 +78,14 @@ def check_promises(plan: BuyingPlan) -> None:
         raise BadInput(problems)
 
 
-def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterable[Answer]:
+def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
     """The answer, again after each part; what is there when one stops is right as far as it goes."""
+    for answer in _parts(plan, runs, told):
+        conclude(answer, runs)
+        yield answer
+
+
+def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
     answer = Answer(plan)
     spec, promises, effort = plan.spec, plan.spec.slo, plan.spec.search.effort()
     bounds = cache_bounds(promises)
@@ -94,7 +100,6 @@ def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) ->
             today, rate, spec.headroom, promises, bounds, lambda c, cv: runs.of(c, cv), effort, told
         )
         answer.capacities = [(today, answer.headroom[0].capacity)]
-        conclude(answer, runs)
         yield answer
     elif plan.today is not None or not spec.rates:
         systems = [plan.today] if plan.today is not None else fitting
@@ -108,7 +113,6 @@ def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) ->
                 (candidate, find(runs.of(candidate), promises, limit.rate_per_s / 2, limit.rate_per_s, effort, told))
             )
             answer.capacities.sort(key=lambda each: _per_million(*each))
-            conclude(answer, runs)
             yield answer
     if not spec.rates or (plan.today is not None and not spec.keys()):
         yield answer
@@ -117,14 +121,12 @@ def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) ->
         told(f"{rate:g}/s")
         found = race(plan.candidates, bounds, runs.of, promises, rate, effort, spec.front, told=told)
         answer.races.append(found)
-        conclude(answer, runs)
         yield answer
     if spec.front and answer.races[-1].winner is not None:
         for entry in answer.races[-1].of("kept")[:MOST_ON_FRONT]:
             told(f"front: {entry.candidate.name}")
             answer.front.append(_point(entry, promises, runs, bounds, plan))
             mark(answer.front)
-            conclude(answer, runs)
             yield answer
 
 
@@ -205,7 +207,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
             lines |= backend.assumptions()
             what = f"KV pool, {group.count} × {group.role}" if len(setup.groups) > 1 else "KV pool"
             lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
-            price = next((p for n, p in plan.prices.items() if n == group.gpu.name), None)
+            price = price_of(plan.prices, group.gpu.name)
             if price is not None:
                 seen = ", ".join(filter(None, (price.date and f"seen {price.date}", price.source)))
                 lines[f"price of {group.gpu.name}"] = f"${price.usd_per_gpu_hour:g} a GPU-hour" + (

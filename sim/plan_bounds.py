@@ -16,13 +16,12 @@ import numpy.typing as npt
 from backend.base import Backend, Batch, Chunk
 from sim.attainment import METRICS, Promise
 from sim.clients import starts
+from sim.metrics import PS_PER_MS, PS_PER_S
 from sim.plan_file import Candidate
 from sim.prefix import Identity
 from sim.setup import ReplicaGroup, Setup
 from sim.trace import Trace
 
-PS_PER_S = 10**12
-PS_PER_MS = 10**9
 SLACK = 0.97  # of a bound's time: batches between those tried may be a little cheaper
 MOST_SEQUENCES = 4096
 CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)

@@ -133,12 +133,16 @@ class Candidate:
     @property
     def name(self) -> str:
         """``gpu h100, replicas 4``."""
-        return ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in self.labels.items()) or "the base"
+        return self._said()
 
     @property
     def system(self) -> str:
         """The same whatever the number of replicas."""
-        return ", ".join(f"{a.rpartition('.')[2]} {v}" for a, v in self.labels.items() if a != "replicas") or "the base"
+        return self._said(but="replicas")
+
+    def _said(self, but: str = "") -> str:
+        words = [f"{axis.rpartition('.')[2]} {value}" for axis, value in self.labels.items() if axis != but]
+        return ", ".join(words) or "the base"
 
 
 @dataclass
@@ -261,7 +265,7 @@ def _candidate(
         return Candidate(labels, document, folder, trust, None, "; ".join(p.rule for p in error.problems))
     usd, gpus = 0.0, 0
     for group in setup.groups:
-        price = next((p for name, p in prices.items() if name == group.gpu.name or _same(name, group.gpu.name)), None)
+        price = price_of(prices, group.gpu.name)
         if price is None:
             known = specs.GPUS.get(group.gpu.name)
             hint = f"; Chairlift's own table says {known.usd_per_gpu_hour:g} (seen {known.price_date})" if known else ""
@@ -279,6 +283,11 @@ def _label(key: str, value: Value) -> Scalar:
         return value.label
     kinds = [(g.get("count", 1), g.get("gpu"), g.get("role", "mixed")) for g in groups]
     return " + ".join(" ".join(str(part) for part in kind if part is not None) for kind in kinds)
+
+
+def price_of(prices: Prices, gpu: str) -> Price | None:
+    """The price of a GPU, which ``prices`` may call by any of its names."""
+    return next((price for name, price in prices.items() if name == gpu or _same(name, gpu)), None)
 
 
 def _same(name: str, gpu: str) -> bool:

@@ -19,6 +19,7 @@ from policies.base import PolicyError
 from sim.attainment import Promise, Sample, measured
 from sim.capacity import Measure
 from sim.load import prepare
+from sim.metrics import PS_PER_S
 from sim.plan_file import Candidate, paced, replays
 from sim.problems import BadInput, Problem
 from sim.run import simulate
@@ -26,7 +27,6 @@ from sim.sweep import Executor, Row, Run
 from sim.sweep_journal import Journal
 from sim.trace import Trace
 
-PS_PER_S = 10**12
 _GOLDEN = 0.6180339887498949  # steps of it around a circle are spread evenly, however many there are
 
 
@@ -106,7 +106,7 @@ class Simulations:
             if result.error or result.sample is None:
                 raise BadInput(Problem(f"cannot be simulated: {result.error}", file=candidate.name))
             self.journal.add(result.key, {"error": "", "sample": list(result.sample)})
-            found[result.key] = Sample(*json.loads(json.dumps(list(result.sample))))
+            found[result.key] = result.sample
             self.simulated += requests
         self.simulated_s += sum(sample.simulated_s for key, sample in found.items() if key not in self._counted)
         self._counted.update(found)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +34,20 @@ def written(folder: Path, sweep: str = SWEEP, base: str = SCENARIO) -> Path:
 def table(folder: Path) -> pa.Table:
     """The results in ``folder``, without the columns that tell how long things took."""
     return pq.read_table(folder / "results.parquet").drop_columns(list(TIMES))
+
+
+def stopped(process: subprocess.Popen[str], journal: Path, how: signal.Signals) -> tuple[str, str]:
+    """Stop ``process`` once five results are in ``journal``; what it printed. An interrupt is to end it in peace."""
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
+    out, err = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130, out + err
+        assert "interrupted" in err
+        assert "Traceback" not in err
+    return out, err
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
