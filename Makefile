@@ -13,7 +13,7 @@ test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
-	$(BIN)/python -m sim.bench
+	$(BIN)/python -m chairlift.sim.cli.bench
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

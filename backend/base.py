@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from backend.shapes import GPU, Model
+    from chairlift.backend.shapes import GPU, Model
 
 FOREVER = 1 << 60  # steps: "to the end of any run"
 new = tuple.__new__  # ``new(StepCost, (first, slope, steps, host))``, for hot paths: half the time of ``StepCost(…)``

@@ -13,8 +13,8 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost, new
-from backend.specs import GPU, Model
+from chairlift.backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost, new
+from chairlift.backend.specs import GPU, Model
 
 PS = 10**12
 MS = 10**9

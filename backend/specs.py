@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from backend.shapes import GIB, GPU, Model
+from chairlift.backend.shapes import GIB, GPU, Model
 
 __all__ = ["GIB", "GPU", "GPUS", "MODELS", "RESERVE_GIB", "KVFit", "Model", "gpu", "kv_blocks", "model"]
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from policies.base import FOREVER, PositiveFloat, Request, Step
-from policies.slo import PS_PER_MS, Slo
+from chairlift.policies.base import FOREVER, PositiveFloat, Request, Step
+from chairlift.policies.slo import PS_PER_MS, Slo
 
 
 @dataclass

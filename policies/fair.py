@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from policies.base import FOREVER, NotNegative, Request, Step
-from policies.sarathi import Sarathi
+from chairlift.policies.base import FOREVER, NotNegative, Request, Step
+from chairlift.policies.sarathi import Sarathi
 
 
 @dataclass

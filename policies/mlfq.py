@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from policies.base import FOREVER, NotNegative, Positive, Preemption, Request, Scheduler, Step
+from chairlift.policies.base import FOREVER, NotNegative, Positive, Preemption, Request, Scheduler, Step
 
 
 @dataclass

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from policies.base import Preemption, Request, Step
-from policies.sarathi import Sarathi
+from chairlift.policies.base import Preemption, Request, Step
+from chairlift.policies.sarathi import Sarathi
 
 
 @dataclass

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from policies.base import NotNegativeFloat, Request
-from policies.preemptive import Preemptive
+from chairlift.policies.base import NotNegativeFloat, Request
+from chairlift.policies.preemptive import Preemptive
 
 PS_PER_S = 10**12
 

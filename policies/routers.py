@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from policies.base import NotNegativeFloat, Positive, Replicas, Request, Router
+from chairlift.policies.base import NotNegativeFloat, Positive, Replicas, Request, Router
 
 
 @dataclass

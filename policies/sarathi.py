@@ -11,7 +11,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from policies.base import FOREVER, Positive, Preemption, Request, Scheduler, Step
+from chairlift.policies.base import FOREVER, Positive, Preemption, Request, Scheduler, Step
 
 Share = Annotated[float, Interval(ge=0, le=1)]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from policies.base import FOREVER, NotNegativeFloat, Positive, Request, Scheduler, Step
+from chairlift.policies.base import FOREVER, NotNegativeFloat, Positive, Request, Scheduler, Step
 
 CLIP = 4096  # output tokens that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
 FIRST_RATIO, LEAST_SHARE, DECAY_STEPS = 0.7, 0.14, 600  # of the guess: at first, its floor as a share of that, steps

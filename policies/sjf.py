@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from policies.base import FOREVER, NotNegative, Positive, Predictor, Request, Step
-from policies.preemptive import Preemptive
-from policies.sarathi import Share
+from chairlift.policies.base import FOREVER, NotNegative, Positive, Predictor, Request, Step
+from chairlift.policies.preemptive import Preemptive
+from chairlift.policies.sarathi import Share
 
 
 @dataclass

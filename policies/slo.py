@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.base import Positive, PositiveFloat, Step
-from policies.sarathi import Sarathi
+from chairlift.policies.base import Positive, PositiveFloat, Step
+from chairlift.policies.sarathi import Sarathi
 
 PS_PER_MS = 10**9
 

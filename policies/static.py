@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from policies.base import FOREVER, NotNegativeFloat, Positive, Scheduler, Step
+from chairlift.policies.base import FOREVER, NotNegativeFloat, Positive, Scheduler, Step
 
 MS = 1_000_000_000  # ps
 

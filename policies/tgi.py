@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from policies.base import FOREVER, NotNegative, NotNegativeFloat, Positive, Request, Scheduler, Step
+from chairlift.policies.base import FOREVER, NotNegative, NotNegativeFloat, Positive, Request, Scheduler, Step
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any, ClassVar, Literal
 
-from policies.base import FOREVER, NotNegative, Positive, Request, Scheduler, Step
+from chairlift.policies.base import FOREVER, NotNegative, Positive, Request, Scheduler, Step
 
 
 @dataclass

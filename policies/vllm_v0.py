@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.base import Positive, Preemption, Request, Scheduler, Step
-from policies.sarathi import Share
+from chairlift.policies.base import Positive, Preemption, Request, Scheduler, Step
+from chairlift.policies.sarathi import Share
 
 
 @dataclass

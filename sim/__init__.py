@@ -1,1 +1,1 @@
-"""The world of Chairlift: workloads, engine, cluster, records, metrics and the command line."""
+"""The world of Chairlift: workloads, replicas, cluster, records, reports, sweeps, plans and the command line."""

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from backend.base import Backend, Batch, StepCost
-from policies.base import Request
-from policies.vllm import Vllm
-from sim.engine import Engine
-from sim.kv import CountingPool
-from sim.prefix import Identity, PrefixPool
-from sim.records import RequestRecords
-from sim.runs import Plan
-from sim.trace import Trace
+from chairlift.backend.base import Backend, Batch, StepCost
+from chairlift.policies.base import Request
+from chairlift.policies.vllm import Vllm
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.results.records import RequestRecords
+from chairlift.sim.workload.trace import Trace
 
 COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "finished")
 PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}

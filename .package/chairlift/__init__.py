@@ -1,0 +1,68 @@
+"""Chairlift replays LLM request traces against serving schedulers, modelled or on a real GPU.
+
+What a script or a policy file needs is here::
+
+    from chairlift import load, simulate            # run a scenario
+    from chairlift import Scheduler, Step, Request  # write a policy
+
+``load(path, sets=())`` reads a scenario file into a `Study`; ``simulate(setup)`` runs one of its `Setup` objects and
+returns an `Outcome`. `BadInput` says what is wrong with a file. `Scheduler`, `Router` and `Backend` are the contracts
+of policies, routers and cost models; `Step`, `Request`, `Batch` and `StepCost` are what those are given and return.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chairlift.backend.base import Backend, Batch, StepCost
+    from chairlift.policies.base import Request, Router, Scheduler, Step
+    from chairlift.sim.bad_input import BadInput
+    from chairlift.sim.scenario.load import load
+    from chairlift.sim.simulate import Outcome, simulate
+    from chairlift.sim.study import Setup, Study
+
+__all__ = [
+    "Backend",
+    "BadInput",
+    "Batch",
+    "Outcome",
+    "Request",
+    "Router",
+    "Scheduler",
+    "Setup",
+    "Step",
+    "StepCost",
+    "Study",
+    "load",
+    "simulate",
+]
+
+_HOMES = {  # where each name is defined; imported at its first use, so that a policy file loads no simulator
+    "Backend": "backend.base",
+    "BadInput": "sim.bad_input",
+    "Batch": "backend.base",
+    "Outcome": "sim.simulate",
+    "Request": "policies.base",
+    "Router": "policies.base",
+    "Scheduler": "policies.base",
+    "Setup": "sim.study",
+    "Step": "policies.base",
+    "StepCost": "backend.base",
+    "Study": "sim.study",
+    "load": "sim.scenario.load",
+    "simulate": "sim.simulate",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'chairlift' has no attribute {name!r}")
+    value = getattr(import_module(f"chairlift.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Step costs by a profile fitted to recorded steps."""

@@ -1,0 +1,81 @@
+"""A profile with errors like those it was seen to make: what an interval around a prediction is drawn from.
+
+Two kinds of error were recorded on experiments that a fit had not seen, by regime and by how long a step takes. Whole
+runs were slower or faster (another day, another temperature): a factor whose logarithm is Student's t, one draw a run
+and regime, as wide as those of the experiments. Single steps differed from their like: a factor with mean 1, drawn for
+each step with a chunk from what it computes and for each size of a decode batch, so that the cost stays a function of
+the batch and runs of steps still leap.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+
+import numpy as np
+
+from chairlift.backend.base import Batch, Host, StepCost
+from chairlift.backend.calibrated.profile import PS, Calibrated, Profile, ProfileError
+from chairlift.backend.fitting.residuals import QUANTILES
+from chairlift.backend.fitting.steps import REGIMES
+
+MASK = (1 << 64) - 1
+MOST = 0.7  # of the logarithm of a run's factor: half as long, twice as long
+
+
+class Resampled(Calibrated):
+    """Step costs of ``profile``, off by the ``draw``-th draw of its errors. Raises `ProfileError` if it knows none."""
+
+    def __init__(self, profile: Profile, graph_tokens: int | None, draw: int) -> None:
+        super().__init__(profile, graph_tokens)
+        if not profile.spread:
+            raise ProfileError(f"profile {profile.name} carries no errors to draw from: calibrate it without --fast")
+        chance = np.random.default_rng([int(profile.digest, 16), draw])
+        self._key = int(chance.integers(1 << 62))
+        # by regime: ps, of each length but the longest; and by length: the run's factor, logarithms of those of steps
+        self._lengths: list[list[float]] = []
+        self._spreads: list[list[tuple[float, np.ndarray]]] = []
+        for regime in REGIMES:
+            known = profile.spread.get(regime, [])
+            t = float(chance.standard_t(max((each["runs"] for each in known), default=1)))
+            self._lengths.append([PS * (each["upto_s"] or 0.0) for each in known[:-1]])
+            self._spreads.append([])
+            for each in known:
+                logs = np.array(each["steps"])
+                run = math.exp(max(-MOST, min(MOST, t * each["rms"])))
+                self._spreads[-1].append((run / float(np.exp(logs).mean()), logs))
+
+    def _factor(self, regime: int, ps: int, *what: int) -> float:
+        """The factor of a step that computes ``what`` and is to take ``ps``."""
+        if not self._spreads[regime]:
+            return 1.0
+        word = self._key
+        for each in what:
+            word = _mixed(word ^ (each & MASK))
+        run, logs = self._spreads[regime][bisect_left(self._lengths[regime], ps)]
+        return run * math.exp(float(np.interp(word / 2**64, QUANTILES, logs)))
+
+    def _decode_only(self, slots: int) -> tuple[int, int, Host]:
+        fixed, kv, host = super()._decode_only(slots)
+        factor = self._factor(0, fixed, slots)
+        return max(1, round(fixed * factor)), round(kv * factor), host
+
+    def _with_chunks(self, batch: Batch) -> StepCost:
+        cost = super()._with_chunks(batch)
+        shape = [number for chunk in batch.prefills for number in chunk]
+        takes = max(cost.first, cost.host.launch)
+        factor = self._factor(2 if batch.decodes else 1, takes, batch.decodes, batch.context, *shape)
+        host = cost.host._replace(launch=round(cost.host.launch * factor))
+        return StepCost(max(1, round(cost.first * factor)), 0, 1, host)
+
+    def assumptions(self) -> dict[str, str]:
+        """As the profile's, and that errors were drawn."""
+        return {**super().assumptions(), "errors": "drawn from those of the profile on experiments left out of the fit"}
+
+
+def _mixed(word: int) -> int:
+    """Steele, Lea and Flood's SplitMix64 (OOPSLA 2014): 64 bits, well stirred."""
+    word = (word + 0x9E3779B97F4A7C15) & MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK
+    return word ^ (word >> 31)

@@ -1,0 +1,124 @@
+"""How far a profile is off the recorded steps: one step ahead of the recording, by regime.
+
+Each step is predicted from the recorded past: when it and the next one were scheduled, and when the last output came.
+What is left are the terms of the profile: the GPU's time, launches, and how they overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from chairlift.backend.calibrated.profile import GpuTime, HostTime, Spread
+from chairlift.backend.fitting.fit import predicted
+from chairlift.backend.fitting.steps import GRAPH, REGIMES, Floats, Steps, chunk_times, decode_times
+
+LENGTHS_S = (0.008, 0.016, 0.032, 0.064)  # steps up to so long, and longer ones, are off by different factors
+FEWEST = 10  # steps of a run and length, before they count
+QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """One value a step: seconds from the last output (or, after idling, the scheduling) to its own."""
+
+    predicted: Floats
+    recorded: Floats
+    regime: npt.NDArray[np.int64]
+    experiment: npt.NDArray[np.int64]
+
+    @property
+    def error(self) -> Floats:
+        """Relative."""
+        found: Floats = self.predicted / self.recorded - 1
+        return found
+
+
+def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
+    """Predict every step's duration from what was recorded before it."""
+    gpu_s = predicted(gpu, steps)
+    launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])[steps.kind]
+    begun = steps.schedule + steps.schedule_cpu
+    ends = begun + launch
+    n = len(steps)
+    follows = ~steps.last & ~np.append(steps.woke[1:], True)
+    durations = np.empty(n)
+    gpu_end = -np.inf
+    done_before = 0.0
+    columns = (begun, ends, gpu_s, steps.kind, steps.woke | steps.first, steps.done, steps.schedule, follows)
+    table = zip(*(c.tolist() for c in columns), strict=True)
+    later = np.append(ends[1:], np.inf).tolist()
+    for i, (start, end, work, kind, fresh, done, scheduled, more) in enumerate(table):
+        if fresh:
+            gpu_end = -np.inf
+        else:
+            end = min(end, done_before)  # the launch is over when the step before is processed
+        if kind == GRAPH:
+            gpu_end = max(gpu_end, end) + work
+        else:
+            gpu_end = max(max(gpu_end, min(start, end)) + work, end + host.tail_s)
+        foreseen = max(gpu_end, later[i]) if more else gpu_end
+        durations[i] = foreseen - scheduled if fresh else max(foreseen - done_before, host.update_s)
+        # what is known once it has come: the GPU was done by then, and just then unless a launch took longer
+        gpu_end = done if not more or gpu_end >= later[i] else min(gpu_end, done)
+        done_before = done
+    past = np.where(steps.woke | steps.first, steps.schedule, np.concatenate([[0.0], steps.done[:-1]]))
+    return Foreseen(durations, steps.done - past, steps.regime, steps.experiment)
+
+
+def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
+    """The same of GPU time alone, for the steps in which it shows."""
+    gpu_s = predicted(gpu, steps)
+    launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+    rows, seconds = decode_times(steps)
+    chunk_rows, chunk_seconds = chunk_times(steps, np.where(steps.kind == GRAPH, gpu_s, 0.0), launch)
+    both = np.concatenate([rows, chunk_rows])
+    return Foreseen(gpu_s[both], np.concatenate([seconds, chunk_seconds]), steps.regime[both], steps.experiment[both])
+
+
+def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:
+    """By regime: how many steps, the median and the 95th percentile of the absolute relative error, and the bias."""
+    found = {}
+    error = np.concatenate([f.error for f in foreseen])
+    regime = np.concatenate([f.regime for f in foreseen])
+    ours, theirs = (np.concatenate([getattr(f, c) for f in foreseen]) for c in ("predicted", "recorded"))
+    for i, name in enumerate(REGIMES):
+        mine = regime == i
+        if mine.any():
+            off = np.abs(error[mine])
+            found[name] = {
+                "steps": int(mine.sum()),
+                "median": round(float(np.median(off)), 5),
+                "p95": round(float(np.quantile(off, 0.95)), 5),
+                "total": round(float(ours[mine].sum() / theirs[mine].sum() - 1), 5),
+            }
+    return found
+
+
+def spread(foreseen: Sequence[Foreseen]) -> dict[str, list[Spread]]:
+    """How far off, by regime and by how long a step was predicted to take; one of ``foreseen`` a run.
+
+    A run's own factor is the ratio of its sums there; it is centred at 1, where the fit put it, not at the mean of a
+    handful of runs. What is left of a step after its run's factor is the step's.
+    """
+    found: dict[str, list[Spread]] = {}
+    for i, regime in enumerate(REGIMES):
+        for j, upto in enumerate((*LENGTHS_S, None)):
+            runs, logs = [], []
+            for each in foreseen:
+                mine = (each.regime == i) & (np.searchsorted(LENGTHS_S, each.predicted) == j)
+                if mine.sum() >= FEWEST:
+                    ratio = each.recorded[mine].sum() / each.predicted[mine].sum()
+                    runs.append(float(np.log(ratio)))
+                    logs.append(np.log(each.recorded[mine] / each.predicted[mine] / ratio))
+            if runs:
+                rms = math.sqrt(sum(log**2 for log in runs) / len(runs))
+                steps = np.quantile(np.concatenate(logs), QUANTILES).round(5).tolist()
+                found.setdefault(regime, []).append(
+                    {"upto_s": upto, "runs": len(runs), "rms": round(rms, 5), "steps": steps}
+                )
+    return found

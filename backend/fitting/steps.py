@@ -1,0 +1,263 @@
+"""What a recording's steps say of one term at a time: which gaps are GPU times, which are launches, which updates.
+
+An asynchronous engine's loop hides the shorter of host and GPU. With E the end of a step on the GPU and L the end of
+the next one's launch, output processing begins at max(E, L): a gap between two ``done_s`` is a GPU time only where the
+GPU was the later one at both ends, and a launch time only where the launch was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from chairlift.backend.calibrated.profile import graph_limit, graph_sizes
+from chairlift.backend.fitting.recording import Experiment
+
+CLEAR = 1.15  # times its launch: then a step's time is the GPU's
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+GRAPH, PIECEWISE, EAGER = 0, 1, 2  # how a step runs
+KINDS = ("graph", "piecewise", "eager")
+# Seconds after which a launch has surely ended. The slowest recorded (vLLM 0.23, H200 host) are 2.4, 12 and 31 ms.
+LONGEST_LAUNCH = np.array([0.0025, 0.014, 0.035])
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of some experiments, end to end; one value a step in each column, times in seconds."""
+
+    experiment: npt.NDArray[np.int64]  # which of the experiments
+    schedule: Floats  # when it was scheduled
+    done: Floats
+    schedule_cpu: Floats
+    turn: Floats  # from the output of two steps before (or the arrival that woke the engine) to its scheduling
+    turn_tokens: Floats  # sequences whose tokens that output held
+    added: Floats  # requests taken in within that time
+    added_tokens: Floats
+    chunks: Floats
+    prompt: Floats  # prompt tokens
+    pairs: Floats
+    decodes: Floats
+    context: Floats
+    computed: Floats  # tokens, padded to a graph's size
+    kind: npt.NDArray[np.int64]
+    first: Bools  # of its experiment
+    last: Bools
+    woke: Bools  # the engine had nothing to do before it
+    gpu: Floats  # measured on the GPU, where the engine does so; else NaN
+    launch: Floats  # likewise its launch
+
+    @property
+    def gpu_known(self) -> bool:
+        """Whether the engine measured every step on the GPU."""
+        return bool(np.isfinite(self.gpu).all())
+
+    @property
+    def launch_known(self) -> bool:
+        """Whether it measured every launch."""
+        return bool(np.isfinite(self.launch).all())
+
+    def __len__(self) -> int:
+        return len(self.done)
+
+    @property
+    def sequences(self) -> Floats:
+        """Sequences in each step."""
+        return self.decodes + self.chunks
+
+    @property
+    def regime(self) -> npt.NDArray[np.int64]:
+        """0 decode-only, 1 chunk-only, 2 mixed."""
+        found: npt.NDArray[np.int64] = np.where(self.chunks == 0, 0, np.where(self.decodes == 0, 1, 2))
+        return found
+
+
+REGIMES = ("decode-only", "chunk-only", "mixed")
+
+
+def steps_of(experiments: list[Experiment]) -> Steps:
+    """The steps of ``experiments`` with what the recorder's loop did between them."""
+    parts = [_columns(i, each) for i, each in enumerate(experiments)]
+    return Steps(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.generic]]:
+    table, requests = experiment.steps, experiment.requests
+    schedule, done = table["schedule_s"].astype(np.float64), table["done_s"].astype(np.float64)
+    n = len(done)
+    chunks, prompt = table["prefill_requests"].astype(float), table["prefill_tokens"].astype(float)
+    decodes = table["decode_requests"].astype(float)
+    limit = graph_limit(experiment.limits)
+    sizes = np.array(graph_sizes(limit))
+    tokens = prompt + decodes
+    fits = tokens <= sizes[-1]
+    if not experiment.limits.get("piecewise_graphs", True):
+        fits &= chunks == 0
+    computed = np.where(fits, sizes[np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)], tokens)
+    kind = np.where(fits, np.where(chunks > 0, PIECEWISE, GRAPH), EAGER)
+    unknown = np.full(n, np.nan)
+    earlier = np.concatenate([[-np.inf], done[:-1]])
+    before = np.concatenate([[-np.inf, -np.inf], done[:-2]])[:n]
+    woke = schedule >= earlier
+    # the loop's turn begins when the step before last is processed; after idling, with the last step or an arrival
+    order = np.argsort(requests["added_s"], kind="stable")
+    added = requests["added_s"][order]
+    arrivals, prompts = requests["arrival_s"][order], requests["prompt_tokens"][order]
+    second = np.concatenate([[False], woke[:-1]]) & ~woke  # nothing to process between an idle engine's first two steps
+    turn_start = np.where(woke, earlier, before)
+    turn_start[1:] = np.where(second[1:], schedule[:-1], turn_start[1:])
+    low = np.searchsorted(added, np.where(np.isfinite(turn_start), turn_start, -1.0), "right")
+    high = np.searchsorted(added, schedule, "right")
+    total = np.concatenate([[0], np.cumsum(prompts)])
+    some = woke & (high > low)
+    came = arrivals[np.minimum(low, len(arrivals) - 1)]
+    turn_start = np.where(some, np.maximum(turn_start, came), turn_start)
+    outputs = np.concatenate([[0.0, 0.0], (decodes + chunks)[:-2]])[:n]
+    outputs = np.where(woke, np.concatenate([[0.0], (decodes + chunks)[:-1]]), outputs)
+    outputs = np.where(some & (came > earlier), 0.0, outputs)
+    turn = np.where(second | ~np.isfinite(turn_start), np.nan, schedule - turn_start)
+    turn = np.where(woke & ~some, np.nan, turn)
+    edge = np.zeros(n, dtype=bool)
+    first, last = edge.copy(), edge.copy()
+    first[0] = last[-1] = True
+    return {
+        "experiment": np.full(n, index),
+        "schedule": schedule,
+        "done": done,
+        "schedule_cpu": table["schedule_cpu_s"].astype(np.float64),
+        "turn": turn,
+        "turn_tokens": outputs,
+        "added": (high - low).astype(np.float64),
+        "added_tokens": (total[high] - total[low]).astype(np.float64),
+        "chunks": chunks,
+        "prompt": prompt,
+        "pairs": table["prefill_pairs"].astype(np.float64),
+        "decodes": decodes,
+        "context": table["decode_context_tokens"].astype(np.float64),
+        "computed": computed.astype(np.float64),
+        "kind": kind,
+        "first": first,
+        "last": last,
+        "woke": woke,
+        "gpu": table["gpu_s"].astype(np.float64) if "gpu_s" in table else unknown,
+        "launch": table["launch_s"].astype(np.float64) if "launch_s" in table else unknown,
+    }
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How each step's end relates to what the host was doing."""
+
+    ready: Floats  # when the next step's launch could begin: scheduled; inf where there is none before the end
+    kind: npt.NDArray[np.int64]  # how the next one launches
+    sure: Bools  # the GPU, not that launch, ended last
+
+    @classmethod
+    def of(cls, steps: Steps) -> Waits:
+        """Look one step ahead."""
+        follows = ~steps.last & ~np.append(steps.woke[1:], True)
+        ready = np.where(follows, np.append((steps.schedule + steps.schedule_cpu)[1:], np.inf), np.inf)
+        kind = np.append(steps.kind[1:], GRAPH)
+        room = np.where(follows, steps.done - ready, np.inf)
+        return cls(ready, kind, room > LONGEST_LAUNCH[kind])
+
+
+def decode_times(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Decode-only steps whose GPU time was measured, or whose gap it is: which, and seconds."""
+    if steps.gpu_known:
+        rows = np.flatnonzero(steps.kind == GRAPH)
+        return rows, steps.gpu[rows]
+    waits = Waits.of(steps)
+    sure = waits.sure
+    before = np.concatenate([[False], sure[:-1]]) & ~steps.first & ~steps.woke
+    steady = np.concatenate([[False], (steps.chunks == 0)[:-1]])  # what precedes it ends with a kernel, not a copy
+    rows = np.flatnonzero((steps.kind == GRAPH) & sure & before & steady)
+    return rows, steps.done[rows] - steps.done[rows - 1]
+
+
+def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Steps with chunks whose GPU time shows: which, and seconds.
+
+    ``decode_s`` holds the GPU time that each decode-only step should take, ``launch`` the usual launch of each kind.
+    """
+    if steps.gpu_known:
+        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch[steps.kind]))
+        return rows, steps.gpu[rows]
+    sure = Waits.of(steps).sure
+    begun = steps.schedule + steps.schedule_cpu  # its launch
+    earlier = np.concatenate([[0.0], steps.done[:-1]])
+    two_before = np.concatenate([[0.0, 0.0], steps.done[:-2]])[: len(steps)]
+    sure_before = np.concatenate([[False], sure[:-1]])
+    sure_two = np.concatenate([[False, False], sure[:-2]])[: len(steps)]
+    after_decode = np.concatenate([[False], (steps.kind == GRAPH)[:-1]]) & sure_two
+    decode_before = np.concatenate([[0.0], decode_s[:-1]])
+    start = np.where(steps.woke, begun, earlier)
+    hidden = ~steps.woke & ~sure_before & after_decode
+    start = np.where(hidden, np.minimum(earlier, two_before + decode_before), start)
+    start = np.maximum(start, begun)
+    known = steps.woke | sure_before | hidden
+    shows = steps.done - begun > CLEAR * launch[steps.kind]  # else the launch set the time
+    rows = np.flatnonzero((steps.chunks > 0) & sure & known & shows & ~(steps.first & ~steps.woke))
+    return rows, (steps.done - start)[rows]
+
+
+def chunk_ceilings(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Small steps with chunks, one after the other: the GPU takes no longer for them than the usual gap of such.
+
+    ``launch`` is the usual one of each kind. Where GPU times are measured: steps whose launch set the time.
+    """
+    if steps.gpu_known:
+        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu <= CLEAR * launch[steps.kind]))
+        return rows, steps.gpu[rows]
+    chunked = steps.chunks > 0
+    before = np.concatenate([[False], chunked[:-1]]) & ~steps.woke & ~steps.first
+    rows = np.flatnonzero(chunked & before & (steps.kind == PIECEWISE))
+    gaps = steps.done[rows] - steps.done[rows - 1]
+    like = steps.experiment[rows] * 1e6 + steps.computed[rows]
+    for each in np.unique(like):
+        gaps[like == each] = np.median(gaps[like == each])
+    return rows, gaps
+
+
+def launch_times(steps: Steps, decode_s: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Launches that show: of which step, and seconds.
+
+    Either the engine was idle, so that the next step is scheduled right after the launch, or the launch outlasted
+    the decode-only step before it, whose GPU time ``decode_s`` is known.
+    """
+    if steps.launch_known:  # behind a long step a launch may wait for the GPU
+        quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])
+        rows = np.flatnonzero((steps.chunks > 0) & quiet)
+        return rows, steps.launch[rows]
+    begun = steps.schedule + steps.schedule_cpu
+    n = len(steps)
+    follows = ~steps.last & ~np.append(steps.woke[1:], True)
+    ends = np.append(steps.schedule[1:], np.inf)
+    quiet = np.append(steps.added[1:], 1.0) == 0
+    idle = steps.woke & follows & quiet & (ends < steps.done)
+    waits = Waits.of(steps)
+    sure_before = np.concatenate([[False], waits.sure[:-1]]) & ~steps.woke & ~steps.first
+    earlier = np.concatenate([[0.0], steps.done[:-1]])
+    gpu_end = earlier + decode_s  # of each decode-only step
+    host_bound = (steps.kind == GRAPH) & sure_before & np.isfinite(waits.ready) & (steps.done > gpu_end + 0.0004)
+    shown = np.zeros(n, dtype=bool)
+    value = np.full(n, np.nan)
+    room = np.full(n, np.inf)  # what the GPU would have hidden anyway
+    of = np.flatnonzero(host_bound) + 1
+    shown[of] = True
+    value[of] = steps.done[of - 1] - begun[of]
+    room[of] = gpu_end[of - 1] - begun[of]
+    value[idle] = ends[idle] - begun[idle]
+    room[idle] = 0
+    shown |= idle
+    shown &= (steps.chunks > 0) & (value > 0)
+    for kind in (PIECEWISE, EAGER):  # keep those that even a fast launch would have shown
+        mine = shown & (steps.kind == kind)
+        if mine.any():
+            shown &= ~(mine & (room > np.quantile(value[mine], 0.05)))
+    rows = np.flatnonzero(shown)
+    return rows, value[rows]

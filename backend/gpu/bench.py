@@ -1,0 +1,275 @@
+"""What this GPU reaches: copies, matrix products, paged attention, whole steps. ``python -m backend.gpu.bench``
+
+Every row is one JSON line in FILE and a line of a table here, beside what physics allows: the copy bandwidth and the
+matrix rate measured in the same run. Times are medians of CUDA-event timings, launches included, with inputs out of
+the L2 cache; steps are timed as the engine runs them, one prepared while the other runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chairlift.backend import specs
+from chairlift.backend.base import Batch, Prompt
+from chairlift.backend.gpu.block_tables import Practice
+from chairlift.backend.gpu.engine import TorchEngine
+from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
+from chairlift.backend.gpu.settings import Torch
+from chairlift.backend.shapes import Model
+
+ATTENTION = (  # batch, context, query heads, KV heads, head size; the first five of Llama-3.1-8B, then OPT-13B
+    *((64, 4096, 32, 8, 128), (8, 8192, 32, 8, 128), (64, 1024, 32, 8, 128), (256, 1024, 32, 8, 128)),
+    *((1, 8192, 32, 8, 128), (256, 128, 32, 8, 128), (1, 512, 32, 8, 128), (32, 2048, 64, 8, 128)),
+    *((16, 2048, 40, 40, 128), (64, 1024, 40, 40, 128), (64, 1024, 32, 32, 80), (64, 1024, 16, 8, 64)),
+)
+DECODES = (  # batch, context
+    *((1, 128), (1, 1024), (4, 1024), (8, 1024), (16, 512), (32, 1024), (64, 256), (64, 1024)),
+    *((128, 512), (256, 128), (256, 512)),
+)
+PREFILLS = (  # prompts, tokens each
+    *((16, 512), (4, 512)),
+    *((1, n) for n in (64, 128, 256, 512, 1024, 1536, 2047, 3072, 4096, 6144, 8192)),
+)
+STEPS = 24  # timed in a row
+
+Row = dict[str, Any]
+
+
+class Timer:
+    """Times GPU work with events while the queue is full and the L2 cache holds something else."""
+
+    def __init__(self) -> None:
+        self._other = torch.randn(64 * 2**20, device="cuda")  # 256 MiB
+
+    def __call__(self, work: Callable[[], Any], repeats: int = 30) -> float:
+        """Median seconds of ``work``."""
+        for _ in range(3):
+            work()
+        times = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._other.sum()
+            self._other.sum()
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        middle: float = statistics.median(times)
+        return middle
+
+
+def ceilings(timer: Timer) -> Row:
+    """The copy bandwidth (bytes read and written) and the bf16 matrix rate of this GPU."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / timer(lambda: target.copy_(source), 10)
+    a, b = (torch.randn((8192, 8192), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * 8192**3 / timer(lambda: a @ b, 10)
+    return {"bench": "ceilings", "copy_gb_per_s": round(copy / 1e9), "matmul_tflops": round(rate / 1e12)}
+
+
+def filled(batch: int, context: int, heads: Heads, block: int, dtype: torch.dtype) -> tuple[Tensor, Paging]:
+    """A cache with random content and a permuted block table of ``batch`` sequences of ``context`` tokens."""
+    device = torch.device("cuda")
+    each = -(-context // block)
+    cache = new_cache(1, batch * each, block, heads, dtype, device)[0].normal_()
+    tables = torch.randperm(batch * each, device=device).to(torch.int32).view(batch, each)
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    rows = torch.arange(batch, dtype=torch.int32, device=device)
+    return cache, Paging(tables, rows, lengths, torch.zeros_like(lengths))
+
+
+def attention(timer: Timer, copy: float, shape: tuple[int, ...]) -> Row:
+    """The paged decode kernel beside torch's attention on a dense cache, and paged peers where they are installed."""
+    batch, context, query_heads, kv_heads, size = shape
+    heads = Heads(query_heads, kv_heads, size)
+    kind = PagedAttention(heads, 16, torch.bfloat16, torch.device("cuda"), None, batch)
+    cache, paging = filled(batch, context, heads, 16, torch.bfloat16)
+    qkv = torch.randn((batch, heads.width), device="cuda", dtype=torch.bfloat16)
+    out = torch.empty((batch, query_heads * size), device="cuda", dtype=torch.bfloat16)
+    kind.plan(paging)
+    slots = torch.cat([slots_of(table, 0, context, 16) for table in paging.tables])
+    dense = [x.view(batch, context, kv_heads, size).transpose(1, 2).contiguous() for x in read(cache, slots)]
+    query = qkv[:, : query_heads * size].view(batch, query_heads, 1, size)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    work: dict[str, Callable[[], Any]] = {
+        "ours": lambda: kind.decode(qkv, cache, paging, out),
+        "ours_append": lambda: kind.append_and_decode(qkv, cache, paging, out),
+        "sdpa_dense": lambda: sdpa(query, dense[0], dense[1], enable_gqa=query_heads != kv_heads),
+        **dict(peers(query, dense, paging, heads, context)),
+    }
+    moved = 4 * batch * context * kv_heads * size  # bytes of keys and values
+    row: Row = {"bench": "attention", "batch": batch, "context": context, "heads": f"{query_heads}/{kv_heads}x{size}"}
+    for name, call in work.items():
+        took = timer(call)
+        row[f"{name}_us"] = round(took * 1e6, 1)
+        row[f"{name}_percent"] = round(100 * moved / took / copy, 1)
+    return row
+
+
+def peers(
+    query: Tensor, dense: list[Tensor], paging: Paging, heads: Heads, context: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Paged decode attention of other packages, on the same keys and values in their layout."""
+    batch, blocks = paging.tables.shape
+    if context % 16:
+        return
+    keys, values = (
+        x.transpose(1, 2).reshape(batch * blocks, 16, heads.kv, heads.size)[torch.argsort(paging.tables.view(-1))]
+        for x in dense
+    )
+    if importlib.util.find_spec("flashinfer") is not None:
+        import flashinfer
+
+        workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=heads.query > heads.kv
+        )
+        indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * blocks
+        last = torch.full((batch,), 16, dtype=torch.int32, device="cuda")
+        wrapper.plan(indptr, paging.tables.view(-1), last, heads.query, heads.kv, heads.size, 16, data_type=keys.dtype)
+        flat = query[:, :, 0].contiguous()
+        yield "flashinfer", lambda: wrapper.run(flat, (keys, values))
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_with_kvcache
+
+        flat = query.transpose(1, 2).contiguous()
+        yield (
+            "flash_attn",
+            lambda: flash_attn_with_kvcache(
+                flat, keys, values, cache_seqlens=paging.lengths, block_table=paging.tables, causal=True
+            ),
+        )
+
+
+def engine_of(model: Model, tokens: int, batch: int) -> TorchEngine:
+    """An engine with room for ``tokens`` tokens of KV, its cache full of random numbers."""
+    engine = TorchEngine(model, specs.gpu("h200"), Torch(max_batch=batch))
+    engine.prepare(tokens, 1, model.max_model_len, named=False)
+    engine.fill()
+    return engine
+
+
+def decode_steps(engine: TorchEngine, copy: float, shapes: Sequence[tuple[int, int]] = DECODES) -> Iterator[Row]:
+    """Steps of decodes alone: the pace of a steady run, and the GPU's part of it."""
+    model = engine.model
+    read_once = model.matmul_parameters + model.head_parameters
+    for batch, context in shapes:
+        requests = list(range(batch))
+        engine.place(dict.fromkeys(requests, context))
+        step = Batch((), batch, 0, 0, Practice((), requests))
+        gpu = []
+        engine.launch(step)
+        for i in range(STEPS + 4):
+            if i == 4:
+                began = time.perf_counter()
+            engine.launch(step)
+            gpu.append(engine.wait().gpu / 1e9)
+        took = (time.perf_counter() - began) / STEPS * 1e3
+        engine.wait()
+        for request in requests:
+            engine.release(request)
+        moved = 2 * read_once + batch * (context + STEPS // 2) * model.kv_bytes_per_token
+        floor = moved / copy * 1e3
+        yield {
+            **{"bench": "decode", "model": model.name, "batch": batch, "context": context, "step_ms": round(took, 3)},
+            **{"gpu_ms": round(statistics.median(gpu[4:]), 3), "floor_ms": round(floor, 3)},
+            "of_floor": round(took / floor, 3),
+        }
+
+
+def prefill_steps(engine: TorchEngine, rate: float, shapes: Sequence[tuple[int, int]] = PREFILLS) -> Iterator[Row]:
+    """Steps of whole prompts, one at a time: all shapes in turn, four times, the first not counted."""
+    model = engine.model
+    times: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in shapes}
+    for _ in range(4):
+        for count, length in shapes:
+            requests = list(range(count))
+            began = time.perf_counter()
+            prompts = [Prompt(r, 0, length, 0, True) for r in requests]
+            engine.launch(Batch((), 0, 0, 0, Practice(prompts)))
+            gpu = engine.wait().gpu / 1e9
+            times[count, length].append(((time.perf_counter() - began) * 1e3, gpu))
+            for request in requests:
+                engine.release(request)
+    for count, length in shapes:
+        took, gpu = (statistics.median(t) for t in zip(*times[count, length][1:], strict=True))
+        flops = 2 * count * (length * model.matmul_parameters + model.head_parameters)
+        flops += count * 2 * model.layers * model.heads * model.head_size * length * (length + 1)
+        floor = flops / rate * 1e3
+        yield {
+            **{"bench": "prefill", "model": model.name, "prompts": count, "tokens": length, "step_ms": round(took, 2)},
+            **{"gpu_ms": round(gpu, 2), "floor_ms": round(floor, 2), "of_floor": round(took / floor, 3)},
+        }
+
+
+def versions() -> Row:
+    """Which GPU and software this is."""
+    import cupy
+
+    name = torch.cuda.get_device_name()
+    cuda = torch.version.cuda
+    return {"bench": "versions", "gpu": name, "torch": torch.__version__, "cuda": cuda, "cupy": cupy.__version__}
+
+
+def rows(parts: Sequence[str], models: Sequence[str]) -> Iterator[Row]:
+    """All rows that are asked for."""
+    yield versions()
+    timer = Timer()
+    top = ceilings(timer)
+    yield top
+    copy, rate = top["copy_gb_per_s"] * 1e9, top["matmul_tflops"] * 1e12
+    if "attention" in parts:
+        for shape in ATTENTION:
+            yield attention(timer, copy, shape)
+    for name in models if {"decode", "prefill"} & set(parts) else ():
+        model = specs.model(name)
+        engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 else 80_000, 256)
+        longest = model.max_model_len
+        if "decode" in parts:
+            fitting = [(b, c) for b, c in DECODES if b * (c + 64) <= 80_000 or model.kv_bytes_per_token < 200_000]
+            yield from decode_steps(engine, copy, [(b, c) for b, c in fitting if c + 64 < longest])
+        if "prefill" in parts:
+            yield from prefill_steps(engine, rate, [(n, t) for n, t in PREFILLS if t < longest])
+        engine.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line a row; with ``--json`` write them to a file too."""
+    parser = argparse.ArgumentParser(prog="python -m chairlift.backend.gpu.bench", description=__doc__.split("\n")[0])
+    choices = ("attention", "decode", "prefill")
+    parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all)")
+    parser.add_argument("--model", action="append", help="default: llama-3.1-8b and opt-13b")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a row")
+    given = parser.parse_args(arguments)
+    if wrong := set(given.parts) - set(choices):
+        parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(choices)}")
+    if not torch.cuda.is_available():
+        sys.stderr.write("error: torch sees no CUDA device here\n")
+        return 2
+    lines = []
+    for row in rows(given.parts or choices, given.model or ("llama-3.1-8b", "opt-13b")):
+        lines.append(json.dumps(row))
+        sys.stdout.write(
+            "  ".join(f"{k} {v}" for k, v in row.items() if k != "bench").join((f"{row['bench']:10}", "\n"))
+        )
+        sys.stdout.flush()
+        if given.json is not None:
+            given.json.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

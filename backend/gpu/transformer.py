@@ -1,0 +1,269 @@
+"""Decoder-only transformers for the GPU engine: the Llama family (Llama, Mistral, Qwen2, Qwen3) and OPT.
+
+One forward pass takes a flat batch of tokens, decodes first and chunks of prompts after them, as in Orca's selective
+batching (Yu et al., OSDI 2022): everything but attention sees a matrix of tokens. Shapes are `backend.shapes.Model`s;
+the layers' arithmetic is that of `transformers`, to which the tests hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from chairlift.backend.gpu.kernels.layers import head_norm, linear, residual_norm
+from chairlift.backend.gpu.paged_attention import Chunks, Heads, PagedAttention, Paging
+from chairlift.backend.shapes import Model
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a shape does not say of a model's layers; the defaults are Llama's."""
+
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10_000.0
+    llama3_scaling: tuple[float, float, float, float] | None = (
+        None  # factor, low and high frequency factor, old context
+    )
+    linear_scaling: float = 1.0
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], longest: int = 0) -> Arithmetic:
+        """As a Hugging Face ``config.json`` says; sequences have at most ``longest`` tokens.
+
+        Raises ValueError for layers that are not built: another RoPE scaling, activation or order of norms, or a
+        window of attention that is shorter than the longest sequence.
+        """
+        opt = config.get("model_type") == "opt"
+        key, built = ("activation_function", ("relu",)) if opt else ("hidden_act", ("silu", "swish"))
+        if (activation := config.get(key) or built[0]) not in built:
+            raise ValueError(f"{key} {activation!r} is not built; {built[0]} is")
+        if opt and not config.get("do_layer_norm_before", True):
+            raise ValueError("do_layer_norm_before false is not built; norms before attention and MLP are")
+        window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+        if window and window < longest:
+            raise ValueError(f"sliding_window {window} is not built; a max_model_len of up to {window} needs none")
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind not in ("default", "llama3", "linear"):
+            raise ValueError(f"RoPE scaling {kind!r} is not built; default, linear and llama3 are")
+        llama3 = None
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            llama3 = (float(rope[names[0]]), float(rope[names[1]]), float(rope[names[2]]), float(rope[names[3]]))
+        return cls(
+            norm_epsilon=float(config.get("rms_norm_eps") or config.get("layer_norm_eps") or 1e-5),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            llama3_scaling=llama3,
+            linear_scaling=float(rope["factor"]) if kind == "linear" else 1.0,
+        )
+
+    def rotation(self, positions: int, size: int, device: torch.device) -> Tensor:
+        """Cosine and sine of RoPE's angles: float32 ``[positions, size / 2, 2]``."""
+        frequency = 1.0 / self.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+        frequency = frequency / self.linear_scaling
+        if self.llama3_scaling is not None:  # long waves stretched, short ones left (Llama 3.1, `rope_scaling`)
+            factor, low, high, old = self.llama3_scaling
+            wave = 2 * math.pi / frequency
+            smooth = ((old / wave - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency[None, :]
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device=device, dtype=torch.float32)
+
+
+@dataclass
+class Layer:
+    """Weights of one layer, ``[out, in]``; None where the family has none."""
+
+    norm: Tensor
+    norm_bias: Tensor | None
+    qkv: Tensor  # queries, keys, values
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    mlp_norm: Tensor
+    mlp_norm_bias: Tensor | None
+    up: Tensor  # gated: gates first
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class Tokens(NamedTuple):
+    """One step's flat batch: rows of decodes, then rows of chunks. Integers are int32 on the model's device."""
+
+    tokens: Tensor  # [rows]
+    positions: Tensor  # [rows], from 0
+    paging: Paging | None  # of the decodes, one row each
+    slots: Tensor | None  # [rows of chunks]: where keys and values go, or `NOWHERE`
+    chunks: Chunks | None
+    sampled: Tensor | None  # rows whose next token is wanted; None: all
+
+
+class Transformer:
+    """A model with its weights on one device."""
+
+    def __init__(
+        self,
+        model: Model,
+        arithmetic: Arithmetic,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight: Callable[..., Tensor],
+        block: int,
+        max_batch: int,
+        max_positions: int,
+    ) -> None:
+        """``weight(name, *shape)`` gives each tensor, named as in `transformers`. Raises as `PagedAttention`."""
+        self.model = model
+        self.heads = heads = Heads(model.heads, model.kv_heads, model.head_size)
+        self.dtype = dtype
+        self.device = device
+        self.epsilon = arithmetic.norm_epsilon
+        self._opt = model.learned_positions > 0
+        self._activation = "gated" if model.gated_mlp else "relu"
+        rotation = None if self._opt else arithmetic.rotation(max_positions, model.head_size, device)
+        self.attention = PagedAttention(heads, block, dtype, device, rotation, max_batch)
+        root = "model.decoder." if self._opt else "model."
+        hidden = model.hidden
+        self.embedding = weight(root + "embed_tokens.weight", model.vocab, hidden)
+        self.positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
+        build = self._opt_layer if self._opt else self._llama_layer
+        self.layers = [build(weight, f"{root}layers.{i}.") for i in range(model.layers)]
+        last = root + ("final_layer_norm" if self._opt else "norm")
+        self.norm = weight(last + ".weight", hidden)
+        self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
+        self.head = self.embedding if model.tied_embeddings else weight("lm_head.weight", model.vocab, hidden)
+
+    def _llama_layer(self, weight: Callable[..., Tensor], at: str) -> Layer:
+        m, heads = self.model, self.heads
+        query, kv = heads.query * heads.size, heads.kv * heads.size
+        parts = (("q_proj", query), ("k_proj", kv), ("v_proj", kv))
+        biased = m.biases in ("qkv", "attention")
+        return Layer(
+            norm=weight(at + "input_layernorm.weight", m.hidden),
+            norm_bias=None,
+            qkv=torch.cat([weight(f"{at}self_attn.{name}.weight", n, m.hidden) for name, n in parts]),
+            qkv_bias=torch.cat([weight(f"{at}self_attn.{name}.bias", n) for name, n in parts]) if biased else None,
+            query_norm=weight(at + "self_attn.q_norm.weight", heads.size) if m.qk_norm else None,
+            key_norm=weight(at + "self_attn.k_norm.weight", heads.size) if m.qk_norm else None,
+            out=weight(at + "self_attn.o_proj.weight", m.hidden, query),
+            out_bias=weight(at + "self_attn.o_proj.bias", m.hidden) if m.biases == "attention" else None,
+            mlp_norm=weight(at + "post_attention_layernorm.weight", m.hidden),
+            mlp_norm_bias=None,
+            up=torch.cat([weight(f"{at}mlp.{name}.weight", m.ffn, m.hidden) for name in ("gate_proj", "up_proj")]),
+            up_bias=None,
+            down=weight(at + "mlp.down_proj.weight", m.hidden, m.ffn),
+            down_bias=None,
+        )
+
+    def _opt_layer(self, weight: Callable[..., Tensor], at: str) -> Layer:
+        m = self.model
+        names = ("q_proj", "k_proj", "v_proj")
+
+        def bias(name: str, size: int) -> Tensor | None:
+            return weight(f"{at}{name}.bias", size) if m.biases == "all" else None
+
+        each = [bias(f"self_attn.{name}", m.hidden) for name in names]
+        return Layer(
+            norm=weight(at + "self_attn_layer_norm.weight", m.hidden),
+            norm_bias=bias("self_attn_layer_norm", m.hidden),
+            qkv=torch.cat([weight(f"{at}self_attn.{name}.weight", m.hidden, m.hidden) for name in names]),
+            qkv_bias=torch.cat([b for b in each if b is not None]) if m.biases == "all" else None,
+            query_norm=None,
+            key_norm=None,
+            out=weight(at + "self_attn.out_proj.weight", m.hidden, m.hidden),
+            out_bias=bias("self_attn.out_proj", m.hidden),
+            mlp_norm=weight(at + "final_layer_norm.weight", m.hidden),
+            mlp_norm_bias=bias("final_layer_norm", m.hidden),
+            up=weight(at + "fc1.weight", m.ffn, m.hidden),
+            up_bias=bias("fc1", m.ffn),
+            down=weight(at + "fc2.weight", m.hidden, m.ffn),
+            down_bias=bias("fc2", m.hidden),
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: Tokens, cache: Tensor) -> Tensor:
+        """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards."""
+        if step.paging is not None:
+            self.attention.plan(step.paging)
+        residual = self.embed(step.tokens, step.positions)
+        qkv = self.enter(residual)
+        for i, layer in enumerate(cache):
+            if step.slots is not None:
+                start = len(qkv) - len(step.slots)
+                self.attention.rotate_and_store(qkv[start:], layer, step.positions[start:], step.slots)
+            y = self.attending(qkv, step)(layer)
+            if i + 1 < len(self.layers):
+                qkv = self.between(i, y, residual)
+        return self.leave(y, residual, step.sampled)
+
+    # the parts of a step; between two attentions they know rows only, not whose they are
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first layer: ``[rows, hidden]``."""
+        residual = functional.embedding(tokens, self.embedding)
+        if self.positions is not None:
+            residual += functional.embedding(positions + 2, self.positions)  # OPT keeps two rows for padding
+        return residual
+
+    def enter(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """Queries, keys and values of the first layer, ``[rows, width]``; in ``out`` if that is given."""
+        first = self.layers[0]
+        return self._project(residual_norm(None, residual, first.norm, first.norm_bias, self.epsilon), first, out)
+
+    def between(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """From what layer ``i`` attended to, ``y`` [rows, query · size], to the next one's queries, keys and values."""
+        y, following = self._rest(self.layers[i], y, residual), self.layers[i + 1]
+        return self._project(
+            residual_norm(y, residual, following.norm, following.norm_bias, self.epsilon), following, out
+        )
+
+    def leave(self, y: Tensor, residual: Tensor, sampled: Tensor | None) -> Tensor:
+        """Logits of the ``sampled`` rows (None: all) from what the last layer attended to."""
+        if sampled is not None:  # of the others only keys and values are needed
+            y, residual = y[sampled], residual[sampled]
+            if not len(y):
+                return y.new_empty((0, self.model.vocab))
+        y = self._rest(self.layers[-1], y, residual)
+        return linear(residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon), self.head)
+
+    def attending(self, qkv: Tensor, step: Tokens, out: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """One layer's attention as a function of its cache: ``[rows, query · size]``; in ``out`` if that is given.
+
+        Rows of chunks are rotated and stored before. What depends on the step alone is done here, not in every layer.
+        """
+        decodes = 0 if step.paging is None else len(step.paging.lengths)
+        chunked = None if step.chunks is None else self.attention.chunked(qkv[decodes:], step.chunks)
+        if step.paging is None and out is None and chunked is not None:
+            return chunked
+        if out is None:
+            out = torch.empty((len(qkv), self.heads.query * self.heads.size), dtype=qkv.dtype, device=qkv.device)
+        whole, paging, rows, decoded, rest = out, step.paging, qkv[:decodes], out[:decodes], out[decodes:]
+
+        def attend(cache: Tensor) -> Tensor:
+            if paging is not None:
+                self.attention.append_and_decode(rows, cache, paging, decoded)
+            if chunked is not None:
+                rest.copy_(chunked(cache))
+            return whole
+
+        return attend
+
+    def _project(self, x: Tensor, layer: Layer, out: Tensor | None) -> Tensor:
+        qkv = linear(x, layer.qkv, layer.qkv_bias, out=out)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
+        return qkv
+
+    def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor:
+        y = linear(y, layer.out, layer.out_bias)
+        x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+        return linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)

@@ -1,5 +1,0 @@
-"""``python -m sim``: the same as ``chairlift``."""
-
-from sim.cli import main
-
-main()

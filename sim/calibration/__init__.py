@@ -1,0 +1,1 @@
+"""Fitting profiles to recordings, and checking predictions against them."""

@@ -1,0 +1,89 @@
+"""Does a prediction choose as the measurement does? Two result folders of the same study, system by system.
+
+For each case: how far each metric of each system is off, Kendall's τ between the two orders of the systems, and the
+regret of choosing by the prediction: how much worse the system that it calls best was measured to be than the best.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from chairlift.sim.bad_input import BadInput, Problem
+
+METRICS = ("total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One metric of one case over all systems."""
+
+    case: str
+    metric: str
+    measured: dict[str, float]  # by variant
+    predicted: dict[str, float]
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Predicted over measured, less one."""
+        return {name: self.predicted[name] / value - 1 for name, value in self.measured.items() if value}
+
+    @property
+    def tau(self) -> float:
+        """Kendall's τ-a: pairs of systems in the same order less those in the other, over all pairs."""
+        pairs = list(combinations(self.measured, 2))
+        signs = [
+            _sign(self.measured[a] - self.measured[b]) * _sign(self.predicted[a] - self.predicted[b]) for a, b in pairs
+        ]
+        return sum(signs) / len(pairs)
+
+    @property
+    def regret(self) -> float:
+        """Measured loss of the predicted best system against the measured best, relative; 0: the same, or as good."""
+        best = max if self.metric.endswith("throughput") else min
+        chosen = best(self.predicted, key=lambda name: self.predicted[name])
+        top = best(self.measured.values())
+        return abs(self.measured[chosen] / top - 1)
+
+    def json(self) -> dict[str, Any]:
+        """A row of ``agree --json``."""
+        return {**vars(self), "kendall_tau": self.tau, "regret": self.regret}
+
+
+def agreements(measured: Path, predicted: Path, metrics: Sequence[str] = METRICS) -> list[Agreement]:
+    """Every metric of every case that both folders hold. Raises `BadInput` where they do not match."""
+    ours, theirs = _runs(measured), _runs(predicted)
+    if ours.keys() != theirs.keys():
+        only = sorted(" / ".join(filter(None, key)) for key in ours.keys() ^ theirs.keys())
+        raise BadInput(Problem(f"the two folders hold different runs: {', '.join(only)}", file=str(predicted)))
+    found = []
+    for case in dict.fromkeys(case for case, _ in ours):
+        names = [variant for each, variant in ours if each == case]
+        if len(names) < 2:
+            raise BadInput(Problem("needs at least two systems to rank", file=str(measured), value=case))
+        for metric in metrics:
+            columns = [{n: float(runs[case, n].get(metric) or "nan") for n in names} for runs in (ours, theirs)]
+            if missing := [n for column in columns for n, value in column.items() if math.isnan(value)]:
+                raise BadInput(Problem(f"no {metric} of {missing[0]}", file=str(measured)))
+            found.append(Agreement(case, metric, columns[0], columns[1]))
+    return found
+
+
+def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    path = folder if folder.suffix == ".json" else folder / "comparison.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "variant" in row for row in rows):
+        raise BadInput(Problem("must be the comparison.json of a run that compares systems", file=str(path)))
+    return {(row.get("case", ""), row["variant"]): row for row in rows}
+
+
+def _sign(x: float) -> int:
+    return (x > 0) - (x < 0)

@@ -1,0 +1,134 @@
+"""From a recording to a profile: fit all of it, and say how far off a fit without each experiment was there.
+
+A repeat of an experiment is left out together with it, for it would give the answer away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from chairlift.backend import specs
+from chairlift.backend.calibrated.profile import Profile
+from chairlift.backend.fitting import fit as calibrate
+from chairlift.backend.fitting import residuals
+from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
+from chairlift.backend.fitting.residuals import Foreseen
+from chairlift.backend.fitting.steps import steps_of
+from chairlift.sim.calibration.validate import Cell, compare, predict, recorded
+
+Progress = Callable[[str], None]
+SIGNIFICANT = 6  # digits of a number in a profile
+
+
+@dataclass
+class Held:
+    """What profiles made of experiments that they were not fitted to."""
+
+    steps: dict[str, Foreseen] = field(default_factory=dict)
+    gpu: dict[str, Foreseen] = field(default_factory=dict)
+    cells: dict[str, list[Cell]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # why there was no fit without them
+
+
+def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = "", gpu: str = "") -> Profile:
+    """A profile of ``experiments``, its errors still to come; raises `CalibrationError` or `RecordingError`."""
+    if not experiments:
+        raise calibrate.CalibrationError("there is nothing to fit")
+    engine = recording.engine
+    try:
+        gpu = specs.gpu(gpu or str(engine.get("gpu", ""))).name
+    except LookupError as error:
+        raise RecordingError(f"{recording.folder}: {error.args[0]}; say which by --gpu") from None
+    fit = calibrate.fit(steps_of(list(experiments)))
+    label = next((f"{key} {engine[key]}" for key in ("vllm", "chairlift", "engine") if key in engine), "unknown engine")
+    version = ".".join(label.split()[-1].split(".")[:2])
+    return Profile(
+        name=name or f"{gpu}-{recording.model}-{label.split()[0]}-{version}",
+        model=recording.model,
+        gpu=gpu,
+        engine=label,
+        gpu_time=fit.gpu,
+        host=fit.host,
+        piecewise=all(each.limits.get("piecewise_graphs", True) for each in experiments),
+        provenance={
+            "gpu": engine.get("gpu"),
+            "torch": engine.get("torch"),
+            "date": datetime.now(UTC).date().isoformat(),
+            "experiments": [each.name for each in experiments],
+            "rows": fit.rows,
+        },
+        notes=fit.notes,
+    )
+
+
+def leave_one_out(
+    recording: Recording,
+    experiments: Sequence[Experiment],
+    only: Sequence[Experiment] | None = None,
+    progress: Progress = lambda _name: None,
+) -> Iterator[tuple[Experiment, Profile | str]]:
+    """Each experiment of ``only`` (all if None) with a profile fitted to the others, or why there is none."""
+    profiles: dict[str, Profile | str] = {}
+    for each in experiments if only is None else only:
+        base = each.repeats or each.name
+        if base not in profiles:
+            progress(f"fit without {base}")
+            rest = [other for other in experiments if base not in (other.name, other.repeats)]
+            try:
+                profiles[base] = fitted(recording, rest)
+            except calibrate.CalibrationError as error:
+                profiles[base] = str(error)
+        yield each, profiles[base]
+
+
+def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: Progress = lambda _name: None) -> Held:
+    """How far fits without each experiment are off there: its steps, and, where it is no grid, end to end."""
+    held = Held()
+    for each, profile in leave_one_out(recording, experiments, None, progress):
+        if isinstance(profile, str):
+            held.skipped[each.name] = profile
+            continue
+        table = steps_of([each])
+        held.steps[each.name] = residuals.foresee(profile.gpu_time, profile.host, table)
+        held.gpu[each.name] = residuals.on_gpu(profile.gpu_time, profile.host, table)
+        if not each.is_grid:
+            progress(f"predict {each.name}")
+            held.cells[each.name] = compare(each.name, predict(each, recording, profile), recorded(each))
+    return held
+
+
+def with_errors(profile: Profile, held: Held) -> Profile:
+    """``profile`` with what `hold_out` found, and its numbers cut to what they are worth."""
+    foreseen = list(held.steps.values())
+    runs: dict[str, dict[str, float]] = {
+        name: {c.metric: round(c.relative_error, 4) for c in cells if c.relative_error is not None}
+        for name, cells in held.cells.items()
+    }
+    return replace(
+        profile,
+        gpu_time=replace(profile.gpu_time, **_cut(vars(profile.gpu_time))),
+        host=replace(profile.host, **_cut(vars(profile.host))),
+        errors={
+            "steps": residuals.summary(foreseen),
+            "gpu": residuals.summary(list(held.gpu.values())),
+            "runs": runs,
+        }
+        if foreseen
+        else {},
+        spread=residuals.spread(foreseen),
+    )
+
+
+def _cut(numbers: dict[str, Any]) -> dict[str, Any]:
+    def short(value: float) -> float:
+        return float(np.format_float_scientific(value, SIGNIFICANT - 1))
+
+    return {
+        key: tuple((int(at), short(factor)) for at, factor in value) if isinstance(value, tuple) else short(value)
+        for key, value in numbers.items()
+    }

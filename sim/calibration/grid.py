@@ -1,0 +1,80 @@
+"""The designed grid: runs that show every term of an engine's step costs, for `calibrate --backend torch`.
+
+``grid_decode``: waves of equal prompts that then decode together, over batch × context. ``grid_prefill``: one prompt
+at a time. ``grid_mixed_*``: steady decodes, with prompts that come in between under a token budget. All of it under the
+vllm policy. Waves stand far apart; an executing engine's clock skips the silence between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chairlift.backend import specs
+from chairlift.backend.base import Settings
+from chairlift.policies.routers import RoundRobin
+from chairlift.policies.vllm import Vllm
+from chairlift.sim.results.metrics import PS_PER_S
+from chairlift.sim.results.recording import Recorder
+from chairlift.sim.scenario.schema import Kv, Limits, Slo
+from chairlift.sim.simulate import simulate
+from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.workload.trace import Trace
+
+APART_S = 1000  # from one wave to the next
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+CONTEXTS = (16, 256, 1024, 4096)  # tokens
+TOKENS = 16  # of each answer in a wave
+PROMPTS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2047, 3072, 4096, 6144, 8190, 12_000)
+BUDGETS = (128, 256, 512, 1024, 2048, 8192)  # tokens a step
+MOST = 140_000  # tokens of prompts in a wave: seconds of prefill, which others show as well
+SEED = 7
+
+
+def grid(model: specs.Model, room: int) -> Iterator[tuple[str, Trace, int]]:
+    """Name, requests and token budget of each run; ``room`` tokens of KV."""
+    longest = min(model.max_model_len, room)
+    waves = [(b, c) for c in CONTEXTS for b in BATCHES if b * (c + TOKENS) <= min(room, MOST) and c + TOKENS < longest]
+    rows = [(float(i * APART_S), c, TOKENS) for i, (b, c) in enumerate(waves) for _ in range(b)]
+    yield "grid_decode", _trace(rows, "waves over batch and context"), 8192
+    lengths = [n for n in PROMPTS if n < longest] * 3
+    yield "grid_prefill", _trace([(float(i * APART_S), n, 1) for i, n in enumerate(lengths)], "one at a time"), 8192
+    random = np.random.default_rng(SEED)
+    for budget in BUDGETS:
+        steady = [(0.0, int(random.integers(50, 600)), 300) for _ in range(int(min(64, budget // 4, room // 2000)))]
+        most = min(3000, longest // 2)
+        more = [(1 + 0.06 * i, int(random.integers(20, most)), 30) for i in range(40)]
+        yield f"grid_mixed_{budget}", _trace([*steady, *more], f"chunks beside decodes, budget {budget}"), budget
+
+
+def measure(
+    model: specs.Model,
+    gpu: specs.GPU,
+    backend: Settings,
+    folder: Path,
+    progress: Callable[[str], None] = lambda _name: None,
+) -> None:
+    """Run the grid on ``backend`` and record it in ``folder``. Raises ValueError where the backend cannot serve it."""
+    kv = Kv()
+    fit = specs.kv_blocks(model, gpu, 1, kv.block_size, kv.memory_utilization, kv.reserve_gib)
+    recorder = Recorder(folder)
+    for name, trace, budget in grid(model, fit.blocks * kv.block_size):
+        progress(name)
+        settings: dict[str, Any] = {"max_num_batched_tokens": budget, "max_num_seqs": 256}
+        group = ReplicaGroup(1, "mixed", gpu, 1, Vllm, settings, backend, fit.blocks, kv.block_size, fit.explain())
+        setup = Setup("", name, trace, model, model.max_model_len, [group], RoundRobin, {}, Slo(), SEED, Limits())
+        recorder.add(simulate(setup), name)
+
+
+def _trace(rows: list[tuple[float, int, int]], source: str) -> Trace:
+    """Requests of (arrival in seconds, prompt tokens, output tokens)."""
+    arrival, prompt, output = (np.array(column) for column in zip(*rows, strict=True))
+    return Trace(
+        arrival_ps=np.rint(arrival * PS_PER_S).astype(np.int64),
+        prompt_tokens=prompt.astype(np.int64),
+        output_tokens=output.astype(np.int64),
+        source=source,
+    )

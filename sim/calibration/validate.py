@@ -1,0 +1,254 @@
+"""Predicting recorded experiments: the recording's own requests under its own limits, metric by metric.
+
+Each experiment's arrivals, lengths and prefix groups are replayed by the ``vllm`` policy with the recorded limits, and
+priced by a profile. Definitions are those of `sim.results.metrics`; the distance between two CDFs is
+Kolmogorov and Smirnov's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chairlift.backend import specs
+from chairlift.backend.calibrated.profile import Given, Profile, graph_limit
+from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
+from chairlift.policies.routers import RoundRobin
+from chairlift.policies.vllm import Vllm
+from chairlift.sim.results.metrics import Latencies, inter_token_gaps
+from chairlift.sim.scenario.schema import Limits, Slo
+from chairlift.sim.simulate import Outcome, simulate
+from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.workload.trace import Trace
+
+Floats = npt.NDArray[np.float64]
+SERIES = ("ttft", "tpot", "e2el", "itl")
+QUANTILES = (("median", 50), ("p90", 90), ("p99", 99))
+PS_PER_S = 10**12
+EXACT = ("steps", "preemptions")  # equal, or not
+SAME_TIME_S = 0.1  # arrivals within it are a burst
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one experiment."""
+
+    experiment: str
+    metric: str
+    predicted: float
+    recorded: float
+    noise: float | None = None  # relative difference of the engine's own repeat
+
+    @property
+    def relative_error(self) -> float | None:
+        """Predicted over recorded, less one; None where nothing was recorded."""
+        return self.predicted / self.recorded - 1 if self.recorded else None
+
+    def json(self) -> dict[str, Any]:
+        """A row of ``validate --json``."""
+        return {
+            "experiment": self.experiment,
+            "metric": self.metric,
+            "predicted": self.predicted,
+            "recorded": self.recorded,
+            "relative_error": self.relative_error,
+            "noise": self.noise,
+        }
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an experiment came to, recorded or predicted."""
+
+    scalars: dict[str, float]
+    series: dict[str, Floats]  # milliseconds; ITL may be missing
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric by its name in ``summary.json``."""
+        found = dict(self.scalars)
+        for name, values in self.series.items():
+            if len(values):
+                found[f"mean_{name}_ms"] = float(values.mean())
+                for label, q in QUANTILES:
+                    found[f"{label}_{name}_ms"] = float(np.percentile(values, q))
+        return found
+
+
+def recorded(experiment: Experiment) -> Observed:
+    """What the engine did."""
+    table = experiment.requests
+    arrival, first, last = (table[c] for c in ("arrival_s", "first_token_s", "last_token_s"))
+    outputs = table["output_tokens"]
+    several = outputs > 1
+    series = {
+        "ttft": (first - arrival) * 1e3,
+        "tpot": (last - first)[several] * 1e3 / (outputs[several] - 1),
+        "e2el": (last - arrival) * 1e3,
+    }
+    if experiment.itl_s is not None:
+        series["itl"] = experiment.itl_s * 1e3
+    duration = float(last.max() - arrival.min())
+    scalars = _rates(duration, len(outputs), int(outputs.sum()))
+    scalars["steps"] = len(experiment.steps["done_s"])
+    scalars["preemptions"] = int(experiment.steps["preempted"].sum())
+    return Observed(scalars, series)
+
+
+def predict(experiment: Experiment, recording: Recording, profile: Profile, leap: bool = True) -> Observed:
+    """What the simulator makes of the experiment; raises `BadInput` or PolicyError like any run."""
+    outcome = simulate(setup_of(experiment, recording, profile), leap)
+    return observed(outcome)
+
+
+def observed(outcome: Outcome) -> Observed:
+    """What a run came to."""
+    times = Latencies(outcome.requests)
+    gaps, weights = inter_token_gaps(outcome.runs)
+    series = {"ttft": times.ttft, "tpot": times.tpot, "e2el": times.e2el, "itl": np.repeat(gaps, weights)}
+    scalars = _rates(times.span_s, len(times.ttft), int(times.outputs.sum()))
+    scalars["steps"] = outcome.summary["steps"]
+    scalars["preemptions"] = outcome.summary["preemptions"]
+    return Observed(scalars, series)
+
+
+def _rates(duration: float, requests: int, tokens: int) -> dict[str, float]:
+    return {
+        "duration": duration,
+        "request_throughput": requests / duration if duration else 0.0,
+        "output_throughput": tokens / duration if duration else 0.0,
+    }
+
+
+def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> Setup:
+    """The run that replays ``experiment``: one replica with vLLM's policy under the recorded limits."""
+    limits = experiment.limits
+    try:
+        model = specs.model(recording.model)
+    except LookupError as error:
+        raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
+    known = {f.name for f in fields(Vllm) if f.init}
+    settings = {key: value for key, value in limits.items() if key in known}
+    group = ReplicaGroup(
+        count=1,
+        role="mixed",
+        gpu=specs.gpu(profile.gpu),
+        tensor_parallel=profile.tensor_parallel,
+        scheduler=Vllm,
+        scheduler_settings=settings,
+        backend=Given(profile, graph_limit(limits)),
+        blocks=limits["num_gpu_blocks"] - 1,
+        block_size=limits["block_size"],
+        kv_source=f"recorded num_gpu_blocks {limits['num_gpu_blocks']}, one of them vLLM's null block",
+    )
+    return Setup(
+        variant="",
+        case=experiment.name,
+        trace=trace_of(experiment),
+        model=model,
+        max_model_len=model.max_model_len,
+        groups=[group],
+        router=RoundRobin,
+        router_settings={},
+        slo=Slo(),
+        seed=0,
+        limits=Limits(),
+    )
+
+
+def trace_of(experiment: Experiment) -> Trace:
+    """The experiment's requests; a grid's waves arrive when they were added, for they waited for each other."""
+    table = experiment.requests
+    arrival = table["added_s"] if experiment.is_grid else table["arrival_s"]
+    order = np.argsort(arrival, kind="stable")
+    columns: dict[str, Any] = {}
+    groups = table["prefix_group"]
+    if (groups >= 0).any():
+        shared = table.get("prefix_tokens")
+        if shared is None:
+            given = experiment.summary.get("prefix_tokens", experiment.limits.get("prefix_tokens"))
+            if not isinstance(given, int):
+                raise RecordingError(f"{experiment.name}: prompts share prefixes, but nothing says prefix_tokens")
+            shared = np.where(groups >= 0, given, 0)
+        columns = {"prefix_group": groups[order], "prefix_tokens": np.minimum(shared, table["prompt_tokens"])[order]}
+    return Trace(
+        arrival_ps=np.rint(arrival[order] * PS_PER_S).astype(np.int64),
+        prompt_tokens=table["prompt_tokens"][order],
+        output_tokens=table["output_tokens"][order],
+        source=f"recording, experiment {experiment.name}",
+        **columns,
+    )
+
+
+def compare(name: str, predicted: Observed, truth: Observed, again: Observed | None = None) -> list[Cell]:
+    """Every metric of an experiment, and the distance between the distributions."""
+    ours, theirs = predicted.metrics(), truth.metrics()
+    repeat = again.metrics() if again is not None else {}
+    cells = []
+    for metric, value in theirs.items():
+        if metric in ours:
+            noise = repeat[metric] / value - 1 if metric in repeat and value else None
+            cells.append(Cell(name, metric, ours[metric], value, noise))
+    for series, values in truth.series.items():
+        if len(values) and len(predicted.series.get(series, ())):
+            noise = distance(again.series[series], values) if again is not None and series in again.series else None
+            cells.append(Cell(name, f"{series}_cdf_distance", distance(predicted.series[series], values), 0.0, noise))
+    return cells
+
+
+def distance(one: Floats, other: Floats) -> float:
+    """The largest difference between two empirical CDFs, 0 to 1."""
+    one, other = np.sort(one), np.sort(other)
+    at = np.concatenate([one, other])
+    return float(
+        np.abs(np.searchsorted(one, at, "right") / len(one) - np.searchsorted(other, at, "right") / len(other)).max()
+    )
+
+
+def validate(
+    recording: Recording,
+    experiments: Sequence[Experiment],
+    profile_of: Callable[[Experiment], Profile],
+    progress: Callable[[str], None] = lambda _name: None,
+) -> list[Cell]:
+    """Predict each of ``experiments`` by the profile that ``profile_of`` gives for it."""
+    repeats = {each.repeats: each for each in recording.experiments.values() if each.repeats}
+    cells: list[Cell] = []
+    for each in experiments:
+        progress(each.name)
+        again = repeats.get(each.name)
+        predicted = predict(each, recording, profile_of(each))
+        cells += compare(each.name, predicted, recorded(each), None if again is None else recorded(again))
+    return cells
+
+
+def is_burst(experiment: Experiment) -> bool:
+    """Whether all requests were there at once, so that decisions do not depend on step times."""
+    arrival = experiment.requests["arrival_s"]
+    return bool(arrival.max() - arrival.min() <= SAME_TIME_S)
+
+
+def allowed(cell: Cell, burst: bool) -> bool | None:
+    """Whether a cell is within the bands that the project holds itself to; None for cells without one.
+
+    Duration and throughput 2 %; TPOT and E2E percentiles 5 %; TTFT percentiles 8 % or 5 ms; where the engine's own
+    repeat differs more, within that. Steps and preemptions of a burst equal.
+    """
+    if cell.metric in EXACT:
+        return cell.predicted == cell.recorded if burst else None
+    error = cell.relative_error
+    what = cell.metric.removesuffix("_ms").partition("_")
+    if error is None or what[0] == "mean" or math.isnan(error):
+        return None
+    noise = abs(cell.noise or 0.0)
+    if cell.metric in ("duration", "request_throughput", "output_throughput"):
+        return abs(error) <= max(0.02, noise)
+    if what[2] in ("tpot", "e2el"):
+        return abs(error) <= max(0.05, noise)
+    if what[2] == "ttft":
+        return abs(error) <= max(0.08, noise) or abs(cell.predicted - cell.recorded) <= 5.0
+    return None

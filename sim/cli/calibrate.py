@@ -1,0 +1,247 @@
+"""The commands ``calibrate`` and ``validate``: from recordings to profiles, and from profiles to recordings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from chairlift.backend import specs
+from chairlift.backend.calibrated.profile import Profile, ProfileError, load
+from chairlift.backend.fitting import residuals
+from chairlift.backend.fitting.fit import CalibrationError
+from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError, read
+from chairlift.backend.fitting.steps import steps_of
+from chairlift.backend.gpu.settings import Torch
+from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.calibration import fit as fitting
+from chairlift.sim.calibration import grid, validate
+from chairlift.sim.cli.terminal import console, status
+
+WIDTH = 100  # columns of a table that goes to a file or a pipe
+
+RecordingOption = Annotated[
+    Path, typer.Option("--recording", metavar="DIR", help="A recording: <model>_requests.csv.gz, _steps, _summary.")
+]
+ModelOption = Annotated[str, typer.Option("--model", metavar="M", help="The recorded model: llama-3.1-8b, opt-13b.")]
+ExperimentsOption = Annotated[
+    list[str] | None,
+    typer.Option("--experiments", metavar="E", help="Only these, separated by commas. Repeatable."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def calibrate(
+    model: ModelOption,
+    recording: Annotated[
+        Path | None,
+        typer.Option("--recording", metavar="DIR", help="A recording: <model>_requests.csv.gz, _steps, _summary."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="torch", help="Measure this engine on a grid first (some minutes), recorded in DIR."),
+    ] = None,
+    experiments: ExperimentsOption = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The profile; default <gpu>-<model>-<engine>.json.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Recorded against predicted step times, held out.")
+    ] = None,
+    name: Annotated[str, typer.Option(metavar="N", help="The profile's name; default from the recording.")] = "",
+    gpu: Annotated[
+        str, typer.Option(metavar="G", help="The GPU in Chairlift's words; default from the recording.")
+    ] = "",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Do not fit again without each experiment: no errors known.")
+    ] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fit a profile of step costs to what an engine was recorded doing.
+
+    Prints how far a fit without each experiment was off on its steps. Refuses data that cannot tell a term, and says
+    which and why. [bold]chairlift calibrate --recording DIR --model llama-3.1-8b[/bold]
+    """
+    out = console(least=WIDTH)
+    if backend not in (None, "torch"):
+        raise BadInput(Problem("must be torch, the only backend that executes steps", file="--backend", value=backend))
+    if recording is None and backend is None:
+        raise BadInput(Problem("give --recording DIR, or --backend torch to make one", file="calibrate"))
+    recording = recording or Path("recordings") / model
+    with _bad_input(), status(quiet) as progress:
+        if backend is not None:
+            grid.measure(specs.model(model), specs.gpu(gpu or "h200"), Torch(), recording, progress)
+        source = read(recording, model)
+        chosen = source.select(_names(experiments))
+        progress("fit")
+        profile = fitting.fitted(source, chosen, name, gpu)
+        held = fitting.Held() if fast else fitting.hold_out(source, chosen, progress)
+    profile = fitting.with_errors(profile, held)
+    path = out_file or Path(f"{profile.name}.json")
+    source_of = f"--recording {recording.name}" if backend is None else f"--backend {backend}"
+    command = f"chairlift calibrate {source_of} --model {model}"
+    profile.provenance["command"] = command + (f" --experiments {','.join(_names(experiments))}" if experiments else "")
+    with _bad_input():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(profile.to_json(), encoding="utf-8")
+        if plot is not None:
+            _parity(held, plot)
+    if quiet:
+        return
+    if held.steps:
+        out.print(_regimes(residuals.summary(list(held.steps.values())), "steps of experiments left out of the fit"))
+        out.print(_regimes(residuals.summary(list(held.gpu.values())), "of those, GPU time where it shows"))
+    else:
+        inside = residuals.foresee(profile.gpu_time, profile.host, steps_of(chosen))
+        out.print(_regimes(residuals.summary([inside]), "steps, in sample"))
+    for each, why in held.skipped.items():
+        out.print(f"not held out: {escape(each)}: {escape(why)}")
+    for note in profile.notes:
+        out.print(f"note: {escape(note)}")
+    out.print(f"profile {profile.name} ({profile.digest}) in {escape(str(path))}", style="dim")
+
+
+def validate_(
+    recording: RecordingOption,
+    model: ModelOption,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="P", help="A shipped profile's name, or a .json file.")
+    ] = None,
+    experiments: ExperimentsOption = None,
+    leave_one_out: Annotated[
+        bool,
+        typer.Option("--leave-one-out", help="Predict each experiment by a fit to all others; needs no --profile."),
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every cell as a list of rows.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Predict recorded experiments and compare: durations, latencies, steps, preemptions.
+
+    Each is replayed with its own arrivals, lengths and limits by the vllm policy. Grids, made to measure steps, and
+    repeats, which show the engine's own noise, are left out unless named.
+    """
+    out = console(least=WIDTH)
+    if leave_one_out == (profile is not None):
+        raise BadInput(Problem("give either --profile or --leave-one-out", file="validate"))
+    cells: list[validate.Cell] = []
+    with _bad_input(), status(quiet) as progress:
+        source = read(recording, model)
+        names = _names(experiments)
+        chosen = source.select(names)
+        if not names:
+            chosen = [each for each in chosen if not each.is_grid and not each.repeats]
+        if not chosen:
+            raise BadInput(Problem("holds grids only; name those to predict by --experiments", file=str(recording)))
+        try:
+            for each, by in _profiles(source, chosen, profile, progress):
+                found = _predicted(source, each, by, progress)
+                cells += found
+                if not quiet:
+                    out.print(_cells_table(each, found))
+        finally:
+            if json_file is not None:
+                rows = [cell.json() for cell in cells]
+                json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not quiet:
+        bursts = {each.name for each in chosen if validate.is_burst(each)}
+        judged = [validate.allowed(cell, cell.experiment in bursts) for cell in cells]
+        banded = [each for each in judged if each is not None]
+        out.print(f"{sum(banded)} of {len(banded)} cells that have a band are within it", style="bold")
+
+
+def _profiles(
+    source: Recording, chosen: Sequence[Experiment], profile: str | None, progress: Callable[[str], None]
+) -> Iterator[tuple[Experiment, Profile]]:
+    if profile is not None:
+        given = load(profile)
+        if given.model != source.model:
+            raise BadInput(Problem(f"is of {given.model}, the recording of {source.model}", file=profile))
+        yield from ((each, given) for each in chosen)
+        return
+    everything = list(source.experiments.values())
+    for each, found in fitting.leave_one_out(source, everything, chosen, progress):
+        if isinstance(found, str):
+            raise BadInput(Problem(found, file=f"without {each.name}"))
+        yield each, found
+
+
+def _predicted(
+    source: Recording, experiment: Experiment, profile: Profile, progress: Callable[[str], None]
+) -> list[validate.Cell]:
+    return validate.validate(source, [experiment], lambda _each: profile, lambda name: progress(f"predict {name}"))
+
+
+def _cells_table(experiment: Experiment, cells: Sequence[validate.Cell]) -> Table:
+    burst = validate.is_burst(experiment)
+    table = Table(title=experiment.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    for label in ("predicted", "recorded", "error", "engine's own noise", ""):
+        table.add_column(label, justify="right")
+    for cell in cells:
+        error, noise = cell.relative_error, cell.noise
+        distance = cell.metric.endswith("_cdf_distance")
+        style = "red" if validate.allowed(cell, burst) is False else None
+        table.add_row(
+            cell.metric,
+            f"{cell.predicted:,.3f}",
+            "" if distance else f"{cell.recorded:,.3f}",
+            "" if error is None or distance else f"{100 * error:+.2f} %",
+            "" if noise is None else (f"{noise:.3f}" if distance else f"{100 * noise:+.2f} %"),
+            "outside its band" if style else "",
+            style=style,
+        )
+    return table
+
+
+def _regimes(found: dict[str, dict[str, float]], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("regime")
+    for label in ("steps", "median error", "95 % below", "total time"):
+        table.add_column(label, justify="right")
+    for regime, e in found.items():
+        shares = (f"{100 * e['median']:.1f} %", f"{100 * e['p95']:.1f} %", f"{100 * e['total']:+.1f} %")
+        table.add_row(regime, f"{e['steps']:,.0f}", *shares)
+    return table
+
+
+def _parity(held: fitting.Held, path: Path) -> None:
+    """Recorded against predicted step times, an HTML page that needs no network."""
+    from plotly import graph_objects
+
+    figure = graph_objects.Figure()
+    for name, each in held.steps.items():
+        every = max(1, len(each.recorded) // 2000)
+        figure.add_scatter(
+            x=(each.predicted[::every] * 1e3).round(3),
+            y=(each.recorded[::every] * 1e3).round(3),
+            mode="markers",
+            marker={"size": 4},
+            name=name,
+        )
+    figure.add_scatter(x=[2, 500], y=[2, 500], mode="lines", name="equal", line={"color": "black", "width": 1})
+    figure.update_xaxes(type="log", title="predicted, ms")
+    figure.update_yaxes(type="log", title="recorded, ms")
+    figure.update_layout(title="Step times of experiments left out of the fit")
+    figure.write_html(path, include_plotlyjs=True)
+
+
+def _names(experiments: list[str] | None) -> list[str]:
+    return [name.strip() for each in experiments or [] for name in each.split(",") if name.strip()]
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """Recordings and profiles that cannot be used are bad input, as are files that cannot be written."""
+    try:
+        yield
+    except (RecordingError, ProfileError, CalibrationError, OSError) as error:
+        raise BadInput(Problem(str(error))) from None

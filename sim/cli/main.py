@@ -1,0 +1,324 @@
+"""The command line: ``chairlift run``, ``list``, ``schema``, ``trace describe``; others in ``cli_*`` modules."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from chairlift.backend import specs
+from chairlift.policies.base import PolicyError
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.calibration import uncertainty
+from chairlift.sim.cli import agree as cli_agree
+from chairlift.sim.cli import calibrate as cli_profile
+from chairlift.sim.cli import compare as cli_compare
+from chairlift.sim.cli import plan as cli_plan
+from chairlift.sim.cli import report as cli_report
+from chairlift.sim.cli import sweep as cli_sweep
+from chairlift.sim.cli.terminal import console, progress, status
+from chairlift.sim.report import tables as report
+from chairlift.sim.results import reader as results
+from chairlift.sim.results import writer as output
+from chairlift.sim.results.metrics import PS_PER_S
+from chairlift.sim.scenario import plugins
+from chairlift.sim.scenario.load import load
+from chairlift.sim.scenario.resolve import BACKENDS
+from chairlift.sim.simulate import Outcome, simulate
+from chairlift.sim.study import Study
+from chairlift.sim.workload import named
+from chairlift.sim.workload.describe import table as trace_table
+from chairlift.sim.workload.formats import read as formats
+
+app = typer.Typer(
+    name="chairlift",
+    help="Replay LLM request traces against swappable serving schedulers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
+
+SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
+SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps", "plans")
+
+FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
+WIDTH = 100  # columns of a table that goes to a file or a pipe
+
+out = console(least=WIDTH)
+err = console(stderr=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"chairlift {version('chairlift')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    scenario: Annotated[str, typer.Argument(help="A scenario file, or the name of a shipped one.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set compare.0.policy.batch=8. Repeatable."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="P",
+            help="Run this policy instead of the file's: a name, or file.py[:Class]. Twice: compare.",
+        ),
+    ] = None,
+    backend: Annotated[str | None, typer.Option(metavar="B", help="Price steps with this backend.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where results go; default runs/<scenario>.")
+    ] = None,
+    no_leap: Annotated[
+        bool, typer.Option("--no-leap", help="Take every engine step on its own: the same results, slowly.")
+    ] = False,
+    draws: Annotated[
+        int, typer.Option("--uncertainty", metavar="N", min=0, help="N more runs with other seeds and profile errors.")
+    ] = 0,
+    trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json (or comparison.json) instead.")] = False,
+    events: Annotated[
+        bool | None,
+        typer.Option(
+            "--events/--no-events",
+            help="Keep what happens to each request, for report and explain; default: up to 20,000 requests a run.",
+        ),
+    ] = None,
+    report_: Annotated[bool, typer.Option("--report", help="Write report.html too: pictures of the run.")] = False,
+) -> None:
+    """Simulate a scenario: a table here, and summary.json, requests.parquet, steps.parquet in DIR.
+
+    [bold]chairlift run anyscale_23x[/bold] replays the continuous-batching post.
+    """
+    path = find_scenario(scenario)
+    study = load(path, set_ or [], policy or [], backend, trust)
+
+    def again(draw: int) -> Study:
+        seed = study.setups[0].seed + draw
+        return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust)
+
+    folder = out_dir or Path("runs") / study.name
+    writer = output.Writer(folder, study)
+    outcomes: list[Outcome] = []
+    try:
+        journal = True if report_ and events is None else events
+        for outcome in _simulated(study, not no_leap, quiet or as_json, journal):
+            outcomes.append(outcome)
+            writer.add(outcome)
+        if draws:
+            with status(quiet or as_json) as told:
+                spread = uncertainty.repeat(study, again, draws, folder, told)
+    except KeyboardInterrupt:
+        err.print(f"interrupted: {len(outcomes)} of {len(study.setups)} runs are in {escape(str(folder))}")
+        raise typer.Exit(130) from None
+    finally:
+        writer.close(outcomes)
+    drawn = cli_report.draw(results.read(folder), folder / "report.html") if report_ else ""
+    if as_json:
+        name = "comparison.json" if len(study.setups) > 1 else "summary.json"
+        sys.stdout.write((folder / name).read_text(encoding="utf-8"))
+    elif not quiet:
+        report.show(out, study, outcomes)
+        wall = sum(o.summary["wall_s"] for o in outcomes)
+        count = sum(len(o.requests.status) for o in outcomes)
+        if draws:
+            out.print(uncertainty.table(spread))
+        out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
+        if drawn:
+            out.print(drawn, soft_wrap=True)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
+) -> None:
+    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers, sweeps, plans."""
+    if kind not in SCENARIO_KINDS:
+        raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
+    table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)
+    for row in _rows(kind, table):
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+@app.command()
+def schema(
+    sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Of plan files instead.")] = False,
+) -> None:
+    """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
+    from chairlift.sim.cli.schema import plan_schema, scenario_schema, sweep_schema
+
+    found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
+
+
+@trace_app.command("describe")
+def describe(
+    file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help=f"{', '.join(formats.NAMES)}; default: detected."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print counts, length percentiles, burstiness and prefix reuse of a trace."""
+    from chairlift.sim.workload.describe import describe as facts
+
+    trace = formats.load(file, format_, limit)
+    if as_json:
+        sys.stdout.write(json.dumps(facts(trace), indent=2) + "\n")
+    else:
+        out.print(trace_table(trace, file.name))
+
+
+app.command()(cli_profile.calibrate)
+app.command("validate")(cli_profile.validate_)
+
+
+def find_scenario(name: str) -> Path:
+    """The file that ``name`` means: a path, or a shipped scenario, its folder told or not. Raises `BadInput`."""
+    path = Path(name)
+    shipped = _shipped()
+    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
+        return path
+    if name in shipped:
+        return shipped[name]
+    if named := [file for full, file in shipped.items() if full.rpartition("/")[2] == name]:
+        return named[0]
+    if len(path.parts) > 1 and path.parts[0] not in {full.partition("/")[0] for full in shipped}:
+        return path
+    known = {*shipped, *(full.rpartition("/")[2] for full in shipped)}
+    rule = f"no such file, and no scenario of that name{did_you_mean(name, sorted(known))}"
+    raise BadInput(Problem(rule, value=name))
+
+
+def _shipped() -> dict[str, Path]:
+    """Shipped scenarios by name, those in folders last: ``research/policy_zoo``."""
+    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(cli_sweep.SWEEPS.rglob("*")) - set(cli_plan.PLANS.rglob("*")))
+    files.sort(key=lambda file: (len(file.parts), file))
+    return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
+
+
+def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> Iterator[Outcome]:
+    done = 0
+    with progress(study, err, silent) as advance:
+        for setup in study.setups:
+            label = " ".join(filter(None, (setup.case, setup.variant))) or study.name
+            times = setup.trace.arrival_ps if setup.trace.follows is None else None  # who follows comes later than this
+            advance(done, label, None)
+
+            def arrived(count: int, before: int = done, label: str = label, times: Any = times) -> None:
+                advance(before + count, label, None if times is None else float(times[count - 1]) / PS_PER_S)
+
+            yield simulate(setup, leap, arrived, len(setup.trace) <= FEW if journal is None else journal)
+            done += len(setup.trace)
+
+
+def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
+    if kind in ("policies", "routers"):
+        found: Any = plugins.schedulers() if kind == "policies" else plugins.routers()
+        for name, each in found.items():
+            yield name, plugins.summary(each)
+            for field, info in plugins.settings(each).model_fields.items():
+                yield "", f"  {field}: {plugins.type_name(info)} = {info.default!r}"
+    elif kind == "models":
+        for label in (
+            "model",
+            "layers",
+            "hidden",
+            "heads",
+            "KV heads",
+            "params, B",
+            "KV B/token",
+            "max length",
+        ):
+            table.add_column(label, justify="left" if label == "model" else "right")
+        for name, m in specs.MODELS.items():
+            numbers = (
+                m.layers,
+                m.hidden,
+                m.heads,
+                m.kv_heads,
+                f"{m.parameters / 1e9:.2f}",
+                m.kv_bytes_per_token,
+            )
+            yield (name, *map(str, numbers), str(m.max_model_len))
+    elif kind == "gpus":
+        for label in ("gpu", "TFLOP/s", "GB/s", "GiB", "links GB/s", "$/h", "seen"):
+            table.add_column(label, justify="left" if label in ("gpu", "seen") else "right")
+        for name, g in specs.GPUS.items():
+            peaks = (g.bf16_tflops, g.hbm_gb_per_s, g.memory_gib, g.nvlink_gb_per_s, g.usd_per_gpu_hour)
+            yield (name, *(f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
+    elif kind == "scenarios":
+        for name, path in _shipped().items():
+            yield name, _question(path)
+    elif kind in ("sweeps", "plans"):
+        for path in sorted((SCENARIOS / kind).glob("*.yaml")):
+            yield path.stem, _question(path)
+    elif kind == "backends":
+        for name, settings in BACKENDS.items():
+            yield name, plugins.summary(settings)
+    else:
+        for name in named.names():
+            yield name, named.get(name).text
+
+
+def _question(path: Path) -> str:
+    from chairlift.sim.scenario.yaml_document import read
+
+    question, mark, _ = str(read(path).data.get("question", "")).strip().partition("?")
+    return question + mark
+
+
+app.command("sweep")(cli_sweep.sweep)
+app.command("compare")(cli_compare.compare)
+app.command("agree")(cli_agree.agree)
+app.command()(cli_report.report)
+app.command()(cli_report.explain)
+app.command("plan")(cli_plan.plan)
+
+
+def main() -> None:
+    """The console script: bad input is one message and exit status 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except BadInput as error:
+        for problem in error.problems:
+            err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except PolicyError as error:
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except Exception as error:
+        blamed = plugins.blame(error)
+        if blamed is None:
+            raise
+        err.print(f"[red]error:[/red] {escape(str(blamed))}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,64 @@
+"""The JSON Schemas of scenario files, with the settings of all policies, routers and backends, and of sweep files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chairlift.backend import specs
+from chairlift.sim.plan.file import PlanFile
+from chairlift.sim.scenario import plugins
+from chairlift.sim.scenario.resolve import BACKENDS
+from chairlift.sim.scenario.schema import Scenario
+from chairlift.sim.sweep.file import Based, SweepFile
+
+
+def scenario_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) that an editor can check and complete scenario YAML with."""
+    schema = Scenario.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Chairlift scenario"
+    choices: dict[str, dict[str, Any]] = {
+        "policy": {"anyOf": [*_choices(dict(plugins.schedulers())), {"type": "string", "pattern": r"\.py(:\w+)?$"}]},
+        "router": {"anyOf": _choices(dict(plugins.routers()))},
+        "backend": {"anyOf": _choices(dict(BACKENDS))},
+        "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _settings(specs.Model)]},
+        "gpu": {"anyOf": [{"enum": list(specs.GPUS)}, {"type": "string"}, _settings(specs.GPU)]},
+    }
+    for holder in (schema, schema["$defs"]["Variant"]):
+        for key, choice in choices.items():
+            holder["properties"][key] = {**choice, "description": holder["properties"][key]["description"]}
+    return schema
+
+
+def sweep_schema() -> dict[str, Any]:
+    """The same for sweep YAML; a list stands for an axis of these values."""
+    return _with_axes(SweepFile, "sweep")
+
+
+def plan_schema() -> dict[str, Any]:
+    """The same for plan YAML."""
+    return _with_axes(PlanFile, "plan")
+
+
+def _with_axes(kind: type[Based], name: str) -> dict[str, Any]:
+    schema = kind.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"Chairlift {name}"
+    axis = schema["$defs"]["Axis"]
+    schema["$defs"]["Axis"] = {"anyOf": [{"type": "array", "minItems": 1}, axis]}
+    return schema
+
+
+def _choices(kinds: dict[str, type[Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"enum": list(kinds)}]
+    for name, kind in kinds.items():
+        settings = _settings(kind)
+        settings["properties"] = {"name": {"const": name}, **settings.get("properties", {})}
+        settings["required"] = ["name", *settings.get("required", [])]
+        settings["description"] = plugins.summary(kind)
+        found.append(settings)
+    return found
+
+
+def _settings(kind: type[Any]) -> dict[str, Any]:
+    return plugins.settings(kind).model_json_schema()  # type: ignore[arg-type]  # a class is hashable

@@ -1,0 +1,100 @@
+"""What a terminal shows while a run is simulated, and a run's load in one line of text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from chairlift.sim.results.metrics import PS_PER_S
+from chairlift.sim.study import Study
+
+Advance = Callable[[int, str, float | None], None]  # requests arrived, what runs, simulated seconds
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+WIDTH = 40  # characters of a sparkline
+
+
+def console(stderr: bool = False, least: int = 0) -> Console:
+    """A console without colours in CI, as `NO_COLOR` has it and as in pipes; in those ``least`` columns wide."""
+    made = Console(stderr=stderr, highlight=False, no_color=True if os.environ.get("CI") else None)
+    if not made.is_terminal:
+        made.width = max(made.width, least)
+    return made
+
+
+@contextmanager
+def status(silent: bool) -> Iterator[Callable[[str], None]]:
+    """What is being done just now, on a terminal; nothing in pipes."""
+    err = console(stderr=True)
+    if silent or not err.is_terminal:
+        yield lambda _what: None
+        return
+    with err.status("") as shown:
+        yield lambda what: shown.update(escape(what))
+
+
+class _Rate(ProgressColumn):
+    """Requests per second of wall time."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f}/s", style="progress.data.speed")
+
+
+@contextmanager
+def progress(study: Study, to: Console, silent: bool) -> Iterator[Advance]:
+    """A bar over the requests of ``study`` with simulated time, requests/s and time left; nothing in pipes and CI."""
+    if silent or not to.is_terminal or os.environ.get("CI"):
+        yield lambda _count, _label, _now: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,}/{task.total:,} requests"),
+        _Rate(),
+        TextColumn("{task.fields[at]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    total = sum(len(setup.trace) for setup in study.setups)
+    with Progress(*columns, console=to, transient=True) as bar:
+        task = bar.add_task("", total=total, at="")
+
+        def advance(count: int, label: str, now: float | None) -> None:
+            at = "" if now is None else f"· simulated {now:,.0f} s ·"
+            bar.update(task, completed=count, description=label, at=at)
+
+        yield advance
+
+
+def sparkline(values: npt.NDArray[np.float64]) -> str:
+    """One block a value, the highest for the largest; a space where there is nothing at all."""
+    top = float(values.max()) if len(values) else 0.0
+    if top <= 0:
+        return " " * len(values)
+    level = np.minimum((values / top * len(BLOCKS)).astype(int), len(BLOCKS) - 1)
+    return "".join(" " if v <= 0 else BLOCKS[i] for v, i in zip(values.tolist(), level.tolist(), strict=True))
+
+
+def inside(
+    arrival_ps: npt.NDArray[np.int64], finished_ps: npt.NDArray[np.int64], bins: int = WIDTH
+) -> npt.NDArray[np.float64]:
+    """How many requests were in the system, on average over each of ``bins`` equal parts of the run."""
+    begin, end = float(arrival_ps.min()), float(max(finished_ps.max(), arrival_ps.min() + 1))
+    edges = np.linspace(begin, end, bins + 1) / PS_PER_S
+    area = np.zeros(bins + 1)
+    for times, sign in ((arrival_ps, 1.0), (finished_ps, -1.0)):  # the integral of a step is a ramp
+        ordered = np.sort(times / PS_PER_S)
+        so_far = np.concatenate(([0.0], np.cumsum(ordered)))
+        count = np.searchsorted(ordered, edges)
+        area += sign * (count * edges - so_far[count])
+    level: npt.NDArray[np.float64] = np.maximum(np.diff(area), 0) / (edges[1] - edges[0])
+    return np.where(level < 1e-6, 0.0, level)

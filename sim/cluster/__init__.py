@@ -1,0 +1,1 @@
+"""Replicas on one clock: routing, failures, autoscaling, timeouts and transfers of KV."""

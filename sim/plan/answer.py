@@ -1,0 +1,228 @@
+"""All that a plan asks for, answered: capacities, the cheapest systems, headroom, the front, and what they rest on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.plan.bounds import Bound, bound
+from chairlift.sim.plan.capacity import Capacity, find
+from chairlift.sim.plan.cheapest import Entry, Race, race
+from chairlift.sim.plan.file import BuyingPlan, Candidate, price_of
+from chairlift.sim.plan.headroom import Headroom, headroom
+from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.replications import Simulations
+from chairlift.sim.plan.vllm_command import commands
+
+MOST_CAPACITIES = 64  # systems, without a rate to buy for
+ROUGH = 0.05  # precision of capacities on a front
+MOST_ON_FRONT = 8
+
+
+@dataclass
+class Point:
+    """A system on, or behind, the front."""
+
+    candidate: Candidate
+    latency_ms: float  # of the first promise that is a percentile, at the rate bought for
+    latency_name: str
+    capacity: Capacity
+    is_best: bool = True  # no other is cheaper, faster and serves more
+
+
+@dataclass
+class Answer:
+    """What a plan came to; unfinished parts are empty."""
+
+    plan: BuyingPlan
+    capacities: list[tuple[Candidate, Capacity]] = field(default_factory=list)
+    races: list[Race] = field(default_factory=list)
+    headroom: list[Headroom] = field(default_factory=list)
+    front: list[Point] = field(default_factory=list)
+    assumptions: dict[str, str] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The system that the commands and assumptions are of."""
+        if self.races:
+            return next((r.winner.candidate for r in reversed(self.races) if r.winner), None)
+        found = [candidate for candidate, capacity in self.capacities if capacity.reached]
+        return found[0] if found else self.plan.today
+
+    @property
+    def failed(self) -> bool:
+        """Whether a question has no answer within the space."""
+        lost = any(race.winner is None for race in self.races)
+        return lost or (bool(self.capacities) and not any(c.reached for _, c in self.capacities))
+
+
+def check_promises(plan: BuyingPlan) -> None:
+    """Raise `BadInput` where a promise is to a tenant or a priority that no request has."""
+    setup = next((c.setup for c in [*plan.candidates, plan.today] if c is not None and c.setup is not None), None)
+    if setup is None:
+        return
+    problems = []
+    for j, promise in enumerate(plan.spec.slo):
+        if promise.tenant is not None and promise.tenant not in setup.trace.tenants:
+            hint = did_you_mean(promise.tenant, list(setup.trace.tenants))
+            problems.append(plan.document.problem(("slo", j, "tenant"), f"no such tenant{hint}", promise.tenant))
+        known = set() if setup.trace.priority is None else set(setup.trace.priority.tolist())
+        if promise.priority is not None and promise.priority not in known:
+            rule = f"no request has this priority – there are {', '.join(map(str, sorted(known))) or 'none'}"
+            problems.append(plan.document.problem(("slo", j, "priority"), rule, promise.priority))
+    if problems:
+        raise BadInput(problems)
+
+
+def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
+    """The answer, again after each part; what is there when one stops is right as far as it goes."""
+    for answer in _parts(plan, runs, told):
+        conclude(answer, runs)
+        yield answer
+
+
+def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
+    answer = Answer(plan)
+    spec, promises, effort = plan.spec, plan.spec.slo, plan.spec.search.effort()
+    bounds = cache_bounds(promises)
+    fitting = [candidate for candidate in plan.candidates if candidate.setup is not None]
+    if not fitting and plan.today is None:
+        raise BadInput(nowhere(plan))
+    check_promises(plan)
+    if plan.today is not None and spec.rates:
+        today = plan.today
+        rate = spec.rates[0]
+        answer.headroom = headroom(
+            today, rate, spec.headroom, promises, bounds, lambda c, cv: runs.of(c, cv), effort, told
+        )
+        answer.capacities = [(today, answer.headroom[0].capacity)]
+        yield answer
+    elif plan.today is not None or not spec.rates:
+        systems = [plan.today] if plan.today is not None else fitting
+        if len(systems) > MOST_CAPACITIES:
+            rule = f"is required to choose from {len(systems)} systems: the load to buy for"
+            raise BadInput(plan.document.problem(("rate_per_s",), rule))
+        for candidate in systems:
+            told(candidate.name)
+            limit = bounds(candidate)
+            answer.capacities.append(
+                (candidate, find(runs.of(candidate), promises, limit.rate_per_s / 2, limit.rate_per_s, effort, told))
+            )
+            answer.capacities.sort(key=lambda each: _per_million(*each))
+            yield answer
+    if not spec.rates or (plan.today is not None and not spec.keys()):
+        yield answer
+        return
+    for rate in spec.rates:
+        told(f"{rate:g}/s")
+        found = race(plan.candidates, bounds, runs.of, promises, rate, effort, spec.front, told=told)
+        answer.races.append(found)
+        yield answer
+    if spec.front and answer.races[-1].winner is not None:
+        for entry in answer.races[-1].of("kept")[:MOST_ON_FRONT]:
+            told(f"front: {entry.candidate.name}")
+            answer.front.append(_point(entry, promises, runs, bounds, plan))
+            mark(answer.front)
+            yield answer
+
+
+def cache_bounds(promises: list[Promise]) -> Callable[[Candidate], Bound]:
+    """`bound`, worked out once for each candidate."""
+    known: dict[int, Bound] = {}
+
+    def bounds(candidate: Candidate) -> Bound:
+        if id(candidate.document) not in known:
+            known[id(candidate.document)] = bound(candidate, promises)
+        return known[id(candidate.document)]
+
+    return bounds
+
+
+def _per_million(candidate: Candidate, capacity: Capacity) -> float:
+    return candidate.usd_per_hour / capacity.rate_per_s if capacity.reached else math.inf
+
+
+def _point(
+    entry: Entry,
+    promises: list[Promise],
+    runs: Simulations,
+    bounds: Callable[[Candidate], Bound],
+    plan: BuyingPlan,
+) -> Point:
+    assert entry.verdict is not None
+    rate = entry.verdict.rate_per_s
+    effort = plan.spec.search.effort(max(ROUGH, plan.spec.search.precision))
+    capacity = find(runs.of(entry.candidate), promises, rate, bounds(entry.candidate).rate_per_s, effort)
+    name = latency_of(promises)
+    mean = entry.verdict.figures.get(name, (math.inf, 0, 0))[0]
+    return Point(entry.candidate, mean, name, capacity)
+
+
+def latency_of(promises: list[Promise]) -> str:
+    """The figure that stands for latency: the first promised percentile, else p99 of the first limit."""
+    for promise in promises:
+        if len(limits := promise.limits()) == 1:
+            return f"p{100 * promise.wanted:g}_{next(iter(limits))}_ms"
+    return f"p99_{next(iter(promises[0].limits()))}_ms"
+
+
+def mark(front: list[Point]) -> None:
+    """Say of each point whether another is at least as good in price, latency and capacity, and better in one."""
+
+    def scores(point: Point) -> tuple[float, float, float]:
+        return point.candidate.usd_per_hour, point.latency_ms, -point.capacity.rate_per_s
+
+    for point in front:
+        point.is_best = not any(
+            all(a <= b for a, b in zip(scores(other), scores(point), strict=True)) and scores(other) != scores(point)
+            for other in front
+        )
+
+
+def nowhere(plan: BuyingPlan) -> list[Problem]:
+    """Nothing fits: why, once for each reason, and what would."""
+    reasons = dict.fromkeys(candidate.misfit for candidate in plan.candidates)
+    head = plan.document.problem(("axes",), f"none of {len(plan.candidates)} systems can be")
+    return [head, *(Problem(reason, file=plan.document.path) for reason in list(reasons)[:6])]
+
+
+def conclude(answer: Answer, runs: Simulations) -> None:
+    """Fill in what the answer rests on."""
+    plan, chosen = answer.plan, answer.chosen
+    lines: dict[str, str] = {f"promise {j + 1}": str(p) for j, p in enumerate(plan.spec.slo)}
+    if chosen is not None and chosen.setup is not None:
+        setup = chosen.setup
+        kv: Any = chosen.document.data.get("kv") or {}
+        answer.commands = commands(setup, kv.get("memory_utilization", 0.9))
+        lines["system"] = chosen.name
+        lines["workload"] = "; ".join((setup.trace.source, *setup.trace.notes))
+        if plan.unit == "sessions":
+            lines["rate"] = "sessions that start each second, not requests"
+        for group in setup.groups:
+            backend = group.make_backend(setup.model)
+            lines |= backend.assumptions()
+            what = f"KV pool, {group.count} × {group.role}" if len(setup.groups) > 1 else "KV pool"
+            lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+            price = price_of(plan.prices, group.gpu.name)
+            if price is not None:
+                seen = ", ".join(filter(None, (price.date and f"seen {price.date}", price.source)))
+                lines[f"price of {group.gpu.name}"] = f"${price.usd_per_gpu_hour:g} a GPU-hour" + (
+                    f" ({seen})" * bool(seen)
+                )
+    kinds = {candidate.backend for candidate in plan.candidates if candidate.setup is not None}
+    if len(kinds) > 1:
+        lines["cost models differ"] = f"{'; '.join(sorted(kinds))}: systems of different ones compare less surely"
+    lines["simulated"] = (
+        f"{runs.simulated_s / 3600:,.1f} hours of service; {runs.simulated + runs.known:,} requests, "
+        f"{runs.known:,} of them by an earlier run of this plan"
+    )
+    lines["seeds"] = f"{plan.spec.search.seed} and on, the same requests for every system and rate"
+    lines["intervals"] = (
+        f"{100 * plan.spec.search.confidence:g} %: at the low end all promises are proven kept, at the high end one is "
+        "proven broken, by Student's t over independent replications; errors of step costs are not in it"
+    )
+    answer.assumptions = lines

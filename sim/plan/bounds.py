@@ -1,0 +1,125 @@
+"""What cannot be, without simulating it: models that do not fit, rates and latencies that no schedule reaches.
+
+Each bound takes the step costs that the simulation itself would take, at their best: every decode in the cheapest
+batch that the KV pool and the policy allow, every prompt token in the cheapest chunk, both at once for nothing. What
+such a system cannot do, no schedule of the same costs can. Prompts that may share prefixes count as nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from chairlift.backend.base import Backend, Batch, Chunk
+from chairlift.sim.plan.file import Candidate
+from chairlift.sim.plan.promises import METRICS, Promise
+from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.results.metrics import PS_PER_MS, PS_PER_S
+from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.workload.clients import starts
+from chairlift.sim.workload.trace import Trace
+
+SLACK = 0.97  # of a bound's time: batches between those tried may be a little cheaper
+MOST_SEQUENCES = 4096
+CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a candidate can do at most."""
+
+    rate_per_s: float  # in the workload's own rate: with sessions, starts of them
+    impossible: str  # why it keeps the promises at no rate; "" if it may
+
+
+def bound(candidate: Candidate, promises: Sequence[Promise]) -> Bound:
+    """The bound of a candidate that fits."""
+    setup = candidate.setup
+    assert setup is not None
+    trace = setup.trace
+    reuse = Identity.shares(trace) or trace.hash_ids is not None
+    prompts = trace.prompt_tokens.astype(np.float64)
+    decodes = trace.output_tokens.astype(np.float64) - 1
+    rates: dict[str, float] = {}
+    for group in setup.groups:
+        prompt_s, decode_s = _seconds(setup, group, prompts, decodes)
+        prompt_s *= not reuse
+        need = {"prefill": prompt_s, "decode": decode_s}.get(group.role, max(prompt_s, decode_s))
+        rates[group.role] = rates.get(group.role, 0.0) + (group.count / need if need > 0 else np.inf)
+    per_start = len(trace) / starts(trace)
+    return Bound(float(min(rates.values())) / per_start, _impossible(setup, promises, reuse))
+
+
+def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats) -> tuple[float, float]:
+    """Least seconds of a replica for an average request: its prompt, and its further tokens."""
+    backend = group.make_backend(setup.model)
+    scheduler = group.make_scheduler()
+    cheapest = _prompt_token(backend, getattr(scheduler, "token_limit", None))
+    total = float(decodes.sum())
+    if total == 0:
+        return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, 0.0
+    context = float((decodes * (prompts + (decodes + 1) / 2)).sum()) / total
+    room = group.blocks * group.block_size / max(1.0, float(prompts.min()))
+    most = int(min(MOST_SEQUENCES, max(1.0, room), getattr(scheduler, "max_num_seqs", None) or MOST_SEQUENCES))
+    sizes = sorted({*range(1, min(most, 512) + 1), *np.geomspace(1, most, 64).astype(int).tolist(), most})
+    each = min(backend.step(Batch((), b, round(b * context))).first / b for b in sizes)
+    return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, each * float(decodes.mean()) * SLACK / PS_PER_S
+
+
+def _prompt_token(backend: Backend, limit: int | None) -> float:
+    """Least picoseconds of a prompt token, attention to what was before left out."""
+    sizes = [n for n in CHUNKS if limit is None or n <= limit] + ([limit] if limit else [])
+    return min(backend.step(Batch((Chunk(0, n),), 0, 0)).first / n for n in sizes)
+
+
+def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
+    """A promise that breaks even for a request that is alone; "" if there is none."""
+    trace = setup.trace
+    fastest: dict[str, Floats] = {}
+    for group in setup.groups:
+        backend = group.make_backend(setup.model)
+        if group.role != "decode":
+            ttft = trace.prompt_tokens * (_prompt_token(backend, None) * SLACK) / PS_PER_MS
+            known = fastest.get("ttft")
+            fastest["ttft"] = ttft if known is None else np.minimum(known, ttft)
+        if group.role != "prefill":
+            lengths = np.unique(trace.prompt_tokens)
+            costs = np.array([backend.step(Batch((), 1, int(n))).first for n in lengths.tolist()]) / PS_PER_MS
+            tpot = costs[np.searchsorted(lengths, trace.prompt_tokens)] * SLACK
+            known = fastest.get("tpot")
+            fastest["tpot"] = tpot if known is None else np.minimum(known, tpot)
+    if reuse:
+        fastest["ttft"] = np.zeros(len(trace))
+    fastest["e2el"] = fastest["ttft"] + fastest["tpot"] * (trace.output_tokens - 1)
+    fastest["itl"] = fastest["tpot"]
+    for promise in promises:
+        counted, good = _counted(promise, trace), np.ones(len(trace), dtype=bool)
+        for metric, limit in promise.limits().items():
+            good &= fastest[metric] <= limit
+        weights = counted * (trace.output_tokens - 1 if "itl" in promise.limits() else 1)
+        share = float((weights * good).sum() / weights.sum()) if weights.sum() else 1.0
+        # by less than a percent a sample of requests may just be unlucky
+        if share < promise.wanted - 0.01:
+            quantiles = ", ".join(
+                f"p{100 * promise.wanted:g} {METRICS[metric]} is at least "
+                f"{float(f'{np.quantile(fastest[metric][counted], promise.wanted):.3g}'):,g} ms"
+                for metric in promise.limits()
+            )
+            return f"{promise} cannot be kept even by a request that is alone: {quantiles}"
+    return ""
+
+
+def _counted(promise: Promise, trace: Trace) -> npt.NDArray[np.bool_]:
+    counted = np.ones(len(trace), dtype=bool)
+    if promise.tenant is not None and trace.tenant is not None:
+        counted &= np.array(trace.tenants)[trace.tenant] == promise.tenant
+    if promise.priority is not None and trace.priority is not None:
+        counted &= trace.priority == promise.priority
+    if list(promise.limits()) == ["tpot"]:
+        counted &= trace.output_tokens > 1
+    return counted

@@ -1,0 +1,125 @@
+"""The cheapest system that keeps its promises at a rate: bounds first, then a race in order of price.
+
+A system that a bound excludes is never simulated, and neither is one dearer than the answer. The others meet the same
+requests, in growing numbers, until it is proven that they keep all promises or break one: what is far off falls out
+after a few thousand requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from chairlift.sim.plan.bounds import Bound
+from chairlift.sim.plan.capacity import FIRST, MOST, SCREEN, Effort, Measure
+from chairlift.sim.plan.file import Candidate
+from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.verdict import Verdict, judge
+
+LONGER = 8  # times the requests to begin with, at most, before it is too close to say
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one candidate at one rate."""
+
+    candidate: Candidate
+    outcome: str  # "kept", "broken", "open" (too close to say), "excluded" (by a bound), "dearer"
+    why: str
+    verdict: Verdict | None = None
+
+
+@dataclass
+class Race:
+    """The answer for one rate."""
+
+    rate_per_s: float
+    winner: Entry | None
+    entries: list[Entry] = field(default_factory=list)  # of all candidates, in order of price
+
+    def of(self, outcome: str) -> list[Entry]:
+        """Those with this outcome."""
+        return [entry for entry in self.entries if entry.outcome == outcome]
+
+
+def decide(measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort) -> Verdict:
+    """Whether all promises are kept at ``rate``: as many requests as it takes to prove it, within limits."""
+    requests, replications = effort.requests, SCREEN
+    most = min(effort.most_requests, LONGER * effort.requests)
+    while True:
+        verdict = judge(promises, measure(rate, requests, replications), rate, requests, effort.confidence)
+        if verdict.proof < 0 or (verdict.proof > 0 and replications >= FIRST and not verdict.is_short):
+            return verdict
+        if verdict.is_short and requests < most and replications >= FIRST:
+            requests = min(most, requests * 2)
+        elif replications < MOST:
+            replications *= 2
+        elif requests < most:
+            requests = min(most, requests * 2)
+        else:
+            return verdict
+
+
+def race(
+    candidates: Iterable[Candidate],
+    bounds: Callable[[Candidate], Bound],
+    measure: Callable[[Candidate], Measure],
+    promises: Sequence[Promise],
+    rate: float,
+    effort: Effort,
+    each_system: bool = False,
+    prune: bool = True,
+    told: Callable[[str], None] = lambda _: None,
+) -> Race:
+    """Race ``candidates`` for ``rate``.
+
+    ``each_system``: also find the cheapest of each system that differs in more than the number of replicas.
+    ``prune=False`` simulates whatever can be simulated: the truth that pruning is held to.
+    """
+    ordered = sorted(candidates, key=lambda c: (c.usd_per_hour, c.name))
+    entries: list[Entry] = []
+    winner: Entry | None = None
+    served: set[str] = set()
+    for _, tier in groupby(ordered, key=lambda c: c.usd_per_hour):
+        kept: list[Entry] = []
+        for candidate in tier:
+            entry = _excluded(candidate, bounds, rate) if prune or candidate.setup is None else None
+            if entry is None and prune and winner is not None:
+                if not each_system:
+                    entry = Entry(candidate, "dearer", f"{winner.candidate.name} will do for less")
+                elif candidate.system in served:
+                    entry = Entry(candidate, "dearer", "fewer replicas of it will do")
+            if entry is None:
+                told(f"{candidate.name}, ${candidate.usd_per_hour:,.2f}/h")
+                verdict = decide(measure(candidate), promises, rate, effort)
+                entry = Entry(candidate, *_said(verdict, promises), verdict)
+            entries.append(entry)
+            if entry.outcome == "kept":
+                kept.append(entry)
+                served.add(candidate.system)
+        if winner is None and kept:  # of equal price, the one with most to spare
+            winner = min(kept, key=lambda e: e.verdict.gap if e.verdict else math.inf)
+    return Race(rate, winner, entries)
+
+
+def _excluded(candidate: Candidate, bounds: Callable[[Candidate], Bound], rate: float) -> Entry | None:
+    if candidate.setup is None:
+        return Entry(candidate, "excluded", candidate.misfit)
+    found = bounds(candidate)
+    if found.impossible:
+        return Entry(candidate, "excluded", found.impossible)
+    if found.rate_per_s < rate:
+        return Entry(candidate, "excluded", f"cannot serve more than {found.rate_per_s:.3g}/s, however scheduled")
+    return None
+
+
+def _said(verdict: Verdict, promises: Sequence[Promise]) -> tuple[str, str]:
+    worst = max(range(len(promises)), key=lambda j: verdict.kept[j].logit_gap)
+    kept = verdict.kept[worst]
+    share = f"{100 * kept.share:.3g} % [{100 * kept.low:.3g}, {100 * kept.high:.3g}]"
+    if verdict.is_short and verdict.proof >= 0:
+        return "open", f"waits had not settled after {verdict.requests:,} requests"
+    outcome = {1: "kept", -1: "broken", 0: "open"}[verdict.proof]
+    return outcome, f"{promises[worst]}: {share} of {100 * promises[worst].wanted:g} %"

@@ -1,0 +1,313 @@
+"""A plan's answer on the terminal, as JSON and as Parquet."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from chairlift.sim.plan.answer import Answer
+from chairlift.sim.plan.capacity import Capacity
+from chairlift.sim.plan.cheapest import Entry, Race
+from chairlift.sim.plan.file import Candidate
+from chairlift.sim.plan.promises import METRICS
+from chairlift.sim.plan.verdict import Verdict
+
+SHOWN = 12  # lines of a race
+REASONS = 6
+
+
+def show(out: Console, answer: Answer) -> None:
+    """Print the answer."""
+    plan = answer.plan
+    if plan.spec.question:
+        out.print(escape(plan.spec.question), style="italic")
+    if answer.capacities:
+        out.print(_capacities(answer))
+        for candidate, capacity in answer.capacities:
+            for line in said_of(candidate, capacity):
+                out.print(escape(line))
+    if answer.headroom:
+        out.print(_headroom(answer))
+    for each in answer.races:
+        _show_race(out, each)
+    if answer.front:
+        out.print(_front(answer))
+    out.print("\n[bold]What this rests on[/bold]")
+    for name, line in answer.assumptions.items():
+        out.print(f"  {escape(name)}: {escape(line)}", style="dim")
+    if answer.commands and not answer.failed:
+        out.print("\n[bold]Run it[/bold]")
+        for command in answer.commands:
+            out.print(escape(command), soft_wrap=True)
+
+
+def interval(capacity: Capacity) -> str:
+    """``12.3 [12.1, 12.5]``."""
+    if not capacity.reached:
+        return "none"
+    high = f"{capacity.high:.4g}" if math.isfinite(capacity.high) else "∞"
+    return f"{capacity.rate_per_s:.4g} [{capacity.low:.4g}, {high}]"
+
+
+def latency_name(figure: str) -> str:
+    """``p99 of TTFT`` for ``p99_ttft_ms``."""
+    quantile, metric, _ = figure.split("_")
+    return f"{quantile} of {METRICS[metric]}"
+
+
+def said_of(candidate: Candidate, capacity: Capacity) -> Iterator[str]:
+    """What a reader must know of one capacity besides the interval."""
+    if not capacity.reached and capacity.limiting is not None:
+        verdict = capacity.verdicts[0]
+        found = ", ".join(f"{n.removesuffix('_ms')} {v[0]:,.4g} ms" for n, v in verdict.figures.items())
+        yield f"{candidate.name}: {capacity.limiting} breaks at any load; at {verdict.rate_per_s:.3g}/s: {found}"
+        yield "  what would help: a limit above that, a faster GPU, more tensor parallelism, or shorter prompts"
+    if capacity.islands:
+        rates = ", ".join(f"{rate:.4g}" for rate in capacity.islands)
+        yield f"{candidate.name}: kept again at {rates}/s: attainment does not only fall as load rises"
+    for note in capacity.notes:
+        yield f"{candidate.name}: {note}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _capacities(answer: Answer) -> Table:
+    unit = answer.plan.unit
+    title = f"max sustainable rate, {unit}/s"
+    table = _table(title, "system", "rate [interval]", "$/h", f"$ per 1,000 {unit}", "limited by")
+    for candidate, capacity in answer.capacities:
+        cost = candidate.usd_per_hour / 3.6 / capacity.rate_per_s if capacity.reached else math.inf
+        limit = str(capacity.limiting) if capacity.limiting else ""
+        cost_text = f"{cost:,.4f}" if capacity.reached else "–"
+        table.add_row(escape(candidate.name), interval(capacity), f"{candidate.usd_per_hour:,.2f}", cost_text, limit)
+    return table
+
+
+def _headroom(answer: Answer) -> Table:
+    rate = answer.plan.spec.rates[0]
+    times = list(answer.headroom[0].growth)
+    table = _table(
+        f"headroom over today's {rate:g}/s", "under", "rate [interval]", "× today", *(f"× {t:g}" for t in times)
+    )
+    for each in answer.headroom:
+        factor = f"{each.capacity.rate_per_s / rate:.2f}"
+        table.add_row(each.stress, interval(each.capacity), factor, *(each.growth[t] for t in times))
+    return table
+
+
+def _show_race(out: Console, race: Race) -> None:
+    if race.winner is None:
+        out.print(f"\n[bold]No system keeps the promises at {race.rate_per_s:g}/s.[/bold]")
+        for line in feasible(race):
+            out.print(f"  {escape(line)}")
+    else:
+        best = race.winner.candidate
+        out.print(
+            f"\n[bold]Cheapest for {race.rate_per_s:g}/s: {escape(best.name)}, ${best.usd_per_hour:,.2f}/h[/bold]"
+            f" ({best.gpus} GPU{'s' * (best.gpus > 1)}; {escape(best.backend)}); {escape(race.winner.why)}"
+        )
+    table = _table("simulated, cheapest first", "system", "$/h", "outcome", "share that met it [interval]")
+    simulated = [entry for entry in race.entries if entry.verdict is not None]
+    shown = _worth_showing(race, simulated)
+    for entry in shown:
+        table.add_row(
+            escape(entry.candidate.name), f"{entry.candidate.usd_per_hour:,.2f}", entry.outcome, escape(entry.why)
+        )
+    if len(simulated) > len(shown):
+        table.caption = f"and {len(simulated) - len(shown)} more, in plan.html"
+    if simulated:
+        out.print(table)
+    counts: dict[str, list[Entry]] = {}
+    for entry in race.of("excluded"):
+        counts.setdefault(_kind(entry.why), []).append(entry)
+    dearer = len(race.of("dearer"))
+    out.print(
+        f"of {len(race.entries)} systems {len(simulated)} were simulated, "
+        f"{len(race.of('excluded'))} excluded by bounds, {dearer} dearer than what will do"
+    )
+    for kind, entries in list(counts.items())[:REASONS]:
+        out.print(f"  {kind}: {len(entries)}; e.g. {escape(entries[-1].candidate.name)}: {escape(entries[-1].why)}")
+
+
+def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:
+    """The last that were cheaper than the winner and failed, and what will do."""
+    if race.winner is None:
+        return sorted(simulated, key=lambda e: e.verdict.gap if e.verdict else math.inf)[:SHOWN]
+    price = race.winner.candidate.usd_per_hour
+    cheaper = [e for e in simulated if e.outcome != "kept" and e.candidate.usd_per_hour <= price]
+    kept = [e for e in simulated if e.outcome == "kept"]
+    return [*cheaper[-SHOWN // 3 :], *kept[: SHOWN - SHOWN // 3]]
+
+
+def _kind(why: str) -> str:
+    if "cannot serve more" in why:
+        return "too little throughput"
+    return "too slow even alone" if "even by a request that is alone" in why else "does not fit"
+
+
+def feasible(race: Race) -> Iterator[str]:
+    """What would make it feasible, where nothing is."""
+    tried = [entry for entry in race.entries if entry.verdict is not None]
+    if tried:
+        best = min(tried, key=lambda e: e.verdict.gap if e.verdict else math.inf)
+        yield f"nearest: {best.candidate.name}, ${best.candidate.usd_per_hour:,.2f}/h: {best.why}"
+    excluded = race.of("excluded")
+    rates = [entry for entry in excluded if "cannot serve more" in entry.why]
+    if rates:
+        most = max(rates, key=lambda e: e.candidate.usd_per_hour)
+        yield f"throughput: {most.candidate.name} {most.why}: add replicas or faster GPUs to the axes"
+    alone = [entry for entry in excluded if "even by a request that is alone" in entry.why]
+    if alone:
+        help_ = "raise the limit, or add faster GPUs or tensor_parallel"
+        yield f"latency: {alone[0].candidate.name}: {alone[0].why}: {help_}"
+    memory = [entry for entry in excluded if _kind(entry.why) == "does not fit"]
+    if memory:
+        yield f"memory: {memory[0].candidate.name}: {memory[0].why}"
+    if tried and not rates:
+        yield "more replicas, or a lower rate_per_s, or a looser slo would do"
+
+
+def _front(answer: Answer) -> Table:
+    name = latency_name(answer.front[0].latency_name)
+    table = _table(
+        "front of price × latency × capacity (• on it)", "", "system", "$/h", f"{name}, ms", "rate [interval]"
+    )
+    for point in answer.front:
+        row = (escape(point.candidate.name), f"{point.candidate.usd_per_hour:,.2f}", f"{point.latency_ms:,.4g}")
+        table.add_row("•" if point.is_best else "", *row, interval(point.capacity))
+    return table
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """All of it; what is not finite is null."""
+    return {
+        "name": answer.plan.name,
+        "question": answer.plan.spec.question or "",
+        "slo": [str(promise) for promise in answer.plan.spec.slo],
+        "capacities": [{**_system(c), **_of_capacity(capacity)} for c, capacity in answer.capacities],
+        "headroom": [
+            {"under": h.stress, **_of_capacity(h.capacity), "growth": {f"{k:g}": v for k, v in h.growth.items()}}
+            for h in answer.headroom
+        ],
+        "cheapest": [
+            {
+                "rate_per_s": race.rate_per_s,
+                "winner": None if race.winner is None else _system(race.winner.candidate),
+                "would_help": list(feasible(race)) if race.winner is None else [],
+                "systems": [
+                    {
+                        **_system(e.candidate),
+                        "outcome": e.outcome,
+                        "why": e.why,
+                        **({} if e.verdict is None else {"verdict": _of_verdict(e.verdict)}),
+                    }
+                    for e in race.entries
+                ],
+            }
+            for race in answer.races
+        ],
+        "front": [
+            {
+                **_system(p.candidate),
+                p.latency_name: _finite(p.latency_ms),
+                **_of_capacity(p.capacity),
+                "on_it": p.is_best,
+            }
+            for p in answer.front
+        ],
+        "assumptions": answer.assumptions,
+        "commands": answer.commands,
+    }
+
+
+def _system(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "system": candidate.name,
+        "axes": candidate.labels,
+        "gpus": candidate.gpus or None,  # of a system that cannot be
+        "usd_per_hour": candidate.usd_per_hour or None,
+        "priced_by": candidate.backend,
+    }
+
+
+def _of_capacity(capacity: Capacity) -> dict[str, Any]:
+    return {
+        "rate_per_s": capacity.rate_per_s,
+        "low": capacity.low,
+        "high": _finite(capacity.high),
+        "limited_by": str(capacity.limiting) if capacity.limiting else None,
+        "islands": capacity.islands,
+        "notes": capacity.notes,
+        "rates": [_of_verdict(verdict) for verdict in capacity.verdicts],
+    }
+
+
+def _of_verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "rate_per_s": verdict.rate_per_s,
+        "requests": verdict.requests,
+        "replications": verdict.replications,
+        "proof": verdict.proof,
+        "warm_up_percent": verdict.warm_up,
+        "shares": [{"share": k.share, "low": k.low, "high": k.high} for k in verdict.kept],
+        "figures": {name: {"mean": m, "low": low, "high": high} for name, (m, low, high) in verdict.figures.items()},
+        "simulated_s": verdict.simulated_s,
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def write(answer: Answer, folder: Path) -> None:
+    """``plan.json`` and, a row for each system and rate looked at, ``plan.parquet`` in ``folder``. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(as_json(answer), indent=2, allow_nan=False, default=str) + "\n"
+    _replace(folder / "plan.json", text.encode())
+    rows = list(_rows(answer))
+    if rows:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        partial = folder / "plan.parquet.partial"
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial)
+        os.replace(partial, folder / "plan.parquet")
+
+
+def _rows(answer: Answer) -> Iterator[dict[str, Any]]:
+    looks: list[tuple[str, Candidate, Verdict, str]] = []
+    looks += [("capacity", c, v, "") for c, capacity in answer.capacities for v in capacity.verdicts]
+    if answer.plan.today is not None:
+        looks += [(h.stress, answer.plan.today, v, "") for h in answer.headroom for v in h.capacity.verdicts]
+    looks += [("cheapest", e.candidate, e.verdict, e.outcome) for r in answer.races for e in r.entries if e.verdict]
+    looks += [("front", p.candidate, v, "") for p in answer.front for v in p.capacity.verdicts]
+    for part, candidate, verdict, outcome in looks:
+        row: dict[str, Any] = {"part": part, "system": candidate.name}
+        row |= {axis: str(value) for axis, value in candidate.labels.items()}
+        row |= {"gpus": candidate.gpus, "usd_per_hour": candidate.usd_per_hour, "rate_per_s": verdict.rate_per_s}
+        row |= {"outcome": outcome, "proof": verdict.proof, "requests": verdict.requests}
+        row["replications"] = verdict.replications
+        for j, kept in enumerate(verdict.kept):
+            row |= {f"share_{j + 1}": kept.share, f"share_{j + 1}_low": kept.low, f"share_{j + 1}_high": kept.high}
+        row |= {name: mean for name, (mean, _, _) in verdict.figures.items()}
+        yield row
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

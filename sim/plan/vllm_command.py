@@ -1,0 +1,52 @@
+"""The command line that starts vLLM with the settings that were simulated."""
+
+from __future__ import annotations
+
+import shlex
+
+from chairlift.policies.vllm import Vllm
+from chairlift.sim.study import ReplicaGroup, Setup
+
+UTILIZATION = 0.9  # vLLM's own default
+
+
+def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
+    """``vllm serve …`` for each group of replicas; a line that begins with # says what is not in it.
+
+    Flags are those of vLLM 0.23. ``utilization``: share of the memory, as the KV pool was worked out.
+    """
+    found = []
+    for group in setup.groups:
+        if len(setup.groups) > 1 or group.count > 1:
+            each = f"{group.tensor_parallel} × {group.gpu.name} each"
+            found.append(f"# {group.count} {group.role} replica{'s' * (group.count > 1)}, {each}")
+        if group.role != "mixed":
+            found.append("# needs a KV connector of yours: --kv-transfer-config '{…}'")
+        if not issubclass(group.scheduler, Vllm):
+            found.append(f"# policy {group.scheduler.__name__}: none of vLLM's")
+            continue
+        found.append(shlex.join(_serve(setup, group, utilization)))
+    return found
+
+
+def _serve(setup: Setup, group: ReplicaGroup, utilization: float) -> list[str]:
+    policy = group.make_scheduler()
+    assert isinstance(policy, Vllm)
+    repository, found, _ = setup.model.source.partition(" config.json")
+    line = ["vllm", "serve", repository if found and "/" in repository else setup.model.name]
+    line += ["--tensor-parallel-size", str(group.tensor_parallel), "--max-model-len", str(setup.max_model_len)]
+    line += ["--max-num-batched-tokens", str(policy.max_num_batched_tokens), "--max-num-seqs", str(policy.max_num_seqs)]
+    line += ["--gpu-memory-utilization", f"{utilization:g}", "--block-size", str(group.block_size)]
+    if policy.num_gpu_blocks is not None:
+        line += ["--num-gpu-blocks-override", str(policy.num_gpu_blocks)]
+    for on, flag in (
+        (policy.enable_prefix_caching, "enable-prefix-caching"),
+        (policy.enable_chunked_prefill, "enable-chunked-prefill"),
+        (policy.async_scheduling, "async-scheduling"),
+    ):
+        line.append(f"--{'' if on else 'no-'}{flag}")
+    if policy.long_prefill_token_threshold:
+        line += ["--long-prefill-token-threshold", str(policy.long_prefill_token_threshold)]
+    if policy.scheduling_policy != "fcfs":
+        line += ["--scheduling-policy", policy.scheduling_policy]
+    return line

@@ -1,0 +1,86 @@
+"""Runs: steps of the same members, one after the other, and how long they take in closed form."""
+
+from __future__ import annotations
+
+from math import isqrt
+
+from chairlift.backend.base import StepCost
+from chairlift.policies.base import Request
+
+
+def duration(first: int, slope: int, steps: int) -> int:
+    """Picoseconds of ``steps`` steps that cost ``first``, ``first + slope``, …"""
+    return steps * first + slope * (steps * (steps - 1) // 2)
+
+
+def steps_to_reach(span: int, first: int, slope: int) -> int:
+    """The fewest steps (>= 1) whose duration is at least ``span`` ps; ``first`` > 0, ``slope`` >= 0."""
+    if span <= first:
+        return 1
+    if slope == 0:
+        return -(-span // first)
+    # the root of slope/2·n² + (first − slope/2)·n = span, then the integer fix-up
+    b = 2 * first - slope
+    n = max(1, (isqrt(b * b + 8 * slope * span) - b) // (2 * slope))
+    while duration(first, slope, n) >= span and n > 1:
+        n -= 1
+    while duration(first, slope, n) < span:
+        n += 1
+    return n
+
+
+NOBODY: list[Request] = []
+NO_GAPS: list[int] = []
+
+
+class Plan:
+    """Steps of the same members, as the policy arranged them."""
+
+    __slots__ = (
+        "air",
+        "chunks",
+        "count",
+        "decoding",
+        "emitting",
+        "ending",
+        "first",
+        "gaps",
+        "gpu",
+        "gpu_slope",
+        "host",
+        "intake",
+        "late_gaps",
+        "row",
+        "slope",
+        "undelivered",
+    )
+
+    def __init__(
+        self,
+        first: int,
+        slope: int,
+        count: int,
+        chunks: list[tuple[Request, int]],
+        decoding: bool,
+        row: tuple[int, ...],
+        late_gaps: list[int],
+        cost: StepCost,
+    ) -> None:
+        self.first = first  # ps from boundary to boundary, the first step's; pauses and host work included
+        self.slope = slope  # ps that each further step takes longer
+        self.count = count  # steps it may last
+        self.chunks = chunks
+        self.decoding = decoding
+        self.row = row  # RUN_COLUMNS from `chunks` on
+        self.late_gaps = (
+            late_gaps  # decodes that did not emit just before, flat rows: time of their last token, how many
+        )
+        self.gpu, self.gpu_slope, _, self.host = cost  # `gpu`: ps on the GPU, the first step's; pauses included
+        self.intake = 0  # ps of host time for requests that have come
+        self.gaps: dict[int, int] | None = (
+            None  # of requests in `emitting` that have emitted before: when they last did
+        )
+        self.undelivered = 0  # decodes of its last step whose client has given up
+        self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
+        self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
+        self.ending = NOBODY  # likewise: their last token comes with it

@@ -1,0 +1,279 @@
+"""What people see of a study: tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from chairlift.sim.cli.terminal import inside, sparkline
+from chairlift.sim.results import claims
+from chairlift.sim.results.fairness import by_tenant
+from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.simulate import Outcome
+from chairlift.sim.study import Study
+
+CDF_PERCENT = (5, 10, 25, 50, 75, 90, 95, 99, 100)
+
+
+def show(console: Console, study: Study, outcomes: Sequence[Outcome]) -> None:
+    """Print what ``study`` asked to see of its outcomes."""
+    if study.question:
+        console.print(Text(study.question.strip(), style="italic"))
+    scaled = any("scaled, not measured" in outcome.assumptions for outcome in outcomes)
+    for each in renderables(study, outcomes):
+        if scaled and isinstance(each, Table):
+            each.caption = "step costs are scaled, not measured: see below"
+        console.print()
+        console.print(each)
+
+
+def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[RenderableType]:
+    """The tables of a study, one after the other."""
+    if len(outcomes) == 1:
+        yield single(study, outcomes[0])
+    else:
+        if "throughput" in study.tables:
+            yield throughput(study, outcomes)
+        if study.waterfall:
+            yield waterfall(study, outcomes)
+        if "latency" in study.tables:
+            yield latency(study, outcomes)
+        if "fleet" in study.tables:
+            yield fleet(study, outcomes)
+        if "tenants" in study.tables:
+            yield tenants(study, outcomes)
+        if "cdf" in study.tables:
+            yield cdf(study, outcomes)
+        if study.claims:
+            yield claims.table(study, outcomes)
+    yield assumptions(outcomes)
+
+
+def single(study: Study, outcome: Outcome) -> Table:
+    """All that one run came to."""
+    s = outcome.summary
+    table = Table(title=study.name, title_justify="left", show_header=False, box=box.SIMPLE)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    lost = [f"{s[key]:,} {key.replace('_', ' ')}" for key in ("rejected", "timed_out", "failed") if s[key]]
+    table.add_row("completed", f"{s['completed']:,}" + (f" ({', '.join(lost)})" if lost else ""))
+    table.add_row("duration", f"{s['duration']:,.2f} s")
+    table.add_row("requests inside, over that time", _load(outcome))
+    table.add_row("requests/s", f"{s['request_throughput']:,.3f}")
+    if s["request_goodput"] is not None:
+        table.add_row("goodput, requests/s", f"{s['request_goodput']:,.3f}")
+    table.add_row("output tokens/s", f"{s['output_throughput']:,.1f}")
+    table.add_row("tokens/s, prompts counted", f"{s['total_token_throughput']:,.1f}")
+    table.add_section()
+    for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
+        table.add_row(f"{label} p50 / p90 / p99", _percentiles(s, name))
+    table.add_row("E2E per output token p50 / p90 / p99", _percentiles(s, "normalized_latency"))
+    table.add_section()
+    table.add_row("running, mean / peak", f"{s['mean_running']:.2f} / {s['peak_running']}")
+    table.add_row("KV used", f"{s['kv_utilization']:.1%}")
+    table.add_row("KV reserved / internal / free", _waste(s))
+    if s["prefix_hit_rate"]:
+        table.add_row("prompt tokens found in the prefix cache", f"{s['prefix_hit_rate']:.1%}")
+    if s.get("median_transfer_ms") is not None:
+        table.add_row("KV transfer p50 / p90 / p99", _percentiles(s, "transfer"))
+    table.add_row("replica hours, busy", f"{s['replica_hours']:.2f}, {s['utilization']:.0%}")
+    swapped = f" ({s['swaps']:,} swapped, {s['swapped_tokens']:,} tokens moved)" if s["swaps"] else ""
+    table.add_row("preemptions", f"{s['preemptions']:,}{swapped}")
+    leap = f" ({1 - s['runs'] / s['steps']:.0%} leapt)" if s["steps"] else ""
+    table.add_row("engine steps", f"{s['steps']:,}{leap}")
+    table.add_row("simulated in", f"{s['wall_s']:.2f} s ({s['requests_per_wall_s']:,.0f} requests/s)")
+    return table
+
+
+def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """Tokens per second of every variant, as ratios to the study's baselines, beside the published ratio."""
+    baselines = study.baseline or [outcomes[0].setup.variant]
+    published = any(o.setup.published is not None for o in outcomes)
+    table = _table(f"{study.name}: tokens/s, prompts and outputs counted")
+    table.add_column("", no_wrap=True)
+    table.add_column("tokens/s", justify="right")
+    for name in baselines:
+        table.add_column(f"× {name}", justify="right")
+    if published:
+        table.add_column("published", justify="right")
+    for label in ("output/s", "running", "KV used", "preempt."):
+        table.add_column(label, justify="right")
+    for members in _sections(table, outcomes):
+        base = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
+        for outcome in members:
+            s = outcome.summary
+            rate = s["total_token_throughput"]
+            row = [outcome.setup.variant, f"{rate:,.0f}"]
+            row += [f"{rate / base[name]:.2f}" if base.get(name) else "–" for name in baselines]
+            if published:
+                value = outcome.setup.published
+                row.append("" if value is None else f"{value:g}")
+            row += [f"{s['output_throughput']:,.0f}", f"{s['mean_running']:.1f}"]
+            table.add_row(*row, f"{s['kv_utilization']:.0%}", f"{s['preemptions']:,}")
+    return table
+
+
+def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What each rung gains over the one before, for the last case; the factors multiply to the whole."""
+    case, members = list(by_case(outcomes))[-1]
+    rate = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
+    steps = {o.setup.variant: o.summary["steps"] for o in members}
+    names = [rung.variant for rung in study.waterfall]
+    title = f"where the {_ratio(rate[names[-1]], rate[names[0]], 1)} comes from" + (f" ({case})" if case else "")
+    table = _table(title)
+    table.add_column("from → to", no_wrap=True)
+    table.add_column("because")
+    for label in ("tokens/s", "engine steps", "factor", "so far"):
+        table.add_column(label, justify="right")
+    table.add_row(names[0], "", f"{rate[names[0]]:,.0f}", f"{steps[names[0]]:,}", "", "1.00×")
+    for before, rung in zip(names, study.waterfall[1:], strict=False):
+        name = rung.variant
+        factors = (_ratio(rate[name], rate[base], 2) for base in (before, names[0]))
+        table.add_row(f"→ {name}", rung.because, f"{rate[name]:,.0f}", f"{steps[name]:,}", *factors)
+    return table
+
+
+def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """Latency of every variant, median and 99th percentile."""
+    goodput = any(o.summary["request_goodput"] is not None for o in outcomes)
+    table = _table(f"{study.name}: latency, p50 / p99")
+    table.add_column("", overflow="fold")
+    for label in ("TTFT", "TPOT", "ITL", "E2E"):
+        table.add_column(label, justify="right", no_wrap=True)
+    table.add_column("req/s", justify="right", no_wrap=True)
+    if goodput:
+        table.add_column("good/s", justify="right", no_wrap=True)
+    for members in _sections(table, outcomes):
+        for outcome in members:
+            s = outcome.summary
+            row = [_percentiles(s, name, ("median", "p99")) for name in ("ttft", "tpot", "itl", "e2el")]
+            row.append(f"{s['request_throughput']:,.2f}")
+            if goodput:
+                row.append("" if s["request_goodput"] is None else f"{s['request_goodput']:,.2f}")
+            table.add_row(outcome.setup.variant, *row)
+    return table
+
+
+def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What the replicas' time went into, and what became of the requests."""
+    moved = any("median_transfer_ms" in o.summary for o in outcomes)
+    table = _table(f"{study.name}: replica hours, prefix hits, what became of the requests")
+    table.add_column("", overflow="fold")
+    labels = ["hours", "busy", "hits", "done", "refused", "timed out", "failed", "preempt."]
+    for label in (*labels, *(["KV transfer"] * moved)):
+        table.add_column(label, justify="right")
+    for members in _sections(table, outcomes):
+        for outcome in members:
+            s = outcome.summary
+            row = [f"{s['replica_hours']:.2f}", f"{s['utilization']:.0%}", f"{s['prefix_hit_rate']:.0%}"]
+            row += [f"{s[key]:,}" for key in ("completed", "rejected", "timed_out", "failed", "preemptions")]
+            if moved:
+                row.append(_percentiles(s, "transfer", ("median", "p99")) if "median_transfer_ms" in s else "")
+            table.add_row(outcome.setup.variant, *row)
+    return table
+
+
+def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What each tenant got of every variant, and how far apart they were while all had requests waiting."""
+    table = _table(f"{study.name}: tenants; weighted: a prompt token counts 1, an output token 2")
+    table.add_column("", overflow="fold")
+    for label in ("tenant", "requests", "TTFT p50", "E2E p50", "weighted tokens/s", "most / least"):
+        table.add_column(label, justify="right")
+    for members in _sections(table, outcomes):
+        for outcome in members:
+            ratio = outcome.summary.get("service_ratio")
+            for i, (name, count, ttft, e2el, rate) in enumerate(by_tenant(outcome.requests)):
+                mine = (outcome.setup.variant, "–" if ratio is None else f"{ratio:.2f}") if i == 0 else ("", "")
+                numbers = (f"{count:,}", f"{_number(ttft)} ms", f"{_number(e2el)} ms", f"{rate:,.0f}")
+                table.add_row(mine[0], name, *numbers, mine[1])
+    return table
+
+
+def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """The distribution of end-to-end latency, seconds at each percentage of requests."""
+    table = _table(f"{study.name}: E2E seconds within which this share of requests is done")
+    table.add_column("", overflow="fold")
+    for percent in CDF_PERCENT:
+        table.add_column(f"{percent}%", justify="right")
+    for members in _sections(table, outcomes):
+        for outcome in members:
+            values = Latencies(outcome.requests).e2el
+            row = [f"{v / 1000:.1f}" for v in np.percentile(values, CDF_PERCENT)] if len(values) else []
+            table.add_row(outcome.setup.variant, *row)
+    return table
+
+
+def assumptions(outcomes: Sequence[Outcome]) -> Group:
+    """What the numbers rest on; said once where all variants share it."""
+    lines: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        for key, text in outcome.assumptions.items():
+            lines.setdefault(f"{key}: {text}", []).append(outcome)
+    parts = [Text(said + _whose(members, outcomes), style="dim") for said, members in lines.items()]
+    notes = {o.setup.variant: o.setup.note for o in outcomes if o.setup.note}
+    parts += [Text(f"{variant}: {note}", style="dim") for variant, note in notes.items()]
+    return Group(*parts)
+
+
+def _whose(members: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
+    """`` [cases, variants]`` that a line holds for; nothing if it holds for all."""
+    said = []
+    for pick in (lambda o: o.setup.case, lambda o: o.setup.variant):
+        here = list(dict.fromkeys(map(pick, members)))
+        if len(here) < len(set(map(pick, outcomes))):
+            said.append(", ".join(here))
+    return f" [{'; '.join(said)}]" if said else ""
+
+
+def _load(outcome: Outcome) -> str:
+    level = inside(np.array(outcome.requests.arrival), np.array(outcome.requests.finished))
+    return f"{sparkline(level)} ≤ {level.max():,.0f}"
+
+
+def _table(title: str) -> Table:
+    """An empty comparison that fits 80 columns as far as it can."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _sections(table: Table, outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:
+    """The outcomes of each case, under a section of ``table`` that its name heads."""
+    for case, members in by_case(outcomes):
+        if case:
+            table.add_section()
+            table.add_row(Text(case, style="bold"))
+        yield members
+
+
+def by_case(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, list[Outcome]]]:
+    """Outcomes grouped by case, in order."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.setup.case, []).append(outcome)
+    yield from groups.items()
+
+
+def _percentiles(summary: dict[str, float | None], name: str, which: Sequence[str] = ("median", "p90", "p99")) -> str:
+    values = [summary[f"{q}_{name}_ms"] for q in which]
+    numbers = [v for v in values if v is not None]
+    if len(numbers) < len(values):
+        return "–"
+    unit = "s" if max(numbers) >= 10_000 else "ms"
+    return "/".join(_number(v / 1000 if unit == "s" else v) for v in numbers) + f" {unit}"
+
+
+def _ratio(rate: float, base: float, digits: int) -> str:
+    return f"{rate / base:.{digits}f}×" if base else "–"
+
+
+def _number(value: float) -> str:
+    """About three digits."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _waste(summary: dict[str, float]) -> str:
+    return " / ".join(f"{summary[key]:.1%}" for key in ("kv_reserved", "kv_internal", "kv_free"))

@@ -1,0 +1,269 @@
+"""A results folder read back: what `chairlift report`, `explain` and Perfetto traces are made from.
+
+``study.json`` says what the tables do not: the question, what the runs are compared to, and of every run its SLO, the
+sizes of its replicas and the limits of their policies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.replica.journal import Kind
+from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Status
+from chairlift.sim.simulate import Outcome
+from chairlift.sim.study import ReplicaGroup, Setup, Study
+
+Columns = dict[str, npt.NDArray[Any]]
+
+SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
+CODES = {"status": [s.name.lower() for s in Status], "kind": [k.name.lower() for k in Kind]}  # text → number
+
+
+def study_facts(study: Study) -> dict[str, Any]:
+    """The head of ``study.json``; its ``runs`` come one by one."""
+    return {
+        "name": study.name,
+        "question": study.question.strip(),
+        "baseline": study.baseline,
+        "waterfall": [{"variant": rung.variant, "because": rung.because} for rung in study.waterfall],
+        "compares": len(study.setups) > 1,
+        "runs": [],
+    }
+
+
+def run_facts(outcome: Outcome) -> dict[str, Any]:
+    """What ``study.json`` says of one run."""
+    setup = outcome.setup
+    slo = {name: value for name, value in setup.slo.model_dump().items() if value is not None}
+    return {
+        "case": setup.case,
+        "variant": setup.variant,
+        "note": setup.note,
+        "published": setup.published,
+        "model": setup.model.name,
+        "seed": setup.seed,
+        "rows": {
+            "requests": len(setup.trace),
+            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in outcome.runs),
+            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in outcome.runs),
+        },
+        "slo": slo,
+        "tenants": list(setup.trace.tenants),
+        "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
+    }
+
+
+def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
+    policy = group.make_scheduler()
+    named = (getattr(policy, name, None) for name in SEQUENCE_LIMITS)
+    facts = {
+        "role": group.role,
+        "gpu": group.gpu.name,
+        "tensor_parallel": group.tensor_parallel,
+        "policy": type(policy).__name__,
+        "kv_blocks": group.blocks,
+        "block_size": group.block_size,
+        "token_limit": policy.token_limit,
+        "sequence_limit": next((limit for limit in named if isinstance(limit, int)), None),
+        "batch_synchronous": policy.batch_synchronous,
+        "asynchronous": policy.asynchronous,
+    }
+    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One replica as ``study.json`` describes it."""
+
+    index: int
+    role: str
+    gpu: str
+    tensor_parallel: int
+    policy: str
+    kv_blocks: int
+    block_size: int  # tokens
+    token_limit: int | None  # tokens a step
+    sequence_limit: int | None  # requests a step
+    batch_synchronous: bool
+    asynchronous: bool
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that its pool holds."""
+        return self.kv_blocks * self.block_size
+
+
+class RunResults:
+    """One run of a folder. Tables are read when asked for, and not kept."""
+
+    def __init__(
+        self, folder: Path, facts: dict[str, Any], summary: dict[str, Any], rows: dict[str, tuple[int, int]]
+    ) -> None:
+        self.summary = summary
+        self.case: str = facts["case"]
+        self.variant: str = facts["variant"]
+        self.note: str = facts["note"]
+        self.published: float | None = facts["published"]
+        self.model: str = facts["model"]
+        self.slo: dict[str, float] = facts["slo"]
+        self.tenants: list[str] = facts["tenants"]
+        self.replicas = [Replica(i, **each) for i, each in enumerate(facts["replicas"])]
+        self._folder = folder
+        self.rows = {name: count for name, (_, count) in rows.items()}
+        self._rows = rows  # of each table: its first row there, and how many
+
+    @property
+    def label(self) -> str:
+        """Case and variant in one; empty in a run of its own."""
+        return " / ".join(filter(None, (self.case, self.variant)))
+
+    def requests(self, *columns: str) -> Columns:
+        """Columns of ``requests.parquet``, one value a request; -1 or NaN where there is none, `Status` as number."""
+        return _columns(self._table("requests", columns))
+
+    def has_column(self, name: str) -> bool:
+        """Whether ``requests.parquet`` has a column of that name."""
+        return name in pq.read_schema(self._folder / "requests.parquet").names
+
+    def steps(self, *columns: str) -> Iterator[Columns]:
+        """Columns of ``steps.parquet``, replica by replica."""
+        return self._by_replica("steps", columns)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether it was run with a journal."""
+        return self.rows["events"] > 0
+
+    def events(self) -> Iterator[Columns]:
+        """All columns of ``events.parquet``, replica by replica; nothing at all if there is no journal."""
+        if not self.has_events:
+            return iter(())
+        return self._by_replica("events", EVENT_COLUMNS)
+
+    def _by_replica(self, name: str, columns: tuple[str, ...]) -> Iterator[Columns]:
+        table = self._table(name, ("replica", *columns))
+        edges = np.searchsorted(table["replica"].to_numpy(), np.arange(len(self.replicas) + 1))
+        for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            yield _columns(table.slice(low, high - low).select(columns))
+
+    def _table(self, name: str, columns: tuple[str, ...]) -> pa.Table:
+        first, count = self._rows[name]
+        path = self._folder / f"{name}.parquet"
+        try:
+            with pq.ParquetFile(path) as file:
+                wanted, before = [], 0
+                for i in range(file.num_row_groups):
+                    if first <= before < first + count:  # a run begins a row group
+                        wanted.append(i)
+                    before += file.metadata.row_group(i).num_rows
+                table = file.read_row_groups(wanted, list(dict.fromkeys(columns)))
+            if len(table) != count:
+                raise BadInput(Problem(f"holds {len(table):,} of the {count:,} rows of this run", file=str(path)))
+            return table
+        except (OSError, pa.ArrowException) as error:
+            raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
+
+
+@dataclass
+class Results:
+    """All runs of a folder."""
+
+    folder: Path
+    name: str
+    question: str
+    baseline: list[str]
+    waterfall: list[dict[str, str]]
+    runs: list[RunResults]
+
+    @property
+    def compares(self) -> bool:
+        """Whether there are several runs."""
+        return len(self.runs) > 1
+
+    @property
+    def cases(self) -> list[str]:
+        """The cases, in order."""
+        return list(dict.fromkeys(run.case for run in self.runs))
+
+    def pick(self, case: str | None, variant: str | None) -> RunResults:
+        """The run of that case and variant; the only one fits without either. Raises `BadInput`."""
+        found = self.runs
+        for label, wanted in (("case", case), ("variant", variant)):
+            have = list(dict.fromkeys(getattr(run, label) for run in found))
+            if wanted is None and len(have) > 1:
+                if label == "case":
+                    found = [run for run in found if run.case == have[-1]]
+                    continue
+                told = ", ".join(map(repr, have))
+                raise BadInput(Problem(f"there are several runs here, say which: {told}", file=f"--{label}"))
+            if wanted is not None:
+                if wanted not in have:
+                    raise BadInput(
+                        Problem(f"there is no such run{did_you_mean(wanted, have)}", file=f"--{label}", value=wanted)
+                    )
+                found = [run for run in found if getattr(run, label) == wanted]
+        return found[0]
+
+
+def read(folder: Path) -> Results:
+    """The results in ``folder``. Raises `BadInput` if there are none, or only part of them."""
+    facts = _json(folder, "study.json")
+    try:
+        return _results(folder, facts)
+    except (KeyError, TypeError):
+        rule = "is of another version of Chairlift: run the scenario again"
+        raise BadInput(Problem(rule, file=str(folder / "study.json"))) from None
+
+
+def _results(folder: Path, facts: dict[str, Any]) -> Results:
+    runs = facts["runs"]
+    summaries = _json(folder, "comparison.json") if facts["compares"] else [_json(folder, "summary.json")]
+    places: list[dict[str, tuple[int, int]]] = []
+    for each in runs:
+        past = places[-1] if places else {}
+        places.append({name: (sum(past.get(name, (0, 0))), count) for name, count in each["rows"].items()})
+    return Results(
+        folder=folder,
+        name=facts["name"],
+        question=facts["question"],
+        baseline=facts["baseline"],
+        waterfall=facts["waterfall"],
+        runs=[
+            RunResults(folder, *parts) for parts in zip(runs, summaries, places, strict=False)
+        ],  # one may be cut short
+    )
+
+
+def _json(folder: Path, name: str) -> Any:
+    path = folder / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = "" if folder.is_dir() else ", there is no such folder"
+        raise BadInput(Problem(f"has no {name}: not a results folder{known}", file=str(folder))) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
+
+
+def _columns(table: pa.Table) -> Columns:
+    found: Columns = {}
+    for name in table.column_names:
+        column = table[name]
+        if name in CODES:
+            found[name] = pc.index_in(column.cast(pa.string()), pa.array(CODES[name])).to_numpy()
+        elif column.null_count and pa.types.is_integer(column.type):
+            found[name] = pc.fill_null(column, -1).to_numpy()
+        else:
+            found[name] = column.to_numpy()
+    return found

@@ -1,0 +1,116 @@
+"""What an executed run measured, as a recording: the files that `chairlift calibrate` and `validate` read.
+
+For a model ``m``: ``m_requests.csv.gz`` (a row a request), ``m_steps.csv.gz`` (a row a step), ``m_summary.json``; times
+in seconds from the start of the experiment, which is one run of a study. Recordings of vLLM have the same format.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chairlift.backend.calibrated.profile import GRAPH_TOKENS
+from chairlift.sim.results.records import Status
+from chairlift.sim.simulate import Outcome
+
+PS = 1e12
+
+REQUESTS = (
+    *("experiment", "index", "arrival_s", "added_s", "prompt_tokens", "output_tokens", "prefix_group"),
+    *("first_token_s", "last_token_s", "tokens_seen"),
+)
+STEPS = (
+    *("experiment", "schedule_s", "done_s", "schedule_cpu_s", "update_cpu_s", "prefill_requests", "prefill_tokens"),
+    *("prefill_pairs", "decode_requests", "decode_context_tokens", "running", "waiting", "free_blocks", "preempted"),
+    *("launch_s", "gpu_s"),  # beside what vLLM's recordings have
+)
+
+
+class Recorder:
+    """Collects the executed runs of one model and writes them to ``folder`` after each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._requests: list[tuple[Any, ...]] = []
+        self._steps: list[tuple[Any, ...]] = []
+        self._experiments: list[dict[str, Any]] = []
+
+    def add(self, outcome: Outcome, name: str) -> None:
+        """Add one run as experiment ``name``. Raises OSError if the folder cannot be written."""
+        setup, summary = outcome.setup, outcome.summary
+        self._requests += _request_rows(outcome, name)
+        self._steps += _step_rows(outcome, name)
+        settings = {k: v for k, v in setup.groups[0].scheduler_settings.items() if isinstance(v, int | bool | str)}
+        self._experiments.append(
+            {
+                **{"name": name, "n": len(setup.trace), "done": summary["completed"], "wall_s": summary["duration"]},
+                **{key: summary[key] for key in ("total_input_tokens", "total_output_tokens", "steps", "preemptions")},
+                "engine": {
+                    "policy": setup.groups[0].scheduler.__name__,
+                    **settings,
+                    "num_gpu_blocks": setup.groups[0].blocks + 1,  # as vLLM counts them, its null block included
+                    "block_size": setup.groups[0].block_size,
+                    "graph_tokens": GRAPH_TOKENS,
+                },
+            }
+        )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        start = self._folder / setup.model.name
+        _write(start.with_name(f"{start.name}_requests.csv.gz"), REQUESTS, self._requests)
+        _write(start.with_name(f"{start.name}_steps.csv.gz"), STEPS, self._steps)
+        engine = {**outcome.engine, "model": setup.model.name, **outcome.assumptions}
+        text = json.dumps({"engine": engine, "experiments": self._experiments}, indent=1)
+        start.with_name(f"{start.name}_summary.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _request_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
+    columns = outcome.requests.columns()
+    n = len(columns["id"])
+    groups = outcome.setup.trace.prefix_group
+    arrival, first, last = (np.asarray(columns[c]) / PS for c in ("arrival_ps", "first_token_ps", "finished_ps"))
+    done = columns["status"] == Status.FINISHED
+    return list(
+        zip(
+            *([name] * n, range(n), _seconds(arrival), _seconds(arrival), columns["prompt_tokens"].tolist()),
+            *(columns["output_tokens"].tolist(), [-1] * n if groups is None else groups.tolist()),
+            *(_seconds(np.where(done, first, np.nan)), _seconds(np.where(done, last, np.nan))),
+            columns["emitted_tokens"].tolist(),
+            strict=True,
+        )
+    )
+
+
+def _step_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
+    runs = outcome.runs[0].runs()
+    n = len(runs["steps"])
+    total = outcome.setup.groups[0].blocks
+    seconds = {key: values / PS for key, values in runs.items() if key.endswith("_ps")}
+    return list(
+        zip(
+            *([name] * n, _seconds(seconds["asked_ps"]), _seconds(seconds["start_ps"] + seconds["first_ps"])),
+            *(_seconds(seconds["planning_ps"]), _seconds(seconds["update_ps"])),
+            *(runs[key].tolist() for key in ("chunks", "prefill_tokens", "prefill_pairs", "decodes", "context")),
+            *(runs[key].tolist() for key in ("running", "waiting")),
+            *((total - runs["held_blocks"]).tolist(), runs["preempted"].tolist()),
+            *(_seconds(seconds["launch_ps"]), _seconds(seconds["gpu_ps"])),
+            strict=True,
+        )
+    )
+
+
+def _seconds(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[str]:
+    """To the microsecond; empty where there is none."""
+    return ["" if np.isnan(v) else f"{v:.6f}" for v in values.tolist()]
+
+
+def _write(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    with gzip.GzipFile(path, "wb", mtime=0) as packed, io.TextIOWrapper(packed, encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)

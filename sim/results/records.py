@@ -1,0 +1,154 @@
+"""What happened, as append-only integer columns; every metric is computed from them afterwards."""
+
+from __future__ import annotations
+
+from array import array
+from enum import IntEnum
+from struct import Struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from chairlift.policies.base import Request
+    from chairlift.sim.workload.trace import Trace
+
+Ints = npt.NDArray[np.int64]
+
+
+class Status(IntEnum):
+    """How a request ended; every request ends exactly once."""
+
+    PENDING = 0
+    FINISHED = 1
+    REJECTED = 2  # it could never fit, a queue was full, or a policy refused it
+    TIMED_OUT = 3  # its client gave up
+    FAILED = 4  # its replica failed and nobody took it over
+
+
+RUN_COLUMNS = (
+    "start_ps",  # a row is `steps` engine steps of the same members, one after the other
+    "first_ps",  # boundary to boundary of the first of them, pauses and host work included
+    "slope_ps",  # each further one takes this much longer than the one before
+    "steps",
+    "chunks",  # requests with prompt tokens in it
+    "prefill_tokens",
+    "decodes",  # requests producing one token a step from earlier tokens
+    "padded",  # token slots computed for nothing, each step
+    "context",  # KV tokens that the first step's decodes and dead slots read
+    "late_decodes",  # decodes whose last token came before start_ps: their first gap stands in `gaps`
+    "running",  # admitted requests, those of this step included
+    "waiting",
+    "held_blocks",  # blocks in use once the first step's are taken
+    "kv_tokens",  # tokens stored before the first step
+    "promised_tokens",  # reserved tokens that will be filled later
+    "preempted",  # preemptions while planning it
+)
+
+PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
+
+MEASURED_COLUMNS = (
+    "asked_ps",  # when the policy was asked for this step
+    "planning_ps",  # wall time that the policy took, and the bookkeeping of its plan
+    "launch_ps",  # wall time to prepare and launch the step
+    "gpu_ps",  # from the step's first to its last operation on the GPU
+    "prefill_pairs",  # query-key pairs of its chunks
+    "update_ps",  # wall time to take its tokens in and let requests go
+)
+
+EVENT_COLUMNS = (  # of a journal, see `sim.replica.journal`
+    "time_ps",
+    "run",  # row of this replica's runs from which on it counts; of a chunk: the row that computed it
+    "kind",
+    "request",
+    "other",
+    "value",
+)
+
+GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
+
+
+class RequestRecords:
+    """One row a request of the trace, times in ps, -1 where it did not happen."""
+
+    def __init__(self, trace: Trace) -> None:
+        n = len(trace)
+        unset = array("q", [-1]) * n
+        self.trace = trace
+        self.arrival = array("q", trace.arrival_ps.tobytes())  # when it was sent; later than in the trace if it follows
+        self.emitted = array("i", [0]) * n  # tokens that the client has got
+        self.status = bytearray(n)
+        self.replica = array("i", [-1]) * n
+        self.admitted = array("q", unset)  # first taken up by a policy
+        self.first_token = array("q", unset)
+        self.finished = array("q", unset)  # answered, or refused
+        self.preemptions = array("i", [0]) * n
+        self.cached_tokens = array("i", [0]) * n
+        self.swaps = array("i", [0]) * n  # preemptions whose KV went to host memory
+        self.swapped_tokens = array("q", [0]) * n  # tokens whose KV was moved there or back
+        self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
+
+    def moved(self, request: Request, tokens: int, out: bool = False) -> None:
+        """Write down that the KV of ``tokens`` tokens goes to host memory (``out``) or back."""
+        self.swaps[request.id] += out
+        self.swapped_tokens[request.id] += tokens
+
+    def end(self, request: Request, now: int, status: Status) -> None:
+        """Write down what became of ``request``, once."""
+        i = request.id
+        self.status[i] = status
+        self.finished[i] = now
+        self.emitted[i] = request._emitted if request._counter is None else request.emitted
+        if request.preemptions:
+            self.preemptions[i] = request.preemptions
+
+    def columns(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The rows as NumPy columns; the lengths come from the trace."""
+        trace = self.trace
+        return {
+            "id": np.arange(len(trace)),
+            "arrival_ps": np.array(self.arrival, dtype=np.int64),
+            "prompt_tokens": trace.prompt_tokens,
+            "output_tokens": trace.output_tokens,
+            "status": np.frombuffer(self.status, dtype=np.uint8).copy(),
+            "replica": np.array(self.replica, dtype=np.int32),
+            "admitted_ps": np.array(self.admitted, dtype=np.int64),
+            "first_token_ps": np.array(self.first_token, dtype=np.int64),
+            "finished_ps": np.array(self.finished, dtype=np.int64),
+            "emitted_tokens": np.array(self.emitted, dtype=np.int32),
+            "preemptions": np.array(self.preemptions, dtype=np.int32),
+            "cached_tokens": np.array(self.cached_tokens, dtype=np.int32),
+            "swaps": np.array(self.swaps, dtype=np.int32),
+            "swapped_tokens": np.array(self.swapped_tokens, dtype=np.int64),
+            **{name: np.array(column, dtype=np.int64) for name, column in self.extra.items()},
+        }
+
+
+class RunRecords:
+    """The runs of one replica, and the gaps between tokens that no run shows."""
+
+    def __init__(self) -> None:
+        self.rows = array("q")
+        self.gap_rows = array("q")
+        self.measured = array("q")  # a row a step, where steps are executed: MEASURED_COLUMNS
+        self.event_rows = array("q")  # rows of EVENT_COLUMNS, if a journal is kept
+
+    def runs(self) -> dict[str, Ints]:
+        """Column name → int64 array, in order of time."""
+        table = np.array(self.rows, dtype=np.int64).reshape(-1, len(RUN_COLUMNS))
+        columns = {name: table[:, i] for i, name in enumerate(RUN_COLUMNS)}
+        if len(self.measured):
+            table = np.array(self.measured, dtype=np.int64).reshape(-1, len(MEASURED_COLUMNS))
+            columns.update({name: table[:, i] for i, name in enumerate(MEASURED_COLUMNS)})
+        return columns
+
+    def events(self) -> dict[str, Ints]:
+        """Column name of EVENT_COLUMNS → int64 array; empty without a journal."""
+        table = np.array(self.event_rows, dtype=np.int64).reshape(-1, len(EVENT_COLUMNS))
+        return {name: table[:, i] for i, name in enumerate(EVENT_COLUMNS)}
+
+    def gaps(self) -> dict[str, Ints]:
+        """Column name → int64 array."""
+        table = np.array(self.gap_rows, dtype=np.int64).reshape(-1, len(GAP_COLUMNS))
+        return {name: table[:, i] for i, name in enumerate(GAP_COLUMNS)}

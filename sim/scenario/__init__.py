@@ -1,0 +1,1 @@
+"""Scenario files: reading YAML, checking it, and making a study of it."""

@@ -1,0 +1,334 @@
+"""From a scenario file to runs ready to simulate: every name looked up, every setting checked.
+
+`load` reads a file, applies ``--set`` and returns the `Setup` of every variant of every case, or raises one
+`BadInput` with all that is wrong, line by line.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.results import claims
+from chairlift.sim.scenario.messages import Path as KeyPath
+from chairlift.sim.scenario.resolve import Lookup, kv_pool
+from chairlift.sim.scenario.schema import Case, Group, Kv, Limits, Scenario, Slo, Variant
+from chairlift.sim.scenario.yaml_document import Document, read
+from chairlift.sim.study import ReplicaGroup, Setup, Study
+from chairlift.sim.workload.trace import Trace
+
+_NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
+Pick = Callable[..., tuple[Any, KeyPath]]
+
+
+def load(
+    path: Path,
+    assignments: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    backend: str | None = None,
+    trust: bool = False,
+) -> Study:
+    """The study in the scenario file ``path``.
+
+    ``policies`` (names or files; these may run code) take the place of the file's own comparison. With ``trust`` a
+    policy file named inside the YAML may run its code too. Raises `BadInput` with all mistakes at once.
+    """
+    if twice := sorted({p for p in policies if policies.count(p) > 1}):
+        raise BadInput(Problem("is given twice", file="--policy", value=twice[0]))
+    document = read(path)
+    resolved = copy.deepcopy(document)
+    resolved.set(assignments)
+    setups: list[Setup] = []
+    scenario: Scenario | None = None
+    problems: list[Problem] = []
+    for case, changed in _cases(document, assignments, problems):
+        if policies:
+            changed.data["compare"] = []
+        if backend is not None:
+            changed.put("backend", backend, f"--backend {backend}")
+        resolver = _Resolver(changed, path.parent, policies, trust)
+        try:
+            scenario = changed.check(Scenario)
+            if policies:
+                scenario = scenario.model_copy(update={"waterfall": [], "baseline": [], "claims": []})
+            setups += resolver.setups(scenario, case)
+        except BadInput as error:
+            problems += error.problems
+            if scenario is None:
+                problems += resolver.names()
+    if scenario is not None:
+        problems += _wrong_names(document, scenario)
+    if problems or scenario is None:
+        once = {str(p): p for p in problems}.values()
+        raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
+    return Study(
+        name=scenario.name or path.stem,
+        question=scenario.question or "",
+        setups=setups,
+        baseline=scenario.baseline,
+        waterfall=scenario.waterfall,
+        claims=scenario.claims,
+        tables=list(scenario.tables),
+        resolved=resolved.data,
+    )
+
+
+def prepare(document: Document, folder: Path, trust: bool = False) -> Setup:
+    """The one run of a document without ``cases`` and ``compare``; ``folder`` is where its relative paths start.
+
+    Raises `BadInput` with all mistakes at once.
+    """
+    [setup] = _Resolver(document, folder, (), trust).setups(document.check(Scenario), "")
+    return setup
+
+
+def check(document: Document, folder: Path, trust: bool = False) -> None:
+    """Check keys, types, names and settings, without looking whether model and GPU fit or reading a trace.
+
+    Raises `BadInput` with all mistakes at once.
+    """
+    problems: list[Problem] = []
+    try:
+        document.check(Scenario)
+    except BadInput as error:
+        problems += error.problems
+    problems += _Resolver(document, folder, (), trust).names()
+    if problems:
+        raise BadInput({str(p): p for p in problems}.values())
+
+
+def _cases(document: Document, assignments: Sequence[str], problems: list[Problem]) -> list[tuple[str, Document]]:
+    """The document once for every case, ``--set`` applied last: the command line has the final word.
+
+    What is wrong with the cases themselves is added to ``problems``.
+    """
+    cases = document.data.get("cases")
+    if not isinstance(cases, list) or not cases:
+        changed = copy.deepcopy(document)
+        changed.set(assignments)
+        return [("", changed)]
+    found: list[tuple[str, Document]] = []
+    for i in range(len(cases)):
+        changed = copy.deepcopy(document)
+        try:
+            case = document.check(Case, at=("cases", i))
+            for key, value in case.set.items():
+                line = document.problem(("cases", i, "set", key), "").line
+                changed.set([f"{key}={json.dumps(value)}"], f"{document.path}:{line}: cases.{i}.set")
+        except BadInput as error:
+            problems += error.problems
+            continue
+        if case.name in [name for name, _ in found]:
+            problems.append(document.problem(("cases", i, "name"), "two cases have this name", case.name))
+        changed.set(assignments)
+        found.append((case.name, changed))
+    return found or [("", copy.deepcopy(document))]
+
+
+def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
+    """Variants that share a name, and mentions of variants that there are not."""
+    names = [variant.name for variant in scenario.compare]
+    problems = []
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            problems.append(document.problem(("compare", i, "name"), "two variants have this name", name))
+    wanted: list[tuple[KeyPath, str]] = [(("baseline", i), name) for i, name in enumerate(scenario.baseline)]
+    wanted += [(("waterfall", i, "variant"), rung.variant) for i, rung in enumerate(scenario.waterfall)]
+    for at, name in wanted:
+        if name not in names:
+            problems.append(document.problem(at, f"no such variant{did_you_mean(name, names)}", name))
+    return problems + claims.wrong_names(document, scenario)
+
+
+class _Resolver(Lookup):
+    """Makes a document's variants ready to run."""
+
+    def __init__(self, document: Document, folder: Path, policies: Sequence[str], trust: bool) -> None:
+        super().__init__(document, folder, trust)
+        self._policies = policies
+
+    def setups(self, scenario: Scenario, case: str) -> list[Setup]:
+        """One a variant; raises `BadInput`."""
+        trace = self._try((), lambda: self._trace(scenario))
+        found: list[Setup | None] = []
+        if self._policies:
+            for name in self._policies:
+                self._document.put("policy", name, f"--policy {name}")
+                found.append(self._setup(scenario, case, trace, Variant(name=name, policy=name), None))
+            if len(found) == 1 and found[0] is not None:
+                found[0].variant = ""
+        elif scenario.compare:
+            for i, variant in enumerate(scenario.compare):
+                found.append(self._setup(scenario, case, trace, variant, ("compare", i)))
+        else:
+            found.append(self._setup(scenario, case, trace, None, ()))
+        if self._problems:
+            raise BadInput(self._problems)
+        return [setup for setup in found if setup is not None]
+
+    def names(self) -> list[Problem]:
+        """What is wrong with the names and settings in a document that is no `Scenario`, as far as one can tell."""
+        data = self._document.data
+        systems: list[tuple[KeyPath, Any]] = [((), data)]
+        if isinstance(variants := data.get("compare"), list):
+            systems += [(("compare", i), variant) for i, variant in enumerate(variants)]
+        for at, system in systems:
+            for key in _NAMING:
+                if key == "policy" and self._policies:
+                    continue  # the command line names others
+                if isinstance(system, dict) and isinstance(choice := system.get(key), str | dict):
+                    self._find(key, choice, (*at, key))
+        return self._problems
+
+    def _trace(self, scenario: Scenario) -> Trace:
+        try:
+            return scenario.workload.build(scenario.seed, self._folder)
+        except BadInput as error:
+            at = ("workload",)
+            raise BadInput(
+                p if p.file else self._document.problem((*at, *p.path.split(".")) if p.path else at, p.rule, p.value)
+                for p in error.problems
+            ) from None
+
+    def _setup(
+        self,
+        scenario: Scenario,
+        case: str,
+        trace: Trace | None,
+        variant: Variant | None,
+        at: KeyPath | None,
+    ) -> Setup | None:
+        """``at`` is where the variant stands in the document; None if the command line made it."""
+        before = len(self._problems)
+
+        def pick(key: str, default: Any = None) -> tuple[Any, KeyPath]:
+            if variant is not None and (value := getattr(variant, key)) is not None:
+                return value, (*(at or ()), key)
+            value = getattr(scenario, key)
+            return (default if value is None else value), (key,)
+
+        def need(key: str) -> tuple[Any, KeyPath]:
+            value, where = pick(key)
+            if value is None:
+                self._problems.append(self._document.problem(where, "is required"))
+            return value, where
+
+        model = self._find("model", *need("model"))
+        router = self._find("router", *pick("router", "round_robin"))
+        replicas, replicas_at = pick("replicas", 1)
+        groups: list[ReplicaGroup | None] = []
+        longest = pick("max_model_len", model.max_model_len if model else 1)[0]
+        for i, group in enumerate(replicas if isinstance(replicas, list) else [Group(count=replicas)]):
+            from_file = at is not None or group.policy is not None
+            groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file))
+        self._check_roles(replicas, replicas_at, pick)
+        if trace is None or len(self._problems) > before or not (model and router):
+            return None
+        return Setup(
+            variant=variant.name if variant else "",
+            case=case,
+            trace=trace,
+            model=model,
+            max_model_len=longest,
+            groups=[group for group in groups if group is not None],
+            router=router[0],
+            router_settings=router[1],
+            router_stale_ps=round(pick("router_stale_ms", 0)[0] * 1e9),
+            link=pick("link")[0],
+            failures=pick("failures")[0],
+            start_up_ps=round(pick("start_up_s", 0)[0] * 1e12),
+            autoscale=pick("autoscale")[0],
+            limits=pick("limits", Limits())[0],
+            slo=pick("slo", Slo())[0],
+            seed=scenario.seed,
+            note=(variant.note if variant else None) or "",
+            published=variant.published if variant else None,
+        )
+
+    def _group(
+        self, model: Any, longest: int, group: Group, at: KeyPath, need: Pick, pick: Pick, from_file: bool
+    ) -> ReplicaGroup | None:
+        """``group`` stands at ``at``; what it leaves out comes from the variant or the scenario."""
+        before = len(self._problems)
+
+        def own(key: str, otherwise: tuple[Any, KeyPath]) -> tuple[Any, KeyPath]:
+            value = getattr(group, key)
+            return otherwise if value is None else (value, (*at, key))
+
+        gpu_choice, gpu_at = (group.gpu, (*at, "gpu")) if group.gpu is not None else need("gpu")
+        gpu = self._find("gpu", gpu_choice, gpu_at)
+        choice, policy_at = (group.policy, (*at, "policy")) if group.policy is not None else need("policy")
+        policy = self._find("policy", choice, policy_at, from_file)
+        backend_choice, backend_at = own("backend", pick("backend", "roofline"))
+        backend = self._find("backend", backend_choice, backend_at)
+        tensor_parallel, tp_at = own("tensor_parallel", pick("tensor_parallel", 1))
+        kv, kv_at = own("kv", pick("kv"))
+        if len(self._problems) > before or not (model and gpu and policy and backend):
+            return None
+        scheduler, settings = policy
+        sample = self._try(policy_at, lambda: scheduler(**settings))
+        fit = None
+        if sample is not None and self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel)):
+            fit_at = gpu_at if kv is None else kv_at
+            fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, tensor_parallel))
+        if getattr(backend[0], "executes", False):
+            self._check_executes(group, at, pick)
+        elif fit is not None:
+            self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, tensor_parallel))
+        if sample is not None and (misfit := sample.misfit(longest)):
+            self._problems.append(self._document.problem(policy_at, misfit))
+        if len(self._problems) > before or fit is None:
+            return None
+        return ReplicaGroup(
+            count=group.count,
+            role=group.role,
+            gpu=gpu,
+            tensor_parallel=tensor_parallel,
+            scheduler=scheduler,
+            scheduler_settings=settings,
+            backend=backend[0](**backend[1]),
+            blocks=fit[0],
+            block_size=fit[1],
+            kv_source=fit[2],
+            host_gib=(kv or Kv()).host_gib,
+            host_link=(kv or Kv()).host_link,
+        )
+
+    def _check_executes(self, group: Group, at: KeyPath, pick: Pick) -> None:
+        """Steps that really run need one replica that stays."""
+        replicas, where = pick("replicas", 1)
+        if group.count != 1 or (isinstance(replicas, list) and len(replicas) > 1):
+            self._problems.append(self._document.problem(where, "a backend that executes steps serves one replica"))
+        for key in ("failures", "autoscale"):
+            value, where = pick(key)
+            if value is not None:
+                rule = "must not be given with a backend that executes steps: it serves one replica that stays"
+                self._problems.append(self._document.problem(where, rule))
+
+    def _check_roles(self, replicas: Any, at: KeyPath, pick: Pick) -> None:
+        """Prefill and decode replicas come together, with a link, and without mixed ones."""
+        roles = {group.role for group in replicas} if isinstance(replicas, list) else {"mixed"}
+        link, link_at = pick("link")
+        problem = self._document.problem
+        if isinstance(replicas, list) and not replicas:
+            self._problems.append(problem(at, "must have at least one group"))
+        elif roles not in ({"mixed"}, {"prefill", "decode"}):
+            told = ", ".join(sorted(roles))
+            self._problems.append(
+                problem(at, f"prefill and decode replicas must come together, without mixed ones (got {told})")
+            )
+        elif roles != {"mixed"} and link is None:
+            self._problems.append(problem(link_at, "is required between prefill and decode replicas"))
+        elif roles == {"mixed"} and link is not None:
+            self._problems.append(problem(link_at, "must not be given without prefill and decode replicas"))
+        scale, scale_at = pick("autoscale")
+        if scale is not None:
+            total = sum(group.count for group in replicas) if isinstance(replicas, list) else replicas
+            if roles != {"mixed"} or (isinstance(replicas, list) and len(replicas) > 1):
+                self._problems.append(problem(scale_at, "must not be given for groups that differ"))
+            elif not scale.min <= total <= scale.max:
+                self._problems.append(problem(scale_at, f"must start from replicas between min and max (got {total})"))

@@ -1,0 +1,154 @@
+"""Looking up what a scenario file names: models, GPUs, policies, routers, backends, KV pools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from chairlift.backend import specs
+from chairlift.backend.base import Settings
+from chairlift.backend.calibrated.profile import Settings as ProfileSettings
+from chairlift.backend.calibrated.profile import shipped
+from chairlift.backend.gpu.settings import Torch
+from chairlift.backend.roofline import Efficiency
+from chairlift.policies.base import Scheduler
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.scenario import plugins
+from chairlift.sim.scenario.messages import Path as KeyPath
+from chairlift.sim.scenario.schema import Kv
+from chairlift.sim.scenario.yaml_document import Document, problems_from, read
+
+# name → its settings
+BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "profile": ProfileSettings, "torch": Torch}
+
+
+class Lookup:
+    """Looks the names of one document up, collecting what is wrong."""
+
+    def __init__(self, document: Document, folder: Path, trust: bool) -> None:
+        self._document = document
+        self._folder = folder
+        self._trust = trust
+        self._problems: list[Problem] = []
+
+    def _find(self, key: str, choice: Any, at: KeyPath, from_file: bool = True) -> Any:
+        """What ``choice``, the value of ``key``, names; as `_look_up`."""
+        if key == "model":
+            return self._look_up(choice, at, self._model)
+        if key == "gpu":
+            return self._look_up(choice, at, _gpu)
+        if key == "router":
+            return self._look_up(choice, at, plugins.router, True)
+        if key == "backend":
+            return self._look_up(self._profile(choice), at, _backend, True)
+        folder = self._folder if from_file else Path()
+        trust = self._trust or not from_file
+        return self._look_up(choice, at, lambda name: plugins.scheduler(name, trust, folder), True)
+
+    def _profile(self, choice: Any) -> Any:
+        """A profile's own name is short for the backend ``profile``; its file may lie beside the scenario."""
+        if isinstance(choice, str) and (choice in shipped() or choice.endswith(".json")):
+            choice = {"name": "profile", "profile": choice}
+        if isinstance(choice, dict) and isinstance(name := choice.get("profile"), str) and name.endswith(".json"):
+            beside = self._folder / name
+            return {**choice, "profile": str(beside)} if beside.is_file() else choice
+        return choice
+
+    def _look_up(self, choice: Any, at: KeyPath, find: Any, with_settings: bool = False) -> Any:
+        """What ``choice`` names; with settings: a class and its checked settings. None if it is wrong."""
+        if choice is None:
+            return None
+        if isinstance(choice, str):
+            found = self._try(at, lambda: find(choice))
+            return (found, self._settings(found, {}, at)) if with_settings and found else found
+        if not with_settings:
+            return self._try(at, lambda: find(choice))
+        rest = dict(choice)
+        name = rest.pop("name", None)
+        if not isinstance(name, str):
+            self._problems.append(self._document.problem((*at, "name"), "is required, a name"))
+            return None
+        found = self._try((*at, "name"), lambda: find(name))
+        if found is None:
+            return None
+        settings = self._settings(found, rest, at)
+        return None if settings is None else (found, settings)
+
+    def _refused(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any]:
+        """``given`` without the settings that ``kind`` knows but does not model; those are noted as mistakes."""
+        refused: dict[str, str] = getattr(kind, "not_modelled", {})
+        for key in sorted(given.keys() & refused.keys()):
+            self._problems.append(self._document.problem((*at, key), f"not modelled: {refused[key]}", given[key]))
+        return {key: value for key, value in given.items() if key not in refused}
+
+    def _settings(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any] | None:
+        model = plugins.settings(kind)  # type: ignore[arg-type]  # a class is hashable
+        given = self._refused(kind, given, at)
+        checked = self._try(at, lambda: self._document.check(model, given, at))
+        return None if checked is None else checked.model_dump()
+
+    def _model(self, choice: str | dict[str, Any]) -> specs.Model:
+        if isinstance(choice, dict):
+            return specs.Model(**plugins.settings(specs.Model)(**choice).model_dump())
+        if not choice.endswith(".json"):
+            return specs.model(choice)
+        config = read(self._folder / choice).data
+        return specs.Model.from_hf_config(config, Path(choice).parent.name or choice)
+
+    def _try(self, at: KeyPath, what: Any) -> Any:
+        """The result of ``what()``; None, with the problem noted at ``at``, where it raises."""
+        try:
+            return what()
+        except ValidationError as error:
+            kind = specs.Model if "model" in at else specs.GPU
+            self._problems += problems_from(error, self._document, plugins.settings(kind), at=at)
+        except BadInput as error:
+            self._problems += [
+                p if p.file else self._document.problem((*at, *filter(None, p.path.split("."))), p.rule, p.value)
+                for p in error.problems
+            ]
+        except (LookupError, ValueError, TypeError) as error:
+            self._problems.append(self._document.problem(at, str(error.args[0] if error.args else error)))
+        return None
+
+
+def _gpu(choice: str | dict[str, Any]) -> specs.GPU:
+    if isinstance(choice, dict):
+        return specs.GPU(**plugins.settings(specs.GPU)(**choice).model_dump())
+    return specs.gpu(choice)
+
+
+def _backend(name: str) -> type[Any]:
+    if name not in BACKENDS:
+        raise BadInput(Problem(f"no such backend{did_you_mean(name, [*BACKENDS, *shipped()])}", value=name))
+    return BACKENDS[name]
+
+
+def kv_pool(
+    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
+) -> tuple[int, int, str]:
+    """Usable blocks, tokens a block, and where the number comes from."""
+    block_size = getattr(policy, "block_size", None) or kv.block_size
+    own = getattr(policy, "num_gpu_blocks", None)
+    if kv.blocks is not None and kv.tokens is not None:
+        raise ValueError("give blocks or tokens, not both")
+    if own is not None:
+        blocks, source = own - 1, f"policy.num_gpu_blocks {own}, one of them vLLM's null block"
+        if blocks < 1:
+            raise ValueError(f"num_gpu_blocks must be at least 2: one is vLLM's null block (got {own})")
+    elif kv.blocks is not None:
+        blocks, source = kv.blocks, "given"
+    elif kv.tokens is not None:
+        blocks, source = kv.tokens // block_size, "given"
+        if blocks < 1:
+            raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
+    else:
+        fit = specs.kv_blocks(model, gpu, tensor_parallel, block_size, kv.memory_utilization, kv.reserve_gib)
+        blocks, source = fit.blocks, fit.explain()
+    if policy.block_tokens is not None:  # the policy's own granularity over the same memory
+        if own is None and kv.tokens is not None:
+            return kv.tokens // policy.block_tokens, policy.block_tokens, source
+        return blocks * block_size // policy.block_tokens, policy.block_tokens, source
+    return blocks, block_size, source

@@ -1,0 +1,81 @@
+"""Paired differences between two systems that met the same random numbers, and which of two figures is the better.
+
+With common random numbers both systems serve the same requests at each seed, so the difference within a seed varies
+far less than either figure (Law, *Simulation Modeling and Analysis*, 5th ed., section 11.2). The interval is Student's
+t over the differences of the seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from chairlift.sim.bad_input import BadInput, Problem
+
+_HIGHER = (
+    *("completed", "request_throughput", "request_goodput", "output_throughput", "total_token_throughput"),
+    *("prefix_hit_rate", "kv_utilization", "mean_leap"),
+)
+_LOWER = (
+    "rejected",
+    "timed_out",
+    "failed",
+    "preemptions",
+    "duration",
+    "replica_hours",
+    "busy_s",
+    "kv_internal",
+    "steps",
+)
+
+
+class Interval(NamedTuple):
+    """An estimate and where its mean lies with the confidence asked for; NaN bounds: one seed tells nothing of it."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def sign(metric: str) -> int:
+    """1 if more of ``metric`` is better, -1 if less is. Raises `BadInput` if there is no telling."""
+    if metric in _HIGHER:
+        return 1
+    if metric.endswith("_ms") or metric in _LOWER:
+        return -1
+    raise BadInput(Problem("neither more nor less of it is better: choose another", path="metric", value=metric))
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of independent ``values`` with its two-sided t interval."""
+    n = len(values)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = float(np.mean(values))
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    half = _t(0.5 + confidence / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def surely_below(a: Sequence[float], b: Sequence[float], risk: float) -> bool:
+    """Whether the mean of ``a`` is below that of ``b``, wrong with probability ``risk`` at most (one-sided, paired)."""
+    differences = np.subtract(a, b)
+    n = len(differences)
+    if n < 2:
+        return False
+    spread = float(np.std(differences, ddof=1))
+    mean = float(np.mean(differences))
+    if spread == 0:
+        return mean < 0
+    return mean + _t(1 - risk, n - 1) * spread / math.sqrt(n) < 0
+
+
+def _t(level: float, freedom: int) -> float:
+    from scipy.special import stdtrit  # here: costs a second to import
+
+    return float(stdtrit(freedom, level))

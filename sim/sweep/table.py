@@ -1,0 +1,98 @@
+"""``results.parquet`` of a sweep: a row a run with its point, its seed and all metrics. Written, and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.sweep.axes import Scalar
+from chairlift.sim.sweep.runs import Row, Run, made_by
+
+TIMES = ("wall_s", "run_s")  # the only columns that differ from one start to the next
+_META = b"chairlift"
+_LAST = ("key", "version", *TIMES)
+
+
+def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, Row]]) -> None:
+    """Write ``rows`` in their order; the same rows give the same content, but for `TIMES`.
+
+    Columns: the axes, ``seed``, ``error`` ("" where all went well), the metrics of ``summary.json`` (null where a run
+    has none), ``key`` (the run's content address), ``version`` of Chairlift, and ``wall_s`` of simulation in
+    ``run_s`` of all. Raises `BadInput` if the file cannot be written.
+    """
+    columns: dict[str, Any] = {axis: _labels([run.labels.get(axis) for run, _ in rows]) for axis in axes}
+    columns["seed"] = pa.array([run.seed for run, _ in rows], pa.int64())
+    columns["error"] = pa.array([row.error for _, row in rows], pa.string())
+    for metric in dict.fromkeys(metric for _, row in rows for metric in row.metrics):
+        columns[metric] = _numbers([row.metrics.get(metric) for _, row in rows])
+    columns["key"] = pa.array([row.key for _, row in rows], pa.string())
+    columns["version"] = pa.array([made_by()] * len(rows), pa.string())
+    columns["wall_s"] = pa.array([row.wall_s for _, row in rows], pa.float64())
+    columns["run_s"] = pa.array([row.run_s for _, row in rows], pa.float64())
+    said = json.dumps({"sweep": name, "axes": list(axes)})
+    table = pa.table(columns).replace_schema_metadata({_META: said.encode()})
+    partial = path.with_name(path.name + ".partial")
+    try:
+        pq.write_table(table, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
+
+
+@dataclass
+class Results:
+    """The table of a sweep, read back."""
+
+    file: str
+    name: str
+    axes: list[str]
+    metrics: list[str]
+    rows: list[dict[str, Any]]
+
+    def known(self, word: str, allowed: Sequence[str], what: str) -> str:
+        """``word``, if it is one of ``allowed``; raises `BadInput` with the nearest one otherwise."""
+        if word not in allowed:
+            raise BadInput(Problem(f"no such {what}{did_you_mean(word, allowed)}", self.file, value=word))
+        return word
+
+
+def read(path: Path) -> Results:
+    """The results in ``path``: a Parquet file, or a sweep's folder. Raises `BadInput` if it is neither."""
+    file = path / "results.parquet" if path.is_dir() else path
+    if not file.is_file():
+        raise BadInput(Problem("no results of a sweep here: run chairlift sweep first", file=str(path)))
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        said = str(error).partition("\n")[0]
+        raise BadInput(Problem(f"not a readable Parquet file: {said}", file=str(file))) from None
+    about_it = (table.schema.metadata or {}).get(_META)
+    if about_it is None:
+        raise BadInput(Problem("holds no results of chairlift sweep", file=str(file)))
+    about = json.loads(about_it)
+    axes = about["axes"]
+    metrics = [name for name in table.column_names if name not in (*axes, "seed", "error", *_LAST)]
+    return Results(str(file), about["sweep"], axes, metrics, table.to_pylist())
+
+
+def _labels(values: list[Scalar]) -> Any:
+    """Numbers as numbers; anything else, or a mixture, as text."""
+    given = [v for v in values if v is not None]
+    if given and all(type(v) is bool for v in given):
+        return pa.array(values, pa.bool_())
+    if given and all(isinstance(v, int | float) and not isinstance(v, bool) for v in given):
+        return _numbers(values)
+    return pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values], pa.string())
+
+
+def _numbers(values: list[Any]) -> Any:
+    whole = all(v is None or type(v) is int for v in values)
+    return pa.array(values, pa.int64() if whole else pa.float64())

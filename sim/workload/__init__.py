@@ -1,0 +1,1 @@
+"""What arrives: traces, arrival processes, lengths, sessions and mixes."""

@@ -1,0 +1,319 @@
+"""Who sends the requests: clients that wait for their answers, sessions of several turns, tenants, priorities.
+
+Clients and sessions make requests that are sent only after an earlier one has ended: `Trace.follows` and
+`Trace.think_ps`. Times to think are drawn here as well, as pydantic models a scenario can name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.workload.arrivals import Arrivals
+from chairlift.sim.workload.lengths import MOST_TOKENS, IntArray, Lengths, OneOf, Spec, Tokens
+from chairlift.sim.workload.random_streams import stream
+from chairlift.sim.workload.trace import COLUMNS, LATEST_PS, PS_PER_S, HashIds, Trace
+
+LONGEST_S = 9e6  # seconds: a little less than the 106 days of int64 picoseconds
+MOST_DRAWS = 16  # turns drawn for each one wanted, before max_context_tokens is called too small
+
+Span = Annotated[float, Field(ge=0, le=LONGEST_S)]
+Weight = Annotated[float, Field(ge=0, le=1e12)]
+
+
+# ---- times to think ----
+
+
+class Constant(Spec):
+    """The same time always."""
+
+    seconds: Span = Field(description="The time, in seconds.")
+
+    def sample(self, n: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+        """``n`` times in seconds; draws nothing from ``rng``."""
+        return np.full(n, self.seconds)
+
+
+class Exponential(Spec):
+    """Exponential: no memory of how long it has lasted."""
+
+    mean_s: Annotated[float, Field(gt=0, le=LONGEST_S)] = Field(description="Mean, in seconds.")
+
+    def sample(self, n: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+        """``n`` times in seconds."""
+        return rng.exponential(self.mean_s, n)
+
+
+class Lognormal(Spec):
+    """exp(Normal(mu, sigma)) seconds."""
+
+    mu: float = Field(ge=-40, le=16, description="Mean of the logarithm (natural) of the seconds.")
+    sigma: float = Field(ge=0, le=10, description="Standard deviation of the logarithm of the seconds.")
+
+    def sample(self, n: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+        """``n`` times in seconds."""
+        return rng.lognormal(self.mu, self.sigma, n)
+
+
+def _or_number(schema: dict[str, Any]) -> None:
+    """JSON Schema of `Seconds`: the mapping, or a bare number."""
+    mapping = dict(schema) | {"minProperties": 1, "maxProperties": 1}
+    number = {"type": "number", "minimum": 0, "maximum": LONGEST_S}
+    schema.clear()
+    schema.update(title=mapping.pop("title"), description=mapping.pop("description"), anyOf=[number, mapping])
+
+
+class Seconds(OneOf):
+    """Times: a number of seconds, or one distribution by name."""
+
+    model_config = ConfigDict(json_schema_extra=_or_number)
+
+    constant: Constant | None = Field(default=None, description="The same always.")
+    exponential: Exponential | None = Field(default=None, description="Exponential.")
+    lognormal: Lognormal | None = Field(default=None, description="Lognormal.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_is_constant(cls, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"constant": {"seconds": value}}
+        if not isinstance(value, Mapping | Seconds):
+            raise ValueError("must be a number of seconds, or one distribution by its name")
+        return value
+
+    def sample_ps(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` times >= 0 in picoseconds, each rounded once. Shape: ``(n,)`` int64.
+
+        Raises:
+            BadInput: a draw is beyond what int64 picoseconds can say (about 106 days).
+        """
+        times: npt.NDArray[np.float64] = np.rint(self.chosen.sample(n, rng) * PS_PER_S)
+        if times.size and not times.max() < LATEST_PS:
+            rule = "a time drawn is over 106 days, past what the clock can say; make mu or sigma smaller"
+            raise BadInput(Problem(rule, value=float(times.max()) / PS_PER_S))
+        return times.astype(np.int64)
+
+
+# ---- clients ----
+
+
+class Clients(Spec):
+    """A closed loop: so many clients, each of which sends its next request after its last has ended.
+
+    Unlike open arrivals it never has more than N requests in the system (Schroeder, Wierman, Harchol-Balter, *Open
+    Versus Closed: A Cautionary Tale*, NSDI 2006).
+    """
+
+    concurrency: Annotated[int, Field(ge=1)] = Field(description="How many clients; each has one request at a time.")
+    think_s: Seconds | None = Field(
+        default=None,
+        description="Time from the end of a client's request to its next: seconds or a distribution; null: none.",
+    )
+    ramp_s: Span = Field(
+        default=0.0,
+        description="The clients' first requests are spread evenly over so many seconds: client c of N at c/N of it.",
+    )
+
+    def loop(self, trace: Trace, seed: int) -> Trace:
+        """The requests of ``trace`` as the clients send them; its own times and what it follows are replaced.
+
+        Of N clients, client c sends requests c, c + N, c + 2N, … of the trace. Rows are then in order of their
+        client's first arrival; without a ramp, as they were.
+        """
+        n = len(trace)
+        rows, size = np.arange(n), self.concurrency
+        ramp_ps = round(self.ramp_s * PS_PER_S)
+        firsts = np.array([client * ramp_ps // size for client in range(min(size, n))], np.int64)
+        follows = np.where(rows >= size, rows - size, -1)
+        think = (self.think_s or Seconds(constant=Constant(seconds=0))).sample_ps(n, stream(seed, "think"))
+        return sent(trace, firsts[rows % size], follows, np.where(follows >= 0, think, 0))
+
+
+def sent(trace: Trace, arrival_ps: IntArray, follows: IntArray, think_ps: IntArray) -> Trace:
+    """``trace`` with other times, its rows brought in order of them; rows of the same time keep their order.
+
+    ``follows`` names rows of ``trace`` as it is. All shapes: ``(n,)``.
+    """
+    order = np.argsort(arrival_ps, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    columns = {name: getattr(trace, name) for name in COLUMNS if getattr(trace, name) is not None}
+    columns |= {
+        "arrival_ps": arrival_ps,
+        "follows": np.where(follows >= 0, place[np.maximum(follows, 0)], -1),
+        "think_ps": think_ps,
+    }
+    moved: dict[str, Any] = {name: column[order] for name, column in columns.items()}
+    if trace.hash_ids is not None:
+        moved["hash_ids"] = _rows_of(trace.hash_ids, order)
+    return dataclasses.replace(trace, **moved)
+
+
+def _rows_of(ids: HashIds, order: IntArray) -> HashIds:
+    """The ids with rows in another order."""
+    counts = np.diff(ids.offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return HashIds(ids.values[np.repeat(ids.offsets[order] - offsets[:-1], counts) + np.arange(offsets[-1])], offsets)
+
+
+def restarted(trace: Trace, starts_ps: IntArray) -> Trace:
+    """``trace`` with new times for the requests that follow none, in their order; the others come along.
+
+    Shape of ``starts_ps``: ``(number of rows that follow none,)``, sorted; see `starts`.
+    """
+    if trace.follows is None or trace.think_ps is None:
+        return dataclasses.replace(trace, arrival_ps=starts_ps)
+    first = np.where(trace.follows < 0, np.arange(len(trace)), trace.follows)
+    while np.any((before := first[first]) != first):  # each round goes twice as far back
+        first = before
+    times = np.zeros(len(trace), np.int64)
+    times[trace.follows < 0] = starts_ps
+    return sent(trace, times[first], trace.follows, trace.think_ps)
+
+
+def starts(trace: Trace) -> int:
+    """How many requests follow none, and so have an arrival time of their own."""
+    return len(trace) if trace.follows is None else int(np.count_nonzero(trace.follows < 0))
+
+
+# ---- sessions ----
+
+
+class Sessions(Spec):
+    """Chats of several turns: each prompt is the last prompt, its answer, and some new tokens."""
+
+    turns: Lengths = Field(description="Turns of a session: a number or a distribution.")
+    think_s: Seconds = Field(description="Time from the end of a turn to the next: seconds or a distribution.")
+    first_prompt_tokens: Lengths | None = Field(
+        default=None, description="Prompt of a session's first turn, system prompt and all; null: as of any turn."
+    )
+    max_context_tokens: Tokens | None = Field(
+        default=None,
+        description="A session ends before the turn whose prompt and output together would be more; null: no end.",
+    )
+
+    def draw(
+        self, n: int, seed: int, arrivals: Arrivals, prompt: Lengths, output: Lengths, cap: int | None = None
+    ) -> Trace:
+        """``n`` requests, rows in order of their sessions' starts and then of turns; the last session may be cut.
+
+        Args:
+            n: turns of all sessions together.
+            seed: arrivals, turns, first prompts, new tokens, outputs and thinking have streams of their own.
+            arrivals: when sessions start.
+            prompt: new tokens of a turn.
+            output: output tokens of a turn, which the trace has as drawn.
+            cap: output tokens at which an answer ends for the turns after it; None: no such cap.
+
+        A turn that is too long for ``max_context_tokens`` is drawn, but not sent. A session whose first turn is
+        too long has no turns, and is left out.
+
+        Raises:
+            BadInput: prompts grow past 32 bits, hardly a turn fits in ``max_context_tokens``, or times run past
+                what the clock can say.
+        """
+        count = n
+        while True:
+            new = prompt.sample(count, stream(seed, "prompt_tokens"))
+            outputs = output.sample(count, stream(seed, "output_tokens"))
+            answers = outputs if cap is None else np.minimum(outputs, cap)
+            lasts = self.turns.sample(count, stream(seed, "turns"))
+            firsts = None
+            if self.first_prompt_tokens is not None:
+                firsts = self.first_prompt_tokens.sample(count, stream(seed, "first_prompt_tokens")).tolist()
+            drawn, numbers, prompts, notes = self._play(n, new.tolist(), answers.tolist(), lasts.tolist(), firsts)
+            if len(drawn) == n:
+                break
+            if count >= max(MOST_DRAWS * n, 10_000):
+                rule = f"of {count} turns drawn only {len(drawn)} fit: make it larger, or prompts and outputs shorter"
+                raise BadInput(Problem(rule, path="sessions.max_context_tokens", value=self.max_context_tokens))
+            count *= 2
+        if max(prompts) > MOST_TOKENS:
+            rule = f"prompts grow past {MOST_TOKENS} tokens: give max_context_tokens, or fewer turns"
+            raise BadInput(Problem(rule, path="sessions"))
+        session = np.array(numbers, np.int64)
+        same = np.concatenate([[False], session[1:] == session[:-1]])
+        return Trace(
+            arrival_ps=arrivals.times_ps(numbers[-1] + 1, stream(seed, "arrivals"))[session],
+            prompt_tokens=np.array(prompts, np.int32),
+            output_tokens=outputs[drawn].astype(np.int32),
+            session=session,
+            follows=np.where(same, np.arange(n) - 1, -1),
+            think_ps=np.where(same, self.think_s.sample_ps(n, stream(seed, "think")), 0),
+            notes=notes,
+        )
+
+    def _play(
+        self, n: int, new: list[int], answers: list[int], lasts: list[int], firsts: list[int] | None
+    ) -> tuple[list[int], list[int], list[int], tuple[str, ...]]:
+        """Of the turns drawn, which are sent, in which session, with how long a prompt; and notes."""
+        limit = self.max_context_tokens
+        drawn, sessions, prompts = [], [], []
+        begun, number, left, context = 0, -1, 0, 0  # context: tokens of the session's last prompt and answer
+        cut = empty = 0
+        for i, (tokens, answer) in enumerate(zip(new, answers, strict=True)):
+            if left == 0:
+                left, context = lasts[begun], 0
+                if firsts is not None:
+                    tokens = firsts[begun]
+                begun += 1
+            prompt = context + tokens
+            if limit is not None and prompt + answer > limit:
+                cut, empty, left = cut + (context > 0), empty + (context == 0), 0
+                continue
+            number += context == 0
+            drawn.append(i)
+            sessions.append(number)
+            prompts.append(prompt)
+            context = prompt + answer
+            left -= 1
+            if len(drawn) == n:
+                break
+        notes = [f"{cut} sessions end early, at max_context_tokens {limit}"] * (cut > 0)
+        notes += [f"{empty} sessions left out: their first turn is over max_context_tokens {limit}"] * (empty > 0)
+        return drawn, sessions, prompts, tuple(notes)
+
+
+# ---- shared prefixes, priorities ----
+
+
+class Prefix(Spec):
+    """Prompts that begin alike: each request belongs to one of some groups, with a prefix of its own each."""
+
+    groups: Annotated[int, Field(ge=1, le=10**7)] = Field(description="How many different prefixes.")
+    tokens: Tokens = Field(description="Tokens of every prefix; a shorter prompt is all prefix.")
+    zipf: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=0.0, description="Group k of 1, 2, … is drawn in proportion to k^-zipf; 0: all alike."
+    )
+
+    def draw(self, n: int, rng: np.random.Generator) -> IntArray:
+        """The group, from 0, of each of ``n`` requests."""
+        return weighted(np.arange(1, self.groups + 1, dtype=np.float64) ** -self.zipf, n, rng)
+
+
+class Priority(Spec):
+    """Priorities 0, 1, 2, … by weight; what they mean is the policy's business."""
+
+    weights: list[Weight] = Field(
+        description="Weight of priority 0, of 1, and so on; they need not add up to 1.", min_length=1
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _some_weight(cls, weights: list[float]) -> list[float]:
+        if not any(weights):
+            raise ValueError("must have a weight above 0")
+        return weights
+
+
+def weighted(weights: Sequence[float] | npt.NDArray[np.float64], n: int, rng: np.random.Generator) -> IntArray:
+    """``n`` indices of ``weights``, drawn in proportion to them; one uniform draw each."""
+    edges = np.cumsum(weights)
+    drawn: IntArray = np.searchsorted(edges, rng.random(n) * edges[-1], side="right").astype(np.int64)
+    return drawn

@@ -1,0 +1,1 @@
+"""Published trace formats, a file each."""

@@ -1,0 +1,271 @@
+"""How many tokens a request has: distributions a scenario can name, as pydantic models to draw from.
+
+In YAML a distribution is a mapping of one key, its name: ``{exponential: {mean: 128, cap: 1536}}``. A bare
+number means that many tokens for everyone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from chairlift.sim.bad_input import BadInput, Problem
+
+IntArray = npt.NDArray[np.int64]
+
+MOST_TOKENS = 2**31 - 1  # a Trace keeps tokens in int32
+
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+
+
+class Spec(BaseModel):
+    """Base of every workload model: unknown keys, NaN, infinity and numbers in quotes are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class OneOf(Spec):
+    """A mapping with exactly one of its keys given; ``chosen`` is that key's value."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> OneOf:
+        known = type(self).model_fields
+        given = [name for name in known if getattr(self, name) is not None]
+        if len(given) != 1:
+            names = " and ".join(given) or "none"
+            raise ValueError(f"exactly one of {', '.join(known)} must be given, not {names}")
+        return self
+
+    @property
+    def chosen(self) -> Any:
+        """The one value given."""
+        return next(value for name in type(self).model_fields if (value := getattr(self, name)) is not None)
+
+
+class Constant(Spec):
+    """The same number of tokens for everyone."""
+
+    tokens: Tokens = Field(description="Tokens of every request.")
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths; draws nothing from ``rng``."""
+        return np.full(n, self.tokens, np.int64)
+
+    def mean_tokens(self) -> float:
+        """The constant."""
+        return float(self.tokens)
+
+
+class Uniform(Spec):
+    """Whole numbers from ``low`` to ``high``, both included, equally likely."""
+
+    low: Tokens = Field(description="Smallest length, in tokens.")
+    high: Tokens = Field(description="Largest length, in tokens (included).")
+
+    @field_validator("high")
+    @classmethod
+    def _ordered(cls, high: int, info: ValidationInfo) -> int:
+        low = info.data.get("low", high)
+        if high < low:
+            raise ValueError(f"must be at least low, which is {low}")
+        return high
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths."""
+        return rng.integers(self.low, self.high, n, endpoint=True)
+
+    def mean_tokens(self) -> float:
+        """(low + high) / 2."""
+        return (self.low + self.high) / 2
+
+
+class Exponential(Spec):
+    """Exponential, rounded to the nearest whole number; 0 becomes 1.
+
+    The Anyscale benchmark of continuous batching (June 2023) draws output lengths so, with mean 128 and a
+    cap of 32 to 1536; it draws again what rounds to more than the cap, and its clients sent 0 as 1.
+    """
+
+    mean: float = Field(gt=0, le=MOST_TOKENS, description="Mean before rounding and capping, in tokens.")
+    cap: Tokens | None = Field(default=None, description="Largest length, in tokens; null: no cap.")
+    over_cap: Literal["redraw", "clip"] = Field(
+        default="redraw",
+        description="A draw that rounds to more than the cap is drawn again, or cut to the cap.",
+    )
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths, one uniform draw each.
+
+        Redrawing is done by inverting the truncated distribution function: the same distribution as a loop
+        that rejects, in bounded time even when the cap is far below the mean.
+        """
+        u = rng.random(n)
+        if self.cap is not None and self.over_cap == "redraw":
+            u *= -math.expm1(-(self.cap + 0.5) / self.mean)  # P(rounds to at most cap)
+        lengths = np.rint(-self.mean * np.log1p(-u))
+        return _whole(lengths if self.cap is None else np.minimum(lengths, self.cap))
+
+    def mean_tokens(self) -> float:
+        """Exact: the sum over k of P(length >= k), with P(round(X) >= k) = e^(-(k - ½)/mean)."""
+        step, half = 1 / self.mean, math.exp(-0.5 / self.mean)
+        terms = 1.0 if self.cap is None else -math.expm1(-self.cap * step)
+        tail_sum = half * terms / -math.expm1(-step)  # sum over k = 1 .. cap
+        zero = -math.expm1(-0.5 * step)  # P(rounds to 0), which counts as 1
+        if self.cap is None or self.over_cap == "clip":
+            return tail_sum + zero
+        over = math.exp(-(self.cap + 0.5) * step)
+        return (tail_sum - self.cap * over + zero) / -math.expm1(-(self.cap + 0.5) * step)
+
+
+class Lognormal(Spec):
+    """exp(Normal(mu, sigma)), rounded to a whole number; 0 becomes 1, what is over ``cap`` the cap."""
+
+    mu: float = Field(ge=-10, le=20, description="Mean of the logarithm (natural) of the tokens.")
+    sigma: float = Field(ge=0, le=10, description="Standard deviation of the logarithm of the tokens.")
+    cap: Tokens | None = Field(default=None, description="Largest length, in tokens; longer draws are cut to it.")
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths.
+
+        Raises:
+            BadInput: a draw does not fit in 32 bits; give a cap.
+        """
+        lengths = np.rint(rng.lognormal(self.mu, self.sigma, n))
+        return _whole(lengths if self.cap is None else np.minimum(lengths, self.cap))
+
+    def mean_tokens(self) -> float:
+        """Mean before rounding, with the cap: E[min(X, cap)]."""
+        mean = math.exp(self.mu + self.sigma**2 / 2)
+        if self.cap is None:
+            return mean
+        if self.sigma == 0:
+            return min(mean, float(self.cap))
+        z = (math.log(self.cap) - self.mu) / self.sigma
+        return mean * _normal_cdf(z - self.sigma) + self.cap * _normal_cdf(-z)
+
+
+class Quantiles(Spec):
+    """The inverse distribution function at some levels, linear between them, rounded; 0 becomes 1."""
+
+    levels_pct: list[float] = Field(description="Levels in percent, rising from 0 to 100.", min_length=2)
+    tokens: list[Annotated[float, Field(ge=0, le=MOST_TOKENS)]] = Field(
+        description="Tokens at each level, never falling.", min_length=2
+    )
+
+    @model_validator(mode="after")
+    def _a_distribution(self) -> Quantiles:
+        levels = self.levels_pct
+        if levels[0] != 0 or levels[-1] != 100 or any(b <= a for a, b in pairwise(levels)):
+            raise ValueError("levels_pct must rise from 0 to 100")
+        if len(self.tokens) != len(levels):
+            raise ValueError(f"tokens must have one number a level ({len(levels)}), not {len(self.tokens)}")
+        if any(b < a for a, b in pairwise(self.tokens)):
+            raise ValueError("tokens must not fall from one level to the next")
+        return self
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths, one uniform draw each."""
+        return _whole(np.rint(np.interp(100 * rng.random(n), self.levels_pct, self.tokens)))
+
+    def mean_tokens(self) -> float:
+        """Mean before rounding: trapezoids under the quantile function."""
+        levels, tokens = np.array(self.levels_pct), np.array(self.tokens)
+        return float(np.sum(np.diff(levels) * (tokens[1:] + tokens[:-1]) / 2) / 100)
+
+
+class Mixture(Spec):
+    """One of several distributions, drawn by weight for each request."""
+
+    weights: list[Annotated[float, Field(gt=0)]] = Field(
+        description="Weight of each part; they need not add up to 1.", min_length=1
+    )
+    parts: list[Lengths] = Field(description="The distributions.", min_length=1)
+
+    @model_validator(mode="after")
+    def _one_weight_a_part(self) -> Mixture:
+        if len(self.weights) != len(self.parts):
+            raise ValueError(f"weights must have one number a part ({len(self.parts)}), not {len(self.weights)}")
+        return self
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths: first every request's part, then each part's lengths in turn."""
+        edges = np.cumsum(self.weights)
+        part = np.searchsorted(edges[:-1], rng.random(n) * edges[-1], side="right")
+        lengths = np.empty(n, np.int64)
+        for i, distribution in enumerate(self.parts):
+            mine = part == i
+            lengths[mine] = distribution.sample(int(np.count_nonzero(mine)), rng)
+        return lengths
+
+    def mean_tokens(self) -> float:
+        """Weighted mean of the parts' means."""
+        means = [part.mean_tokens() for part in self.parts]
+        return sum(w * m for w, m in zip(self.weights, means, strict=True)) / sum(self.weights)
+
+
+def _or_number(schema: dict[str, Any]) -> None:
+    """JSON Schema of `Lengths`: the mapping, or a bare whole number."""
+    mapping = dict(schema) | {"minProperties": 1, "maxProperties": 1}
+    number = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
+    schema.clear()
+    schema.update(title=mapping.pop("title"), description=mapping.pop("description"), anyOf=[number, mapping])
+
+
+class Lengths(OneOf):
+    """Token counts of requests: a whole number, or one distribution by name."""
+
+    model_config = ConfigDict(json_schema_extra=_or_number)
+
+    constant: Constant | None = Field(default=None, description="The same for every request.")
+    uniform: Uniform | None = Field(default=None, description="Whole numbers, equally likely.")
+    exponential: Exponential | None = Field(default=None, description="Exponential, with an optional cap.")
+    lognormal: Lognormal | None = Field(default=None, description="Lognormal, with an optional cap.")
+    quantiles: Quantiles | None = Field(default=None, description="An empirical distribution by its quantiles.")
+    mixture: Mixture | None = Field(default=None, description="A weighted mixture of distributions.")
+    values: Annotated[list[Tokens], Field(min_length=1)] | None = Field(
+        default=None, description="These lengths in this order, from the top again when they run out."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_is_constant(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"constant": {"tokens": value}}
+        if not isinstance(value, Mapping | Lengths):
+            raise ValueError("must be a whole number, or one distribution by its name")
+        return value
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths >= 1. Shape: ``(n,)`` int64.
+
+        Raises:
+            BadInput: a draw does not fit in 32 bits.
+        """
+        if self.values is not None:
+            return np.resize(np.array(self.values, np.int64), n)
+        lengths: IntArray = self.chosen.sample(n, rng)
+        return lengths
+
+    def mean_tokens(self) -> float:
+        """Expected length in tokens, in closed form; some distributions ignore the rounding and say so."""
+        return float(np.mean(self.values)) if self.values is not None else float(self.chosen.mean_tokens())
+
+
+def _whole(lengths: npt.NDArray[np.float64]) -> IntArray:
+    """Rounded floats as int64, at least 1."""
+    if lengths.size and not lengths.max() <= MOST_TOKENS:
+        rule = f"a length drawn is over {MOST_TOKENS} tokens; give the distribution a cap"
+        raise BadInput(Problem(rule, value=float(lengths.max())))
+    return np.maximum(lengths, 1).astype(np.int64)
+
+
+def _normal_cdf(z: float) -> float:
+    return math.erfc(-z / math.sqrt(2)) / 2

@@ -1,0 +1,240 @@
+"""Fits recover what a recording was made with, and refuse data that cannot tell."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chairlift.backend.calibrated import profile
+from chairlift.backend.fitting import fit as calibrate
+from chairlift.backend.fitting import residuals
+from chairlift.backend.fitting.recording import RecordingError, read
+from chairlift.backend.fitting.steps import steps_of
+from kit.command import chairlift
+from kit.synthetic import Log, Planted, record, write
+
+MODEL = "llama-3.1-8b"
+PLANTED = Planted()
+
+
+@pytest.fixture(scope="module")
+def log() -> Log:
+    return record(PLANTED)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, log: Log) -> Path:
+    return write(tmp_path_factory.mktemp("made"), [log])
+
+
+@pytest.fixture(scope="module")
+def fit(folder: Path) -> calibrate.Fit:
+    return calibrate.fit(steps_of(read(folder, MODEL).select(None)))
+
+
+def made(folder: Path, log: Log) -> Path:
+    return write(folder, [log])
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "planted", "within"),
+    [
+        ("gpu", "pair_s", PLANTED.pair, 0.15),
+        ("host", "schedule_s", PLANTED.schedule, 0.1),
+        ("host", "schedule_request_s", PLANTED.schedule_request, 0.1),
+        ("host", "update_s", PLANTED.update, 0.1),
+        ("host", "update_request_s", PLANTED.update_request, 0.1),
+        ("host", "piecewise_s", PLANTED.piecewise, 0.05),
+        ("host", "eager_s", PLANTED.eager, 0.05),
+    ],
+)
+def test_a_planted_coefficient_is_found(
+    fit: calibrate.Fit, part: str, name: str, planted: float, within: float
+) -> None:
+    assert getattr(getattr(fit, part), name) == pytest.approx(planted, rel=within)
+
+
+@pytest.mark.parametrize("decodes", [1, 8, 64, 256])
+def test_planted_context_cost_is_found(fit: calibrate.Fit, decodes: int) -> None:
+    factor = float(profile.between(fit.gpu.kv_residual, np.array([float(decodes)]))[0])
+
+    assert fit.gpu.kv_s * factor == pytest.approx(PLANTED.kv, rel=0.12)
+    assert fit.gpu.kv_mixed_s == pytest.approx(PLANTED.kv_mixed, rel=0.12)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 128, 200, 256])
+def test_planted_decode_steps_are_found(fit: calibrate.Fit, tokens: int) -> None:
+    from chairlift.backend.base import Batch
+
+    context, computed = 400 * tokens, profile.padded(tokens, 512)
+    priced = profile.Calibrated(profile.Profile("made", MODEL, "h200", "vllm", fit.gpu, fit.host))
+
+    cost = priced.step(Batch((), tokens, context))
+
+    assert cost.first / 1e12 == pytest.approx(PLANTED.gpu(computed, tokens, context, 0, False), rel=0.05)
+
+
+@pytest.mark.parametrize("tokens", [600, 1024, 3000, 7000])
+def test_planted_chunks_are_found(fit: calibrate.Fit, tokens: int) -> None:
+    gpu = fit.gpu
+    found = gpu.matmuls(np.array([float(tokens)]), gpu.chunk_residual)[0] + gpu.chunk_s + gpu.request_s + gpu.sequence_s
+    found += gpu.pair_s * tokens * (tokens + 1) / 2
+
+    assert found == pytest.approx(PLANTED.gpu(tokens, 0, 0, tokens * (tokens + 1) // 2, True), rel=0.03)
+
+
+def test_unseen_steps_are_foreseen(fit: calibrate.Fit, tmp_path: Path) -> None:
+    other = write(tmp_path, [record(PLANTED, seed=2, name="other")])
+
+    steps = steps_of(read(other, MODEL).select(None))
+    ahead = residuals.summary([residuals.foresee(fit.gpu, fit.host, steps)])
+    on_gpu = residuals.summary([residuals.on_gpu(fit.gpu, fit.host, steps)])
+
+    for regime in ("decode-only", "chunk-only", "mixed"):
+        assert ahead[regime]["median"] < 0.03, regime
+        assert on_gpu[regime]["median"] < 0.03, regime
+    assert on_gpu["decode-only"]["p95"] < 0.05
+
+
+def test_stalls_do_not_move_the_fit(fit: calibrate.Fit, log: Log, tmp_path: Path) -> None:
+    stalled = Log("stalled", [list(row) for row in log.steps], log.requests)
+    late = 0.0
+    for i, row in enumerate(stalled.steps):
+        row[0] += late
+        late += 0.05 if i % 150 == 149 else 0.0
+        row[1] += late
+
+    other = calibrate.fit(steps_of(read(made(tmp_path, stalled), MODEL).select(None)))
+
+    assert other.gpu.kv_s == pytest.approx(fit.gpu.kv_s, rel=0.1)
+    assert other.host.eager_s == pytest.approx(fit.host.eager_s, rel=0.1)
+
+
+def test_too_few_steps_are_refused(log: Log, tmp_path: Path) -> None:
+    short = Log("short", log.steps[:150], log.requests)
+
+    done = chairlift("calibrate", "--recording", str(made(tmp_path, short)), "--model", MODEL)
+
+    assert done.status == 2
+    assert "150 steps are too few: at least 200 are needed" in done.err
+
+
+def test_a_term_that_nothing_tells_is_refused(log: Log, tmp_path: Path) -> None:
+    decodes = Log("decodes", [row for row in log.steps if not row[5]], log.requests)
+
+    done = chairlift("calibrate", "--recording", str(made(tmp_path, decodes)), "--model", MODEL)
+
+    assert done.status == 2
+    assert "cannot be identified" in done.err
+    assert "record" in done.err
+
+
+def test_one_batch_size_does_not_tell_the_context(log: Log, tmp_path: Path) -> None:
+    rows = [list(row) for row in log.steps]
+    for row in rows:
+        row[8] = 640
+    same = Log("same", rows, log.requests)
+
+    with pytest.raises(calibrate.CalibrationError, match=r"kv_s cannot be identified: .* at least a factor of two"):
+        calibrate.fit(steps_of(read(made(tmp_path, same), MODEL).select(None)))
+
+
+def broken(folder: Path, what: str, text: str) -> Path:
+    (folder / f"{MODEL}_{what}.csv.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+def test_damaged_recordings_are_refused(log: Log, tmp_path: Path) -> None:
+    def fresh(name: str) -> Path:
+        return made(tmp_path / name, log)
+
+    good = gzip.decompress((fresh("good") / f"{MODEL}_steps.csv.gz").read_bytes()).decode()
+    lines = good.splitlines()
+    cells = lines[5].split(",")
+    cases = [
+        (broken(fresh("a"), "steps", good.replace("done_s", "ended_s", 1)), "steps.csv.gz: lacks the columns done_s"),
+        (
+            broken(fresh("b"), "steps", "\n".join([*lines[:5], ",".join([*cells[:2], "soon", *cells[3:]])])),
+            "steps.csv.gz:6: done_s must be a number (got 'soon')",
+        ),
+        (
+            broken(fresh("c"), "steps", "\n".join([*lines[:5], ",".join([*cells[:6], "-4", *cells[7:]])])),
+            "steps.csv.gz:6: prefill_tokens must be at least 0 (got -4)",
+        ),
+        (broken(fresh("d"), "steps", "\n".join([lines[0], *reversed(lines[1:])])), "made: done_s runs back at step"),
+    ]
+    (fresh("e") / f"{MODEL}_steps.csv.gz").write_bytes(b"\x1f\x8bnot gzip")
+    cases.append((tmp_path / "e", "steps.csv.gz: not readable as CSV"))
+    (fresh("f") / f"{MODEL}_requests.csv.gz").unlink()
+    cases.append((tmp_path / "f", "requests.csv.gz: no such file"))
+    (fresh("g") / f"{MODEL}_summary.json").write_text("{", encoding="utf-8")
+    cases.append((tmp_path / "g", "summary.json: not readable as JSON"))
+    summary = {"engine": {}, "experiments": [{"name": "made", "engine": {"max_num_seqs": 256}}]}
+    (fresh("h") / f"{MODEL}_summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    cases.append((tmp_path / "h", "made lacks num_gpu_blocks, max_num_batched_tokens, block_size"))
+    cases.append((tmp_path / "nowhere", "no such folder"))
+
+    for folder, message in cases:
+        done = chairlift("calibrate", "--recording", str(folder), "--model", MODEL)
+        assert done.status == 2, message
+        assert message in done.err.replace("\n", " "), done.err
+
+    with pytest.raises(RecordingError, match=r"no recording of 'opt-13b': it has llama-3\.1-8b"):
+        read(fresh("i"), "opt-13b")
+    with pytest.raises(RecordingError, match=r"no experiment 'maid' of .* did you mean 'made'"):
+        read(fresh("j"), MODEL).select(["maid"])
+
+
+def test_the_command_writes_a_profile_that_runs(folder: Path, log: Log, tmp_path: Path) -> None:
+    write(tmp_path / "two", [log, record(PLANTED, seed=3, name="more")])
+    target, plot = tmp_path / "mine.json", tmp_path / "parity.html"
+
+    done = chairlift(
+        *("calibrate", "--recording", str(tmp_path / "two"), "--model", MODEL),
+        *("--out", str(target), "--plot", str(plot)),
+    )
+
+    assert (done.status, done.err) == (0, "")
+    assert "steps of experiments left out of the fit" in done.out
+    assert plot.read_text(encoding="utf-8").startswith("<!doctype html>")
+    loaded = profile.load(str(target))
+    assert loaded.gpu == "h200"
+    assert loaded.provenance["experiments"] == ["made", "more"]
+    assert set(loaded.errors["steps"]) == {"decode-only", "chunk-only", "mixed"}
+    scenario = tmp_path / "mine.yaml"
+    scenario.write_text(
+        f"model: {MODEL}\ngpu: h200\npolicy: vllm\nbackend: mine.json\n"
+        "workload: {requests: 20, arrivals: {poisson: {rate_per_s: 5}}, prompt_tokens: 100, output_tokens: 10}\n",
+        encoding="utf-8",
+    )
+
+    run = chairlift("run", str(scenario), "--out", str(tmp_path / "out"), "--uncertainty", "3")
+
+    assert (run.status, run.err) == (0, "")
+    assert f"profile {loaded.name} ({loaded.digest})" in run.out.replace("\n", " ")
+    [spread] = json.loads((tmp_path / "out" / "uncertainty.json").read_text(encoding="utf-8"))
+    assert spread["draws"] == 3
+    low, middle, high = spread["intervals"]["mean_tpot_ms"].values()
+    assert low < middle < high
+
+
+def test_more_noise_makes_wider_intervals() -> None:
+    from chairlift.backend.base import Batch, Chunk
+    from chairlift.backend.calibrated.resampled import Resampled
+
+    shipped = profile.load("h200-opt-13b-vllm-0.23")
+    calm = {
+        k: [each | {"rms": 0.0, "steps": [0.0] * len(each["steps"])} for each in v] for k, v in shipped.spread.items()
+    }
+    sure = replace(shipped, spread=calm)
+    batch = Batch((Chunk(0, 900),), 20, 9000)
+    plain = profile.Calibrated(shipped).step(batch).first
+
+    assert {Resampled(sure, None, i).step(batch).first for i in range(1, 5)} == {plain}
+    assert len({Resampled(shipped, None, i).step(batch).first for i in range(1, 9)}) > 4
+    assert Resampled(shipped, None, 3).step(batch) == Resampled(shipped, None, 3).step(batch)

@@ -1,0 +1,278 @@
+"""The CUDA kernels and the engine on a GPU, against double precision. Skipped without a GPU or without CuPy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+pytest.importorskip("cupy")
+
+from chairlift.backend import specs  # noqa: E402
+from chairlift.backend.base import Batch, Prompt  # noqa: E402
+from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
+from chairlift.backend.gpu.kernels.layers import gated, head_norm, linear, residual_norm  # noqa: E402
+from chairlift.backend.gpu.paged_attention import (  # noqa: E402
+    Chunks,
+    Heads,
+    PagedAttention,
+    Paging,
+    attend,
+    new_cache,
+    read,
+    rotate,
+    slots_of,
+    store,
+)
+from chairlift.backend.gpu.settings import Torch  # noqa: E402
+from chairlift.backend.gpu.transformer import Arithmetic  # noqa: E402
+from chairlift.backend.shapes import Model  # noqa: E402
+
+DEVICE = torch.device("cuda")
+SHAPES = [  # heads, block, dtype
+    (Heads(32, 8, 128), 16, torch.bfloat16),
+    (Heads(8, 8, 128), 32, torch.float16),
+    (Heads(14, 2, 128), 16, torch.bfloat16),
+    (Heads(16, 1, 128), 16, torch.float16),
+    (Heads(8, 4, 64), 32, torch.bfloat16),
+    (Heads(4, 4, 80), 16, torch.float16),
+    (Heads(24, 2, 80), 16, torch.bfloat16),
+    (Heads(6, 2, 96), 32, torch.bfloat16),
+]
+CONTEXTS = [
+    [1],
+    [15, 16, 17, 1023],
+    [8192],
+    [0, 5, 0, 0, 31, 0],
+    [1 + 37 * i % 300 for i in range(257)],
+    [700, 1, 2900, 64, 1024, 33, 16, 16, 4096],
+]
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def world(heads: Heads, block: int, dtype: torch.dtype, contexts: list[int], pads: list[int]):  # type: ignore[no-untyped-def]
+    """A cache of NaN with random keys and values where the contexts are, in permuted blocks and rows."""
+    lengths = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
+    each = max(1, -(-max(contexts) // block))
+    cache = new_cache(1, len(contexts) * each + 3, block, heads, dtype, DEVICE)[0].fill_(math.nan)
+    tables = torch.randperm(len(contexts) * each + 3, device=DEVICE)[: len(contexts) * each]
+    tables = tables.to(torch.int32).view(len(contexts), each)
+    rows = torch.randperm(len(contexts), device=DEVICE).to(torch.int32)
+    first = torch.tensor(pads, dtype=torch.int32, device=DEVICE)
+    paging = Paging(tables, rows, lengths, first)
+    for i, n in enumerate(contexts):
+        slots = slots_of(tables[int(rows[i])], 0, n, block)
+        store(cache, slots, *torch.randn((2, n, heads.kv, heads.size), dtype=dtype, device=DEVICE))
+    return cache, paging
+
+
+@pytest.mark.parametrize(("heads", "block", "dtype"), SHAPES, ids=str)
+@pytest.mark.parametrize("contexts", CONTEXTS, ids=lambda c: f"{len(c)}x{max(c)}")
+def test_decode_equals_double_precision(heads: Heads, block: int, dtype: torch.dtype, contexts: list[int]) -> None:
+    pads = [n // 3 if i % 4 == 1 else 0 for i, n in enumerate(contexts)]
+    cache, paging = world(heads, block, dtype, contexts, pads)
+    query = torch.randn((len(contexts), heads.width), dtype=dtype, device=DEVICE)
+    kind = PagedAttention(heads, block, dtype, DEVICE, None, len(contexts))
+    found = []
+    for _ in range(2):  # the second finds what the first left in its workspace
+        out = torch.full((len(contexts), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
+        kind.plan(paging)
+        kind.decode(query, cache, paging, out)
+        found.append(out)
+
+    assert torch.equal(found[0].nan_to_num(7.0), found[1].nan_to_num(7.0))
+    for i, n in enumerate(contexts):
+        if n == 0:
+            assert found[0][i].isnan().all()
+            continue
+        keys, values = read(cache, slots_of(paging.tables[int(paging.rows[i])], pads[i], n, block))
+        one = query[i : i + 1, : heads.query * heads.size].view(1, heads.query, heads.size).double()
+        wanted = attend_exactly(one, keys.double(), values.double())
+        assert error(found[0][i], wanted.flatten()) < 1e-2
+
+
+def attend_exactly(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    weights = (torch.einsum("qhd,khd->hqk", query, keys) / math.sqrt(query.shape[-1])).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+@pytest.mark.parametrize(("heads", "block", "dtype"), SHAPES, ids=str)
+@pytest.mark.parametrize("rope", [True, False])
+def test_append_and_decode_stores_and_attends(heads: Heads, block: int, dtype: torch.dtype, rope: bool) -> None:
+    contexts = [1, 15, 16, 17, 33, 1023, 0, 257, 48, 2000]
+    pads = [0, 3, 0, 16, 0, 100, 0, 0, 17, 0]
+    cache, paging = world(heads, block, dtype, contexts, pads)
+    rotation = Arithmetic().rotation(4096, heads.size, DEVICE) if rope else None
+    kind = PagedAttention(heads, block, dtype, DEVICE, rotation, len(contexts))
+    qkv = torch.randn((len(contexts), heads.width), dtype=dtype, device=DEVICE)
+    before = cache.clone()
+    out = torch.full((len(contexts), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
+    kind.plan(paging)
+    kind.append_and_decode(qkv, cache, paging, out)
+
+    for i, n in enumerate(contexts):
+        if n == 0:
+            continue
+        query, key, value = qkv[i : i + 1].view(1, -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
+        if rotation is not None:
+            angle = rotation[n - 1 - pads[i]][None]
+            query, key = rotate(query, angle), rotate(key, angle)
+        slots = slots_of(paging.tables[int(paging.rows[i])], 0, n, block)
+        store(before, slots[-1:], key, value)
+        keys, values = read(before, slots[pads[i] :])
+        stored = read(cache, slots[-1:])
+        assert error(stored[0], key) < 1e-2
+        assert torch.equal(stored[1], value)
+        assert error(out[i], attend_exactly(query.double(), keys.double(), values.double()).flatten()) < 1e-2
+    assert cache.isnan().sum() == before.isnan().sum()
+
+
+@pytest.mark.parametrize(("heads", "block", "dtype"), SHAPES, ids=str)
+def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dtype) -> None:
+    rotation = Arithmetic().rotation(4096, heads.size, DEVICE)
+    kind = PagedAttention(heads, block, dtype, DEVICE, rotation, 4)
+    for lengths, starts in (([40, 17, 300], [0, 0, 0]), ([64, 5, 130], [100, 0, 33]), ([1024], [0]), ([1500], [0])):
+        known = [s + n for s, n in zip(starts, lengths, strict=True)]
+        cache, paging = world(heads, block, dtype, known, [0] * len(known))
+        tables = paging.tables
+        slots = [slots_of(tables[i], 0, n, block).to(torch.int32) for i, n in enumerate(known)]
+        for i, n in enumerate(known):
+            store(cache, slots[i], *torch.randn((2, n, heads.kv, heads.size), dtype=dtype, device=DEVICE))
+        qkv = torch.randn((sum(lengths), heads.width), dtype=dtype, device=DEVICE)
+        raw = qkv.clone()
+        positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+        new = torch.cat([slots[i][s:] for i, s in enumerate(starts)])
+        kind.rotate_and_store(qkv, cache, positions.to(DEVICE, torch.int32), new)
+        ends, ends_known = (torch.tensor([0, *x], device=DEVICE).cumsum(0).to(torch.int32) for x in (lengths, known))
+        chunks = Chunks(lengths, starts, ends, ends_known, torch.cat(slots) if any(starts) else None)
+        out = kind.chunks(qkv, cache, chunks)
+        at = 0
+        for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
+            query, key, _ = raw[at : at + n].view(n, -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
+            angle = rotation[start : start + n]
+            keys, values = read(cache, slots[i])
+            assert error(keys[start:], rotate(key, angle)) < 1e-2
+            wanted = attend(rotate(query.double(), angle).double(), keys.double(), values.double(), start)
+            assert error(out[at : at + n], wanted.flatten(1)) < 1e-2
+            at += n
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 768, 4096, 5120, 9216])
+def test_layers_equal_double_precision(dtype: torch.dtype, width: int) -> None:
+    x, residual = torch.randn((2, 33, width), dtype=dtype, device=DEVICE)
+    weight, bias = torch.randn((2, width), dtype=dtype, device=DEVICE)
+    total = (x.double() + residual.double()).to(dtype).double()
+    for given in (None, bias):
+        there = residual.clone()
+        out = residual_norm(x, there, weight, given, 1e-5)
+        centred = total if given is None else total - total.mean(-1, keepdim=True)
+        wanted = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+        wanted = wanted if given is None else wanted + given.double()
+        assert error(there, total) < 1e-3
+        assert error(out, wanted) < 1e-2
+    wanted = torch.nn.functional.silu(x[:, : width // 2].double()) * x[:, width // 2 :].double()
+    assert error(gated(x), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 4096, 6144), (2, 5120, 15360), (2, 14336, 4096), (1, 256, 10), (5, 512, 64)])
+def test_products_equal_double_precision(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    rows, width, n = shape
+    x = torch.randn((rows, width), dtype=dtype, device=DEVICE)
+    weight = torch.randn((n, width), dtype=dtype, device=DEVICE) / width**0.5
+    bias = torch.randn(n, dtype=dtype, device=DEVICE)
+    plain = x.double() @ weight.double().T
+    gate, up = plain.chunk(2, -1)
+
+    assert error(linear(x, weight), plain) < 1e-2
+    assert error(linear(x, weight, bias), plain + bias.double()) < 1e-2
+    assert error(linear(x, weight, bias, "relu"), (plain + bias.double()).relu()) < 1e-2
+    assert error(linear(x, weight, None, "gated"), torch.nn.functional.silu(gate) * up) < 1e-2
+
+
+def test_head_norm_equals_double_precision() -> None:
+    qkv = torch.randn((19, 8 * 128), dtype=torch.bfloat16, device=DEVICE)
+    query, key = torch.randn((2, 128), dtype=torch.bfloat16, device=DEVICE)
+    wanted = qkv.double().view(19, 8, 128).clone()
+    for part, weight in ((wanted[:, :4], query), (wanted[:, 4:6], key)):
+        part /= (part.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        part *= weight.double()
+    head_norm(qkv, query, key, 4, 2, 1e-6)
+
+    assert error(qkv, wanted.flatten(1)) < 1e-2
+
+
+SMALL = Model("small", 2, 256, 4, 2, 64, 512, 1024, 4096)
+
+
+class Members:
+    def __init__(self, prompts: list[Prompt], decodes: list[int]) -> None:
+        self.prompts, self.decodes, self.dead = prompts, decodes, []
+
+    def table(self, request: int) -> None:
+        """Blocks are the engine's own."""
+
+    def tokens(self, request: int) -> list[int]:
+        return [(request * 31 + 7 * i * i) % 1021 for i in range(3000)]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_engine_chooses_the_likeliest_tokens(graphs: bool) -> None:
+    """Chunks, mixed steps, decodes one ahead, by graphs or not: each token is among the likeliest of a plain pass."""
+    engine = TorchEngine(SMALL, specs.gpu("h200"), Torch(max_batch=24, graphs=graphs, seed=3))
+    engine.prepare(20_000, 1, 4096, named=False)
+    lengths = {r: 5 + 61 * r for r in range(20)}
+    running: list[int] = []
+    for r, n in lengths.items():
+        engine.launch(Batch((), 0, 0, 0, Members([Prompt(r, 0, n - 3, 0, False)], list(running))))
+        engine.launch(Batch((), 0, 0, 0, Members([Prompt(r, n - 3, 3, 0, True)], list(running))))
+        engine.wait()
+        engine.wait()
+        running.append(r)
+    for _ in range(30):
+        engine.launch(Batch((), 0, 0, 0, Members([], running)))
+        engine.launch(Batch((), 0, 0, 0, Members([], running)))
+        engine.wait()
+        engine.wait()
+    net = engine._net
+    for r, n in lengths.items():
+        answer = engine.generated[r]
+        tokens = torch.tensor([x % 1024 for x in Members([], []).tokens(r)[:n]] + answer[:-1], device=DEVICE)
+        logits = plain_logits(net, tokens)[n - 1 :].float()
+        chosen = logits.gather(1, torch.tensor(answer, device=DEVICE)[:, None])[:, 0]
+        spread = logits.std(-1)
+        assert len(answer) == 1 + 2 * (20 - r - 1) + 60
+        assert ((logits.max(-1).values - chosen) < 0.12 * spread).all()
+    engine.close()
+
+
+def plain_logits(net, tokens):  # type: ignore[no-untyped-def]
+    """The same weights in double precision, whole sequence at once, no cache."""
+    size, heads = net.heads.size, net.heads
+    x = net.embedding.double()[tokens]
+    angle = net.attention.rotation[: len(tokens)].double()
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + net.epsilon).sqrt() * weight.double()
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.chunk(2, -1)
+        cosine, sine = angle[:, None, :, 0], angle[:, None, :, 1]
+        return torch.cat((low * cosine - high * sine, high * cosine + low * sine), -1)
+
+    for layer in net.layers:
+        qkv = (norm(x, layer.norm) @ layer.qkv.double().T).view(len(tokens), -1, size)
+        query, key, value = qkv.split((heads.query, heads.kv, heads.kv), dim=1)
+        x = x + attend(turned(query), turned(key), value).double().flatten(1) @ layer.out.double().T
+        gate, up = (norm(x, layer.mlp_norm) @ layer.up.double().T).chunk(2, -1)
+        x = x + (torch.nn.functional.silu(gate) * up) @ layer.down.double().T
+    return norm(x, net.norm) @ net.head.double().T

@@ -1,0 +1,196 @@
+"""Predictions of recorded runs: a small recording of vLLM that lies here, and all of shared/truth where that is.
+
+``recordings/burst`` is one experiment of vLLM 0.23.0 on an H200: 1000 requests at once, 97 steps.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chairlift.backend.calibrated import profile
+from chairlift.backend.fitting.recording import RecordingError, read
+from chairlift.sim.calibration import fit as fitting
+from chairlift.sim.calibration import validate
+from kit.command import chairlift
+from kit.places import TESTS, TRUTH
+
+HERE = TESTS / "recordings" / "burst"
+RECORDED = TRUTH / "h200-vllm-0.23"
+needs_truth = pytest.mark.skipif(not RECORDED.is_dir(), reason="the recordings of shared/truth are not here")
+PROFILES = {"llama-3.1-8b": "h200-llama-3.1-8b-vllm-0.23", "opt-13b": "h200-opt-13b-vllm-0.23"}
+# What the shipped profiles may be off by where they are not within the bands of `validate.allowed`.
+BOUND = {"duration": 0.025, "throughput": 0.025, "tpot": 0.08, "e2el": 0.08, "ttft": 0.08}
+
+
+def test_a_burst_takes_the_recorded_steps() -> None:
+    recording = read(HERE, "opt-13b")
+    [experiment] = recording.select(None)
+
+    predicted = validate.predict(experiment, recording, profile.load(PROFILES["opt-13b"]))
+
+    assert validate.is_burst(experiment)
+    assert predicted.scalars["steps"] == experiment.summary["steps"] == 97
+    assert predicted.scalars["preemptions"] == experiment.summary["preemptions"] == 0
+    assert predicted.scalars["duration"] == pytest.approx(validate.recorded(experiment).scalars["duration"], rel=0.025)
+
+
+def test_a_recording_is_summed_up_as_its_recorder_did() -> None:
+    [experiment] = read(HERE, "opt-13b").select(None)
+    told = experiment.summary
+
+    metrics = validate.recorded(experiment).metrics()
+
+    for name, key in (("ttft", "ttft_ms"), ("tpot", "tpot_ms"), ("e2el", "e2e_ms")):
+        ours = [metrics[f"{q}_{name}_ms"] for q in ("median", "p90", "p99")]
+        assert ours == pytest.approx(told[key], rel=0.002), name
+    assert metrics["duration"] == pytest.approx(told["wall_s"], abs=0.01)
+
+
+def test_distance_by_hand() -> None:
+    one, other = np.array([1.0, 2.0, 3.0, 4.0]), np.array([3.0, 4.0, 5.0, 6.0])
+
+    assert validate.distance(one, one) == 0
+    assert validate.distance(one, other) == validate.distance(other, one) == 0.5
+    assert validate.distance(one, one + 10) == 1
+
+
+def test_bands() -> None:
+    def judged(metric: str, predicted: float, recorded: float, noise: float | None = None) -> bool | None:
+        return validate.allowed(validate.Cell("e", metric, predicted, recorded, noise), burst=True)
+
+    assert judged("duration", 101.9, 100) is True
+    assert judged("duration", 102.1, 100) is False
+    assert judged("duration", 102.1, 100, noise=-0.03) is True
+    assert judged("median_tpot_ms", 10.6, 10) is False
+    assert judged("p99_ttft_ms", 14, 10) is True  # 5 ms
+    assert judged("p99_ttft_ms", 109, 100) is False
+    assert judged("steps", 97, 97) is True
+    assert judged("steps", 98, 97) is False
+    assert judged("mean_ttft_ms", 200, 100) is None
+    assert validate.allowed(validate.Cell("e", "steps", 98, 97), burst=False) is None
+
+
+def test_the_command_writes_every_cell(tmp_path: Path) -> None:
+    target = tmp_path / "cells.json"
+
+    done = chairlift(
+        *("validate", "--recording", str(HERE), "--model", "opt-13b"),
+        *("--profile", PROFILES["opt-13b"], "--json", str(target)),
+    )
+
+    assert (done.status, done.err) == (0, "")
+    assert "seed_cap32_burst" in done.out
+    rows = {row["metric"]: row for row in json.loads(target.read_text(encoding="utf-8"))}
+    assert {"experiment", "metric", "predicted", "recorded", "relative_error"} <= rows["duration"].keys()
+    assert rows["steps"]["relative_error"] == 0
+    duration = rows["duration"]
+    assert duration["relative_error"] == pytest.approx(duration["predicted"] / duration["recorded"] - 1)
+    assert {"request_throughput", "p99_e2el_ms", "ttft_cdf_distance"} <= rows.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "opt-13b"), "give either --profile or --leave-one-out"),
+        (("--model", "opt-13b", "--profile", "h200-opt-13"), "did you mean 'h200-opt-13b-vllm-0.23'?"),
+        (("--model", "opt-13b", "--profile", PROFILES["llama-3.1-8b"]), "is of llama-3.1-8b, the recording of opt-13b"),
+        (("--model", "opt", "--profile", PROFILES["opt-13b"]), "no recording of 'opt': it has opt-13b"),
+        (
+            ("--model", "opt-13b", "--profile", PROFILES["opt-13b"], "--experiments", "seed_cap33"),
+            "did you mean 'seed_cap32_burst'?",
+        ),
+        (("--model", "opt-13b", "--leave-one-out"), "without seed_cap32_burst: there is nothing to fit"),
+    ],
+)
+def test_bad_requests_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    done = chairlift("validate", "--recording", str(HERE), *arguments)
+
+    assert done.status == 2
+    assert message in " ".join(done.err.split())
+
+
+def test_prefix_groups_are_replayed() -> None:
+    [experiment] = read(HERE, "opt-13b").select(None)
+    requests = {**experiment.requests, "prefix_group": np.arange(1000) % 3}
+    shared = {**requests, "prefix_tokens": np.full(1000, 600)}
+
+    trace = validate.trace_of(type(experiment)("e", experiment.limits, {}, shared, experiment.steps, None))
+
+    assert trace.prefix_group is not None
+    assert trace.prefix_tokens is not None
+    assert trace.prefix_group.tolist() == [i % 3 for i in range(1000)]
+    assert set(trace.prefix_tokens.tolist()) == {512}  # no more than the prompt
+    with pytest.raises(RecordingError, match="nothing says prefix_tokens"):
+        validate.trace_of(type(experiment)("e", experiment.limits, {}, requests, experiment.steps, None))
+
+
+@needs_truth
+@pytest.mark.parametrize("model", sorted(PROFILES))
+def test_shipped_profiles_do_not_get_worse(model: str) -> None:
+    recording = read(RECORDED, model)
+    loaded = profile.load(PROFILES[model])
+
+    for experiment in recording.select(None):
+        if experiment.is_grid or experiment.repeats:
+            continue
+        for cell in validate.validate(recording, [experiment], lambda _: loaded):
+            burst = validate.is_burst(experiment)
+            judged = validate.allowed(cell, burst)
+            if judged is None or judged:
+                continue
+            bound = next(limit for what, limit in BOUND.items() if what in cell.metric)  # steps must be equal
+            assert cell.relative_error is not None
+            assert abs(cell.relative_error) <= bound, cell
+
+
+@needs_truth
+def test_a_repeat_is_left_out_together_with_what_it_repeats() -> None:
+    recording = read(RECORDED, "llama-3.1-8b")
+    named = recording.select(["conv_poisson_q20", "noise_conv_poisson_q20_again"])
+
+    [(_, one), (_, other)] = fitting.leave_one_out(recording, recording.select(None), named)
+
+    assert isinstance(one, profile.Profile)
+    assert one is other
+    assert not {"conv_poisson_q20", "noise_conv_poisson_q20_again"} & set(one.provenance["experiments"])
+
+
+@needs_truth
+def test_intervals_hold_what_runs_that_the_fit_had_not_seen_came_to() -> None:
+    """Nine in ten are wanted: of 40 draws' inner nine tenths at least three quarters of a run's figures."""
+    from chairlift.backend.calibrated.resampled import Resampled
+    from chairlift.sim.simulate import simulate
+
+    @dataclass(frozen=True)
+    class Drawn:
+        profile: profile.Profile
+        draw: int
+
+        def build(self, _model: Any, _gpu: Any, _degree: int) -> Resampled:
+            return Resampled(self.profile, None, self.draw)
+
+    recording = read(RECORDED, "opt-13b")
+    everything = list(recording.experiments.values())
+    for name in ("seed_cap32_burst", "seed_cap1536_burst"):
+        rest = [each for each in everything if each.name != name]
+        fitted = fitting.with_errors(fitting.fitted(recording, rest), fitting.hold_out(recording, rest))
+        experiment = recording.experiments[name]
+        setup = validate.setup_of(experiment, recording, fitted)
+        runs = []
+        for draw in range(1, 41):
+            group = replace(setup.groups[0], backend=Drawn(fitted, draw))
+            runs.append(validate.observed(simulate(replace(setup, groups=[group]))).metrics())
+        recorded = validate.recorded(experiment).metrics()
+        names = [f"{q}_{m}_ms" for m in ("ttft", "tpot", "e2el") for q in ("mean", "median", "p90", "p99")]
+        names += ["duration", "output_throughput"]
+        held = []
+        for metric in names:
+            low, high = np.percentile([run[metric] for run in runs], [5, 95])
+            held.append(low <= recorded[metric] <= high)
+        assert sum(held) >= 0.75 * len(held), (name, dict(zip(names, held, strict=True)))

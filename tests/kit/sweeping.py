@@ -1,0 +1,64 @@
+"""What the tests of sweeps share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from chairlift.sim.sweep.table import TIMES
+from kit.command import SCENARIO
+from kit.places import IMPORTS
+
+SWEEP = """\
+base: base.yaml
+seeds: 3
+axes:
+  policy: [vllm, {name: orca, reserve: max}]
+  workload.arrivals.poisson.rate_per_s: [1, 4]
+"""
+
+
+def written(folder: Path, sweep: str = SWEEP, base: str = SCENARIO) -> Path:
+    """A sweep file and its base in ``folder``."""
+    (folder / "base.yaml").write_text(base)
+    (folder / "sweep.yaml").write_text(sweep)
+    return folder / "sweep.yaml"
+
+
+def table(folder: Path) -> pa.Table:
+    """The results in ``folder``, without the columns that tell how long things took."""
+    return pq.read_table(folder / "results.parquet").drop_columns(list(TIMES))
+
+
+def stopped(process: subprocess.Popen[str], journal: Path, how: signal.Signals) -> tuple[str, str]:
+    """Stop ``process`` once five results are in ``journal``; what it printed. An interrupt is to end it in peace."""
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
+    out, err = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130, out + err
+        assert "interrupted" in err
+        assert "Traceback" not in err
+    return out, err
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """``chairlift ARGUMENTS`` as a process of its own, which hears interrupts even where the tests do not."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sim", *arguments],
+        env={**os.environ, "PYTHONPATH": str(IMPORTS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what is started with & ignores it
+    )

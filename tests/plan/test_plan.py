@@ -1,0 +1,344 @@
+"""`chairlift plan`: pruning keeps the answer, errors say what would help, and what is printed can be run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from chairlift.sim.plan.bounds import bound
+from chairlift.sim.plan.cheapest import decide, race
+from chairlift.sim.plan.file import Candidate, paced, read_plan
+from chairlift.sim.plan.promises import BINS, Latency, Promise, sample_of
+from chairlift.sim.plan.replications import Simulations
+from chairlift.sim.plan.verdict import judge
+from chairlift.sim.sweep.journal import Journal
+from chairlift.sim.sweep.local import Local
+from kit.command import chairlift
+from kit.places import ROOT
+from kit.sweeping import started, stopped
+
+PLANS = sorted((ROOT / "scenarios" / "plans").glob("*.yaml"))
+
+PLAN = """\
+base:
+  model: llama-3.1-8b
+  gpu: h100
+  backend: roofline
+  max_model_len: 4096
+  policy: vllm
+  workload:
+    arrivals: {poisson: {rate_per_s: 1}}
+    prompt_tokens: {uniform: {low: 100, high: 900}}
+    output_tokens: {uniform: {low: 20, high: 120}}
+slo:
+  - {percentile: 95, ttft_ms: 400}
+  - {share: 0.9, ttft_ms: 800, tpot_ms: 40}
+rate_per_s: 60
+search: {requests: 400, most_requests: 3200, precision: 0.05}
+axes:
+  gpu: [h100, a100-80gb, l4]
+  replicas: [1, 2, 3, 4]
+"""
+
+
+def written(folder: Path, text: str = PLAN) -> str:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def changed(folder: Path, *pairs: tuple[str, str]) -> str:
+    text = PLAN
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return written(folder, text)
+
+
+# ---- the answer ----
+
+
+def test_the_pruned_answer_is_that_of_brute_force(tmp_path: Path) -> None:
+    plan = read_plan(Path(written(tmp_path)))
+    promises = plan.spec.slo
+    effort = plan.spec.search.effort()
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        runs = Simulations(journal, Local(1), tuple(promises))
+
+        def bounds(candidate: Candidate):  # type: ignore[no-untyped-def]
+            return bound(candidate, promises)
+
+        pruned = race(plan.candidates, bounds, runs.of, promises, 60, effort)
+        before = runs.simulated
+        brute = race(plan.candidates, bounds, runs.of, promises, 60, effort, prune=False)
+
+    assert pruned.winner is not None
+    assert brute.winner is not None
+    assert pruned.winner.candidate.name == brute.winner.candidate.name
+    truth = {entry.candidate.name: entry for entry in brute.entries}
+    excluded = pruned.of("excluded")
+    assert excluded
+    assert all(truth[entry.candidate.name].outcome == "broken" for entry in excluded)
+    assert all(entry.verdict is None for entry in pruned.entries if entry.outcome in ("excluded", "dearer"))
+    assert runs.simulated > before  # pruning spared something
+    kept = [entry for entry in brute.entries if entry.outcome == "kept"]
+    assert min(entry.candidate.usd_per_hour for entry in kept) == pruned.winner.candidate.usd_per_hour
+
+
+def test_a_plan_is_answered_and_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = chairlift("plan", written(tmp_path), "--out", str(out), "--jobs", "1")
+    assert first.status == 0, first.err
+    told = json.loads((out / "plan.json").read_text())
+    lines = (out / "journal.jsonl").read_text().count("\n")
+    second = chairlift("plan", written(tmp_path), "--out", str(out), "--jobs", "1", "--json")
+
+    assert "Cheapest for 60/s" in first.out
+    assert "vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 1 --max-model-len 4096" in first.out
+    assert "--max-num-batched-tokens 2048" in first.out
+    assert (out / "journal.jsonl").read_text().count("\n") == lines
+    assert json.loads(second.out)["cheapest"] == told["cheapest"]
+    [cheapest] = told["cheapest"]
+    assert len(cheapest["systems"]) == 12
+    assert {"kept", "excluded", "dearer"} <= {system["outcome"] for system in cheapest["systems"]}
+    for word in ("KV pool", "efficiency", "price of", "simulated", "seeds", "intervals", "promise 1"):
+        assert any(name.startswith(word) for name in told["assumptions"]), word
+    table = pq.read_table(out / "plan.parquet")
+    assert table.num_rows == sum("verdict" in system for system in cheapest["systems"])
+    page = (out / "plan.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")[:2000]
+    assert "vllm serve" in page
+
+
+def test_today_has_a_capacity_and_headroom(tmp_path: Path) -> None:
+    plan = changed(
+        tmp_path,
+        ("axes:\n  gpu: [h100, a100-80gb, l4]\n  replicas: [1, 2, 3, 4]\n", "today: {replicas: 2}\n"),
+        ("rate_per_s: 60", "rate_per_s: 40\nheadroom: {growth: [1.2, 4], burst_cvs: [4]}"),
+        ("requests: 400, most_requests: 3200, precision: 0.05", "requests: 400, most_requests: 800, precision: 0.1"),
+    )
+    out = tmp_path / "out"
+    result = chairlift("plan", plan, "--out", str(out), "--jobs", "1", "--quiet")
+    assert result.status == 0, result.err
+    told = json.loads((out / "plan.json").read_text())
+    by = {entry["under"]: entry for entry in told["headroom"]}
+
+    assert list(by) == ["as it is", "N − 1 replicas", "gaps of CV 4"]
+    whole, less, bursts = by.values()
+    assert less["rate_per_s"] < 0.6 * whole["rate_per_s"]  # two queues share a load a little better than one
+    assert bursts["rate_per_s"] < whole["rate_per_s"]
+    assert whole["growth"]["1"] == "kept"
+    assert whole["growth"]["4"] == "broken"
+    assert told["capacities"][0]["low"] <= whole["rate_per_s"] <= told["capacities"][0]["high"]
+    assert any(entry["proof"] == 1 for entry in whole["rates"])
+    assert "prices" not in told["assumptions"]
+
+
+def test_the_best_system_comes_first_and_sessions_are_called_so(tmp_path: Path) -> None:
+    plan = changed(
+        tmp_path,
+        ("rate_per_s: 60\n", ""),
+        ("  gpu: [h100, a100-80gb, l4]\n  replicas: [1, 2, 3, 4]\n", "  gpu: [l4, h100]\n"),
+        ("requests: 400, most_requests: 3200, precision: 0.05", "requests: 200, most_requests: 400, precision: 0.5"),
+        ("    prompt_tokens:", "    sessions: {turns: 2, think_s: 0.1}\n    prompt_tokens:"),
+    )
+    result = chairlift("plan", plan, "--out", str(tmp_path / "out"), "--jobs", "1")
+    told = json.loads((tmp_path / "out" / "plan.json").read_text())
+
+    assert [c["axes"]["gpu"] for c in told["capacities"]] == ["h100", "l4"]
+    assert told["assumptions"]["system"] == "gpu h100"
+    assert "max sustainable rate, sessions/s" in result.out
+    assert "$ per 1,000 sessions" in " ".join(result.out.split())
+
+
+def test_recorded_loads_that_met_the_promise_are_said_to(tmp_path: Path) -> None:
+    """vLLM 0.23 on an H200 had a p99 TTFT of 110 ms at 6/s and 419 ms at 20/s of Azure's chat."""
+    plan = written(
+        tmp_path,
+        "base:\n  model: llama-3.1-8b\n  gpu: h200\n  max_model_len: 16384\n  kv: {blocks: 56056}\n"
+        "  policy: {name: vllm, max_num_batched_tokens: 8192}\n"
+        "  workload: {name: azure-conv-2023, arrivals: {poisson: {rate_per_s: 6}}}\n"
+        "slo: [{percentile: 99, ttft_ms: 1000}]\n",
+    )
+    read = read_plan(Path(plan))
+    [candidate] = read.candidates
+
+    assert candidate.backend == "profile, measured"
+    assert candidate.document.data["backend"] == "h200-llama-3.1-8b-vllm-0.23"  # not our own engine's
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        measure = Simulations(journal, Local(1), tuple(read.spec.slo)).of(candidate)
+        for rate, proof in ((6, 1), (20, 1), (40, -1)):
+            assert decide(measure, read.spec.slo, rate, read.spec.search.effort()).proof == proof
+
+
+# ---- bounds ----
+
+
+def test_a_bound_is_one(tmp_path: Path) -> None:
+    """No rate at which hardly anybody waits lies above the bound on the rate."""
+    plan = read_plan(Path(written(tmp_path)))
+    candidate = next(c for c in plan.candidates if c.labels == {"gpu": "h100", "replicas": 1})
+    limit = bound(candidate, plan.spec.slo).rate_per_s
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        measure = Simulations(journal, Local(1), tuple(plan.spec.slo)).of(candidate)
+        verdict = judge(plan.spec.slo, measure(limit * 1.05, 3000, 2), limit * 1.05, 3000)
+        served = sum(s.simulated_s for s in measure(limit * 1.05, 3000, 2)) / 2
+
+    assert verdict.proof == -1
+    assert 3000 / served < limit
+
+
+# ---- shares ----
+
+
+def test_shares_by_hand() -> None:
+    n = BINS * 2
+    ttft = np.where(np.arange(n) % 4 == 0, 200.0, 50.0)
+    tpot = np.where(np.arange(n) % 2 == 0, 30.0, 0.0)
+    several = np.arange(n) % 2 == 0
+    promises = [
+        Promise(percentile=50, ttft_ms=100),
+        Promise(share=0.5, tpot_ms=20),
+        Promise(share=0.5, ttft_ms=100, tpot_ms=20),
+    ]
+    times = Latency(np.arange(n) / 10, ttft, tpot, ttft + 100, several)
+    sample = sample_of(promises, times)
+
+    assert [sum(e) for e in sample.eligible] == [n, n // 2, n]  # TPOT alone: only of answers that have one
+    assert [sum(m) for m in sample.met] == [n * 3 // 4, 0, n // 2]
+    assert max(sample.severity) == pytest.approx((2.0 + 0.5) / 2)
+
+
+def test_sessions_that_last_as_long_as_a_run_show_no_long_run() -> None:
+    n = BINS * 2
+    promises = [Promise(percentile=50, e2el_ms=5000)]
+    times = Latency(np.arange(n) / 10, np.full(n, 50.0), np.zeros(n), np.full(n, 100.0), np.zeros(n, dtype=bool))
+    short = sample_of(promises, times)
+    long = sample_of(promises, times, since_s=np.zeros(n))  # all of them begun at once
+
+    assert short.stay_s == pytest.approx(0.1)
+    assert long.stay_s == pytest.approx(0.1 + 0.99 * (n - 1) / 10)
+    assert not judge(promises, [short, short], 10, n).is_short
+    assert judge(promises, [long, long], 10, n).is_short
+
+
+def test_a_share_of_a_mix_keeps_its_proportion(tmp_path: Path) -> None:
+    plan = changed(
+        tmp_path,
+        (
+            "    arrivals: {poisson: {rate_per_s: 1}}\n    prompt_tokens: {uniform: {low: 100, high: 900}}\n"
+            "    output_tokens: {uniform: {low: 20, high: 120}}\n",
+            "    mix:\n"
+            "      chat: {name: azure-conv-2023, requests: 5, rate_per_s: 3}\n"
+            "      code: {name: azure-code-2023, requests: 5, arrivals: {poisson: {rate_per_s: 1}}}\n",
+        ),
+        ("ttft_ms: 400}", "ttft_ms: 400, tenant: chat}"),
+    )
+    read = read_plan(Path(plan))
+    workload = paced(read.candidates[0].document, 20, 1000).data["workload"]
+
+    assert workload["requests"] == 1000
+    assert workload["mix"]["chat"]["rate_per_s"] == pytest.approx(15)
+    assert workload["mix"]["code"]["arrivals"]["poisson"]["rate_per_s"] == pytest.approx(5)
+    assert read.candidates[0].setup is not None
+
+
+# ---- what cannot be ----
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([("[h100, a100-80gb, l4]", "[]")], "axes.gpu"),
+        ([("[h100, a100-80gb, l4]", "[h1000]")], "unknown GPU 'h1000'"),
+        ([("slo:", "prices: {h100: 3}\nslo:")], "has no price for a100-80gb"),
+        ([("ttft_ms: 400", "tfft_ms: 400")], "did you mean 'ttft_ms'"),
+        ([("arrivals: {poisson: {rate_per_s: 1}}", "clients: {concurrency: 4}")], "closed loop"),
+        ([("percentile: 95, ttft_ms: 400", "percentile: 95, ttft_ms: 400, tenant: you")], "no such tenant"),
+        ([("model: llama-3.1-8b", "model: llama-3.1-70b"), ("[h100, a100-80gb, l4]", "[l4, a10g]")], "no room for KV"),
+        ([("rate_per_s: 60", "rate_per_s: 60\ntoday: {gpu: h100, tensor_parallel: 3}")], "tensor_parallel must divide"),
+    ],
+    ids=["empty", "unknown GPU", "no price", "typo", "closed loop", "tenant", "fits nowhere", "today"],
+)
+def test_bad_input_is_told(tmp_path: Path, pairs: list[tuple[str, str]], said: str) -> None:
+    result = chairlift("plan", changed(tmp_path, *pairs), "--out", str(tmp_path / "out"), "--jobs", "1")
+
+    assert result.status == 2
+    assert said in result.err.replace("\n", " "), result.err
+
+
+def test_a_promise_that_nothing_keeps_is_told_with_what_would_help(tmp_path: Path) -> None:
+    plan = changed(tmp_path, ("percentile: 95, ttft_ms: 400", "percentile: 95, ttft_ms: 3"))
+    result = chairlift("plan", plan, "--out", str(tmp_path / "out"), "--jobs", "1")
+
+    assert result.status == 1
+    text = " ".join(result.out.split())
+    assert "No system keeps the promises at 60/s" in text
+    assert "cannot be kept even by a request that is alone: p95 TTFT is at least" in text
+    assert "raise the limit" in text
+    assert "vllm serve" not in text
+
+
+def test_a_rate_beyond_the_space_is_told_with_what_would_help(tmp_path: Path) -> None:
+    result = chairlift("plan", written(tmp_path), "--rate", "5000", "--out", str(tmp_path / "out"), "--jobs", "1")
+
+    assert result.status == 1
+    assert "add replicas or faster GPUs" in " ".join(result.out.split())
+
+
+def test_the_schema_of_plans_is_for_editors() -> None:
+    schema = json.loads(chairlift("schema", "--plan").out)
+
+    assert schema["title"] == "Chairlift plan"
+    assert {"slo", "axes", "prices", "today", "headroom", "search"} <= schema["properties"].keys()
+
+
+# ---- shipped plans ----
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_shipped_plan_is_sound(path: Path) -> None:
+    plan = read_plan(path)
+    result = chairlift("plan", path.stem, "--dry-run")
+
+    assert plan.name == path.stem
+    assert "?" in str(plan.spec.question)
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    assert any(candidate.setup is not None for candidate in plan.candidates)
+    assert path.stem in chairlift("list", "plans").out
+    assert result.status == 0, result.err
+    assert "however scheduled" in " ".join(result.out.split())
+
+
+# ---- interruption ----
+
+
+def keys(folder: Path) -> list[str]:
+    """Of the replications that a plan has written down."""
+    return [json.loads(line)["key"] for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_plan_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, how: signal.Signals) -> None:
+    plan, out = written(tmp_path), tmp_path / "out"
+    process = started("plan", plan, "--out", str(out), "--jobs", "2")
+    _, err = stopped(process, out / "journal.jsonl", how)
+    if how == signal.SIGINT:
+        assert "interrupted: what was found is in" in err
+    known = (out / "journal.jsonl").read_bytes().count(b"\n")
+    whole = chairlift("plan", plan, "--out", str(tmp_path / "whole"), "--jobs", "1", "--json")
+    again = chairlift("plan", plan, "--out", str(out), "--jobs", "1", "--json")
+
+    assert 5 <= known < (tmp_path / "whole" / "journal.jsonl").read_bytes().count(b"\n")
+    assert sorted(keys(out)) == sorted(keys(tmp_path / "whole"))  # nothing twice
+    first, second = json.loads(whole.out), json.loads(again.out)
+    assert "by an earlier run" in second["assumptions"]["simulated"]
+    for answer in (first, second):
+        del answer["assumptions"]["simulated"]
+    assert first == second
+    assert first["cheapest"][0]["winner"] is not None

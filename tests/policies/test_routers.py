@@ -1,0 +1,250 @@
+"""Which replica each router chooses, and what all routers have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chairlift.policies import routers
+from chairlift.policies.base import Request, Router
+from chairlift.policies.routers import (
+    LeastOutstanding,
+    LeastTokens,
+    PowerOfTwo,
+    PrefixAffinity,
+    RandomChoice,
+    RoundRobin,
+    SessionSticky,
+    ShortestQueue,
+)
+from chairlift.sim.scenario.schema import Failures, Outage
+from chairlift.sim.workload.trace import HashIds
+from kit.clusters import check_endings, check_nothing_left, group, s, serve, setup_of
+from kit.worlds import Affine, trace_of
+
+ALL = [cls for _, cls in inspect.getmembers(routers, inspect.isclass) if issubclass(cls, Router) and cls is not Router]
+STEP = 1000
+
+
+@dataclass
+class View:
+    """`policies.base.Replicas` as written down."""
+
+    outstanding: list[int]
+    outstanding_tokens: list[int] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    now: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.outstanding)
+        self.outstanding_tokens = self.outstanding_tokens or [0] * n
+        self.waiting = self.waiting or [0] * n
+        self.indices = self.indices or list(range(n))
+
+
+def request(session: int = -1, hash_ids: list[int] | None = None, number: int = 0) -> Request:
+    made = Request(number, 0, 16, 16, session=session)
+    made.hash_ids = hash_ids or []
+    return made
+
+
+def ready(router: Router) -> Any:
+    router.random = Random(3)
+    return router
+
+
+# all of them
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+@given(
+    loads=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99), st.integers(0, 9)), min_size=1, max_size=5),
+    who=st.lists(st.tuples(st.integers(-1, 2), st.lists(st.integers(0, 5), max_size=4)), min_size=1, max_size=10),
+    gone=st.integers(0, 4),
+)
+def test_a_position_in_range_whatever_the_loads_and_whoever_is_gone(
+    cls: type[Router], loads: list[tuple[int, int, int]], who: list[tuple[int, list[int]]], gone: int
+) -> None:
+    router = ready(cls())
+    everyone = list(enumerate(loads))
+    some = [e for e in everyone if e[0] != gone] or everyone[:1]
+
+    for session, ids in who:
+        for part in (everyone, some):
+            counts, tokens, waiting = (list(c) for c in zip(*(load for _, load in part), strict=True))
+            view = View(counts, tokens, waiting, [index for index, _ in part])
+            chosen = router.route(request(session, ids), view)
+            assert type(chosen) is int
+            assert 0 <= chosen < len(part)
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_every_router_serves_a_trace(cls: type[Router], replicas: int) -> None:
+    trace = trace_of(
+        [(k * 300, 8, 5) for k in range(30)],
+        session=[k % 4 for k in range(30)],
+        hash_ids=HashIds(np.array([k % 4 for k in range(30)]), np.arange(31)),
+    )
+
+    served = serve(setup_of(trace, [group(count=replicas)], cls))
+
+    check_endings(served)
+    check_nothing_left(served)
+    assert len(set(served.columns()["replica"])) == replicas
+
+
+# one by one
+
+
+def test_round_robin_deals_in_turn_and_goes_on_from_its_place_when_one_is_gone() -> None:
+    router = ready(RoundRobin())
+    three, two = View([0] * 3), View([9, 0])
+
+    assert [router.route(request(), three) for _ in range(5)] == [0, 1, 2, 0, 1]
+    assert [router.route(request(), two) for _ in range(3)] == [0, 1, 0]
+
+
+def test_random_choice_is_uniform() -> None:
+    # chi-square with 3 degrees of freedom: 16.3 is exceeded once in a thousand
+    router, n = ready(RandomChoice()), 20_000
+    counts = Counter(router.route(request(), View([0, 5, 50, 500])) for _ in range(n))
+
+    assert sum((counts[i] - n / 4) ** 2 / (n / 4) for i in range(4)) < 16.3
+
+
+def test_least_outstanding_takes_the_first_of_the_fewest() -> None:
+    assert ready(LeastOutstanding()).route(request(), View([3, 1, 2, 1])) == 1
+
+
+def test_least_tokens_takes_the_first_of_the_fewest_whatever_the_requests() -> None:
+    assert ready(LeastTokens()).route(request(), View([1, 5, 5], [900, 40, 40])) == 1
+
+
+def test_shortest_queue_looks_at_who_waits_and_then_at_who_is_there() -> None:
+    router = ready(ShortestQueue())
+
+    assert router.route(request(), View([2, 9, 5, 5], waiting=[1, 0, 2, 1])) == 1
+    assert router.route(request(), View([9, 7, 7], waiting=[0, 0, 0])) == 1
+
+
+def test_power_of_two_takes_the_better_of_each_pair() -> None:
+    # of the six pairs of four replicas the best is in three, the second in two, the third in one, the worst in none
+    router, n = ready(PowerOfTwo()), 12_000
+    counts = Counter(router.route(request(), View([4, 2, 8, 6])) for _ in range(n))
+
+    assert counts[2] == 0
+    for position, share in ((1, 3 / 6), (0, 2 / 6), (3, 1 / 6)):
+        assert counts[position] / n == pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
+
+
+def test_power_of_two_with_as_many_choices_as_replicas_takes_the_best() -> None:
+    router = ready(PowerOfTwo(choices=9))
+
+    assert {router.route(request(), View([4, 2, 8])) for _ in range(20)} == {1}
+
+
+def test_a_session_stays_where_it_is_however_busy() -> None:
+    router = ready(SessionSticky())
+
+    assert router.route(request(7), View([1, 0])) == 1
+    assert router.route(request(7), View([0, 99])) == 1
+    assert router.route(request(), View([0, 99])) == 0
+    assert router.route(request(8), View([0, 99])) == 0
+
+
+def test_a_session_moves_when_its_replica_is_gone_and_stays_there_when_it_returns() -> None:
+    router = ready(SessionSticky())
+    router.route(request(7), View([1, 0, 1]))  # replica 1
+
+    assert router.route(request(7), View([5, 0], indices=[0, 2])) == 1  # replica 2, in place 1 for now
+    assert router.route(request(7), View([0, 0, 9])) == 2
+
+
+def test_a_session_whose_replica_was_gone_for_others_only_finds_it_back() -> None:
+    router = ready(SessionSticky())
+    router.route(request(7), View([1, 1, 0]))  # replica 2
+    router.route(request(8), View([1, 0], indices=[0, 1]))
+
+    assert router.route(request(7), View([0, 9], indices=[1, 2])) == 1
+
+
+def test_prefixes_are_sent_to_where_most_of_them_went() -> None:
+    router = ready(PrefixAffinity())
+    router.route(request(hash_ids=[1, 2, 3]), View([0, 1, 1]))
+    router.route(request(hash_ids=[1, 9]), View([9, 0, 9]))  # too busy at 0: replica 1 has [1, 9] now
+
+    assert router.route(request(hash_ids=[1, 2, 3, 4]), View([5, 0, 0])) == 0  # 3 ids against 1
+    assert router.route(request(hash_ids=[1, 9, 9]), View([0, 5, 0])) == 1
+    assert router.route(request(hash_ids=[8, 2]), View([5, 5, 0])) == 2  # not from the start: no match
+    assert router.route(request(hash_ids=[]), View([5, 5, 0])) == 2
+
+
+def test_a_prefix_yields_to_imbalance() -> None:
+    # at most 1.5 times the fewest requests, and 8
+    router = ready(PrefixAffinity())
+    router.route(request(hash_ids=[1, 2]), View([0, 1]))  # replica 0
+
+    assert router.route(request(hash_ids=[1, 2]), View([11, 2])) == 0
+    assert router.route(request(hash_ids=[1, 2]), View([12, 2])) == 1
+
+
+def test_prefixes_sent_long_ago_are_forgotten() -> None:
+    router = ready(PrefixAffinity(blocks=2))
+    router.route(request(hash_ids=[1, 2]), View([0, 1]))  # replica 0
+    router.route(request(hash_ids=[3]), View([0, 1]))  # there 1 goes
+
+    assert router.route(request(hash_ids=[1, 2]), View([5, 0])) == 1
+
+
+# in a cluster
+
+
+def test_a_session_that_began_while_one_replica_was_up_stays_on_it() -> None:
+    # replica 0 is away until 2000; later it is idle, but the session is at home on replica 1
+    away = Failures(schedule=[Outage(replica=0, at_s=0, for_s=s(2000))])
+    trace = trace_of([(500, 4, 50), (3000, 4, 5)], session=[1, 1])
+
+    served = serve(setup_of(trace, [group(count=2)], SessionSticky, failures=away))
+
+    assert served.columns()["replica"] == [1, 1]
+
+
+@pytest.mark.parametrize(("stale", "replicas"), [(0, [0, 1, 0, 1]), (10_000, [0, 0, 0, 1])])
+def test_a_stale_view_is_that_of_the_last_look(stale: int, replicas: list[int]) -> None:
+    # Long answers; arrivals at 0, 4000, 9000 and 10,000. The look at 0 showed nobody anywhere and serves until then;
+    # the next one, at 10,000, shows three on replica 0.
+    trace = trace_of([(at, 4, 100) for at in (0, 4000, 9000, 10_000)])
+    cost = Affine(fixed=STEP, token=0, context=0)
+
+    served = serve(setup_of(trace, [group(count=2, cost=cost)], LeastOutstanding, router_stale_ps=stale))
+
+    assert served.columns()["replica"] == replicas
+
+
+def test_a_stale_view_of_queues_is_stale_too() -> None:
+    # One request at a time on each replica. At 0 nobody waits; B and C, behind A on replica 0, go unseen until 5000.
+    one = {"async_scheduling": False, "enable_prefix_caching": False, "max_num_seqs": 1}
+    trace = trace_of([(at, 4, 100) for at in (0, 1000, 2000, 5000)])
+
+    served = serve(setup_of(trace, [group(settings=one, count=2)], ShortestQueue, router_stale_ps=5000))
+
+    assert served.columns()["replica"] == [0, 0, 0, 1]
+
+
+def test_tokens_outstanding_are_those_of_whom_a_replica_has_not_answered() -> None:
+    # 100 tokens to replica 0, then 30, 30 and 30 to replica 1 until it has 90; the next makes it 120, so 0 again
+    trace = trace_of([(k, p, 50) for k, p in enumerate([100, 30, 30, 30, 30, 30])])
+
+    served = serve(setup_of(trace, [group(count=2)], LeastTokens))
+
+    assert served.columns()["replica"] == [0, 1, 1, 1, 1, 0]
