@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from hypothesis import given as given_
 from hypothesis import strategies as st
 
 from kit.command import Result, chairlift
+from kit.executions import POLICIES, Rows, Ticking, made, many
 from kit.places import IMPORTS
-from kit.worlds import trace_of
 
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 
@@ -36,7 +36,6 @@ from chairlift.policies.vllm import Vllm  # noqa: E402
 from chairlift.sim.replica import executing  # noqa: E402
 from chairlift.sim.replica.session_prompts import Turns  # noqa: E402
 from chairlift.sim.scenario.schema import Limits  # noqa: E402
-from chairlift.sim.workload.trace import Trace  # noqa: E402
 from kit.tiny import (  # noqa: E402 - torch may be absent
     GPU,
     LONGEST,
@@ -52,20 +51,6 @@ from kit.tiny import (  # noqa: E402 - torch may be absent
     system,
 )
 
-MS = 10**9  # ps
-Rows = list[tuple[int, int, int]]
-
-
-class Ticking:
-    """A clock that goes on by a millisecond whenever somebody looks, so that a run is the same every time."""
-
-    def __init__(self) -> None:
-        self.now = 0
-
-    def perf_counter_ns(self) -> int:
-        self.now += 10**6
-        return self.now
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -80,22 +65,8 @@ def _steady() -> Any:
         yield
 
 
-def made(rows: Rows, groups: int = 0, prefix: int = 0, **columns: Any) -> Trace:
-    """Rows (arrival ms, prompt, output); with ``groups`` the first ``prefix`` tokens of every so many are equal."""
-    rows = sorted(((at * MS, prompt, output) for at, prompt, output in rows), key=lambda row: row[0])
-    if groups:
-        columns["prefix_group"] = [i % groups for i in range(len(rows))]
-        columns["prefix_tokens"] = [min(prefix, prompt) for _, prompt, _ in rows]
-    return trace_of(rows, max_tokens=[output for _, _, output in rows], **columns)
-
-
 def column(got: Answers, name: str) -> np.ndarray[Any, Any]:
     return got.served.engines[0].records.runs()[name]
-
-
-def many(count: int, seed: int) -> Rows:
-    rng = np.random.default_rng(seed)
-    return [(0, int(p), int(o)) for p, o in zip(rng.integers(1, 91, count), rng.integers(1, 41, count), strict=True)]
 
 
 # a plain forward pass
@@ -111,18 +82,6 @@ def test_every_token_of_the_plain_forward_pass_depends_on_all_before_it() -> Non
 
 
 # whatever a policy does
-
-POLICIES: dict[str, tuple[type[Scheduler], Callable[[int], dict[str, Any]]]] = {
-    "orca": (Orca, lambda n: {"max_batch": n, "reserve": "declared"}),
-    "tgi": (Tgi, lambda n: {"max_batch_total_tokens": 110 * n, "max_waiting_tokens": 3}),
-    "static": (Static, lambda n: {"batch": n}),
-    "static-global": (Static, lambda n: {"batch": n, "pad_to": "global"}),
-    "vllm": (Vllm, lambda n: {"max_num_seqs": n, "async_scheduling": False}),
-    "vllm-async": (Vllm, lambda n: {"max_num_seqs": n}),
-    "vllm-no-cache": (Vllm, lambda n: {"max_num_seqs": n, "async_scheduling": False, "enable_prefix_caching": False}),
-    "vllm-async-no-cache": (Vllm, lambda n: {"max_num_seqs": n, "enable_prefix_caching": False}),
-    "vllm-async-small-chunks": (Vllm, lambda n: {"max_num_seqs": n, "long_prefill_token_threshold": 9}),
-}
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -1,4 +1,4 @@
-"""The shape of the repository: who imports whom, how large files are, what stands at the top level."""
+"""The shape of the repository: who imports whom, what lies where, what stands at the top level and in the wheel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,7 @@ from chairlift.sim.scenario import load
 from kit.places import IMPORTS, ROOT
 
 PACKAGES = ("sim", "backend", "policies")
-LONGEST = 400  # lines a module
 GPU_LIBRARIES = {"torch", "cupy", "triton", "flashinfer", "flash_attn"}
-GPU_NAMES = ("torch_engine", "model", "weights", "pieces", "paged_attention", "kernels", "bench")
-GPU_MODULES = {f"backend.{name}" for name in GPU_NAMES}
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"),
     *("sim", "backend", "policies", "scenarios", "tests"),
@@ -28,24 +26,75 @@ TOP_LEVEL = {
 VAGUE = {"utils", "util", "helpers", "helper", "managers", "manager", "core", "common", "misc"}
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
+ALL = ("",)  # any module of that package
+SPINE = ("bad_input", "units")
+# Who may import whom: a folder or module of sim → prefixes of modules of sim, backend and policies, itself included.
+# The first line whose name is a module's name, or a folder above it, is the one that holds.
+MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "bad_input": ((), (), ()),
+    "units": ((), (), ()),
+    "workload": (("workload", *SPINE), (), ()),
+    "study": (("workload", *SPINE), ("base", "specs", "shapes"), ("base",)),
+    "results": (("results", "study", "workload", *SPINE), ("base", "cuda_graphs"), ("base",)),
+    "scenario": (("scenario", "study", "workload", "results.catalogue", *SPINE), ALL, ALL),
+    "replica": (("replica", "results.records", "workload.trace"), ("base",), ("base",)),
+    "cluster": (("cluster", "replica", "results", "study", "workload", *SPINE), ("base",), ("base",)),
+    "simulate": (("cluster", "replica", "results", "study"), ("base",), ()),
+    "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
+    "sweep": (("sweep", "simulate", "scenario", "results", "workload", *SPINE), (), ("base",)),
+    "calibration": (
+        ("calibration", "simulate", "results", "study", "workload", *SPINE),
+        ALL,
+        ("base", "vllm", "routers"),
+    ),
+    "plan": (
+        (
+            *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "results", "study", "workload"),
+            *SPINE,
+        ),
+        ("base", "specs", "shapes", "calibrated.profile"),
+        ("base", "vllm"),
+    ),
+    "cli": (ALL, ALL, ALL),
+}
+
 
 def module_name(path: Path) -> str:
+    """Of a file, without the `chairlift` in front: ``sim.replica.engine``."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Top-level names of what ``path`` imports, also inside functions and under TYPE_CHECKING."""
-    package = module_name(path).split(".")[0]
+NAMES = {module_name(path) for path in MODULES}
+
+
+@cache
+def modules_imported(path: Path) -> list[str]:
+    """Full names of what ``path`` imports, also inside functions; our own without the `chairlift` in front."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield package if node.level else str(node.module).split(".")[0]
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                ours = whole.removeprefix("chairlift.")
+                found.append(whole if ours in NAMES or node.module == "chairlift" else str(node.module))
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
-                yield str(node.args[0].value).split(".")[0]
+                found.append(str(node.args[0].value))
+    return [name.removeprefix("chairlift.") for name in found]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level names of what ``path`` imports; of our own, the folder."""
+    yield from (name.split(".")[0] for name in modules_imported(path))
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(prefix == "" or name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -69,16 +118,43 @@ def test_imports_point_the_right_way(path: Path) -> None:
     assert ours - {package} <= ({"backend", "policies"} if package == "sim" else set())
 
 
+IN_SIM = [path for path in MODULES if module_name(path).startswith("sim.")]
+
+
+@pytest.mark.parametrize("path", IN_SIM, ids=names(IN_SIM))
+def test_inside_sim_nobody_imports_upwards(path: Path) -> None:
+    name = module_name(path).removeprefix("sim.")
+    rule = next(rule for folder, rule in MAY_IMPORT.items() if within(name, (folder,)))
+    wrong = [
+        other
+        for other in modules_imported(path)
+        for package, allowed in zip(PACKAGES, rule, strict=True)
+        if other.startswith(f"{package}.") and not within(other.removeprefix(f"{package}."), allowed)
+    ]
+
+    assert wrong == []
+
+
+def test_there_is_no_circle_of_files() -> None:
+    arrows = {module_name(path): set(modules_imported(path)) & NAMES - {module_name(path)} for path in MODULES}
+    while arrows:  # take those away that import nobody who is left
+        free = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        assert free, f"a circle among {sorted(arrows)}"
+        arrows = {name: targets for name, targets in arrows.items() if name not in free}
+
+
+def test_sim_itself_holds_few_files() -> None:
+    assert len(list((ROOT / "sim").glob("*.py"))) <= 8
+
+
 def test_simpy_is_imported_in_one_module_of_sim() -> None:
-    assert [module_name(path) for path in MODULES if "simpy" in imported(path)] == ["chairlift.sim.cluster.cluster"]
+    assert len([path for path in MODULES if "simpy" in imported(path)]) == 1
 
 
-def test_gpu_libraries_are_imported_in_gpu_modules_only() -> None:
+def test_gpu_libraries_are_imported_in_one_folder() -> None:
     found = {module_name(path) for path in MODULES if GPU_LIBRARIES & set(imported(path))}
 
-    assert {
-        name for name in found if not any(name == gpu or name.startswith(f"{gpu}.") for gpu in GPU_MODULES)
-    } == set()
+    assert {name for name in found if not name.startswith("backend.gpu.")} == set()
 
 
 def test_the_command_works_where_gpu_libraries_are_not() -> None:
@@ -104,11 +180,6 @@ main()
     assert "vllm" in done.stdout
 
 
-@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
-def test_no_module_is_long(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
-
-
 def test_no_name_is_vague() -> None:
     parts = {part for path in MODULES for part in path.relative_to(ROOT).with_suffix("").parts}
 
@@ -131,7 +202,7 @@ def test_nothing_made_is_tracked() -> None:
 def test_wheel_holds_packages_and_scenarios() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
-    assert sorted(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == sorted([*PACKAGES, "scenarios"])
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [".package/chairlift"]
     assert project["project"]["scripts"] == {"chairlift": "chairlift.sim.cli.main:main"}
     assert project["project"]["requires-python"] == ">=3.11"
 
@@ -143,7 +214,7 @@ def test_nothing_at_run_time_needs_more_than_the_project_declares() -> None:
     for requirement in project["project"]["dependencies"] + project["project"]["optional-dependencies"]["gpu"]:
         name = requirement.split(">")[0].split("=")[0].strip()
         declared.add(names.get(name, name))
-    found = {name for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - set(PACKAGES)
+    found = {name for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - set(PACKAGES) - {""}
 
     assert found - GPU_LIBRARIES - extras() - declared - {"pydantic_core"} == set()  # pydantic brings its core
 
@@ -155,7 +226,7 @@ def extras() -> set[str]:
     return {each.split(">")[0].strip() for name, needed in optional.items() if name != "dev" for each in needed}
 
 
-AT_HOME = [path for path in MODULES if not any(module_name(path).startswith(gpu) for gpu in GPU_MODULES)]
+AT_HOME = [path for path in MODULES if not module_name(path).startswith("backend.gpu.")]
 
 
 @pytest.mark.parametrize("path", AT_HOME, ids=names(AT_HOME))

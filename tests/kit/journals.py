@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.slots import Cell, Slots, seat
@@ -129,3 +130,10 @@ def _check_seats(slots: Slots) -> None:
         assert taken.get(slot, 0) <= begin
         assert all(taken.get(lower, 0) > begin for lower in range(slot))
         taken[slot] = int(slots.end[stay])
+
+
+class Steady(Backend):
+    """Every step takes 1000 ps."""
+
+    def step(self, batch: Batch) -> StepCost:
+        return StepCost(1000)

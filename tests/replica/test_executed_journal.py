@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page
-from test_torch_engine import POLICIES, Ticking, made, many
 
 from chairlift.backend.gpu.settings import Torch
 from chairlift.sim.replica import executing
@@ -22,7 +20,9 @@ from chairlift.sim.study import Setup
 from chairlift.sim.workload.trace import Trace
 from kit.clusters import serve
 from kit.command import chairlift
+from kit.executions import POLICIES, Ticking, made, many
 from kit.journals import check_lives, check_slots, seats, story
+from kit.pages import Page
 from kit.tiny import Answers, Kept, check_greedy, executed, save, system
 
 

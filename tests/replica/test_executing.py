@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_leap import POLICIES
 
 from chairlift.backend.base import Backend, Batch, Executor, Host, Measured, Prompt, StepCost
 from chairlift.policies.base import Scheduler, Step
@@ -43,6 +42,7 @@ from kit.clusters import (
 )
 from kit.command import chairlift, replaced
 from kit.journals import check_lives, check_slots, seats, story
+from kit.leaping import POLICIES
 from kit.worlds import Affine, trace_of
 
 NS = 1000  # ps

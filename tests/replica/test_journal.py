@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_leap import POLICIES, backends, rows
 
-from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.policies.base import Scheduler
 from chairlift.policies.orca import Orca
 from chairlift.policies.static import Static
@@ -24,15 +22,9 @@ from chairlift.sim.results.records import Status
 from chairlift.sim.scenario.schema import Failures, Limits, Outage
 from chairlift.sim.simulate import simulate
 from kit.clusters import group, link, s, setup_of
-from kit.journals import check_slots, seats
+from kit.journals import Steady, check_slots, seats
+from kit.leaping import POLICIES, backends, rows
 from kit.worlds import Affine, play, trace_of
-
-
-class Steady(Backend):
-    """Every step takes 1000 ps."""
-
-    def step(self, batch: Batch) -> StepCost:
-        return StepCost(1000)
 
 
 def drawn(outputs: Sequence[int], policy: Callable[[], Scheduler], **world: Any) -> list[str]:

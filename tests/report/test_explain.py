@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_journal import Steady
 
 from chairlift.policies.static import Static
 from chairlift.policies.vllm import Vllm
@@ -20,6 +19,7 @@ from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup, Study
 from kit.clusters import group, link, s, setup_of
 from kit.command import SCENARIO, chairlift
+from kit.journals import Steady
 from kit.worlds import trace_of
 
 
