@@ -35,7 +35,7 @@ def _shipped(kind: type[Any]) -> dict[str, type[Any]]:
     found: dict[str, type[Any]] = {}
     for module in pkgutil.iter_modules(policies.__path__):
         if module.name != "base":
-            for each in _classes(importlib.import_module(f"policies.{module.name}"), kind):
+            for each in _classes(importlib.import_module(f"chairlift.policies.{module.name}"), kind):
                 found[snake(each.__name__)] = each
     return dict(sorted(found.items()))
 

@@ -422,9 +422,9 @@ def process(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_python_m_sim_is_the_same_command(tmp_path: Path) -> None:
-    result = process("-m", "sim", "run", "small.yaml", "--json", cwd=tmp_path)
-    bad = process("-m", "sim", "run", "none.yaml", cwd=tmp_path)
+def test_python_m_chairlift_is_the_same_command(tmp_path: Path) -> None:
+    result = process("-m", "chairlift", "run", "small.yaml", "--json", cwd=tmp_path)
+    bad = process("-m", "chairlift", "run", "none.yaml", cwd=tmp_path)
 
     assert (result.returncode, result.stderr) == (0, "")
     mine = load(run() / "summary.json")
@@ -435,7 +435,7 @@ def test_python_m_sim_is_the_same_command(tmp_path: Path) -> None:
 
 def test_folders_of_the_user_do_not_shadow_ours(tmp_path: Path) -> None:
     """The console script leaves the working directory off the import path, as ``-P`` does."""
-    for name in ("sim", "policies", "backend"):
+    for name in ("chairlift", "sim", "policies", "backend"):
         (tmp_path / name).mkdir()
         for module in ("__init__", "cli", "base"):
             (tmp_path / name / f"{module}.py").write_text("raise SystemExit('the wrong package')\n")

@@ -814,7 +814,7 @@ def schedulers() -> list[type[Scheduler]]:
     """The concrete schedulers in the package, by name."""
     found: dict[str, type[Scheduler]] = {}
     for module in pkgutil.iter_modules(policies.__path__):
-        for cls in vars(importlib.import_module(f"policies.{module.name}")).values():
+        for cls in vars(importlib.import_module(f"chairlift.policies.{module.name}")).values():
             if isinstance(cls, type) and issubclass(cls, Scheduler) and not getattr(cls, "__abstractmethods__", ()):
                 found[f"{cls.__module__}.{cls.__name__}"] = cls
     return [found[name] for name in sorted(found)]
