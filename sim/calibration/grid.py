@@ -17,11 +17,11 @@ from chairlift.backend import specs
 from chairlift.backend.base import Settings
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.results.metrics import PS_PER_S
 from chairlift.sim.results.recording import Recorder
 from chairlift.sim.scenario.schema import Kv, Limits, Slo
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import Trace
 
 APART_S = 1000  # from one wave to the next

@@ -24,12 +24,12 @@ from chairlift.sim.results.metrics import Latencies, inter_token_gaps
 from chairlift.sim.scenario.schema import Limits, Slo
 from chairlift.sim.simulate import Outcome, simulate
 from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import Trace
 
 Floats = npt.NDArray[np.float64]
 SERIES = ("ttft", "tpot", "e2el", "itl")
 QUANTILES = (("median", 50), ("p90", 90), ("p99", 99))
-PS_PER_S = 10**12
 EXACT = ("steps", "preemptions")  # equal, or not
 SAME_TIME_S = 0.1  # arrivals within it are a burst
 

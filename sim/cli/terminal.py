@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from chairlift.sim.results.metrics import PS_PER_S
 from chairlift.sim.study import Study
+from chairlift.sim.units import PS_PER_S
 
 Advance = Callable[[int, str, float | None], None]  # requests arrived, what runs, simulated seconds
 

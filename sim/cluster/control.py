@@ -10,15 +10,9 @@ from chairlift.sim.cluster.cluster import CHANGE, Cluster, Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.results.records import Status
 from chairlift.sim.scenario.schema import Autoscale, Failures, Limits, Link
+from chairlift.sim.units import PS_PER_US, picoseconds
 
-PS_PER_S = 10**12
-PS_PER_US = 10**6
 HANDOVER_COLUMNS = ("handed_over_ps", "taken_over_ps", "prefill_replica")  # of requests, beside the usual ones
-
-
-def picoseconds(seconds: float) -> int:
-    """Seconds on the clock."""
-    return round(seconds * PS_PER_S)
 
 
 class Breakdowns:

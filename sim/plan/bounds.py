@@ -17,8 +17,8 @@ from chairlift.backend.base import Backend, Batch, Chunk
 from chairlift.sim.plan.file import Candidate
 from chairlift.sim.plan.promises import METRICS, Promise
 from chairlift.sim.replica.prefix_pool import Identity
-from chairlift.sim.results.metrics import PS_PER_MS, PS_PER_S
 from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.units import PS_PER_MS, PS_PER_S
 from chairlift.sim.workload.clients import starts
 from chairlift.sim.workload.trace import Trace
 

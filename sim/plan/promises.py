@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from chairlift.sim.results.metrics import PS_PER_MS, PS_PER_S, inter_token_gaps
+from chairlift.sim.results.metrics import inter_token_gaps
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
+from chairlift.sim.units import PS_PER_MS, PS_PER_S
 from chairlift.sim.workload.lengths import Spec
 
 Floats = npt.NDArray[np.float64]

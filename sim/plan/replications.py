@@ -20,11 +20,11 @@ from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.capacity import Measure
 from chairlift.sim.plan.file import Candidate, paced, replays
 from chairlift.sim.plan.promises import Promise, Sample, measured
-from chairlift.sim.results.metrics import PS_PER_S
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.runs import Executor, Row, Run
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import Trace
 
 _GOLDEN = 0.6180339887498949  # steps of it around a circle are spread evenly, however many there are

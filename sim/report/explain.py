@@ -16,9 +16,9 @@ import numpy as np
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.headlines import text
-from chairlift.sim.results.metrics import PS_PER_MS, PS_PER_S
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Status
+from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 STEP_COLUMNS = (
     *("start_ps", "first_ps", "slope_ps", "steps", "chunks", "prefill_tokens", "decodes", "running", "waiting"),

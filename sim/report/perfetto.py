@@ -17,14 +17,13 @@ import numpy as np
 
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.slots import Cell, Slots, seat
-from chairlift.sim.results.metrics import PS_PER_S
 from chairlift.sim.results.reader import Columns, Results, RunResults
 from chairlift.sim.results.records import Status
+from chairlift.sim.units import PS_PER_S, PS_PER_US
 from chairlift.sim.workload.trace import LATEST_PS
 
 Event = dict[str, Any]
 
-PS_PER_US = 1_000_000
 STEPS_TRACK = 0  # slots follow from 1 on
 COLUMNS = (
     *("start_ps", "first_ps", "slope_ps", "steps", "chunks", "prefill_tokens", "decodes", "padded", "running"),

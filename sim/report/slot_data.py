@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.report.slots import Cell, Slots, seat
-from chairlift.sim.results.metrics import PS_PER_S
 from chairlift.sim.results.reader import Columns, Replica, RunResults
+from chairlift.sim.units import PS_PER_NS, PS_PER_S
 
-PS_PER_NS = 1000
 ROWS = 100_000  # rows of runs on a page, all diagrams together: some 3 MB of a page
 BINS = 600  # of the whole, where it is more than a diagram holds
 STEP_COLUMNS = ("start_ps", "first_ps", "slope_ps", "steps", "decodes", "waiting")

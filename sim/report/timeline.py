@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.sim.results.metrics import PS_PER_S
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Status
+from chairlift.sim.units import PS_PER_S
 
 Floats = npt.NDArray[np.float64]
 

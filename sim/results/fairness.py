@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.results.records import RequestRecords, Status
+from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 PROMPT, OUTPUT = 1, 2  # the paper's w_p and w_q
-PS_PER_S, PS_PER_MS = 10**12, 10**9
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

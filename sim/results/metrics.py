@@ -15,14 +15,13 @@ import numpy.typing as npt
 
 from chairlift.sim.results.fairness import between_tenants
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
+from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 if TYPE_CHECKING:
     from chairlift.sim.scenario.schema import Slo
 
 Floats = npt.NDArray[np.float64]
 
-PS_PER_S = 10**12
-PS_PER_MS = 10**9
 QUANTILES = (50, 90, 95, 99)
 
 

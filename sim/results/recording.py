@@ -18,8 +18,7 @@ import numpy as np
 from chairlift.backend.calibrated.profile import GRAPH_TOKENS
 from chairlift.sim.results.records import Status
 from chairlift.sim.simulate import Outcome
-
-PS = 1e12
+from chairlift.sim.units import PS_PER_S
 
 REQUESTS = (
     *("experiment", "index", "arrival_s", "added_s", "prompt_tokens", "output_tokens", "prefix_group"),
@@ -73,7 +72,7 @@ def _request_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
     columns = outcome.requests.columns()
     n = len(columns["id"])
     groups = outcome.setup.trace.prefix_group
-    arrival, first, last = (np.asarray(columns[c]) / PS for c in ("arrival_ps", "first_token_ps", "finished_ps"))
+    arrival, first, last = (np.asarray(columns[c]) / PS_PER_S for c in ("arrival_ps", "first_token_ps", "finished_ps"))
     done = columns["status"] == Status.FINISHED
     return list(
         zip(
@@ -90,7 +89,7 @@ def _step_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
     runs = outcome.runs[0].runs()
     n = len(runs["steps"])
     total = outcome.setup.groups[0].blocks
-    seconds = {key: values / PS for key, values in runs.items() if key.endswith("_ps")}
+    seconds = {key: values / PS_PER_S for key, values in runs.items() if key.endswith("_ps")}
     return list(
         zip(
             *([name] * n, _seconds(seconds["asked_ps"]), _seconds(seconds["start_ps"] + seconds["first_ps"])),

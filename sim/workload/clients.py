@@ -15,10 +15,11 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.arrivals import Arrivals
 from chairlift.sim.workload.lengths import MOST_TOKENS, IntArray, Lengths, OneOf, Spec, Tokens
 from chairlift.sim.workload.random_streams import stream
-from chairlift.sim.workload.trace import COLUMNS, LATEST_PS, PS_PER_S, HashIds, Trace
+from chairlift.sim.workload.trace import COLUMNS, LATEST_PS, HashIds, Trace
 
 LONGEST_S = 9e6  # seconds: a little less than the 106 days of int64 picoseconds
 MOST_DRAWS = 16  # turns drawn for each one wanted, before max_context_tokens is called too small

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from chairlift.sim.workload.trace import PS_PER_S, HashIds, Trace
+from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.trace import HashIds, Trace
 
 WINDOWS_S = (1, 10, 60)
 

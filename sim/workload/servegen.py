@@ -24,9 +24,10 @@ import numpy.typing as npt
 from pydantic import Field
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.lengths import IntArray, Spec
 from chairlift.sim.workload.random_streams import stream
-from chairlift.sim.workload.trace import PS_PER_S, Trace
+from chairlift.sim.workload.trace import Trace
 
 Floats = npt.NDArray[np.float64]
 

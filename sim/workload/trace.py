@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.units import PS_PER_S
 
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
 
-PS_PER_S = 10**12
 LATEST_PS = 2**63 - 1  # int64 picoseconds: about 106 days
 SHOWN = 20  # problems listed before the rest is only counted
 

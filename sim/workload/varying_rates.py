@@ -14,8 +14,9 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.lengths import IntArray, Spec
-from chairlift.sim.workload.trace import LATEST_PS, PS_PER_S
+from chairlift.sim.workload.trace import LATEST_PS
 
 Rate = Annotated[float, Field(ge=1e-9, le=1e12)]  # at most one request a picosecond
 Seconds = Annotated[float, Field(ge=1e-6, le=1e9)]

@@ -26,7 +26,8 @@ from chairlift.policies.orca import Orca
 from chairlift.policies.static import Static
 from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.workload.trace import PS_PER_S, Trace
+from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.trace import Trace
 from kit.places import ROOT, TRUTH
 from kit.worlds import World, check_books, play
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats.text_tables import Table, read_csv, read_json_lines, seconds_ps, whole
-from chairlift.sim.workload.trace import PS_PER_S, HashIds, Trace, faults
+from chairlift.sim.workload.trace import HashIds, Trace, faults
 
 DERIVED = ("trace_id", "agent", "seq", "t_s", "input_tokens", "output_tokens", "api_time_s", "think_time_s")
 

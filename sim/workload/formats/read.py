@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats import kv_cache_tester as agent_sessions
 from chairlift.sim.workload.formats import ragpulse
 from chairlift.sim.workload.formats.text_tables import (
@@ -35,7 +36,7 @@ from chairlift.sim.workload.formats.text_tables import (
     seconds_ps,
     whole,
 )
-from chairlift.sim.workload.trace import COLUMNS, LATEST_PS, PS_PER_S, HashIds, Trace, faults
+from chairlift.sim.workload.trace import COLUMNS, LATEST_PS, HashIds, Trace, faults
 
 NAMES = ("azure", "burstgpt", "chairlift", "kv_cache_tester", "mooncake", "ragpulse", "vidur")
 

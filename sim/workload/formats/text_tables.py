@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean
-from chairlift.sim.workload.trace import PS_PER_S, shortened
+from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.trace import shortened
 
 T = TypeVar("T")
 
