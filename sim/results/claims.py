@@ -16,7 +16,7 @@ from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.study import Claim
 
 if TYPE_CHECKING:
-    from chairlift.sim.simulate import Outcome
+    from chairlift.sim.results.outcome import Outcome
     from chairlift.sim.study import Study
 
 SERIES = ("ttft", "tpot", "itl", "e2el", "normalized_latency")
