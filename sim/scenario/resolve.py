@@ -13,8 +13,8 @@ from chairlift.policies.base import Scheduler
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
-from chairlift.sim.scenario.schema import Kv
 from chairlift.sim.scenario.yaml_document import Document, problems_from, read
+from chairlift.sim.study import Kv
 
 
 class Lookup:
