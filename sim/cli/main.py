@@ -19,6 +19,7 @@ from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
 from chairlift.sim.cli import agree as cli_agree
 from chairlift.sim.cli import calibrate as cli_profile
+from chairlift.sim.cli import check as cli_check
 from chairlift.sim.cli import compare as cli_compare
 from chairlift.sim.cli import plan as cli_plan
 from chairlift.sim.cli import report as cli_report
@@ -314,6 +315,7 @@ def _question(path: Path) -> str:
 app.command("sweep")(cli_sweep.sweep)
 app.command("compare")(cli_compare.compare)
 app.command("agree")(cli_agree.agree)
+app.command("check")(cli_check.check)
 app.command()(cli_report.report)
 app.command()(cli_report.explain)
 app.command("plan")(cli_plan.plan)

@@ -112,9 +112,12 @@ def find(kind: Kind, name: str, trust: bool = False, folder: Path = Path(), othe
     installed = _installed(kind)
     if name in installed:
         return _load(kind, name, installed[name])
-    raise BadInput(
-        Problem(f"no such {kind.word}{did_you_mean(name, [*shipped(kind), *installed, *others])}", value=name)
-    )
+    raise BadInput(Problem(f"no such {kind.word}{did_you_mean(name, [*names(kind), *others])}", value=name))
+
+
+def names(kind: Kind) -> list[str]:
+    """Every name that `find` knows, usable or not; no plug-in is imported."""
+    return [*shipped(kind), *(name for name in _installed(kind) if name not in shipped(kind))]
 
 
 def from_file(path: Path, wanted: str | None, *kinds: Kind) -> type[Any]:
