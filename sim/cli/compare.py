@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cli.terminal import console
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
 from chairlift.sim.sweep.statistics import sign
 from chairlift.sim.sweep.table import read
 
-out = Console(highlight=False)
-if not out.is_terminal:
-    out.width = max(out.width, 120)
+out = console(least=120)
 
 _WIDE = 6  # systems that have a column each
 _MANY = 400  # percent from which a factor reads better

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cli.terminal import console
 from chairlift.sim.sweep import table as sweep_table
 from chairlift.sim.sweep.file import SCENARIOS, Plan, read_sweep, shipped_file
 from chairlift.sim.sweep.journal import Journal
@@ -22,8 +22,8 @@ from chairlift.sim.sweep.local import Local
 from chairlift.sim.sweep.racing import AFTER, Race
 from chairlift.sim.sweep.runs import Executor, Row, Run, known, results
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = console(soft_wrap=True)
+err = console(stderr=True, soft_wrap=True)
 
 SWEEPS = SCENARIOS / "sweeps"
 EVERY_S = 30  # between two lines of progress where there is no terminal

@@ -22,9 +22,13 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # characters of a sparkline
 
 
-def console(stderr: bool = False, least: int = 0) -> Console:
-    """A console without colours in CI, as `NO_COLOR` has it and as in pipes; in those ``least`` columns wide."""
-    made = Console(stderr=stderr, highlight=False, no_color=True if os.environ.get("CI") else None)
+def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Console:
+    """What a command prints to.
+
+    It shows no colours in a pipe, in CI and where `NO_COLOR` is set. In a pipe it is at least ``least`` columns wide.
+    With ``soft_wrap`` it breaks no line itself.
+    """
+    made = Console(stderr=stderr, highlight=False, soft_wrap=soft_wrap, no_color=True if os.environ.get("CI") else None)
     if not made.is_terminal:
         made.width = max(made.width, least)
     return made
