@@ -1,4 +1,4 @@
-"""The command line: ``chairlift run``, ``list``, ``schema``, ``trace describe``; others in ``cli_*`` modules."""
+"""The command line: ``chairlift run``, ``list``, ``schema`` and ``trace describe``; each other command has its file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,16 @@ from chairlift.backend import specs
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
-from chairlift.sim.cli import agree as cli_agree
-from chairlift.sim.cli import calibrate as cli_profile
-from chairlift.sim.cli import check as cli_check
-from chairlift.sim.cli import compare as cli_compare
-from chairlift.sim.cli import plan as cli_plan
-from chairlift.sim.cli import report as cli_report
-from chairlift.sim.cli import sweep as cli_sweep
+from chairlift.sim.cli import agree, calibrate, check, compare, plan, report, sweep
 from chairlift.sim.cli.terminal import console, progress, status
-from chairlift.sim.report import tables as report
-from chairlift.sim.results import reader as results
-from chairlift.sim.results import writer as output
+from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
+from chairlift.sim.results.reader import read
+from chairlift.sim.results.writer import Writer
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
 from chairlift.sim.scenario.policy_files import blame
+from chairlift.sim.scenario.yaml_document import read as read_document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
 from chairlift.sim.units import PS_PER_S
@@ -131,7 +126,7 @@ def run(
         return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust, router or [])
 
     folder = out_dir or Path("runs") / study.name
-    writer = output.Writer(folder, study)
+    writer = Writer(folder, study)
     outcomes: list[Outcome] = []
     try:
         journal = True if report_ and events is None else events
@@ -146,12 +141,12 @@ def run(
         raise typer.Exit(130) from None
     finally:
         writer.close(outcomes)
-    drawn = cli_report.draw(results.read(folder), folder / "report.html") if report_ else ""
+    drawn = report.draw(read(folder), folder / "report.html") if report_ else ""
     if as_json:
         name = "comparison.json" if len(study.setups) > 1 else "summary.json"
         sys.stdout.write((folder / name).read_text(encoding="utf-8"))
     elif not quiet:
-        report.show(out, study, outcomes)
+        tables.show(out, study, outcomes)
         wall = sum(o.summary["wall_s"] for o in outcomes)
         count = sum(len(o.requests.status) for o in outcomes)
         if draws:
@@ -206,8 +201,8 @@ def describe(
         out.print(trace_table(trace, file.name))
 
 
-app.command()(cli_profile.calibrate)
-app.command("validate")(cli_profile.validate_)
+app.command()(calibrate.calibrate)
+app.command("validate")(calibrate.validate_)
 
 
 def find_scenario(name: str) -> Path:
@@ -229,7 +224,7 @@ def find_scenario(name: str) -> Path:
 
 def _shipped() -> dict[str, Path]:
     """Shipped scenarios by name, those in folders last: ``research/policy_zoo``."""
-    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(cli_sweep.SWEEPS.rglob("*")) - set(cli_plan.PLANS.rglob("*")))
+    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(sweep.SWEEPS.rglob("*")) - set(plan.PLANS.rglob("*")))
     files.sort(key=lambda file: (len(file.parts), file))
     return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
 
@@ -306,19 +301,17 @@ def _named(kind: plugins.Kind) -> Iterable[tuple[str, plugins.Named]]:
 
 
 def _question(path: Path) -> str:
-    from chairlift.sim.scenario.yaml_document import read
-
-    question, mark, _ = str(read(path).data.get("question", "")).strip().partition("?")
+    question, mark, _ = str(read_document(path).data.get("question", "")).strip().partition("?")
     return question + mark
 
 
-app.command("sweep")(cli_sweep.sweep)
-app.command("compare")(cli_compare.compare)
-app.command("agree")(cli_agree.agree)
-app.command("check")(cli_check.check)
-app.command()(cli_report.report)
-app.command()(cli_report.explain)
-app.command("plan")(cli_plan.plan)
+app.command("sweep")(sweep.sweep)
+app.command("compare")(compare.compare)
+app.command("agree")(agree.agree)
+app.command("check")(check.check)
+app.command()(report.report)
+app.command()(report.explain)
+app.command("plan")(plan.plan)
 
 
 def main() -> None:
