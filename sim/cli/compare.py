@@ -21,7 +21,7 @@ from chairlift.sim.sweep.table import read
 out = console(least=120)
 
 _WIDE = 6  # systems that have a column each
-_MANY = 400  # percent from which a factor reads better
+_MANY = 400  # percent; larger differences are shown as factors
 _STYLES = {"better": "green", "worse": "red", "same": "dim", "unknown": "dim"}
 
 
@@ -136,7 +136,7 @@ def _cell(d: Difference | None) -> str:
     if d is None:
         return "–"
     percent = d.percent()
-    if math.isnan(percent.mean):  # from nothing
+    if math.isnan(percent.mean):  # the baseline is 0
         return f"{_number(d.own.mean)}"
     if abs(percent.mean) < _MANY:
         text, low, high = f"{percent.mean:+.1f} %", f"{percent.low:+.1f}", f"{percent.high:+.1f}"

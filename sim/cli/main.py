@@ -47,7 +47,7 @@ app.add_typer(trace_app, name="trace")
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
 SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps", "plans")
 
-FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
+FEW = 20_000  # requests up to which a run keeps a journal unasked; a journal costs a fifth of the time, 200 B a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
 out = console(least=WIDTH)
@@ -206,7 +206,7 @@ app.command("validate")(calibrate.validate_)
 
 
 def find_scenario(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped scenario, its folder told or not. Raises `BadInput`."""
+    """The file that ``name`` means: a path, or a shipped scenario with or without its folder. Raises `BadInput`."""
     path = Path(name)
     shipped = _shipped()
     if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
@@ -223,7 +223,7 @@ def find_scenario(name: str) -> Path:
 
 
 def _shipped() -> dict[str, Path]:
-    """Shipped scenarios by name, those in folders last: ``research/policy_zoo``."""
+    """The file of each shipped scenario by name. Names in folders, such as ``research/policy_zoo``, come last."""
     files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(sweep.SWEEPS.rglob("*")) - set(plan.PLANS.rglob("*")))
     files.sort(key=lambda file: (len(file.parts), file))
     return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
@@ -234,7 +234,9 @@ def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> 
     with progress(study, err, silent) as advance:
         for setup in study.setups:
             label = " ".join(filter(None, (setup.case, setup.variant))) or study.name
-            times = setup.trace.arrival_ps if setup.trace.follows is None else None  # who follows comes later than this
+            times = (
+                setup.trace.arrival_ps if setup.trace.follows is None else None
+            )  # a request that follows another comes later
             advance(done, label, None)
 
             def arrived(count: int, before: int = done, label: str = label, times: Any = times) -> None:

@@ -28,7 +28,7 @@ err = console(stderr=True, soft_wrap=True)
 SWEEPS = SCENARIOS / "sweeps"
 EVERY_S = 30  # between two lines of progress where there is no terminal
 
-# of whatever makes many runs; `check_executor` says which go together
+# options of every command that makes many runs; `check_executor` says which of them go together
 JobsOption = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; default: one a core.")]
 ExecutorOption = Annotated[
     Literal["local", "ray"], typer.Option(help="Run on this machine's cores, or on a Ray cluster.")
@@ -67,7 +67,9 @@ def sweep(
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run once more what failed before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")] = False,
-    trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let policy and router files named in the YAML run their code.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run a scenario at every point of some axes, under several seeds: one row a run in DIR/results.parquet.
@@ -134,7 +136,7 @@ def check_executor(name: str, jobs: int | None, address: str | None) -> None:
 
 
 def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:
-    """Where runs take place. Raises `BadInput`: no cluster."""
+    """The executor that ``executor`` names. Raises `BadInput` where there is no Ray cluster to join."""
     if name == "local":
         return Local(jobs)
     from chairlift.sim.sweep.on_ray import Cluster  # here: Ray is an extra

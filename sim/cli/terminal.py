@@ -36,7 +36,7 @@ def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Co
 
 @contextmanager
 def status(silent: bool) -> Iterator[Callable[[str], None]]:
-    """What is being done just now, on a terminal; nothing in pipes."""
+    """A function that shows on a terminal what is being done. In a pipe, or if ``silent``, it shows nothing."""
     err = console(stderr=True)
     if silent or not err.is_terminal:
         yield lambda _what: None
@@ -54,7 +54,10 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(study: Study, to: Console, silent: bool) -> Iterator[Advance]:
-    """A bar over the requests of ``study`` with simulated time, requests/s and time left; nothing in pipes and CI."""
+    """A function that moves a bar over the requests of ``study``; in pipes and in CI it shows nothing.
+
+    The bar tells simulated time, requests per second and the time left.
+    """
     if silent or not to.is_terminal or os.environ.get("CI"):
         yield lambda _count, _label, _now: None
         return

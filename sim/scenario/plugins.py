@@ -256,7 +256,7 @@ def _settings(kind: type[Any]) -> type[BaseModel]:
 
 
 def summary(kind: type[Any]) -> str:
-    """The first line of a class's docstring."""
+    """The first line of a class's docstring, which lists and schemas show."""
     return (inspect.getdoc(kind) or "").partition("\n")[0]
 
 
