@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,14 +12,14 @@ from rich.markup import escape
 from chairlift.policies.base import Router
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.cli.terminal import console, status
-from chairlift.sim.conformance.cases import POLICY_CASES, ROUTER_CASES, Case, read_rows, trace_of
-from chairlift.sim.conformance.policy import check_policy
-from chairlift.sim.conformance.promises import Broken, Checklist
-from chairlift.sim.conformance.router import check_router
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.policy_files import file_and_class
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.workload.formats.read import save
+
+if TYPE_CHECKING:
+    from chairlift.sim.conformance.cases import Case
+    from chairlift.sim.conformance.promises import Broken, Checklist
 
 SHOWN = 12  # requests of a counterexample that are printed
 
@@ -45,13 +45,17 @@ def check(
     Each promise is tried on small workloads, and with each choice of the settings that have only a few. Of a broken one
     you see the step, the numbers and the fewest requests that show it. [bold]chairlift check my_policy.py[/bold]
     """
+    from chairlift.sim.conformance import cases as known  # here: no other command waits for the suite
+    from chairlift.sim.conformance.policy import check_policy
+    from chairlift.sim.conformance.router import check_router
+
     kind = _find(subject)
     settings = _settings(kind, subject, set_ or [])
     routes = issubclass(kind, Router)
-    cases: tuple[Case, ...] = ROUTER_CASES if routes else POLICY_CASES
+    cases: tuple[Case, ...] = known.ROUTER_CASES if routes else known.POLICY_CASES
     if case is not None:
         cases = (_case(case, cases),)
-    rows = None if requests is None else read_rows(requests)
+    rows = None if requests is None else known.read_rows(requests)
     out = console()
     with status(False) as told:
         if routes:
@@ -104,6 +108,8 @@ def _case(name: str, cases: tuple[Case, ...]) -> Case:
 
 def _told(broken: Broken, file: Path, again: list[str]) -> list[str]:
     """A broken promise in lines; its requests are written to ``file``, and the last line runs them again."""
+    from chairlift.sim.conformance.cases import trace_of
+
     lines = [broken.what]
     if broken.case is None:
         return lines

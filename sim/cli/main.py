@@ -250,8 +250,9 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
     if kind in ("policies", "routers"):
         for name, (each, origin) in _named(plugins.POLICY if kind == "policies" else plugins.ROUTER):
             yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
-            for field, info in plugins.settings(each).model_fields.items():
-                yield "", f"  {field}: {plugins.type_name(info)} = {info.default!r}"
+            for field, (kind_of, default) in plugins.fields(each).items():
+                given = "" if default is ... else f" = {default!r}"
+                yield "", f"  {field}: {plugins.type_name(kind_of)}{given}"
     elif kind == "models":
         for label in (
             "model",
