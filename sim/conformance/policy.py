@@ -41,18 +41,24 @@ def check_policy(
     """Try every promise on ``kind`` with ``settings``, in each of ``cases``.
 
     ``variants``: also with each other choice of every setting that has only a few. ``rows``: these requests instead of
-    the cases' own. ``told`` hears which case is tried. Raises ValueError if these settings suit no model of
-    `cases.MODEL_LEN` tokens.
+    the cases' own. ``told`` hears which case is tried. Raises ValueError if the policy refuses these settings, or says
+    that they suit no model of `cases.MODEL_LEN` tokens.
     """
     settings = settings or {}
     found = Checklist(PROMISES)
     for file, line, name in private_reads(kind):
         found.broke(Broken(PUBLIC, f"{file}:{line}: {name} is private to the simulator"))
     found.keep(PUBLIC)
+
+    def unmakable(error: Exception, given: dict[str, Any]) -> Broken:
+        return Broken(SETTINGS, f"{kind.__name__}({_shown(given)}) raises {type(error).__name__}: {error}")
+
     try:
         sample = kind(**settings)
     except Exception as error:
-        found.broke(Broken(SETTINGS, f"{kind.__name__}({_shown(settings)}) raises {type(error).__name__}: {error}"))
+        if settings and isinstance(error, ValueError):  # these do not go together, and the policy says so
+            raise
+        found.broke(unmakable(error, settings))
         return found
     if misfit := sample.misfit(MODEL_LEN):
         raise ValueError(misfit)
@@ -65,7 +71,10 @@ def check_policy(
         try:
             if kind(**settings, **more).misfit(MODEL_LEN):
                 continue
-        except ValueError:  # these two do not go together
+        except ValueError:  # these do not go together, and the policy says so
+            continue
+        except Exception as error:
+            found.broke(unmakable(error, {**settings, **more}))
             continue
         for case in cases:
             told(" ".join((case.name, _shown(more))).strip())

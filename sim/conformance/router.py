@@ -16,10 +16,13 @@ from chairlift.sim.conformance.serving import (
     ALLOWED,
     REPEATS,
     SERVES,
+    Hangs,
     Subject,
     difference,
     earliest_end,
     endings,
+    hanging,
+    patience,
     serve,
 )
 
@@ -67,7 +70,7 @@ def check_router(
     told("made-up clusters")
     for broken in _asked(kind, settings, found.keep):
         found.broke(broken)
-    for case in cases:
+    for case in cases if found.holds(SERVES) else ():
         told(case.name)
         subject = Subject(kind, settings)
 
@@ -94,7 +97,11 @@ def _asked(kind: type[Router], settings: dict[str, Any], keep: Callable[..., Non
         before = copy.deepcopy(view), _public(request)
         told = f"{request!r} of session {request.session}, hash_ids {request.hash_ids}, and {view}"
         try:
-            answer = router.route(request, view)
+            with patience():
+                answer = router.route(request, view)
+        except Hangs:
+            yield Broken(SERVES, f"{told}: it {hanging()}")
+            return
         except Exception as error:
             yield Broken(RAISES, f"{told}: {type(error).__name__}: {error}")
             return

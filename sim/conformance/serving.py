@@ -54,8 +54,8 @@ class Subject:
     settings: dict[str, Any]
 
 
-class _Hangs(BaseException):  # a policy that catches every Exception does not catch this one
-    pass
+class Hangs(BaseException):
+    """The subject takes longer than `HANG_S`. Not even a policy that catches every Exception catches this."""
 
 
 class _Endless(Exception):
@@ -130,15 +130,15 @@ def serve(
         return Stopped(Broken(promise, what, case, tuple(rows), lasts=lasts))
 
     try:
-        with _other_chance(seed), _patience():
+        with _other_chance(seed), patience():
             return simulate(setup(case, given, **arguments), leap)
     except PolicyError as error:
         raise stop(SERVES if "never served" in str(error) else ALLOWED, f"{error} ({watch})") from error
     except _Endless:
         what = f"nothing comes of {watch.limit} plans for {len(rows)} requests: {_name(subject)} plans on and on"
         raise stop(SERVES, f"{what} ({watch})") from None
-    except _Hangs:
-        raise stop(SERVES, f"{_name(subject)} does not return within {HANG_S} s ({watch})", lasts=True) from None
+    except Hangs:
+        raise stop(SERVES, f"{_name(subject)} {hanging()} ({watch})", lasts=True) from None
     except Exception as error:
         where = _blamed(error, subject.kind)
         if where:
@@ -181,15 +181,20 @@ def _other_chance(seed: int) -> Iterator[None]:
         np.random.set_state(states[1])  # noqa: NPY002
 
 
+def hanging() -> str:
+    """What is said of a subject that `Hangs`."""
+    return f"does not return within {HANG_S} s"
+
+
 @contextmanager
-def _patience() -> Iterator[None]:
-    """Raise `_Hangs` after `HANG_S`, where the platform has timers and this is the main thread."""
+def patience() -> Iterator[None]:
+    """Raise `Hangs` after `HANG_S`, where the platform has timers and this is the main thread."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def late(_signal: int, _frame: FrameType | None) -> None:
-        raise _Hangs
+        raise Hangs
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, HANG_S)

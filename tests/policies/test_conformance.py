@@ -205,6 +205,23 @@ def test_a_promise_that_only_one_choice_of_a_setting_breaks_names_it(tmp_path: P
     assert checked(code, tmp_path, order_of="arrival").broken == []
 
 
+REFUSES = (
+    "    def __post_init__(self) -> None:\n        if self.order_of == 'prompt' and self.at_most > 9:\n            "
+)
+
+
+def test_a_choice_that_the_policy_refuses_is_left_out_and_one_that_it_stumbles_over_is_not(tmp_path: Path) -> None:
+    refuses = replaced("    def schedule", REFUSES + "raise ValueError('no')\n\n    def schedule", GOOD)
+    stumbles = refuses.replace("ValueError", "KeyError")
+
+    assert checked(refuses, tmp_path).broken == []
+    with pytest.raises(ValueError, match="no"):
+        checked(refuses, tmp_path, order_of="prompt")
+    [broken] = checked(stumbles, tmp_path).broken
+    assert broken.promise.name == "settings"
+    assert broken.what == "Mine(order_of='prompt') raises KeyError: 'no'"
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [
@@ -255,6 +272,7 @@ ROUTERS: dict[str, tuple[str, str, str]] = {  # promise, what `route` does inste
         "while len(replicas.indices) < 3 and type(replicas).__name__ != 'View':\n            pass\n        return 0",
         "router Last does not return within",
     ),
+    "never answers": ("serves", "while True:\n            pass", "it does not return within"),
     "draws its own numbers": ("repeats", "return random.randrange(len(replicas.indices))", "the first time, "),
     "knows the answers": (
         "blind",
