@@ -189,7 +189,7 @@ def test_another_gpu_is_scaled_and_says_so(tmp_path: Path) -> None:
     ("backend", "more", "message"),
     [
         ("h200-opt-13b-vllm-0.22", (), "no such backend – did you mean 'h200-opt-13b-vllm-0.23'?"),
-        ("{name: profile}", (), "chairlift.backend.calibrated.profile: is required"),
+        ("{name: profile}", (), "backend.profile: is required"),
         ("{name: profile, profile: nothing.json}", (), "nothing.json: no such file"),
         ("h200-llama-3.1-8b-vllm-0.23", (), "is of llama-3.1-8b, not of opt-13b"),
         ("h200-opt-13b-vllm-0.23", ("--set", "tensor_parallel=2"), "is of 1 GPUs, not of 2"),
