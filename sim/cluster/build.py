@@ -5,7 +5,7 @@ The only place where an `Engine` of a simulated cluster is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -13,13 +13,13 @@ from random import Random
 from chairlift.backend.base import Backend, Executor
 from chairlift.policies.base import Request, Scheduler
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cluster import predicted_lengths
 from chairlift.sim.cluster.autoscaling import Autoscaler
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.cluster.failures import Breakdowns
 from chairlift.sim.cluster.kv_transfer import Handover
 from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
+from chairlift.sim.cluster.requests import request_maker
 from chairlift.sim.cluster.timeouts import Patience
 from chairlift.sim.replica.counting_pool import CountingPool, StandInPool
 from chairlift.sim.replica.engine import Engine
@@ -176,46 +176,3 @@ def make_pool(
     if block_size not in identities:
         identities[block_size] = Identity(trace, block_size)
     return PrefixPool(blocks, block_size, identities[block_size], scheduler.asynchronous, forgets=executes)
-
-
-def request_maker(setup: Setup) -> Callable[[int], Request]:
-    """A function from a row of the trace to the request that policies see.
-
-    Raises `PolicyError` if the replicas' policies want different predictions.
-    """
-    trace = setup.trace
-    schedulers = [group.make_scheduler() for group in setup.groups]
-    told = any(scheduler.oracle for scheduler in schedulers)
-    predictor = predicted_lengths.wanted(schedulers)
-    arrivals = trace.arrival_ps.tolist()
-    prompts = trace.prompt_tokens.tolist()
-    outputs: Sequence[int] | None = trace.output_tokens.tolist() if told else None
-    guesses = None
-    if predictor is not None:
-        guesses = predicted_lengths.predictions(trace.output_tokens, predictor, setup.seed).tolist()
-    caps = None if trace.max_tokens is None else trace.max_tokens.tolist()
-    priorities = None if trace.priority is None else trace.priority.tolist()
-    hashes = trace.hash_ids
-    tenants = None if trace.tenant is None else trace.tenant.tolist()
-    sessions = None if trace.session is None else trace.session.tolist()
-    longest = setup.max_model_len
-
-    def make(i: int) -> Request:
-        prompt = prompts[i]
-        request = Request(
-            i,
-            arrivals[i],
-            prompt,
-            max(1, longest - prompt) if caps is None else caps[i],
-            outputs[i] if outputs is not None else None,
-            priorities[i] if priorities is not None else 0,
-            tenants[i] if tenants is not None else 0,
-            sessions[i] if sessions is not None else -1,
-        )
-        if guesses is not None:
-            request.predicted_tokens = guesses[i]
-        if hashes is not None:
-            request.hash_ids = hashes.row(i).tolist()
-        return request
-
-    return make
