@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from chairlift.policies.base import Request, Router
+from chairlift.policies.base import PolicyError, Request, Router
 from chairlift.sim.cluster.clock import Clock
 from chairlift.sim.cluster.replica import Loads, Replica
 from chairlift.sim.results.records import RequestRecords, Status
@@ -66,13 +66,20 @@ class ReplicaPool:
         self._stand([r for r in self.replicas if r is not replica])
 
     def send(self, request: Request, now: int) -> None:
-        """Route a request, or keep it until a replica comes up; refuse it where its queue is full."""
+        """Route a request, or keep it until a replica comes up; refuse it where its queue is full.
+
+        Raises `PolicyError` if the router names a position at which there is no replica.
+        """
         replicas = self.replicas
         if not replicas:
             self.homeless.append(request)
             return
         self.now = now
-        chosen = replicas[self.router.route(request, self._last_look() if self._stale_ps else self)]
+        position = self.router.route(request, self._last_look() if self._stale_ps else self)
+        if not 0 <= position < len(replicas):
+            name, said = type(self.router).__name__, f"position {position} for request {request.id}"
+            raise PolicyError(f"router {name}: {said} among {len(replicas)} replicas")
+        chosen = replicas[position]
         if self._queue_limit is not None and len(chosen.engine.state.waiting) >= self._queue_limit:
             self._refuse(request, now)
             return
