@@ -49,13 +49,14 @@ def build(
     `PrefixCacheMatters` should that not be enough. Raises `PolicyError` if the replicas' policies want different
     predictions, and `BadInput` if a backend cannot run here.
     """
-    cluster = Cluster(RequestRecords(setup.trace), request_maker(setup), progress)
+    identities: dict[int, Identity] | None = {} if identify else None
+    cluster = Cluster(RequestRecords(setup.trace), request_maker(setup, identities), progress)
     cluster.front = decode = _pool(cluster, setup, "router")
     handover = None
     if setup.link is not None:
         decode = _pool(cluster, setup, "decode router")
         handover = Handover(cluster, setup.link, setup.model.kv_bytes_per_token, decode)
-    engines = _Engines(setup, cluster, handover, leap, journal, {} if identify else None)
+    engines = _Engines(setup, cluster, handover, leap, journal, identities)
     homes: list[ReplicaPool] = []  # of each replica
     for group in setup.groups:
         home = decode if group.role == "decode" else cluster.front
