@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from chairlift.backend.shapes import GPU, Model
 
+PS = 10**12  # picoseconds a second
 FOREVER = 1 << 60  # steps: "to the end of any run"
 new = tuple.__new__  # ``new(StepCost, (first, slope, steps, host))``, for hot paths: half the time of ``StepCost(…)``
 

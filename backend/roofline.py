@@ -13,10 +13,9 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from chairlift.backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost, new
-from chairlift.backend.specs import GPU, Model
+from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Host, StepCost, new
+from chairlift.backend.shapes import GPU, Model
 
-PS = 10**12
 MS = 10**9
 
 Share = Annotated[float, Interval(gt=0, le=1)]

@@ -1,4 +1,4 @@
-"""Step costs calibrated on a real engine: a small physical form with residual tables, and the host's share.
+"""A calibrated profile: the numbers of a fitted cost model, where they come from, and how far off they were.
 
 GPU time of a step that computes T tokens (padded to a CUDA graph's size where one is replayed) for N sequences::
 
@@ -8,33 +8,28 @@ GPU time of a step that computes T tokens (padded to a CUDA graph's size where o
     + pair · Σ query–key pairs + chunk + request · n  n chunks' attention
 
 Host time: scheduling and updating, each fixed + per request + per token; launching, by how the step runs (one CUDA
-graph, piecewise graphs, or kernel by kernel); taking requests in. `backend.fitting.fit` fits all of it to recordings.
-Everything that the engine adds up is an integer number of picoseconds, affine in the context, so it leaps exactly.
+graph, piecewise graphs, or kernel by kernel); taking requests in. `backend.fitting.fit` fits all of it to a recording,
+`backend.calibrated.pricing` prices steps by it. The file is JSON, `FORMAT` 1.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from annotated_types import Ge
 
-from chairlift.backend.base import FOREVER, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.backend.shapes import GPU, Model
+from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 
-PS = 10**12
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 FORMAT = 1
-GRAPH_TOKENS = 512  # the largest CUDA graph that vLLM 0.23 captures, and our own engine too
+REGIMES = ("decode-only", "chunk-only", "mixed")  # kinds of steps, each with errors of its own
+QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)  # of a `Spread`'s ``steps``
 Floats = npt.NDArray[np.float64]
 Knots = tuple[tuple[int, float], ...]  # (tokens, factor), ascending
 
@@ -110,7 +105,7 @@ class Spread(TypedDict):
     upto_s: float | None  # predicted to take at most so long, s; None: the longest
     runs: int  # how many tell
     rms: float  # of the logarithm of recorded ÷ predicted, over whole runs
-    steps: list[float]  # quantiles of the same over steps, each beside its run's; at `residuals.QUANTILES`
+    steps: list[float]  # quantiles of the same over steps, each beside its run's; at `QUANTILES`
 
 
 @dataclass(frozen=True)
@@ -186,165 +181,3 @@ def parse(data: Any) -> Profile:
             raise ProfileError(f"spread must list {', '.join(Spread.__annotations__)} (got {', '.join(each)})")
     data["notes"] = tuple(data.get("notes", ()))
     return Profile(**data)
-
-
-def graph_limit(limits: Mapping[str, int]) -> int:
-    """The largest CUDA graph of an engine with these settings, in tokens: as it says, or what vLLM 0.23 captures."""
-    usual = min(GRAPH_TOKENS, 2 * limits["max_num_seqs"], limits["max_num_batched_tokens"])
-    return limits.get("graph_tokens", usual)
-
-
-@cache
-def graph_sizes(limit: int) -> tuple[int, ...]:
-    """Batch sizes that vLLM 0.23 captures, by default, up to ``limit``."""
-    return tuple(n for n in (1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16)) if n <= limit)
-
-
-def padded(tokens: int, limit: int) -> int:
-    """Tokens that a step of ``tokens`` computes: a captured size, or just those beyond the largest."""
-    sizes = graph_sizes(limit)
-    i = bisect_left(sizes, tokens)
-    return sizes[i] if i < len(sizes) else tokens
-
-
-class Calibrated(Backend):
-    """Prices steps by a `Profile`; exact integers throughout."""
-
-    name = "profile"
-
-    def __init__(self, profile: Profile, graph_tokens: int | None = None) -> None:
-        self.profile = profile
-        self.limit = profile.graph_tokens if graph_tokens is None else graph_tokens
-        gpu, host = profile.gpu_time, profile.host
-        self._gpu = gpu
-        self._kv_mixed = _ps(gpu.kv_mixed_s)
-        self._pair_fs = round(gpu.pair_s * PS * 1000)
-        self._sequence = _ps(gpu.sequence_s)
-        self._chunk, self._request = _ps(gpu.chunk_s), _ps(gpu.request_s)
-        self._schedule = _ps(host.schedule_s), _ps(host.schedule_request_s), _ps(host.schedule_token_s)
-        self._update = _ps(host.update_s), _ps(host.update_request_s)
-        self._launch = {"graph": _ps(host.graph_s), "piecewise": _ps(host.piecewise_s), "eager": _ps(host.eager_s)}
-        self._tail = _ps(host.tail_s)
-        self.arrival, self.arrival_token = _ps(host.arrival_s), _ps(host.arrival_token_s)
-        self._decodes: dict[int, tuple[int, int, Host]] = {}
-        self._matmuls: dict[int, int] = {}
-
-    def step(self, batch: Batch) -> StepCost:
-        """The cost of ``batch``; a decode-only batch vouches for as long as its members stay."""
-        if batch.prefills:
-            return self._with_chunks(batch)
-        slots = batch.decodes + batch.padded
-        found = self._decodes.get(slots)
-        if found is None:
-            found = self._decodes[slots] = self._decode_only(slots)
-        fixed, kv, host = found
-        return StepCost(fixed + kv * batch.context, kv * slots, FOREVER, host)
-
-    def _decode_only(self, slots: int) -> tuple[int, int, Host]:
-        """Fixed ps, ps a token of context, and the host's time."""
-        tokens = padded(slots, self.limit)
-        seconds = float(self._gpu.matmuls(np.array([tokens], dtype=np.float64), self._gpu.decode_residual)[0])
-        fixed = max(1, round(seconds * PS)) + self._sequence * slots
-        whole = tokens <= self.limit
-        schedule, update = self._schedule, self._update
-        host = Host(
-            schedule[0] + schedule[1] * slots,
-            self._launch["graph" if whole else "eager"],
-            update[0] + update[1] * slots,
-            WHOLE if whole else self._tail,
-        )
-        kv = _ps(self._gpu.kv_s * float(between(self._gpu.kv_residual, np.array([slots]))[0]))
-        return fixed, kv, host
-
-    def _with_chunks(self, batch: Batch) -> StepCost:
-        tokens = pairs = 0
-        for start, length in batch.prefills:
-            tokens += length
-            pairs += length * (2 * start + length + 1) // 2
-        chunks = len(batch.prefills)
-        sequences = batch.decodes + chunks
-        all_tokens = tokens + batch.decodes + batch.padded
-        computed = padded(all_tokens, self.limit) if self.profile.piecewise else all_tokens
-        matmuls = self._matmuls.get(computed)
-        if matmuls is None:
-            seconds = float(self._gpu.matmuls(np.array([computed], dtype=np.float64), self._gpu.chunk_residual)[0])
-            matmuls = self._matmuls[computed] = max(1, round(seconds * PS))
-        gpu = matmuls + self._sequence * sequences + self._kv_mixed * batch.context
-        gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
-        schedule, update = self._schedule, self._update
-        host = Host(
-            schedule[0] + schedule[1] * sequences + schedule[2] * tokens,
-            self._launch["piecewise" if computed <= self.limit and self.profile.piecewise else "eager"],
-            update[0] + update[1] * sequences,
-            self._tail,
-        )
-        return StepCost(gpu, 0, 1, host)
-
-    def assumptions(self) -> dict[str, str]:
-        """Where the numbers come from, how far off they were, and what is not measured."""
-        profile = self.profile
-        lines = {"cost model": f"profile {profile.name} ({profile.digest}): {profile.engine}, {profile.model}"}
-        if profile.scaled:
-            lines["scaled, not measured"] = profile.scaled
-        for key, what in (("gpu", "GPU time"), ("steps", "step, launches included")):
-            if found := profile.errors.get(key):
-                told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in found.items())
-                lines[f"held-out error, {what}"] = f"{told} (median{', before scaling' if profile.scaled else ''})"
-        for i, note in enumerate(profile.notes):
-            lines["profile" if i == 0 else f"profile, {i + 1}"] = note
-        return lines
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Step costs calibrated on a real engine: a shipped profile's name, or a .json file."""
-
-    profile: str
-    graph_tokens: Annotated[int, Ge(1)] | None = None  # the largest captured CUDA graph; None: as recorded
-    draw: Annotated[int, Ge(0)] = 0  # which draw of its errors to add; 0: none
-
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
-        """The cost model; scaled by roofline ratios where the GPU is not the profile's, which it then says."""
-        profile = load(self.profile)
-        if profile.model != model.name:
-            raise ProfileError(f"profile {profile.name} is of {profile.model}, not of {model.name}")
-        if profile.tensor_parallel != tensor_parallel:
-            raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {tensor_parallel}")
-        if profile.gpu != gpu.name:
-            profile = scaled(profile, gpu)
-        if self.draw:
-            from chairlift.backend.calibrated.resampled import Resampled
-
-            return Resampled(profile, self.graph_tokens, self.draw)
-        return Calibrated(profile, self.graph_tokens)
-
-
-def scaled(profile: Profile, gpu: GPU) -> Profile:
-    """``profile`` for another GPU, by the ratios of data-sheet peaks. A guess, and marked as one."""
-    from chairlift.backend.specs import gpu as find
-
-    own = find(profile.gpu)
-    compute, bandwidth = gpu.bf16_tflops / own.bf16_tflops, gpu.hbm_gb_per_s / own.hbm_gb_per_s
-    return replace(
-        profile,
-        name=f"{gpu.name}-{profile.name} (scaled)",
-        gpu=gpu.name,
-        gpu_time=profile.gpu_time.scaled(compute, bandwidth),
-        scaled=f"{profile.gpu} → {gpu.name}: compute × {compute:.3g}, bandwidth × {bandwidth:.3g}; host time as there",
-    )
-
-
-def _ps(seconds: float) -> int:
-    return round(seconds * PS)
-
-
-@dataclass(frozen=True)
-class Given:
-    """Settings that hold a profile itself, not its name."""
-
-    profile: Profile
-    graph_tokens: int | None = None
-
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
-        """The cost model, whatever the GPU."""
-        return Calibrated(self.profile, self.graph_tokens)

@@ -14,10 +14,9 @@ from bisect import bisect_left
 
 import numpy as np
 
-from chairlift.backend.base import Batch, Host, StepCost
-from chairlift.backend.calibrated.profile import PS, Calibrated, Profile, ProfileError
-from chairlift.backend.fitting.residuals import QUANTILES
-from chairlift.backend.fitting.steps import REGIMES
+from chairlift.backend.base import PS, Batch, Host, StepCost
+from chairlift.backend.calibrated.pricing import Calibrated
+from chairlift.backend.calibrated.profile import QUANTILES, REGIMES, Profile, ProfileError
 
 MASK = (1 << 64) - 1
 MOST = 0.7  # of the logarithm of a run's factor: half as long, twice as long

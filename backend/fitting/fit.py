@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import GpuTime, HostTime, between
+from chairlift.backend.calibrated.profile import GpuTime, HostTime
 from chairlift.backend.fitting.steps import (
     CLEAR,
     EAGER,
@@ -28,6 +28,7 @@ from chairlift.backend.fitting.steps import (
     chunk_times,
     decode_times,
     launch_times,
+    predicted,
 )
 
 DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -119,26 +120,6 @@ def _mean(gpu: GpuTime, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floa
     factor = seconds[kept].sum() / predicted(gpu, _take(few, np.flatnonzero(kept))).sum()
     lifted = {name: tuple((at, float(value * factor)) for at, value in getattr(gpu, name)) for name in tables}
     return GpuTime(**{**vars(gpu), **lifted})
-
-
-def predicted(gpu: GpuTime, steps: Steps) -> Floats:
-    """GPU seconds of each step."""
-    chunked = steps.chunks > 0
-    matmuls = np.where(
-        chunked,
-        gpu.matmuls(steps.computed, gpu.chunk_residual),
-        gpu.matmuls(steps.computed, gpu.decode_residual),
-    )
-    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes))
-    found: Floats = (
-        matmuls
-        + gpu.sequence_s * steps.sequences
-        + kv * steps.context
-        + gpu.pair_s * steps.pairs
-        + chunked * gpu.chunk_s
-        + gpu.request_s * steps.chunks
-    )
-    return found
 
 
 class _Form:

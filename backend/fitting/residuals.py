@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import GpuTime, HostTime, Spread
-from chairlift.backend.fitting.fit import predicted
-from chairlift.backend.fitting.steps import GRAPH, REGIMES, Floats, Steps, chunk_times, decode_times
+from chairlift.backend.calibrated.profile import QUANTILES, REGIMES, GpuTime, HostTime, Spread
+from chairlift.backend.fitting.steps import GRAPH, Floats, Steps, chunk_times, decode_times, predicted
 
 LENGTHS_S = (0.008, 0.016, 0.032, 0.064)  # steps up to so long, and longer ones, are off by different factors
 FEWEST = 10  # steps of a run and length, before they count
-QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)
 
 
 @dataclass(frozen=True)

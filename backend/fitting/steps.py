@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import graph_limit, graph_sizes
+from chairlift.backend.calibrated.profile import GpuTime, between
+from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment
 
 CLEAR = 1.15  # times its launch: then a step's time is the GPU's
@@ -71,12 +72,9 @@ class Steps:
 
     @property
     def regime(self) -> npt.NDArray[np.int64]:
-        """0 decode-only, 1 chunk-only, 2 mixed."""
+        """Each step's place in `backend.calibrated.profile.REGIMES`: 0 decode-only, 1 chunk-only, 2 mixed."""
         found: npt.NDArray[np.int64] = np.where(self.chunks == 0, 0, np.where(self.decodes == 0, 1, 2))
         return found
-
-
-REGIMES = ("decode-only", "chunk-only", "mixed")
 
 
 def steps_of(experiments: list[Experiment]) -> Steps:
@@ -146,6 +144,26 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "gpu": table["gpu_s"].astype(np.float64) if "gpu_s" in table else unknown,
         "launch": table["launch_s"].astype(np.float64) if "launch_s" in table else unknown,
     }
+
+
+def predicted(gpu: GpuTime, steps: Steps) -> Floats:
+    """GPU seconds of each step by the form of `backend.calibrated.profile`."""
+    chunked = steps.chunks > 0
+    matmuls = np.where(
+        chunked,
+        gpu.matmuls(steps.computed, gpu.chunk_residual),
+        gpu.matmuls(steps.computed, gpu.decode_residual),
+    )
+    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes))
+    found: Floats = (
+        matmuls
+        + gpu.sequence_s * steps.sequences
+        + kv * steps.context
+        + gpu.pair_s * steps.pairs
+        + chunked * gpu.chunk_s
+        + gpu.request_s * steps.chunks
+    )
+    return found
 
 
 @dataclass(frozen=True)

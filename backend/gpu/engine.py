@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from chairlift.backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
-from chairlift.backend.calibrated.profile import graph_sizes
+from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.block_tables import Practice, Sequences
 from chairlift.backend.gpu.graph_pieces import Pieces
+from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, Chunks, Heads, Paging, new_cache, unfit
-from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.gpu.transformer import Tokens
 from chairlift.backend.gpu.weights import check_room, loaded
 from chairlift.backend.roofline import Roofline
@@ -58,7 +58,7 @@ class TorchEngine(Executor):
 
     name = "torch"
 
-    def __init__(self, model: Model, gpu: GPU, options: Torch) -> None:
+    def __init__(self, model: Model, gpu: GPU, options: Options) -> None:
         self.model = model
         self.options = options
         found = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chairlift.backend.calibrated.profile import GRAPH_TOKENS, graph_sizes, padded
+from chairlift.backend.cuda_graphs import GRAPH_TOKENS, graph_sizes, padded
 from chairlift.backend.gpu.paged_attention import NOWHERE, UNTOUCHED
 from chairlift.backend.gpu.transformer import Tokens, Transformer
 

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend import specs
-from chairlift.backend.calibrated.profile import Given, Profile, graph_limit
+from chairlift.backend.calibrated.profile import Profile
+from chairlift.backend.calibrated.settings import Given
+from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm

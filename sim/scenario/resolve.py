@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from chairlift.backend import specs
 from chairlift.backend.base import Settings
-from chairlift.backend.calibrated.profile import Settings as ProfileSettings
 from chairlift.backend.calibrated.profile import shipped
+from chairlift.backend.calibrated.settings import Settings as ProfileSettings
 from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Scheduler

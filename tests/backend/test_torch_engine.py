@@ -541,7 +541,7 @@ def test_the_command_runs_the_engine() -> None:
     [
         (["tensor_parallel=2"], ["runs on one GPU (got tensor_parallel 2)"]),
         (["kv.block_size=8"], ["blocks hold a multiple of 16 tokens (got 8)"]),
-        (["chairlift.backend.gpu.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"]),
+        (["backend.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"]),
         (["replicas=2"], ["replicas", "one replica"]),
         (['replicas=[{"count": 1}, {"count": 1}]'], ["replicas", "one replica"]),
         (['failures={"mtbf_s": 5, "mttr_s": 1}'], ["failures", "one replica"]),
@@ -576,7 +576,7 @@ def test_settings_are_checked() -> None:
 @pytest.mark.parametrize("missing", ["torch", "safetensors"])
 def test_without_the_extra(tmp_path: Path, folder: Path, missing: str) -> None:
     (tmp_path / "s.yaml").write_text(SCENARIO)
-    weights = f"sys.argv += ['--set', 'chairlift.backend.gpu.weights={folder}']" if missing == "safetensors" else ""
+    weights = f"sys.argv += ['--set', 'backend.weights={folder}']" if missing == "safetensors" else ""
     model = f"sys.argv += ['--set', 'model={folder / 'config.json'}', '--set', 'kv.blocks=20']" if weights else ""
     script = f"""
 import sys
