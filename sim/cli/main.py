@@ -27,10 +27,11 @@ from chairlift.sim.cli.terminal import console, progress, status
 from chairlift.sim.report import tables as report
 from chairlift.sim.results import reader as results
 from chairlift.sim.results import writer as output
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
 from chairlift.sim.scenario.resolve import BACKENDS
-from chairlift.sim.simulate import Outcome, simulate
+from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload import named

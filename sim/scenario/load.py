@@ -16,9 +16,9 @@ from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results import claims
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
-from chairlift.sim.scenario.schema import Case, Group, Kv, Limits, Scenario, Slo, Variant
+from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
 from chairlift.sim.scenario.yaml_document import Document, read
-from chairlift.sim.study import ReplicaGroup, Setup, Study
+from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
 
 _NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings

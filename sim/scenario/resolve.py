@@ -17,8 +17,8 @@ from chairlift.policies.base import Scheduler
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
-from chairlift.sim.scenario.schema import Kv
 from chairlift.sim.scenario.yaml_document import Document, problems_from, read
+from chairlift.sim.study import Kv
 
 # name → its settings
 BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "profile": ProfileSettings, "torch": Torch}
