@@ -180,7 +180,8 @@ class ReplicaGroup:
     def make_host(self, model: specs.Model) -> HostMemory:
         """Fresh host memory, for one replica."""
         kv_bytes = model.kv_bytes_per_token_on(self.tensor_parallel)
-        rate = self.gpu.host_gb_per_s * self.host_link
+        line_rate = self.gpu.host_gb_per_s
+        rate = None if line_rate is None else line_rate * self.host_link
         return host_memory(self.host_gib, kv_bytes, rate, self.block_size, self.scheduler.overlaps_swaps)
 
     def make_backend(self, model: specs.Model) -> Backend:

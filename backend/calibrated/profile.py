@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
+from chairlift.backend.names import hint
 
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 FORMAT = 1
@@ -143,9 +143,7 @@ def load(choice: str) -> Profile:
     if not path.is_file():
         if choice.endswith(".json"):
             raise ProfileError(f"{path}: no such file")
-        near = get_close_matches(choice, shipped(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(shipped())}"
-        raise ProfileError(f"no profile {choice!r} – {hint}")
+        raise ProfileError(f"no profile {choice!r} – {hint(choice, shipped())}")
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv
+
+from chairlift.backend.names import hint
 
 Column = npt.NDArray[Any]
 Table = dict[str, Column]
@@ -91,9 +92,8 @@ class Recording:
             return list(self.experiments.values())
         for name in names:
             if name not in self.experiments:
-                near = get_close_matches(name, self.experiments, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.experiments)}"
-                raise RecordingError(f"{self.folder}: no experiment {name!r} of {self.model} – {hint}")
+                told = hint(name, self.experiments)
+                raise RecordingError(f"{self.folder}: no experiment {name!r} of {self.model} – {told}")
         return [self.experiments[name] for name in dict.fromkeys(names)]
 
 

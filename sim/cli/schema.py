@@ -21,8 +21,8 @@ def scenario_schema() -> dict[str, Any]:
         "policy": {"anyOf": [*_choices(dict(plugins.schedulers())), {"type": "string", "pattern": r"\.py(:\w+)?$"}]},
         "router": {"anyOf": _choices(dict(plugins.routers()))},
         "backend": {"anyOf": _choices(dict(BACKENDS))},
-        "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _settings(specs.Model)]},
-        "gpu": {"anyOf": [{"enum": list(specs.GPUS)}, {"type": "string"}, _settings(specs.GPU)]},
+        "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _numbers(specs.Model)]},
+        "gpu": {"anyOf": [{"enum": list(specs.GPUS)}, {"type": "string"}, _numbers(specs.GPU)]},
     }
     for holder in (schema, schema["$defs"]["Variant"]):
         for key, choice in choices.items():
@@ -62,3 +62,8 @@ def _choices(kinds: dict[str, type[Any]]) -> list[dict[str, Any]]:
 
 def _settings(kind: type[Any]) -> dict[str, Any]:
     return plugins.settings(kind).model_json_schema()  # type: ignore[arg-type]  # a class is hashable
+
+
+def _numbers(kind: type[Any]) -> dict[str, Any]:
+    """None is required: beside the name of a known GPU or model they change that one."""
+    return {key: value for key, value in _settings(kind).items() if key != "required"}
