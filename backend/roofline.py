@@ -117,7 +117,7 @@ class Roofline(Backend):
         one_way = self.gpu.needed("nvlink_gb_per_s", what) / 2 or self.gpu.needed("host_gb_per_s", what)
         one_way = one_way * 1e9 * e.link  # bytes a second
         count = 2 * self.model.layers
-        volume = 2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_param  # a ring moves this per token
+        volume = 2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_activation  # a ring moves this per token
         return round(count * e.allreduce_us * 1e-6 * PS), round(count * volume / one_way * PS)
 
     def assumptions(self) -> dict[str, str]:
