@@ -18,7 +18,7 @@ from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.calibrated.profile import GpuTime, HostTime, Profile
 from chairlift.backend.cuda_graphs import graph_limit, padded
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.scenario.resolve import BACKENDS
+from chairlift.sim.scenario.plugins import BACKENDS
 from kit.command import chairlift
 from kit.worlds import check_books, play, trace_of
 
