@@ -7,8 +7,8 @@ from difflib import get_close_matches
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'h100'?``, or ``known: a, b`` where no name is near ``word``."""
+    """``did you mean 'h100'?``, or ``known: a, b`` where no name is near; names that begin with ``word`` come first."""
     names = list(known)
-    near = sorted(name for name in names if word and name.startswith(word))[:1]
-    near = near or get_close_matches(word, names, n=1, cutoff=0.5)
+    begun = [name for name in names if word and name.startswith(word)]
+    near = get_close_matches(word, begun or names, n=1, cutoff=0.0 if begun else 0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
