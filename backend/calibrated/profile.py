@@ -35,11 +35,11 @@ Knots = tuple[tuple[int, float], ...]  # (tokens, factor), ascending
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be used; one sentence."""
+    """A profile that cannot be used; the message is one sentence."""
 
 
 def between(residual: Knots, at: Floats) -> Floats:
-    """The factor at ``at``: linear in its logarithm between knots, constant outside."""
+    """The factor of ``residual`` at each of ``at``: linear in log ``at`` between knots, constant outside them."""
     knots, factors = np.array(residual, dtype=np.float64).T
     found: Floats = np.interp(np.log(np.maximum(at, 1)), np.log(knots), factors)
     return found
@@ -47,30 +47,30 @@ def between(residual: Knots, at: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class GpuTime:
-    """The GPU's part, seconds; see the module's docstring for the form."""
+    """The coefficients of GPU time, seconds; the module's docstring has the form."""
 
-    weights_s: float  # one pass over the weights
-    token_s: float  # matmuls of one token where they are compute-bound
+    weights_s: float  # to read the weights once
+    token_s: float  # a token's matmuls where they are compute-bound
     sharpness: float  # p: how abruptly one bound takes over from the other
-    sequence_s: float
-    kv_s: float  # a token of context, decode-only steps
-    kv_mixed_s: float  # the same beside chunks
-    pair_s: float
-    chunk_s: float  # a step with any chunk
+    sequence_s: float  # LM head and sampler, each sequence
+    kv_s: float  # each token of context, in steps of decodes alone
+    kv_mixed_s: float  # the same in steps with chunks
+    pair_s: float  # each pair of a query and a key of a chunk
+    chunk_s: float  # once in a step with chunks
     request_s: float  # each chunk
     decode_residual: Knots = ((1, 1.0),)
     chunk_residual: Knots = ((1, 1.0),)
     kv_residual: Knots = ((1, 1.0),)  # by decodes, decode-only steps
 
     def matmuls(self, tokens: Floats, residual: Knots) -> Floats:
-        """Seconds of the token-wise work of ``tokens`` tokens; linear in log tokens between a residual's knots."""
+        """Seconds of the matmuls of ``tokens`` tokens, corrected by ``residual``."""
         p = self.sharpness
         bound = (self.weights_s**p + (self.token_s * tokens) ** p) ** (1 / p)
         found: Floats = bound * between(residual, tokens)
         return found
 
     def scaled(self, compute: float, bandwidth: float) -> GpuTime:
-        """For a GPU of ``compute`` × the FLOP/s and ``bandwidth`` × the bytes/s; fixed parts stay."""
+        """The coefficients on a GPU of ``compute`` × the FLOP/s and ``bandwidth`` × the bytes/s; fixed times stay."""
         return replace(
             self,
             weights_s=self.weights_s / bandwidth,
@@ -84,7 +84,7 @@ class GpuTime:
 
 @dataclass(frozen=True)
 class HostTime:
-    """The host's part, seconds."""
+    """The coefficients of host time, seconds."""
 
     schedule_s: float
     schedule_request_s: float  # each running request
@@ -94,23 +94,26 @@ class HostTime:
     arrival_s: float  # taking a request in
     arrival_token_s: float  # each token of its prompt
     graph_s: float  # launch of one whole CUDA graph
-    piecewise_s: float  # launch of a step with a chunk that fits the captured graphs
-    eager_s: float  # launch of a larger step
-    tail_s: float  # GPU work that waits for the end of such a launch
+    piecewise_s: float  # launch of a step with chunks that fits the captured graphs
+    eager_s: float  # launch of a larger step, kernel by kernel
+    tail_s: float  # GPU work left once such a launch has ended, however short the step
 
 
 class Spread(TypedDict):
-    """By how much steps of one regime and length were off, in runs that the fit had not seen."""
+    """By how much steps of one regime and length were off, in runs left out of the fit.
 
-    upto_s: float | None  # predicted to take at most so long, s; None: the longest
-    runs: int  # how many tell
-    rms: float  # of the logarithm of recorded ÷ predicted, over whole runs
-    steps: list[float]  # quantiles of the same over steps, each beside its run's; at `QUANTILES`
+    Off is the logarithm of recorded ÷ predicted: of a run's total time, and of single steps relative to their run's.
+    """
+
+    upto_s: float | None  # steps predicted to take at most so many seconds; None: the longest steps
+    runs: int  # how many runs had such steps
+    rms: float  # root mean square of the runs' logarithms
+    steps: list[float]  # quantiles of the steps' logarithms, at `QUANTILES`
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A calibrated cost model with where it comes from and how far off it was."""
+    """A calibrated cost model: its coefficients, where they come from, and how far off it was."""
 
     name: str
     model: str
@@ -118,13 +121,13 @@ class Profile:
     engine: str
     gpu_time: GpuTime
     host: HostTime
-    graph_tokens: int = GRAPH_TOKENS  # the largest captured CUDA graph
-    piecewise: bool = True  # whether steps with chunks are padded to a captured size too; else they run as they are
+    graph_tokens: int = GRAPH_TOKENS  # tokens of the largest captured CUDA graph
+    piecewise: bool = True  # whether small steps with chunks replay graphs too, and so are padded to a captured size
     tensor_parallel: int = 1
     provenance: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, Any] = field(default_factory=dict)  # held out, relative: `steps` by regime, `runs` by experiment
-    spread: dict[str, list[Spread]] = field(default_factory=dict)  # by regime, rising lengths of steps
-    scaled: str = ""  # how it was derived from a measured one; "" if it was measured
+    errors: dict[str, Any] = field(default_factory=dict)  # relative, left out of the fit: by regime, and by experiment
+    spread: dict[str, list[Spread]] = field(default_factory=dict)  # by regime; the shortest steps first
+    scaled: str = ""  # how the numbers were derived from a measured profile's; "" if they were measured
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -133,12 +136,12 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits that say which numbers these are."""
+        """Twelve hex digits of a hash of the file, which results quote: it changes with any number."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
 
 def load(choice: str) -> Profile:
-    """The profile ``choice`` names: a path ending in .json, or a shipped one. Raises `ProfileError`."""
+    """The profile that ``choice`` names: a path that ends in ``.json``, or a shipped one. Raises `ProfileError`."""
     path = Path(choice) if choice.endswith(".json") else SHIPPED / f"{choice}.json"
     if not path.is_file():
         if choice.endswith(".json"):
@@ -156,7 +159,7 @@ def shipped() -> list[str]:
 
 
 def parse(data: Any) -> Profile:
-    """A profile from its JSON; raises ValueError or TypeError, one sentence."""
+    """The profile in decoded JSON ``data``, which is used up. Raises ValueError or TypeError, one sentence."""
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise ProfileError(f"format must be {FORMAT}")
     parts = {"gpu_time": GpuTime, "host": HostTime}
