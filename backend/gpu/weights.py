@@ -25,7 +25,7 @@ _latest: dict[Any, Transformer] = {}  # one at most
 def loaded(
     model: Model, options: Options, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
 ) -> Transformer:
-    """The model with its weights on the device; the latest one is kept for the next engine, and goes before another."""
+    """The model with its weights on the device. The latest is kept for the next engine, and freed before another."""
     wanted = (model, options, device, dtype, block, max_model_len)
     if wanted not in _latest:
         _latest.clear()
