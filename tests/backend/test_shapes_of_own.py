@@ -190,6 +190,26 @@ def test_what_is_unknown_is_refused_where_a_result_depends_on_it(
     assert run(tmp_path, gpu=json.dumps(whole), **choices)[0] == 0
 
 
+PLAN = """\
+base: s.yaml
+slo: [{percentile: 99, ttft_ms: 500}]
+rate_per_s: 4
+axes: {replicas: [1, 2]}
+"""
+
+
+def test_a_plan_asks_for_the_price_that_is_unknown(tmp_path: Path) -> None:
+    scenario(tmp_path, gpu=json.dumps({"name": "mine", **OWN}))
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN, encoding="utf-8")
+    refused = chairlift("plan", str(path), "--dry-run")
+    path.write_text(f"{PLAN}prices: {{mine: 1.5}}\n", encoding="utf-8")
+
+    assert refused.status == 2
+    assert "has no price for mine: add mine: {usd_per_gpu_hour: …}" in refused.err
+    assert chairlift("plan", str(path), "--dry-run").status == 0
+
+
 SWAPPER = """\
 from dataclasses import dataclass
 from chairlift.policies.base import Scheduler, Step
