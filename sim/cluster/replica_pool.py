@@ -76,8 +76,8 @@ class ReplicaPool:
             return
         self.now = now
         position = self.router.route(request, self._last_look() if self._stale_ps else self)
-        if not 0 <= position < len(replicas):
-            name, said = type(self.router).__name__, f"position {position} for request {request.id}"
+        if not isinstance(position, int) or not 0 <= position < len(replicas):
+            name, said = type(self.router).__name__, f"position {position!r} for request {request.id}"
             raise PolicyError(f"router {name}: {said} among {len(replicas)} replicas")
         chosen = replicas[position]
         if self._queue_limit is not None and len(chosen.engine.state.waiting) >= self._queue_limit:
