@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from chairlift.backend import specs
 from chairlift.backend.base import Backend, Settings
 from chairlift.policies.base import Router, Scheduler
-from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.workload.trace import Trace
 
 Positive = Annotated[int, Field(ge=1)]
@@ -176,12 +175,6 @@ class ReplicaGroup:
     def make_scheduler(self) -> Scheduler:
         """A fresh policy object, for one replica."""
         return self.scheduler(**self.scheduler_settings)
-
-    def make_host(self, model: specs.Model) -> HostMemory:
-        """Fresh host memory, for one replica."""
-        kv_bytes = model.kv_bytes_per_token_on(self.tensor_parallel)
-        rate = self.gpu.host_gb_per_s * self.host_link
-        return host_memory(self.host_gib, kv_bytes, rate, self.block_size, self.scheduler.overlaps_swaps)
 
     def make_backend(self, model: specs.Model) -> Backend:
         """A fresh backend, for one replica."""

@@ -1,8 +1,9 @@
-"""Steps with chunks of prompts, mostly as CUDA graphs: what lies between two attentions is captured, attention is not.
+"""Steps with chunks of prompts, mostly as CUDA graphs: all that lies between two attentions is captured.
 
-What attention computes depends on whose rows there are; all else on their number only. So one graph for each padded
-number of rows and each gap between two attentions spares most of the launches that such a step is made of (as vLLM's
-piecewise graphs do). The last layer's rest stays outside: only sampled rows go through it.
+Attention depends on which sequences the rows belong to; everything else depends on the number of rows alone. So a graph
+for each padded number of rows and each gap between two attentions spares most of the launches that such a step is made
+of, as vLLM's piecewise graphs do. What follows the last attention is not captured, because only sampled rows go through
+it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chairlift.backend.calibrated.profile import GRAPH_TOKENS, graph_sizes, padded
+from chairlift.backend.cuda_graphs import GRAPH_TOKENS, graph_sizes, padded
 from chairlift.backend.gpu.paged_attention import NOWHERE, UNTOUCHED
 from chairlift.backend.gpu.transformer import Tokens, Transformer
 
@@ -56,7 +57,7 @@ class Pieces:
     def forward(self, step: Tokens) -> Tensor:
         """As `Transformer.forward`, for a step with chunks, of at most `limit` rows.
 
-        Padding rows hold what earlier steps left: numbers, of which nothing comes.
+        Padding rows hold what earlier steps left there; nothing is done with what comes of them.
         """
         assert step.slots is not None
         net, rows = self._net, len(step.tokens)
@@ -84,7 +85,7 @@ class _Capture:
 
     @torch.inference_mode()
     def __call__(self, parts: list[Part]) -> list[Part]:
-        """Each part as a graph. All layers are alike, so two runs load every kernel: captures must not."""
+        """Each part as a graph. Two parts run before, to load all kernels: a capture must not, and layers are alike."""
         self._stream.wait_stream(torch.cuda.current_stream())
         captured: list[Part] = []
         with torch.cuda.stream(self._stream):

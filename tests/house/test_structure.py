@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "scenario": (("scenario", "study", "workload", "results.catalogue", *SPINE), ALL, ALL),
     "replica": (("replica", "results.records", "workload.trace"), ("base",), ("base",)),
     "cluster": (("cluster", "replica", "results", "study", "workload", *SPINE), ("base",), ("base",)),
-    "simulate": (("cluster", "replica", "results", "study"), ("base",), ()),
+    "simulate": (("cluster", "replica", "results", "study", *SPINE), ("base",), ()),
     "conformance": (
         ("conformance", "cluster", "simulate", "replica", "results", "study", "workload", *SPINE),
         ("base", "shapes"),
