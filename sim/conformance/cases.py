@@ -61,7 +61,7 @@ class Case:
     timeout_ms: int | None = None
     stale_ms: int = 0  # age of what the router sees
     vague: bool = False  # all clients declare the same
-    sessions: int = 0  # a later turn's prompt repeats the answers before it, so that its cached tokens tell of these
+    sessions: int = 0  # half of the requests are turns of so many sessions
 
     def rows(self, count: int = 30) -> list[Row]:
         """Its workload."""
@@ -71,7 +71,7 @@ class Case:
         outputs = rng.integers(self.least_output, LONGEST + 1, count).tolist()
         priorities = rng.integers(0, 3, count).tolist()
         tenants = rng.integers(0, len(TENANTS), count).tolist()
-        sessions = rng.integers(0, self.sessions, count).tolist() if self.sessions else [-1] * count
+        sessions = rng.integers(-self.sessions, self.sessions, count).tolist() if self.sessions else [-1] * count
         groups = rng.integers(-1, 3, count).tolist()
         return [
             Row(
@@ -81,7 +81,7 @@ class Case:
                 (LONGEST if self.vague else output) + SPARE,
                 priority,
                 TENANTS[tenant],
-                session,
+                max(-1, session),
                 group,
                 prompt * 3 // 4 if group >= 0 else 0,
             )

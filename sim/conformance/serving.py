@@ -149,10 +149,15 @@ def serve(
 
 
 def _answered_otherwise(rows: Sequence[Row]) -> list[Row]:
-    """The same requests, each with any answer that its client allows, but none shorter than the shortest was."""
+    """The same requests, each with any answer that its client allows, but none shorter than the shortest was.
+
+    Turns of a session keep their answers: the prompts of later turns repeat them, for everybody to see.
+    """
     chance = random.Random(len(rows))
     shortest = min(row.output_tokens for row in rows)
-    return [row._replace(output_tokens=chance.randint(shortest, row.max_tokens)) for row in rows]
+    return [
+        row._replace(output_tokens=chance.randint(shortest, row.max_tokens)) if row.session < 0 else row for row in rows
+    ]
 
 
 def _name(subject: Subject) -> str:
