@@ -20,6 +20,7 @@ from chairlift.sim.scenario.schema import Case, Group, Kv, Limits, Scenario, Slo
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import ReplicaGroup, Setup, Study
 from chairlift.sim.workload.trace import Trace
+from chairlift.sim.workload.workload import build
 
 _NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 Pick = Callable[..., tuple[Any, KeyPath]]
@@ -186,7 +187,7 @@ class _Resolver(Lookup):
 
     def _trace(self, scenario: Scenario) -> Trace:
         try:
-            return scenario.workload.build(scenario.seed, self._folder)
+            return build(scenario.workload, scenario.seed, self._folder)
         except BadInput as error:
             at = ("workload",)
             raise BadInput(

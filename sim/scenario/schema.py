@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chairlift.backend import specs
-from chairlift.sim.workload.workload import Workload
+from chairlift.sim.workload.spec import Workload
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
