@@ -11,9 +11,6 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.workload.formats.chairlift import save
 from chairlift.sim.workload.formats.read import load
 from chairlift.sim.workload.trace import COLUMNS, HashIds, Trace
-from kit.places import TRACES
-
-needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 
 def refused(path, **options):
