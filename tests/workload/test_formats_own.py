@@ -142,6 +142,13 @@ def test_a_parquet_file_names_the_row_and_column_at_fault(tmp_path, cell):
     assert (line, column, rule) == (2, "prompt_tokens", "must be a whole number")
 
 
+def test_a_parquet_file_is_of_no_other_format(tmp_path):
+    save(Trace([0], [1], [1]), tmp_path / "t.parquet")
+
+    assert "holds Chairlift's own format, not azure" in refused(tmp_path / "t.parquet", format="azure")[0][2]
+    assert len(load(tmp_path / "t.parquet", "chairlift")) == 1
+
+
 def test_a_parquet_file_cut_short_is_refused(tmp_path):
     pq.write_table(pa.table({"arrival_s": [0.0]}), tmp_path / "t.parquet")
     (tmp_path / "t.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:100])
