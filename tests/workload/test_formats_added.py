@@ -164,40 +164,44 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     forget()
 
 
-def test_an_installed_format_says_its_version_and_its_companions(tmp_path: Path, install: Install) -> None:
+def test_an_installed_format_has_companions(tmp_path: Path, install: Install) -> None:
     install("pairs = pairs_here", pairs_here=PAIRS)
     lengths(tmp_path)
     said = workload(file="lengths.txt", requests=2)
 
-    assert formats.plugins() == {"pairs": "our-logs 1.2"}
     assert build(said, 0, tmp_path).arrival_ps.tolist() == [0, 2 * 10**12]
     assert files_of(said, tmp_path) == {("file",): [tmp_path / "lengths.txt", tmp_path / "lengths.gaps"]}
 
 
-def test_a_package_that_does_not_work_is_named(tmp_path: Path, install: Install) -> None:
-    install("pairs = pairs_broken", pairs_broken="import nothing_of_that_name")
-
-    with pytest.raises(BadInput, match=r"format: the trace format of our-logs 1.2 cannot be loaded: ModuleNotFoundErr"):
-        formats.load(lengths(tmp_path))
-    (tmp_path / "own.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")
-    assert len(formats.load(tmp_path / "own.csv", "chairlift")) == 1  # whose format is named needs no other
-
-
-def test_a_format_without_all_three_functions_is_refused(tmp_path: Path, install: Install) -> None:
-    install("pairs = pairs_half", pairs_half="def told(head): return True\n")
-
-    with pytest.raises(BadInput, match=r"must have told, read and companions; that of our-logs 1.2 has no read and no"):
-        formats.load(lengths(tmp_path))
-
-
 @pytest.mark.parametrize(
-    ("points", "owner"), [("azure = pairs_here", "Chairlift"), ("pairs = pairs_here\npairs = pairs_here:x", "our-logs")]
+    ("points", "text", "rule"),
+    [
+        ("pairs = M", "import nothing_of_that_name", "of our-logs 1.2 cannot be loaded: ModuleNotFoundError"),
+        ("pairs = M", "def told(head): return True", "that of our-logs 1.2 has no read and no companions"),
+        ("pairs = M\npairs = M:x", PAIRS, "several .* have this name, those of our-logs 1.2 and our-logs 1.2"),
+    ],
 )
-def test_a_name_that_two_formats_have_is_refused(install: Install, points: str, owner: str) -> None:
-    install(points, pairs_here=PAIRS)
+def test_a_format_that_does_not_work_is_in_the_way_only_of_its_own_files(
+    tmp_path: Path, install: Install, points: str, text: str, rule: str
+) -> None:
+    module = f"pairs_of_{tmp_path.name}"  # which no other test has imported
+    install(points.replace("M", module), **{module: text})
+    (tmp_path / "own.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,1,1\n")
 
-    with pytest.raises(BadInput, match=f"two trace formats have this name, of {owner}.* and of our-logs 1.2"):
-        formats.names()
+    assert "pairs" in formats.names()
+    assert re.search(rule, formats.summary("pairs"))
+    with pytest.raises(BadInput, match=f"format: .*{rule}"):
+        formats.load(lengths(tmp_path), "pairs")
+    with pytest.raises(BadInput, match=f"not a trace format Chairlift knows(.|\n)*format: .*{rule}"):
+        formats.load(lengths(tmp_path))
+    assert len(formats.load(tmp_path / "own.csv")) == 1
+
+
+def test_the_name_of_a_shipped_format_cannot_be_taken(tmp_path: Path, install: Install) -> None:
+    install("azure = pairs_here", pairs_here=PAIRS)
+
+    with pytest.raises(BadInput, match=r"several .* have this name, those of Chairlift and our-logs 1\.2: uninstall"):
+        formats.load(lengths(tmp_path), "azure")
 
 
 def test_a_file_that_two_formats_take_for_theirs_must_be_named(tmp_path: Path, install: Install) -> None:
