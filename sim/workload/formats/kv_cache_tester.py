@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chairlift.sim.units import PS_PER_MS
-from chairlift.sim.workload.formats.columns import block_ids, trace_of
+from chairlift.sim.workload.formats.columns import trace_of
 from chairlift.sim.workload.formats.text_tables import (
     Table,
     column_names,
@@ -118,7 +118,7 @@ class _Rows:
         self._sessions += 1
         self._first_id = 1 + max((max(ids, default=0) for ids in self.ids[first:]), default=self._first_id)
         if self._first_id > LATEST_PS:
-            raise ValueError("hash ids, those of all sessions before added, must fit in 64 bits")
+            raise ValueError("hash ids, with those of all sessions before, must fit in 64 bits")
 
     def _chain(self, agent: _Agent, last: int, ended: int) -> int | None:
         """Add the requests of a subagent; the first of them follows row ``last``, which ended at ``ended``.
@@ -233,7 +233,7 @@ def _read_derived(path: Path, limit: int | None) -> Trace:
 def _sent(line: int, row: dict[str, Any], start: int) -> _Sent:
     """The request of ``row``, whose times count from ``start``. Raises ValueError, TypeError or AttributeError."""
     at = start + seconds_ps(_need(row, "t"))
-    ids = block_ids(_need(row, "hash_ids"))
+    ids = [whole(i) for i in _need(row, "hash_ids")]
     if ids and min(ids) < 0:
         raise ValueError(f"hash ids must not be below 0 (got {min(ids)})")
     return _Sent(
