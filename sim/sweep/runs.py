@@ -12,7 +12,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -81,7 +81,7 @@ class Executor(Protocol):
 
 def results(
     runs: Iterable[Run], journal: Journal, executor: Executor, retry: bool = False
-) -> Iterator[tuple[Run, Row]]:
+) -> Generator[tuple[Run, Row], None, None]:
     """Every run with its row: what the journal knows first, then the others as they end.
 
     A row is in the journal before it is yielded. ``retry``: run once more what failed. Runs that come to the same
