@@ -88,7 +88,7 @@ def sweep(
         err.print(f"{plan.name}: {what}; axes: {escape(axes) or 'none'}")
     if dry_run:
         return
-    with Journal(folder / "journal.jsonl") as journal:
+    with Journal(folder) as journal:
         rows: dict[int, tuple[Run, Row]] = {}
         where = executor_for(executor, jobs, address)
         before = len(journal)
