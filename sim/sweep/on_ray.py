@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.messages import Path as KeyPath
@@ -122,9 +123,8 @@ def _run_there(function: Callable[[Run], Row], task: Run, files: dict[str, bytes
         path = folder / name
         if not path.is_file() or path.stat().st_size != len(raw):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            partial.write_bytes(raw)
-            os.replace(partial, path)
+            with replacing(path) as partial:  # several workers of a node may come at once
+                partial.write_bytes(raw)
     return function(dataclasses.replace(task, folder=folder))
 
 

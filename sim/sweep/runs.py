@@ -119,12 +119,17 @@ def run_one(run: Run) -> Row:
         summary = simulate(prepare(run.document, run.folder, run.trust)).summary
         wall = summary["wall_s"]
         metrics = {name: value for name, value in _numbers(summary) if name not in _UNTIMED}
-    except (BadInput, PolicyError) as wrong:
-        error = str(wrong)
     except Exception as wrong:
-        last = traceback.extract_tb(wrong.__traceback__)[-1]
-        error = f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
+        error = failure(wrong)
     return Row(run.key, error, metrics, wall, time.perf_counter() - started)
+
+
+def failure(wrong: Exception) -> str:
+    """What stands in a row for an exception of its run: one that is no message for users with where it was raised."""
+    if isinstance(wrong, BadInput | PolicyError):
+        return str(wrong)
+    last = traceback.extract_tb(wrong.__traceback__)[-1]
+    return f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
 
 
 def _numbers(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | int | None]]:
