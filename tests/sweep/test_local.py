@@ -117,9 +117,8 @@ def test_an_iteration_that_is_closed_ends_what_runs_at_once(tmp_path: Path) -> N
 
 def test_processes_wait_for_the_next_call(tmp_path: Path) -> None:
     executor: Any = Local(2)
-    pids = [
-        {row.pid for row in executor(worked, [Task(f"{n}{k}", tmp_path, 0.1) for k in "ab"], lost)} for n in range(3)
-    ]
+    tasks = [[Task(f"{n}{k}", tmp_path, 0.1) for k in "ab"] for n in range(3)]
+    pids = [{row.pid for row in executor(worked, each, lost)} for each in tasks]
 
     assert len(pids[0]) == 2
     assert pids[0] == pids[1] == pids[2]
