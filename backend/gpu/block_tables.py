@@ -100,9 +100,9 @@ class Sequences:
         self._padding += count
         return found
 
-    def slots(self, row: int, tokens: int) -> Tokens:
-        """Where the first ``tokens`` tokens of a row are: ``block · block size + place in it``."""
-        places = np.arange(tokens)
+    def slots(self, row: int, start: int, stop: int) -> Tokens:
+        """Where tokens ``start`` … ``stop`` - 1 of a row are: ``block · block size + place in it``."""
+        places = np.arange(start, stop)
         found: Tokens = self.table[row, places // self.block].astype(np.int64) * self.block + places % self.block
         return found
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from chairlift.backend.gpu.kernels.layers import head_norm, linear, residual_norm
-from chairlift.backend.gpu.paged_attention import Chunks, Heads, PagedAttention, Paging
+from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
 from chairlift.backend.shapes import Model
 
 
@@ -101,10 +101,10 @@ class Tokens(NamedTuple):
 
     tokens: Tensor  # [rows]
     positions: Tensor  # [rows], from 0
-    paging: Paging | None  # of the decodes, one row each
-    slots: Tensor | None  # [rows of chunks]: where keys and values go, or `NOWHERE`
-    chunks: Chunks | None
-    sampled: Tensor | None  # rows whose next token is wanted; None: all
+    paging: Paging | None  # of the first rows, the decodes; rows of length 0 are nobody's
+    slots: Tensor | None = None  # [rows]: where keys and values of chunks go, `NOWHERE`, or `UNTOUCHED` of decodes
+    spans: Spans | None = None  # which rows are whose chunks
+    sampled: Tensor | None = None  # rows whose next token is wanted; None: all
 
 
 class Transformer:
@@ -192,20 +192,32 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, step: Tokens, cache: Tensor) -> Tensor:
         """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards."""
-        if step.paging is not None:
-            self.attention.plan(step.paging)
-        residual = self.embed(step.tokens, step.positions)
-        qkv = self.enter(residual)
-        for i, layer in enumerate(cache):
-            if step.slots is not None:
-                start = len(qkv) - len(step.slots)
-                self.attention.rotate_and_store(qkv[start:], layer, step.positions[start:], step.slots)
-            y = self.attending(qkv, step)(layer)
-            if i + 1 < len(self.layers):
-                qkv = self.between(i, y, residual)
-        return self.leave(y, residual, step.sampled)
+        return self.leave(*self.attended(step, cache), step.sampled)
 
-    # the parts of a step; between two attentions they know rows only, not whose they are
+    def attended(self, step: Tokens, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """All of a step up to the last layer's attention: what that gives and the residual, for `leave`.
+
+        ``[rows, query · size]`` and ``[rows, hidden]``. Of rows that are nobody's both hold anything.
+        """
+        attention, rows = self.attention, len(step.tokens)
+        if step.paging is not None:
+            attention.plan(step.paging)
+        plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
+        residual = self.embed(step.tokens, step.positions)
+        qkv = self._project(residual_norm(None, residual, *self._norm(0), self.epsilon), self.layers[0])
+        y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
+        for i, layer in enumerate(cache):
+            if i:
+                x = residual_norm(self._rest(self.layers[i - 1], y, residual), residual, *self._norm(i), self.epsilon)
+                qkv = self._project(x, self.layers[i])
+            if step.slots is not None:
+                attention.rotate_and_store(qkv, layer, step.positions, step.slots)
+            if step.paging is not None:
+                decodes = len(step.paging.lengths)
+                attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
+            if step.spans is not None:
+                attention.chunks(qkv, layer, step.spans, plan, y)
+        return y, residual
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What enters the first layer: ``[rows, hidden]``."""
@@ -213,18 +225,6 @@ class Transformer:
         if self.positions is not None:
             residual += functional.embedding(positions + 2, self.positions)  # OPT keeps two rows for padding
         return residual
-
-    def enter(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
-        """Queries, keys and values of the first layer, ``[rows, width]``; in ``out`` if that is given."""
-        first = self.layers[0]
-        return self._project(residual_norm(None, residual, first.norm, first.norm_bias, self.epsilon), first, out)
-
-    def between(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
-        """From what layer ``i`` attended to, ``y`` [rows, query · size], to the next one's queries, keys and values."""
-        y, following = self._rest(self.layers[i], y, residual), self.layers[i + 1]
-        return self._project(
-            residual_norm(y, residual, following.norm, following.norm_bias, self.epsilon), following, out
-        )
 
     def leave(self, y: Tensor, residual: Tensor, sampled: Tensor | None) -> Tensor:
         """Logits of the ``sampled`` rows (None: all) from what the last layer attended to."""
@@ -235,30 +235,12 @@ class Transformer:
         y = self._rest(self.layers[-1], y, residual)
         return linear(residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def attending(self, qkv: Tensor, step: Tokens, out: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """One layer's attention as a function of its cache: ``[rows, query · size]``; in ``out`` if that is given.
+    def _norm(self, i: int) -> tuple[Tensor, Tensor | None]:
+        return self.layers[i].norm, self.layers[i].norm_bias
 
-        Rows of chunks are rotated and stored before. What depends on the step alone is done here, not in every layer.
-        """
-        decodes = 0 if step.paging is None else len(step.paging.lengths)
-        chunked = None if step.chunks is None else self.attention.chunked(qkv[decodes:], step.chunks)
-        if step.paging is None and out is None and chunked is not None:
-            return chunked
-        if out is None:
-            out = torch.empty((len(qkv), self.heads.query * self.heads.size), dtype=qkv.dtype, device=qkv.device)
-        whole, paging, rows, decoded, rest = out, step.paging, qkv[:decodes], out[:decodes], out[decodes:]
-
-        def attend(cache: Tensor) -> Tensor:
-            if paging is not None:
-                self.attention.append_and_decode(rows, cache, paging, decoded)
-            if chunked is not None:
-                rest.copy_(chunked(cache))
-            return whole
-
-        return attend
-
-    def _project(self, x: Tensor, layer: Layer, out: Tensor | None) -> Tensor:
-        qkv = linear(x, layer.qkv, layer.qkv_bias, out=out)
+    def _project(self, x: Tensor, layer: Layer) -> Tensor:
+        """Queries, keys and values of a layer, ``[rows, width]``."""
+        qkv = linear(x, layer.qkv, layer.qkv_bias)
         if layer.query_norm is not None and layer.key_norm is not None:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv

@@ -16,10 +16,10 @@ from chairlift.backend.base import Batch, Prompt  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.kernels.layers import gated, head_norm, linear, residual_norm  # noqa: E402
 from chairlift.backend.gpu.paged_attention import (  # noqa: E402
-    Chunks,
     Heads,
     PagedAttention,
     Paging,
+    Spans,
     attend,
     new_cache,
     read,
@@ -139,8 +139,18 @@ def test_append_and_decode_stores_and_attends(heads: Heads, block: int, dtype: t
 def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dtype) -> None:
     rotation = Arithmetic().rotation(4096, heads.size, DEVICE)
     kind = PagedAttention(heads, block, dtype, DEVICE, rotation, 4)
-    for lengths, starts in (([40, 17, 300], [0, 0, 0]), ([64, 5, 130], [100, 0, 33]), ([1024], [0]), ([1500], [0])):
-        known = [s + n for s, n in zip(starts, lengths, strict=True)]
+    cases: list[tuple[list[int], list[int], list[int]]] = [  # rows, tokens before them, padding before those
+        ([40, 17, 300], [0, 0, 0], [0, 0, 0]),
+        ([64, 5, 130], [100, 0, 33], [0, 0, 0]),
+        ([1, 1, 63, 1], [64, 4000, 1, 0], [0, 0, 0, 0]),
+        ([64], [8000], [0]),  # few rows, a long context: split
+        ([33, 200], [2500, 3000], [32, 64]),
+        ([500, 20], [0, 10], [96, 0]),
+        ([1024], [0], [0]),
+        ([1500], [0], [0]),
+    ]
+    for lengths, starts, pads in cases:
+        known = [p + s + n for p, s, n in zip(pads, starts, lengths, strict=True)]
         cache, paging = world(heads, block, dtype, known, [0] * len(known))
         tables = paging.tables
         slots = [slots_of(tables[i], 0, n, block).to(torch.int32) for i, n in enumerate(known)]
@@ -149,16 +159,23 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         qkv = torch.randn((sum(lengths), heads.width), dtype=dtype, device=DEVICE)
         raw = qkv.clone()
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-        new = torch.cat([slots[i][s:] for i, s in enumerate(starts)])
+        new = torch.cat([slots[i][p + s :] for i, (p, s) in enumerate(zip(pads, starts, strict=True))])
         kind.rotate_and_store(qkv, cache, positions.to(DEVICE, torch.int32), new)
-        ends, ends_known = (torch.tensor([0, *x], device=DEVICE).cumsum(0).to(torch.int32) for x in (lengths, known))
-        chunks = Chunks(lengths, starts, ends, ends_known, torch.cat(slots) if any(starts) else None)
-        out = kind.chunks(qkv, cache, chunks)
+        first = [sum(lengths[:i]) for i in range(len(lengths))]
+        each = [[first[i], n, known[i], pads[i], i] for i, n in enumerate(lengths)]
+        whole = lengths if not any(starts) and not any(pads) else []
+        spans = Spans(torch.tensor([*each, [0] * 5], dtype=torch.int32, device=DEVICE), tables, whole)
+        found = []
+        for given in (spans, spans._replace(whole=())) if whole else (spans, spans):
+            out = torch.full((sum(lengths), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
+            kind.chunks(qkv, cache, given, kind.plan_chunks(given, sum(lengths)), out)
+            found.append(out)
+        assert error(found[1], found[0]) < 1e-2
         at = 0
         for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
             query, key, _ = raw[at : at + n].view(n, -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
             angle = rotation[start : start + n]
-            keys, values = read(cache, slots[i])
+            keys, values = read(cache, slots[i][pads[i] :])
             assert error(keys[start:], rotate(key, angle)) < 1e-2
             wanted = attend(rotate(query.double(), angle).double(), keys.double(), values.double(), start)
             assert error(out[at : at + n], wanted.flatten(1)) < 1e-2

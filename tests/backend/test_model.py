@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the models are made of torch tensors")
 transformers = pytest.importorskip("transformers", reason="the models are held to those of transformers")
 
-from chairlift.backend.gpu.paged_attention import Chunks, Heads, Paging, new_cache  # noqa: E402
+from chairlift.backend.gpu.paged_attention import Heads, Paging, Spans, new_cache  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from chairlift.backend.gpu.transformer import Arithmetic, Tokens, Transformer  # noqa: E402
 from chairlift.backend.gpu.weights import read_config, saved_weights  # noqa: E402
@@ -120,18 +120,15 @@ class Fed:
         """Logits after each token of a chunk of the prompt."""
         start, n = self.length, len(tokens)
         self.length = stop = start + n
-        known = self._slots(0, stop) if start else None
-        chunks = Chunks([n], [start], integers(0, n), integers(0, stop), known)
+        spans = Spans(integers(0, n, stop, 0, 0)[None], self.table[None])
         positions = torch.arange(start, stop, dtype=torch.int32)
-        return self.net.forward(
-            Tokens(integers(*tokens), positions, None, self._slots(start, stop), chunks, None), self.cache
-        )
+        return self.net.forward(Tokens(integers(*tokens), positions, None, self._slots(start, stop), spans), self.cache)
 
     def decode(self, token: int) -> Any:
         """Logits after one more token."""
         self.length += 1
         paging = Paging(self.table[None], integers(0), integers(self.length), integers(0))
-        step = Tokens(integers(token), integers(self.length - 1), paging, None, None, None)
+        step = Tokens(integers(token), integers(self.length - 1), paging)
         return self.net.forward(step, self.cache)
 
 

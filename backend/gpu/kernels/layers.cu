@@ -171,18 +171,4 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
     ((uint4*)(tiles + head * head_step + (TILE + token) * D))[place(token, piece)] = v;
   }
 }
-
-// keys[t][head], values[t][head] = what the cache holds at slots[t]: a thread block a row.
-extern "C" __global__ void gather(const half_t* __restrict__ cache, const int* __restrict__ slots, uint4* __restrict__ keys,
-                                  uint4* __restrict__ values, int heads) {
-  const int slot = slots[blockIdx.x], token = slot % TILE;
-  for (int i = threadIdx.x; i < heads * PIECES; i += blockDim.x) {
-    const int head = i / PIECES, piece = i % PIECES;
-    const uint4* tile = (const uint4*)(cache + (((u64)(slot / BLOCK) * heads + head) * (BLOCK / TILE) + slot % BLOCK / TILE) *
-                                                   (2 * TILE * D));
-    const u64 to = ((u64)blockIdx.x * heads + head) * PIECES + piece;
-    keys[to] = tile[token * PIECES + place(token, piece)];
-    values[to] = tile[(TILE + token) * PIECES + place(token, piece)];
-  }
-}
 #endif

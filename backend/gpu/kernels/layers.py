@@ -43,18 +43,14 @@ def gated(x: Tensor) -> Tensor:
     return functional.silu(x[:, :width]) * x[:, width:]
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain", out: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain") -> Tensor:
     """``x`` [rows, in] · ``weight`` [out, in]ᵀ (+ bias), then a ReLU (``kind`` "relu") or SwiGLU's gate ("gated").
 
     "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
     rows on a GPU go through a kernel of ours that reads the weights at 93 to 99 % of the copy bandwidth, where cuBLAS
-    reaches 62 to 95 (`gemv.cu`, measured on an H200). ``out``: where a plain product is to go.
+    reaches 62 to 95 (`gemv.cu`, measured on an H200).
     """
     width = x.shape[1]
-    if out is not None:
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if x.is_cuda and len(x) <= 2 and width % 256 == 0:
         out = torch.empty((len(x), len(weight) // (2 if kind == "gated" else 1)), dtype=x.dtype, device=x.device)
         run = kernel(
