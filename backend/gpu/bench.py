@@ -41,6 +41,10 @@ PREFILLS = (  # prompts, tokens each
     *((16, 512), (4, 512)),
     *((1, n) for n in (64, 128, 256, 512, 1024, 1536, 2047, 3072, 4096, 6144, 8192)),
 )
+MIXED = (  # decodes, tokens of KV each; tokens of a chunk, tokens before it
+    *((256, 128, 256, 0), (64, 1024, 64, 0), (64, 1024, 448, 0), (128, 512, 384, 4096), (32, 1024, 512, 7168)),
+    *((256, 256, 768, 1024), (16, 1024, 1008, 0)),
+)
 STEPS = 24  # timed in a row
 
 Row = dict[str, Any]
@@ -215,6 +219,38 @@ def prefill_steps(engine: TorchEngine, rate: float, shapes: Sequence[tuple[int, 
         }
 
 
+def mixed_steps(engine: TorchEngine, copy: float, rate: float) -> Iterator[Row]:
+    """Steps of decodes with a chunk of a prompt beside them, at the pace of steps that follow one another."""
+    model = engine.model
+    read_once = model.matmul_parameters + model.head_parameters
+    for batch, context, length, start in MIXED:
+        requests = list(range(batch))
+        engine.place({**dict.fromkeys(requests, context), batch: start + length})
+        chunk = Prompt(batch, start, length, 0, True)
+        step = Batch((), batch, 0, 0, Practice([chunk], requests))
+        gpu = []
+        engine.launch(step)
+        for i in range(STEPS + 4):
+            if i == 4:
+                began = time.perf_counter()
+            engine.launch(step)
+            gpu.append(engine.wait().gpu / 1e9)
+        took = (time.perf_counter() - began) / STEPS * 1e3
+        engine.wait()
+        for request in (*requests, batch):
+            engine.release(request)
+        kv = batch * (context + STEPS // 2) + start
+        moved = (2 * read_once + kv * model.kv_bytes_per_token) / copy
+        flops = 2 * ((batch + length) * model.matmul_parameters + (batch + 1) * model.head_parameters)
+        flops += 2 * model.layers * model.heads * model.head_size * length * (2 * start + length + 1)
+        floor = max(moved, flops / rate) * 1e3
+        yield {
+            **{"bench": "mixed", "model": model.name, "decodes": batch, "context": context, "chunk": length},
+            **{"start": start, "step_ms": round(took, 3), "gpu_ms": round(statistics.median(gpu[4:]), 3)},
+            **{"floor_ms": round(floor, 3), "of_floor": round(took / floor, 3)},
+        }
+
+
 def versions() -> Row:
     """Which GPU and software this is."""
     import cupy
@@ -234,22 +270,24 @@ def rows(parts: Sequence[str], models: Sequence[str]) -> Iterator[Row]:
     if "attention" in parts:
         for shape in ATTENTION:
             yield attention(timer, copy, shape)
-    for name in models if {"decode", "prefill"} & set(parts) else ():
+    for name in models if {"decode", "prefill", "mixed"} & set(parts) else ():
         model = specs.model(name)
-        engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 else 80_000, 256)
+        engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 else 80_000, 257)
         longest = model.max_model_len
         if "decode" in parts:
             fitting = [(b, c) for b, c in DECODES if b * (c + 64) <= 80_000 or model.kv_bytes_per_token < 200_000]
             yield from decode_steps(engine, copy, [(b, c) for b, c in fitting if c + 64 < longest])
         if "prefill" in parts:
             yield from prefill_steps(engine, rate, [(n, t) for n, t in PREFILLS if t < longest])
+        if "mixed" in parts and longest > 8192:
+            yield from mixed_steps(engine, copy, rate)
         engine.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a row; with ``--json`` write them to a file too."""
     parser = argparse.ArgumentParser(prog="python -m chairlift.backend.gpu.bench", description=__doc__.split("\n")[0])
-    choices = ("attention", "decode", "prefill")
+    choices = ("attention", "decode", "prefill", "mixed")
     parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all)")
     parser.add_argument("--model", action="append", help="default: llama-3.1-8b and opt-13b")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a row")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from chairlift.backend.gpu.kernels import kernel
+
+KINDS = ("plain", "relu", "gated")  # of products, as the kernels number them
+FEW = 64  # rows that `skinny.cu` takes
 
 
 def residual_norm(x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -48,16 +53,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "p
 
     "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
     rows on a GPU go through a kernel of ours that reads the weights at 93 to 99 % of the copy bandwidth, where cuBLAS
-    reaches 62 to 95 (`gemv.cu`, measured on an H200).
+    reaches 62 to 95 (`gemv.cu`, measured on an H200); up to 64 through another (`skinny.cu`).
     """
     width = x.shape[1]
+    if x.is_cuda and 2 < len(x) <= FEW and width % 256 == 0:
+        return _skinny(x, weight, bias, kind)
     if x.is_cuda and len(x) <= 2 and width % 256 == 0:
         out = torch.empty((len(x), len(weight) // (2 if kind == "gated" else 1)), dtype=x.dtype, device=x.device)
         run = kernel(
             *("gemv", "gemv"),
             **{"BF16": int(x.dtype == torch.bfloat16), "ROWS": len(x), "K": width, "PER_SM": 5},
             AHEAD=max(n for n in range(1, 11) if width // 256 % n == 0),
-            KIND=("plain", "relu", "gated").index(kind),
+            KIND=KINDS.index(kind),
         )
         run((-(-out.shape[1] // 4),), 128, x, weight, bias, out, out.shape[1])
         return out
@@ -68,6 +75,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "p
     if x.is_cuda and bias is not None:
         return torch._addmm_activation(bias, x, weight.t())  # ReLU in the product's epilogue
     return functional.linear(x, weight, bias).relu_()
+
+
+def _skinny(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """`linear` for up to `FEW` rows on a GPU."""
+    rows, n = len(x), len(weight) // (2 if kind == "gated" else 1)
+    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    columns = next(c for c in (1, 2, 4, 8) if rows <= 8 * c)
+    run = kernel(
+        *("skinny", "skinny", 2 * 8 * columns * (512 + 64)),
+        **{"BF16": int(x.dtype == torch.bfloat16), "FP8": 0, "WIDTH": 2 * x.shape[1], "COLUMNS": columns},
+        KIND=KINDS.index(kind),
+    )
+    blocks, partial, arrived = _workspace(x.device)
+    run((blocks,), 256, x, weight, bias, None, None, out, partial, arrived, rows, n)
+    return out
+
+
+@cache
+def _workspace(device: torch.device) -> tuple[int, Tensor, Tensor]:
+    """Multiprocessors, and what `skinny.cu` needs for its partial results: its launches follow one another."""
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    partial = torch.empty(2 * blocks * FEW // 8 * 4 * 256, dtype=torch.float32, device=device)
+    return blocks, partial, torch.zeros(1 << 14, dtype=torch.int32, device=device)
 
 
 def head_norm(qkv: Tensor, query: Tensor, key: Tensor, query_heads: int, key_heads: int, epsilon: float) -> None:
