@@ -208,7 +208,7 @@ class TorchEngine(Executor):
         """
         practice = Practice(())
         for request, tokens in contexts.items():
-            row = self._sequences.take(request, 0, lambda: np.zeros(0, dtype=np.int64))
+            row = self._sequences.take(request, 0, partial(np.zeros, tokens, np.int64))
             self._sequences.length[row] = tokens
             cells, blocks = self._sequences.cover(request, tokens, practice)
             self._tables.view(-1)[torch.tensor(cells, device=self.device)] = torch.tensor(

@@ -2,8 +2,8 @@
 
 All that differs from step to step are integers that the kernels read on the device: which row is whose, where its keys
 and values go, how long each sequence is. So one graph for each padded number of rows serves every mix of decodes and
-chunks. Only rows whose next token is wanted go through the rest of the last layer, the head and the sampler: they are the
-second graph's, one for each padded number of such rows.
+chunks. Only rows whose next token is wanted go through the rest of the last layer, the head and the sampler. The second
+graph does that; there is one for each padded number of such rows.
 """
 
 from __future__ import annotations

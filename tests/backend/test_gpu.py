@@ -137,7 +137,7 @@ def test_append_and_decode_stores_and_attends(heads: Heads, block: int, dtype: t
 
 @pytest.mark.parametrize(("heads", "block", "dtype"), SHAPES, ids=str)
 def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dtype) -> None:
-    rotation = Arithmetic().rotation(4096, heads.size, DEVICE)
+    rotation = Arithmetic().rotation(9000, heads.size, DEVICE)
     kind = PagedAttention(heads, block, dtype, DEVICE, rotation, 4)
     cases: list[tuple[list[int], list[int], list[int]]] = [  # rows, tokens before them, padding before those
         ([40, 17, 300], [0, 0, 0], [0, 0, 0]),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,12 +9,22 @@ from torch.nn import functional
 
 from chairlift.backend.gpu.kernels import kernel
 
-KINDS = ("plain", "relu", "gated")  # of products, as the kernels number them
-FEW = 64  # rows that `skinny.cu` takes
+FEW = 256  # rows of a product that waits for its weights
+AHEAD = 24 << 20  # bytes of them to ask for
 
 
-def residual_norm(x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """``residual += x`` in place (if x is given), and its norm (LayerNorm with a bias); all ``[rows, width]``."""
+def residual_norm(
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    following: Tensor | None = None,
+) -> Tensor:
+    """``residual += x`` in place (if x is given), and its norm (LayerNorm with a bias); all ``[rows, width]``.
+
+    ``following`` are the weights that are read next, see `asked`.
+    """
     if residual.is_cuda:
         width = residual.shape[1]
         threads = min(1024, -(-width // 256) * 32)
@@ -26,7 +34,7 @@ def residual_norm(x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tens
             EACH=-(-width // (8 * threads)),
         )
         out = torch.empty_like(residual)
-        run((len(residual),), threads, x, residual, weight, bias, out, epsilon)
+        run((len(residual),), threads, x, residual, weight, bias, out, epsilon, *asked(following, len(residual)))
         return out
     if x is not None:
         residual += x
@@ -36,68 +44,56 @@ def residual_norm(x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tens
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(residual.dtype) * weight
 
 
-def gated(x: Tensor) -> Tensor:
+def asked(weights: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
+    """What a kernel is to ask for on behalf of the product after it, ``rows`` rows by ``weights``, and how many bytes.
+
+    Norms, activations and attention leave the memory idle or nearly so, and a product of few rows only waits for its
+    weights. So those kernels send the first `AHEAD` bytes of them to the L2 cache.
+    """
+    if weights is None or rows > FEW:
+        return None, 0
+    return weights, min(weights.nbytes, AHEAD)
+
+
+def gated(x: Tensor, following: Tensor | None = None) -> Tensor:
     """SwiGLU's ``silu(gate) · up`` of ``x`` [rows, 2 · width], gates first: ``[rows, width]``."""
     width = x.shape[1] // 2
     if x.is_cuda:
         out = torch.empty((len(x), width), dtype=x.dtype, device=x.device)
         count = len(x) * width // 8
         run = kernel("layers", "gated", BF16=int(x.dtype == torch.bfloat16))
-        run((min(-(-count // 256), 4096),), 256, x, out, width // 8, np.uint64(count))
+        run((min(-(-count // 256), 4096),), 256, x, out, width // 8, np.uint64(count), *asked(following, len(x)))
         return out
     return functional.silu(x[:, :width]) * x[:, width:]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain") -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain", following: Tensor | None = None
+) -> Tensor:
     """``x`` [rows, in] · ``weight`` [out, in]ᵀ (+ bias), then a ReLU (``kind`` "relu") or SwiGLU's gate ("gated").
 
     "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
     rows on a GPU go through a kernel of ours that reads the weights at 93 to 99 % of the copy bandwidth, where cuBLAS
-    reaches 62 to 95 (`gemv.cu`, measured on an H200); up to 64 through another (`skinny.cu`).
+    reaches 62 to 95 (`gemv.cu`, measured on an H200).
     """
     width = x.shape[1]
-    if x.is_cuda and 2 < len(x) <= FEW and width % 256 == 0:
-        return _skinny(x, weight, bias, kind)
     if x.is_cuda and len(x) <= 2 and width % 256 == 0:
         out = torch.empty((len(x), len(weight) // (2 if kind == "gated" else 1)), dtype=x.dtype, device=x.device)
         run = kernel(
             *("gemv", "gemv"),
             **{"BF16": int(x.dtype == torch.bfloat16), "ROWS": len(x), "K": width, "PER_SM": 5},
             AHEAD=max(n for n in range(1, 11) if width // 256 % n == 0),
-            KIND=KINDS.index(kind),
+            KIND=("plain", "relu", "gated").index(kind),
         )
         run((-(-out.shape[1] // 4),), 128, x, weight, bias, out, out.shape[1])
         return out
     if kind == "gated":
-        return gated(functional.linear(x, weight, bias))
+        return gated(functional.linear(x, weight, bias), following)
     if kind == "plain":
         return functional.linear(x, weight, bias)
     if x.is_cuda and bias is not None:
         return torch._addmm_activation(bias, x, weight.t())  # ReLU in the product's epilogue
     return functional.linear(x, weight, bias).relu_()
-
-
-def _skinny(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """`linear` for up to `FEW` rows on a GPU."""
-    rows, n = len(x), len(weight) // (2 if kind == "gated" else 1)
-    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    columns = next(c for c in (1, 2, 4, 8) if rows <= 8 * c)
-    run = kernel(
-        *("skinny", "skinny", 2 * 8 * columns * (512 + 64)),
-        **{"BF16": int(x.dtype == torch.bfloat16), "FP8": 0, "WIDTH": 2 * x.shape[1], "COLUMNS": columns},
-        KIND=KINDS.index(kind),
-    )
-    blocks, partial, arrived = _workspace(x.device)
-    run((blocks,), 256, x, weight, bias, None, None, out, partial, arrived, rows, n)
-    return out
-
-
-@cache
-def _workspace(device: torch.device) -> tuple[int, Tensor, Tensor]:
-    """Multiprocessors, and what `skinny.cu` needs for its partial results: its launches follow one another."""
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
-    partial = torch.empty(2 * blocks * FEW // 8 * 4 * 256, dtype=torch.float32, device=device)
-    return blocks, partial, torch.zeros(1 << 14, dtype=torch.int32, device=device)
 
 
 def head_norm(qkv: Tensor, query: Tensor, key: Tensor, query_heads: int, key_heads: int, epsilon: float) -> None:
