@@ -206,9 +206,9 @@ class TorchEngine(Executor):
 
         For measuring steps of a given shape; needs blocks that the pool does not name.
         """
-        practice = Practice(())
+        practice, prompt = Practice(()), np.zeros(max(contexts.values()), dtype=np.int64)
         for request, tokens in contexts.items():
-            row = self._sequences.take(request, 0, partial(np.zeros, tokens, np.int64))
+            row = self._sequences.take(request, 0, lambda: prompt)
             self._sequences.length[row] = tokens
             cells, blocks = self._sequences.cover(request, tokens, practice)
             self._tables.view(-1)[torch.tensor(cells, device=self.device)] = torch.tensor(

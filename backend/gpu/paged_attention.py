@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from chairlift.backend.gpu import kernels
-from chairlift.backend.gpu.kernels.layers import asked
 
 TILE = 16  # tokens a tile
 BLOCKS = (16, 32)  # tokens a block can have
@@ -235,15 +234,13 @@ class PagedAttention:
         self._share_chunks((1,), 1024, spans.each, plan, len(spans.each), self.heads.kv, self._grid)
         return plan
 
-    def append_and_decode(
-        self, qkv: Tensor, cache: Tensor, paging: Paging, out: Tensor, following: Tensor | None = None
-    ) -> None:
+    def append_and_decode(self, qkv: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         """One new token a sequence: rotate, store its key and value, attend.
 
         ``qkv`` [batch, width] raw queries, keys and values, ``cache`` one layer's, ``out`` [batch, query · size].
         """
         if self._cuda:
-            self._launch(self._append, qkv, cache, paging, out, following)
+            self._launch(self._append, qkv, cache, paging, out)
             return
         heads = self.heads
         live = (paging.lengths > 0).nonzero()[:, 0]
@@ -320,22 +317,13 @@ class PagedAttention:
             done = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return done[0].transpose(0, 1)[:n]
 
-    def _launch(
-        self,
-        kernel: kernels.Kernel,
-        query: Tensor,
-        cache: Tensor,
-        paging: Paging,
-        out: Tensor,
-        following: Tensor | None = None,
-    ) -> None:
+    def _launch(self, kernel: kernels.Kernel, query: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         kernel(
             (self._grid,),
             WARPS * 32,
             *(query, cache, paging.tables, paging.rows, paging.lengths, paging.first, self._plan),
             *(self.rotation, out, self._partial, self._arrived),
             *(self.heads.kv, query.stride(0), paging.tables.stride(0), self._scale),
-            *asked(following, len(query)),
         )
 
     def _split(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

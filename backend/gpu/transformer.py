@@ -204,17 +204,17 @@ class Transformer:
             attention.plan(step.paging)
         plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
         residual = self.embed(step.tokens, step.positions)
-        qkv = self._project(self._normed(0, None, residual), self.layers[0])
+        qkv = self._project(residual_norm(None, residual, *self._norm(0), self.epsilon), self.layers[0])
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
         for i, layer in enumerate(cache):
             if i:
-                x = self._normed(i, self._rest(self.layers[i - 1], y, residual), residual)
+                x = residual_norm(self._rest(self.layers[i - 1], y, residual), residual, *self._norm(i), self.epsilon)
                 qkv = self._project(x, self.layers[i])
             if step.slots is not None:
                 attention.rotate_and_store(qkv, layer, step.positions, step.slots)
             if step.paging is not None:
                 decodes = len(step.paging.lengths)
-                attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes], self.layers[i].out)
+                attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
             if step.spans is not None:
                 attention.chunks(qkv, layer, step.spans, plan, y)
         return y, residual
@@ -235,10 +235,8 @@ class Transformer:
         y = self._rest(self.layers[-1], y, residual)
         return linear(residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def _normed(self, i: int, x: Tensor | None, residual: Tensor) -> Tensor:
-        """What enters layer ``i``'s attention."""
-        layer = self.layers[i]
-        return residual_norm(x, residual, layer.norm, layer.norm_bias, self.epsilon, layer.qkv)
+    def _norm(self, i: int) -> tuple[Tensor, Tensor | None]:
+        return self.layers[i].norm, self.layers[i].norm_bias
 
     def _project(self, x: Tensor, layer: Layer) -> Tensor:
         """Queries, keys and values of a layer, ``[rows, width]``."""
@@ -249,6 +247,5 @@ class Transformer:
 
     def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor:
         y = linear(y, layer.out, layer.out_bias)
-        x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon, layer.up)
-        x = linear(x, layer.up, layer.up_bias, self._activation, layer.down)
-        return linear(x, layer.down, layer.down_bias)
+        x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+        return linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)

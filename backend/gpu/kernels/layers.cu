@@ -38,8 +38,7 @@ __device__ __forceinline__ float sum_of_block(float x, float* shared) {
 // residual += x (if x is given), out = norm(residual) · weight (+ bias); a thread block a row.
 extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __restrict__ residual,
                                          const uint4* __restrict__ weight, const uint4* __restrict__ bias,
-                                         uint4* __restrict__ out, float epsilon, const void* next, int bytes) {
-  if (threadIdx.x < 32) ask_for(next, bytes);
+                                         uint4* __restrict__ out, float epsilon) {
   __shared__ float shared[32];
   const int pieces = WIDTH / 8;
   const u64 row = (u64)blockIdx.x * pieces;
@@ -91,9 +90,7 @@ extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __r
 #endif
 
 // out[t][i] = silu(x[t][i]) · x[t][pieces + i], in pieces of 8.
-extern "C" __global__ void gated(const uint4* __restrict__ x, uint4* __restrict__ out, int pieces, u64 count, const void* next,
-                                 int bytes) {
-  if (threadIdx.x < 32) ask_for(next, bytes);
+extern "C" __global__ void gated(const uint4* __restrict__ x, uint4* __restrict__ out, int pieces, u64 count) {
   for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += (u64)gridDim.x * blockDim.x) {
     const u64 token = at / pieces, i = at - token * pieces;
     const Eight gate(x[token * 2 * pieces + i]), up(x[(token * 2 + 1) * pieces + i]);

@@ -9,22 +9,9 @@ from torch.nn import functional
 
 from chairlift.backend.gpu.kernels import kernel
 
-FEW = 256  # rows of a product that waits for its weights
-AHEAD = 24 << 20  # bytes of them to ask for
 
-
-def residual_norm(
-    x: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    epsilon: float,
-    following: Tensor | None = None,
-) -> Tensor:
-    """``residual += x`` in place (if x is given), and its norm (LayerNorm with a bias); all ``[rows, width]``.
-
-    ``following`` are the weights that are read next, see `asked`.
-    """
+def residual_norm(x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """``residual += x`` in place (if x is given), and its norm (LayerNorm with a bias); all ``[rows, width]``."""
     if residual.is_cuda:
         width = residual.shape[1]
         threads = min(1024, -(-width // 256) * 32)
@@ -34,7 +21,7 @@ def residual_norm(
             EACH=-(-width // (8 * threads)),
         )
         out = torch.empty_like(residual)
-        run((len(residual),), threads, x, residual, weight, bias, out, epsilon, *asked(following, len(residual)))
+        run((len(residual),), threads, x, residual, weight, bias, out, epsilon)
         return out
     if x is not None:
         residual += x
@@ -44,32 +31,19 @@ def residual_norm(
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(residual.dtype) * weight
 
 
-def asked(weights: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
-    """What a kernel is to ask for on behalf of the product after it, ``rows`` rows by ``weights``, and how many bytes.
-
-    Norms, activations and attention leave the memory idle or nearly so, and a product of few rows only waits for its
-    weights. So those kernels send the first `AHEAD` bytes of them to the L2 cache.
-    """
-    if weights is None or rows > FEW:
-        return None, 0
-    return weights, min(weights.nbytes, AHEAD)
-
-
-def gated(x: Tensor, following: Tensor | None = None) -> Tensor:
+def gated(x: Tensor) -> Tensor:
     """SwiGLU's ``silu(gate) · up`` of ``x`` [rows, 2 · width], gates first: ``[rows, width]``."""
     width = x.shape[1] // 2
     if x.is_cuda:
         out = torch.empty((len(x), width), dtype=x.dtype, device=x.device)
         count = len(x) * width // 8
         run = kernel("layers", "gated", BF16=int(x.dtype == torch.bfloat16))
-        run((min(-(-count // 256), 4096),), 256, x, out, width // 8, np.uint64(count), *asked(following, len(x)))
+        run((min(-(-count // 256), 4096),), 256, x, out, width // 8, np.uint64(count))
         return out
     return functional.silu(x[:, :width]) * x[:, width:]
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain", following: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain") -> Tensor:
     """``x`` [rows, in] · ``weight`` [out, in]ᵀ (+ bias), then a ReLU (``kind`` "relu") or SwiGLU's gate ("gated").
 
     "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
@@ -88,7 +62,7 @@ def linear(
         run((-(-out.shape[1] // 4),), 128, x, weight, bias, out, out.shape[1])
         return out
     if kind == "gated":
-        return gated(functional.linear(x, weight, bias), following)
+        return gated(functional.linear(x, weight, bias))
     if kind == "plain":
         return functional.linear(x, weight, bias)
     if x.is_cuda and bias is not None:

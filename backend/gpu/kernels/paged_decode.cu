@@ -133,13 +133,12 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
              half_t* __restrict__ out,            // [batch][heads · GROUP · D]
              float* __restrict__ partial,         // [2 · thread blocks][PART]
              int* __restrict__ arrived,           // [batch · heads], all zero, left all zero
-             int heads, int q_stride, int table_stride, float scale, const void* next, int bytes) {
+             int heads, int q_stride, int table_stride, float scale) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ __align__(8) u64 barriers[WARPS * STAGES];
   __shared__ int spans[WARPS][2];   // of each warp's two partial results: 0: its unit goes on, 1: it ends, -1: none
   __shared__ int units[WARPS][2][3];  // and its unit: number, first tile on the line, tiles
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 0) ask_for(next, bytes);
   const int total = plan[0];
   if (total == 0) return;
   const int warps = max(1, min((int)gridDim.x * WARPS, total / MIN_TILES));
