@@ -138,6 +138,7 @@ class Practice:
     def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = ()) -> None:
         self.prompts, self.decodes = prompts, decodes
         self.dead: Sequence[int] = ()
+        self._longest = max((p.start + p.length for p in prompts), default=0)
 
     def table(self, request: int) -> Sequence[int]:
         """Its blocks."""
@@ -145,4 +146,4 @@ class Practice:
 
     def tokens(self, request: int) -> Tokens:
         """Some tokens, others for each request."""
-        return np.arange(abs(request) * 7919, abs(request) * 7919 + 100_000)
+        return np.arange(abs(request) * 7919, abs(request) * 7919 + self._longest)

@@ -71,6 +71,8 @@ class TorchEngine(Executor):
         self.dtype: torch.dtype = getattr(torch, usual if options.dtype == "auto" else options.dtype)
         if self._cuda and self.dtype == torch.float32:
             raise ValueError("the GPU kernels compute in bfloat16 or float16 (got dtype float32)")
+        if options.quantization == "fp8" and self._cuda and self.dtype != torch.bfloat16:
+            raise ValueError(f"quantization fp8 needs dtype bfloat16 (got {str(self.dtype).removeprefix('torch.')})")
         self._price = Roofline(model, gpu)
         self.generated: dict[int, list[int]] = {}  # request → tokens it was given
         self._flights: deque[Flight] = deque()
@@ -234,8 +236,9 @@ class TorchEngine(Executor):
         where = torch.cuda.get_device_name(self.device) if self._cuda else "the CPU"
         weights = "random weights" if o.weights is None else f"weights of {Path(o.weights).name}"
         dtype = str(self.dtype).removeprefix("torch.")
+        quantised = ", layers' products in FP8" if o.quantization == "fp8" else ""
         return {
-            "engine": f"executed, not modelled: {self.model.name}, {dtype}, {weights}, on {where}",
+            "engine": f"executed, not modelled: {self.model.name}, {dtype}{quantised}, {weights}, on {where}",
             "software": f"torch {torch.__version__}, CUDA graphs {'on' if o.graphs and self._cuda else 'off'}",
         }
 

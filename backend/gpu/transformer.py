@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chairlift.backend.gpu.kernels.layers import head_norm, linear, residual_norm
+from chairlift.backend.gpu.kernels.layers import (
+    Eights,
+    Product,
+    gated_e4m3,
+    head_norm,
+    linear,
+    linear_e4m3,
+    product,
+    quantised,
+    residual_norm,
+    residual_norm_e4m3,
+)
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
 from chairlift.backend.shapes import Model
 
@@ -82,17 +93,17 @@ class Layer:
 
     norm: Tensor
     norm_bias: Tensor | None
-    qkv: Tensor  # queries, keys, values
+    qkv: Tensor | Eights  # queries, keys, values
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
-    out: Tensor
+    out: Tensor | Eights
     out_bias: Tensor | None
     mlp_norm: Tensor
     mlp_norm_bias: Tensor | None
-    up: Tensor  # gated: gates first
+    up: Tensor | Eights  # gated: gates first
     up_bias: Tensor | None
-    down: Tensor
+    down: Tensor | Eights
     down_bias: Tensor | None
 
 
@@ -120,8 +131,15 @@ class Transformer:
         block: int,
         max_batch: int,
         max_positions: int,
+        eights: bool = False,
     ) -> None:
-        """``weight(name, *shape)`` gives each tensor, named as in `transformers`. Raises as `PagedAttention`."""
+        """``weight(name, *shape)`` gives each tensor, named as in `transformers`.
+
+        With ``eights`` the layers' matrices are 8-bit floats with a scale a row, and so are their inputs, scaled anew
+        each step; embedding, head and attention are not. Raises as `PagedAttention`, and where that is not built.
+        """
+        if eights and not model.gated_mlp:
+            raise ValueError(f"{model.name}: weights in FP8 are built for gated models (Llama, Mistral, Qwen)")
         self.model = model
         self.heads = heads = Heads(model.heads, model.kv_heads, model.head_size)
         self.dtype = dtype
@@ -137,6 +155,9 @@ class Transformer:
         self.positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
         build = self._opt_layer if self._opt else self._llama_layer
         self.layers = [build(weight, f"{root}layers.{i}.") for i in range(model.layers)]
+        for layer in self.layers if eights else ():
+            for name in ("qkv", "out", "up", "down"):
+                setattr(layer, name, quantised(getattr(layer, name)))
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
         self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
@@ -204,19 +225,18 @@ class Transformer:
             attention.plan(step.paging)
         plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
         residual = self.embed(step.tokens, step.positions)
-        qkv = self._project(residual_norm(None, residual, *self._norm(0), self.epsilon), self.layers[0])
+        qkv = self._project(0, None, residual)
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
         for i, layer in enumerate(cache):
             if i:
-                x = residual_norm(self._rest(self.layers[i - 1], y, residual), residual, *self._norm(i), self.epsilon)
-                qkv = self._project(x, self.layers[i])
+                qkv = self._project(i, self._rest(self.layers[i - 1], y, residual), residual)
             if step.slots is not None:
                 attention.rotate_and_store(qkv, layer, step.positions, step.slots)
             if step.paging is not None:
                 decodes = len(step.paging.lengths)
                 attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
             if step.spans is not None:
-                attention.chunks(qkv, layer, step.spans, plan, y)
+                y = attention.chunks(qkv, layer, step.spans, plan, y)
         return y, residual
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -232,20 +252,30 @@ class Transformer:
             y, residual = y[sampled], residual[sampled]
             if not len(y):
                 return y.new_empty((0, self.model.vocab))
-        y = self._rest(self.layers[-1], y, residual)
-        return linear(residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon), self.head)
+        x = self._rest(self.layers[-1], y, residual)
+        return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def _norm(self, i: int) -> tuple[Tensor, Tensor | None]:
-        return self.layers[i].norm, self.layers[i].norm_bias
-
-    def _project(self, x: Tensor, layer: Layer) -> Tensor:
-        """Queries, keys and values of a layer, ``[rows, width]``."""
-        qkv = linear(x, layer.qkv, layer.qkv_bias)
+    def _project(self, i: int, x: Tensor | Product | None, residual: Tensor) -> Tensor:
+        """Queries, keys and values of layer ``i``, ``[rows, width]``, once ``x`` is added to the residual."""
+        layer = self.layers[i]
+        norm = (x, residual, layer.norm, layer.norm_bias, self.epsilon)
+        if isinstance(layer.qkv, Eights):
+            qkv = linear_e4m3(residual_norm_e4m3(*norm), layer.qkv, layer.qkv_bias, self.dtype)
+        else:
+            qkv = linear(residual_norm(*norm), layer.qkv, layer.qkv_bias)
         if layer.query_norm is not None and layer.key_norm is not None:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv
 
-    def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor:
-        y = linear(y, layer.out, layer.out_bias)
-        x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+    def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor | Product:
+        """What follows a layer's attention, but for adding it to the residual."""
+        norm = (residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+        if isinstance(layer.out, Eights):
+            assert isinstance(layer.up, Eights)
+            assert isinstance(layer.down, Eights)
+            up = product(residual_norm_e4m3(product(quantised(y), layer.out, self.dtype), *norm), layer.up, self.dtype)
+            return product(gated_e4m3(up), layer.down, self.dtype)
+        assert isinstance(layer.up, Tensor)
+        assert isinstance(layer.down, Tensor)
+        x = residual_norm(linear(y, layer.out, layer.out_bias), *norm)
         return linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)
