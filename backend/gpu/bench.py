@@ -189,7 +189,8 @@ class Floor:
         moved = self._width * m.matmul_parameters + 2 * m.head_parameters + kv * m.kv_bytes_per_token
         flops = 2 * sampled * m.head_parameters + 4 * m.layers * m.heads * m.head_size * pairs
         took = flops / self._rate + 2 * rows * m.matmul_parameters / self._layers_rate
-        return max(moved / self._copy, took) * 1e3
+        floor: float = max(moved / self._copy, took) * 1e3
+        return floor
 
 
 def decode_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int, int]] = DECODES) -> Iterator[Row]:
@@ -225,7 +226,7 @@ def prefill_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int
             requests = list(range(count))
             began = time.perf_counter()
             prompts = [Prompt(r, 0, length, 0, True) for r in requests]
-            engine.launch(Batch((), 0, 0, 0, Practice(prompts)))
+            engine.launch(Batch((), 0, 0, 0, Practice(prompts, longest=length)))
             gpu = engine.wait().gpu / 1e9
             times[count, length].append(((time.perf_counter() - began) * 1e3, gpu))
             for request in requests:

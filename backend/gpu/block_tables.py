@@ -135,10 +135,10 @@ class Practice:
     Where blocks are named, request -1 has all but the first three, and every other one those.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = ()) -> None:
+    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = (), longest: int = 100_000) -> None:
         self.prompts, self.decodes = prompts, decodes
         self.dead: Sequence[int] = ()
-        self._longest = max((p.start + p.length for p in prompts), default=0)
+        self._longest = longest  # tokens of a prompt; to make up more than are computed takes time
 
     def table(self, request: int) -> Sequence[int]:
         """Its blocks."""

@@ -180,7 +180,7 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         found = []
         for given in (spans, spans._replace(whole=())) if whole else (spans, spans):
             out = torch.full((sum(lengths), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
-            kind.chunks(qkv, cache, given, kind.plan_chunks(given, sum(lengths)), out)
+            out = kind.chunks(qkv, cache, given, kind.plan_chunks(given, sum(lengths)), out)
             found.append(out)
         assert error(found[1], found[0]) < 1e-2
         at = 0
