@@ -219,10 +219,10 @@ def decode_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int,
 
 
 def prefill_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int, int]] = PREFILLS) -> Iterator[Row]:
-    """Steps of whole prompts, one at a time: all shapes in turn, four times, the first not counted."""
+    """Steps of whole prompts, one at a time: each shape six times, the first not counted."""
     times: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in shapes}
-    for _ in range(4):
-        for count, length in shapes:
+    for count, length in shapes:
+        for _ in range(6):
             requests = list(range(count))
             began = time.perf_counter()
             prompts = [Prompt(r, 0, length, 0, True) for r in requests]

@@ -49,8 +49,10 @@ __device__ __forceinline__ float max_of_block(float x, float* shared) {
 }
 
 __device__ __forceinline__ Eight scaled(Eight x, float row, const float* column) {
+  const float4 a = ((const float4*)column)[0], b = ((const float4*)column)[1];
+  const float of[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-  for (int j = 0; j < 8; ++j) x.x[j] *= row * column[j];
+  for (int j = 0; j < 8; ++j) x.x[j] *= row * of[j];
   return x;
 }
 

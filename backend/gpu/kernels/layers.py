@@ -110,7 +110,9 @@ def quantised(x: Tensor) -> Eights:
 
 def product(x: Eights, weight: Eights, dtype: torch.dtype) -> Product:
     """``x`` · ``weight``ᵀ in ``dtype``, before its scales."""
-    if x.values.is_cuda:
+    if _fits_gemv(x):
+        values = _gemv(x, weight, None, dtype, scales=False)
+    elif x.values.is_cuda:
         one = _one(x.values.device)
         values = torch._scaled_mm(
             x.values, weight.values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True
@@ -122,6 +124,8 @@ def product(x: Eights, weight: Eights, dtype: torch.dtype) -> Product:
 
 def linear_e4m3(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``x`` · ``weight``ᵀ (+ bias) in ``dtype``, scales applied."""
+    if _fits_gemv(x):
+        return _gemv(x, weight, bias, dtype, scales=True)
     if not x.values.is_cuda:
         whole = product(x, weight, dtype).whole()
         return whole if bias is None else whole + bias
@@ -131,6 +135,25 @@ def linear_e4m3(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dty
         out_dtype=dtype,
         use_fast_accum=True,
     )
+
+
+def _fits_gemv(x: Eights) -> bool:
+    return x.values.is_cuda and len(x.values) <= 2 and x.values.shape[1] % 512 == 0
+
+
+def _gemv(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype, scales: bool) -> Tensor:
+    """One or two rows by weights, both in 8-bit floats, on a GPU."""
+    rows, width = x.values.shape
+    n = len(weight.values)
+    out = torch.empty((rows, n), dtype=dtype, device=x.values.device)
+    run = kernel(
+        *("gemv_e4m3", "gemv_e4m3", 2 * rows * width),
+        **{"BF16": int(dtype == torch.bfloat16), "ROWS": rows, "K": width, "PER_SM": 5},
+        AHEAD=max(n for n in range(1, 9) if width // 512 % n == 0),
+    )
+    given = (x.scale, weight.scale) if scales else (None, None)
+    run((-(-n // 4),), 128, x.values, weight.values, bias, *given, out, n)
+    return out
 
 
 @cache
