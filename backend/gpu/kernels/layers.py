@@ -85,9 +85,9 @@ def _norm(
 
 
 def _shares(width: int) -> tuple[int, int]:
-    """Threads for a row of so many elements, and pieces of 8 elements each of them has."""
-    threads = min(1024, -(-width // 256) * 32)
-    return threads, -(-width // (8 * threads))
+    """Threads for a row of so many elements, and pieces of 8 elements each of them has: of 14,336 elements four each."""
+    each = -(-width // (8 * 512))
+    return -(-width // (8 * 32 * each)) * 32, each
 
 
 def empty_eights(rows: int, width: int, device: torch.device) -> Eights:
