@@ -1,8 +1,9 @@
-"""What this GPU reaches: copies, matrix products, paged attention, whole steps. ``python -m backend.gpu.bench``
+"""What this GPU reaches: copies, matrix products, paged attention, whole steps.
 
-Every row is one JSON line in FILE and a line of a table here, beside what physics allows: the copy bandwidth and the
-matrix rate measured in the same run. Times are medians of CUDA-event timings, launches included, with inputs out of
-the L2 cache; steps are timed as the engine runs them, one prepared while the other runs.
+``python -m chairlift.backend.gpu.bench --json FILE`` prints a line a row, and writes each as a line of JSON into FILE.
+Beside each time stands what physics allows: the copy bandwidth and the matrix rate measured in the same run. Times are
+medians of CUDA-event timings, launches included, with inputs out of the L2 cache. Steps are timed as the
+engine runs them, one prepared while the other runs.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from chairlift.backend import specs
 from chairlift.backend.base import Batch, Prompt
 from chairlift.backend.gpu.block_tables import Practice
 from chairlift.backend.gpu.engine import TorchEngine
+from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
-from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.shapes import Model
 
 ATTENTION = (  # batch, context, query heads, KV heads, head size; the first five of Llama-3.1-8B, then OPT-13B
@@ -165,7 +166,7 @@ def peers(
 
 def engine_of(model: Model, tokens: int, batch: int, quantization: Literal["none", "fp8"] = "none") -> TorchEngine:
     """An engine with room for ``tokens`` tokens of KV, its cache full of random numbers."""
-    engine = TorchEngine(model, specs.gpu("h200"), Torch(max_batch=batch, quantization=quantization))
+    engine = TorchEngine(model, specs.gpu("h200"), Options(max_batch=batch, quantization=quantization))
     engine.prepare(tokens, 1, model.max_model_len, named=False)
     engine.fill()
     return engine

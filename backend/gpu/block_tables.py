@@ -16,10 +16,10 @@ Tokens = npt.NDArray[np.int64]
 class Sequences:
     """Up to ``most`` sequences of ``longest`` tokens and padding in front, over ``blocks`` blocks of ``block`` tokens.
 
-    With ``named`` blocks the scheduler's pool says which are whose; else they are handed out here as tokens come.
-    Padding in front takes whole blocks of a table, but none of the pool: it is read and never attended to, so its
-    cells name blocks of others, in turn, and nothing is stored for it. Row ``most`` is nobody's: rows that fill a
-    batch up go there.
+    With ``named`` blocks the scheduler's pool says which blocks a sequence has; else they are handed out here as tokens
+    come. Padding in front of a sequence takes whole blocks of its table, but none of the pool: nothing is stored for it
+    and nothing attends to it, so its cells name blocks of others, in turn. Row ``most`` belongs to no sequence: the
+    rows that fill a batch up to a graph's size go there.
     """
 
     def __init__(self, most: int, blocks: int, block: int, longest: int, named: bool) -> None:
@@ -130,9 +130,9 @@ class Sequences:
 
 
 class Practice:
-    """Members of a step of made-up requests, to warm an engine up and to time it.
+    """Members of a step of made-up requests, by which an engine is warmed up and timed.
 
-    Where blocks are named, request -1 has all but the first three, and every other one those.
+    Where blocks are named, request -1 has all but the first three, and every other request has those three.
     """
 
     def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = (), longest: int = 100_000) -> None:

@@ -1,8 +1,9 @@
 """The GPU engine: executes what the scheduler plans on a real device, and measures it.
 
-One `TorchEngine` is one replica. `launch` turns a batch's members into a flat batch of tokens and block tables and
-queues it; `wait` takes the oldest step's tokens in. Between the two the host is free to plan the next step
-(asynchronous scheduling): tokens stay on the device from one step to the next, so nothing but `wait` waits for it.
+One `TorchEngine` is one replica. `launch` turns the members of a batch into a flat batch of tokens and block tables,
+and queues it on the device; `wait` takes in the tokens of the oldest step. Between the two the host is free to plan the
+next step (asynchronous scheduling). A token stays on the device for the next step, so that only `wait` waits for the
+device.
 
 Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`), and so do steps with chunks of up
 to 1,024 rows (`backend.gpu.step_graphs`); larger ones run eagerly. On a CPU the same code runs plain torch, which is
@@ -25,10 +26,10 @@ import torch
 from torch import Tensor
 
 from chairlift.backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
-from chairlift.backend.calibrated.profile import graph_sizes
+from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.block_tables import Practice, Sequences
+from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED, Heads, Paging, Spans, new_cache, unfit
-from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.gpu.step_graphs import Flat, StepGraphs, World, tokens_of
 from chairlift.backend.gpu.transformer import Tokens
 from chairlift.backend.gpu.weights import check_room, loaded
@@ -36,19 +37,19 @@ from chairlift.backend.roofline import Roofline
 from chairlift.backend.shapes import GPU, Model
 
 GRAPHS = graph_sizes(1024)  # padded batch sizes of decode steps
-PAGE = 16  # tokens a block where the pool only counts
-TURNS = 4  # pinned buffers of a kind; to allocate one while the GPU works waits for it
+PAGE = 16  # tokens a block, where the pool only counts blocks
+TURNS = 4  # pinned buffers of each kind, used in turn: to allocate one would wait for the GPU
 
 
 class Flight(NamedTuple):
-    """A step under way."""
+    """A step that was launched and not yet waited for."""
 
-    requests: list[int]  # whose tokens it brings, row by row; -1: nobody's
-    tokens: Tensor  # on the host once the step is done
+    requests: list[int]  # the request of each row of tokens; -1: none
+    tokens: Tensor  # pinned host memory, filled once the step is done
     start: Any  # CUDA events; None on a CPU
     end: Any
-    host: int  # ps
-    gpu: int  # ps, on a CPU
+    host: int  # ps of the launch
+    gpu: int  # ps; on a CPU only, where no events measure it
 
 
 class TorchEngine(Executor):
@@ -59,7 +60,7 @@ class TorchEngine(Executor):
 
     name = "torch"
 
-    def __init__(self, model: Model, gpu: GPU, options: Torch) -> None:
+    def __init__(self, model: Model, gpu: GPU, options: Options) -> None:
         self.model = model
         self.options = options
         found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +75,7 @@ class TorchEngine(Executor):
         if options.quantization == "fp8" and self._cuda and self.dtype != torch.bfloat16:
             raise ValueError(f"quantization fp8 needs dtype bfloat16 (got {str(self.dtype).removeprefix('torch.')})")
         self._price = Roofline(model, gpu)
-        self.generated: dict[int, list[int]] = {}  # request → tokens it was given
+        self.generated: dict[int, list[int]] = {}  # request → tokens generated for it
         self._flights: deque[Flight] = deque()
 
     # getting ready
@@ -121,7 +122,7 @@ class TorchEngine(Executor):
             torch.cuda.empty_cache()
 
     def _warm_up(self, room: int, longest: int) -> None:
-        """Run every kind of step once, so that no compilation or plan falls into a measured one."""
+        """Run every kind of step once, so that no measured step compiles or plans anything."""
         self._net.attention.warm_up(self.dtype, self.device, longest)
         for length in [n for n in (8192, 2048, 600) if n + 4 * self._block < min(room, longest)]:
             steps = [Practice([Prompt(-1, 0, length, 0, True)])]
@@ -136,7 +137,7 @@ class TorchEngine(Executor):
         self.generated = {}
 
     def _capture(self) -> None:
-        """Capture a decode step for every padded batch size, the largest first: they share one pool of memory."""
+        """Capture a decode step of every padded batch size, the largest first: the graphs share a pool of memory."""
         most = self.options.max_batch
         sizes = [n for n in GRAPHS if n < most] + [next((n for n in GRAPHS if n >= most), most)]
         self._staged.zero_()
@@ -199,14 +200,14 @@ class TorchEngine(Executor):
         return Measured(gpu, flight.host)
 
     def fill(self) -> None:
-        """Fill the cache with random numbers: zeros would read faster than what real requests leave there."""
+        """Fill the cache with random numbers: zeros would be read faster than what real requests leave there."""
         for layer in self._cache:
             layer.normal_()
 
     def place(self, contexts: Mapping[int, int]) -> None:
-        """Pretend that these requests have so many tokens in KV, computed before: whatever the cache holds there.
+        """Let each request have so many tokens of KV, whatever the cache holds, to measure steps of a given shape.
 
-        For measuring steps of a given shape; needs blocks that the pool does not name.
+        Needs an engine whose blocks are not ``named``.
         """
         practice, prompt = Practice(()), np.zeros(max(contexts.values()), dtype=np.int64)
         for request, tokens in contexts.items():
@@ -252,7 +253,7 @@ class TorchEngine(Executor):
         return Paging(self._tables, rows, lengths, first)
 
     def _decode(self, size: int) -> Tensor:
-        """A decode step of ``size`` rows, as staged; their tokens, int32. This is what graphs capture."""
+        """The tokens, int32, of a decode step of ``size`` rows as they are staged. This is what a graph captures."""
         rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 3, 4, 5))
         self._tables.view(-1)[cells] = blocks
         tokens = self._last[rows]
@@ -262,7 +263,7 @@ class TorchEngine(Executor):
         return sampled
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """The next token of each row: the likeliest, or drawn at the temperature."""
+        """The next token of each row: the likeliest, or one drawn at the temperature."""
         if self.options.temperature:
             weights = (logits.float() / self.options.temperature).softmax(-1)
             logits = weights / torch.empty_like(weights).exponential_()  # the largest is a draw by these weights

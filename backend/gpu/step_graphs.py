@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from chairlift.backend.calibrated.profile import graph_sizes
+from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.paged_attention import NOWHERE, Paging, Spans
 from chairlift.backend.gpu.transformer import Tokens, Transformer
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chairlift.backend.gpu.settings import Torch
+from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
 from chairlift.backend.shapes import GIB, Model
 
@@ -23,9 +23,9 @@ _latest: dict[Any, Transformer] = {}  # one at most
 
 
 def loaded(
-    model: Model, options: Torch, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
+    model: Model, options: Options, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
 ) -> Transformer:
-    """The model with its weights on the device; the latest one is kept for the next engine, and goes before another."""
+    """The model with its weights on the device. The latest is kept for the next engine, and freed before another."""
     wanted = (model, options, device, dtype, block, max_model_len)
     if wanted not in _latest:
         _latest.clear()
@@ -37,7 +37,7 @@ def loaded(
 
 
 def _load(
-    model: Model, options: Torch, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
+    model: Model, options: Options, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
 ) -> Transformer:
     arithmetic = Arithmetic()
     weight = random_weights(dtype, device, options.seed)

@@ -251,6 +251,7 @@ def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:
     return {
         name: Price(usd_per_gpu_hour=g.usd_per_gpu_hour, date=g.price_date, source=g.price_source)
         for name, g in specs.GPUS.items()
+        if g.usd_per_gpu_hour is not None
     }
 
 
@@ -269,7 +270,11 @@ def _candidate(
         price = price_of(prices, group.gpu.name)
         if price is None:
             known = specs.GPUS.get(group.gpu.name)
-            hint = f"; Chairlift's own table says {known.usd_per_gpu_hour:g} (seen {known.price_date})" if known else ""
+            hint = (
+                f"; Chairlift's own table says {known.usd_per_gpu_hour:g} (seen {known.price_date})"
+                if known and known.usd_per_gpu_hour
+                else ""
+            )
             rule = f"has no price for {group.gpu.name}: add {group.gpu.name}: {{usd_per_gpu_hour: …}}{hint}"
             raise BadInput(plan.problem(("prices",), rule))
         gpus += group.count * group.tensor_parallel

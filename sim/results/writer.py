@@ -22,14 +22,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cluster.control import HANDOVER_COLUMNS
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results import claims
 from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.reader import run_facts, study_facts
 from chairlift.sim.results.recording import Recorder
-from chairlift.sim.results.records import RunRecords, Status
-from chairlift.sim.simulate import Outcome
+from chairlift.sim.results.records import HANDOVER_COLUMNS, RunRecords, Status
 from chairlift.sim.study import Setup, Study
 from chairlift.sim.units import PS_PER_MS
 

@@ -5,23 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from chairlift.backend import specs
-from chairlift.backend.base import Settings
-from chairlift.backend.calibrated.profile import Settings as ProfileSettings
 from chairlift.backend.calibrated.profile import shipped
-from chairlift.backend.gpu.settings import Torch
-from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Scheduler
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
-from chairlift.sim.scenario.schema import Kv
-from chairlift.sim.scenario.yaml_document import Document, problems_from, read
-
-# name → its settings
-BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "profile": ProfileSettings, "torch": Torch}
+from chairlift.sim.scenario.yaml_document import Document, read
+from chairlift.sim.study import Kv
 
 
 class Lookup:
@@ -34,18 +25,24 @@ class Lookup:
         self._problems: list[Problem] = []
 
     def _find(self, key: str, choice: Any, at: KeyPath, from_file: bool = True) -> Any:
-        """What ``choice``, the value of ``key``, names; as `_look_up`."""
+        """What ``choice``, the value of ``key``, names; as `_look_up`.
+
+        ``from_file``: the scenario file names it, so that a policy's or router's file lies beside that, and runs only
+        with ``--trust``. Otherwise the command line does.
+        """
         if key == "model":
             return self._look_up(choice, at, self._model)
         if key == "gpu":
-            return self._look_up(choice, at, _gpu)
-        if key == "router":
-            return self._look_up(choice, at, plugins.router, True)
+            return self._look_up(choice, at, specs.gpu)
         if key == "backend":
-            return self._look_up(self._profile(choice), at, _backend, True)
+            others = list(shipped())
+            return self._look_up(
+                self._profile(choice), at, lambda name: plugins.find(plugins.BACKEND, name, others=others), True
+            )
+        kind = plugins.POLICY if key == "policy" else plugins.ROUTER
         folder = self._folder if from_file else Path()
         trust = self._trust or not from_file
-        return self._look_up(choice, at, lambda name: plugins.scheduler(name, trust, folder), True)
+        return self._look_up(choice, at, lambda name: plugins.find(kind, name, trust, folder), True)
 
     def _profile(self, choice: Any) -> Any:
         """A profile's own name is short for the backend ``profile``; its file may lie beside the scenario."""
@@ -84,26 +81,29 @@ class Lookup:
         return {key: value for key, value in given.items() if key not in refused}
 
     def _settings(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any] | None:
-        model = plugins.settings(kind)  # type: ignore[arg-type]  # a class is hashable
+        model = plugins.settings(kind)
         given = self._refused(kind, given, at)
         checked = self._try(at, lambda: self._document.check(model, given, at))
         return None if checked is None else checked.model_dump()
 
     def _model(self, choice: str | dict[str, Any]) -> specs.Model:
-        if isinstance(choice, dict):
-            return specs.Model(**plugins.settings(specs.Model)(**choice).model_dump())
-        if not choice.endswith(".json"):
+        """The model of that name, of a ``config.json``, or with numbers of its own or changed ones."""
+        name = choice.get("name") if isinstance(choice, dict) else choice
+        if not (isinstance(name, str) and name.endswith(".json")):
             return specs.model(choice)
-        config = read(self._folder / choice).data
-        return specs.Model.from_hf_config(config, Path(choice).parent.name or choice)
+        config = read(self._folder / name).data
+        found = specs.Model.from_hf_config(config, Path(name).parent.name or name)
+        return specs.changed(found, choice) if isinstance(choice, dict) else found
 
     def _try(self, at: KeyPath, what: Any) -> Any:
         """The result of ``what()``; None, with the problem noted at ``at``, where it raises."""
         try:
             return what()
-        except ValidationError as error:
-            kind = specs.Model if "model" in at else specs.GPU
-            self._problems += problems_from(error, self._document, plugins.settings(kind), at=at)
+        except specs.BadShape as error:
+            self._problems += [
+                self._document.problem((*at, key), rule, NOTHING if value is specs.ABSENT else value)
+                for key, rule, value in error.wrong
+            ]
         except BadInput as error:
             self._problems += [
                 p if p.file else self._document.problem((*at, *filter(None, p.path.split("."))), p.rule, p.value)
@@ -114,22 +114,15 @@ class Lookup:
         return None
 
 
-def _gpu(choice: str | dict[str, Any]) -> specs.GPU:
-    if isinstance(choice, dict):
-        return specs.GPU(**plugins.settings(specs.GPU)(**choice).model_dump())
-    return specs.gpu(choice)
-
-
-def _backend(name: str) -> type[Any]:
-    if name not in BACKENDS:
-        raise BadInput(Problem(f"no such backend{did_you_mean(name, [*BACKENDS, *shipped()])}", value=name))
-    return BACKENDS[name]
-
-
 def kv_pool(
     kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
 ) -> tuple[int, int, str]:
-    """Usable blocks, tokens a block, and where the number comes from."""
+    """Usable blocks, tokens a block, and where the number comes from.
+
+    Raises ValueError, one sentence, where no block fits, or where the policy swaps KV over a link of unknown speed.
+    """
+    if getattr(policy, "preemption", "") == "swap":
+        gpu.needed("host_gb_per_s", "swapping KV")
     block_size = getattr(policy, "block_size", None) or kv.block_size
     own = getattr(policy, "num_gpu_blocks", None)
     if kv.blocks is not None and kv.tokens is not None:

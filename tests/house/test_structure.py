@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "scenario": (("scenario", "study", "workload", "results.catalogue", *SPINE), ALL, ALL),
     "replica": (("replica", "results.records", "workload.trace"), ("base",), ("base",)),
     "cluster": (("cluster", "replica", "results", "study", "workload", *SPINE), ("base",), ("base",)),
-    "simulate": (("cluster", "replica", "results", "study"), ("base",), ()),
+    "simulate": (("cluster", "replica", "results", "study", *SPINE), ("base",), ()),
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
     "sweep": (("sweep", "simulate", "scenario", "results", "workload", *SPINE), (), ("base",)),
     "calibration": (
@@ -214,7 +214,8 @@ def test_nothing_at_run_time_needs_more_than_the_project_declares() -> None:
     for requirement in project["project"]["dependencies"] + project["project"]["optional-dependencies"]["gpu"]:
         name = requirement.split(">")[0].split("=")[0].strip()
         declared.add(names.get(name, name))
-    found = {name for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - set(PACKAGES) - {""}
+    ours = {"chairlift", *PACKAGES, ""}
+    found = {name for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - ours
 
     assert found - GPU_LIBRARIES - extras() - declared - {"pydantic_core"} == set()  # pydantic brings its core
 

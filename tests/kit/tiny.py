@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -171,9 +170,8 @@ def system(
 
 
 def executed(setup: Setup, journal: bool = False) -> Served:
-    """Serve ``setup`` on hardware; as `sim.simulate.simulate` each block is known from the start."""
-    with mock.patch.object(Identity, "shares", staticmethod(lambda _trace: True)):
-        return serve(setup, leap=False, journal=journal)
+    """Serve ``setup`` on hardware."""
+    return serve(setup, leap=False, journal=journal)
 
 
 @dataclass

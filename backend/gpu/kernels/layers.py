@@ -85,7 +85,7 @@ def _norm(
 
 
 def _shares(width: int) -> tuple[int, int]:
-    """Threads for a row of so many elements, and pieces of 8 elements each of them has: of 14,336 elements four each."""
+    """Threads for a row of so many elements, and pieces of 8 elements that each has: for 14,336 elements four."""
     each = -(-width // (8 * 512))
     return -(-width // (8 * 32 * each)) * 32, each
 
