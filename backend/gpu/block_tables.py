@@ -100,9 +100,9 @@ class Sequences:
         self._padding += count
         return found
 
-    def slots(self, row: int, tokens: int) -> Tokens:
-        """Where the first ``tokens`` tokens of a row are: ``block · block size + place in it``."""
-        places = np.arange(tokens)
+    def slots(self, row: int, start: int, stop: int) -> Tokens:
+        """Where tokens ``start`` … ``stop`` - 1 of a row are: ``block · block size + place in it``."""
+        places = np.arange(start, stop)
         found: Tokens = self.table[row, places // self.block].astype(np.int64) * self.block + places % self.block
         return found
 
@@ -135,9 +135,10 @@ class Practice:
     Where blocks are named, request -1 has all but the first three, and every other request has those three.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = ()) -> None:
+    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = (), longest: int = 100_000) -> None:
         self.prompts, self.decodes = prompts, decodes
         self.dead: Sequence[int] = ()
+        self._longest = longest  # tokens of a prompt; to make up more than are computed takes time
 
     def table(self, request: int) -> Sequence[int]:
         """Its blocks."""
@@ -145,4 +146,4 @@ class Practice:
 
     def tokens(self, request: int) -> Tokens:
         """Some tokens, others for each request."""
-        return np.arange(abs(request) * 7919, abs(request) * 7919 + 100_000)
+        return np.arange(abs(request) * 7919, abs(request) * 7919 + self._longest)

@@ -15,7 +15,8 @@ class Options:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if torch sees one; the CPU is for tiny models
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: float16 for OPT, float32 on the CPU
     weights: str | None = None  # a folder with config.json and *.safetensors; null: random weights
-    graphs: bool = True  # replay CUDA graphs in steps of decodes alone
+    quantization: Literal["none", "fp8"] = "none"  # fp8: the layers' weights and their inputs in 8-bit floats (e4m3)
+    graphs: bool = True  # replay CUDA graphs in steps of up to 1,024 tokens
     max_batch: Annotated[int, Ge(1)] = 256  # sequences at once
     temperature: Annotated[float, Ge(0)] = 0.0  # of sampling; 0: the likeliest token
     seed: int = 0  # of random weights

@@ -45,7 +45,9 @@ trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
-SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps", "plans")
+SCENARIO_KINDS = (
+    *("policies", "models", "gpus", "scenarios", "backends", "workloads", "formats", "routers", "sweeps", "plans"),
+)
 
 FEW = 20_000  # requests up to which a run keeps a journal unasked; a journal costs a fifth of the time, 200 B a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
@@ -160,7 +162,7 @@ def run(
 def list_(
     kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
 ) -> None:
-    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers, sweeps, plans."""
+    """List what scenarios can name: policies, routers, models, gpus, backends, workloads, trace formats and more."""
     if kind not in SCENARIO_KINDS:
         raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
     table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)
@@ -186,7 +188,7 @@ def describe(
     file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
     format_: Annotated[
         str | None,
-        typer.Option("--format", help=f"{', '.join(formats.NAMES)}; default: detected."),
+        typer.Option("--format", help="One of `chairlift list formats`; default: told from the file."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -290,6 +292,9 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
     elif kind == "backends":
         for name, (each, origin) in _named(plugins.BACKEND):
             yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
+    elif kind == "formats":
+        for name in formats.names():
+            yield name, formats.summary(name)
     else:
         for name in named.names():
             yield name, named.get(name).text

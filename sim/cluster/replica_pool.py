@@ -77,8 +77,8 @@ class ReplicaPool:
         self.now = now
         position = self.router.route(request, self._last_look() if self._stale_ps else self)
         if not isinstance(position, int) or not 0 <= position < len(replicas):
-            name, said = type(self.router).__name__, f"position {position!r} for request {request.id}"
-            raise PolicyError(f"router {name}: {said} among {len(replicas)} replicas")
+            name = type(self.router).__name__
+            raise PolicyError(f"router {name}: position {position!r}: there are {len(replicas)} replicas, from 0")
         chosen = replicas[position]
         if self._queue_limit is not None and len(chosen.engine.state.waiting) >= self._queue_limit:
             self._refuse(request, now)

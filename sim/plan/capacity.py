@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from chairlift.sim.plan.promises import Promise, Sample
-from chairlift.sim.plan.verdict import Verdict, judge, student
+from chairlift.sim.plan.verdict import Verdict, judge
+from chairlift.sim.sweep.statistics import student
 
 Measure = Callable[[float, int, int], Sequence[Sample]]  # rate, requests a replication, replications → a sample each
 Told = Callable[[str], None]

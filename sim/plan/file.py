@@ -22,11 +22,10 @@ from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.axes import Scalar, Value, label_of
 from chairlift.sim.sweep.file import Based, base_of, copied, origin_of, scenario_at
-from chairlift.sim.workload.arrivals import Arrivals
-from chairlift.sim.workload.lengths import Spec
+from chairlift.sim.workload.arrivals import Arrivals, Rate
 from chairlift.sim.workload.named import get as named_workload
-from chairlift.sim.workload.varying_rates import Rate
-from chairlift.sim.workload.workload import Workload
+from chairlift.sim.workload.spec import Workload
+from chairlift.sim.workload.strict import Spec
 
 SAMPLE = 2000  # requests of the trace that bounds are taken from
 COMPARING = ("compare", "cases")

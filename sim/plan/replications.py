@@ -6,16 +6,13 @@ import dataclasses
 import hashlib
 import json
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.capacity import Measure
 from chairlift.sim.plan.file import Candidate, paced, replays
@@ -23,7 +20,7 @@ from chairlift.sim.plan.promises import Promise, Sample, measured
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.journal import Journal
-from chairlift.sim.sweep.runs import Executor, Row, Run
+from chairlift.sim.sweep.runs import Executor, Row, Run, failure
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import Trace
 
@@ -124,12 +121,8 @@ def replicate(run: Run) -> Result:
         outcome = simulate(setup)
         wall = time.perf_counter() - started
         return Result(run.key, "", measured(run.promises, outcome.requests, outcome.runs, wall))
-    except (BadInput, PolicyError) as wrong:
-        error = str(wrong)
     except Exception as wrong:
-        last = traceback.extract_tb(wrong.__traceback__)[-1]
-        error = f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
-    return Result(run.key, error, None)
+        return Result(run.key, failure(wrong), None)
 
 
 def _lost(run: Run, why: str) -> Result:

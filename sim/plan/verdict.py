@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.plan.promises import BINS, Promise, Sample, window
+from chairlift.sim.sweep.statistics import student
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,14 +27,6 @@ MOST_CUT = BINS // 2  # of the warm-up
 LONG_STAY = 0.3  # of a run
 DRIFT_T = 3.5  # Student's t beyond which a second half is worse than the first
 DRIFT = 0.02  # and by so much, as a part of the limit
-
-
-@lru_cache(maxsize=256)
-def student(level: float, freedom: int) -> float:
-    """Quantile of Student's t: ``level`` 0.975 for an interval of 95 %."""
-    from scipy.stats import t  # here: it takes long to import
-
-    return float(t.ppf(level, freedom))
 
 
 @dataclass(frozen=True)

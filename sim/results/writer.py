@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results import claims
@@ -185,10 +185,8 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader, or Ctrl-C, never finds half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _provenance(study: Study) -> dict[str, Any]:

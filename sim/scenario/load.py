@@ -21,6 +21,7 @@ from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
+from chairlift.sim.workload.workload import build
 
 _NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 Pick = Callable[..., tuple[Any, KeyPath]]
@@ -207,7 +208,7 @@ class _Resolver(Lookup):
 
     def _trace(self, scenario: Scenario) -> Trace:
         try:
-            return scenario.workload.build(scenario.seed, self._folder)
+            return build(scenario.workload, scenario.seed, self._folder)
         except BadInput as error:
             at = ("workload",)
             raise BadInput(

@@ -20,7 +20,7 @@ from chairlift.sim.study import (
     Slo,
     Spec,
 )
-from chairlift.sim.workload.workload import Workload
+from chairlift.sim.workload.spec import Workload
 
 TableName = Literal["throughput", "latency", "fleet", "tenants", "cdf"]
 Choice = str | dict[str, Any]  # a name, or a mapping with `name` and settings

@@ -1,18 +1,18 @@
-"""Many runs: each known by what it is made of, run once, and written down as it ends.
+"""Many runs: each has a key made of all that its row depends on, is run once, and is written down as it ends.
 
-`results` takes any number of runs and yields a `Row` for each as it comes. A run that the journal knows already is not
-run again, so whatever was interrupted goes on where it stopped. Where runs take place is the executor's business
-(`sim.sweep.local`): this process's cores, or a Ray cluster.
+`results` takes any number of runs and yields each with its `Row`. A run whose key is in the journal is not run again:
+the same command therefore goes on where an earlier one was stopped. An `Executor` says where runs take place: on the
+cores of this machine (`sim.sweep.local`) or on a Ray cluster (`sim.sweep.on_ray`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import pickle
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -21,27 +21,33 @@ from typing import Any, NamedTuple, Protocol
 
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput
+from chairlift.sim.scenario import plugins
+from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.journal import Journal
-from chairlift.sim.workload.formats import ragpulse
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 1  # raised when the meaning of a row's figures changes
-_SHOWS = ("sim/cli/", "sim/report/")  # folders whose code shapes no row
-_UNTIMED = ("wall_s", "requests_per_wall_s")  # of a summary: how long it took here, not what came out
+_PACKAGES = ("backend", "policies", "sim")
+# Folders and files whose code shows rows, fits profiles or is evidence: no run loads it, so no row depends on it.
+_SHAPES_NO_ROW = (
+    *("sim/cli/", "sim/report/", "sim/calibration/", "sim/sweep/compare.py", "sim/sweep/plots.py"),
+    "backend/gpu/measured/",
+)
+_WALL_CLOCK = ("wall_s", "requests_per_wall_s")  # figures of a summary that tell of this machine, not of the run
 
 
 class Row(NamedTuple):
-    """What became of one run."""
+    """What came out of one run."""
 
-    key: str  # of the run, see `Run.key`
-    error: str  # "" if it went well
-    metrics: dict[str, float | int | None]  # the numbers of `summary.json`, but for wall-clock times
-    wall_s: float  # simulating
-    run_s: float  # all of it: reading the scenario, making the workload, simulating, summing up
+    key: str  # `Run.key`
+    error: str  # one line; "" if the run went well
+    metrics: dict[str, float | int | None]  # the numbers of `summary.json`, wall-clock times left out
+    wall_s: float  # wall-clock time of the simulation
+    run_s: float  # of all: reading the scenario, making the workload, simulating, summing up
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,42 +56,50 @@ class Run:
 
     document: Document  # a scenario that compares nothing
     folder: Path  # where its relative paths start
-    labels: dict[str, Scalar] = field(default_factory=dict)  # the point it belongs to, by axis
+    labels: dict[str, Scalar] = field(default_factory=dict)  # axis → value, of the point that the run belongs to
     seed: int = 0
     trust: bool = False  # policy files may run their code
 
     @cached_property
     def key(self) -> str:
-        """The run's content address: SHA-256 of its scenario, of the files it names, and of Chairlift's own code.
+        """SHA-256 of the scenario, of the files that the run reads, and of `made_by`.
 
-        A file counts by its content, wherever it lies.
+        Each text that names a file is replaced by the file's name and the digest of its content: with
+        ``policy: lab/mine.py:Fair``, the key is made of ``policy: mine.py 5feceb…:Fair``. So the folder may move, and
+        a change of the file changes the key.
         """
-        files = files_named(self.document.data, self.folder)
-        digests = {name: _digest(path) for name, path in files.items()}
-        text = json.dumps(renamed(self.document.data, digests), sort_keys=True)
+        contents = {place: _content(named) for place, named in files_read(self.document, self.folder).items()}
+        text = json.dumps(with_texts(self.document.data, contents), sort_keys=True)
         return hashlib.sha256(f"{ROWS} {made_by()} {text}".encode()).hexdigest()
 
 
 class Executor(Protocol):
-    """Calls ``function`` on every task, somewhere, and yields what it returns, in any order.
+    """Calls ``function`` on every task and yields what the calls return, in the order in which they end.
 
-    A task whose process dies again and again, whatever the executor does about it, gives ``lost(task, why)`` instead.
+    An executor tries a task again when its process has died. For a task whose processes die again and again, it
+    yields ``lost(task, why)``.
     """
 
     def __call__(
         self, function: Callable[[Run], Row], tasks: Sequence[Run], lost: Callable[[Run, str], Row]
     ) -> Iterator[Row]:
-        """The rows, as they come."""
+        """The rows. Closing the iterator ends the runs under way."""
         ...
 
 
 def results(
     runs: Iterable[Run], journal: Journal, executor: Executor, retry: bool = False
-) -> Iterator[tuple[Run, Row]]:
-    """Every run with its row: what the journal knows first, then the others as they end.
+) -> Generator[tuple[Run, Row], None, None]:
+    """Every run with its row: first the runs that the journal knows, then the others as they end.
 
-    A row is in the journal before it is yielded. ``retry``: run once more what failed. Runs that come to the same
-    scenario are run once. A run that fails gives a row with its error; nothing else stops.
+    A row is in the journal before it is yielded. Runs with the same key are run once. A run that fails gives a row
+    with its error, and the other runs go on.
+
+    Args:
+        runs: in the order in which they start.
+        journal: where rows are looked up and written down.
+        executor: where runs take place.
+        retry: run again those of which the journal has an error.
     """
     waiting: dict[str, list[Run]] = {}
     for run in runs:
@@ -107,24 +121,29 @@ def known(run: Run, journal: Journal) -> Row | None:
 
 
 def run_one(run: Run) -> Row:
-    """Simulate ``run``. Whatever goes wrong is in the row, not raised."""
+    """Simulate ``run``. An exception becomes the row's error."""
     started = time.perf_counter()
     wall, error = 0.0, ""
     metrics: dict[str, float | int | None] = {}
     try:
         summary = simulate(prepare(run.document, run.folder, run.trust)).summary
         wall = summary["wall_s"]
-        metrics = {name: value for name, value in _numbers(summary) if name not in _UNTIMED}
-    except (BadInput, PolicyError) as wrong:
-        error = str(wrong)
+        metrics = {name: value for name, value in _numbers(summary) if name not in _WALL_CLOCK}
     except Exception as wrong:
-        last = traceback.extract_tb(wrong.__traceback__)[-1]
-        error = f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
+        error = failure(wrong)
     return Row(run.key, error, metrics, wall, time.perf_counter() - started)
 
 
+def failure(wrong: Exception) -> str:
+    """The error in the row of a run that raised ``wrong``: its message, and for a defect the place in the code."""
+    if isinstance(wrong, BadInput | PolicyError):
+        return str(wrong)
+    last = traceback.extract_tb(wrong.__traceback__)[-1]
+    return f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
+
+
 def _numbers(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | int | None]]:
-    """The numbers of a summary; those in a mapping below it under ``outer.inner``."""
+    """The numbers of a summary by name; ``{"served": {"a": 1}}`` gives ``served.a``."""
     for name, value in summary.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}.")
@@ -138,68 +157,60 @@ def _lost(run: Run, why: str) -> Row:
 
 @cache
 def made_by() -> str:
-    """Chairlift's version and the first digits of a digest of its code: rows of two versions are never mixed.
+    """Chairlift's version, and the first digits of a digest of its code and of installed plug-ins.
 
-    Code that only shows what came out does not count.
+    Runs of two such values have different keys, so their rows are never mixed.
     """
     try:
         number = version("chairlift")
     except PackageNotFoundError:
         number = "0"
+    digest = code_digest(ROOT)
+    if installed := plugins.versions():
+        digest = hashlib.sha256(json.dumps([digest, installed], sort_keys=True).encode()).hexdigest()
+    return f"{number}+{digest[:12]}"
+
+
+def code_digest(root: Path) -> str:
+    """SHA-256 over the files below ``root`` that a row may depend on: code, kernels, profiles and tables of data.
+
+    ``root`` holds the folders ``sim``, ``backend`` and ``policies``.
+    """
     digest = hashlib.sha256()
-    for package in ("backend", "policies", "sim"):
-        for path in sorted((ROOT / package).rglob("*")):
-            name = path.relative_to(ROOT).as_posix()
-            if path.suffix in (".py", ".json") and not name.startswith(_SHOWS):
+    for package in _PACKAGES:
+        for path in sorted((root / package).rglob("*")):
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and path.suffix not in (".pyc", ".md") and not name.startswith(_SHAPES_NO_ROW):
                 digest.update(f"{name}\n".encode())
                 digest.update(path.read_bytes())
-    return f"{number}+{digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
-def files_named(data: Any, folder: Path) -> dict[str, Path]:
-    """Every text in ``data`` that names a file as a scenario may (``trace.csv``, ``mine.py:Class``), and the file.
-
-    Or a folder of ServeGen's, which counts by all that is in it.
-    """
-    found: dict[str, Path] = {}
-    below = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else [data]
-    for value in below:
-        if isinstance(value, dict | list):
-            found |= files_named(value, folder)
-        elif isinstance(value, str) and value:
-            path = folder / file_part(value)
-            client_tables = os.path.isdir(path) and any(path.glob("chunk-*-trace.csv"))  # os: false for any odd name
-            if client_tables or ("." in value and os.path.isfile(path)):
-                found[value] = path
-    return found
+def with_texts(data: Any, texts: Mapping[tuple[str | int, ...], str]) -> Any:
+    """A copy of ``data``, in which each place of ``texts`` has the text given for it."""
+    changed = pickle.loads(pickle.dumps(data)) if texts else data
+    for place, text in texts.items():
+        here = changed
+        for key in place[:-1]:
+            here = here[key]
+        here[place[-1]] = text
+    return changed
 
 
-def companions(path: Path) -> list[Path]:
-    """Files that are read along with ``path``, from the same folder: RAGPulse's maps."""
-    return ragpulse.companions(path)
-
-
-def file_part(text: str) -> str:
-    """``mine.py`` of ``mine.py:Class``; any other text as it is."""
-    before, colon, _ = text.rpartition(".py:")
-    return f"{before}.py" if colon else text
-
-
-def renamed(data: Any, names: dict[str, str]) -> Any:
-    """``data`` with each text of ``names`` replaced."""
-    if isinstance(data, dict):
-        return {key: renamed(value, names) for key, value in data.items()}
-    if isinstance(data, list):
-        return [renamed(value, names) for value in data]
-    return names.get(data, data) if isinstance(data, str) else data
-
-
-def _digest(path: Path) -> str:
-    parts = sorted(path.glob("chunk-*")) if path.is_dir() else [path, *companions(path)]
-    stats = [(each, each.stat()) for each in parts]
-    return " ".join(_digested(each, stat.st_mtime_ns, stat.st_size) for each, stat in stats)
+def _content(named: Named) -> str:
+    """Name and SHA-256 of every file, and what stands behind the path in the text."""
+    told = []
+    for path in named.files:
+        name = path.relative_to(named.base).as_posix()
+        try:
+            stat = path.stat()
+            told.append(f"{name} {_digested(path, stat.st_mtime_ns, stat.st_size)}")
+        except OSError:
+            told.append(f"{name} cannot be read")
+    return " ".join(told) + named.rest
 
 
 @cache
 def _digested(path: Path, _mtime_ns: int, _size: int) -> str:
-    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

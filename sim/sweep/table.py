@@ -1,9 +1,8 @@
-"""``results.parquet`` of a sweep: a row a run with its point, its seed and all metrics. Written, and read again."""
+"""``results.parquet`` of a sweep: one row for each run with its point, its seed and all metrics; written and read."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run, made_by
 
-TIMES = ("wall_s", "run_s")  # the only columns that differ from one start to the next
+TIMES = ("wall_s", "run_s")  # the only columns that differ between two sweeps of the same file
 _META = b"chairlift"
 _LAST = ("key", "version", *TIMES)
 
 
 def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, Row]]) -> None:
-    """Write ``rows`` in their order; the same rows give the same content, but for `TIMES`.
+    """Write ``rows`` in their order. Equal runs give equal columns, except for those of `TIMES`.
 
     Columns: the axes, ``seed``, ``error`` ("" where all went well), the metrics of ``summary.json`` (null where a run
     has none), ``key`` (the run's content address), ``version`` of Chairlift, and ``wall_s`` of simulation in
@@ -39,23 +39,22 @@ def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, 
     columns["run_s"] = pa.array([row.run_s for _, row in rows], pa.float64())
     said = json.dumps({"sweep": name, "axes": list(axes)})
     table = pa.table(columns).replace_schema_metadata({_META: said.encode()})
-    partial = path.with_name(path.name + ".partial")
     try:
-        pq.write_table(table, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial)
     except OSError as error:
         raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
 
 
 @dataclass
 class Results:
-    """The table of a sweep, read back."""
+    """The table of a sweep, read from its file."""
 
-    file: str
-    name: str
+    file: str  # for messages
+    name: str  # of the sweep
     axes: list[str]
     metrics: list[str]
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # column → value, one mapping for each run
 
     def known(self, word: str, allowed: Sequence[str], what: str) -> str:
         """``word``, if it is one of ``allowed``; raises `BadInput` with the nearest one otherwise."""
@@ -84,7 +83,7 @@ def read(path: Path) -> Results:
 
 
 def _labels(values: list[Scalar]) -> Any:
-    """Numbers as numbers; anything else, or a mixture, as text."""
+    """A column of labels: of numbers if all are numbers, of truth values if all are, otherwise of text."""
     given = [v for v in values if v is not None]
     if given and all(type(v) is bool for v in given):
         return pa.array(values, pa.bool_())

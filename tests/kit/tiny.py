@@ -190,7 +190,7 @@ def answers(
     graphs: bool = True,
     **more: Any,
 ) -> Answers:
-    """Run ``trace`` on the tiny model's engine; with ``graphs`` chunks are computed in pieces, as on a GPU."""
+    """Run ``trace`` on the tiny model's engine; with ``graphs`` chunks are padded, as on a GPU."""
     kept = Kept(Torch(device="cpu", weights=str(folder), max_batch=32, graphs=graphs))
     served = executed(system(trace, scheduler, settings, kept, **more))
     return Answers(served, kept.built[-1].generated)

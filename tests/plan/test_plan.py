@@ -20,7 +20,7 @@ from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.local import Local
 from kit.command import chairlift
 from kit.places import ROOT
-from kit.sweeping import started, stopped
+from kit.sweeping import started, stopped, written_down
 
 PLANS = sorted((ROOT / "scenarios" / "plans").glob("*.yaml"))
 
@@ -67,7 +67,7 @@ def test_the_pruned_answer_is_that_of_brute_force(tmp_path: Path) -> None:
     plan = read_plan(Path(written(tmp_path)))
     promises = plan.spec.slo
     effort = plan.spec.search.effort()
-    with Journal(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path) as journal:
         runs = Simulations(journal, Local(1), tuple(promises))
 
         def bounds(candidate: Candidate):  # type: ignore[no-untyped-def]
@@ -95,13 +95,13 @@ def test_a_plan_is_answered_and_resumed(tmp_path: Path) -> None:
     first = chairlift("plan", written(tmp_path), "--out", str(out), "--jobs", "1")
     assert first.status == 0, first.err
     told = json.loads((out / "plan.json").read_text())
-    lines = (out / "journal.jsonl").read_text().count("\n")
+    before = written_down(out)
     second = chairlift("plan", written(tmp_path), "--out", str(out), "--jobs", "1", "--json")
 
     assert "Cheapest for 60/s" in first.out
     assert "vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 1 --max-model-len 4096" in first.out
     assert "--max-num-batched-tokens 2048" in first.out
-    assert (out / "journal.jsonl").read_text().count("\n") == lines
+    assert written_down(out) == before
     assert json.loads(second.out)["cheapest"] == told["cheapest"]
     [cheapest] = told["cheapest"]
     assert len(cheapest["systems"]) == 12
@@ -170,7 +170,7 @@ def test_recorded_loads_that_met_the_promise_are_said_to(tmp_path: Path) -> None
 
     assert candidate.backend == "profile, measured"
     assert candidate.document.data["backend"] == "h200-llama-3.1-8b-vllm-0.23"  # not our own engine's
-    with Journal(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path) as journal:
         measure = Simulations(journal, Local(1), tuple(read.spec.slo)).of(candidate)
         for rate, proof in ((6, 1), (20, 1), (40, -1)):
             assert decide(measure, read.spec.slo, rate, read.spec.search.effort()).proof == proof
@@ -184,7 +184,7 @@ def test_a_bound_is_one(tmp_path: Path) -> None:
     plan = read_plan(Path(written(tmp_path)))
     candidate = next(c for c in plan.candidates if c.labels == {"gpu": "h100", "replicas": 1})
     limit = bound(candidate, plan.spec.slo).rate_per_s
-    with Journal(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path) as journal:
         measure = Simulations(journal, Local(1), tuple(plan.spec.slo)).of(candidate)
         verdict = judge(plan.spec.slo, measure(limit * 1.05, 3000, 2), limit * 1.05, 3000)
         served = sum(s.simulated_s for s in measure(limit * 1.05, 3000, 2)) / 2
@@ -318,24 +318,19 @@ def test_a_shipped_plan_is_sound(path: Path) -> None:
 # ---- interruption ----
 
 
-def keys(folder: Path) -> list[str]:
-    """Of the replications that a plan has written down."""
-    return [json.loads(line)["key"] for line in (folder / "journal.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_plan_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, how: signal.Signals) -> None:
     plan, out = written(tmp_path), tmp_path / "out"
     process = started("plan", plan, "--out", str(out), "--jobs", "2")
-    _, err = stopped(process, out / "journal.jsonl", how)
+    _, err = stopped(process, out, how)
     if how == signal.SIGINT:
         assert "interrupted: what was found is in" in err
-    known = (out / "journal.jsonl").read_bytes().count(b"\n")
+    known = len(written_down(out))
     whole = chairlift("plan", plan, "--out", str(tmp_path / "whole"), "--jobs", "1", "--json")
     again = chairlift("plan", plan, "--out", str(out), "--jobs", "1", "--json")
 
-    assert 5 <= known < (tmp_path / "whole" / "journal.jsonl").read_bytes().count(b"\n")
-    assert sorted(keys(out)) == sorted(keys(tmp_path / "whole"))  # nothing twice
+    assert 5 <= known < len(written_down(tmp_path / "whole"))
+    assert sorted(written_down(out)) == sorted(written_down(tmp_path / "whole"))  # nothing twice
     first, second = json.loads(whole.out), json.loads(again.out)
     assert "by an earlier run" in second["assumptions"]["simulated"]
     for answer in (first, second):

@@ -325,7 +325,7 @@ def test_a_router_that_names_no_replica_is_told_so(position: int) -> None:
         def route(self, request: Request, replicas: Replicas) -> int:
             return position
 
-    with pytest.raises(PolicyError, match=rf"^router Astray: position {position} for request 0 among 2 replicas$"):
+    with pytest.raises(PolicyError, match=rf"^router Astray: position {position}: there are 2 replicas, from 0$"):
         serve(setup_of(trace_of([(0, 4, 2)]), [group(count=2)], Astray))
 
 
