@@ -15,7 +15,7 @@ from chairlift.sim.cli.terminal import console, status
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.policy_files import file_and_class
 from chairlift.sim.scenario.yaml_document import Document
-from chairlift.sim.workload.formats.read import save
+from chairlift.sim.workload.formats.chairlift import save
 
 if TYPE_CHECKING:
     from chairlift.sim.conformance.cases import Case

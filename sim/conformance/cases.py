@@ -189,7 +189,7 @@ def trace_of(rows: Sequence[Row]) -> Trace:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The requests in a trace file that `trace_of` and `workload.formats.read.save` wrote. Raises `BadInput`."""
+    """The requests in a trace file that `trace_of` and `workload.formats.chairlift.save` wrote. Raises `BadInput`."""
     trace = load(path, "chairlift")
     columns = {
         "arrival_ms": (trace.arrival_ps // PS_PER_MS).tolist(),

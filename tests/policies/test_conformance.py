@@ -16,7 +16,7 @@ from chairlift.sim.conformance.promises import Checklist
 from chairlift.sim.conformance.router import PROMISES as ROUTER_PROMISES
 from chairlift.sim.conformance.router import check_router
 from chairlift.sim.scenario import plugins
-from chairlift.sim.workload.formats.read import save
+from chairlift.sim.workload.formats.chairlift import save
 from kit.command import ROUTER, replaced
 
 GOOD = """\

@@ -624,7 +624,7 @@ def test_router_that_names_no_replica(answer: str) -> None:
 
     refused(
         run(SCENARIO + "replicas: 2\n", "--router", "mine.py"),
-        f"router Last: position {answer} for request 0 among 2 replicas",
+        f"router Last: position {answer}: there are 2 replicas, from 0",
     )
 
 
