@@ -251,7 +251,7 @@ def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> 
 def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
     if kind in ("policies", "routers"):
         for name, (each, origin) in _named(plugins.POLICY if kind == "policies" else plugins.ROUTER):
-            yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
+            yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
             for field, (kind_of, default) in plugins.fields(each).items():
                 given = "" if default is ... else f" = {default!r}"
                 yield "", f"  {field}: {plugins.type_name(kind_of)}{given}"
@@ -291,7 +291,7 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
             yield path.stem, _question(path)
     elif kind == "backends":
         for name, (each, origin) in _named(plugins.BACKEND):
-            yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
+            yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
     elif kind == "formats":
         for name in formats.names():
             yield name, formats.summary(name)
