@@ -14,8 +14,8 @@ from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cli.terminal import console
+from chairlift.sim.results.catalogue import sign
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
-from chairlift.sim.sweep.statistics import sign
 from chairlift.sim.sweep.table import read
 
 out = console(least=120)

@@ -90,8 +90,8 @@ def explain(
     """
     from chairlift.sim.report import explain as lives
 
-    if by not in lives.RANKINGS:
-        raise BadInput(Problem(f"no such order{did_you_mean(by, list(lives.RANKINGS))}", file="--by", value=by))
+    if by not in lives.TIMES:
+        raise BadInput(Problem(f"no such order{did_you_mean(by, list(lives.TIMES))}", file="--by", value=by))
     if (request is None) == (slowest is None):
         raise BadInput(Problem("give a request's number, or --slowest N", file="explain"))
     run = read(folder).pick(case, variant)

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from chairlift.backend.base import Backend, Batch, Chunk
 from chairlift.sim.plan.file import Candidate
-from chairlift.sim.plan.promises import METRICS, Promise
+from chairlift.sim.plan.promises import Promise
 from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.study import ReplicaGroup, Setup
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 from chairlift.sim.workload.clients import starts
@@ -106,7 +107,7 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
         # by less than a percent a sample of requests may just be unlucky
         if share < promise.wanted - 0.01:
             quantiles = ", ".join(
-                f"p{100 * promise.wanted:g} {METRICS[metric]} is at least "
+                f"p{100 * promise.wanted:g} {LATENCY[metric].label} is at least "
                 f"{float(f'{np.quantile(fastest[metric][counted], promise.wanted):.3g}'):,g} ms"
                 for metric in promise.limits()
             )

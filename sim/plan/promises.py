@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from chairlift.sim.results.metrics import inter_token_gaps
+from chairlift.sim.results.catalogue import LATENCY
+from chairlift.sim.results.metrics import inter_token_gaps, request_latencies
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
-from chairlift.sim.units import PS_PER_MS, PS_PER_S
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.strict import Spec
 
 Floats = npt.NDArray[np.float64]
@@ -24,7 +25,6 @@ Bools = npt.NDArray[np.bool_]
 
 BINS = 100  # parts of a run, of equally many requests: fine enough to cut a warm-up off
 CAP = 4.0  # times its limit at which a latency stops to count as worse, so that one straggler is no warm-up
-METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}  # as they are printed
 Limit = Annotated[float, Field(gt=0, le=1e10, description="Milliseconds.")]
 
 
@@ -69,8 +69,8 @@ class Promise(Spec):
         of += f" of priority {self.priority}" if self.priority is not None else ""
         if len(limits) == 1:
             [(metric, limit)] = limits.items()
-            return f"p{100 * self.wanted:g} {METRICS[metric]}{of} ≤ {limit:g} ms"
-        told = " and ".join(f"{METRICS[metric]} ≤ {limit:g} ms" for metric, limit in limits.items())
+            return f"p{100 * self.wanted:g} {LATENCY[metric].label}{of} ≤ {limit:g} ms"
+        told = " and ".join(f"{LATENCY[metric].label} ≤ {limit:g} ms" for metric, limit in limits.items())
         return f"{100 * self.wanted:g} % of requests{of}: {told}"
 
 
@@ -201,14 +201,11 @@ def window(begin: float, end: float, stay: float) -> tuple[float, float]:
 def measured(promises: Sequence[Promise], requests: RequestRecords, runs: list[RunRecords], wall_s: float) -> Sample:
     """The sample of a simulated run."""
     columns = requests.columns()
-    arrival, first, last = (np.asarray(columns[c]) for c in ("arrival_ps", "first_token_ps", "finished_ps"))
-    outputs = np.asarray(columns["output_tokens"]).astype(np.int64)
+    arrival = np.asarray(columns["arrival_ps"])
     done = np.asarray(columns["status"]) == Status.FINISHED
-    ttft = np.where(done, (first - arrival) / PS_PER_MS, np.inf)
-    e2el = np.where(done, (last - arrival) / PS_PER_MS, np.inf)
-    several = outputs > 1
-    tpot = np.where(several & done, (last - first) / PS_PER_MS / np.maximum(outputs - 1, 1), 0.0)
-    tpot = np.where(done, tpot, np.inf)
+    several = np.asarray(columns["output_tokens"]) > 1
+    found = request_latencies(requests)
+    ttft, tpot, e2el = (np.where(done, np.nan_to_num(found[name]), np.inf) for name in ("ttft", "tpot", "e2el"))
     trace = requests.trace
     order = np.argsort(arrival, kind="stable")
     tenant = None if trace.tenant is None else np.array(trace.tenants)[trace.tenant][order]

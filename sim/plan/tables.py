@@ -20,8 +20,8 @@ from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Entry, Race
 from chairlift.sim.plan.file import Candidate
-from chairlift.sim.plan.promises import METRICS
 from chairlift.sim.plan.verdict import Verdict
+from chairlift.sim.results.catalogue import LATENCY
 
 SHOWN = 12  # lines of a race
 REASONS = 6
@@ -63,7 +63,7 @@ def interval(capacity: Capacity) -> str:
 def latency_name(figure: str) -> str:
     """``p99 of TTFT`` for ``p99_ttft_ms``."""
     quantile, metric, _ = figure.split("_")
-    return f"{quantile} of {METRICS[metric]}"
+    return f"{quantile} of {LATENCY[metric].label}"
 
 
 def said_of(candidate: Candidate, capacity: Capacity) -> Iterator[str]:

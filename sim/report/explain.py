@@ -15,7 +15,8 @@ import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.replica.journal import Kind
-from chairlift.sim.report.headlines import text
+from chairlift.sim.results.catalogue import LATENCY, text
+from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Status
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
@@ -28,7 +29,7 @@ FACTS = (
     *("arrival_ps", "prompt_tokens", "output_tokens", "status", "admitted_ps", "first_token_ps", "finished_ps"),
     *("emitted_tokens", "preemptions", "ttft_ms", "tpot_ms", "e2el_ms"),
 )
-RANKINGS = {"e2el": "e2el_ms", "ttft": "ttft_ms", "tpot": "tpot_ms"}
+TIMES = ("ttft", "tpot", "e2el")  # latencies that every row of ``requests.parquet`` has
 CHUNKS = 6  # told one by one
 
 
@@ -56,17 +57,17 @@ class Life:
             f"prompt {f['prompt_tokens']:,}, answer {f['output_tokens']:,} tokens",
             Status(f["status"]).name.lower(),
         ]
-        for label, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("E2E", "e2el_ms")):
-            if not np.isnan(f[key]):
-                parts.append(f"{label} {_span(f[key] * PS_PER_MS)}")
+        for name in TIMES:
+            if not np.isnan(f[f"{name}_ms"]):
+                parts.append(f"{LATENCY[name].label} {_span(f[f'{name}_ms'] * PS_PER_MS)}")
         if f["preemptions"]:
             parts.append(f"preempted {_times(f['preemptions'])}")
         return " · ".join(parts)
 
 
 def slowest(run: RunResults, count: int, by: str) -> list[int]:
-    """The ``count`` finished requests with the largest ``by`` (a key of `RANKINGS`), the slowest first."""
-    values = run.requests(RANKINGS[by])[RANKINGS[by]]
+    """The ``count`` finished requests with the largest ``by`` (one of `TIMES`), the slowest first."""
+    values = run.requests(f"{by}_ms")[f"{by}_ms"]
     values = np.where(np.isnan(values), -1.0, values)
     order = np.argsort(-values, kind="stable")[:count]
     return [int(i) for i in order if values[i] >= 0]
@@ -120,9 +121,8 @@ class _Teller:
         self.replica = replica
         self.steps = steps
         self.events = events
-        count = steps["steps"]
         self.start = steps["start_ps"]
-        self.end = self.start + count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) // 2)
+        self.end = ends_ps(steps)
         denied = np.flatnonzero(events["kind"] == Kind.DENY)
         self._denied = dict(zip(events["run"][denied][::-1].tolist(), denied[::-1].tolist(), strict=True))  # the first
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.report.timeline import Timeline, cdf
+from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.results.reader import RunResults
 
 Figure = dict[str, Any]
@@ -25,7 +26,6 @@ WIDE = 50  # times from a distribution's 1st to its 99th percentile from which o
 ROW = 20  # pixels of a bar
 LONG = 0.6  # of the longest bar: from there on its text stands inside it
 INK, MUTED = "var(--ink)", "var(--muted)"
-LATENCY_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 STATES = {  # what a slot does → how it is named
     "decoding": ("decode", "decode"),
     "prefilling": ("prefill", "prefill"),
@@ -77,7 +77,7 @@ def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None
             good = runs[0][1][~np.isnan(runs[0][1])]
             met = f": {np.mean(good <= limit):.1%}" if len(good) else ""
         notes.append(_note(f"SLO {limit:g} ms{met}", np.log10(x) if logarithmic else x, 1.0, "left"))
-    axis: Figure = {"title": {"text": f"{LATENCY_NAMES[metric]}, {unit}"}, "type": "log" if logarithmic else "linear"}
+    axis: Figure = {"title": {"text": f"{LATENCY[metric].label}, {unit}"}, "type": "log" if logarithmic else "linear"}
     if logarithmic:
         axis["dtick"] = 1
     else:

@@ -21,9 +21,10 @@ import numpy as np
 from chairlift.sim.report import figures
 from chairlift.sim.report import slot_data as slotview
 from chairlift.sim.report.figures import Figure, Floats, Part
-from chairlift.sim.report.headlines import LATENCIES, REPLICAS, SERVED, cards, datum, hint, latency_table, text
+from chairlift.sim.report.headlines import cards, datum, hint, latency_table
 from chairlift.sim.report.tenants import tenant_table
 from chairlift.sim.report.timeline import REQUEST_COLUMNS, ReplicaTotals, timeline, work
+from chairlift.sim.results.catalogue import LATENCIES, LATENCY, REPLICAS, SERVED, SIMULATION, text
 from chairlift.sim.results.reader import Columns, Results, RunResults
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -176,16 +177,16 @@ def _comparison(page: _Page, case: str) -> str:
 
 
 def _comparison_table(runs: list[RunResults]) -> str:
-    headlines = [h for h in SERVED if h.key in COMPARED and any(run.summary.get(h.key) is not None for run in runs)]
-    more = [h for h in REPLICAS if h.key in ("mean_running", "kv_utilization", "preemptions")]
+    headlines = [h for h in SERVED if h.name in COMPARED and any(run.summary.get(h.name) is not None for run in runs)]
+    more = [h for h in REPLICAS if h.name in ("mean_running", "kv_utilization", "preemptions")]
     head = [f"<th><span {hint(h.meaning)}>{escape(h.label)}</span></th>" for h in headlines]
     head += [f"<th><span {hint(h.meaning)}>{h.label} p50</span></th><th>p99</th>" for h in LATENCIES[:2]]
     head += [f"<th><span {hint(h.meaning)}>{escape(h.label)}</span></th>" for h in more]
     rows = []
     for i, run in enumerate(runs):
-        cells = [datum(run.summary, h.key, h.unit) for h in headlines]
-        cells += [datum(run.summary, f"{q}_{h.key}_ms", "ms") for h in LATENCIES[:2] for q in ("median", "p99")]
-        cells += [datum(run.summary, h.key, h.unit) for h in more]
+        cells = [datum(run.summary, h.name, h.unit) for h in headlines]
+        cells += [datum(run.summary, f"{q}_{h.name}_ms", "ms") for h in LATENCIES[:2] for q in ("median", "p99")]
+        cells += [datum(run.summary, h.name, h.unit) for h in more]
         name = f'<span class="swatch" style="background:{figures.hue(i)}"></span>{escape(run.variant)}'
         rows.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return (
@@ -206,7 +207,7 @@ def _cdfs(page: _Page, runs: list[tuple[int, RunResults, dict[str, Floats]]]) ->
         limits = {run.slo.get(f"{metric}_ms") for _, run, _ in runs}
         limit = limits.pop() if len(limits) == 1 else None
         figure = figures.latency(metric, [(run.variant or "share", values[metric]) for _, run, values in runs], limit)
-        cells.append(f'<div class="card"><h3>{figures.LATENCY_NAMES[metric]}</h3>{page.place(figure)}</div>')
+        cells.append(f'<div class="card"><h3>{LATENCY[metric].label}</h3>{page.place(figure)}</div>')
     said = "Share of finished requests that were at least as fast."
     return f'<div class="triple">{"".join(cells)}</div><p class="caption">{said}</p>'
 
@@ -249,7 +250,7 @@ def _run(page: _Page, i: int, run: RunResults) -> str:
     parts = [f'<section data-run="{i}"{hidden}>']
     if run.note:
         parts.append(f'<p class="caption">{escape(run.variant)}: {escape(run.note)}</p>')
-    numbers = cards(run.summary, SERVED) + cards(run.summary, REPLICAS)
+    numbers = "".join(cards(run.summary, part) for part in (SERVED, REPLICAS, SIMULATION))
     parts.append(f'<div class="card">{numbers}</div><div class="card">{latency_table(run.summary)}</div>')
     parts.append(f"<h2>The batch, slot by slot</h2>{_slots(page, i, run)}")
     if not results.compares:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.report.slots import Cell, Slots, seat
+from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.units import PS_PER_NS, PS_PER_S
 
@@ -110,9 +111,7 @@ def overview(slots: Slots, steps: Columns) -> dict[str, Any]:
     A stay counts as prefill until its prompt is done, then as decoding: steps in which it stalls are not told apart.
     """
     start = steps["start_ps"].astype(np.float64)
-    count = steps["steps"].astype(np.float64)
-    end = start + count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) / 2)
-    at = np.append(start, end[-1])  # where a row begins; the last entry ends the run
+    at = np.append(start, float(ends_ps(steps)[-1]))  # where a row begins; the last entry ends the run
     origin, width = at[0], (at[-1] - at[0]) / BINS
     seated = np.flatnonzero(slots.end > slots.begin)
     slot = slots.slot[seated]

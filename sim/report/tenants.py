@@ -6,8 +6,8 @@ from html import escape
 
 import numpy as np
 
-from chairlift.sim.report.headlines import text
 from chairlift.sim.report.timeline import finished
+from chairlift.sim.results.catalogue import text
 from chairlift.sim.results.reader import Columns, RunResults
 
 SHOWN = 20  # tenants, those with the most requests

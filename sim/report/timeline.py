@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chairlift.sim.results.metrics import durations_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Status
 from chairlift.sim.units import PS_PER_S
@@ -65,7 +66,7 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
     for replica, steps in zip(run.replicas, run.steps(*STEP_COLUMNS), strict=True):
         count = steps["steps"].astype(np.float64)
         start = steps["start_ps"].astype(np.float64)
-        time = count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) / 2)
+        time = durations_ps(steps).astype(np.float64)
         tokens = steps["kv_tokens"] + steps["decodes"] * (count - 1) / 2
         padding = np.where(steps["chunks"] > 0, 0, steps["padded"])  # beside a chunk it is the prompts' padding
         bins = _Binner(start, time, edges)

@@ -24,15 +24,15 @@ from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results import claims
-from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.results.metrics import Latencies, request_latencies
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.reader import run_facts, study_facts
 from chairlift.sim.results.recording import Recorder
 from chairlift.sim.results.records import HANDOVER_COLUMNS, RunRecords, Status
 from chairlift.sim.study import Setup, Study
-from chairlift.sim.units import PS_PER_MS
 
 KINDS = [kind.name.lower() for kind in Kind]
+CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
 STATUS = [status.name.lower() for status in Status]
 
 
@@ -107,14 +107,14 @@ class Writer:
     def _write_cdf(self, outcomes: Sequence[Outcome]) -> None:
         with (self.folder / "cdf.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
-            rows.writerow(["case", "variant", "share", "ttft_ms", "e2el_ms", "normalized_latency_ms"])
+            rows.writerow(["case", "variant", "share", *(f"{name}_ms" for name in CDFS)])
             for outcome in outcomes:
                 times = Latencies(outcome.requests)
-                n = len(times.ttft)
-                columns = (np.sort(times.ttft), np.sort(times.e2el), np.sort(times.normalized))
+                columns = (np.sort(times.of(name)) for name in CDFS)
                 for i, values in enumerate(zip(*columns, strict=True)):
                     numbers = [f"{v:.6f}" for v in values]
-                    rows.writerow([outcome.setup.case, outcome.setup.variant, f"{(i + 1) / n:.6f}", *numbers])
+                    share = f"{(i + 1) / len(times):.6f}"
+                    rows.writerow([outcome.setup.case, outcome.setup.variant, share, *numbers])
 
 
 def _of_trace(setup: Setup, column: str) -> bool:
@@ -133,8 +133,7 @@ def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, 
     if moves:
         none = np.full(len(outcome.requests.status), -1, dtype=np.int64)
         columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
-    done = columns["status"] == Status.FINISHED
-    arrays: dict[str, Any] = _labels(label, len(done))
+    arrays: dict[str, Any] = _labels(label, len(columns["status"]))
     for name, values in columns.items():
         if name == "status":
             arrays[name] = pa.array(STATUS).take(pa.array(values)).dictionary_encode()
@@ -142,13 +141,9 @@ def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, 
             arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
         else:
             arrays[name] = pa.array(values)
-    arrival, first, last = (
-        np.asarray(columns[c], dtype=np.int64) for c in ("arrival_ps", "first_token_ps", "finished_ps")
-    )
-    more = np.asarray(columns["output_tokens"], dtype=np.int64) - 1
-    arrays["ttft_ms"] = pa.array((first - arrival) / PS_PER_MS, mask=~done)
-    arrays["tpot_ms"] = pa.array((last - first) / PS_PER_MS / np.maximum(more, 1), mask=~(done & (more > 0)))
-    arrays["e2el_ms"] = pa.array((last - arrival) / PS_PER_MS, mask=~done)
+    for name, values in request_latencies(outcome.requests).items():
+        if name != "normalized_latency":  # E2E ÷ output tokens, which stand in the same row
+            arrays[f"{name}_ms"] = pa.array(values, mask=np.isnan(values))
     return pa.table(arrays)
 
 

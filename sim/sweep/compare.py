@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.sweep.statistics import Interval, interval, sign
+from chairlift.sim.results.catalogue import sign
+from chairlift.sim.sweep.statistics import Interval, interval
 from chairlift.sim.sweep.table import Results
 
 METRICS = ("p99_ttft_ms", "p99_tpot_ms", "mean_e2el_ms", "request_throughput", "request_goodput")  # if none is named

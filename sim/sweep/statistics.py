@@ -1,4 +1,4 @@
-"""Paired differences between two systems that met the same random numbers, and which of two figures is the better.
+"""Paired differences between two systems that met the same random numbers.
 
 With common random numbers both systems serve the same requests at each seed, so the difference within a seed varies
 far less than either figure (Law, *Simulation Modeling and Analysis*, 5th ed., section 11.2). The interval is Student's
@@ -14,24 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chairlift.sim.bad_input import BadInput, Problem
-
-_HIGHER = (
-    *("completed", "request_throughput", "request_goodput", "output_throughput", "total_token_throughput"),
-    *("prefix_hit_rate", "kv_utilization", "mean_leap"),
-)
-_LOWER = (
-    "rejected",
-    "timed_out",
-    "failed",
-    "preemptions",
-    "duration",
-    "replica_hours",
-    "busy_s",
-    "kv_internal",
-    "steps",
-)
-
 
 class Interval(NamedTuple):
     """An estimate and where its mean lies with the confidence asked for; NaN bounds: one seed tells nothing of it."""
@@ -40,15 +22,6 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
-
-
-def sign(metric: str) -> int:
-    """1 if more of ``metric`` is better, -1 if less is. Raises `BadInput` if there is no telling."""
-    if metric in _HIGHER:
-        return 1
-    if metric.endswith("_ms") or metric in _LOWER:
-        return -1
-    raise BadInput(Problem("neither more nor less of it is better: choose another", path="metric", value=metric))
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
