@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results.catalogue import LATENCY, text
 from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import Kind, Status
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 STEP_COLUMNS = (

@@ -15,11 +15,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.slots import Cell, Slots, seat
 from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Results, RunResults
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import Kind, Status
 from chairlift.sim.units import PS_PER_S, PS_PER_US
 from chairlift.sim.workload.trace import LATEST_PS
 

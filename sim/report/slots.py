@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.sim.replica.journal import Kind
+from chairlift.sim.results.records import Kind
 
 Ints = npt.NDArray[np.int64]
 LEAVING = (Kind.END, Kind.PREEMPT, Kind.HANDOVER, Kind.LOST)

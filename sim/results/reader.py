@@ -1,7 +1,7 @@
-"""A results folder read back: what `chairlift report`, `explain` and Perfetto traces are made from.
+"""A results folder read back, for `chairlift report`, `explain` and Perfetto traces.
 
-``study.json`` says what the tables do not: the question, what the runs are compared to, and of every run its SLO, the
-sizes of its replicas and the limits of their policies.
+``study.json`` says what the tables do not: the question, what the runs are compared to, and for every run its SLO, the
+sizes of its replicas and the limits of their policies. `sim.results.writer` writes the folder.
 """
 
 from __future__ import annotations
@@ -19,67 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.replica.journal import Kind
-from chairlift.sim.results.outcome import Outcome
-from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Status
-from chairlift.sim.study import ReplicaGroup, Setup, Study
+from chairlift.sim.results.records import EVENT_COLUMNS, Kind, Status
 
 Columns = dict[str, npt.NDArray[Any]]
 
-SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
-CODES = {"status": [s.name.lower() for s in Status], "kind": [k.name.lower() for k in Kind]}  # text → number
-
-
-def study_facts(study: Study) -> dict[str, Any]:
-    """The head of ``study.json``; its ``runs`` come one by one."""
-    return {
-        "name": study.name,
-        "question": study.question.strip(),
-        "baseline": study.baseline,
-        "waterfall": [{"variant": rung.variant, "because": rung.because} for rung in study.waterfall],
-        "compares": len(study.setups) > 1,
-        "runs": [],
-    }
-
-
-def run_facts(outcome: Outcome) -> dict[str, Any]:
-    """What ``study.json`` says of one run."""
-    setup = outcome.setup
-    slo = {name: value for name, value in setup.slo.model_dump().items() if value is not None}
-    return {
-        "case": setup.case,
-        "variant": setup.variant,
-        "note": setup.note,
-        "published": setup.published,
-        "model": setup.model.name,
-        "seed": setup.seed,
-        "rows": {
-            "requests": len(setup.trace),
-            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in outcome.runs),
-            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in outcome.runs),
-        },
-        "slo": slo,
-        "tenants": list(setup.trace.tenants),
-        "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
-    }
-
-
-def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
-    policy = group.make_scheduler()
-    named = (getattr(policy, name, None) for name in SEQUENCE_LIMITS)
-    facts = {
-        "role": group.role,
-        "gpu": group.gpu.name,
-        "tensor_parallel": group.tensor_parallel,
-        "policy": type(policy).__name__,
-        "kv_blocks": group.blocks,
-        "block_size": group.block_size,
-        "token_limit": policy.token_limit,
-        "sequence_limit": next((limit for limit in named if isinstance(limit, int)), None),
-        "batch_synchronous": policy.batch_synchronous,
-        "asynchronous": policy.asynchronous,
-    }
-    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
+CODES = {
+    "status": [s.name.lower() for s in Status],
+    "kind": [k.name.lower() for k in Kind],
+}  # a number's text, by column
 
 
 @dataclass(frozen=True)

@@ -22,22 +22,20 @@ import yaml
 
 from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results import claims
-from chairlift.sim.results.metrics import Latencies, request_latencies
+from chairlift.sim.results.metrics import Latencies, limits, request_latencies
 from chairlift.sim.results.outcome import Outcome
-from chairlift.sim.results.reader import run_facts, study_facts
+from chairlift.sim.results.reader import CODES
 from chairlift.sim.results.recording import Recorder
-from chairlift.sim.results.records import HANDOVER_COLUMNS, RunRecords, Status
-from chairlift.sim.study import Setup, Study
+from chairlift.sim.results.records import EVENT_COLUMNS, HANDOVER_COLUMNS, RUN_COLUMNS, RunRecords
+from chairlift.sim.study import ReplicaGroup, Setup, Study
 
-KINDS = [kind.name.lower() for kind in Kind]
+SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
 CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
-STATUS = [status.name.lower() for status in Status]
 
 
 class Writer:
-    """Writes a study's folder as its runs finish; what is finished is on disk if the rest never is.
+    """Writes the folder of a study, run by run: a finished run is on disk even if the next is interrupted.
 
     Raises `BadInput` if the folder cannot be written.
     """
@@ -50,7 +48,7 @@ class Writer:
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._recorders: dict[str, Recorder] = {}
-        self._facts = study_facts(study)
+        self._facts = _study_facts(study)
         self._columns = [c for c in ("tenant", "session", "priority") if any(_of_trace(s, c) for s in study.setups)]
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
         with _writing(folder):
@@ -81,7 +79,7 @@ class Writer:
             "assumptions": outcome.assumptions,
         }
         self._summaries.append(summary)
-        self._facts["runs"].append(run_facts(outcome))
+        self._facts["runs"].append(_run_facts(outcome))
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if self._compares:
             _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
@@ -117,14 +115,67 @@ class Writer:
                     rows.writerow([outcome.setup.case, outcome.setup.variant, share, *numbers])
 
 
+def _study_facts(study: Study) -> dict[str, Any]:
+    """The head of ``study.json``; ``runs`` is filled as runs finish."""
+    return {
+        "name": study.name,
+        "question": study.question.strip(),
+        "baseline": study.baseline,
+        "waterfall": [{"variant": rung.variant, "because": rung.because} for rung in study.waterfall],
+        "compares": len(study.setups) > 1,
+        "runs": [],
+    }
+
+
+def _run_facts(outcome: Outcome) -> dict[str, Any]:
+    """What ``study.json`` says of one run."""
+    setup = outcome.setup
+    slo = {f"{name}_ms": limit for name, limit in limits(setup.slo).items()}
+    return {
+        "case": setup.case,
+        "variant": setup.variant,
+        "note": setup.note,
+        "published": setup.published,
+        "model": setup.model.name,
+        "seed": setup.seed,
+        "rows": {
+            "requests": len(setup.trace),
+            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in outcome.runs),
+            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in outcome.runs),
+        },
+        "slo": slo,
+        "tenants": list(setup.trace.tenants),
+        "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
+    }
+
+
+def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
+    policy = group.make_scheduler()
+    named = (getattr(policy, name, None) for name in SEQUENCE_LIMITS)
+    facts = {
+        "role": group.role,
+        "gpu": group.gpu.name,
+        "tensor_parallel": group.tensor_parallel,
+        "policy": type(policy).__name__,
+        "kv_blocks": group.blocks,
+        "block_size": group.block_size,
+        "token_limit": policy.token_limit,
+        "sequence_limit": next((limit for limit in named if isinstance(limit, int)), None),
+        "batch_synchronous": policy.batch_synchronous,
+        "asynchronous": policy.asynchronous,
+    }
+    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
+
+
 def _of_trace(setup: Setup, column: str) -> bool:
     return getattr(setup.trace, column) is not None
 
 
 def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()) -> pa.Table:
-    """A row a request: the trace's columns, times in ps (null where it did not happen), latencies in ms.
+    """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
 
-    ``moves``: with the columns of a hand-over of KV, also where there was none; ``also``: with these of the trace.
+    ``label`` says which run of a comparison the rows belong to. ``moves`` adds the columns of a hand-over of KV, empty
+    in a run without one. ``also`` names further columns of the trace to add: tenant, session or priority.
     """
     columns = outcome.requests.columns()
     for name in also:
@@ -136,7 +187,7 @@ def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, 
     arrays: dict[str, Any] = _labels(label, len(columns["status"]))
     for name, values in columns.items():
         if name == "status":
-            arrays[name] = pa.array(STATUS).take(pa.array(values)).dictionary_encode()
+            arrays[name] = pa.array(CODES[name]).take(pa.array(values)).dictionary_encode()
         elif name.endswith("_ps") or name == "prefill_replica":
             arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
         else:
@@ -158,9 +209,8 @@ def replica_table(
         arrays = _labels(label, n)
         arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
         for name, values in columns.items():
-            arrays[name] = (
-                pa.array(KINDS).take(pa.array(values)) if name == "kind" else pa.array(np.ascontiguousarray(values))
-            )
+            made = pa.array(np.ascontiguousarray(values))
+            arrays[name] = pa.array(CODES[name]).take(made) if name in CODES else made
         tables.append(pa.table(arrays))
     return pa.concat_tables(tables).combine_chunks()
 
