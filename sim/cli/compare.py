@@ -65,7 +65,7 @@ def compare(
     comparison = Comparison(table, over or [], metric or [], baseline, confidence)
     found = comparison.fronts(fronts) if fronts else {}
     if html is not None:
-        from chairlift.sim.sweep.plots import write  # here: plotly is an extra
+        from chairlift.sim.sweep.plots import write  # here: only a page needs templates
 
         write(html, comparison, fronts, x)
     if as_json:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.report.timeline import TIMES
 from chairlift.sim.results.catalogue import LATENCY, text
 from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
@@ -26,9 +27,8 @@ STEP_COLUMNS = (
 )
 FACTS = (
     *("arrival_ps", "prompt_tokens", "output_tokens", "status", "admitted_ps", "first_token_ps", "finished_ps"),
-    *("emitted_tokens", "preemptions", "ttft_ms", "tpot_ms", "e2el_ms"),
+    *("emitted_tokens", "preemptions", *(f"{name}_ms" for name in TIMES)),
 )
-TIMES = ("ttft", "tpot", "e2el")  # latencies that every row of ``requests.parquet`` has
 CHUNKS = 6  # told one by one
 
 

@@ -25,9 +25,10 @@ STEP_COLUMNS = (
     *("start_ps", "first_ps", "slope_ps", "steps", "chunks", "prefill_tokens", "decodes", "padded"),
     *("running", "waiting", "held_blocks", "kv_tokens", "preempted"),
 )
+TIMES = ("ttft", "tpot", "e2el")  # latencies that have a column in ``requests.parquet``
 REQUEST_COLUMNS = (
     *("arrival_ps", "prompt_tokens", "output_tokens", "status", "replica", "admitted_ps", "first_token_ps"),
-    *("finished_ps", "emitted_tokens", "preemptions", "cached_tokens", "ttft_ms", "tpot_ms", "e2el_ms"),
+    *("finished_ps", "emitted_tokens", "preemptions", "cached_tokens", *(f"{name}_ms" for name in TIMES)),
 )
 
 

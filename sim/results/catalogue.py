@@ -121,7 +121,7 @@ SIMULATION = (  # how it was simulated; only the first two are the same on every
     Metric("wall_s", "simulated in", "s", "less", "Wall-clock time of the simulation on the machine that ran it."),
     Metric(
         "requests_per_wall_s",
-        "requests per second simulated",
+        "requests/s simulated",
         "/s",
         "more",
         "Requests of the trace ÷ wall-clock time of the simulation.",

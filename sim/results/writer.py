@@ -234,14 +234,18 @@ def _replace(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _provenance(study: Study) -> dict[str, Any]:
+def made_by() -> str:
+    """Chairlift and its version."""
     try:
-        made_by = f"chairlift {version('chairlift')}"
+        return f"chairlift {version('chairlift')}"
     except PackageNotFoundError:
-        made_by = "chairlift (not installed)"
+        return "chairlift (not installed)"
+
+
+def _provenance(study: Study) -> dict[str, Any]:
     traces = {s.case or "workload": "; ".join((s.trace.source, *s.trace.notes)) for s in study.setups}
     pools = {
         " / ".join(filter(None, (s.case, s.variant))) or "kv": "; ".join(g.kv_source for g in s.groups)
         for s in study.setups
     }
-    return {**study.resolved, "provenance": {"made_by": made_by, "traces": traces, "kv": pools}}
+    return {**study.resolved, "provenance": {"made_by": made_by(), "traces": traces, "kv": pools}}
