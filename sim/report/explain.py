@@ -1,8 +1,9 @@
-"""The life of one request in words: when it queued and why, its chunks, who preempted it, how it decoded.
+"""The life of one request in words: when it queued and why, its chunks, what preempted it, how it decoded.
 
-What it says follows from the journal, the runs of engine steps and the limits of the policy. Why a request waits at a
-boundary is the first of these that holds: no room in the KV pool for it, or for one that the policy asked for before
-it; a batch that must return first; a batch that is full; a step whose tokens are spent; a preemption in this plan.
+Everything told follows from the journal, the runs of engine steps and the limits of the policy. The reason why a
+request waits at a boundary is the first of these that holds: the KV pool has no room for the request; a batch must
+return first; the pool has no room for a request that the policy asked for earlier; the batch is full; the tokens of the
+step are spent; the plan has just preempted a request.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Moment:
 
 @dataclass
 class Life:
-    """What became of one request."""
+    """One request: its row of ``requests.parquet``, and what happened to it in order."""
 
     request: int
     facts: dict[str, Any]
@@ -50,7 +51,7 @@ class Life:
 
     @property
     def headline(self) -> str:
-        """What it was and how long it took, in one line."""
+        """Lengths, end and latencies of the request, in one line."""
         f = self.facts
         parts = [
             f"prompt {f['prompt_tokens']:,}, answer {f['output_tokens']:,} tokens",
@@ -73,7 +74,10 @@ def slowest(run: RunResults, count: int, by: str) -> list[int]:
 
 
 def explain(run: RunResults, requests: list[int]) -> list[Life]:
-    """The lives of ``requests`` (rows of the trace), in that order. Raises `BadInput` without a journal of the run."""
+    """The lives of ``requests`` (rows of the trace), in that order.
+
+    Raises `BadInput` where the run kept no journal, or has no such row.
+    """
     if not run.has_events:
         raise BadInput(Problem("kept no journal of its requests: run it again with --events", file=run.label or "it"))
     columns = run.requests(*FACTS)
@@ -114,7 +118,7 @@ def _end(life: Life) -> None:
 
 
 class _Teller:
-    """What happened on one replica."""
+    """Tells what happened to requests on one replica."""
 
     def __init__(self, replica: Replica, steps: Columns, events: Columns) -> None:
         self.replica = replica
@@ -126,7 +130,7 @@ class _Teller:
         self._denied = dict(zip(events["run"][denied][::-1].tolist(), denied[::-1].tolist(), strict=True))  # the first
 
     def tell(self, life: Life) -> Iterator[Moment]:
-        """The lines of one request's stay here."""
+        """The lines of one request's stay on the replica."""
         events = self.events
         mine = np.flatnonzero(events["request"] == life.request)
         mine = mine[np.argsort(events["run"][mine], kind="stable")]
@@ -249,7 +253,7 @@ class _Teller:
         return f", beside {' and '.join(parts)}" if parts else ""
 
     def _decode(self, first: int, end: int, parked: list[tuple[int, bool]]) -> Iterator[Moment]:
-        """Decoding in the rows ``first`` … ``end``, told at its start."""
+        """The line that tells of decoding in the rows ``first`` … ``end``."""
         end = min(end, len(self.start))
         if end <= first:
             return

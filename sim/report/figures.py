@@ -1,6 +1,6 @@
 """The curves and bars of a report as Plotly figures: plain dictionaries, drawn by the plotly.js in the page.
 
-Colours are CSS variables, ``var(--decode)``, which the page puts in: so a figure follows light and dark.
+Colours are CSS variables such as ``var(--decode)``, which the page replaces: a figure follows light and dark.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def rounded(values: npt.NDArray[Any]) -> list[float]:
 
 
 def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None) -> Figure:
-    """Cumulative shares of one latency, a curve a run, given (name, ms), with its SLO as a line."""
+    """Cumulative shares of one latency: a curve for each (name, ms) of ``runs``, and the SLO ``limit`` as a line."""
     curves = [(name, *cdf(values)) for name, values in runs]
     drawn = [values for _, values, _ in curves if len(values)]
     longest = max((float(v[-1]) for v in drawn), default=0.0)

@@ -44,8 +44,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = inserted(
         metrics.read_text(), '        "output_throughput": ', '        "odd": int((times.prompts % 2).sum()),\n'
     )
-    made = '        "delay": (np.asarray(columns["admitted_ps"]) - arrival) / PS_PER_MS,\n'
-    metrics.write_text(inserted(code, '        "e2el": e2el,\n', made))
+    delay = '    "delay": lambda m: (m.admitted - m.arrival) / PS_PER_MS,\n'
+    metrics.write_text(inserted(code, '    "e2el": lambda m', delay))
     return folder
 
 
