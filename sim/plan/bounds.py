@@ -23,7 +23,6 @@ from chairlift.sim.workload.clients import starts
 from chairlift.sim.workload.trace import Trace
 
 SLACK = 0.97  # of a bound's time: batches between those tried may be a little cheaper
-MOST_SEQUENCES = 4096
 CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 Floats = npt.NDArray[np.float64]
@@ -59,13 +58,14 @@ def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats
     """Least seconds of a replica for an average request: its prompt, and its further tokens."""
     backend = group.make_backend(setup.model)
     scheduler = group.make_scheduler()
-    cheapest = _prompt_token(backend, getattr(scheduler, "token_limit", None))
+    cheapest = _prompt_token(backend, scheduler.token_limit)
     total = float(decodes.sum())
     if total == 0:
         return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, 0.0
     context = float((decodes * (prompts + (decodes + 1) / 2)).sum()) / total
     room = group.blocks * group.block_size / max(1.0, float(prompts.min()))
-    most = int(min(MOST_SEQUENCES, max(1.0, room), getattr(scheduler, "max_num_seqs", None) or MOST_SEQUENCES))
+    limits = [limit for limit in (scheduler.sequence_limit, scheduler.token_limit) if limit is not None]
+    most = int(min(max(1.0, room), *limits))  # each decode takes one of a step's tokens
     sizes = sorted({*range(1, min(most, 512) + 1), *np.geomspace(1, most, 64).astype(int).tolist(), most})
     each = min(backend.step(Batch((), b, round(b * context))).first / b for b in sizes)
     return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, each * float(decodes.mean()) * SLACK / PS_PER_S

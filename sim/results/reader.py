@@ -26,7 +26,6 @@ from chairlift.sim.study import ReplicaGroup, Setup, Study
 
 Columns = dict[str, npt.NDArray[Any]]
 
-SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
 CODES = {"status": [s.name.lower() for s in Status], "kind": [k.name.lower() for k in Kind]}  # text → number
 
 
@@ -66,7 +65,6 @@ def run_facts(outcome: Outcome) -> dict[str, Any]:
 
 def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
     policy = group.make_scheduler()
-    named = (getattr(policy, name, None) for name in SEQUENCE_LIMITS)
     facts = {
         "role": group.role,
         "gpu": group.gpu.name,
@@ -75,7 +73,7 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         "kv_blocks": group.blocks,
         "block_size": group.block_size,
         "token_limit": policy.token_limit,
-        "sequence_limit": next((limit for limit in named if isinstance(limit, int)), None),
+        "sequence_limit": policy.sequence_limit,
         "batch_synchronous": policy.batch_synchronous,
         "asynchronous": policy.asynchronous,
     }

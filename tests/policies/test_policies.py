@@ -938,6 +938,47 @@ def conforms(make: Callable[[], Scheduler]) -> None:
         for world in (leapt, stepped):
             check_books(world)
             assert set(world.requests.status) == {Status.FINISHED}  # the pool has room for the longest of all
+            assert most_in_a_step(world) <= (make().sequence_limit or n)
+
+
+def most_in_a_step(world: World) -> int:
+    """Requests that the fullest step of any replica computed for."""
+    runs = [engine.records.runs() for engine in world.engines]
+    return max(int((each["chunks"] + each["decodes"]).max()) for each in runs)
+
+
+LIMITED: dict[str, list[dict[str, Any]]] = {  # settings that let three requests into a step
+    **{name: [{"max_batch": 3}, {"budget": 3}] for name in ("Sarathi", "Sjf", "Srpt", "Priority", "Slo", "Fair")},
+    "Deadline": [{"max_batch": 3}, {"budget": 3}],
+    "Mlfq": [{"max_batch": 3}],
+    "Orca": [{"max_batch": 3}],
+    "Sglang": [{"max_running_requests": 3}],
+    "Static": [{"batch": 3}],
+    "Vllm": [{"max_num_seqs": 3}],
+    "VllmV0": [{"max_num_seqs": 3}],
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "chosen"),
+    [
+        pytest.param(cls, chosen, id=f"{cls.__name__}-{next(iter(chosen))}")
+        for cls in schedulers()
+        for chosen in LIMITED.get(cls.__name__, [])
+    ],
+)
+def test_a_policy_fills_its_steps_up_to_the_limit_that_it_says(cls: type[Scheduler], chosen: dict[str, Any]) -> None:
+    crowd = trace_of([(0, 1, 5)] * 12, max_tokens=[5] * 12)
+    world = play(crowd, lambda: cls(**chosen), max_model_len=MODEL_LEN)
+
+    assert cls(**chosen).sequence_limit == 3
+    assert most_in_a_step(world) == 3
+
+
+def test_every_policy_but_tgi_limits_the_requests_of_a_step() -> None:
+    """TGI's limit is of tokens alone: prompts and declared outputs of the whole batch."""
+    assert [cls.__name__ for cls in schedulers() if cls().sequence_limit is None] == ["Tgi"]
+    assert set(LIMITED) == {cls.__name__ for cls in schedulers()} - {"Tgi"}
 
 
 @dataclass
