@@ -54,7 +54,7 @@ def stopped(process: subprocess.Popen[str], journal: Path, how: signal.Signals) 
 def started(*arguments: str) -> subprocess.Popen[str]:
     """``chairlift ARGUMENTS`` as a process of its own, which hears interrupts even where the tests do not."""
     return subprocess.Popen(
-        [sys.executable, "-m", "sim", *arguments],
+        [sys.executable, "-m", "chairlift", *arguments],
         env={**os.environ, "PYTHONPATH": str(IMPORTS)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -8,7 +8,7 @@ import pytest
 
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario.load import load
-from kit.command import SCENARIO, replaced
+from kit.command import replaced
 
 OWN = """\
 from dataclasses import dataclass
