@@ -17,8 +17,8 @@ the curve between them is assumed. The capacity lies between them with at least 
 interval is of the simulation's randomness alone; errors of the step costs are not in it.
 
 Worked example, an M/M/1 queue that serves one request a second, and "90 % of requests: E2E ≤ 5757 ms" (the closed form
-says 0.6/s). The guess 0.5 makes a grid from 0.1 to 2. With one seed, the screen finds 0.51 kept and 0.67 broken, and secant
-steps lead to 0.615. 32 replications of 8000 requests correct that to 0.598, and prove 0.592 kept and 0.609 broken.
+says 0.6/s). The guess 0.5 makes a grid from 0.1 to 2. With one seed, the screen finds 0.51 kept and 0.67 broken, and
+secant steps lead to 0.615. 32 replications of 8000 requests correct that to 0.598; they prove 0.592 kept, 0.609 broken.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Three requests in three parts, with TTFTs of 400, 600 and 450 ms, give the promi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -202,7 +202,9 @@ def _figures(
         values = getattr(times, metric)[middle & times.several if metric == "tpot" else middle]
         if len(values):
             levels = sorted(wanted[metric])
-            method = "linear" if np.isfinite(values).all() else "lower"  # there is no line to an infinite latency
+            method: Literal["linear", "lower"] = (
+                "linear" if np.isfinite(values).all() else "lower"
+            )  # there is no line to an infinite latency
             for q, value in zip(levels, np.percentile(values, levels, method=method).tolist(), strict=True):
                 found[f"p{q:g}_{metric}_ms"] = value if np.isfinite(value) else 1e12
     if gaps is not None and len(gaps.ms):

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from chairlift.sim.plan.bounds import bound
+from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.cheapest import decide, race
-from chairlift.sim.plan.file import Candidate, paced, read_plan
+from chairlift.sim.plan.file import read_plan
+from chairlift.sim.plan.pacing import paced
 from chairlift.sim.plan.promises import BINS, Latency, Promise, sample_of
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.verdict import judge
