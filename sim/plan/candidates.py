@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -92,9 +93,15 @@ def _profile(document: Document) -> str | None:
         known = {specs.gpu(gpu).name for gpu in gpus}
     except LookupError:
         return None
-    fitting = [p for p in map(profile.load, profile.shipped()) if p.model == name and {p.tensor_parallel} == degrees]
+    fitting = [p for p in _shipped() if p.model == name and {p.tensor_parallel} == degrees]
     fitting.sort(key=lambda p: (not p.engine.startswith("vllm"), known != {p.gpu}))
     return fitting[0].name if fitting else None
+
+
+@cache
+def _shipped() -> tuple[profile.Profile, ...]:
+    """All shipped profiles, read once."""
+    return tuple(map(profile.load, profile.shipped()))
 
 
 def candidate(
