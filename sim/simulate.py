@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import numpy as np
 
@@ -24,22 +22,11 @@ from chairlift.sim.replica.executing import Executing
 from chairlift.sim.replica.journal import JournalEngine, JournalExecuting
 from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
 from chairlift.sim.results.metrics import fleet, summarise
-from chairlift.sim.results.records import RequestRecords, RunRecords
+from chairlift.sim.results.outcome import Outcome
+from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import ReplicaGroup, Setup
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.trace import Trace
-
-
-@dataclass
-class Outcome:
-    """What one run left behind."""
-
-    setup: Setup
-    requests: RequestRecords
-    runs: list[RunRecords]  # one a replica
-    summary: dict[str, Any]
-    assumptions: dict[str, str]
-    engine: dict[str, str] = field(default_factory=dict)  # of an executed run: the GPU and the software
 
 
 def simulate(

@@ -2,15 +2,158 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chairlift.backend import specs
 from chairlift.backend.base import Backend, Settings
 from chairlift.policies.base import Router, Scheduler
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
-from chairlift.sim.scenario.schema import Autoscale, Claim, Failures, Limits, Link, Rung, Slo
 from chairlift.sim.workload.trace import Trace
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Spec(BaseModel):
+    """A part of a scenario file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Slo(Spec):
+    """What a request must meet to count as good; all of those given."""
+
+    ttft_ms: PositiveMs | None = Field(None, description="Time to the first token.")
+    tpot_ms: PositiveMs | None = Field(None, description="Mean time per further token.")
+    e2el_ms: PositiveMs | None = Field(None, description="Time to the last token.")
+
+
+class Kv(Spec):
+    """The KV pool of a replica: measured (`blocks` or `tokens`), or worked out from the GPU's memory."""
+
+    blocks: Positive | None = Field(None, description="Blocks of block_size tokens, as an engine's log says.")
+    tokens: Positive | None = Field(None, description="Token slots, instead of blocks.")
+    block_size: Positive = Field(16, description="Tokens a block.")
+    memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of the memory in use.")
+    reserve_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        specs.RESERVE_GIB, description="GiB a GPU keeps besides weights and KV."
+    )
+    host_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        4, description="Host memory for swapped KV, GiB a GPU (vLLM's swap_space)."
+    )
+    host_link: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Share of the host link's line rate that swapping reaches (an assumption)."
+    )
+
+
+class Limits(Spec):
+    """When requests are refused or given up."""
+
+    queue: Positive | None = Field(None, description="Refuse a request whose replica has so many waiting already.")
+    queue_timeout_s: PositiveSeconds | None = Field(None, description="Give up a request that has not started by then.")
+    timeout_s: PositiveSeconds | None = Field(None, description="The client gives up a request not answered by then.")
+
+
+class Link(Spec):
+    """What KV goes through from a prefill replica to a decode replica: one transfer at a time, first come first served.
+
+    KV is staged in the memory of the decode replica's host, so that no transfer waits for room in its pool.
+    """
+
+    gb_per_s: PositiveNumber = Field(description="Bandwidth, 1e9 bytes a second.")
+    latency_us: Seconds = Field(10, description="Added to every transfer, microseconds.")
+    shared: bool = Field(False, description="One link for all prefill replicas, instead of one each.")
+
+
+class Outage(Spec):
+    """One planned failure."""
+
+    replica: Annotated[int, Field(ge=0)] = Field(description="Which replica, from 0.")
+    at_s: Seconds = Field(description="When it fails.")
+    for_s: PositiveSeconds | None = Field(None, description="How long it stays away; null: for good.")
+
+
+class Failures(Spec):
+    """Replicas that fail and come back; what they held is lost with their KV."""
+
+    mtbf_s: PositiveSeconds | None = Field(None, description="Mean time between failures of a replica, exponential.")
+    mttr_s: PositiveSeconds | None = Field(None, description="Mean time to repair, exponential.")
+    schedule: list[Outage] = Field(default_factory=list, description="Failures at set times.")
+    on_failure: Literal["retry", "fail"] = Field(
+        "retry",
+        description="Send the requests elsewhere, where prompt and tokens so far are computed again; or fail them.",
+    )
+
+    @model_validator(mode="after")
+    def _both_means(self) -> Failures:
+        if (self.mtbf_s is None) != (self.mttr_s is None):
+            raise ValueError("mtbf_s and mttr_s must be given together")
+        return self
+
+
+class Planned(Spec):
+    """From a time on, so many replicas."""
+
+    at_s: Seconds = Field(description="From when on.")
+    replicas: Positive = Field(description="How many.")
+
+
+class Autoscale(Spec):
+    """How many of the replicas are up; they start with `replicas`. Exactly one of the targets and the schedule."""
+
+    min: Positive = Field(1, description="At least so many.")
+    max: Positive = Field(description="At most so many.")
+    every_s: PositiveSeconds = Field(15, description="Time between two looks.")
+    provision_s: Seconds = Field(60, description="Time from asking for a replica to having it.")
+    target_outstanding: PositiveNumber | None = Field(None, description="Requests a replica should have.")
+    target_waiting: PositiveNumber | None = Field(None, description="Requests that may wait at a replica.")
+    schedule: list[Planned] = Field(default_factory=list, description="Numbers for set times.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Autoscale:
+        rules = (self.target_outstanding is not None, self.target_waiting is not None, bool(self.schedule))
+        if sum(rules) != 1:
+            raise ValueError("must have exactly one of target_outstanding, target_waiting and schedule")
+        if self.max < self.min:
+            raise ValueError(f"max must be at least min, {self.min} (got {self.max})")
+        return self
+
+
+class Rung(Spec):
+    """One rung of a waterfall: what is gained from the rung above."""
+
+    variant: str = Field(description="A variant's name.")
+    because: str = Field("", description="What makes the difference to the rung before.")
+
+
+class Claim(Spec):
+    """A published number, shown beside ours."""
+
+    says: str = Field(description="What was published, and where.")
+    published: float | tuple[float, float] = Field(description="The number, or the least and the most.")
+    metric: str = Field("request_throughput", description="A field of summary.json, or offered_rate, or slo_missed.")
+    of: str = Field(description="The variant that it is of.")
+    over: str | None = Field(None, description="The variant that it is a ratio to.")
+    case: str | None = Field(None, description="In which case; default: the last.")
+    within: dict[str, PositiveNumber] = Field(
+        default_factory=dict,
+        description="Instead of a case: the most of the metric, between the cases too, at which these are at most so.",
+    )
+    because: str = Field("", description="Why ours differs.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Claim:
+        if self.case is not None and self.within:
+            raise ValueError("case and within must not both be given")
+        return self
 
 
 @dataclass
@@ -85,8 +228,8 @@ class Study:
     name: str
     question: str
     setups: list[Setup]  # case by case, variants in order
-    baseline: list[str] = field(default_factory=list)
-    waterfall: list[Rung] = field(default_factory=list)
-    claims: list[Claim] = field(default_factory=list)
-    tables: list[str] = field(default_factory=lambda: ["throughput", "latency"])
-    resolved: dict[str, Any] = field(default_factory=dict)  # the file's content with --set applied
+    baseline: list[str] = dataclasses.field(default_factory=list)
+    waterfall: list[Rung] = dataclasses.field(default_factory=list)
+    claims: list[Claim] = dataclasses.field(default_factory=list)
+    tables: list[str] = dataclasses.field(default_factory=lambda: ["throughput", "latency"])
+    resolved: dict[str, Any] = dataclasses.field(default_factory=dict)  # the file's content with --set applied

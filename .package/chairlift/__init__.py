@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from chairlift.backend.base import Backend, Batch, StepCost
     from chairlift.policies.base import Request, Router, Scheduler, Step
     from chairlift.sim.bad_input import BadInput
+    from chairlift.sim.results.outcome import Outcome
     from chairlift.sim.scenario.load import load
-    from chairlift.sim.simulate import Outcome, simulate
+    from chairlift.sim.simulate import simulate
     from chairlift.sim.study import Setup, Study
 
 __all__ = [
@@ -43,7 +44,7 @@ _HOMES = {  # where each name is defined; imported at its first use, so that a p
     "Backend": "backend.base",
     "BadInput": "sim.bad_input",
     "Batch": "backend.base",
-    "Outcome": "sim.simulate",
+    "Outcome": "sim.results.outcome",
     "Request": "policies.base",
     "Router": "policies.base",
     "Scheduler": "policies.base",

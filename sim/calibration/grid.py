@@ -18,9 +18,8 @@ from chairlift.backend.base import Settings
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.recording import Recorder
-from chairlift.sim.scenario.schema import Kv, Limits, Slo
 from chairlift.sim.simulate import simulate
-from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import Trace
 

@@ -12,6 +12,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup, Study
@@ -100,6 +101,5 @@ def _write(found: Sequence[tuple[Setup, Runs]], folder: Path) -> None:
         for setup, runs in found
     ]
     path = folder / "uncertainty.json"
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n", encoding="utf-8")

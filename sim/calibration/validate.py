@@ -21,9 +21,9 @@ from chairlift.backend.fitting.recording import Experiment, Recording, Recording
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps
-from chairlift.sim.scenario.schema import Limits, Slo
-from chairlift.sim.simulate import Outcome, simulate
-from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.results.outcome import Outcome
+from chairlift.sim.simulate import simulate
+from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import Trace
 

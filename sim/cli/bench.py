@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from chairlift.sim.cluster.cluster import time_bare_timeouts
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import load
-from chairlift.sim.simulate import Outcome, simulate
+from chairlift.sim.simulate import simulate
 
 SCENARIO = Path(__file__).resolve().parents[2] / "scenarios" / "million.yaml"
 TIMEOUTS = 1_000_000

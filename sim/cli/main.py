@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,10 +27,11 @@ from chairlift.sim.cli.terminal import console, progress, status
 from chairlift.sim.report import tables as report
 from chairlift.sim.results import reader as results
 from chairlift.sim.results import writer as output
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
-from chairlift.sim.scenario.resolve import BACKENDS
-from chairlift.sim.simulate import Outcome, simulate
+from chairlift.sim.scenario.policy_files import blame
+from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload import named
@@ -48,7 +49,9 @@ trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
-SCENARIO_KINDS = ("policies", "models", "gpus", "scenarios", "backends", "workloads", "routers", "sweeps", "plans")
+SCENARIO_KINDS = (
+    *("policies", "models", "gpus", "scenarios", "backends", "workloads", "formats", "routers", "sweeps", "plans"),
+)
 
 FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
@@ -86,6 +89,13 @@ def run(
             help="Run this policy instead of the file's: a name, or file.py[:Class]. Twice: compare.",
         ),
     ] = None,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="R",
+            help="Route by this router instead of the file's: a name, or file.py[:Class]. Twice: compare.",
+        ),
+    ] = None,
     backend: Annotated[str | None, typer.Option(metavar="B", help="Price steps with this backend.")] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where results go; default runs/<scenario>.")
@@ -96,7 +106,9 @@ def run(
     draws: Annotated[
         int, typer.Option("--uncertainty", metavar="N", min=0, help="N more runs with other seeds and profile errors.")
     ] = 0,
-    trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let policy and router files named in the YAML run their code.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json (or comparison.json) instead.")] = False,
     events: Annotated[
@@ -113,11 +125,11 @@ def run(
     [bold]chairlift run anyscale_23x[/bold] replays the continuous-batching post.
     """
     path = find_scenario(scenario)
-    study = load(path, set_ or [], policy or [], backend, trust)
+    study = load(path, set_ or [], policy or [], backend, trust, router or [])
 
     def again(draw: int) -> Study:
         seed = study.setups[0].seed + draw
-        return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust)
+        return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust, router or [])
 
     folder = out_dir or Path("runs") / study.name
     writer = output.Writer(folder, study)
@@ -154,7 +166,7 @@ def run(
 def list_(
     kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
 ) -> None:
-    """List what scenarios can name: policies, models, gpus, scenarios, backends, workloads, routers, sweeps, plans."""
+    """List what scenarios can name: policies, routers, models, gpus, backends, workloads, trace formats and more."""
     if kind not in SCENARIO_KINDS:
         raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
     table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)
@@ -180,7 +192,7 @@ def describe(
     file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
     format_: Annotated[
         str | None,
-        typer.Option("--format", help=f"{', '.join(formats.NAMES)}; default: detected."),
+        typer.Option("--format", help="One of `chairlift list formats`; default: told from the file."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -240,9 +252,8 @@ def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> 
 
 def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
     if kind in ("policies", "routers"):
-        found: Any = plugins.schedulers() if kind == "policies" else plugins.routers()
-        for name, each in found.items():
-            yield name, plugins.summary(each)
+        for name, (each, origin) in _named(plugins.POLICY if kind == "policies" else plugins.ROUTER):
+            yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
             for field, info in plugins.settings(each).model_fields.items():
                 yield "", f"  {field}: {plugins.type_name(info)} = {info.default!r}"
     elif kind == "models":
@@ -280,11 +291,22 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
         for path in sorted((SCENARIOS / kind).glob("*.yaml")):
             yield path.stem, _question(path)
     elif kind == "backends":
-        for name, settings in BACKENDS.items():
-            yield name, plugins.summary(settings)
+        for name, (each, origin) in _named(plugins.BACKEND):
+            yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
+    elif kind == "formats":
+        for name in formats.names():
+            yield name, formats.summary(name)
     else:
         for name in named.names():
             yield name, named.get(name).text
+
+
+def _named(kind: plugins.Kind) -> Iterable[tuple[str, plugins.Named]]:
+    """Every policy, router or backend there is. A plug-in that cannot be used is told of on standard error."""
+    found, problems = plugins.available(kind)
+    for problem in problems:
+        err.print(f"[yellow]left out:[/yellow] {escape(str(problem))}", soft_wrap=True)
+    return found.items()
 
 
 def _question(path: Path) -> str:
@@ -314,7 +336,7 @@ def main() -> None:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:
-        blamed = plugins.blame(error)
+        blamed = blame(error)
         if blamed is None:
             raise
         err.print(f"[red]error:[/red] {escape(str(blamed))}", soft_wrap=True)

@@ -68,7 +68,7 @@ def plan(
         _say_bounds(found)
         return
     answer: Answer | None = None
-    with Journal(folder / "journal.jsonl") as journal:
+    with Journal(folder) as journal:
         spec = found.spec
         runs = Simulations(journal, executor_for(executor, jobs, address), tuple(spec.slo), spec.search.seed)
         try:

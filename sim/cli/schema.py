@@ -7,7 +7,6 @@ from typing import Any
 from chairlift.backend import specs
 from chairlift.sim.plan.file import PlanFile
 from chairlift.sim.scenario import plugins
-from chairlift.sim.scenario.resolve import BACKENDS
 from chairlift.sim.scenario.schema import Scenario
 from chairlift.sim.sweep.file import Based, SweepFile
 
@@ -17,10 +16,11 @@ def scenario_schema() -> dict[str, Any]:
     schema = Scenario.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Chairlift scenario"
+    file = {"type": "string", "pattern": r"\.py(:\w+)?$"}
     choices: dict[str, dict[str, Any]] = {
-        "policy": {"anyOf": [*_choices(dict(plugins.schedulers())), {"type": "string", "pattern": r"\.py(:\w+)?$"}]},
-        "router": {"anyOf": _choices(dict(plugins.routers()))},
-        "backend": {"anyOf": _choices(dict(BACKENDS))},
+        "policy": {"anyOf": [*_choices(plugins.POLICY), file]},
+        "router": {"anyOf": [*_choices(plugins.ROUTER), file]},
+        "backend": {"anyOf": _choices(plugins.BACKEND)},
         "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _settings(specs.Model)]},
         "gpu": {"anyOf": [{"enum": list(specs.GPUS)}, {"type": "string"}, _settings(specs.GPU)]},
     }
@@ -49,16 +49,18 @@ def _with_axes(kind: type[Based], name: str) -> dict[str, Any]:
     return schema
 
 
-def _choices(kinds: dict[str, type[Any]]) -> list[dict[str, Any]]:
+def _choices(kind: plugins.Kind) -> list[dict[str, Any]]:
+    """Every name that can be given, alone or with its settings; installed plug-ins that work are among them."""
+    kinds, _ = plugins.available(kind)
     found: list[dict[str, Any]] = [{"enum": list(kinds)}]
-    for name, kind in kinds.items():
-        settings = _settings(kind)
+    for name, (each, _) in kinds.items():
+        settings = _settings(each)
         settings["properties"] = {"name": {"const": name}, **settings.get("properties", {})}
         settings["required"] = ["name", *settings.get("required", [])]
-        settings["description"] = plugins.summary(kind)
+        settings["description"] = plugins.summary(each)
         found.append(settings)
     return found
 
 
 def _settings(kind: type[Any]) -> dict[str, Any]:
-    return plugins.settings(kind).model_json_schema()  # type: ignore[arg-type]  # a class is hashable
+    return plugins.settings(kind).model_json_schema()

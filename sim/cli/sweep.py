@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,19 +88,19 @@ def sweep(
         err.print(f"{plan.name}: {what}; axes: {escape(axes) or 'none'}")
     if dry_run:
         return
-    with Journal(folder / "journal.jsonl") as journal:
+    with Journal(folder) as journal:
         rows: dict[int, tuple[Run, Row]] = {}
         where = executor_for(executor, jobs, address)
         before = len(journal)
         started = time.perf_counter()
 
-        def runner(runs: Iterable[Run]) -> Iterator[tuple[Run, Row]]:
+        def runner(runs: Iterable[Run]) -> Generator[tuple[Run, Row], None, None]:
             return results(runs, journal, where, retry_failed)
 
         interrupted = False
         found = contest.run(runner) if contest else runner(run for nth in zip(*plan.runs, strict=True) for run in nth)
         try:
-            with _progress(total, quiet) as advance:
+            with _progress(total, quiet) as advance, closing(found):  # an interrupt ends the runs under way
                 failures = 0
                 for run, row in found:
                     rows[id(run)] = run, row

@@ -8,11 +8,9 @@ from random import Random
 from chairlift.policies.base import Request
 from chairlift.sim.cluster.cluster import CHANGE, Cluster, Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
-from chairlift.sim.results.records import Status
-from chairlift.sim.scenario.schema import Autoscale, Failures, Limits, Link
+from chairlift.sim.results.records import HANDOVER_COLUMNS, Status
+from chairlift.sim.study import Autoscale, Failures, Limits, Link
 from chairlift.sim.units import PS_PER_US, picoseconds
-
-HANDOVER_COLUMNS = ("handed_over_ps", "taken_over_ps", "prefill_replica")  # of requests, beside the usual ones
 
 
 class Breakdowns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import TYPE_CHECKING
 
-from chairlift.policies.base import Request, Router
+from chairlift.policies.base import PolicyError, Request, Router
 from chairlift.sim.results.records import Status
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ class ReplicaPool:
         self._rebuild([r for r in self.replicas if r is not replica])
 
     def send(self, request: Request, now: int) -> None:
-        """Route a request, or keep it until a replica comes up; refuse it where its queue is full."""
+        """Route a request, or keep it until a replica comes up; refuse it where its queue is full.
+
+        Raises `PolicyError` where the router's answer is no position of a replica.
+        """
         replicas = self.replicas
         if not replicas:
             self.homeless.append(request)
@@ -61,7 +64,11 @@ class ReplicaPool:
             chosen = replicas[0]
         else:
             self.now = now
-            chosen = replicas[self.router.route(request, self._view() if self._stale_ps else self)]
+            position = self.router.route(request, self._view() if self._stale_ps else self)
+            if not isinstance(position, int) or not 0 <= position < len(replicas):
+                name = type(self.router).__name__
+                raise PolicyError(f"router {name}: position {position!r}: there are {len(replicas)} replicas, from 0")
+            chosen = replicas[position]
         limit = self._cluster.queue_limit
         if limit is not None and len(chosen.engine.state.waiting) >= limit:
             self._cluster.refuse(request, now)

@@ -18,7 +18,7 @@ from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.axes import Scalar, Value, label_of
 from chairlift.sim.sweep.file import scenario_at
-from chairlift.sim.workload.lengths import Spec
+from chairlift.sim.workload.strict import Spec
 
 
 class Price(Spec):
@@ -123,7 +123,11 @@ def candidate(
         price = price_of(prices, group.gpu.name)
         if price is None:
             known = specs.GPUS.get(group.gpu.name)
-            hint = f"; Chairlift's own table says {known.usd_per_gpu_hour:g} (seen {known.price_date})" if known else ""
+            hint = (
+                f"; Chairlift's own table says {known.usd_per_gpu_hour:g} (seen {known.price_date})"
+                if known and known.usd_per_gpu_hour
+                else ""
+            )
             rule = f"has no price for {group.gpu.name}: add {group.gpu.name}: {{usd_per_gpu_hour: …}}{hint}"
             raise BadInput(plan.problem(("prices",), rule))
         gpus += group.count * group.tensor_parallel

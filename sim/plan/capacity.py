@@ -30,7 +30,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from chairlift.sim.plan.promises import Promise, Sample
-from chairlift.sim.plan.verdict import Verdict, judge, student
+from chairlift.sim.plan.verdict import Verdict, judge
+from chairlift.sim.sweep.statistics import student
 
 # Simulates one system: rate per second, requests a replication, number of replications → a sample of each replication.
 Measure = Callable[[float, int, int], Sequence[Sample]]

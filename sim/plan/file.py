@@ -22,8 +22,8 @@ from chairlift.sim.scenario import load
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Value
 from chairlift.sim.sweep.file import Based, base_of, origin_of
-from chairlift.sim.workload.lengths import Spec
-from chairlift.sim.workload.varying_rates import Rate
+from chairlift.sim.workload.arrivals import Rate
+from chairlift.sim.workload.strict import Spec
 
 COMPARING = ("compare", "cases")  # keys of a scenario that make it several systems
 
@@ -177,4 +177,5 @@ def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:
     return {
         name: Price(usd_per_gpu_hour=g.usd_per_gpu_hour, date=g.price_date, source=g.price_source)
         for name, g in specs.GPUS.items()
+        if g.usd_per_gpu_hour is not None
     }

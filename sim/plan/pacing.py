@@ -17,8 +17,8 @@ from chairlift.sim.sweep.file import copied
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.arrivals import Arrivals
 from chairlift.sim.workload.named import get as named_workload
+from chairlift.sim.workload.spec import Workload
 from chairlift.sim.workload.trace import Trace
-from chairlift.sim.workload.workload import Workload
 
 SAMPLE = 2000  # requests of `sampled`
 _GOLDEN = 0.6180339887498949  # steps of this fraction of a circle are spread evenly, however many there are

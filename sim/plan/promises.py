@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from chairlift.sim.results.metrics import inter_token_gaps
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
-from chairlift.sim.workload.lengths import Spec
+from chairlift.sim.workload.strict import Spec
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -6,14 +6,11 @@ import dataclasses
 import hashlib
 import json
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple, cast
 
-from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Measure
@@ -22,7 +19,7 @@ from chairlift.sim.plan.promises import Promise, Sample, measured
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.journal import Journal
-from chairlift.sim.sweep.runs import Executor, Row, Run
+from chairlift.sim.sweep.runs import Executor, Row, Run, failure
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +113,8 @@ def replicate(run: Run) -> Result:
         outcome = simulate(setup)
         wall = time.perf_counter() - started
         return Result(run.key, "", measured(run.promises, outcome.requests, outcome.runs, wall))
-    except (BadInput, PolicyError) as wrong:
-        error = str(wrong)
     except Exception as wrong:
-        last = traceback.extract_tb(wrong.__traceback__)[-1]
-        error = f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
-    return Result(run.key, error, None)
+        return Result(run.key, failure(wrong), None)
 
 
 def _lost(run: Run, why: str) -> Result:

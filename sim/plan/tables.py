@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Capacity
@@ -280,13 +280,13 @@ def write(answer: Answer, folder: Path) -> None:
     """``plan.json`` and, a row for each system and rate looked at, ``plan.parquet`` in ``folder``. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(answer), indent=2, allow_nan=False, default=str) + "\n"
-    _replace(folder / "plan.json", text.encode())
+    with replacing(folder / "plan.json") as partial:
+        partial.write_text(text, encoding="utf-8")
     rows = list(_rows(answer))
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))
-        partial = folder / "plan.parquet.partial"
-        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial)
-        os.replace(partial, folder / "plan.parquet")
+        with replacing(folder / "plan.parquet") as partial:
+            pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial)
 
 
 def _rows(answer: Answer) -> Iterator[dict[str, Any]]:
@@ -307,10 +307,3 @@ def _rows(answer: Answer) -> Iterator[dict[str, Any]]:
             row |= {f"share_{j + 1}": kept.share, f"share_{j + 1}_low": kept.low, f"share_{j + 1}_high": kept.high}
         row |= {name: mean for name, (mean, _, _) in verdict.figures.items()}
         yield row
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever reads half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

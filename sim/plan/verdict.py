@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.plan.promises import BINS, Promise, Sample, window
+from chairlift.sim.sweep.statistics import student
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,14 +36,6 @@ MOST_CUT = BINS // 2  # parts that the warm-up can take at most
 LONG_STAY = 0.3  # of a run: requests that stay longer make it too short to show a long run
 DRIFT_T = 3.5  # a run drifts if its second half is worse than its first by this many standard errors,
 DRIFT = 0.02  # and by this much of the limit
-
-
-@lru_cache(maxsize=256)
-def student(level: float, freedom: int) -> float:
-    """Quantile of Student's t: ``level`` 0.975 for an interval of 95 %."""
-    from scipy.stats import t  # here: it takes long to import
-
-    return float(t.ppf(level, freedom))
 
 
 @dataclass(frozen=True)

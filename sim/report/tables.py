@@ -14,7 +14,7 @@ from chairlift.sim.cli.terminal import inside, sparkline
 from chairlift.sim.results import claims
 from chairlift.sim.results.fairness import by_tenant
 from chairlift.sim.results.metrics import Latencies
-from chairlift.sim.simulate import Outcome
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.study import Study
 
 CDF_PERCENT = (5, 10, 25, 50, 75, 90, 95, 99, 100)

@@ -11,11 +11,12 @@ from rich.text import Text
 
 from chairlift.sim.bad_input import Problem, did_you_mean
 from chairlift.sim.results.metrics import QUANTILES
-from chairlift.sim.scenario.schema import Claim, Scenario
+from chairlift.sim.scenario.schema import Scenario
 from chairlift.sim.scenario.yaml_document import Document
+from chairlift.sim.study import Claim
 
 if TYPE_CHECKING:
-    from chairlift.sim.simulate import Outcome
+    from chairlift.sim.results.outcome import Outcome
     from chairlift.sim.study import Study
 
 SERIES = ("ttft", "tpot", "itl", "e2el", "normalized_latency")

@@ -18,7 +18,7 @@ from chairlift.sim.results.records import RequestRecords, RunRecords, Status
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 if TYPE_CHECKING:
-    from chairlift.sim.scenario.schema import Slo
+    from chairlift.sim.study import Slo
 
 Floats = npt.NDArray[np.float64]
 

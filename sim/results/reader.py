@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.replica.journal import Kind
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Status
-from chairlift.sim.simulate import Outcome
 from chairlift.sim.study import ReplicaGroup, Setup, Study
 
 Columns = dict[str, npt.NDArray[Any]]

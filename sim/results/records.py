@@ -68,6 +68,12 @@ EVENT_COLUMNS = (  # of a journal, see `sim.replica.journal`
 
 GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
 
+HANDOVER_COLUMNS = (  # of requests, where prefill and decode replicas are apart; -1 where it did not happen
+    "handed_over_ps",  # its prompt was done, and its KV ready to be sent
+    "taken_over_ps",  # its KV lay at the decode side
+    "prefill_replica",
+)
+
 
 class RequestRecords:
     """One row a request of the trace, times in ps, -1 where it did not happen."""

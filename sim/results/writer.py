@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -21,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cluster.control import HANDOVER_COLUMNS
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results import claims
 from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.reader import run_facts, study_facts
 from chairlift.sim.results.recording import Recorder
-from chairlift.sim.results.records import RunRecords, Status
-from chairlift.sim.simulate import Outcome
+from chairlift.sim.results.records import HANDOVER_COLUMNS, RunRecords, Status
 from chairlift.sim.study import Setup, Study
 from chairlift.sim.units import PS_PER_MS
 
@@ -186,10 +185,8 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader, or Ctrl-C, never finds half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _provenance(study: Study) -> dict[str, Any]:

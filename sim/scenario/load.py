@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results import claims
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
-from chairlift.sim.scenario.schema import Case, Group, Kv, Limits, Scenario, Slo, Variant
+from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
 from chairlift.sim.scenario.yaml_document import Document, read
-from chairlift.sim.study import ReplicaGroup, Setup, Study
+from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
+from chairlift.sim.workload.workload import build
 
 _NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 Pick = Callable[..., tuple[Any, KeyPath]]
@@ -31,14 +33,17 @@ def load(
     policies: Sequence[str] = (),
     backend: str | None = None,
     trust: bool = False,
+    routers: Sequence[str] = (),
 ) -> Study:
     """The study in the scenario file ``path``.
 
-    ``policies`` (names or files; these may run code) take the place of the file's own comparison. With ``trust`` a
-    policy file named inside the YAML may run its code too. Raises `BadInput` with all mistakes at once.
+    ``policies`` and ``routers`` (names or files; these may run code) take the place of the file's own comparison:
+    each policy with each router. With ``trust`` a policy's or router's file named inside the YAML may run its code too.
+    Raises `BadInput` with all mistakes at once.
     """
-    if twice := sorted({p for p in policies if policies.count(p) > 1}):
-        raise BadInput(Problem("is given twice", file="--policy", value=twice[0]))
+    for option, names in (("--policy", policies), ("--router", routers)):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise BadInput(Problem("is given twice", file=option, value=twice[0]))
     document = read(path)
     resolved = copy.deepcopy(document)
     resolved.set(assignments)
@@ -46,14 +51,14 @@ def load(
     scenario: Scenario | None = None
     problems: list[Problem] = []
     for case, changed in _cases(document, assignments, problems):
-        if policies:
+        if policies or routers:
             changed.data["compare"] = []
         if backend is not None:
             changed.put("backend", backend, f"--backend {backend}")
-        resolver = _Resolver(changed, path.parent, policies, trust)
+        resolver = _Resolver(changed, path.parent, trust, policies, routers)
         try:
             scenario = changed.check(Scenario)
-            if policies:
+            if policies or routers:
                 scenario = scenario.model_copy(update={"waterfall": [], "baseline": [], "claims": []})
             setups += resolver.setups(scenario, case)
         except BadInput as error:
@@ -82,7 +87,7 @@ def prepare(document: Document, folder: Path, trust: bool = False) -> Setup:
 
     Raises `BadInput` with all mistakes at once.
     """
-    [setup] = _Resolver(document, folder, (), trust).setups(document.check(Scenario), "")
+    [setup] = _Resolver(document, folder, trust).setups(document.check(Scenario), "")
     return setup
 
 
@@ -96,7 +101,7 @@ def check(document: Document, folder: Path, trust: bool = False) -> None:
         document.check(Scenario)
     except BadInput as error:
         problems += error.problems
-    problems += _Resolver(document, folder, (), trust).names()
+    problems += _Resolver(document, folder, trust).names()
     if problems:
         raise BadInput({str(p): p for p in problems}.values())
 
@@ -145,20 +150,35 @@ def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
 
 
 class _Resolver(Lookup):
-    """Makes a document's variants ready to run."""
+    """Makes a document's variants ready to run.
 
-    def __init__(self, document: Document, folder: Path, policies: Sequence[str], trust: bool) -> None:
+    ``policies`` and ``routers`` are those that the command line names instead of the document's.
+    """
+
+    def __init__(
+        self,
+        document: Document,
+        folder: Path,
+        trust: bool,
+        policies: Sequence[str] = (),
+        routers: Sequence[str] = (),
+    ) -> None:
         super().__init__(document, folder, trust)
         self._policies = policies
+        self._routers = routers
 
     def setups(self, scenario: Scenario, case: str) -> list[Setup]:
         """One a variant; raises `BadInput`."""
         trace = self._try((), lambda: self._trace(scenario))
         found: list[Setup | None] = []
-        if self._policies:
-            for name in self._policies:
-                self._document.put("policy", name, f"--policy {name}")
-                found.append(self._setup(scenario, case, trace, Variant(name=name, policy=name), None))
+        if self._policies or self._routers:
+            for policy, router in itertools.product(self._policies or (None,), self._routers or (None,)):
+                for key, name in (("policy", policy), ("router", router)):
+                    if name is not None:
+                        self._document.put(key, name, f"--{key} {name}")
+                label = " ".join(filter(None, (policy, router)))
+                variant = Variant(name=label, policy=policy, router=router)
+                found.append(self._setup(scenario, case, trace, variant, None))
             if len(found) == 1 and found[0] is not None:
                 found[0].variant = ""
         elif scenario.compare:
@@ -178,7 +198,7 @@ class _Resolver(Lookup):
             systems += [(("compare", i), variant) for i, variant in enumerate(variants)]
         for at, system in systems:
             for key in _NAMING:
-                if key == "policy" and self._policies:
+                if (key == "policy" and self._policies) or (key == "router" and self._routers):
                     continue  # the command line names others
                 if isinstance(system, dict) and isinstance(choice := system.get(key), str | dict):
                     self._find(key, choice, (*at, key))
@@ -186,7 +206,7 @@ class _Resolver(Lookup):
 
     def _trace(self, scenario: Scenario) -> Trace:
         try:
-            return scenario.workload.build(scenario.seed, self._folder)
+            return build(scenario.workload, scenario.seed, self._folder)
         except BadInput as error:
             at = ("workload",)
             raise BadInput(
@@ -218,12 +238,12 @@ class _Resolver(Lookup):
             return value, where
 
         model = self._find("model", *need("model"))
-        router = self._find("router", *pick("router", "round_robin"))
+        router = self._find("router", *pick("router", "round_robin"), from_file=not self._routers)
         replicas, replicas_at = pick("replicas", 1)
         groups: list[ReplicaGroup | None] = []
         longest = pick("max_model_len", model.max_model_len if model else 1)[0]
         for i, group in enumerate(replicas if isinstance(replicas, list) else [Group(count=replicas)]):
-            from_file = at is not None or group.policy is not None
+            from_file = group.policy is not None or not self._policies
             groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file))
         self._check_roles(replicas, replicas_at, pick)
         if trace is None or len(self._problems) > before or not (model and router):

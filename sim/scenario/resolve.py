@@ -8,20 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from chairlift.backend import specs
-from chairlift.backend.base import Settings
-from chairlift.backend.calibrated.profile import Settings as ProfileSettings
 from chairlift.backend.calibrated.profile import shipped
-from chairlift.backend.gpu.settings import Torch
-from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Scheduler
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
-from chairlift.sim.scenario.schema import Kv
 from chairlift.sim.scenario.yaml_document import Document, problems_from, read
-
-# name → its settings
-BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "profile": ProfileSettings, "torch": Torch}
+from chairlift.sim.study import Kv
 
 
 class Lookup:
@@ -34,18 +27,24 @@ class Lookup:
         self._problems: list[Problem] = []
 
     def _find(self, key: str, choice: Any, at: KeyPath, from_file: bool = True) -> Any:
-        """What ``choice``, the value of ``key``, names; as `_look_up`."""
+        """What ``choice``, the value of ``key``, names; as `_look_up`.
+
+        ``from_file``: the scenario file names it, so that a policy's or router's file lies beside that, and runs only
+        with ``--trust``. Otherwise the command line does.
+        """
         if key == "model":
             return self._look_up(choice, at, self._model)
         if key == "gpu":
             return self._look_up(choice, at, _gpu)
-        if key == "router":
-            return self._look_up(choice, at, plugins.router, True)
         if key == "backend":
-            return self._look_up(self._profile(choice), at, _backend, True)
+            others = list(shipped())
+            return self._look_up(
+                self._profile(choice), at, lambda name: plugins.find(plugins.BACKEND, name, others=others), True
+            )
+        kind = plugins.POLICY if key == "policy" else plugins.ROUTER
         folder = self._folder if from_file else Path()
         trust = self._trust or not from_file
-        return self._look_up(choice, at, lambda name: plugins.scheduler(name, trust, folder), True)
+        return self._look_up(choice, at, lambda name: plugins.find(kind, name, trust, folder), True)
 
     def _profile(self, choice: Any) -> Any:
         """A profile's own name is short for the backend ``profile``; its file may lie beside the scenario."""
@@ -84,7 +83,7 @@ class Lookup:
         return {key: value for key, value in given.items() if key not in refused}
 
     def _settings(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any] | None:
-        model = plugins.settings(kind)  # type: ignore[arg-type]  # a class is hashable
+        model = plugins.settings(kind)
         given = self._refused(kind, given, at)
         checked = self._try(at, lambda: self._document.check(model, given, at))
         return None if checked is None else checked.model_dump()
@@ -118,12 +117,6 @@ def _gpu(choice: str | dict[str, Any]) -> specs.GPU:
     if isinstance(choice, dict):
         return specs.GPU(**plugins.settings(specs.GPU)(**choice).model_dump())
     return specs.gpu(choice)
-
-
-def _backend(name: str) -> type[Any]:
-    if name not in BACKENDS:
-        raise BadInput(Problem(f"no such backend{did_you_mean(name, [*BACKENDS, *shipped()])}", value=name))
-    return BACKENDS[name]
 
 
 def kv_pool(

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from chairlift.sim.workload.lengths import OneOf, Spec
 from chairlift.sim.workload.random_streams import stream
+from chairlift.sim.workload.strict import OneOf, Spec
 
 Scalar = str | int | float | bool | None
 Count = Annotated[int, Field(ge=1, le=10**6)]

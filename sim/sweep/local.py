@@ -1,104 +1,157 @@
-"""Where the runs of a sweep take place: the cores of this machine, by joblib; the other place is `sim.sweep.on_ray`."""
+"""Where the runs of a sweep take place: processes on the cores of this machine. The other place is `sim.sweep.on_ray`.
+
+Each worker process has a pipe of its own to this process, and one run at a time. The end of a pipe therefore tells
+which run its process died of, and no other run is disturbed. A `concurrent.futures.ProcessPoolExecutor` cannot tell,
+and ends all its processes with one; an executor for every process would need ten open files each.
+Processes are spawned, not forked, on every system.
+"""
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import tempfile
 import threading
-import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from typing import Any
 
 from chairlift.sim.sweep.runs import Row, Run
 
 STRIKES = 3  # deaths of its process after which a run is given up
+HEARD_S = 0.5  # longest wait for a row: on Windows an interrupt is heard between two waits only
+_SPAWN = get_context("spawn")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # NumPy's BLAS reads them as it is loaded
 
 
 class Local:
     """All cores, or ``jobs`` processes. With one job the runs take place in this process.
 
-    joblib's loky workers. Where a worker dies (killed, out of memory), the pool is made anew; a run in whose company
-    that happened `STRIKES` times is given up, and the others go on.
+    A process that dies (killed, out of memory) is replaced, and its run is tried again; after `STRIKES` deaths the run
+    is given up. An iteration that ends early, by an interrupt above all, ends the runs under way at once. Processes
+    wait for the next call and end with this object, or with the process that made it, however that ends.
     """
 
     def __init__(self, jobs: int | None = None) -> None:
         self.jobs = jobs or os.cpu_count() or 1
+        self._idle: list[_Worker] = []
 
     def __call__(
         self, function: Callable[[Run], Row], tasks: Sequence[Run], lost: Callable[[Run, str], Row]
     ) -> Iterator[Row]:
         """As `sim.sweep.runs.Executor` says."""
-        from joblib.externals.loky.process_executor import TerminatedWorkerError  # here: costs a tenth of a second
-
-        left = {task.key: task for task in tasks}
-        strikes: dict[str, int] = {}
-        while left:
-            with tempfile.TemporaryDirectory(prefix="chairlift-") as name:
-                marks = Path(name)
-                try:
-                    for row in self._run(function, list(left.values()), marks):
-                        del left[row.key]
-                        yield row
-                except TerminatedWorkerError:
-                    suspects = [path.name for path in marks.iterdir() if path.name in left]
-                    for key in suspects:
-                        strikes[key] = strikes.get(key, 0) + 1
-                        if strikes[key] == STRIKES:
-                            yield lost(left.pop(key), f"its process died {STRIKES} times (killed, or out of memory)")
-                    # One suspect first, the others last: they do not meet again.
-                    order = [*suspects[:1], *(key for key in left if key not in suspects), *suspects[1:]]
-                    left = {key: left[key] for key in order if key in left}
-
-    def _run(self, function: Callable[[Run], Row], tasks: list[Run], marks: Path) -> Iterator[Row]:
-        from joblib import Parallel, delayed
-
         if self.jobs == 1:
             yield from map(function, tasks)
             return
-        parallel = Parallel(
-            n_jobs=self.jobs,
-            return_as="generator_unordered",
-            batch_size=1,  # a run takes long beside its dispatch, and is written down at once
-            pre_dispatch="4*n_jobs",
-            initializer=_live_with_the_parent,
-            initargs=(os.getpid(),),
-        )
-        rows = parallel(delayed(_marked)(function, task, marks) for task in tasks)
-        before = threading.excepthook
-        threading.excepthook = _deaf_to_loky
+        waiting = deque(tasks)
+        deaths: Counter[str] = Counter()
+        busy: dict[Connection, tuple[_Worker, Run]] = {}
+        rows: list[Row] = []
         try:
+            while waiting or busy:
+                while waiting and len(busy) < self.jobs:
+                    worker = self._given(function, waiting[0])
+                    busy[worker.pipe] = worker, waiting.popleft()
+                yield from rows
+                rows = []
+                for pipe in wait(list(busy), HEARD_S):
+                    assert isinstance(pipe, Connection)
+                    worker, task = busy[pipe]
+                    try:
+                        row, error = pipe.recv()
+                    except (EOFError, OSError):
+                        deaths[task.key] += 1
+                        if deaths[task.key] < STRIKES:
+                            waiting.append(task)
+                        else:
+                            rows.append(lost(task, f"its process died {STRIKES} times (killed, or out of memory)"))
+                        worker.end()
+                        del busy[pipe]
+                        continue
+                    del busy[pipe]
+                    self._idle.append(worker)
+                    if error is not None:
+                        try:
+                            raise error
+                        finally:
+                            del error, worker  # else the traceback refers to itself, and keeps the process
+                    rows.append(row)
             yield from rows
-        except BaseException:
-            rows.close()  # nobody waits for what is half done
-            raise
-        threading.excepthook = before  # not where it was interrupted: the thread may still come to grief
+        finally:
+            for worker, _ in busy.values():
+                worker.end()
+
+    def _given(self, function: Callable[[Run], Row], task: Run) -> _Worker:
+        """A worker that now has ``task``: one that waits, or a new one."""
+        while self._idle:
+            worker = self._idle.pop()
+            try:
+                worker.pipe.send((function, task))
+            except OSError:  # its process died while it waited: no run is to blame
+                worker.end()
+            else:
+                return worker
+        worker = _Worker(self.jobs)
+        worker.pipe.send((function, task))
+        return worker
 
 
-def _deaf_to_loky(args: threading.ExceptHookArgs) -> None:
-    """An interrupt withdraws tasks, over which loky's own thread that hands them out may trip: its end, and no news."""
-    if not type(args.thread).__module__.startswith("joblib.externals.loky"):
-        threading.__excepthook__(args)
+class _Worker:
+    """A process that does what it is sent, one task after the other."""
+
+    def __init__(self, jobs: int) -> None:
+        self.pipe, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_work, args=(theirs,), daemon=True)
+        with theirs, _starting(jobs):
+            self._process.start()
+
+    def end(self) -> None:
+        """Kill the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
 
 
-def _marked(function: Callable[[Run], Row], task: Run, marks: Path) -> Row:
-    """Leave a mark while the task runs, so that a death can be laid at its door."""
-    mark = marks / task.key
-    mark.touch()
-    row = function(task)
-    mark.unlink(missing_ok=True)
-    return row
+@contextmanager
+def _starting(jobs: int) -> Iterator[None]:
+    """Around the start of a process, which inherits what is set here.
+
+    The process hears no interrupt from its first instruction on, and its BLAS has its share of the cores among
+    ``jobs`` processes, unless the user's environment says how many threads BLAS has.
+    """
+    unset = [name for name in _THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, str(max(1, (os.cpu_count() or 1) // jobs))))
+    masks = hasattr(signal, "pthread_sigmask")  # Windows has none
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else ()
+    try:
+        yield
+    finally:
+        for name in unset:
+            del os.environ[name]
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # last: an interrupt that waited is raised here
 
 
-def _live_with_the_parent(parent: int) -> None:
-    """In a new worker: an interrupt is the parent's business, and nothing outlives a parent that was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # loky collects garbage once a second: not among all that was imported
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+def _work(pipe: Connection) -> None:
+    """In a worker: call each function that comes with its task, and send back what it returned or raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's business
+    tasks: SimpleQueue[tuple[Callable[[Any], Any], Any]] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, tasks), daemon=True).start()
+    while True:
+        function, task = tasks.get()
+        try:
+            pipe.send((function(task), None))
+        except Exception as error:
+            pipe.send((None, error))
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _receive(pipe: Connection, tasks: SimpleQueue[Any]) -> None:
+    """Take tasks from the pipe beside the work: so the end of the pipe is noticed in the midst of a run."""
+    while True:
+        try:
+            tasks.put(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(1)

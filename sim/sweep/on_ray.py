@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -15,9 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.scenario.files import Named, files_read
+from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.yaml_document import Document
-from chairlift.sim.sweep.runs import Row, Run, companions, file_part, files_named, made_by, renamed
+from chairlift.sim.sweep.runs import Row, Run, made_by, with_texts
 
 RETRIES = 5  # of a task whose worker died, by Ray
 AHEAD = 4  # tasks submitted for each CPU of the cluster: enough to keep it busy, few enough to hold in memory
@@ -50,7 +54,7 @@ class Cluster:
     ) -> Iterator[Row]:
         """As `sim.sweep.runs.Executor` says."""
         ray = self._ray
-        parcels: dict[frozenset[str], tuple[Any, dict[str, str]]] = {}
+        parcels: dict[frozenset[Named], tuple[Any, dict[Named, str]]] = {}
         remote = ray.remote(_run_there).options(max_retries=RETRIES, retry_exceptions=False)
         flying: dict[Any, Run] = {}
         waiting = iter(tasks)
@@ -63,8 +67,8 @@ class Cluster:
                     if task is None:
                         exhausted = True
                         break
-                    parcel, names = self._parcel(task, parcels)
-                    flying[remote.remote(function, _packed(task, names), parcel, made_by())] = task
+                    parcel, texts = self._parcel(task, parcels)
+                    flying[remote.remote(function, _packed(task, texts), parcel, made_by())] = task
                     room -= 1
                 if not flying:
                     return
@@ -83,32 +87,30 @@ class Cluster:
                 ray.cancel(ref, force=True)
 
     def _parcel(
-        self, task: Run, parcels: dict[frozenset[str], tuple[Any, dict[str, str]]]
-    ) -> tuple[Any, dict[str, str]]:
-        """The files that a run needs, in the object store, and their names there."""
-        files = files_named(task.document.data, task.folder)
-        needed = frozenset(str(path.resolve()) for path in files.values())
+        self, task: Run, parcels: dict[frozenset[Named], tuple[Any, dict[Named, str]]]
+    ) -> tuple[Any, dict[KeyPath, str]]:
+        """The files that a run needs, in the object store, and what the places that name them are to say there."""
+        read = files_read(task.document, task.folder)
+        read = {place: named for place, named in read.items() if place[-1] != "weights"}  # each node has its own
+        needed = frozenset(read.values())
         if needed not in parcels:
             contents: dict[str, bytes] = {}
-            names: dict[str, str] = {}
-            for path in sorted(needed):
-                if Path(path).is_dir():
-                    raise BadInput(Problem("a folder does not travel: pack it with tar", path, path="--executor ray"))
-                raw = Path(path).read_bytes()
-                names[path] = f"{hashlib.sha256(raw).hexdigest()[:12]}/{Path(path).name}"
-                contents[names[path]] = raw
-                for other in companions(Path(path)):
-                    contents[str(Path(names[path]).with_name(other.name))] = other.read_bytes()
-            parcels[needed] = self._ray.put(contents), names
-        parcel, names = parcels[needed]
-        there = {text: names[str(path.resolve())] + text[len(file_part(text)) :] for text, path in files.items()}
-        return parcel, there
+            texts: dict[Named, str] = {}
+            for named in needed:
+                raw = {path.relative_to(named.base): path.read_bytes() for path in named.files if path.is_file()}
+                digests = {str(name): hashlib.sha256(content).hexdigest() for name, content in raw.items()}
+                folder = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
+                contents |= {f"{folder}/{name.as_posix()}": content for name, content in raw.items()}
+                texts[named] = f"{folder}/{named.path.relative_to(named.base).as_posix()}{named.rest}"
+            parcels[needed] = self._ray.put(contents), texts
+        parcel, texts = parcels[needed]
+        return parcel, {place: texts[named] for place, named in read.items()}
 
 
-def _packed(task: Run, names: dict[str, str]) -> Run:
+def _packed(task: Run, texts: dict[KeyPath, str]) -> Run:
     """``task`` with its files called as they are in the parcel."""
     document = task.document
-    moved = Document(renamed(document.data, names), document.lines, document.path, document.overrides)
+    moved = Document(with_texts(document.data, texts), document.lines, document.path, document.overrides)
     return dataclasses.replace(task, document=moved)
 
 
@@ -121,9 +123,8 @@ def _run_there(function: Callable[[Run], Row], task: Run, files: dict[str, bytes
         path = folder / name
         if not path.is_file() or path.stat().st_size != len(raw):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            partial.write_bytes(raw)
-            os.replace(partial, path)
+            with replacing(path) as partial:  # several workers of a node may come at once
+                partial.write_bytes(raw)
     return function(dataclasses.replace(task, folder=folder))
 
 

@@ -10,7 +10,7 @@ Decisions depend on results alone, so an interrupted race goes on as it would ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
@@ -51,7 +51,7 @@ class Race:
             groups.setdefault(apart, []).append(i)
         self._groups = list(groups.values())
 
-    def run(self, runner: Runner) -> Iterator[tuple[Run, Row]]:
+    def run(self, runner: Runner) -> Generator[tuple[Run, Row], None, None]:
         """Rows as they come; ``runner`` does what `sim.sweep.runs.results` does. `out` fills on the way."""
         seeds = max(map(len, self.runs))
         pairs = sum(len(group) * (len(group) - 1) for group in self._groups)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import pickle
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -21,16 +21,21 @@ from typing import Any, NamedTuple, Protocol
 
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput
+from chairlift.sim.scenario import plugins
+from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.journal import Journal
-from chairlift.sim.workload.formats import ragpulse
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 1  # raised when the meaning of a row's figures changes
-_SHOWS = ("sim/cli/", "sim/report/")  # folders whose code shapes no row
+_PACKAGES = ("backend", "policies", "sim")
+_SHAPES_NO_ROW = (  # folders and files of these: what is done before a run, or with its row
+    *("sim/cli/", "sim/report/", "sim/calibration/", "sim/sweep/compare.py", "sim/sweep/plots.py"),
+    "backend/gpu/measured/",
+)
 _UNTIMED = ("wall_s", "requests_per_wall_s")  # of a summary: how long it took here, not what came out
 
 
@@ -56,13 +61,12 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """The run's content address: SHA-256 of its scenario, of the files it names, and of Chairlift's own code.
+        """The run's content address: SHA-256 of its scenario, of the files it reads, and of Chairlift's own code.
 
         A file counts by its content, wherever it lies.
         """
-        files = files_named(self.document.data, self.folder)
-        digests = {name: _digest(path) for name, path in files.items()}
-        text = json.dumps(renamed(self.document.data, digests), sort_keys=True)
+        contents = {place: _content(named) for place, named in files_read(self.document, self.folder).items()}
+        text = json.dumps(with_texts(self.document.data, contents), sort_keys=True)
         return hashlib.sha256(f"{ROWS} {made_by()} {text}".encode()).hexdigest()
 
 
@@ -81,7 +85,7 @@ class Executor(Protocol):
 
 def results(
     runs: Iterable[Run], journal: Journal, executor: Executor, retry: bool = False
-) -> Iterator[tuple[Run, Row]]:
+) -> Generator[tuple[Run, Row], None, None]:
     """Every run with its row: what the journal knows first, then the others as they end.
 
     A row is in the journal before it is yielded. ``retry``: run once more what failed. Runs that come to the same
@@ -115,12 +119,17 @@ def run_one(run: Run) -> Row:
         summary = simulate(prepare(run.document, run.folder, run.trust)).summary
         wall = summary["wall_s"]
         metrics = {name: value for name, value in _numbers(summary) if name not in _UNTIMED}
-    except (BadInput, PolicyError) as wrong:
-        error = str(wrong)
     except Exception as wrong:
-        last = traceback.extract_tb(wrong.__traceback__)[-1]
-        error = f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
+        error = failure(wrong)
     return Row(run.key, error, metrics, wall, time.perf_counter() - started)
+
+
+def failure(wrong: Exception) -> str:
+    """What stands in a row for an exception of its run: one that is no message for users with where it was raised."""
+    if isinstance(wrong, BadInput | PolicyError):
+        return str(wrong)
+    last = traceback.extract_tb(wrong.__traceback__)[-1]
+    return f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
 
 
 def _numbers(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | int | None]]:
@@ -138,68 +147,57 @@ def _lost(run: Run, why: str) -> Row:
 
 @cache
 def made_by() -> str:
-    """Chairlift's version and the first digits of a digest of its code: rows of two versions are never mixed.
+    """Chairlift's version and the first digits of a digest of its code and of installed plug-ins'.
 
-    Code that only shows what came out does not count.
+    Rows of two of them are never mixed. Code that shapes no row does not count.
     """
     try:
         number = version("chairlift")
     except PackageNotFoundError:
         number = "0"
+    digest = code_digest(ROOT)
+    if installed := plugins.versions():
+        digest = hashlib.sha256(json.dumps([digest, installed], sort_keys=True).encode()).hexdigest()
+    return f"{number}+{digest[:12]}"
+
+
+def code_digest(root: Path) -> str:
+    """Of the files below ``root`` that a row may depend on: Chairlift's code, kernels, profiles, tables of data."""
     digest = hashlib.sha256()
-    for package in ("backend", "policies", "sim"):
-        for path in sorted((ROOT / package).rglob("*")):
-            name = path.relative_to(ROOT).as_posix()
-            if path.suffix in (".py", ".json") and not name.startswith(_SHOWS):
+    for package in _PACKAGES:
+        for path in sorted((root / package).rglob("*")):
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and path.suffix not in (".pyc", ".md") and not name.startswith(_SHAPES_NO_ROW):
                 digest.update(f"{name}\n".encode())
                 digest.update(path.read_bytes())
-    return f"{number}+{digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
-def files_named(data: Any, folder: Path) -> dict[str, Path]:
-    """Every text in ``data`` that names a file as a scenario may (``trace.csv``, ``mine.py:Class``), and the file.
-
-    Or a folder of ServeGen's, which counts by all that is in it.
-    """
-    found: dict[str, Path] = {}
-    below = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else [data]
-    for value in below:
-        if isinstance(value, dict | list):
-            found |= files_named(value, folder)
-        elif isinstance(value, str) and value:
-            path = folder / file_part(value)
-            client_tables = os.path.isdir(path) and any(path.glob("chunk-*-trace.csv"))  # os: false for any odd name
-            if client_tables or ("." in value and os.path.isfile(path)):
-                found[value] = path
-    return found
+def with_texts(data: Any, texts: Mapping[tuple[str | int, ...], str]) -> Any:
+    """A copy of ``data``, in which each place of ``texts`` has the text given for it."""
+    changed = pickle.loads(pickle.dumps(data)) if texts else data
+    for place, text in texts.items():
+        here = changed
+        for key in place[:-1]:
+            here = here[key]
+        here[place[-1]] = text
+    return changed
 
 
-def companions(path: Path) -> list[Path]:
-    """Files that are read along with ``path``, from the same folder: RAGPulse's maps."""
-    return ragpulse.companions(path)
-
-
-def file_part(text: str) -> str:
-    """``mine.py`` of ``mine.py:Class``; any other text as it is."""
-    before, colon, _ = text.rpartition(".py:")
-    return f"{before}.py" if colon else text
-
-
-def renamed(data: Any, names: dict[str, str]) -> Any:
-    """``data`` with each text of ``names`` replaced."""
-    if isinstance(data, dict):
-        return {key: renamed(value, names) for key, value in data.items()}
-    if isinstance(data, list):
-        return [renamed(value, names) for value in data]
-    return names.get(data, data) if isinstance(data, str) else data
-
-
-def _digest(path: Path) -> str:
-    parts = sorted(path.glob("chunk-*")) if path.is_dir() else [path, *companions(path)]
-    stats = [(each, each.stat()) for each in parts]
-    return " ".join(_digested(each, stat.st_mtime_ns, stat.st_size) for each, stat in stats)
+def _content(named: Named) -> str:
+    """Names and SHA-256 of the files, wherever they lie."""
+    told = []
+    for path in named.files:
+        name = path.relative_to(named.base).as_posix()
+        try:
+            stat = path.stat()
+            told.append(f"{name} {_digested(path, stat.st_mtime_ns, stat.st_size)}")
+        except OSError:
+            told.append(f"{name} cannot be read")
+    return " ".join(told) + named.rest
 
 
 @cache
 def _digested(path: Path, _mtime_ns: int, _size: int) -> str:
-    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

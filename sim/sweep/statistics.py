@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     mean = float(np.mean(values))
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    half = _t(0.5 + confidence / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = student(0.5 + confidence / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
@@ -72,10 +73,12 @@ def surely_below(a: Sequence[float], b: Sequence[float], risk: float) -> bool:
     mean = float(np.mean(differences))
     if spread == 0:
         return mean < 0
-    return mean + _t(1 - risk, n - 1) * spread / math.sqrt(n) < 0
+    return mean + student(1 - risk, n - 1) * spread / math.sqrt(n) < 0
 
 
-def _t(level: float, freedom: int) -> float:
+@lru_cache(maxsize=256)
+def student(level: float, freedom: int) -> float:
+    """Quantile of Student's t with ``freedom`` degrees of freedom: ``level`` 0.975 for a two-sided interval of 95 %."""
     from scipy.special import stdtrit  # here: costs a second to import
 
     return float(stdtrit(freedom, level))

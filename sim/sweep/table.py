@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run, made_by
@@ -39,10 +39,9 @@ def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, 
     columns["run_s"] = pa.array([row.run_s for _, row in rows], pa.float64())
     said = json.dumps({"sweep": name, "axes": list(axes)})
     table = pa.table(columns).replace_schema_metadata({_META: said.encode()})
-    partial = path.with_name(path.name + ".partial")
     try:
-        pq.write_table(table, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial)
     except OSError as error:
         raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
 

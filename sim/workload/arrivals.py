@@ -1,21 +1,32 @@
-"""When requests arrive: processes a scenario can name, as pydantic models to draw from.
+"""Arrivals: when requests arrive, as processes that a scenario names.
 
-The renewal processes (constant, poisson, gamma, weibull) put request k at the sum of the first k+1 gaps: the
-first request comes after the first gap, not at time 0. Gaps are summed in float seconds and rounded to a
+The renewal processes (constant, poisson, gamma, weibull) put request k at the sum of the first k + 1 gaps: the first
+request comes after the first gap, not at time 0. Gaps are summed in float seconds, and each sum is rounded to a
 picosecond once.
+
+The rate of ``diurnal`` and ``spikes`` changes with time. Both are drawn by inverting the cumulative rate Λ(t): the
+points of a Poisson process of rate 1 are put through Λ⁻¹ (Çinlar, *Introduction to Stochastic Processes*, 1975).
+Another mean rate scales their rates and leaves their clock as it is.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+import numpy.typing as npt
+from pydantic import Field, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.workload.lengths import IntArray, OneOf, Spec
-from chairlift.sim.workload.varying_rates import Diurnal, Rate, Seconds, Spikes, in_picoseconds
+from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.strict import OneOf, Spec
+from chairlift.sim.workload.trace import LATEST_PS, IntArray
+
+Rate = Annotated[float, Field(ge=1e-9, le=1e12)]  # requests a second; at most one a picosecond
+Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # seconds
+
+_HALVINGS = 60  # of a bracket of at most 1e9 s: what is left is far below a picosecond
 
 
 class Burst(Spec):
@@ -41,10 +52,10 @@ class Constant(Spec):
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Request k at (k + 1) / rate. Shape: ``(n,)``."""
-        return in_picoseconds(np.arange(1, n + 1) / self.rate_per_s)
+        return _in_picoseconds(np.arange(1, n + 1) / self.rate_per_s)
 
     def rescaled(self, rate_per_s: float) -> Constant:
-        """The same at another mean rate."""
+        """The same process at another mean rate."""
         return Constant(rate_per_s=rate_per_s)
 
 
@@ -55,10 +66,10 @@ class Poisson(Spec):
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times. Shape: ``(n,)``."""
-        return in_picoseconds(np.cumsum(rng.exponential(1 / self.rate_per_s, n)))
+        return _in_picoseconds(np.cumsum(rng.exponential(1 / self.rate_per_s, n)))
 
     def rescaled(self, rate_per_s: float) -> Poisson:
-        """The same at another mean rate."""
+        """The same process at another mean rate."""
         return Poisson(rate_per_s=rate_per_s)
 
 
@@ -70,10 +81,10 @@ class Gamma(Spec):
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times; gaps have shape 1/cv² and mean 1/rate. Shape: ``(n,)``."""
-        return in_picoseconds(np.cumsum(rng.gamma(self.cv**-2, self.cv**2 / self.rate_per_s, n)))
+        return _in_picoseconds(np.cumsum(rng.gamma(self.cv**-2, self.cv**2 / self.rate_per_s, n)))
 
     def rescaled(self, rate_per_s: float) -> Gamma:
-        """The same at another mean rate."""
+        """The same process at another mean rate."""
         return Gamma(rate_per_s=rate_per_s, cv=self.cv)
 
 
@@ -86,10 +97,10 @@ class Weibull(Spec):
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times; the mean gap, scale·Γ(1 + 1/shape), is 1/rate. Shape: ``(n,)``."""
         scale = 1 / (self.rate_per_s * math.gamma(1 + 1 / self.shape))
-        return in_picoseconds(np.cumsum(rng.weibull(self.shape, n) * scale))
+        return _in_picoseconds(np.cumsum(rng.weibull(self.shape, n) * scale))
 
     def rescaled(self, rate_per_s: float) -> Weibull:
-        """The same at another mean rate."""
+        """The same process at another mean rate."""
         return Weibull(rate_per_s=rate_per_s, shape=self.shape)
 
 
@@ -97,8 +108,8 @@ class OnOff(Spec):
     """Poisson while on, silent while off; both last exponential times, and time 0 begins an on period."""
 
     rate_per_s: Rate = Field(description="Mean requests per second while on (not over all time).")
-    on_s: Seconds = Field(description="Mean length of an on period, in seconds.")
-    off_s: Seconds = Field(description="Mean length of a silence, in seconds.")
+    on_s: Duration = Field(description="Mean length of an on period, in seconds.")
+    off_s: Duration = Field(description="Mean length of a silence, in seconds.")
 
     @property
     def mean_rate_per_s(self) -> float:
@@ -108,17 +119,76 @@ class OnOff(Spec):
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times. Shape: ``(n,)``.
 
-        On a clock that runs only while on, on periods end as a Poisson process: the silences within a gap
-        number Poisson(gap / on_s), and last Gamma(number, off_s) together.
+        On a clock that runs only while the process is on, on periods end as a Poisson process of rate 1/on_s. So the
+        number of silences within a gap is Poisson(gap / on_s), and these last Gamma(number, off_s) together.
         """
         gap_s = rng.exponential(1 / self.rate_per_s, n)
         silences = rng.poisson(gap_s / self.on_s)
-        return in_picoseconds(np.cumsum(gap_s + rng.gamma(silences, self.off_s)))
+        return _in_picoseconds(np.cumsum(gap_s + rng.gamma(silences, self.off_s)))
 
     def rescaled(self, rate_per_s: float) -> OnOff:
-        """The same picture at another mean rate: all times, on and off periods too, are stretched alike."""
+        """The same process at another mean rate: gaps, on periods and silences are stretched by one factor."""
         stretch = self.mean_rate_per_s / rate_per_s
         return OnOff(rate_per_s=self.rate_per_s / stretch, on_s=self.on_s * stretch, off_s=self.off_s * stretch)
+
+
+class Diurnal(Spec):
+    """Poisson arrivals whose rate is a cosine of time, as with the hour of the day."""
+
+    rate_per_s: Rate = Field(description="Mean requests per second, over whole periods.")
+    swing: float = Field(default=0.5, ge=0, le=1, description="Peak rate is (1 + swing) × mean, lowest (1 − swing) ×.")
+    period_s: Duration = Field(default=86_400, description="Time from peak to peak.")
+    peak_at_s: float = Field(default=0, ge=0, le=1e9, description="Time of a peak.")
+
+    def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
+        """Sorted times. Shape: ``(n,)``."""
+        mass = np.cumsum(rng.exponential(1.0, n)) / self.rate_per_s  # seconds, if the rate were always the mean
+        omega = 2 * math.pi / self.period_s
+        lead = math.sin(omega * self.peak_at_s)
+        low = np.maximum(0, mass - 2 * self.swing / omega)
+        high = mass + 2 * self.swing / omega
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            short = middle + self.swing / omega * (np.sin(omega * (middle - self.peak_at_s)) + lead) < mass
+            low, high = np.where(short, middle, low), np.where(short, high, middle)
+        return _in_picoseconds(np.maximum.accumulate((low + high) / 2))
+
+    def rescaled(self, rate_per_s: float) -> Diurnal:
+        """The same day at another mean rate; the period stays as long as it is."""
+        return self.model_copy(update={"rate_per_s": rate_per_s})
+
+
+class Spikes(Spec):
+    """Poisson arrivals at a steady rate, which is ``factor`` times higher in spikes that come periodically."""
+
+    rate_per_s: Rate = Field(description="Requests per second between spikes.")
+    factor: float = Field(ge=1, le=1e6, description="The rate in a spike is so many times higher.")
+    every_s: Duration = Field(description="Time from the start of a spike to the next.")
+    for_s: Duration = Field(description="How long a spike lasts.")
+    first_at_s: float = Field(default=0, ge=0, le=1e9, description="Start of the first spike.")
+
+    @model_validator(mode="after")
+    def _apart(self) -> Spikes:
+        if self.for_s >= self.every_s:
+            raise ValueError(f"for_s must be below every_s, {self.every_s:g} (got {self.for_s:g})")
+        return self
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        """Requests per second over whole cycles."""
+        return self.rate_per_s * (1 + (self.factor - 1) * self.for_s / self.every_s)
+
+    def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
+        """Sorted times. Shape: ``(n,)``."""
+        mass = np.cumsum(rng.exponential(1.0, n)) / self.rate_per_s  # seconds outside of spikes
+        before, inside = self.first_at_s, self.factor * self.for_s
+        cycles, left = np.divmod(np.maximum(mass - before, 0), inside + self.every_s - self.for_s)
+        within: npt.NDArray[np.float64] = np.where(left < inside, left / self.factor, self.for_s + left - inside)
+        return _in_picoseconds(np.where(mass < before, mass, before + cycles * self.every_s + within))
+
+    def rescaled(self, rate_per_s: float) -> Spikes:
+        """The same spikes at another mean rate; they come as often and last as long as before."""
+        return self.model_copy(update={"rate_per_s": self.rate_per_s * rate_per_s / self.mean_rate_per_s})
 
 
 class Arrivals(OneOf):
@@ -151,3 +221,12 @@ class Arrivals(OneOf):
         chosen: Any = self.chosen.rescaled(rate_per_s)
         name = next(iter(self.model_dump(exclude_none=True)))
         return Arrivals(**{name: chosen})
+
+
+def _in_picoseconds(times_s: npt.NDArray[np.float64]) -> IntArray:
+    """Sorted float seconds to int64 picoseconds, each rounded once."""
+    times = np.rint(times_s * PS_PER_S)
+    if not times[-1] < LATEST_PS:  # also true of NaN, from infinite gaps
+        rule = "arrivals run past what the clock can say (106 days); raise the rate or ask for fewer requests"
+        raise BadInput(Problem(rule, path="rate_per_s"))
+    return times.astype(np.int64)

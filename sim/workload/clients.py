@@ -1,34 +1,47 @@
 """Who sends the requests: clients that wait for their answers, sessions of several turns, tenants, priorities.
 
-Clients and sessions make requests that are sent only after an earlier one has ended: `Trace.follows` and
-`Trace.think_ps`. Times to think are drawn here as well, as pydantic models a scenario can name.
+A request of a client or of a session is sent only after an earlier request has ended: see `Trace.follows` and
+`Trace.think_ps`. The distributions of think times are here as well. All are pydantic models that a scenario names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.units import PS_PER_S
+from chairlift.sim.units import PS_PER_S, picoseconds
 from chairlift.sim.workload.arrivals import Arrivals
-from chairlift.sim.workload.lengths import MOST_TOKENS, IntArray, Lengths, OneOf, Spec, Tokens
+from chairlift.sim.workload.lengths import MOST_TOKENS, Lengths, Tokens
 from chairlift.sim.workload.random_streams import stream
-from chairlift.sim.workload.trace import COLUMNS, LATEST_PS, HashIds, Trace
+from chairlift.sim.workload.strict import OneOf, Spec, or_number
+from chairlift.sim.workload.trace import COLUMNS, LATEST_PS, IntArray, Trace
 
 LONGEST_S = 9e6  # seconds: a little less than the 106 days of int64 picoseconds
-MOST_DRAWS = 16  # turns drawn for each one wanted, before max_context_tokens is called too small
+MOST_DRAWS = 16  # turns drawn for each turn wanted, before max_context_tokens is called too small
 
-Span = Annotated[float, Field(ge=0, le=LONGEST_S)]
+_Weights = TypeVar("_Weights", list[float], dict[str, float])
+
+
+def _some_weight(weights: _Weights) -> _Weights:
+    """``weights`` as they are. Raises ValueError if none is above 0."""
+    if not any(weights.values() if isinstance(weights, dict) else weights):
+        raise ValueError("must have a weight above 0")
+    return weights
+
+
+Span = Annotated[float, Field(ge=0, le=LONGEST_S)]  # seconds
 Weight = Annotated[float, Field(ge=0, le=1e12)]
+Weights = Annotated[list[Weight], Field(min_length=1), AfterValidator(_some_weight)]
+WeightByName = Annotated[dict[str, Weight], Field(min_length=1), AfterValidator(_some_weight)]
 
 
-# ---- times to think ----
+# ---- think times ----
 
 
 class Constant(Spec):
@@ -42,7 +55,7 @@ class Constant(Spec):
 
 
 class Exponential(Spec):
-    """Exponential: no memory of how long it has lasted."""
+    """Exponential times, whose end does not depend on how long they have lasted."""
 
     mean_s: Annotated[float, Field(gt=0, le=LONGEST_S)] = Field(description="Mean, in seconds.")
 
@@ -62,18 +75,10 @@ class Lognormal(Spec):
         return rng.lognormal(self.mu, self.sigma, n)
 
 
-def _or_number(schema: dict[str, Any]) -> None:
-    """JSON Schema of `Seconds`: the mapping, or a bare number."""
-    mapping = dict(schema) | {"minProperties": 1, "maxProperties": 1}
-    number = {"type": "number", "minimum": 0, "maximum": LONGEST_S}
-    schema.clear()
-    schema.update(title=mapping.pop("title"), description=mapping.pop("description"), anyOf=[number, mapping])
-
-
 class Seconds(OneOf):
     """Times: a number of seconds, or one distribution by name."""
 
-    model_config = ConfigDict(json_schema_extra=_or_number)
+    model_config = ConfigDict(json_schema_extra=or_number({"type": "number", "minimum": 0, "maximum": LONGEST_S}))
 
     constant: Constant | None = Field(default=None, description="The same always.")
     exponential: Exponential | None = Field(default=None, description="Exponential.")
@@ -105,10 +110,10 @@ class Seconds(OneOf):
 
 
 class Clients(Spec):
-    """A closed loop: so many clients, each of which sends its next request after its last has ended.
+    """A closed loop of N clients. A client sends its next request only after its last request has ended.
 
-    Unlike open arrivals it never has more than N requests in the system (Schroeder, Wierman, Harchol-Balter, *Open
-    Versus Closed: A Cautionary Tale*, NSDI 2006).
+    Unlike open arrivals, a closed loop never has more than N requests in the system (Schroeder, Wierman,
+    Harchol-Balter, *Open Versus Closed: A Cautionary Tale*, NSDI 2006).
     """
 
     concurrency: Annotated[int, Field(ge=1)] = Field(description="How many clients; each has one request at a time.")
@@ -122,14 +127,17 @@ class Clients(Spec):
     )
 
     def loop(self, trace: Trace, seed: int) -> Trace:
-        """The requests of ``trace`` as the clients send them; its own times and what it follows are replaced.
+        """``trace`` as the clients send its requests: the columns of times and of ``follows`` are replaced.
 
-        Of N clients, client c sends requests c, c + N, c + 2N, … of the trace. Rows are then in order of their
-        client's first arrival; without a ramp, as they were.
+        Of N clients, client c sends the requests c, c + N, c + 2N, … of the trace. Rows are then in order of their
+        client's first arrival; without a ramp they stay in the order they had.
+
+        Example: two clients and five requests without a ramp. Requests 0 and 1 are sent at time 0; request 2 follows
+        0, request 3 follows 1, and request 4 follows 2.
         """
         n = len(trace)
         rows, size = np.arange(n), self.concurrency
-        ramp_ps = round(self.ramp_s * PS_PER_S)
+        ramp_ps = picoseconds(self.ramp_s)
         firsts = np.array([client * ramp_ps // size for client in range(min(size, n))], np.int64)
         follows = np.where(rows >= size, rows - size, -1)
         think = (self.think_s or Seconds(constant=Constant(seconds=0))).sample_ps(n, stream(seed, "think"))
@@ -137,9 +145,9 @@ class Clients(Spec):
 
 
 def sent(trace: Trace, arrival_ps: IntArray, follows: IntArray, think_ps: IntArray) -> Trace:
-    """``trace`` with other times, its rows brought in order of them; rows of the same time keep their order.
+    """``trace`` with other times, and its rows in order of these times; rows of the same time keep their order.
 
-    ``follows`` names rows of ``trace`` as it is. All shapes: ``(n,)``.
+    ``follows`` names rows by their place in ``trace``, before they are put in order. All shapes: ``(n,)``.
     """
     order = np.argsort(arrival_ps, kind="stable")
     place = np.empty_like(order)
@@ -152,26 +160,20 @@ def sent(trace: Trace, arrival_ps: IntArray, follows: IntArray, think_ps: IntArr
     }
     moved: dict[str, Any] = {name: column[order] for name, column in columns.items()}
     if trace.hash_ids is not None:
-        moved["hash_ids"] = _rows_of(trace.hash_ids, order)
+        moved["hash_ids"] = trace.hash_ids.taken(order)
     return dataclasses.replace(trace, **moved)
 
 
-def _rows_of(ids: HashIds, order: IntArray) -> HashIds:
-    """The ids with rows in another order."""
-    counts = np.diff(ids.offsets)[order]
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    return HashIds(ids.values[np.repeat(ids.offsets[order] - offsets[:-1], counts) + np.arange(offsets[-1])], offsets)
-
-
 def restarted(trace: Trace, starts_ps: IntArray) -> Trace:
-    """``trace`` with new times for the requests that follow none, in their order; the others come along.
+    """``trace`` with new arrival times for the requests that follow no other, in order of their rows.
 
-    Shape of ``starts_ps``: ``(number of rows that follow none,)``, sorted; see `starts`.
+    A request that follows another gets the time of the first request of its chain. Shape of ``starts_ps``:
+    ``(starts(trace),)``, sorted.
     """
     if trace.follows is None or trace.think_ps is None:
         return dataclasses.replace(trace, arrival_ps=starts_ps)
     first = np.where(trace.follows < 0, np.arange(len(trace)), trace.follows)
-    while np.any((before := first[first]) != first):  # each round goes twice as far back
+    while np.any((before := first[first]) != first):  # each round goes twice as far back along the chains
         first = before
     times = np.zeros(len(trace), np.int64)
     times[trace.follows < 0] = starts_ps
@@ -179,7 +181,7 @@ def restarted(trace: Trace, starts_ps: IntArray) -> Trace:
 
 
 def starts(trace: Trace) -> int:
-    """How many requests follow none, and so have an arrival time of their own."""
+    """How many requests follow no other, and so have an arrival time of their own."""
     return len(trace) if trace.follows is None else int(np.count_nonzero(trace.follows < 0))
 
 
@@ -187,7 +189,7 @@ def starts(trace: Trace) -> int:
 
 
 class Sessions(Spec):
-    """Chats of several turns: each prompt is the last prompt, its answer, and some new tokens."""
+    """Chats of several turns. The prompt of a turn is the prompt before, the answer to it, and some new tokens."""
 
     turns: Lengths = Field(description="Turns of a session: a number or a distribution.")
     think_s: Seconds = Field(description="Time from the end of a turn to the next: seconds or a distribution.")
@@ -202,18 +204,20 @@ class Sessions(Spec):
     def draw(
         self, n: int, seed: int, arrivals: Arrivals, prompt: Lengths, output: Lengths, cap: int | None = None
     ) -> Trace:
-        """``n`` requests, rows in order of their sessions' starts and then of turns; the last session may be cut.
+        """``n`` requests. Rows are in order of their sessions' starts and then of turns; the last session may be cut.
 
         Args:
             n: turns of all sessions together.
-            seed: arrivals, turns, first prompts, new tokens, outputs and thinking have streams of their own.
+            seed: arrivals, turns, first prompts, new tokens, outputs and think times have streams of their own.
             arrivals: when sessions start.
             prompt: new tokens of a turn.
-            output: output tokens of a turn, which the trace has as drawn.
-            cap: output tokens at which an answer ends for the turns after it; None: no such cap.
+            output: output tokens of a turn; the trace has them as they are drawn.
+            cap: the most output tokens of an answer that later prompts hold; None: they hold it whole.
 
-        A turn that is too long for ``max_context_tokens`` is drawn, but not sent. A session whose first turn is
-        too long has no turns, and is left out.
+        A turn that is too long for ``max_context_tokens`` is drawn, but not sent, and its session ends. A session
+        whose first turn is too long has no turns, and is left out.
+
+        Example: 10 new tokens a turn, outputs of 3 tokens and three turns give prompts of 10, 23 and 36 tokens.
 
         Raises:
             BadInput: prompts grow past 32 bits, hardly a turn fits in ``max_context_tokens``, or times run past
@@ -253,10 +257,16 @@ class Sessions(Spec):
     def _play(
         self, n: int, new: list[int], answers: list[int], lasts: list[int], firsts: list[int] | None
     ) -> tuple[list[int], list[int], list[int], tuple[str, ...]]:
-        """Of the turns drawn, which are sent, in which session, with how long a prompt; and notes."""
+        """The turns that are sent: for each its number among those drawn, its session, and its prompt; and notes.
+
+        ``new`` and ``answers`` have one number for each turn drawn, ``lasts`` (the turns of a session) and ``firsts``
+        (its first prompt) one for each session begun.
+        """
         limit = self.max_context_tokens
         drawn, sessions, prompts = [], [], []
-        begun, number, left, context = 0, -1, 0, 0  # context: tokens of the session's last prompt and answer
+        # `begun` counts sessions, `number` those with a turn sent; `left` and `context` are of the session at hand:
+        # its turns to come, and the tokens of its last prompt and answer.
+        begun, number, left, context = 0, -1, 0, 0
         cut = empty = 0
         for i, (tokens, answer) in enumerate(zip(new, answers, strict=True)):
             if left == 0:
@@ -285,7 +295,7 @@ class Sessions(Spec):
 
 
 class Prefix(Spec):
-    """Prompts that begin alike: each request belongs to one of some groups, with a prefix of its own each."""
+    """Prompts that begin alike: each request belongs to a group, and the prompts of a group share their prefix."""
 
     groups: Annotated[int, Field(ge=1, le=10**7)] = Field(description="How many different prefixes.")
     tokens: Tokens = Field(description="Tokens of every prefix; a shorter prompt is all prefix.")
@@ -294,27 +304,18 @@ class Prefix(Spec):
     )
 
     def draw(self, n: int, rng: np.random.Generator) -> IntArray:
-        """The group, from 0, of each of ``n`` requests."""
+        """The group, from 0, of each of ``n`` requests. Shape: ``(n,)``."""
         return weighted(np.arange(1, self.groups + 1, dtype=np.float64) ** -self.zipf, n, rng)
 
 
 class Priority(Spec):
     """Priorities 0, 1, 2, … by weight; what they mean is the policy's business."""
 
-    weights: list[Weight] = Field(
-        description="Weight of priority 0, of 1, and so on; they need not add up to 1.", min_length=1
-    )
-
-    @field_validator("weights")
-    @classmethod
-    def _some_weight(cls, weights: list[float]) -> list[float]:
-        if not any(weights):
-            raise ValueError("must have a weight above 0")
-        return weights
+    weights: Weights = Field(description="Weight of priority 0, of 1, and so on; they need not add up to 1.")
 
 
 def weighted(weights: Sequence[float] | npt.NDArray[np.float64], n: int, rng: np.random.Generator) -> IntArray:
-    """``n`` indices of ``weights``, drawn in proportion to them; one uniform draw each."""
+    """``n`` indices of ``weights``, drawn in proportion to these, with one uniform draw each. Shape: ``(n,)``."""
     edges = np.cumsum(weights)
     drawn: IntArray = np.searchsorted(edges, rng.random(n) * edges[-1], side="right").astype(np.int64)
     return drawn

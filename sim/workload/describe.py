@@ -17,13 +17,15 @@ WINDOWS_S = (1, 10, 60)
 def describe(trace: Trace) -> dict[str, Any]:
     """Statistics of a trace, ready for JSON. A number that the trace does not define is None.
 
-    - Times are those of requests that wait for no other. ``rate_per_s``: gaps over the time from the first
-      arrival to the last; ``gap_cv``: standard deviation over mean of the gaps; ``dispersion``: variance over
-      mean of the arrivals in windows of 1, 10 and 60 s (1 for Poisson; the last, partial window is left out).
+    - Arrivals are those of requests that follow no other. ``rate_per_s``: the number of gaps over the time from the
+      first arrival to the last. ``gap_cv``: the standard deviation over the mean of the gaps. ``dispersion``: the
+      variance over the mean of the number of arrivals in windows of 1, 10 and 60 s (1 for Poisson; the last, partial
+      window is left out).
     - ``prompt_tokens``, ``output_tokens``: mean, p50, p90, p99 (linear between ranks), max and total.
     - ``correlation``: of prompt with output tokens, Pearson's and Spearman's (ties share their mean rank).
     - ``prefix``: what an infinite cache of prompts would hit, see `prefix_reuse`; None without prefixes.
-    - ``sessions``: their number, mean requests in one, and the share of requests that follow another in one.
+    - ``sessions``: how many, the mean number of requests in a session, and the share of all requests that are not
+      the first of their session.
     """
     times = trace.arrival_ps if trace.follows is None else trace.arrival_ps[trace.follows < 0]
     gaps = np.diff(times) / PS_PER_S
@@ -53,12 +55,15 @@ def describe(trace: Trace) -> dict[str, Any]:
 
 
 def prefix_reuse(trace: Trace) -> dict[str, Any] | None:
-    """What a cache that never forgets prompts would spare; blocks made by decoding are not counted.
+    """What a cache that never forgets a prompt would spare; blocks that decoding fills are not counted.
 
-    With hash ids a request hits the leading run of its ids that earlier requests had: ``token_hit`` is the
-    share of all prompt tokens in those runs, ``block_hit`` the share of ids, ``requests_with_hit`` that
-    of requests with a run at all. With prefix groups alone it hits its prefix, as far as one of its group had
-    it before.
+    With hash ids, a request hits the leading run of its ids that earlier requests had. ``token_hit`` is the share of
+    all prompt tokens that lie in such runs, ``block_hit`` the share of ids, and ``requests_with_hit`` the share of
+    requests that have such a run. With prefix groups alone, a request hits as much of its prefix as an earlier request
+    of its group had.
+
+    Example: the ids ``[1, 2]``, ``[1, 3]`` and ``[1, 3, 4]`` have leading runs of 0, 1 and 2 ids, so ``block_hit`` is
+    3 of 7.
     """
     if trace.hash_ids is not None:
         ids, rows = _leading_hits(trace.hash_ids), len(trace)
@@ -88,7 +93,7 @@ def table(trace: Trace, title: str = "") -> Table:
     shown.add_column()
 
     def add(name: str, *numbers: tuple[object, str]) -> None:
-        """A row of numbers, each followed by its unit or word; without any number, no row."""
+        """Add a row of numbers, each followed by its unit or word; numbers that are None are left out."""
         parts = [f"{_short(number)}{unit}" for number, unit in numbers if number is not None]
         if parts:
             shown.add_row(name, "  ".join(parts))
@@ -141,13 +146,13 @@ def _spread(tokens: npt.NDArray[np.float64]) -> dict[str, float]:
 
 
 def _dispersion(times: npt.NDArray[np.int64], window_s: int) -> float | None:
-    """Variance over mean of the arrivals in the whole windows from the first arrival on."""
+    """The variance over the mean of the number of arrivals in the whole windows from the first arrival on."""
     window = ((times - times[0]) // (window_s * PS_PER_S)).astype(np.int64)
     last = int(window[-1])
     if last < 2:
         return None
     _, sizes = np.unique(window[window < last], return_counts=True)
-    mean = sizes.sum() / last  # windows without an arrival count too, but need no memory
+    mean = sizes.sum() / last  # windows without an arrival count as well, but need no memory
     return float((sizes**2).sum() / last - mean**2) / float(mean)
 
 
@@ -170,7 +175,7 @@ def _leading_hits(hash_ids: HashIds) -> npt.NDArray[np.int64]:
     row = np.repeat(np.arange(len(counts)), counts)
     _, first, which = np.unique(values, return_index=True, return_inverse=True)
     seen = row[first][which] < row
-    # A request's run ends at its first id not seen, or with its ids.
+    # The run of a request ends at its first id that was not seen before, or else with its last id.
     misses = np.flatnonzero(~seen)
     next_miss = np.append(misses, len(values))[np.searchsorted(misses, offsets[:-1])]
     hits: npt.NDArray[np.int64] = np.minimum(next_miss, offsets[1:]) - offsets[:-1]
@@ -178,7 +183,7 @@ def _leading_hits(hash_ids: HashIds) -> npt.NDArray[np.int64]:
 
 
 def _group_hits(group: npt.NDArray[np.int32], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """How much of each request's group prefix an earlier request of the group had. Shape: ``(n,)``."""
+    """How many tokens of each request's prefix an earlier request of its group had. Shape: ``(n,)``."""
     had: dict[int, int] = {}
     hits = np.zeros(len(group), np.int64)
     for i, (g, n) in enumerate(zip(group.tolist(), tokens.tolist(), strict=True)):

@@ -1,7 +1,8 @@
-"""How many tokens a request has: distributions a scenario can name, as pydantic models to draw from.
+"""Lengths: how many tokens a prompt or an output has, as distributions that a scenario names.
 
-In YAML a distribution is a mapping of one key, its name: ``{exponential: {mean: 128, cap: 1536}}``. A bare
-number means that many tokens for everyone.
+In YAML a distribution is a mapping of one key, its name: ``{exponential: {mean: 128, cap: 1536}}``. A bare number
+gives every request that many tokens. Each class checks its mapping (pydantic), draws lengths (``sample``) and knows
+its mean (``mean_tokens``).
 """
 
 from __future__ import annotations
@@ -9,45 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem
-
-IntArray = npt.NDArray[np.int64]
+from chairlift.sim.workload.strict import OneOf, Spec, or_number
+from chairlift.sim.workload.trace import IntArray
 
 MOST_TOKENS = 2**31 - 1  # a Trace keeps tokens in int32
 
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
-
-
-class Spec(BaseModel):
-    """Base of every workload model: unknown keys, NaN, infinity and numbers in quotes are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class OneOf(Spec):
-    """A mapping with exactly one of its keys given; ``chosen`` is that key's value."""
-
-    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> OneOf:
-        known = type(self).model_fields
-        given = [name for name in known if getattr(self, name) is not None]
-        if len(given) != 1:
-            names = " and ".join(given) or "none"
-            raise ValueError(f"exactly one of {', '.join(known)} must be given, not {names}")
-        return self
-
-    @property
-    def chosen(self) -> Any:
-        """The one value given."""
-        return next(value for name in type(self).model_fields if (value := getattr(self, name)) is not None)
 
 
 class Constant(Spec):
@@ -88,10 +63,11 @@ class Uniform(Spec):
 
 
 class Exponential(Spec):
-    """Exponential, rounded to the nearest whole number; 0 becomes 1.
+    """Exponential lengths, rounded to the nearest whole number; 0 becomes 1.
 
-    The Anyscale benchmark of continuous batching (June 2023) draws output lengths so, with mean 128 and a
-    cap of 32 to 1536; it draws again what rounds to more than the cap, and its clients sent 0 as 1.
+    The Anyscale benchmark of continuous batching (June 2023) draws its output lengths from this distribution, with
+    mean 128 and a cap of 32 to 1536. The benchmark draws again when a length rounds to more than the cap, and its
+    clients send a 0 as 1.
     """
 
     mean: float = Field(gt=0, le=MOST_TOKENS, description="Mean before rounding and capping, in tokens.")
@@ -104,8 +80,8 @@ class Exponential(Spec):
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
         """``n`` lengths, one uniform draw each.
 
-        Redrawing is done by inverting the truncated distribution function: the same distribution as a loop
-        that rejects, in bounded time even when the cap is far below the mean.
+        ``redraw`` inverts the truncated distribution function. The lengths have the same distribution as those of a
+        loop that rejects, and the time is bounded even when the cap is far below the mean.
         """
         u = rng.random(n)
         if self.cap is not None and self.over_cap == "redraw":
@@ -114,7 +90,7 @@ class Exponential(Spec):
         return _whole(lengths if self.cap is None else np.minimum(lengths, self.cap))
 
     def mean_tokens(self) -> float:
-        """Exact: the sum over k of P(length >= k), with P(round(X) >= k) = e^(-(k - ½)/mean)."""
+        """The exact mean: the sum over k of P(length >= k), with P(round(X) >= k) = e^(-(k - ½)/mean)."""
         step, half = 1 / self.mean, math.exp(-0.5 / self.mean)
         terms = 1.0 if self.cap is None else -math.expm1(-self.cap * step)
         tail_sum = half * terms / -math.expm1(-step)  # sum over k = 1 .. cap
@@ -126,7 +102,7 @@ class Exponential(Spec):
 
 
 class Lognormal(Spec):
-    """exp(Normal(mu, sigma)), rounded to a whole number; 0 becomes 1, what is over ``cap`` the cap."""
+    """exp(Normal(mu, sigma)), rounded to the nearest whole number; 0 becomes 1, a draw over ``cap`` becomes the cap."""
 
     mu: float = Field(ge=-10, le=20, description="Mean of the logarithm (natural) of the tokens.")
     sigma: float = Field(ge=0, le=10, description="Standard deviation of the logarithm of the tokens.")
@@ -136,13 +112,13 @@ class Lognormal(Spec):
         """``n`` lengths.
 
         Raises:
-            BadInput: a draw does not fit in 32 bits; give a cap.
+            BadInput: a draw does not fit in 32 bits; a cap prevents that.
         """
         lengths = np.rint(rng.lognormal(self.mu, self.sigma, n))
         return _whole(lengths if self.cap is None else np.minimum(lengths, self.cap))
 
     def mean_tokens(self) -> float:
-        """Mean before rounding, with the cap: E[min(X, cap)]."""
+        """The mean before rounding, with the cap: E[min(X, cap)]."""
         mean = math.exp(self.mu + self.sigma**2 / 2)
         if self.cap is None:
             return mean
@@ -153,7 +129,7 @@ class Lognormal(Spec):
 
 
 class Quantiles(Spec):
-    """The inverse distribution function at some levels, linear between them, rounded; 0 becomes 1."""
+    """Lengths by their quantiles: linear between the levels given, rounded to a whole number; 0 becomes 1."""
 
     levels_pct: list[float] = Field(description="Levels in percent, rising from 0 to 100.", min_length=2)
     tokens: list[Annotated[float, Field(ge=0, le=MOST_TOKENS)]] = Field(
@@ -176,7 +152,7 @@ class Quantiles(Spec):
         return _whole(np.rint(np.interp(100 * rng.random(n), self.levels_pct, self.tokens)))
 
     def mean_tokens(self) -> float:
-        """Mean before rounding: trapezoids under the quantile function."""
+        """The mean before rounding: the area under the quantile function, trapezoid by trapezoid."""
         levels, tokens = np.array(self.levels_pct), np.array(self.tokens)
         return float(np.sum(np.diff(levels) * (tokens[1:] + tokens[:-1]) / 2) / 100)
 
@@ -196,7 +172,7 @@ class Mixture(Spec):
         return self
 
     def sample(self, n: int, rng: np.random.Generator) -> IntArray:
-        """``n`` lengths: first every request's part, then each part's lengths in turn."""
+        """``n`` lengths. The parts of all requests are drawn first, then the lengths of each part in turn."""
         edges = np.cumsum(self.weights)
         part = np.searchsorted(edges[:-1], rng.random(n) * edges[-1], side="right")
         lengths = np.empty(n, np.int64)
@@ -211,18 +187,10 @@ class Mixture(Spec):
         return sum(w * m for w, m in zip(self.weights, means, strict=True)) / sum(self.weights)
 
 
-def _or_number(schema: dict[str, Any]) -> None:
-    """JSON Schema of `Lengths`: the mapping, or a bare whole number."""
-    mapping = dict(schema) | {"minProperties": 1, "maxProperties": 1}
-    number = {"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}
-    schema.clear()
-    schema.update(title=mapping.pop("title"), description=mapping.pop("description"), anyOf=[number, mapping])
-
-
 class Lengths(OneOf):
     """Token counts of requests: a whole number, or one distribution by name."""
 
-    model_config = ConfigDict(json_schema_extra=_or_number)
+    model_config = ConfigDict(json_schema_extra=or_number({"type": "integer", "minimum": 1, "maximum": MOST_TOKENS}))
 
     constant: Constant | None = Field(default=None, description="The same for every request.")
     uniform: Uniform | None = Field(default=None, description="Whole numbers, equally likely.")
@@ -255,12 +223,12 @@ class Lengths(OneOf):
         return lengths
 
     def mean_tokens(self) -> float:
-        """Expected length in tokens, in closed form; some distributions ignore the rounding and say so."""
+        """The expected length in tokens, in closed form. Lognormal and quantiles leave the rounding out."""
         return float(np.mean(self.values)) if self.values is not None else float(self.chosen.mean_tokens())
 
 
 def _whole(lengths: npt.NDArray[np.float64]) -> IntArray:
-    """Rounded floats as int64, at least 1."""
+    """Rounded floats as int64, at least 1. Raises `BadInput` if one does not fit in 32 bits."""
     if lengths.size and not lengths.max() <= MOST_TOKENS:
         rule = f"a length drawn is over {MOST_TOKENS} tokens; give the distribution a cap"
         raise BadInput(Problem(rule, value=float(lengths.max())))

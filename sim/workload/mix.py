@@ -1,27 +1,29 @@
-"""Several workloads at once, each with arrivals and lengths of its own: tenants of one system."""
+"""Mixes: the requests of several traces, each of which is a tenant or several tenants of one system."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.workload.clients import sent
-from chairlift.sim.workload.trace import COLUMNS, HashIds, Trace
+from chairlift.sim.workload.trace import COLUMNS, HashIds, Trace, offsets_of
 
-_NEITHER = {"session": -1, "prefix_group": -1, "follows": -1}  # what a column says of rows that have none; else 0
-_NUMBERED = ("session", "prefix_group", "follows")  # numbers that restart in every part
+_NUMBERED = ("session", "prefix_group", "follows")  # columns of numbers that begin anew in every part; -1: none
 
 
 def merged(parts: Mapping[str, Trace]) -> Trace:
-    """The requests of all ``parts`` in order of time; a part's name is its tenants' name, or begins it.
+    """The requests of all ``parts``, in order of time.
 
-    Sessions, prefix groups and blocks of two parts are never the same. Raises `BadInput` where parts with block ids
-    differ in the tokens that an id covers.
+    A part without tenants becomes a tenant of its name; a tenant ``a`` of part ``p`` becomes ``p/a``. Sessions, prefix
+    groups and blocks of two parts are never the same.
+
+    Raises:
+        BadInput: block ids of two parts cover different numbers of tokens, or some parts declare ``max_tokens`` and
+            others do not.
     """
     traces = list(parts.values())
     sizes = {trace.hash_block for trace in traces if trace.hash_ids is not None}
@@ -56,13 +58,17 @@ def merged(parts: Mapping[str, Trace]) -> Trace:
 
 
 def _shifted(traces: list[Trace], column: str) -> list[Any]:
-    """The column of each trace, its numbers moved past those of the traces before."""
+    """The column of each trace; numbers that begin anew in every part are moved past those of the parts before.
+
+    Example: parts with the sessions 0, 1, 1 and -1, 0 give 0, 1, 1 and -1, 2.
+    """
     values = []
     past = 0
     for trace in traces:
         own = getattr(trace, column)
         if own is None:
-            values.append(np.full(len(trace), past if column == "tenant" else _NEITHER.get(column, 0), np.int64))
+            absent = past if column == "tenant" else -1 if column in _NUMBERED else 0
+            values.append(np.full(len(trace), absent, np.int64))
         elif column in (*_NUMBERED, "tenant"):
             values.append(np.where(own >= 0, own.astype(np.int64) + past, -1))
         else:
@@ -77,6 +83,7 @@ def _shifted(traces: list[Trace], column: str) -> list[Any]:
 
 
 def _ids(traces: list[Trace]) -> HashIds | None:
+    """The block ids of all traces, numbered anew from 0; None if no trace has any."""
     if all(trace.hash_ids is None for trace in traces):
         return None
     values: list[Any] = []
@@ -90,5 +97,4 @@ def _ids(traces: list[Trace]) -> HashIds | None:
         values.append(numbers + codes)
         counts.append(np.diff(trace.hash_ids.offsets))
         codes += len(own)
-    offsets = list(accumulate(np.concatenate(counts).tolist(), initial=0))
-    return HashIds(np.concatenate(values).astype(np.int64), np.array(offsets, np.int64))
+    return HashIds(np.concatenate(values).astype(np.int64), offsets_of(np.concatenate(counts)))

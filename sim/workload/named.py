@@ -1,9 +1,9 @@
-"""Named workloads: published traces boiled down to distributions, for use without the files.
+"""Named workloads: published traces reduced to distributions, for use without the files.
 
-Lengths are quantile grids: the trace's own quantiles, linear between them, prompt and output drawn apart.
-That keeps mean, p50 and p90 (a test holds them to the traces). It loses the correlation of the two, prefixes
-and sessions, and makes the last part in a thousand a straight line to the maximum. Where that matters, replay
-the file.
+Lengths are quantile grids: the quantiles of the trace, linear between them. Prompts and outputs are drawn
+independently. The grids keep the mean, p50 and p90, which a test holds to the traces. They lose the correlation of
+prompts with outputs, prefixes and sessions, and make the last thousandth a straight line to the maximum. Where that
+matters, replay the file.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from chairlift.sim.workload.lengths import Lengths, Lognormal, Quantiles
 
 @dataclass(frozen=True)
 class Named:
-    """A workload known by name. ``arrivals`` is None where the source has lengths only."""
+    """A workload known by name. ``arrivals`` is None if the source has lengths only."""
 
-    text: str  # what it is, what was fitted and what the fit loses
+    text: str  # what the trace is, what was fitted and what the fit loses
     source: str  # where the trace is, and whom to cite
     licence: str
-    prompt_tokens: Lengths
+    prompt_tokens: Lengths  # with sessions: the new tokens of a turn
     output_tokens: Lengths
-    arrivals: Arrivals | None = None  # of sessions' starts, where it has sessions
-    sessions: Sessions | None = None  # then prompt_tokens are the new ones of a turn
+    arrivals: Arrivals | None = None  # with sessions: of their starts
+    sessions: Sessions | None = None
 
     def arrivals_at(self, rate_per_s: float | None) -> Arrivals | None:
-        """The trace's arrivals, stretched to another mean rate if one is given; Poisson where it has none."""
+        """The arrivals, stretched to ``rate_per_s`` if that is given; Poisson at that rate if the trace has none."""
         if rate_per_s is None:
             return self.arrivals
         if self.arrivals is None:
@@ -47,7 +47,7 @@ def get(name: str) -> Named:
     """The workload of that name.
 
     Raises:
-        BadInput: there is none; suggests the nearest name.
+        BadInput: there is none of that name; the nearest name is suggested.
     """
     if name not in _WORKLOADS:
         raise BadInput(Problem(f"no such workload{did_you_mean(name, names())}", path="name", value=name))
@@ -55,10 +55,10 @@ def get(name: str) -> Named:
 
 
 def describe(name: str) -> str:
-    """What the workload is, with its source, licence, mean lengths (tokens) and arrivals, for people to read.
+    """The workload in words: what it is, its mean lengths (tokens), arrivals, source and licence.
 
     Raises:
-        BadInput: no workload of that name.
+        BadInput: there is no workload of that name.
     """
     known = get(name)
     mean = f"{known.prompt_tokens.mean_tokens():.0f} in, {known.output_tokens.mean_tokens():.0f} out"

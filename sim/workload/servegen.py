@@ -1,10 +1,13 @@
 """ServeGen: requests drawn from the measured behaviour of single clients of Alibaba's model service.
 
-github.com/alibaba/ServeGen, data/<kind>/<model>/; Xiang et al., *ServeGen*, arXiv:2505.09999. For every client there
-is a ``chunk-N-trace.csv`` (window start s, rate/s, CV, Gamma or Weibull, shape, scale) and a ``chunk-N-dataset.json``
-(from when on, s: a distribution of lengths). Each client here is a renewal process with gaps of the window's family
-and shape, in equilibrium at the start and run on a clock that its rate drives: bursts go on across windows, and the
-mean rates are those of the file.
+github.com/alibaba/ServeGen, data/<kind>/<model>/; Xiang et al., *ServeGen*, arXiv:2505.09999. Every client has two
+files. ``chunk-N-trace.csv`` has a row a window of time: its start (s), rate (1/s), CV of the gaps, their family (Gamma
+or Weibull), shape and scale. ``chunk-N-dataset.json`` has distributions of lengths, each with the time (s) from which
+on it holds.
+
+Here a client is a renewal process. Its gaps have the family and the shape of the window. The process is in equilibrium
+at the start, and the client's rate drives its clock: a burst goes on across the border of two windows, and the mean
+rates are those of the file.
 """
 
 from __future__ import annotations
@@ -25,31 +28,31 @@ from pydantic import Field
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.units import PS_PER_S
-from chairlift.sim.workload.lengths import IntArray, Spec
 from chairlift.sim.workload.random_streams import stream
-from chairlift.sim.workload.trace import Trace
+from chairlift.sim.workload.strict import Spec
+from chairlift.sim.workload.trace import IntArray, Trace
 
 Floats = npt.NDArray[np.float64]
 
 _MEMBER = re.compile(r"(?:.*/)?(chunk-\d+)-(trace\.csv|dataset\.json)")
 _PAIR = re.compile(r"(\d+): *([0-9.eE+-]+)")
-_PROMPT = ("input_tokens", "text_tokens")  # of language models, of multimodal ones
+_PROMPT = ("input_tokens", "text_tokens")  # fields of language models, of multimodal models
 _MEDIA = ("image", "audio", "video")
 
 
 @dataclass
 class Client:
-    """What one client does, window by window. Shapes: ``(windows,)``."""
+    """What one client does, window by window. Shape of the arrays: ``(windows,)``."""
 
     name: str
     start_s: Floats
     rate: Floats
     weibull: npt.NDArray[np.bool_]
     shape: Floats
-    lengths: dict[int, dict[str, str]] = field(default_factory=dict)  # from when on, s → field → distribution, unread
+    lengths: dict[int, dict[str, str]] = field(default_factory=dict)  # from when on (s) → field → distribution as text
 
     def drawn(self, what: str, at_s: float, n: int, rng: np.random.Generator) -> IntArray:
-        """``n`` values of a field of the dataset at a time; zeros where it has no such field."""
+        """``n`` values of the field ``what`` of the dataset, as it is at ``at_s``; zeros if it has no such field."""
         begun = [start for start in self.lengths if start <= at_s] or list(self.lengths)
         text = self.lengths[max(begun)].get(what, "")
         pairs = _pairs(text)
@@ -61,7 +64,7 @@ class Client:
 
 
 class ServeGen(Spec):
-    """Requests drawn from a table of clients; ``rate_per_s`` scales all their rates and leaves the clock as it is."""
+    """Requests drawn from a table of clients."""
 
     file: Annotated[str, Field(min_length=1)] = Field(
         description="A model's folder of chunk files, or a tar archive of it; relative to the scenario's folder."
@@ -71,10 +74,22 @@ class ServeGen(Spec):
         default=None, description="Only so many clients, the largest; null: all."
     )
 
-    def draw(self, n: int, seed: int, folder: Path, rate_per_s: float | None = None) -> Trace:
-        """``n`` requests, each client a tenant; every client has random streams of its own.
+    def files(self, folder: Path) -> list[Path]:
+        """The files that `draw` reads: the archive, or the files of clients in the folder."""
+        return _files(folder / self.file)
 
-        Raises `BadInput`: the file is wrong, or its clients send fewer requests until its end.
+    def draw(self, n: int, seed: int, folder: Path, rate_per_s: float | None = None) -> Trace:
+        """``n`` requests. Each client is a tenant and has random streams of its own.
+
+        Args:
+            n: how many requests.
+            seed: of the random streams.
+            folder: where a relative path starts.
+            rate_per_s: the mean rate of all clients together, to which their rates are scaled; the windows stay as
+                long as they are. None: the rates of the file.
+
+        Raises:
+            BadInput: the file is wrong, or its clients send fewer requests until the recording ends.
         """
         path = folder / self.file
         found = _clients(path, *_stamp(path))
@@ -116,7 +131,7 @@ class ServeGen(Spec):
 
 
 class _Player:
-    """A client at play: how far off its next request is, in mean gaps."""
+    """A client as it sends requests. Between windows it remembers how many mean gaps its next request is away."""
 
     def __init__(self, client: Client, seed: int, scale: float) -> None:
         self.client = client
@@ -126,7 +141,10 @@ class _Player:
         self._next: float | None = None
 
     def window(self, start: float, width: float, begin: float) -> tuple[Floats, IntArray, IntArray]:
-        """Times (s) and lengths of what it sends from ``begin`` to the window's end."""
+        """Times (s), prompts and outputs of the requests sent from ``begin`` to the end of the window.
+
+        The window starts at ``start`` and lasts ``width``, all in seconds.
+        """
         client = self.client
         i = int(np.searchsorted(client.start_s, start))
         if i == len(client.start_s) or client.start_s[i] != start or client.rate[i] == 0:
@@ -135,7 +153,7 @@ class _Player:
         shape, weibull = float(client.shape[i]), bool(client.weibull[i])
         if self._next is None:
             self._next = _residual(shape, weibull, self._gaps)
-        mass = rate * (start + width - begin)  # mean gaps that go by
+        mass = rate * (start + width - begin)  # mean gaps that pass until the window ends
         at = [np.array([self._next])]
         while at[-1][-1] < mass:
             more = int((mass - at[-1][-1]) * 1.1) + 16
@@ -154,14 +172,17 @@ class _Player:
 
 
 def _gaps(shape: float, weibull: bool, n: int, rng: np.random.Generator) -> Floats:
-    """Gaps of mean 1."""
+    """``n`` gaps of mean 1."""
     if weibull:
         return rng.weibull(shape, n) / math.gamma(1 + 1 / shape)
     return rng.gamma(shape, 1 / shape, n)
 
 
 def _residual(shape: float, weibull: bool, rng: np.random.Generator) -> float:
-    """Time to the first request of a process in equilibrium: a uniform part of a gap drawn in proportion to length."""
+    """The time to the first request of a process in equilibrium, in mean gaps.
+
+    A process in equilibrium is met in a gap that is drawn in proportion to its length, at a uniform place of it.
+    """
     if weibull:
         gap = rng.gamma(1 + 1 / shape) ** (1 / shape) / math.gamma(1 + 1 / shape)
     else:
@@ -172,10 +193,17 @@ def _residual(shape: float, weibull: bool, rng: np.random.Generator) -> float:
 # ---- reading ----
 
 
+def _files(path: Path) -> list[Path]:
+    """The files of clients in the folder ``path``, by name; or ``path`` itself, if it is no folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(each for each in path.glob("chunk-*") if _MEMBER.fullmatch(each.name))
+
+
 def _stamp(path: Path) -> tuple[int, int]:
-    """When the file, or any in the folder, changed last, and their size."""
+    """When one of the files last changed (ns), and their size together (bytes)."""
     try:
-        stats = [each.stat() for each in (path.glob("chunk-*") if path.is_dir() else [path])]
+        stats = [each.stat() for each in _files(path)]
     except OSError:
         raise BadInput(Problem("no such file or folder", str(path), path="servegen.file")) from None
     return max((stat.st_mtime_ns for stat in stats), default=0), sum(stat.st_size for stat in stats)
@@ -183,7 +211,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=4)
 def _clients(path: Path, _mtime_ns: int, _size: int) -> list[Client]:
-    """All clients in the folder or archive, by name."""
+    """All clients in the folder or archive, in order of their numbers. The stamp tells a file that has changed."""
     texts: dict[str, dict[str, str]] = {}
     try:
         for name, text in _members(path):
@@ -200,8 +228,9 @@ def _clients(path: Path, _mtime_ns: int, _size: int) -> list[Client]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of each file of a client."""
     if path.is_dir():
-        for each in sorted(path.glob("chunk-*")):
+        for each in _files(path):
             yield each.name, each.read_text(encoding="utf-8")
         return
     with tarfile.open(path) as archive:
@@ -212,6 +241,7 @@ def _members(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _client(file: str, name: str, texts: dict[str, str]) -> Client:
+    """The client of these texts; ``file`` is how messages begin the names of its files."""
     rows: list[tuple[float, float, str, float]] = []
     for line, text in enumerate(texts["trace.csv"].splitlines(), 1):
         cells = text.split(",")
@@ -246,7 +276,7 @@ def _client(file: str, name: str, texts: dict[str, str]) -> Client:
 
 @lru_cache(maxsize=4096)
 def _pairs(text: str) -> tuple[IntArray, Floats] | None:
-    """``{45: 0.01, 46: 0.02}`` as values and cumulative weights; None if there are none."""
+    """The values and cumulative weights of a text like ``{45: 0.01, 46: 0.02}``; None if it has none."""
     found = _PAIR.findall(text)
     if not found:
         return None

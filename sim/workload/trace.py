@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,9 @@ IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
 
 LATEST_PS = 2**63 - 1  # int64 picoseconds: about 106 days
-SHOWN = 20  # problems listed before the rest is only counted
+SHOWN = 20  # problems that are listed; further ones are only counted
 
-# Per-row columns: type kept, smallest value.
+# Columns, one value a request: the type that is stored, and the smallest value.
 COLUMNS: dict[str, tuple[type[np.integer[Any]], int | None]] = {
     "arrival_ps": (np.int64, 0),
     "prompt_tokens": (np.int32, 1),
@@ -36,23 +37,46 @@ COLUMNS: dict[str, tuple[type[np.integer[Any]], int | None]] = {
 
 
 class HashIds(NamedTuple):
-    """Block ids of every prompt, ragged: row i's ids are ``values[offsets[i]:offsets[i + 1]]``.
+    """Block ids of every prompt, ragged: the ids of row i are ``values[offsets[i]:offsets[i + 1]]``.
 
     An id stands for a block of tokens *and everything before it*, so equal ids mean an equal prefix.
+
+    Example: the rows ``[5, 6]``, ``[]`` and ``[5]`` are ``values = [5, 6, 5]`` and ``offsets = [0, 2, 2, 3]``. The
+    third prompt begins with the same block as the first.
     """
 
     values: IntArray  # Shape: (ids of all rows,)
     offsets: IntArray  # Shape: (rows + 1,)
 
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> HashIds:
+        """The ids of each row, in order of rows. All must fit in 64 bits."""
+        offsets = offsets_of([len(row) for row in rows])
+        return cls(np.fromiter(chain.from_iterable(rows), np.int64, int(offsets[-1])), offsets)
+
     def row(self, i: int) -> IntArray:
         """Ids of row ``i``."""
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
+    def taken(self, order: IntArray) -> HashIds:
+        """The rows whose numbers are in ``order``, in that order."""
+        counts = np.diff(self.offsets)[order]
+        offsets = offsets_of(counts)
+        places = np.repeat(self.offsets[order] - offsets[:-1], counts) + np.arange(offsets[-1])
+        return HashIds(self.values[places], offsets)
+
+
+def offsets_of(counts: Sequence[int] | IntArray) -> IntArray:
+    """Where each row of a ragged array starts, and the end of the last. Shape: ``(rows + 1,)`` int64."""
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
 
 class Fault(NamedTuple):
-    """A rule that one row of a trace breaks; `row` counts from 0."""
+    """A rule that one row of a trace breaks."""
 
-    row: int
+    row: int  # from 0
     column: str
     rule: str
     value: object
@@ -62,10 +86,14 @@ class Fault(NamedTuple):
 class Trace:
     """What arrives: one row a request, in order of arrival. Columns have shape ``(n,)`` and are read-only.
 
-    Any integer array or sequence will do; it is stored with the type named below.
+    A column may be given as any integer array or sequence; it is stored with the type named below.
 
-    A request that ``follows`` another, a row above its own, is sent ``think_ps`` after that one has ended; its
-    ``arrival_ps`` is that of the row it follows, a lower bound. Any number of rows may follow one.
+    ``follows`` names the row of another request, above this one. The request is then sent ``think_ps`` after that
+    other request has ended. Its ``arrival_ps`` repeats that of the row it follows, as a lower bound. Any number of rows
+    may follow one row.
+
+    Example: row 0 arrives at 3 s; row 1 has ``follows`` 0 and ``think_ps`` 2 s, and so ``arrival_ps`` 3 s. If row 0
+    ends at 10 s, row 1 is sent at 12 s.
 
     Raises:
         BadInput: no rows, columns of different lengths, numbers out of range or not finite and whole, arrivals
@@ -82,12 +110,12 @@ class Trace:
     session: IntArray | None = None  # int64; -1: none
     prefix_group: TokenArray | None = None  # int32; requests of a group share their first tokens; -1: none
     prefix_tokens: TokenArray | None = None  # int32, <= prompt_tokens: how many of them are the group's
-    follows: IntArray | None = None  # int64; row of the request whose end it waits for; -1: none, sent at arrival_ps
+    follows: IntArray | None = None  # int64; row of the request whose end is waited for; -1: none, sent at arrival_ps
     think_ps: IntArray | None = None  # int64 picoseconds from that end to the sending; 0 where follows is -1
     hash_ids: HashIds | None = None
     hash_block: int = 512  # tokens that one hash id covers
-    source: str = ""  # one line of provenance
-    notes: tuple[str, ...] = ()  # what was dropped or changed on the way here
+    source: str = ""  # where the trace comes from, in one line
+    notes: tuple[str, ...] = ()  # what was dropped or changed since that source
 
     def __post_init__(self) -> None:
         columns = {}
@@ -123,7 +151,7 @@ class Trace:
 
         Raises:
             BadInput: no rows are left.
-            ValueError: rows follow others, and ``start`` would cut off what they may follow.
+            ValueError: the trace has ``follows``, and ``start`` is not 0, so rows that others follow might be cut off.
         """
         rows = slice(start, stop)
         if self.follows is not None and rows.indices(len(self))[0] != 0:
@@ -142,12 +170,12 @@ class Trace:
 
 
 def _whole_numbers(name: str, value: Any) -> IntArray:
-    """``value`` as int64, refusing what is not one row of finite whole numbers."""
+    """``value`` as int64. Raises `BadInput` unless it is one row of finite whole numbers of at most 64 bits."""
     column = np.asarray(value)
     if column.ndim != 1 or (column.size and column.dtype.kind not in "iuf"):
         raise BadInput(Problem("must be a row of whole numbers", path=name, value=value))
     if column.dtype.kind != "i":
-        # The largest int64 is no float: the nearest one, 2**63, is already too big.
+        # The largest int64 is no float; the float nearest to it, 2**63, is already too large.
         wrong = ~((column == np.rint(column)) & (column >= -(2.0**63)) & (column < 2.0**63))
         if wrong.any():
             rows = np.flatnonzero(wrong)
@@ -160,9 +188,15 @@ def _whole_numbers(name: str, value: Any) -> IntArray:
 def faults(
     columns: Mapping[str, IntArray], hash_ids: HashIds | None = None, hash_block: int = 512, tenants: int = 0
 ) -> list[Fault]:
-    """What is wrong with the rows of a trace, in order of rows; ``columns`` by their names in `COLUMNS`.
+    """The rules that rows of a trace break, in order of rows.
 
-    Of arrivals out of order only the first is named: sorting mends them all.
+    Args:
+        columns: by their names in `COLUMNS`. Shape of each: ``(n,)``.
+        hash_ids: of the prompts, if the trace has any.
+        hash_block: tokens that one hash id covers.
+        tenants: how many names there are, for the column ``tenant``.
+
+    Of arrivals out of order only the first is named, for sorting the rows mends all of them.
     """
     found: list[Fault] = []
 
@@ -173,12 +207,12 @@ def faults(
         dtype, lowest = COLUMNS[name]
         limits = np.iinfo(dtype)
         lowest = limits.min if lowest is None else lowest
-        # Of arrivals the first tells: later ones below 0 are out of order.
+        # Only the first arrival is looked at: a later one below 0 is out of order, which is said below.
         low = column[:1] < lowest if name == "arrival_ps" else column < lowest
         refuse(name, low, f"must be at least {lowest}")
         refuse(name, column > limits.max, f"must be at most {limits.max}")
     if "max_tokens" in columns:
-        # Where the cap is below 1 that was said above.
+        # A cap below 1 was named above.
         cap = columns["max_tokens"]
         short = (cap >= 1) & (cap < columns["output_tokens"])
         refuse("max_tokens", short, "must be at least the row's output tokens")
@@ -222,7 +256,7 @@ def _hash_faults(hash_ids: HashIds, block: int, prompt: IntArray) -> list[Fault]
 
 
 def shortened(problems: list[Problem]) -> list[Problem]:
-    """The first twenty problems, and a line that counts the others."""
+    """The first twenty problems, and one that counts the others."""
     if len(problems) <= SHOWN:
         return problems
     more = Problem(f"and {len(problems) - SHOWN} more problems like these", file=problems[0].file)

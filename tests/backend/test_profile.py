@@ -15,7 +15,7 @@ from chairlift.backend.base import WHOLE, Batch, Chunk
 from chairlift.backend.calibrated import profile
 from chairlift.backend.calibrated.profile import Calibrated, GpuTime, HostTime, Profile
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.scenario.resolve import BACKENDS
+from chairlift.sim.scenario.plugins import BACKENDS
 from kit.command import chairlift
 from kit.worlds import check_books, play, trace_of
 

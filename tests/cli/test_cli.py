@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from chairlift.sim.cli.main import find_scenario
-from kit.command import POLICY, SCENARIO, chairlift, replaced
+from kit.command import POLICY, ROUTER, SCENARIO, chairlift, replaced
 from kit.places import IMPORTS, ROOT
 
 STATISTICS = ("mean", "median", "std", "p90", "p95", "p99")
@@ -225,6 +225,53 @@ def test_policy_file_named_in_the_scenario_needs_trust() -> None:
     assert not Path("ran").exists()
     assert load(run("--trust", scenario="sub/own.yaml") / "summary.json")["completed"] == 30
     assert Path("ran").exists()
+
+
+def test_router_from_a_file() -> None:
+    Path("mine.py").write_text(ROUTER)
+    found = rows(run("--router", "mine.py:Last", "--set", "replicas=3"))
+
+    assert {row["replica"] for row in found} == {2}
+
+
+def test_router_file_named_in_the_scenario_needs_trust() -> None:
+    Path("sub").mkdir()
+    Path("sub/mine.py").write_text("from pathlib import Path\nPath('ran').touch()\n" + ROUTER)
+    Path("sub/own.yaml").write_text(SCENARIO + "replicas: 3\nrouter: {name: mine.py, step: 2}\n")
+    refused = chairlift("run", "sub/own.yaml")
+
+    assert refused.status == 2
+    assert refused.err == (
+        "error: sub/own.yaml:13: router.name: a router from a file runs its code: name it with --router, or allow it "
+        "with --trust (got 'mine.py')\n"
+    )
+    assert not Path("ran").exists()
+    assert {row["replica"] for row in rows(run("--trust", scenario="sub/own.yaml"))} == {1}
+
+
+def test_a_router_on_the_command_line_does_not_trust_the_policy_file_of_the_scenario() -> None:
+    Path("mine.py").write_text(POLICY + ROUTER)
+    Path("own.yaml").write_text(replaced("{name: vllm}", "mine.py"))
+    result = chairlift("run", "own.yaml", "--router", "mine.py")
+
+    assert (result.status, result.out) == (2, "")
+    assert "own.yaml:5: policy: a policy from a file runs its code" in result.err
+
+
+def test_several_routers_are_compared_each_with_each_policy() -> None:
+    Path("mine.py").write_text(ROUTER)
+    many = ("--router", "round_robin", "--router", "mine.py")
+    alone = run(*many, "--set", "replicas=2", out="alone")
+    both = run(*many, "--set", "replicas=2", "--policy", "vllm", "--policy", "orca", out="both")
+
+    assert [each["variant"] for each in load(alone / "comparison.json")] == ["round_robin", "mine.py"]
+    assert [each["variant"] for each in load(both / "comparison.json")] == [
+        *("vllm round_robin", "vllm mine.py", "orca round_robin", "orca mine.py")
+    ]
+    used = {(row["variant"], row["replica"]) for row in rows(both)}
+    assert used == {
+        (f"{p} {r}", n) for p in ("vllm", "orca") for r, n in [("round_robin", 0), ("round_robin", 1), ("mine.py", 1)]
+    }
 
 
 def test_backend_can_be_named() -> None:

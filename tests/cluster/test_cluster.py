@@ -27,8 +27,7 @@ from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_v0 import VllmV0
 from chairlift.sim.results.records import Status
-from chairlift.sim.scenario.schema import Autoscale, Failures, Limits, Outage, Planned
-from chairlift.sim.study import Setup
+from chairlift.sim.study import Autoscale, Failures, Limits, Outage, Planned, Setup
 from chairlift.sim.workload.trace import HashIds, Trace
 from kit.clusters import (
     check_endings,

@@ -11,8 +11,7 @@ from chairlift.policies.base import PolicyError, Step
 from chairlift.policies.static import Static
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.records import Status
-from chairlift.sim.scenario.schema import Autoscale, Failures, Limits, Outage, Planned
-from chairlift.sim.study import Setup
+from chairlift.sim.study import Autoscale, Failures, Limits, Outage, Planned, Setup
 from kit.clusters import Served, check_endings, check_nothing_left, group, link, s, same, serve, setup_of
 from kit.worlds import Affine, trace_of
 

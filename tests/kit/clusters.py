@@ -23,8 +23,7 @@ from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.prefix_pool import Identity
 from chairlift.sim.results.records import RequestRecords, Status
-from chairlift.sim.scenario.schema import Limits, Link, Slo
-from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.study import Limits, Link, ReplicaGroup, Setup, Slo
 from chairlift.sim.workload.trace import Trace
 from kit.worlds import Affine, sorted_gaps
 

@@ -27,7 +27,8 @@ workload:
 POLICY = """\
 from dataclasses import dataclass
 
-from chairlift.policies.base import Positive, Scheduler, Step
+from chairlift import Scheduler, Step
+from chairlift.policies.base import Positive
 
 
 @dataclass
@@ -44,6 +45,24 @@ class Mine(Scheduler):
                 break
             room -= request.prompt_tokens
         return 1
+"""
+
+
+ROUTER = """\
+from dataclasses import dataclass
+
+from chairlift import Request, Router
+from chairlift.policies.base import Positive, Replicas
+
+
+@dataclass
+class Last(Router):
+    \"\"\"The last replica, whatever its load.\"\"\"
+
+    step: Positive = 1
+
+    def route(self, request: Request, replicas: Replicas) -> int:
+        return len(replicas.indices) - self.step
 """
 
 

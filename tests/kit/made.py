@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from chairlift.sim.workload.lengths import Lengths
-from chairlift.sim.workload.workload import Trace, Workload
+from chairlift.sim.workload.spec import Workload
+from chairlift.sim.workload.trace import Trace
 from kit.places import TRACES
 
 needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from chairlift.sim.sweep.journal import NAME
 from chairlift.sim.sweep.table import TIMES
 from kit.command import SCENARIO
 from kit.places import IMPORTS
@@ -37,9 +44,20 @@ def table(folder: Path) -> pa.Table:
     return pq.read_table(folder / "results.parquet").drop_columns(list(TIMES))
 
 
-def stopped(process: subprocess.Popen[str], journal: Path, how: signal.Signals) -> tuple[str, str]:
-    """Stop ``process`` once five results are in ``journal``; what it printed. An interrupt is to end it in peace."""
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 5):
+def written_down(folder: Path) -> dict[str, dict[str, Any]]:
+    """Key → entry of the journal in ``folder``, also while another process writes there: a copy is read."""
+    with tempfile.TemporaryDirectory() as copy:
+        for path in sorted(folder.glob(f"{NAME}*")):  # the log after the file that it adds to
+            shutil.copy(path, copy)
+        with closing(sqlite3.connect(Path(copy) / NAME)) as rows:
+            if rows.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+                return {}
+            return {key: json.loads(entry) for key, entry in rows.execute("SELECT key, entry FROM results")}
+
+
+def stopped(process: subprocess.Popen[str], folder: Path, how: signal.Signals) -> tuple[str, str]:
+    """Stop ``process`` once five results are written in ``folder``; its output. An interrupt is to end it in peace."""
+    while len(written_down(folder)) < 5:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)

@@ -24,7 +24,7 @@ from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.local import Local
 from kit.command import Result, chairlift
 from kit.places import ROOT
-from kit.sweeping import started, stopped
+from kit.sweeping import started, stopped, written_down
 
 PLANS = sorted((ROOT / "scenarios" / "plans").glob("*.yaml"))
 
@@ -79,7 +79,7 @@ def test_the_pruned_answer_is_that_of_brute_force(tmp_path: Path, answered: tupl
     promises = plan.spec.slo
     effort = plan.spec.search.effort()
     shutil.copytree(answered[0], tmp_path / "out")
-    with Journal(tmp_path / "out" / "journal.jsonl") as journal:
+    with Journal(tmp_path / "out") as journal:
         runs = Simulations(journal, Local(1), tuple(promises))
 
         def bounds(candidate: Candidate):  # type: ignore[no-untyped-def]
@@ -108,13 +108,13 @@ def test_a_plan_is_answered_and_resumed(tmp_path: Path, answered: tuple[Path, Re
     assert first.status == 0, first.err
     shutil.copytree(out, out := tmp_path / "out")
     told = json.loads((out / "plan.json").read_text())
-    lines = (out / "journal.jsonl").read_text().count("\n")
+    before = written_down(out)
     second = chairlift("plan", written(tmp_path), "--out", str(out), "--jobs", "1", "--json")
 
     assert "Cheapest for 60/s" in first.out
     assert "vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 1 --max-model-len 4096" in first.out
     assert "--max-num-batched-tokens 2048" in first.out
-    assert (out / "journal.jsonl").read_text().count("\n") == lines
+    assert written_down(out) == before
     assert json.loads(second.out)["cheapest"] == told["cheapest"]
     [cheapest] = told["cheapest"]
     assert len(cheapest["systems"]) == 12
@@ -184,7 +184,7 @@ def test_recorded_loads_that_met_the_promise_are_said_to(tmp_path: Path) -> None
 
     assert candidate.backend == "profile, measured"
     assert candidate.document.data["backend"] == "h200-llama-3.1-8b-vllm-0.23"  # not our own engine's
-    with Journal(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path) as journal:
         measure = Simulations(journal, Local(1), tuple(read.spec.slo)).of(candidate)
         for rate, proof in ((6, 1), (20, 1), (40, -1)):
             assert decide(measure, read.spec.slo, rate, read.spec.search.effort()).proof == proof
@@ -198,7 +198,7 @@ def test_a_bound_is_one(tmp_path: Path) -> None:
     plan = read_plan(Path(written(tmp_path)))
     candidate = next(c for c in plan.candidates if c.labels == {"gpu": "h100", "replicas": 1})
     limit = bound(candidate, plan.spec.slo).rate_per_s
-    with Journal(tmp_path / "journal.jsonl") as journal:
+    with Journal(tmp_path) as journal:
         measure = Simulations(journal, Local(1), tuple(plan.spec.slo)).of(candidate)
         verdict = judge(plan.spec.slo, measure(limit * 1.05, 3000, 2), limit * 1.05, 3000)
         served = sum(s.simulated_s for s in measure(limit * 1.05, 3000, 2)) / 2
@@ -332,11 +332,6 @@ def test_a_shipped_plan_is_sound(path: Path) -> None:
 # ---- interruption ----
 
 
-def keys(folder: Path) -> list[str]:
-    """Of the replications that a plan has written down."""
-    return [json.loads(line)["key"] for line in (folder / "journal.jsonl").read_text().splitlines()]
-
-
 def longer(folder: Path) -> str:
     """`PLAN` with answers so long that one H100 needs dozens of replications: there is time to stop it."""
     return changed(folder, ("{low: 5, high: 40}", "{low: 20, high: 120}"), ("requests: 1600", "requests: 800"))
@@ -344,10 +339,10 @@ def longer(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, Any]]:
-    """Of a `longer` plan that nobody stopped: the replications written down, and the answer."""
+    """Of a `longer` plan that nobody stopped: the keys of its replications, and the answer."""
     folder = tmp_path_factory.mktemp("whole")
     done = chairlift("plan", longer(folder), "--out", str(folder), "--jobs", "1", "--json")
-    return keys(folder), json.loads(done.out)
+    return sorted(written_down(folder)), json.loads(done.out)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -356,14 +351,14 @@ def test_a_plan_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     plan, out = longer(tmp_path), tmp_path / "out"
     process = started("plan", plan, "--out", str(out), "--jobs", "2")
-    _, err = stopped(process, out / "journal.jsonl", how)
+    _, err = stopped(process, out, how)
     if how == signal.SIGINT:
         assert "interrupted: what was found is in" in err
-    known = (out / "journal.jsonl").read_bytes().count(b"\n")
+    known = len(written_down(out))
     again = chairlift("plan", plan, "--out", str(out), "--jobs", "1", "--json")
 
     assert 5 <= known < len(whole[0])
-    assert sorted(keys(out)) == sorted(whole[0])  # nothing twice
+    assert sorted(written_down(out)) == whole[0]  # nothing twice
     first, second = (
         {**answer, "assumptions": dict(answer["assumptions"])} for answer in (whole[1], json.loads(again.out))
     )

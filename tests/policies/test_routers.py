@@ -25,7 +25,7 @@ from chairlift.policies.routers import (
     SessionSticky,
     ShortestQueue,
 )
-from chairlift.sim.scenario.schema import Failures, Outage
+from chairlift.sim.study import Failures, Outage
 from chairlift.sim.workload.trace import HashIds
 from kit.clusters import check_endings, check_nothing_left, group, s, serve, setup_of
 from kit.worlds import Affine, trace_of

@@ -15,8 +15,7 @@ from chairlift.sim.replica import executing
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.slots import seat
 from chairlift.sim.results import reader as results
-from chairlift.sim.scenario.schema import Limits
-from chairlift.sim.study import Setup
+from chairlift.sim.study import Limits, Setup
 from chairlift.sim.workload.trace import Trace
 from kit.clusters import serve
 from kit.command import chairlift

@@ -27,8 +27,7 @@ from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.prefix_pool import Identity
 from chairlift.sim.results.records import RUN_COLUMNS, Status
 from chairlift.sim.scenario import resolve as lookup
-from chairlift.sim.scenario.schema import Limits
-from chairlift.sim.study import Setup
+from chairlift.sim.study import Limits, Setup
 from kit.clusters import (
     Served,
     check_endings,

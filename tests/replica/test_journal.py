@@ -19,8 +19,8 @@ from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.journal import JournalEngine, Kind
 from chairlift.sim.report.slots import Slots, seat
 from chairlift.sim.results.records import Status
-from chairlift.sim.scenario.schema import Failures, Limits, Outage
 from chairlift.sim.simulate import simulate
+from chairlift.sim.study import Failures, Limits, Outage
 from kit.clusters import group, link, s, setup_of
 from kit.journals import Steady, check_slots, seats
 from kit.leaping import POLICIES, backends, rows

@@ -15,7 +15,7 @@ from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_v0 import VllmV0
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.results.records import Status
-from chairlift.sim.scenario.schema import Limits
+from chairlift.sim.study import Limits
 from kit.by_hand import TokenAPs, finished, first, rows, serve
 from kit.clusters import group, setup_of
 from kit.clusters import serve as serve_cluster
@@ -249,7 +249,7 @@ def test_a_client_that_gives_up_a_swapped_request_frees_its_host_memory(leap: bo
 
 
 def test_a_replica_that_fails_loses_its_host_memory_too() -> None:
-    from chairlift.sim.scenario.schema import Failures, Outage
+    from chairlift.sim.study import Failures, Outage
 
     whole = serve_cluster(crowded())
     end = max(whole.requests.finished)

@@ -14,9 +14,8 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.report.explain import explain, slowest
 from chairlift.sim.results import reader as results
 from chairlift.sim.results.writer import Writer
-from chairlift.sim.scenario.schema import Failures, Limits, Outage
 from chairlift.sim.simulate import simulate
-from chairlift.sim.study import Setup, Study
+from chairlift.sim.study import Failures, Limits, Outage, Setup, Study
 from kit.clusters import group, link, s, setup_of
 from kit.command import SCENARIO, chairlift
 from kit.journals import Steady

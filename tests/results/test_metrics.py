@@ -17,7 +17,7 @@ from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import Latencies, _describe_weighted, inter_token_gaps, summarise
 from chairlift.sim.results.records import Status
-from chairlift.sim.scenario.schema import Slo
+from chairlift.sim.study import Slo
 from kit.worlds import Affine, World, play, sync_vllm, trace_of
 
 MS = 10**9  # ps

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from kit.command import POLICY, SCENARIO, Result, chairlift, replaced
+from kit.command import POLICY, ROUTER, SCENARIO, Result, chairlift, replaced
 
 UP_TO_WORKLOAD = SCENARIO[: SCENARIO.index("workload:")]
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
@@ -510,10 +510,10 @@ def test_wrong_usage(arguments: list[str]) -> None:
 
 
 def with_policy(body: str, *arguments: str) -> Result:
-    """Run a policy whose ``schedule`` starts on line 11 with ``body``."""
+    """Run a policy whose ``schedule`` starts on line 12 with ``body``."""
     head, _, _ = POLICY.partition("    def schedule")
     Path("mine.py").write_text(head + "    def schedule(self, step: Step) -> int:\n" + body)
-    assert (head.count("\n"), body[:8]) == (11, " " * 8)
+    assert (head.count("\n"), body[:8]) == (12, " " * 8)
     return run(replaced("{poisson: {rate_per_s: 2}}", "{burst: {}}"), "--policy", "mine.py", *arguments)
 
 
@@ -529,6 +529,15 @@ FILES = {
     "imports what is not there": (
         "\nimport nothing_of_the_kind\n",
         "mine.py:2: cannot be imported: ModuleNotFoundError: No module named 'nothing_of_the_kind'",
+    ),
+    "imports by the former name": (
+        "x = 1\nfrom policies.base import NotNegative, Scheduler, Step\nraise SystemExit('run')\n",
+        "mine.py:2: Chairlift's packages are under one name now: write `from chairlift import Scheduler, Step` and "
+        "`from chairlift.policies.base import NotNegative`",
+    ),
+    "imports a module by the former name": (
+        "import backend.roofline, json\n",
+        "mine.py:1: Chairlift's packages are under one name now: write `import chairlift.backend.roofline`",
     ),
     "no policy": ("x = 1\n", "mine.py: holds no Scheduler subclass"),
     "several": (
@@ -548,6 +557,82 @@ def test_policy_file_that_cannot_be_used(content: str | None, said: str) -> None
         Path("mine.py").write_text(content)
 
     refused(run(SCENARIO, "--policy", "mine.py"), said)
+
+
+def test_every_import_by_a_former_name_is_told_though_such_a_folder_lies_on_the_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("policies", "sim"):
+        Path(name).mkdir()
+        for module in ("__init__", "base"):
+            Path(name, f"{module}.py").write_text("raise SystemExit('the wrong package')\n")
+    monkeypatch.syspath_prepend(".")
+    Path("mine.py").write_text(
+        "from policies.base import Scheduler\n\ndef later():\n    from sim.run import simulate\n"
+        "from .policies import base\nfrom policies_of_mine import other\n"
+    )
+
+    refused(
+        run(SCENARIO, "--policy", "mine.py"),
+        "mine.py:1: Chairlift's packages are under one name now: write `from chairlift import Scheduler`",
+        "mine.py:4: Chairlift's packages are under one name now: write `from chairlift import simulate`",
+    )
+
+
+# ---- routers of the user's own ----
+
+NO_ROUTER = {
+    "missing": (None, "mine.py: no such file"),
+    "a policy": (POLICY, "mine.py: holds no Router subclass"),
+    "several": (
+        ROUTER + ROUTER[ROUTER.index("@dataclass") :].replace("Last", "Other"),
+        "mine.py: holds several routers (Last, Other): say which, as mine.py:Class",
+    ),
+    "imports by the former name": (
+        "from policies.base import Replicas, Router\n",
+        "mine.py:1: Chairlift's packages are under one name now: write `from chairlift import Router` and "
+        "`from chairlift.policies.base import Replicas`",
+    ),
+    "settings of no type": (
+        ROUTER.replace("Positive = 1", "'Whatever' = 1"),
+        "mine.py: the settings of Last cannot be read: NameError: name 'Whatever' is not defined",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), NO_ROUTER.values(), ids=NO_ROUTER)
+def test_router_file_that_cannot_be_used(content: str | None, said: str) -> None:
+    if content is not None:
+        Path("mine.py").write_text(content)
+
+    refused(run(SCENARIO, "--router", "mine.py"), said)
+
+
+def test_settings_of_a_router_file_are_checked() -> None:
+    Path("mine.py").write_text(ROUTER)
+
+    refused(
+        run(SCENARIO + "router: {name: mine.py, step: 0, stop: 1}\n", "--trust"),
+        "s.yaml:12: router.step: must be above 0 (got 0)",
+        "s.yaml:12: router.stop: unknown key – did you mean 'step'?",
+    )
+
+
+@pytest.mark.parametrize("answer", ["2", "-1", "1.0", "None"])
+def test_router_that_names_no_replica(answer: str) -> None:
+    Path("mine.py").write_text(ROUTER.replace("len(replicas.indices) - self.step", answer))
+
+    refused(
+        run(SCENARIO + "replicas: 2\n", "--router", "mine.py"),
+        f"router Last: position {answer}: there are 2 replicas, from 0",
+    )
+
+
+def test_router_that_crashes_is_named_with_its_line() -> None:
+    Path("mine.py").write_text(ROUTER.replace("self.step", "self.steps"))
+
+    [line] = run(SCENARIO + "replicas: 2\n", "--router", "mine.py").err.splitlines()
+    assert line.startswith("error: mine.py:14: raised AttributeError: ")
 
 
 def test_policy_file_without_that_class() -> None:
@@ -609,24 +694,24 @@ def test_policy_that_breaks_a_rule(body: str, said: str) -> None:
 CRASHES = {
     "divides by zero": (
         "        return 1 // len(step.running)\n",
-        "mine.py:13: raised ZeroDivisionError: integer division or modulo by zero",
+        "mine.py:14: raised ZeroDivisionError: integer division or modulo by zero",
     ),
     "misspells a verb": (
         "        request = step.waiting[0]\n        step.admitt(request, 1)\n        return 1\n",
-        "mine.py:14: raised AttributeError: ",
+        "mine.py:15: raised AttributeError: ",
     ),
     "hands over nonsense": (
         "        step.admit(step.waiting[0], 'all')\n        return 1\n",
-        "mine.py:13: raised TypeError: ",
+        "mine.py:14: raised TypeError: ",
     ),
     "crashes as it is made": (
         "        return 1\n\n    def __post_init__(self) -> None:\n        self.room = self.bugdet\n",
-        "mine.py:16: raised AttributeError: ",
+        "mine.py:17: raised AttributeError: ",
     ),
     "crashes on an arrival": (
         "        step.decode_all()\n        step.admit(step.waiting[0], 1)\n        return 1\n\n"
         "    def order(self, request: object) -> None:\n        raise KeyError('x')\n",
-        "mine.py:18: raised KeyError: 'x'",
+        "mine.py:19: raised KeyError: 'x'",
     ),
 }
 

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from chairlift.sim.report import tables as report
 from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import load
-from chairlift.sim.simulate import Outcome, simulate
+from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
 from kit.places import ROOT
 

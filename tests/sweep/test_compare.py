@@ -14,7 +14,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.compare import Comparison
 from chairlift.sim.sweep.runs import Row, Run
-from chairlift.sim.sweep.statistics import interval, surely_below
+from chairlift.sim.sweep.statistics import interval, student, surely_below
 from chairlift.sim.sweep.table import read, write
 from kit.command import chairlift
 from kit.sweeping import written
@@ -42,6 +42,12 @@ def noisy() -> dict[tuple[str, float], dict[str, list[float | None]]]:
             own = 500 * rate + common + 5 * i + rng.normal(0, 3, SEEDS)
             figures[policy, rate] = {"p99_ttft_ms": own.tolist(), "request_goodput": (20 + i + own / 90).tolist()}
     return figures
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.975, 0.9875, 0.9999, 1 - 1e-9])
+def test_student_is_the_quantile_of_its_distribution(level: float) -> None:
+    assert [student(level, n) for n in (1, 2, 3, 10, 200)] == [stats.t.ppf(level, n) for n in (1, 2, 3, 10, 200)]
+    assert student(0.975, 4) == pytest.approx(2.776, abs=5e-4)  # printed tables
 
 
 def test_differences_are_scipys_paired_t_intervals(tmp_path: Path) -> None:

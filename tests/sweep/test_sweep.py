@@ -12,8 +12,9 @@ import pytest
 
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
+from chairlift.sim.sweep.journal import Journal
 from kit.command import POLICY, SCENARIO, chairlift, replaced
-from kit.sweeping import SWEEP, started, stopped, table, written
+from kit.sweeping import SWEEP, started, stopped, table, written, written_down
 
 
 @pytest.fixture(autouse=True)
@@ -167,14 +168,11 @@ def test_a_run_that_kills_its_process_is_given_up_and_the_others_end(tmp_path: P
 def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, how: signal.Signals) -> None:
     slow = replaced("requests: 30", "requests: 600")
     written(tmp_path, SWEEP.replace("seeds: 3", "seeds: 12"), slow)
-    journal = tmp_path / "out" / "journal.jsonl"
     process = started("sweep", "sweep.yaml", "--out", "out", "--jobs", "2")
-    stopped(process, journal, how)
+    stopped(process, tmp_path / "out", how)
     if how == signal.SIGINT:
         assert 5 <= len(table(tmp_path / "out")) < 48
-    known = journal.read_bytes().count(b"\n")
-    with journal.open("ab") as file:
-        file.write(b'{"key": "cut in the midd')  # what a crash of the machine may leave
+    known = len(written_down(tmp_path / "out"))
 
     assert 5 <= known < 48
     assert f"{48 - known} new, {known} known" in swept("--jobs", "2")
@@ -200,14 +198,13 @@ def test_options_that_do_not_go_together_are_told_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_writers_at_once_are_refused_and_a_foreign_journal_too(tmp_path: Path) -> None:
-    from chairlift.sim.sweep.journal import Journal
-
+def test_a_sweep_where_another_writes_or_where_the_journal_is_foreign_is_refused_in_one_line(tmp_path: Path) -> None:
     written(tmp_path)
-    with Journal(tmp_path / "out" / "journal.jsonl"):
-        assert "another process is writing here" in swept(status=2)
-    (tmp_path / "out" / "journal.jsonl").write_text("{}\n")
-    assert "journal.jsonl:1: not a line of a sweep's journal" in swept(status=2)
+    with Journal(tmp_path / "out"):
+        assert swept(status=2).splitlines()[1:] == ["error: out/journal.sqlite: another process is writing here"]
+    (tmp_path / "out" / "journal.sqlite").write_text("{}\n")
+    [_, said] = swept(status=2).splitlines()
+    assert "out/journal.sqlite: is no journal of a sweep, or damaged" in said
 
 
 def test_a_dry_run_checks_and_counts_and_writes_nothing(tmp_path: Path) -> None:
@@ -304,13 +301,13 @@ def test_numbers_below_a_mapping_are_columns_of_their_own(tmp_path: Path, monkey
     assert not {"said", "each", "served"} & set(row)
 
 
-def test_the_journal_has_a_line_a_run_with_all_that_the_table_has(tmp_path: Path) -> None:
+def test_the_journal_has_an_entry_a_run_with_all_that_the_table_has(tmp_path: Path) -> None:
     written(tmp_path)
     swept("-j1")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()]
+    entries = written_down(tmp_path / "out")
     rows = {row["key"]: row for row in table(tmp_path / "out").to_pylist()}
 
-    assert len(lines) == len(rows) == 12
-    for line in lines:
-        row = rows[line["key"]]
-        assert all(row[name] == value for name, value in line["metrics"].items())
+    assert len(rows) == 12
+    assert entries.keys() == rows.keys()
+    for key, entry in entries.items():
+        assert all(rows[key][name] == value for name, value in entry["metrics"].items())

@@ -101,6 +101,23 @@ def test_files_travel_and_a_worker_that_is_killed_loses_nothing(
     assert table(tmp_path / "ray").equals(table(tmp_path / "local"), check_metadata=True)
 
 
+def test_folders_and_files_of_one_name_travel(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, length in (("small", 10), ("large", 90)):
+        (tmp_path / folder / "clients").mkdir(parents=True)
+        (tmp_path / folder / "clients" / "chunk-0-trace.csv").write_text("0,2,1,Gamma,1,0.5\n600,2,1,Gamma,1,0.5\n")
+        lengths = {"0": {"input_tokens": f"{{{length}: 1.0}}", "output_tokens": "{5: 1.0}"}}
+        (tmp_path / folder / "clients" / "chunk-0-dataset.json").write_text(json.dumps(lengths))
+    clients = "".join(f"{f}: {{servegen: {{file: {f}/clients}}, requests: 20}}, " for f in ("small", "large"))
+    base = SCENARIO.partition("workload:")[0] + f"workload: {{mix: {{{clients}}}}}\n"
+    written(tmp_path, "base: base.yaml\nseeds: 2\n", base)
+    on_ray(cluster, tmp_path / "ray")
+
+    assert [row["total_input_tokens"] for row in table(tmp_path / "ray").to_pylist()] == [2000, 2000]
+    here(tmp_path / "local")
+    assert table(tmp_path / "ray").equals(table(tmp_path / "local"), check_metadata=True)
+
+
 def test_a_node_that_dies_in_mid_sweep_loses_nothing(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chairlift.sim.bad_input import BadInput
-from chairlift.sim.workload.formats.read import load, save
+from chairlift.sim.workload.formats.chairlift import save
+from chairlift.sim.workload.formats.read import load
 from chairlift.sim.workload.trace import COLUMNS, HashIds, Trace
 from kit.places import TRACES
 

@@ -14,7 +14,8 @@ from chairlift.sim.scenario.load import load as load_scenario
 from chairlift.sim.simulate import simulate
 from chairlift.sim.workload.describe import describe
 from chairlift.sim.workload.formats.read import load
-from chairlift.sim.workload.workload import Workload
+from chairlift.sim.workload.spec import Workload
+from chairlift.sim.workload.workload import build
 from kit.made import needs_traces
 from kit.places import TRACES
 
@@ -75,7 +76,7 @@ def test_without_the_maps_it_has_lengths_alone_and_says_so(tmp_path: Path) -> No
     ("change", "rule"),
     [
         ({"timestamp": "x"}, "1: timestamp: must be a number of seconds"),
-        ({"input_length": 0}, "1: prompt_tokens: must be at least 1"),
+        ({"input_length": 0}, "1: input_length: must be at least 1"),
         ({"hash_ids": {"sys_prompt": [1]}}, "1: hash_ids: must be a mapping with the lists"),
         ({"hash_ids": {key: ["x"] for key in PARTS}}, "1: hash_ids: must be a whole number"),
         ({"session_id": ...}, "1: session_id: missing key"),
@@ -194,7 +195,7 @@ def test_arrivals_are_those_of_sessions(tmp_path: Path) -> None:
         tmp_path / "s.jsonl", [session(request(0, 130, 7, 4, 0, [1, 2]), request(9, 150, 7, 4, 5, [1, 2]))] * 3
     )
     made = Workload.model_validate({"file": str(path), "arrivals": {"constant": {"rate_per_s": 0.5}}, "requests": 5})
-    trace = made.build(0)
+    trace = build(made, 0)
 
     assert (trace.arrival_ps // SECOND).tolist() == [2, 2, 4, 4, 6]
     assert trace.follows is not None

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.workload import named
 from chairlift.sim.workload.describe import describe
-from chairlift.sim.workload.workload import HashIds, Trace, Workload
+from chairlift.sim.workload.spec import Workload
+from chairlift.sim.workload.trace import HashIds, Trace
+from chairlift.sim.workload.workload import build
 from kit.made import SYNTHETIC, needs_traces, trace, workload
 from kit.places import TRACES
 
@@ -118,7 +120,7 @@ def test_a_trace_that_follows_is_cut_from_its_start_only():
 
 
 def test_a_synthetic_workload_is_the_same_for_the_same_seed():
-    first, again, other = (workload(**SYNTHETIC).build(seed) for seed in (7, 7, 8))
+    first, again, other = (build(workload(**SYNTHETIC), seed) for seed in (7, 7, 8))
 
     assert first.arrival_ps.tolist() == again.arrival_ps.tolist()
     assert first.output_tokens.tolist() == again.output_tokens.tolist()
@@ -127,22 +129,22 @@ def test_a_synthetic_workload_is_the_same_for_the_same_seed():
 
 
 def test_arrivals_do_not_change_the_lengths():
-    burst = workload(**SYNTHETIC | {"arrivals": {"burst": {}}}).build(1)
-    poisson = workload(**SYNTHETIC).build(1)
+    burst = build(workload(**SYNTHETIC | {"arrivals": {"burst": {}}}), 1)
+    poisson = build(workload(**SYNTHETIC), 1)
 
     assert burst.output_tokens.tolist() == poisson.output_tokens.tolist()
 
 
 def test_max_tokens_exact_declares_the_true_length():
-    made = workload(**SYNTHETIC, max_tokens="exact").build(0)
+    made = build(workload(**SYNTHETIC, max_tokens="exact"), 0)
 
     assert made.max_tokens.tolist() == made.output_tokens.tolist()
-    assert workload(**SYNTHETIC).build(0).max_tokens is None
+    assert build(workload(**SYNTHETIC), 0).max_tokens is None
 
 
 def test_outputs_end_at_a_max_tokens_below_them():
-    made = workload(**SYNTHETIC, max_tokens=64).build(0)
-    free = workload(**SYNTHETIC).build(0)
+    made = build(workload(**SYNTHETIC, max_tokens=64), 0)
+    free = build(workload(**SYNTHETIC), 0)
 
     assert made.output_tokens.tolist() == [min(64, n) for n in free.output_tokens.tolist()]
     assert set(made.max_tokens.tolist()) == {64}
@@ -218,29 +220,29 @@ def folder(tmp_path):
     ],
 )
 def test_a_file_is_replayed_stretched_or_given_new_times(folder, keys, seconds):
-    made = workload(file="mine.csv", **keys).build(0, folder)
+    made = build(workload(file="mine.csv", **keys), 0, folder)
 
     assert (made.arrival_ps / 1e12).tolist() == seconds
     assert made.prompt_tokens.tolist() == [10, 20, 30][: len(seconds)]
 
 
 def test_fewer_rows_than_wanted_are_noted(folder):
-    assert "9 requests wanted, 3 read" in workload(file="mine.csv", requests=9).build(0, folder).notes
+    assert "9 requests wanted, 3 read" in build(workload(file="mine.csv", requests=9), 0, folder).notes
 
 
 def test_a_file_that_arrives_at_once_has_no_rate_to_stretch_to(tmp_path):
     (tmp_path / "burst.csv").write_text("arrival_s,prompt_tokens,output_tokens\n3,1,1\n3,1,1\n")
     with pytest.raises(BadInput, match="arrive at once"):
-        workload(file="burst.csv", rate_per_s=1.0).build(0, tmp_path)
+        build(workload(file="burst.csv", rate_per_s=1.0), 0, tmp_path)
 
 
 def test_lengths_without_times_need_arrivals(tmp_path):
     (tmp_path / "lengths.csv").write_text("num_prefill_tokens,num_decode_tokens\n5,6\n7,8\n")
     said = workload(file="lengths.csv", arrivals={"constant": {"rate_per_s": 2}})
 
-    assert said.build(0, tmp_path).arrival_ps.tolist() == [5 * 10**11, 10**12]
+    assert build(said, 0, tmp_path).arrival_ps.tolist() == [5 * 10**11, 10**12]
     with pytest.raises(BadInput, match="must say arrivals of its own"):
-        workload(file="lengths.csv").build(0, tmp_path)
+        build(workload(file="lengths.csv"), 0, tmp_path)
 
 
 # ---- named workloads ----
@@ -274,17 +276,17 @@ def test_every_named_workload_says_where_it_comes_from():
 def test_a_named_workload_is_like_its_trace(name, stats):
     family, member = STATS[name]
     truth = stats[family][member]
-    made = workload(name=name, requests=300_000, arrivals={"burst": {}}).build(0)
+    made = build(workload(name=name, requests=300_000, arrivals={"burst": {}}), 0)
 
     for column, key in ((made.prompt_tokens, "inp"), (made.output_tokens, "out")):
         assert column.mean() == pytest.approx(truth[key]["mean"], rel=0.03)
         assert np.percentile(column, [50, 90]) == pytest.approx([truth[key]["p50"], truth[key]["p90"]], rel=0.05)
     if named.get(name).arrivals is not None:
-        drawn = describe(workload(name=name, requests=300_000).build(0))
+        drawn = describe(build(workload(name=name, requests=300_000), 0))
         assert drawn["rate_per_s"] == pytest.approx(truth["arr"]["rate"], rel=0.03)
 
 
 def test_rate_per_s_replaces_a_named_rate():
     for name in named.names():
-        made = workload(name=name, requests=100_000, rate_per_s=7.0).build(0)
+        made = build(workload(name=name, requests=100_000, rate_per_s=7.0), 0)
         assert describe(made)["rate_per_s"] == pytest.approx(7.0, rel=0.05)

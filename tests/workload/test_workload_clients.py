@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.workload.clients import Seconds, restarted, sent, weighted
-from chairlift.sim.workload.formats.read import save
-from chairlift.sim.workload.workload import HashIds, Trace, Workload
+from chairlift.sim.workload.formats.chairlift import save
+from chairlift.sim.workload.spec import Workload
+from chairlift.sim.workload.trace import HashIds, Trace
+from chairlift.sim.workload.workload import build
 
 SECOND = 10**12
 LENGTHS = {"prompt_tokens": {"uniform": {"low": 1, "high": 90}}, "output_tokens": {"uniform": {"low": 1, "high": 70}}}
@@ -87,21 +89,21 @@ def test_a_wrong_time_is_refused(spec, rule):
 
 
 def test_client_c_sends_every_nth_request():
-    made = workload(requests=7, clients={"concurrency": 3, "think_s": 2}, **LENGTHS).build(0)
+    made = build(workload(requests=7, clients={"concurrency": 3, "think_s": 2}, **LENGTHS), 0)
 
     assert columns(made, "arrival_ps", "follows") == [[0] * 7, [-1, -1, -1, 0, 1, 2, 3]]
     assert made.think_ps.tolist() == [0] * 3 + [2 * SECOND] * 4
 
 
 def test_clients_without_a_think_time_send_at_once_and_may_be_more_than_requests():
-    made = workload(requests=3, clients={"concurrency": 9}, **LENGTHS).build(0)
+    made = build(workload(requests=3, clients={"concurrency": 9}, **LENGTHS), 0)
 
     assert columns(made, "follows", "think_ps") == [[-1] * 3, [0] * 3]
 
 
 def test_a_ramp_sorts_rows_by_client():
     lengths = {"prompt_tokens": {"values": [10, 11, 12, 13, 14, 15, 16]}, "output_tokens": 1}
-    made = workload(requests=7, clients={"concurrency": 3, "think_s": 2, "ramp_s": 6}, **lengths).build(0)
+    made = build(workload(requests=7, clients={"concurrency": 3, "think_s": 2, "ramp_s": 6}, **lengths), 0)
 
     assert (made.arrival_ps // SECOND).tolist() == [0, 0, 0, 2, 2, 4, 4]
     assert made.prompt_tokens.tolist() == [10, 13, 16, 11, 14, 12, 15]
@@ -113,8 +115,8 @@ def test_a_ramp_sorts_rows_by_client():
 def test_clients_have_one_request_at_a_time_and_keep_their_requests(n, concurrency, ramp_s, seed):
     think = {"exponential": {"mean_s": 3}}
     clients = {"concurrency": concurrency, "think_s": think, "ramp_s": ramp_s}
-    made = workload(requests=n, clients=clients, **LENGTHS).build(seed)
-    plain = workload(requests=n, arrivals={"burst": {}}, **LENGTHS).build(seed)
+    made = build(workload(requests=n, clients=clients, **LENGTHS), seed)
+    plain = build(workload(requests=n, arrivals={"burst": {}}, **LENGTHS), seed)
     follows = made.follows.tolist()
 
     followed = [row for row in follows if row >= 0]
@@ -133,32 +135,35 @@ def test_clients_have_one_request_at_a_time_and_keep_their_requests(n, concurren
 
 
 def test_clients_replace_the_times_of_a_name_and_of_a_file(tmp_path):
-    named = workload(name="sharegpt", requests=4, clients={"concurrency": 2}).build(0)
+    named = build(workload(name="sharegpt", requests=4, clients={"concurrency": 2}), 0)
     assert columns(named, "arrival_ps", "follows") == [[0] * 4, [-1, -1, 0, 1]]
 
     ids = HashIds(np.array([1, 2, 3, 1, 9]), np.array([0, 2, 3, 5]))
     save(Trace([5, 6, 7], [600, 300, 700], [1, 2, 3], hash_ids=ids, session=[4, 5, 4]), tmp_path / "t.csv")
     clients = {"concurrency": 2, "ramp_s": 2}
-    made = workload(file="t.csv", clients=clients).build(0, tmp_path)
+    made = build(workload(file="t.csv", clients=clients), 0, tmp_path)
 
     assert columns(made, "arrival_ps", "follows", "session") == [[0, 0, SECOND], [-1, 0, -1], [4, 4, 5]]
     assert [made.hash_ids.row(i).tolist() for i in range(3)] == [[1, 2], [1, 9], [3]]
     assert "replaced by 2 clients" in made.notes[-1]
     (tmp_path / "lengths.csv").write_text("num_prefill_tokens,num_decode_tokens\n5,6\n7,8\n")
-    assert workload(file="lengths.csv", clients=clients).build(0, tmp_path).prompt_tokens.tolist() == [5, 7]
+    assert build(workload(file="lengths.csv", clients=clients), 0, tmp_path).prompt_tokens.tolist() == [5, 7]
 
 
 # ---- sessions ----
 
 
 def test_prompts_grow_by_the_last_answer_and_the_new_tokens():
-    made = workload(
-        requests=5,
-        arrivals={"constant": {"rate_per_s": 0.5}},
-        prompt_tokens={"values": [10, 20, 30, 40, 50]},
-        output_tokens={"values": [1, 2, 3, 4, 5]},
-        sessions={"turns": {"values": [3, 1]}, "think_s": 1.5},
-    ).build(0)
+    made = build(
+        workload(
+            requests=5,
+            arrivals={"constant": {"rate_per_s": 0.5}},
+            prompt_tokens={"values": [10, 20, 30, 40, 50]},
+            output_tokens={"values": [1, 2, 3, 4, 5]},
+            sessions={"turns": {"values": [3, 1]}, "think_s": 1.5},
+        ),
+        0,
+    )
 
     assert made.session.tolist() == [0, 0, 0, 1, 2]
     assert made.prompt_tokens.tolist() == [10, 10 + 1 + 20, 31 + 2 + 30, 40, 50]
@@ -170,14 +175,14 @@ def test_prompts_grow_by_the_last_answer_and_the_new_tokens():
 
 def test_a_first_prompt_of_its_own_is_that_of_first_turns_only():
     sessions = {"turns": 2, "think_s": 0, "first_prompt_tokens": {"values": [100, 200]}}
-    made = workload(requests=4, arrivals=POISSON, prompt_tokens=7, output_tokens=3, sessions=sessions).build(0)
+    made = build(workload(requests=4, arrivals=POISSON, prompt_tokens=7, output_tokens=3, sessions=sessions), 0)
 
     assert made.prompt_tokens.tolist() == [100, 110, 200, 210]
 
 
 def test_a_session_ends_before_the_turn_that_is_too_long():
     sessions = {"turns": 9, "think_s": 0, "max_context_tokens": 26}
-    made = workload(requests=5, arrivals=POISSON, prompt_tokens=10, output_tokens=3, sessions=sessions).build(0)
+    made = build(workload(requests=5, arrivals=POISSON, prompt_tokens=10, output_tokens=3, sessions=sessions), 0)
 
     assert made.session.tolist() == [0, 0, 1, 1, 2]  # 10 + 3, 23 + 3, but not 36 + 3
     assert made.prompt_tokens.tolist() == [10, 23, 10, 23, 10]
@@ -187,7 +192,7 @@ def test_a_session_ends_before_the_turn_that_is_too_long():
 def test_a_session_whose_first_turn_is_too_long_is_left_out():
     sessions = {"turns": 1, "think_s": 0, "max_context_tokens": 30}
     prompts = {"values": [10, 50, 20, 60]}
-    made = workload(requests=3, arrivals=POISSON, prompt_tokens=prompts, output_tokens=3, sessions=sessions).build(0)
+    made = build(workload(requests=3, arrivals=POISSON, prompt_tokens=prompts, output_tokens=3, sessions=sessions), 0)
 
     assert columns(made, "session", "prompt_tokens") == [[0, 1, 2], [10, 20, 10]]
     assert made.notes == ("2 sessions left out: their first turn is over max_context_tokens 30",)
@@ -196,15 +201,15 @@ def test_a_session_whose_first_turn_is_too_long_is_left_out():
 def test_answers_that_end_at_max_tokens_do_so_in_later_prompts_too():
     sessions = {"turns": 2, "think_s": 0}
     keys = {"prompt_tokens": 10, "output_tokens": {"values": [9, 2]}, "sessions": sessions, "max_tokens": 4}
-    made = workload(requests=4, arrivals=POISSON, **keys).build(0)
+    made = build(workload(requests=4, arrivals=POISSON, **keys), 0)
 
     assert columns(made, "prompt_tokens", "output_tokens") == [[10, 24, 10, 24], [4, 2, 4, 2]]
     assert made.notes == ("2 outputs end at max_tokens 4",)
 
 
 def test_arrivals_and_lengths_of_first_turns_are_those_without_sessions():
-    plain = workload(requests=40, arrivals=POISSON, **LENGTHS).build(3)
-    single = workload(requests=40, arrivals=POISSON, sessions={"turns": 1, "think_s": 5}, **LENGTHS).build(3)
+    plain = build(workload(requests=40, arrivals=POISSON, **LENGTHS), 3)
+    single = build(workload(requests=40, arrivals=POISSON, sessions={"turns": 1, "think_s": 5}, **LENGTHS), 3)
 
     for name in ("arrival_ps", "prompt_tokens", "output_tokens"):
         assert columns(single, name) == columns(plain, name)
@@ -212,7 +217,7 @@ def test_arrivals_and_lengths_of_first_turns_are_those_without_sessions():
 
 def test_the_rate_of_a_named_workload_is_that_of_its_sessions():
     sessions = {"turns": 5, "think_s": 2}
-    made = workload(name="sharegpt", requests=50_000, rate_per_s=4.0, sessions=sessions).build(0)
+    made = build(workload(name="sharegpt", requests=50_000, rate_per_s=4.0, sessions=sessions), 0)
 
     assert made.session[-1] == 9_999
     assert made.duration_s == pytest.approx(10_000 / 4, rel=0.05)
@@ -231,13 +236,13 @@ def test_sessions_are_what_they_say(n, turns, first, limit, cap, seed):
     think = {"lognormal": {"mu": 1, "sigma": 1}}
     sessions = {"turns": turns, "think_s": think, "first_prompt_tokens": first, "max_context_tokens": limit}
     keys = LENGTHS | {"requests": n, "arrivals": POISSON, "sessions": sessions, "max_tokens": cap}
-    made = workload(**keys).build(seed)
+    made = build(workload(**keys), seed)
     arrival, prompt, output, session, follows, thinks = columns(
         made, "arrival_ps", "prompt_tokens", "output_tokens", "session", "follows", "think_ps"
     )
 
     assert len(made) == n
-    starts = workload(requests=session[-1] + 1, arrivals=POISSON, **LENGTHS).build(seed).arrival_ps
+    starts = build(workload(requests=session[-1] + 1, arrivals=POISSON, **LENGTHS), seed).arrival_ps
     assert arrival == starts[session].tolist()
     assert session[0] == 0
     for i in range(n):
@@ -248,13 +253,13 @@ def test_sessions_are_what_they_say(n, turns, first, limit, cap, seed):
             assert prompt[i] == first or (first is None and prompt[i] <= 90)
         else:
             assert 1 <= prompt[i] - prompt[i - 1] - output[i - 1] <= 90
-    again = workload(**keys).build(seed)
+    again = build(workload(**keys), seed)
     assert columns(again, "prompt_tokens", "think_ps") == [prompt, thinks]
 
 
 def test_the_turns_of_uncut_sessions_have_their_distribution():
     sessions = {"turns": {"uniform": {"low": 1, "high": 6}}, "think_s": 0}
-    made = workload(requests=70_000, arrivals=POISSON, sessions=sessions, **LENGTHS).build(0)
+    made = build(workload(requests=70_000, arrivals=POISSON, sessions=sessions, **LENGTHS), 0)
     counts = np.bincount(np.bincount(made.session)[:-1], minlength=7)
 
     assert counts[0] == 0
@@ -266,7 +271,7 @@ def test_a_context_that_hardly_a_turn_fits_in_is_refused():
     said = workload(requests=5, arrivals=POISSON, prompt_tokens=10, output_tokens=3, sessions=sessions)
 
     with pytest.raises(BadInput, match=r"sessions.max_context_tokens: of 10240 turns drawn only 0 fit.*\(got 12\)"):
-        said.build(0)
+        build(said, 0)
 
 
 def test_prompts_that_outgrow_the_trace_are_refused():
@@ -274,7 +279,7 @@ def test_prompts_that_outgrow_the_trace_are_refused():
     said = workload(requests=5, arrivals=POISSON, prompt_tokens=10**9, output_tokens=1, sessions=sessions)
 
     with pytest.raises(BadInput, match="sessions: prompts grow past 2147483647 tokens: give max_context_tokens"):
-        said.build(0)
+        build(said, 0)
 
 
 # ---- files whose requests follow one another ----
@@ -289,7 +294,7 @@ def folder(tmp_path):
 
 
 def test_new_arrivals_are_those_of_requests_that_follow_none(folder):
-    made = workload(file="t.csv", arrivals={"constant": {"rate_per_s": 1}}).build(0, folder)
+    made = build(workload(file="t.csv", arrivals={"constant": {"rate_per_s": 1}}), 0, folder)
 
     assert (made.arrival_ps // SECOND).tolist() == [1, 1, 1, 2, 3, 3]
     assert made.prompt_tokens.tolist() == [10, 20, 40, 30, 50, 60]
@@ -298,8 +303,8 @@ def test_new_arrivals_are_those_of_requests_that_follow_none(folder):
 
 
 def test_stretching_keeps_what_follows_together(folder):
-    scaled = workload(file="t.csv", time_scale=0.1).build(0, folder)
-    rated = workload(file="t.csv", rate_per_s=2.0).build(0, folder)
+    scaled = build(workload(file="t.csv", time_scale=0.1), 0, folder)
+    rated = build(workload(file="t.csv", rate_per_s=2.0), 0, folder)
 
     assert scaled.arrival_ps.tolist() == [10**11] * 4 + [3 * 10**11] * 2
     assert rated.duration_s == pytest.approx(1.0)  # two gaps of three arrivals
@@ -346,14 +351,14 @@ def test_groups_are_uniform_or_zipf():
 
 def workload_groups(zipf):
     prefix = {"groups": 4, "tokens": 60, "zipf": zipf}
-    made = workload(requests=200_000, arrivals=POISSON, prefix=prefix, **LENGTHS).build(0)
+    made = build(workload(requests=200_000, arrivals=POISSON, prefix=prefix, **LENGTHS), 0)
     assert made.prefix_tokens.tolist() == [min(60, n) for n in made.prompt_tokens.tolist()]
     return made.prefix_group
 
 
 def test_tenants_and_priorities_go_by_weight():
     keys = {"tenants": {"a": 1, "none": 0, "b": 3}, "priority": {"weights": [0, 1.5, 0.5, 0]}}
-    made = workload(requests=100_000, arrivals=POISSON, **LENGTHS, **keys).build(0)
+    made = build(workload(requests=100_000, arrivals=POISSON, **LENGTHS, **keys), 0)
 
     assert made.tenants == ("a", "none", "b")
     assert np.bincount(made.tenant) / 100_000 == pytest.approx([0.25, 0, 0.75], abs=0.01)
@@ -362,7 +367,7 @@ def test_tenants_and_priorities_go_by_weight():
 
 def test_a_session_has_one_tenant_and_one_priority():
     keys = {"tenants": {"a": 1, "b": 1}, "priority": {"weights": [1, 1]}, "sessions": {"turns": 4, "think_s": 0}}
-    made = workload(requests=400, arrivals=POISSON, **LENGTHS, **keys).build(0)
+    made = build(workload(requests=400, arrivals=POISSON, **LENGTHS, **keys), 0)
 
     for column in (made.tenant, made.priority):
         by_session = column.reshape(100, 4)
@@ -371,9 +376,9 @@ def test_a_session_has_one_tenant_and_one_priority():
 
 
 def test_labels_do_not_change_what_arrives():
-    plain = workload(requests=50, arrivals=POISSON, **LENGTHS).build(0)
+    plain = build(workload(requests=50, arrivals=POISSON, **LENGTHS), 0)
     keys = {"prefix": {"groups": 3, "tokens": 5}, "tenants": {"a": 1}, "priority": {"weights": [1]}}
-    made = workload(requests=50, arrivals=POISSON, **LENGTHS, **keys).build(0)
+    made = build(workload(requests=50, arrivals=POISSON, **LENGTHS, **keys), 0)
 
     assert columns(made, "arrival_ps", "prompt_tokens") == columns(plain, "arrival_ps", "prompt_tokens")
     assert (plain.tenant, plain.priority, plain.prefix_group) == (None, None, None)

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from chairlift.sim.workload.describe import describe, prefix_reuse, table
 from chairlift.sim.workload.formats.read import load
-from chairlift.sim.workload.workload import HashIds, Trace
+from chairlift.sim.workload.trace import HashIds, Trace
+from chairlift.sim.workload.workload import build
 from kit.made import SYNTHETIC, needs_traces, workload
 from kit.places import TRACES
 
@@ -91,7 +92,7 @@ def test_a_trace_of_one_request_is_described_without_rates():
 
 
 def test_the_table_shows_the_numbers_that_are_known():
-    made = workload(**SYNTHETIC).build(0)
+    made = build(workload(**SYNTHETIC), 0)
     sessions = Trace(made.arrival_ps, made.prompt_tokens, made.output_tokens, session=np.arange(50) // 2)
     out = Console(file=io.StringIO(), width=120)
     out.print(table(sessions, "mine"))

@@ -20,8 +20,10 @@ from chairlift.sim.workload import named
 from chairlift.sim.workload.arrivals import Arrivals
 from chairlift.sim.workload.clients import Seconds
 from chairlift.sim.workload.describe import describe
-from chairlift.sim.workload.formats.read import load, save
+from chairlift.sim.workload.formats.chairlift import save
+from chairlift.sim.workload.formats.read import load
 from chairlift.sim.workload.trace import Trace
+from chairlift.sim.workload.workload import build
 from kit.made import SYNTHETIC, needs_traces, rng, workload
 from kit.places import TRACES
 
@@ -112,7 +114,7 @@ TURNS = {
 
 def test_a_mix_is_all_of_its_parts_in_order_of_time() -> None:
     parts = {"chat": CHAT, "agents": TURNS, "more": TURNS}
-    made = workload(mix=parts).build(3)
+    made = build(workload(mix=parts), 3)
 
     assert len(made) == 70
     assert made.tenants == ("chat/free", "chat/paid", "agents", "more")
@@ -129,7 +131,7 @@ def test_a_mix_is_all_of_its_parts_in_order_of_time() -> None:
     follows = made.follows
     assert (made.session[follows >= 0] == made.session[follows[follows >= 0]]).all()
     # a part draws on its own: what the others are does not matter, and equal parts differ
-    alone = workload(mix={"agents": TURNS}).build(3)
+    alone = build(workload(mix={"agents": TURNS}), 3)
     assert made.prompt_tokens[by_part[1]].tolist() == alone.prompt_tokens.tolist()
     assert made.arrival_ps[by_part[1]].tolist() == alone.arrival_ps.tolist()
     assert made.arrival_ps[by_part[2]].tolist() != alone.arrival_ps.tolist()
@@ -138,7 +140,7 @@ def test_a_mix_is_all_of_its_parts_in_order_of_time() -> None:
 def test_block_ids_of_two_parts_are_never_the_same(tmp_path: Path) -> None:
     row = '{"timestamp": 0, "input_length": 513, "output_length": 5, "hash_ids": [0, 1]}\n'
     (tmp_path / "m.jsonl").write_text(row * 2)
-    made = workload(mix={"a": {"file": "m.jsonl"}, "b": {"file": "m.jsonl"}, "c": CHAT}).build(0, tmp_path)
+    made = build(workload(mix={"a": {"file": "m.jsonl"}, "b": {"file": "m.jsonl"}, "c": CHAT}), 0, tmp_path)
 
     assert made.hash_ids is not None
     assert made.tenant is not None
@@ -155,8 +157,8 @@ def test_parts_with_blocks_of_two_sizes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("arrival_s,prompt_tokens,output_tokens,hash_ids,hash_block\n0,9,1,1,32\n")
 
     with pytest.raises(BadInput, match=r"block ids of one size \(got 16, 32"):
-        workload(mix={"a": {"file": "a.csv"}, "b": {"file": "b.csv"}}).build(0, tmp_path)
-    assert len(workload(mix={"a": {"file": "a.csv"}, "b": {"file": "own.csv"}}).build(0, tmp_path)) == 2
+        build(workload(mix={"a": {"file": "a.csv"}, "b": {"file": "b.csv"}}), 0, tmp_path)
+    assert len(build(workload(mix={"a": {"file": "a.csv"}, "b": {"file": "own.csv"}}), 0, tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ def test_a_client_sends_at_its_rates_with_the_lengths_of_the_time(tmp_path: Path
     file = chunks(tmp_path, packed)
     counts = np.zeros((200, 4))
     for seed in range(200):
-        trace = workload(servegen={"file": file}, requests=7000).build(seed, tmp_path)
+        trace = build(workload(servegen={"file": file}, requests=7000), seed, tmp_path)
         counts[seed] = np.bincount(trace.arrival_ps // (600 * SECOND), minlength=4)
         early = trace.arrival_ps < 1200 * SECOND
         assert set(trace.prompt_tokens[early]) == {10, 20}
@@ -230,7 +232,7 @@ def test_a_client_sends_at_its_rates_with_the_lengths_of_the_time(tmp_path: Path
 
 def test_another_rate_scales_all_clients_and_keeps_the_clock(tmp_path: Path) -> None:
     file = chunks(tmp_path)
-    trace = workload(servegen={"file": file, "start_s": 600.0}, requests=800, rate_per_s=0.5).build(1, tmp_path)
+    trace = build(workload(servegen={"file": file, "start_s": 600.0}, requests=800, rate_per_s=0.5), 1, tmp_path)
     # from 600 s on the client's mean rate is 14/3, so its second window has 8 × 0.5 / (14/3) requests/s
     second = np.count_nonzero((trace.arrival_ps >= 600 * SECOND) & (trace.arrival_ps < 1200 * SECOND))
 
@@ -241,8 +243,8 @@ def test_another_rate_scales_all_clients_and_keeps_the_clock(tmp_path: Path) -> 
 def test_the_largest_clients_draw_the_same_whoever_else_there_is(tmp_path: Path) -> None:
     more = {"chunk-3-trace.csv": "0,9,1,Gamma,1,1\n600,9,1,,0,0\n", "chunk-3-dataset.json": json.dumps(LENGTHS)}
     file = chunks(tmp_path, **more)
-    both = workload(servegen={"file": file}, requests=9000).build(2, tmp_path)
-    one = workload(servegen={"file": file, "clients": 1}, requests=7000).build(2, tmp_path)
+    both = build(workload(servegen={"file": file}, requests=9000), 2, tmp_path)
+    one = build(workload(servegen={"file": file, "clients": 1}, requests=7000), 2, tmp_path)
 
     assert both.tenants == ("chunk-3", "chunk-0")
     assert both.tenant is not None
@@ -270,14 +272,14 @@ def test_what_is_wrong_with_a_table_of_clients_is_said(
 ) -> None:
     file = chunks(tmp_path, **more)
     with pytest.raises(BadInput, match=rule):
-        workload(**{"servegen": {"file": file}, "requests": 100, **keys}).build(0, tmp_path)
+        build(workload(**{"servegen": {"file": file}, "requests": 100, **keys}), 0, tmp_path)
 
 
 @needs_traces
 def test_the_real_clients_of_servegen_send_as_their_tables_say() -> None:
     truth = json.loads((TRACES / "stats.json").read_text())["servegen"]["reason/deepseek-r1"]
     file = str(TRACES / "servegen_deepseek-r1.tar.gz")
-    made = workload(servegen={"file": file}, requests=1_350_000).build(4)
+    made = build(workload(servegen={"file": file}, requests=1_350_000), 4)
     hourly = np.bincount(made.arrival_ps // (3600 * SECOND))[:23] / 3600
 
     assert hourly == pytest.approx(truth["hour_of_day_rate"][:23], rel=0.06)
@@ -291,7 +293,7 @@ def test_the_real_clients_of_servegen_send_as_their_tables_say() -> None:
 @needs_traces
 @pytest.mark.parametrize("file", ["servegen_m-large_top.tar.gz", "servegen_mm-image.tar.gz"])
 def test_the_other_real_archives_are_read(file: str) -> None:
-    made = workload(servegen={"file": str(TRACES / file)}, requests=20_000, rate_per_s=5.0).build(0)
+    made = build(workload(servegen={"file": str(TRACES / file)}, requests=20_000, rate_per_s=5.0), 0)
 
     assert len(made) == 20_000
     if "mm-image" in file:  # text, and 1.59 images of 650 tokens each: the traces' README
@@ -302,7 +304,7 @@ def test_the_other_real_archives_are_read(file: str) -> None:
 
 
 def test_named_sessions_have_the_turns_and_thoughts_that_were_fitted() -> None:
-    made = workload(name="claude-code-sessions", requests=60_000, rate_per_s=0.1).build(1)
+    made = build(workload(name="claude-code-sessions", requests=60_000, rate_per_s=0.1), 1)
 
     assert made.session is not None
     assert made.think_ps is not None
@@ -312,12 +314,15 @@ def test_named_sessions_have_the_turns_and_thoughts_that_were_fitted() -> None:
     assert np.log(thoughts).mean() == pytest.approx(2.838, abs=0.03)
     assert np.log(thoughts).std() == pytest.approx(1.571, abs=0.03)
     assert "Mean tokens: 791 in" in named.describe("claude-code-sessions")
-    own = workload(
-        name="claude-code-sessions",
-        requests=50,
-        rate_per_s=1.0,
-        sessions={"turns": 5, "think_s": 1.0, "first_prompt_tokens": 100},
-    ).build(0)
+    own = build(
+        workload(
+            name="claude-code-sessions",
+            requests=50,
+            rate_per_s=1.0,
+            sessions={"turns": 5, "think_s": 1.0, "first_prompt_tokens": 100},
+        ),
+        0,
+    )
     assert own.session is not None
     assert np.bincount(own.session).max() == 5
 
@@ -357,6 +362,6 @@ def test_named_lengths_have_the_mean_of_their_source(name: str) -> None:
 
 def test_all_named_workloads_can_be_drawn_and_described() -> None:
     for name in named.names():
-        made = workload(name=name, requests=200, rate_per_s=2.0).build(0)
+        made = build(workload(name=name, requests=200, rate_per_s=2.0), 0)
         assert describe(made)["requests"] == 200
         assert name in named.describe(name)

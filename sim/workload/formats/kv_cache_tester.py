@@ -1,29 +1,66 @@
-"""Sessions of coding agents: kv-cache-tester's Claude Code sessions, and the table of requests derived from them.
+"""kv-cache-tester's sessions of coding agents, one a line, or the table of requests derived from them.
 
-github.com/callanjfox/kv-cache-tester, traces/trace_NNNN.json, captured at WEKA; one session a line. A request is sent
-when the one before it has ended and the tool or the person has taken its time, so a replay is a closed loop: `Trace`
-columns ``follows`` and ``think_ps``. A subagent's requests follow one another; the main agent goes on after the
-subagent if it did so in the recording. Sessions have no start times: all start at 0, unless the workload says
-``arrivals``, which are then theirs.
+github.com/callanjfox/kv-cache-tester, traces/trace_NNNN.json, captured at WEKA. A request is
+sent when the request before it has ended and the tool or the person has taken its time, so a replay is a closed loop:
+columns ``follows`` and ``think_ps`` of a `Trace`. The requests of a subagent follow one another. The main agent waits
+for a subagent if it did so in the recording. Sessions have no start times: all start at 0, unless the workload gives
+``arrivals``, which are then those of sessions.
+
+Example: the main agent's first request ends at 4 s, a subagent is at work from 10 s to 19 s, and the main agent's
+second request starts at 21 s. The subagent's first request follows the first of the main agent, 6 s after it. The
+second request of the main agent follows the last of the subagent, 2 s after it.
 """
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from chairlift.sim.units import PS_PER_S
-from chairlift.sim.workload.formats.text_tables import Table, read_csv, read_json_lines, seconds_ps, whole
-from chairlift.sim.workload.trace import HashIds, Trace, faults
+from chairlift.sim.units import PS_PER_MS
+from chairlift.sim.workload.formats.columns import block_ids, trace_of
+from chairlift.sim.workload.formats.text_tables import (
+    Table,
+    column_names,
+    first_line,
+    head,
+    read_csv,
+    read_json_lines,
+    seconds_ps,
+    whole,
+)
+from chairlift.sim.workload.trace import LATEST_PS, Trace
 
 DERIVED = ("trace_id", "agent", "seq", "t_s", "input_tokens", "output_tokens", "api_time_s", "think_time_s")
 
 
+def told(head: bytes) -> bool:
+    """The first line is a session, or the header that of the derived table."""
+    line = first_line(head)
+    session = line.startswith('{"id":') and ('"hash_id_scope"' in line or '"block_size"' in line)
+    return session or _derived(head)
+
+
+def companions(path: Path) -> list[Path]:
+    """None."""
+    return []
+
+
+def read(path: Path, limit: int | None, times: bool) -> Trace:
+    """The trace; ``limit`` counts sessions, or rows of the derived table.
+
+    Raises:
+        BadInput: all that is wrong, with the line.
+    """
+    return _read_derived(path, limit) if _derived(head(path)) else _read_sessions(path, limit)
+
+
+def _derived(head: bytes) -> bool:
+    return column_names(head)[:4] == list(DERIVED[:4])
+
+
 class _Sent(NamedTuple):
-    """One request of a session; times in ps from the session's start."""
+    """One request of a session. Times are in picoseconds since the start of the session."""
 
     line: int
     at: int
@@ -35,7 +72,7 @@ class _Sent(NamedTuple):
 
 
 class _Agent(NamedTuple):
-    """Requests of one agent, in order; a subagent's ``at`` and ``end`` say when it was at work."""
+    """The requests of a subagent, in order, and when it was at work: from ``at`` to ``end``."""
 
     requests: list[_Sent]
     at: int
@@ -43,7 +80,7 @@ class _Agent(NamedTuple):
 
 
 class _Rows:
-    """Columns of a trace in the making."""
+    """The columns of a trace, one session after another."""
 
     def __init__(self) -> None:
         self.line: list[int] = []
@@ -53,21 +90,26 @@ class _Rows:
         self.follows: list[int] = []
         self.think: list[int] = []
         self.ids: list[list[int]] = []
-        self.silent = 0
+        self.silent = 0  # requests without output
         self._sessions = 0
-        self._first_id = 0
+        self._first_id = 0  # what is added to the ids of the session at hand
 
     def add(self, main: list[_Sent], subagents: list[_Agent]) -> None:
-        """A session: the ids of its blocks are its own."""
+        """Add a session. It shares no block with another session.
+
+        Raises:
+            ValueError: an id, with those of all sessions before, does not fit in 64 bits.
+        """
         first = len(self.ids)
-        last, ended = -1, 0  # row of the request that the next one waits for, and when that ended
+        # The row of the request that the next one waits for, and when that request ended.
+        last, ended = -1, 0
         waiting = sorted(subagents, key=lambda agent: agent.at)
         for request in main:
             think = request.think
             while waiting and waiting[0].at <= request.at:
                 agent = waiting.pop(0)
                 row = self._chain(agent, last, ended)
-                if row is not None and agent.end <= request.at:  # the main agent has waited for it
+                if row is not None and agent.end <= request.at:  # the main agent waited for this subagent
                     last, ended, think = row, agent.end, max(0, request.at - agent.end)
             last = self._append(request, last, think)
             ended = request.end
@@ -75,8 +117,14 @@ class _Rows:
             self._chain(agent, last, ended)
         self._sessions += 1
         self._first_id = 1 + max((max(ids, default=0) for ids in self.ids[first:]), default=self._first_id)
+        if self._first_id > LATEST_PS:
+            raise ValueError("hash ids, those of all sessions before added, must fit in 64 bits")
 
     def _chain(self, agent: _Agent, last: int, ended: int) -> int | None:
+        """Add the requests of a subagent; the first of them follows row ``last``, which ended at ``ended``.
+
+        Returns the row of its last request; None if it has no requests.
+        """
         row = None
         for number, request in enumerate(agent.requests):
             think = request.think if number else max(0, agent.at - ended)
@@ -84,10 +132,11 @@ class _Rows:
         return row
 
     def _append(self, request: _Sent, follows: int, think: int) -> int:
+        """Add a request; returns its row."""
         self.line.append(request.line)
         self.prompt.append(request.prompt)
         self.silent += request.output == 0
-        self.output.append(max(1, request.output))
+        self.output.append(request.output or 1)
         self.session.append(self._sessions)
         self.follows.append(follows)
         self.think.append(think if follows >= 0 else 0)
@@ -96,34 +145,26 @@ class _Rows:
         return len(self.line) - 1
 
     def trace(self, table: Table, block: int, format: str) -> Trace:
-        """All of it. Raises `BadInput` with the line of all that is wrong."""
-        table.done()
-        zeros = np.zeros(len(self.line), np.int64)
-        columns: dict[str, Any] = {
-            "arrival_ps": zeros,
-            "prompt_tokens": np.array(self.prompt, np.int64),
-            "output_tokens": np.array(self.output, np.int64),
-            "session": np.array(self.session, np.int64),
-            "follows": np.array(self.follows, np.int64),
-            "think_ps": np.array(self.think, np.int64),
+        """The trace of all rows. Raises `BadInput` with the line of all that is wrong."""
+        table.done()  # without rows that were refused, `follows` would be wrong
+        table.lines = self.line
+        table.rows = [()] * len(self.line)
+        columns: dict[str, Sequence[int]] = {
+            "arrival_ps": [0] * len(self.line),
+            "prompt_tokens": self.prompt,
+            "output_tokens": self.output,
+            "session": self.session,
+            "follows": self.follows,
+            "think_ps": self.think,
         }
-        hash_ids = None
-        if self.ids:
-            offsets = np.zeros(len(self.ids) + 1, np.int64)
-            np.cumsum([len(ids) for ids in self.ids], out=offsets[1:])
-            hash_ids = HashIds(np.fromiter(chain.from_iterable(self.ids), np.int64, int(offsets[-1])), offsets)
-        for fault in faults(columns, hash_ids, block):
-            table.refuse(fault.rule, self.line[fault.row], fault.column, fault.value)
-        table.done()
         notes = [f"{self._sessions} sessions; the file says no start times: all start at 0 unless arrivals are given"]
         if self.silent:
             notes.append(f"{self.silent} requests without output taken as one token")
-        source = f"{table.name} ({format} format)"
-        return Trace(**columns, hash_ids=hash_ids, hash_block=block, source=source, notes=tuple(notes))
+        return trace_of(table, format, {}, columns, notes, self.ids or None, block)
 
 
-def load(path: Path, limit: int | None) -> Trace:
-    """kv-cache-tester sessions, one a line; ``limit`` counts sessions. Raises `BadInput`."""
+def _read_sessions(path: Path, limit: int | None) -> Trace:
+    """The trace of sessions, one a line; ``limit`` counts sessions."""
     table = Table(path)
     rows = _Rows()
     block = 0
@@ -141,7 +182,7 @@ def load(path: Path, limit: int | None) -> Trace:
                 if each.get("type") == "subagent":
                     start = seconds_ps(_need(each, "t"))
                     inner = [_sent(line, r, start) for r in _need(each, "requests")]
-                    length = int(whole(each.get("duration_ms") or 0)) * (PS_PER_S // 1000)
+                    length = int(whole(each.get("duration_ms") or 0)) * PS_PER_MS
                     end = max([start + length, *(r.end for r in inner)])
                     subagents.append(_Agent(inner, start, end))
                 else:
@@ -154,10 +195,10 @@ def load(path: Path, limit: int | None) -> Trace:
     return rows.trace(table, block, "kv_cache_tester")
 
 
-def load_derived(path: Path, limit: int | None) -> Trace:
-    """The table of requests that this project's traces have; ``limit`` counts rows. Raises `BadInput`.
+def _read_derived(path: Path, limit: int | None) -> Trace:
+    """The trace of a table of requests, as it lies among this project's traces; ``limit`` counts rows.
 
-    It has no block ids: of what a session's prompts share only what a chat's would is known, the whole prompt before.
+    The table has no block ids. So the prompts of a session share what those of a chat do: all of the prompt before.
     """
     table = read_csv(path, limit)
     table.require(*DERIVED)
@@ -186,8 +227,11 @@ def load_derived(path: Path, limit: int | None) -> Trace:
 
 
 def _sent(line: int, row: dict[str, Any], start: int) -> _Sent:
+    """The request of ``row``, whose times count from ``start``. Raises ValueError, TypeError or AttributeError."""
     at = start + seconds_ps(_need(row, "t"))
-    ids = [whole(i) for i in _need(row, "hash_ids")]
+    ids = block_ids(_need(row, "hash_ids"))
+    if ids and min(ids) < 0:
+        raise ValueError(f"hash ids must not be below 0 (got {min(ids)})")
     return _Sent(
         line,
         at,
@@ -200,11 +244,12 @@ def _sent(line: int, row: dict[str, Any], start: int) -> _Sent:
 
 
 def _need(row: dict[str, Any], key: str) -> Any:
+    """The value of ``key``. Raises ValueError if there is none."""
     if key not in row:
         raise ValueError(f"{key} is missing")
     return row[key]
 
 
 def _seconds_or_none(cell: Any) -> int:
-    """Seconds as picoseconds; 0 where there is nothing."""
+    """Seconds as picoseconds, at least 0; 0 if the cell is empty."""
     return max(0, seconds_ps(cell)) if cell not in (None, "") else 0

@@ -1,4 +1,4 @@
-"""Text files read as tables, with the line of everything that is wrong in them."""
+"""Text files as tables of cells, in CSV or JSON lines, with the line of everything that is wrong in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from itertools import compress
@@ -19,14 +19,14 @@ from chairlift.sim.workload.trace import shortened
 
 T = TypeVar("T")
 
-LONGEST_CELL = 1 << 28  # characters; csv's own limit, 131,072, is too short for a long prompt's hash ids
+LONGEST_CELL = 1 << 28  # characters; the limit of csv itself, 131,072, is too short for the hash ids of a long prompt
 _FINITE = 10**19  # larger numbers are refused before `int` writes out all their digits
 
 
 class Table:
     """Rows of cells with named columns, and the problems found in them so far.
 
-    Readers go on after a problem, so that `done` can report them all.
+    A reader goes on after a problem, so that `done` can report all of them at once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,23 +38,23 @@ class Table:
         self.problems: list[Problem] = []
 
     def refuse(self, rule: str, line: int | None = None, column: str = "", value: object = NOTHING) -> None:
-        """Note a problem."""
+        """Add a problem to those found so far."""
         self.problems.append(Problem(rule, self.file, line, column, value))
 
     def done(self) -> None:
-        """Stop here if anything was refused.
+        """Do nothing if nothing was refused so far.
 
         Raises:
-            BadInput: the problems in order of lines, the first twenty of them.
+            BadInput: the first twenty problems, in order of lines.
         """
         if self.problems:
             raise BadInput(shortened(sorted(self.problems, key=lambda problem: problem.line or 0)))
 
     def require(self, *columns: str) -> None:
-        """Stop unless the header names all these columns.
+        """Do nothing if the header names all these columns.
 
         Raises:
-            BadInput: names what is missing, and what in the header looks like it.
+            BadInput: the columns that are missing, each with the column of the header that looks most like it.
         """
         missing = [column for column in columns if column not in self.header]
         for column in missing:
@@ -63,17 +63,20 @@ class Table:
             self.done()
 
     def sound(self) -> list[bool]:
-        """For each row whether nothing in it was refused so far."""
+        """For each row, whether nothing of its line was refused so far."""
         broken = {problem.line for problem in self.problems}
         return [line not in broken for line in self.lines]
 
     def cells(self, column: str) -> list[Any]:
-        """One column, top to bottom."""
+        """The cells of one column, from the first row to the last."""
         i = self.header.index(column)
         return [row[i] for row in self.rows]
 
     def parsed(self, column: str, parse: Callable[[Any], T], instead: T) -> list[T]:
-        """One column through ``parse``; cells for which it raises ValueError are noted and replaced."""
+        """What ``parse`` makes of the cells of a column.
+
+        A cell for which ``parse`` raises ValueError is refused, and ``instead`` takes its place.
+        """
         cells = self.cells(column)
         try:
             return list(map(parse, cells))
@@ -88,16 +91,17 @@ class Table:
             return instead
 
     def keep(self, kept: Collection[bool]) -> None:
-        """Drop the rows that are False in ``kept``."""
+        """Drop the rows for which ``kept``, one value a row, is False."""
         self.rows = list(compress(self.rows, kept))
         self.lines = list(compress(self.lines, kept))
 
 
 def read_csv(path: Path, limit: int | None) -> Table:
-    """A CSV file with a header, or its first ``limit`` rows. Blank lines count but are skipped.
+    """The first ``limit`` rows (None: all) of a CSV file with a header. Blank lines are skipped, but counted as lines.
 
     Raises:
-        BadInput: the file cannot be read, or holds no rows. Rows of the wrong width are left in ``problems``.
+        BadInput: the file cannot be read, or has no rows. A row of the wrong width is no reason to raise: it is added
+            to the ``problems`` of the table.
     """
     table = Table(path)
     old_limit = csv.field_size_limit(LONGEST_CELL)
@@ -130,7 +134,10 @@ def read_csv(path: Path, limit: int | None) -> Table:
 
 
 def read_json_lines(path: Path, limit: int | None) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Number and object of each line that is not blank; a text instead says what is wrong with the line."""
+    """The number and the object of each line that is not blank, of the first ``limit`` of these (None: all).
+
+    In place of an object comes a text if the line is wrong; the text says what is wrong with it.
+    """
     count = 0
     for line, text in read_lines(path):
         if count == limit:
@@ -146,11 +153,37 @@ def read_json_lines(path: Path, limit: int | None) -> Iterator[tuple[int, dict[s
         yield line, row if isinstance(row, dict) else "must be a JSON object"
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line, its end included; a gzipped file is unpacked on the way.
+def read_json_table(path: Path, limit: int | None, keys: Iterable[str], optional: Sequence[str] = ()) -> Table:
+    """The first ``limit`` rows (None: all) of a file of JSON lines, with a column for each of ``keys``.
+
+    A key of ``optional`` gets a column if the first row has it; then all rows must have it. Lines that are wrong are
+    added to the ``problems`` of the table.
 
     Raises:
-        BadInput: no such file, not a file, cut short, damaged, or not UTF-8.
+        BadInput: the file cannot be read.
+    """
+    table = Table(path)
+    table.header = list(keys)
+    for line, row in read_json_lines(path, limit):
+        if isinstance(row, str):
+            table.refuse(row, line)
+            continue
+        if not table.rows:
+            table.header += [name for name in optional if name in row and name not in table.header]
+        missing = [name for name in table.header if name not in row]
+        for name in missing:
+            table.refuse(f"missing key{did_you_mean(name, list(row))}", line, name)
+        if not missing:
+            table.rows.append([row[name] for name in table.header])
+            table.lines.append(line)
+    return table
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The number, from 1, and the text of each line, including the line's end. A gzipped file is unpacked.
+
+    Raises:
+        BadInput: there is no such file, or it is a folder, cut short, damaged, or not UTF-8.
     """
     line = 0
     with opened(path) as file:
@@ -165,10 +198,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked if gzipped (told by its first two bytes, not by its name).
+    """The file, open for reading. A gzipped file, told by its first two bytes and not by its name, is unpacked.
 
     Raises:
-        BadInput: no such file, not a file; or, while reading, cut short or damaged.
+        BadInput: there is no such file, or it is a folder; while reading: it is cut short or damaged.
     """
     try:
         if path.is_dir():
@@ -191,7 +224,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def head(path: Path, size: int = 4096) -> bytes:
-    """The first bytes, unpacked.
+    """The first ``size`` bytes of a file, unpacked if it is gzipped.
 
     Raises:
         BadInput: as `opened`.
@@ -200,11 +233,22 @@ def head(path: Path, size: int = 4096) -> bytes:
         return file.read(size)
 
 
+def first_line(head: bytes) -> str:
+    """The first line of a file that begins with ``head``, without spaces before it and without its end."""
+    lines = head.decode("utf-8-sig", "replace").splitlines()
+    return lines[0].lstrip() if lines else ""
+
+
+def column_names(head: bytes) -> list[str]:
+    """The columns that the header of a CSV file names, if the file begins with ``head``."""
+    return [name.strip() for name in first_line(head).split(",")]
+
+
 def whole(cell: Any) -> int:
-    """A whole number, also when written as ``512.0``, as programs write it that keep numbers as floats.
+    """A whole number. It may be written as ``512.0``, as programs do that keep numbers as floats.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: ``cell`` is something else.
     """
     if type(cell) is int:
         return cell
@@ -222,10 +266,10 @@ def _whole_decimal(cell: Any) -> int:
 
 
 def decimal(cell: Any, rule: str = "must be a number") -> Decimal:
-    """An exact, finite decimal; a float counts as the shortest decimal that reads back as it.
+    """A finite number as an exact decimal. A float counts as the shortest decimal that reads back as that float.
 
     Raises:
-        ValueError: with ``rule``; also for NaN and infinity.
+        ValueError: ``cell`` is something else, or NaN, or infinite; its text is ``rule``.
     """
     if isinstance(cell, bool) or not isinstance(cell, str | int | float | Decimal):
         raise ValueError(rule)
@@ -239,9 +283,9 @@ def decimal(cell: Any, rule: str = "must be a number") -> Decimal:
 
 
 def seconds_ps(cell: Any) -> int:
-    """Seconds as picoseconds, rounded once when they say more than a picosecond.
+    """Seconds as picoseconds; what is finer than a picosecond is rounded, once.
 
     Raises:
-        ValueError: not a finite number.
+        ValueError: ``cell`` is no finite number.
     """
     return int((decimal(cell, "must be a number of seconds") * PS_PER_S).to_integral_value())

@@ -1,0 +1,57 @@
+"""Azure's LLM inference traces of 2023 and 2024, in CSV.
+
+github.com/Azure/AzurePublicDataset. Columns: ``TIMESTAMP,ContextTokens,GeneratedTokens``. Stamps are wall-clock times:
+with seven decimals (100 ns) and CRLF line ends in 2023, with a zone in 2024. Time 0 is the first request.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import date
+from pathlib import Path
+
+from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.formats.columns import trace_of
+from chairlift.sim.workload.formats.text_tables import column_names, read_csv
+from chairlift.sim.workload.trace import Trace
+
+_THEIRS = {"arrival_ps": "TIMESTAMP", "prompt_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
+_STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?(?:Z|([+-])(\d\d):?(\d\d))?")
+
+
+def told(head: bytes) -> bool:
+    """The header names Azure's column of prompts."""
+    return "ContextTokens" in column_names(head)
+
+
+def companions(path: Path) -> list[Path]:
+    """None."""
+    return []
+
+
+def read(path: Path, limit: int | None, times: bool) -> Trace:
+    """The trace. Raises `BadInput` with the line of all that is wrong."""
+    table = read_csv(path, limit)
+    table.require(*_THEIRS.values())
+    stamps = table.parsed("TIMESTAMP", _stamp_ps, 0)
+    table.done()  # the first stamp must be sound: all times count from it
+    return trace_of(table, "azure", _THEIRS, {"arrival_ps": [stamp - stamps[0] for stamp in stamps]})
+
+
+def _stamp_ps(cell: str) -> int:
+    """A wall-clock time as picoseconds since the year 1.
+
+    Raises:
+        ValueError: ``cell`` is no such time.
+    """
+    found = _STAMP.fullmatch(cell.strip())
+    if found is None:
+        raise ValueError("must be a time like 2023-11-16 18:17:03.9799600")
+    day, hour, minute, second, fraction, sign, zone_h, zone_m = found.groups()
+    if hour > "23" or minute > "59" or second > "59":
+        raise ValueError("must be a time of day")
+    minutes = int(hour) * 60 + int(minute)
+    if sign:
+        minutes -= int(sign + "1") * (int(zone_h) * 60 + int(zone_m))
+    whole_s = date.fromisoformat(day).toordinal() * 86_400 + minutes * 60 + int(second)
+    return whole_s * PS_PER_S + int((fraction or "").ljust(12, "0"))
