@@ -26,7 +26,7 @@ class Queue:
         self.served = 0
 
     def waits(self, arrivals: Floats, services: Floats, work: Floats) -> Floats:
-        """Seconds that each customer waits; ``work``: the services of all who came before, added up. Shape (n,) each."""
+        """Seconds that each customer waits, shape (n,); ``work``: the services of all who came before, added up."""
         if self.servers == 1:  # Lindley, in closed form: how far the walk is above its lowest point so far
             walk = work - arrivals
             return walk - np.minimum.accumulate(walk)

@@ -132,7 +132,8 @@ def test_today_has_a_capacity_and_headroom(tmp_path: Path) -> None:
     plan = changed(
         tmp_path,
         ("axes:\n  gpu: [h100, a100-80gb, l4]\n  replicas: [1, 2, 3, 4]\n", "today: {replicas: 2}\n"),
-        ("rate_per_s: 60", "rate_per_s: 40\nheadroom: {growth: [1.2, 4], burst_cvs: [2]}"),
+        ("rate_per_s: 60", "rate_per_s: 80\nheadroom: {growth: [1.2, 4], burst_cvs: [2]}"),
+        ("{uniform: {low: 100, high: 900}}", "{uniform: {low: 50, high: 450}}"),
         ("most_requests: 1600, precision: 0.05", "most_requests: 800, precision: 0.2, budget: 50000"),
     )
     out = tmp_path / "out"
@@ -160,6 +161,7 @@ def test_the_best_system_comes_first_and_sessions_are_called_so(tmp_path: Path) 
         ("  gpu: [h100, a100-80gb, l4]\n  replicas: [1, 2, 3, 4]\n", "  gpu: [l4, h100]\n"),
         ("most_requests: 1600, precision: 0.05", "most_requests: 400, precision: 0.5, budget: 20000"),
         ("    prompt_tokens: {uniform: {low: 100, high: 900}}", f"    sessions: {turns}\n    prompt_tokens: {short}"),
+        ("policy: vllm", "policy: {name: vllm, enable_prefix_caching: false}"),
     )
     result = chairlift("plan", plan, "--out", str(tmp_path / "out"), "--jobs", "1")
     told = json.loads((tmp_path / "out" / "plan.json").read_text())
@@ -345,12 +347,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str
     return sorted(written_down(folder)), json.loads(done.out)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(("how", "jobs"), [(signal.SIGKILL, "1"), (signal.SIGINT, "2")])
 def test_a_plan_that_was_stopped_ends_as_one_that_was_not(
-    tmp_path: Path, how: signal.Signals, whole: tuple[list[str], dict[str, Any]]
+    tmp_path: Path, how: signal.Signals, jobs: str, whole: tuple[list[str], dict[str, Any]]
 ) -> None:
     plan, out = longer(tmp_path), tmp_path / "out"
-    process = started("plan", plan, "--out", str(out), "--jobs", "2")
+    process = started("plan", plan, "--out", str(out), "--jobs", jobs)
     _, err = stopped(process, out, how)
     if how == signal.SIGINT:
         assert "interrupted: what was found is in" in err
