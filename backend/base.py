@@ -1,7 +1,9 @@
 """The contract between a replica and whatever prices (or executes) its steps.
 
-All times are integer picoseconds, so that a run of steps summed in closed form equals the same steps summed one
-by one, bit for bit.
+A replica hands a `Batch` to `Backend.step` and gets a `StepCost`: the price of that step and of the steps after it, for
+as long as nothing but context lengths changes. Ten decodes with 1,000 tokens of context in total might cost 5,000,000
+ps, and 700 ps more in each later step, for ever; the replica then prices the next thousand steps by one sum. All times
+are integer picoseconds, so that such a sum equals the same steps added up one by one, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
     from chairlift.backend.shapes import GPU, Model
 
-FOREVER = 1 << 60  # steps: "to the end of any run"
+PS = 10**12  # picoseconds a second
+FOREVER = 1 << 60  # steps: more than any run has
 new = tuple.__new__  # ``new(StepCost, (first, slope, steps, host))``, for hot paths: half the time of ``StepCost(…)``
 
 
@@ -28,17 +31,17 @@ class Chunk(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A chunk as an engine that executes it needs it."""
+    """A chunk of a prompt, as an engine that executes steps needs to know it."""
 
     request: int
     start: int  # tokens already in KV
     length: int  # tokens computed now
-    pad: int  # dead tokens computed before it (static batching)
-    emits: bool  # whether the request's next token comes with it
+    pad: int  # padding tokens computed in front of it (static batching)
+    emits: bool  # whether the step yields the request's next token, because the chunk ends its prompt
 
 
 class Members(Protocol):
-    """Who is in a step; only real hardware asks."""
+    """The requests of a step. A cost model needs only their numbers; a backend that executes steps needs them."""
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -46,19 +49,19 @@ class Members(Protocol):
 
     @property
     def decodes(self) -> Sequence[int]:
-        """Requests that produce one token from earlier ones, in order of admission."""
+        """Requests that decode, one token each, in order of admission."""
 
     @property
     def dead(self) -> Sequence[int]:
-        """Finished requests that are computed for nothing (static batching)."""
+        """Finished requests whose slots are still computed, because their batch goes on (static batching)."""
 
     def table(self, request: int) -> Sequence[int] | None:
-        """The pool's blocks of a request, in order; None if the pool counts blocks and does not name them."""
+        """The numbers of a request's blocks, in order; None if the pool only counts blocks."""
 
     def tokens(self, request: int) -> Sequence[int] | npt.NDArray[np.int64]:
-        """Numbers that stand for the tokens of its prompt; equal where the trace says that prompts are equal.
+        """The tokens of a request's prompt: made-up numbers, equal wherever the trace says that prompts are equal.
 
-        Where it repeats an earlier answer: the tokens of that.
+        Where a prompt repeats an earlier answer, as the turns of a session do: that answer's own tokens.
         """
 
 
@@ -68,11 +71,11 @@ class Batch(NamedTuple):
     prefills: tuple[Chunk, ...]
     decodes: int  # sequences producing one token each
     context: int  # KV tokens that decodes and padded slots read, this step's included, in total
-    padded: int = 0  # token slots computed for nothing (static batching): dead sequences, prompt padding
-    members: Members | None = None  # given to a backend that executes, see `Executor`
+    padded: int = 0  # token slots computed for nothing (static batching): finished sequences, padding of prompts
+    members: Members | None = None  # for an `Executor` only
 
 
-WHOLE = -1  # `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
+WHOLE = -1  # a `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
 
 
 class Host(NamedTuple):
@@ -81,10 +84,10 @@ class Host(NamedTuple):
     schedule: int = 0  # before the launch: deciding what to run
     launch: int = 0  # until the GPU has its work
     update: int = 0  # after it: taking the tokens in, and handing them to the clients
-    tail: int = WHOLE  # kernel by kernel the GPU works along with the launch, but for this much once that has ended
+    tail: int = WHOLE  # launched kernel by kernel, the GPU works along; this much of its work waits for the last one
 
     def begin_ps(self, gpu: int) -> int:
-        """From the launch's start to the end of ``gpu`` ps of work, on a GPU that has nothing else to do."""
+        """From the start of the launch to the end of ``gpu`` ps of GPU work, on a GPU that is idle before."""
         return self.launch + gpu if self.tail == WHOLE else max(gpu, self.launch + self.tail)
 
 
@@ -94,8 +97,8 @@ NO_HOST = Host()
 class StepCost(NamedTuple):
     """The next ``steps`` steps cost ``first``, ``first + slope``, ``first + 2·slope`` … ps on the GPU.
 
-    For as long as the batch keeps its members, so that ``context`` grows by ``decodes`` (and dead slots) a step.
-    A fitted model vouches for many steps (to its next breakpoint), a real GPU for one.
+    The series holds for as long as the batch keeps its members: each step then adds a token of context for each decode
+    and padded slot. A cost model vouches up to its next breakpoint, a real GPU for one step.
     """
 
     first: int
@@ -104,10 +107,11 @@ class StepCost(NamedTuple):
     host: Host = NO_HOST  # the same for each of them
 
     def spacing(self, ahead: bool) -> tuple[int, int]:
-        """Time from one step boundary to the next, of the first step, and by how much each further one is longer.
+        """Time from one step boundary to the next: of the first step, and by how much each further one is longer.
 
-        A synchronous engine takes turns with the GPU. In one that plans ``ahead`` the host works while the GPU does,
-        and the slower of the two sets the pace of steps that are all alike.
+        In a synchronous engine host and GPU take turns, so their times add up. In an engine that plans ``ahead`` both
+        work at once, and the slower one sets the pace: with 3 ms of host work and 5 ms of GPU work a step takes 5 ms,
+        not 8.
         """
         host = self.host
         if host is NO_HOST:
@@ -119,7 +123,7 @@ class StepCost(NamedTuple):
         return host.schedule + host.begin_ps(self.first) + host.update, 0 if bound else self.slope
 
     def steps_alike(self, ahead: bool) -> int:
-        """For how many steps `spacing` holds."""
+        """For how many steps the series of `spacing` holds: until the slower of host and GPU is the other one."""
         host = self.host
         if host is NO_HOST:
             return self.steps
@@ -138,21 +142,21 @@ class Backend(ABC):
     """Prices the steps of one replica; a GPU engine also executes them."""
 
     name: str = "backend"
-    arrival: int = 0  # ps of host time that an engine spends on each request it takes in, before it plans
-    arrival_token: int = 0  # ps more for each token of its prompt
+    arrival: int = 0  # ps of host time to take in a request, before the engine plans the next step
+    arrival_token: int = 0  # ps more for each token of that request's prompt
 
     @abstractmethod
     def step(self, batch: Batch) -> StepCost:
-        """The cost of ``batch``, and of the steps after it while nothing but context lengths changes."""
+        """The cost of ``batch``, and of the steps after it for as long as nothing but context lengths changes."""
 
     def release(self, request_id: int) -> None:  # noqa: B027 - a hook; cost models hold nothing
-        """A request has lost its KV: it has left the replica or was preempted; drop what is kept for it."""
+        """Drop what is kept for a request whose KV is gone: the request has left the replica, or was preempted."""
 
     def close(self) -> None:  # noqa: B027 - likewise
-        """The run is over; give back what it needed."""
+        """Give back what the run needed: it is over."""
 
     def assumptions(self) -> dict[str, str]:
-        """What a reader of the results must know of the prices: name → one line."""
+        """What a reader of the results must know about the prices: a name, and one line each."""
         return {}
 
 
@@ -164,36 +168,36 @@ class Measured(NamedTuple):
 
 
 class Executor(Backend):
-    """Runs steps for real, one behind the other; `Backend.step` is an estimate, for policies that ask for a price."""
+    """Executes steps, one after the other, and measures them. Its `step` is an estimate, for policies that ask."""
 
     @abstractmethod
     def prepare(self, blocks: int, block_size: int, max_model_len: int, named: bool) -> None:
-        """Get ready to serve a KV pool of this size, its blocks ``named`` by the pool or only counted.
+        """Get ready to serve a KV pool of this size, whose blocks are ``named`` by the pool, or else only counted.
 
         Raises ValueError, one sentence, if that does not fit the device.
         """
 
     @abstractmethod
     def launch(self, batch: Batch) -> None:
-        """Put a step (with its members) behind those launched before; at most two are ever under way."""
+        """Queue a step, which has its members, behind the steps launched before. At most two are ever under way."""
 
     @abstractmethod
     def wait(self) -> Measured:
-        """Wait for the oldest step under way."""
+        """Wait for the oldest step under way, and tell how long it took."""
 
     def answer(self, request_id: int) -> Sequence[int]:
-        """The tokens that a request was given so far, by `wait`; none from one that only takes time."""
+        """The tokens generated so far for a request, as of the last `wait`; none from an engine that makes none."""
         return ()
 
     def facts(self) -> dict[str, str]:
-        """What a recording says of the engine: ``gpu``, versions."""
+        """What a recording says about the engine: its ``gpu``, and versions."""
         return {}
 
 
 class Settings(Protocol):
-    """A backend's settings as a scenario gives them: a frozen dataclass, its fields the YAML's keys.
+    """A backend's settings as a scenario gives them: a frozen dataclass whose fields are the keys of the YAML.
 
-    One that executes steps says so: ``executes = True``.
+    Settings of a backend that executes steps have ``executes = True``.
     """
 
     def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:

@@ -1,8 +1,9 @@
 """An analytic step cost: what the FLOPs and the bytes of a step take at stated efficiencies.
 
-Everything is an integer number of picoseconds, affine in the context length piece by piece, so it leaps exactly.
-The form is the one that explains the continuous-batching post's ladder: prompt work at a fraction of the peak
-(``mfu``), decode work at a fraction of the memory bandwidth, and a step that has both overlaps them in part.
+Prompts are computed at a fraction of the peak FLOP/s (``mfu``), decodes read weights and KV at a fraction of the memory
+bandwidth, and a step that has both overlaps them in part: the form that explains the figures of the continuous-batching
+post. Costs are integer picoseconds, and affine in the context length between breakpoints, so that a run of steps can be
+added up exactly in closed form.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from chairlift.backend.base import FOREVER, NO_HOST, Backend, Batch, Host, StepCost, new
-from chairlift.backend.specs import GPU, Model
+from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Host, StepCost, new
+from chairlift.backend.shapes import GPU, Model
 
-PS = 10**12
 MS = 10**9
 
 Share = Annotated[float, Interval(gt=0, le=1)]
@@ -30,12 +30,12 @@ class Efficiency:
     bandwidth: Share = 0.80  # of the HBM bandwidth, reading weights and KV (0.6–0.9 is usual)
     link: Share = 0.70  # of one direction of the links, all-reduce
     mixed_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.5  # of the shorter of prompt and decode work
-    floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter: a host that cannot launch faster
+    floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter, because the host cannot launch faster
     overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
 
     def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Roofline:
-        """The cost model with these efficiencies."""
+        """The cost model with these efficiencies. Raises ValueError where it needs a number that is unknown."""
         return Roofline(model, gpu, tensor_parallel, self)
 
 
@@ -69,7 +69,7 @@ class Roofline(Backend):
         self._host = Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST
 
     def step(self, batch: Batch) -> StepCost:
-        """The cost of ``batch``; a decode-only batch vouches until another bound of the roofline takes over."""
+        """The cost of ``batch``; that of decodes alone holds until another bound of the roofline takes over."""
         prefills, decodes, context, padded, _ = batch
         if prefills:
             return self._with_prompts(batch)
@@ -110,17 +110,23 @@ class Roofline(Backend):
         return new(StepCost, (prompt if prompt >= self._floor else self._floor, 0, 1, self._host))
 
     def _all_reduce(self) -> tuple[int, int]:
-        """Picoseconds of a step's all-reduces: fixed, and for each token."""
+        """Picoseconds of a step's all-reduces: a fixed part, and a part for each token.
+
+        A ring of n GPUs moves 2 (n − 1) / n of the reduced bytes over each link: the activations of a token, hidden
+        wide.
+        """
         tp, e = self.tensor_parallel, self.efficiency
         if tp == 1:
             return 0, 0
-        one_way = (self.gpu.nvlink_gb_per_s / 2 or self.gpu.host_gb_per_s) * 1e9 * e.link
+        what = "tensor parallelism"
+        one_way = self.gpu.needed("nvlink_gb_per_s", what) / 2 or self.gpu.needed("host_gb_per_s", what)
+        one_way = one_way * 1e9 * e.link  # bytes a second
         count = 2 * self.model.layers
-        volume = 2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_param  # a ring moves this per token
+        volume = 2 * (tp - 1) / tp * self.model.hidden * self.model.bytes_per_activation  # bytes a token
         return round(count * e.allreduce_us * 1e-6 * PS), round(count * volume / one_way * PS)
 
     def assumptions(self) -> dict[str, str]:
-        """The efficiencies, and what they make of the weights and of a token."""
+        """The efficiencies, and the time in which the weights are read once."""
         e = self.efficiency
         lines = {
             "cost model": f"roofline: {self.model.name} on {self.tensor_parallel} × {self.gpu.name}",
@@ -134,7 +140,7 @@ class Roofline(Backend):
 
 
 def _until(bound: int, slope: int, other: int, other_slope: int) -> int:
-    """For how many steps ``other`` (<= bound now) stays at or below ``bound``."""
+    """For how many steps the line ``other`` stays at or below the line ``bound``, where it is now."""
     if other_slope <= slope:
         return FOREVER
     return (bound - other) // (other_slope - slope) + 1

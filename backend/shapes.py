@@ -1,34 +1,82 @@
-"""What a GPU and a language model are to a cost model: a handful of numbers, the rest counted from them."""
+"""What a GPU and a language model are to a cost model: a handful of numbers, the rest counted from them.
+
+`gpus.yaml` and `models.yaml` hold a row for each known one, and a scenario may describe one of its own with the same
+keys: `described` reads both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt
+
+from chairlift.backend import names
 
 GIB = 2**30
+ABSENT = object()  # the value of a number that is not given
+
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+
+
+class Wrong(NamedTuple):
+    """One mistake in the numbers of a GPU or a model."""
+
+    key: str
+    rule: str  # what should hold, as a sentence fragment
+    value: object = ABSENT
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.rule}" + ("" if self.value is ABSENT else f" (got {self.value!r})")
+
+
+class BadShape(ValueError):
+    """Numbers that no GPU or model can have; ``wrong`` holds all mistakes."""
+
+    def __init__(self, what: str, wrong: Sequence[Wrong]) -> None:
+        super().__init__(f"{what}: " + "; ".join(map(str, wrong)))
+        self.wrong = list(wrong)
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One accelerator as its data sheet gives it: peaks, which no kernel reaches."""
+    """One accelerator as its data sheet gives it: peaks, which no kernel reaches.
+
+    Peaks and memory are required. What else is unknown is None, and refused by `needed` where a result depends on it.
+    Raises `BadShape` for a number out of its range.
+    """
 
     name: str
-    bf16_tflops: float  # dense tensor-core peak, 1e12 FLOP/s
-    hbm_gb_per_s: float  # memory bandwidth, 1e9 B/s
-    memory_gib: float  # what nvidia-smi calls total, 2**30 B (ECC and firmware already off)
-    nvlink_gb_per_s: float  # all links of one GPU, both directions added, 1e9 B/s; 0: none
-    host_gb_per_s: float  # PCIe, one direction, line rate, 1e9 B/s
-    tdp_w: float
-    usd_per_gpu_hour: float  # one on-demand price out of a wide range
-    price_date: str  # when that price was seen
-    price_source: str  # whose price, and the range seen
-    source: str  # of the other numbers
+    bf16_tflops: Positive  # dense tensor-core peak, 1e12 FLOP/s
+    hbm_gb_per_s: Positive  # memory bandwidth, 1e9 B/s
+    memory_gib: Positive  # what nvidia-smi calls total, 2**30 B (ECC and firmware already off)
+    nvlink_gb_per_s: NotNegative | None = None  # all links of one GPU, both directions added, 1e9 B/s; 0: it has none
+    host_gb_per_s: Positive | None = None  # PCIe, one direction, line rate, 1e9 B/s
+    tdp_w: Positive | None = None
+    usd_per_gpu_hour: Positive | None = None  # one on-demand price out of a wide range
+    price_date: str = ""  # when that price was seen
+    price_source: str = ""  # whose price, and the range seen
+    source: str = ""  # of the other numbers
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     @property
     def memory_bytes(self) -> int:
         """Total memory in bytes."""
         return round(self.memory_gib * GIB)
+
+    def needed(self, key: Literal["nvlink_gb_per_s", "host_gb_per_s"], what: str) -> float:
+        """The number called ``key``, on which ``what`` depends. Raises ValueError, which says so, if it is unknown."""
+        value: float | None = getattr(self, key)
+        if value is None:
+            raise ValueError(f"{what} depends on {key} of {self.name}, which is unknown: give it")
+        return value
 
 
 @dataclass(frozen=True)
@@ -36,34 +84,30 @@ class Model:
     """The shape of a dense decoder-only transformer; everything else about it is counted from this.
 
     Weights and KV in other widths: ``dataclasses.replace(model, bytes_per_param=1, kv_bytes_per_element=1)``.
-    Raises ValueError when a size is not positive or the KV heads do not divide the query heads.
+    Raises `BadShape` for a number out of its range, or if the KV heads do not divide the query heads.
     """
 
     name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    ffn: int  # width inside the MLP
-    vocab: int
-    max_model_len: int  # tokens of prompt and output together
+    layers: Count
+    hidden: Count
+    heads: Count
+    kv_heads: Count
+    head_size: Count
+    ffn: Count  # width inside the MLP
+    vocab: Count
+    max_model_len: Count  # tokens of prompt and output together
     gated_mlp: bool = True  # three matrices (gate, up, down), else two
     tied_embeddings: bool = False  # the LM head is the input embedding
     biases: Literal["none", "qkv", "attention", "all"] = "none"  # counted; "all": norms and MLP as well
     qk_norm: bool = False  # a norm on each query and key head (Qwen3)
-    learned_positions: int = 0  # rows of the position table (OPT: 2 more than positions)
-    bytes_per_param: float = 2
-    kv_bytes_per_element: float = 2
+    learned_positions: Annotated[int, Ge(0)] = 0  # rows of the position table (OPT: 2 more than positions)
+    bytes_per_param: Positive = 2
+    kv_bytes_per_element: Positive = 2
+    bytes_per_activation: Positive = 2  # of what the layers hand on, which tensor parallelism adds up
     source: str = ""
 
     def __post_init__(self) -> None:
-        sizes = ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab", "max_model_len")
-        wrong = [f"{size} must be at least 1 (got {value})" for size in sizes if (value := getattr(self, size)) < 1]
-        if not wrong and self.heads % self.kv_heads:
-            wrong = [f"kv_heads must divide heads (got {self.kv_heads} and {self.heads})"]
-        if wrong:
-            raise ValueError(f"model {self.name}: " + "; ".join(wrong))
+        _check(self)
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, object], name: str = "") -> Model:
@@ -131,6 +175,7 @@ class Model:
             learned_positions=positions + 2 if opt else 0,
             bytes_per_param=_DTYPE_BYTES[dtype],
             kv_bytes_per_element=_DTYPE_BYTES[dtype],
+            bytes_per_activation=_DTYPE_BYTES[dtype],
             source="config.json",
         )
 
@@ -208,3 +253,76 @@ _NOT_MODELLED = (
     (("mlp_bias",), "MLP biases are"),
 )
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+Shape = TypeVar("Shape", GPU, Model)
+
+
+def described(kind: type[Shape], given: Mapping[str, object], hint: str = "") -> Shape:
+    """The GPU or model with the numbers ``given``, field → value, as a row of a data file or a scenario has them.
+
+    ``hint`` follows what is said of a number that is missing. Raises `BadShape` with every mistake.
+    """
+    known = {field.name: field for field in fields(kind)}
+    wrong = [Wrong(key, f"unknown key – {names.hint(key, known)}") for key in given if key not in known]
+    required = [name for name, field in known.items() if field.default is MISSING]
+    wrong += [Wrong(name, f"is required{hint}") for name in required if name not in given]
+    wrong += _mistakes(kind, {key: value for key, value in given.items() if key in known})
+    if wrong:
+        raise BadShape(str(given.get("name", kind.__name__)), wrong)
+    return kind(**dict(given))  # type: ignore[arg-type]  # just checked
+
+
+def _check(shape: GPU | Model) -> None:
+    """Raise `BadShape` unless ``shape`` keeps the rules of its fields."""
+    if wrong := _mistakes(type(shape), vars(shape)):
+        raise BadShape(f"{type(shape).__name__} {shape.name}", wrong)
+
+
+def _mistakes(kind: type[GPU] | type[Model], given: Mapping[str, object]) -> list[Wrong]:
+    rules = _annotations(kind)  # type: ignore[arg-type]  # a class is hashable
+    broken = {key: _broken(rules[key], value) for key, value in given.items()}
+    wrong = [Wrong(key, rule, given[key]) for key, rule in broken.items() if rule is not None]
+    heads, kv_heads = (given.get(key) if broken.get(key) is None else None for key in ("heads", "kv_heads"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        wrong.append(Wrong("kv_heads", f"must divide heads, {heads}", kv_heads))
+    return wrong
+
+
+@cache
+def _annotations(kind: type[GPU] | type[Model]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+_TYPES: dict[Any, tuple[type | tuple[type, ...], str]] = {
+    str: (str, "text"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+}
+
+
+def _broken(rule: Any, value: Any) -> str | None:
+    """What ``value`` must be by the annotation ``rule``, if it is not."""
+    bounds: Sequence[Any] = ()
+    if type(None) in get_args(rule):
+        if value is None:
+            return None
+        [rule] = (member for member in get_args(rule) if member is not type(None))
+    if get_origin(rule) is Annotated:
+        rule, *bounds = get_args(rule)
+    if get_origin(rule) is Literal:
+        allowed = get_args(rule)
+        return None if value in allowed else f"must be one of {', '.join(map(repr, allowed))}"
+    accepted, words = _TYPES[rule]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and rule is not bool):
+        return f"must be {words}"
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            return "must be a finite number"
+        for bound in bounds:
+            if isinstance(bound, Gt) and not value > bound.gt:  # type: ignore[operator]  # bounds are numbers here
+                return f"must be above {bound.gt}"
+            if isinstance(bound, Ge) and not value >= bound.ge:  # type: ignore[operator]
+                return f"must be at least {bound.ge}"
+    return None

@@ -1,22 +1,40 @@
 """Known GPUs and language models, and how much KV cache fits: the numbers a cost model starts from.
 
-Look a shape up with :func:`gpu` and :func:`model`, read a model's from its ``config.json`` with
-:meth:`Model.from_hf_config`, and count KV blocks with :func:`kv_blocks`. The tables stand at the end.
+The known ones are rows of `gpus.yaml` and `models.yaml`. `gpu` and `model` find one by its name, or make one of
+numbers, which may be few where the name is known; `Model.from_hf_config` reads a model's ``config.json``; `kv_blocks`
+counts the blocks that fit.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from chairlift.backend.shapes import GIB, GPU, Model
+import yaml
 
-__all__ = ["GIB", "GPU", "GPUS", "MODELS", "RESERVE_GIB", "KVFit", "Model", "gpu", "kv_blocks", "model"]
+from chairlift.backend.names import hint
+from chairlift.backend.shapes import ABSENT, GIB, GPU, BadShape, Model, Shape, Wrong, described
 
-Shape = TypeVar("Shape", GPU, Model)
+__all__ = [
+    "ABSENT",
+    "GIB",
+    "GPU",
+    "GPUS",
+    "MODELS",
+    "RESERVE_GIB",
+    "BadShape",
+    "BadTable",
+    "KVFit",
+    "Model",
+    "changed",
+    "gpu",
+    "kv_blocks",
+    "model",
+]
 
 RESERVE_GIB = 1.9
 """GiB a GPU keeps besides weights and KV (activations, CUDA context, graphs, what the driver hides).
@@ -103,149 +121,146 @@ def kv_blocks(
     return fit
 
 
-def gpu(name: str) -> GPU:
-    """The GPU called ``name``, in any common spelling: ``h100``, ``A100-40``, ``NVIDIA A100-SXM4-80GB``.
+def gpu(choice: str | Mapping[str, object]) -> GPU:
+    """The GPU called ``choice`` in any common spelling (``h100``, ``NVIDIA A100-SXM4-80GB``), or with these numbers.
 
-    Raises LookupError with the nearest name.
+    Numbers beside the name of a known GPU change that one: ``{"name": "h100", "memory_gib": 94}``. Raises LookupError
+    with the nearest name, or `BadShape`.
     """
-    words = name.lower().replace(" ", "-").replace("_", "-").split("-")
-    key = "-".join(word for word in words if word and word not in _GPU_NOISE)
-    return _find(_GPU_ALIASES.get(key, key), name, GPUS, "GPU")
+    if not isinstance(choice, str):
+        return _with_numbers(GPU, choice, gpu)
+    words = choice.lower().replace(" ", "-").replace("_", "-").split("-")
+    return GPUS.find("-".join(word for word in words if word and word not in _GPU_NOISE), choice)
 
 
-def model(name: str) -> Model:
-    """The model called ``name``, with or without its organisation: ``facebook/opt-13b``, ``Qwen3-8B``.
+def model(choice: str | Mapping[str, object]) -> Model:
+    """The model called ``choice``, with or without its organisation (``facebook/opt-13b``), or with these numbers.
 
-    Chat and instruct versions have their base model's shape. Raises LookupError with the nearest name.
+    Chat and instruct versions have their base model's shape. Numbers, and what is raised, are as for `gpu`.
     """
-    key = name.lower().rsplit("/", 1)[-1].removeprefix("meta-")
-    if key.startswith("mistral-7b"):
-        key = key.replace("-v0.1", "").replace("-v0.2", "")  # v0.3 has a larger vocabulary
+    if not isinstance(choice, str):
+        return _with_numbers(Model, choice, model)
+    key = choice.lower().rsplit("/", 1)[-1].removeprefix("meta-")
     while key.endswith(_SAME_SHAPE):
         key = key.rpartition("-")[0]
-    return _find(key, name, MODELS, "model")
+    return MODELS.find(key, choice)
 
 
-def _find(key: str, asked: str, table: Mapping[str, Shape], kind: str) -> Shape:
-    if key in table:
-        return table[key]
-    near = sorted(name for name in table if key and name.startswith(key))[:1]
-    near = near or difflib.get_close_matches(key, table, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(table)}"
-    raise LookupError(f"unknown {kind} {asked!r} – {hint}")
+def changed(known: Shape, given: Mapping[str, object]) -> Shape:
+    """``known`` with the numbers ``given`` in place of its own, as its name then tells: ``h100 (memory_gib 94)``.
 
+    ``known`` itself if none of them differs. Raises `BadShape`.
+    """
+    own = vars(known)
+    others = {key: value for key, value in given.items() if key != "name" and own.get(key, ABSENT) != value}
+    if not others:
+        return known
+    told = ", ".join(f"{key} {value}" for key, value in others.items())
+    return described(type(known), {**own, **others, "name": f"{known.name} ({told})"})
+
+
+def _with_numbers(kind: type[Shape], given: Mapping[str, object], find: Callable[[str], Shape]) -> Shape:
+    """A known shape that ``given`` names and changes, or one of its own."""
+    name = given.get("name")
+    if not isinstance(name, str):
+        return described(kind, {"name": "custom", **given})
+    try:
+        known = find(name)
+    except LookupError as unknown:
+        said = str(unknown.args[0])
+        return described(kind, given, f": {said}" if "did you mean" in said else "")
+    return changed(known, given)
+
+
+class BadTable(ValueError):
+    """A data file that cannot be used: a line a mistake, ``file:line: row.key: rule (got value)``."""
+
+
+class _Row(NamedTuple):
+    """A row as the file has it."""
+
+    name: str
+    line: int
+    lines: dict[str, int]  # of its keys
+    values: dict[str, Any]
+
+
+class Table(Mapping[str, Shape]):
+    """The rows of a data file by name; the file is read when first needed, and raises `BadTable` then."""
+
+    def __init__(self, path: Path, kind: type[Shape], what: str) -> None:
+        self.path = path
+        self._kind: type[Shape] = kind
+        self._what = what
+
+    def __getitem__(self, name: str) -> Shape:
+        return self._read[0][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read[0])
+
+    def __len__(self) -> int:
+        return len(self._read[0])
+
+    def find(self, key: str, asked: str) -> Shape:
+        """The row called ``key``, by which a user who wrote ``asked`` is understood. Raises LookupError."""
+        rows, also = self._read
+        key = also.get(key, key)
+        if key in rows:
+            return rows[key]
+        raise LookupError(f"unknown {self._what} {asked!r} – {hint(key, rows)}")
+
+    @cached_property
+    def _read(self) -> tuple[dict[str, Shape], dict[str, str]]:
+        """Name → shape, and other name → name."""
+        rows: dict[str, Shape] = {}
+        also: dict[str, str] = {}
+        wrong: list[tuple[int, str]] = []  # line, mistake
+        for row in self._rows():
+            others = row.values.pop("also", [])
+            mistakes = []
+            if row.name in rows:
+                mistakes.append(Wrong("", "is a second row of that name"))
+            if "name" in row.values:
+                mistakes.append(Wrong("name", "must not be given: a row's key is its name", row.values["name"]))
+            if not row.values.get("source"):
+                mistakes.append(Wrong("source", "is required"))
+            if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+                mistakes.append(Wrong("also", "must be a list of names", others))
+                others = []
+            try:
+                rows[row.name] = described(self._kind, {**row.values, "name": row.name})
+            except BadShape as bad:
+                mistakes += bad.wrong
+            also |= dict.fromkeys(others, row.name)
+            for key, rule, value in mistakes:
+                got = "" if value is ABSENT else f" (got {value!r})"
+                where = f"{row.name}.{key}" if key else row.name
+                wrong.append((row.lines.get(key, row.line), f"{where}: {rule}{got}"))
+        if wrong:
+            raise BadTable("\n".join(f"{self.path}:{line}: {mistake}" for line, mistake in sorted(wrong)))
+        return rows, also
+
+    def _rows(self) -> Iterator[_Row]:
+        loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8"))
+        try:
+            top = loader.get_single_node()
+            if not isinstance(top, yaml.MappingNode):
+                raise BadTable(f"{self.path}:1: must be a mapping of names to rows")
+            for name, row in top.value:
+                line = name.start_mark.line + 1
+                if not isinstance(row, yaml.MappingNode):
+                    raise BadTable(f"{self.path}:{line}: {name.value}: must be a mapping of keys to values")
+                lines = {key.value: key.start_mark.line + 1 for key, _ in row.value}
+                values = loader.construct_mapping(row, deep=True)
+                yield _Row(name.value, line, lines, {str(key): value for key, value in values.items()})
+        except yaml.MarkedYAMLError as error:
+            line = 1 if error.problem_mark is None else error.problem_mark.line + 1
+            raise BadTable(f"{self.path}:{line}: not YAML: {error.problem}") from None
+
+
+GPUS = Table(Path(__file__).resolve().parent / "gpus.yaml", GPU, "GPU")
+MODELS = Table(Path(__file__).resolve().parent / "models.yaml", Model, "model")
 
 _GPU_NOISE = {"nvidia", "amd", "instinct", "tesla", "sxm", "sxm4", "sxm5", "hbm3"}  # not "pcie": it is slower
-_GPU_ALIASES = {
-    "a100-40": "a100-40gb",
-    "a100-80": "a100-80gb",
-    "h100-80gb": "h100",
-    "h200-141gb": "h200",
-    "mi300x-oam": "mi300x",
-}
 _SAME_SHAPE = ("-instruct", "-chat", "-base", "-hf", "-it")
-
-# Peaks: vendors' data sheets for the SXM/OAM boards. Memory: the total nvidia-smi (rocm-smi) shows in MiB,
-# from memory; with the H200's, one reserve closes the sum for both recorded block counts (RESERVE_GIB).
-# From memory too: the A10G's TFLOP/s, and PCIe at line rate (x16: Gen 4 31.5, Gen 5 63 GB/s). Prices: one
-# offer, or a median, out of the range beside it; vendors and years differ by a factor of two.
-_SEEN = "2026-03 to 2026-11"
-GPUS: dict[str, GPU] = {
-    shape.name: shape
-    for shape in (
-        GPU(
-            "a100-40gb", 312, 1555, 40960 / 1024, 600, 31.5, 400,
-            1.99, _SEEN, "Lambda; range 0.80–3.40", "NVIDIA A100 40GB SXM data sheet",
-        ),
-        GPU(
-            "a100-80gb", 312, 2039, 81920 / 1024, 600, 31.5, 400,
-            2.79, _SEEN, "Lambda; range 1.39–3.43", "NVIDIA A100 80GB SXM data sheet",
-        ),
-        GPU(
-            "h100", 989, 3350, 81559 / 1024, 900, 63, 700,
-            2.95, _SEEN, "median; range 2.69–12.29", "NVIDIA H100 SXM data sheet",
-        ),
-        GPU(
-            "h200", 989, 4800, 143771 / 1024, 900, 63, 700,
-            4.00, _SEEN, "specialised clouds, middle; range 2.50–7.00", "NVIDIA H200 SXM data sheet",
-        ),
-        GPU(
-            "b200", 2250, 8000, 183359 / 1024, 1800, 63, 1000,
-            6.03, _SEEN, "Spheron; range 4.50–6.69", "NVIDIA B200 SXM data sheet (HGX: 7700 GB/s)",
-        ),
-        GPU(
-            "l4", 121, 300, 23034 / 1024, 0, 31.5, 72,
-            0.805, "from memory", "AWS g6.xlarge; range 0.40–0.81", "NVIDIA L4 data sheet",
-        ),
-        GPU(
-            "a10g", 70, 600, 23028 / 1024, 0, 31.5, 300,
-            1.006, "from memory", "AWS g5.xlarge; range 1.01–1.21", "AWS g5 page; TFLOP/s from memory",
-        ),
-        GPU(
-            "mi300x", 1307, 5300, 196592 / 1024, 896, 63, 750,
-            1.85, "2026", "Vultr; range 1.71–5.00", "AMD MI300X data sheet (links: 7 × 128 GB/s)",
-        ),
-    )
-}  # fmt: skip
-
-
-def _opt(size: str, layers: int, hidden: int, heads: int) -> Model:
-    # arXiv:2205.01068, table 1; FFN 4 × hidden, 2048 positions, vocabulary of facebook/opt-*
-    return Model(
-        f"opt-{size}", layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50272, 2048,
-        gated_mlp=False, tied_embeddings=True, biases="all", learned_positions=2050,
-        source=f"facebook/opt-{size} config.json",
-    )  # fmt: skip
-
-
-def _llama(
-    name: str, layers: int, hidden: int, heads: int, kv: int, ffn: int, vocab: int, length: int, org: str
-) -> Model:
-    return Model(
-        name, layers, hidden, heads, kv, hidden // heads, ffn, vocab, length, source=f"{org} config.json"
-    )  # fmt: skip
-
-
-def _qwen25(size: str, layers: int, hidden: int, heads: int, kv: int, ffn: int, vocab: int, tied: bool) -> Model:
-    # The length is the Instruct models' (and the small base models'); base models of 7B and more say 131072.
-    return Model(
-        f"qwen2.5-{size}", layers, hidden, heads, kv, hidden // heads, ffn, vocab, 32768,
-        tied_embeddings=tied, biases="qkv", source=f"Qwen/Qwen2.5-{size.upper()}-Instruct config.json",
-    )  # fmt: skip
-
-
-def _qwen3(size: str, layers: int, hidden: int, heads: int, ffn: int, tied: bool) -> Model:
-    return Model(
-        f"qwen3-{size}", layers, hidden, heads, 8, 128, ffn, 151936, 40960,
-        tied_embeddings=tied, qk_norm=True, source=f"Qwen/Qwen3-{size.upper()} config.json",
-    )  # fmt: skip
-
-
-MODELS: dict[str, Model] = {
-    shape.name: shape
-    for shape in (
-        _opt("13b", 40, 5120, 40),
-        _opt("30b", 48, 7168, 56),
-        _opt("66b", 64, 9216, 72),
-        _opt("175b", 96, 12288, 96),
-        _llama("llama-2-7b", 32, 4096, 32, 32, 11008, 32000, 4096, "meta-llama/Llama-2-7b-hf"),
-        _llama("llama-2-13b", 40, 5120, 40, 40, 13824, 32000, 4096, "meta-llama/Llama-2-13b-hf"),
-        _llama("llama-2-70b", 80, 8192, 64, 8, 28672, 32000, 4096, "meta-llama/Llama-2-70b-hf"),
-        _llama("llama-3.1-8b", 32, 4096, 32, 8, 14336, 128256, 131072, "meta-llama/Llama-3.1-8B"),
-        _llama("llama-3.1-70b", 80, 8192, 64, 8, 28672, 128256, 131072, "meta-llama/Llama-3.1-70B"),
-        _llama("mistral-7b", 32, 4096, 32, 8, 14336, 32000, 32768, "mistralai/Mistral-7B-Instruct-v0.2"),
-        _qwen25("0.5b", 24, 896, 14, 2, 4864, 151936, True),
-        _qwen25("1.5b", 28, 1536, 12, 2, 8960, 151936, True),
-        _qwen25("3b", 36, 2048, 16, 2, 11008, 151936, True),
-        _qwen25("7b", 28, 3584, 28, 4, 18944, 152064, False),
-        _qwen25("14b", 48, 5120, 40, 8, 13824, 152064, False),
-        _qwen25("32b", 64, 5120, 40, 8, 27648, 152064, False),
-        _qwen25("72b", 80, 8192, 64, 8, 29568, 152064, False),
-        _qwen3("0.6b", 28, 1024, 16, 3072, True),
-        _qwen3("1.7b", 28, 2048, 16, 6144, True),
-        _qwen3("4b", 36, 2560, 32, 9728, True),
-        _qwen3("8b", 36, 4096, 32, 12288, False),
-        _qwen3("14b", 40, 5120, 40, 17408, False),
-        _qwen3("32b", 64, 5120, 64, 25600, False),
-    )
-}

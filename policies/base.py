@@ -124,7 +124,7 @@ class Request:
         self.priority = priority  # smaller is more urgent, as in vLLM
         self.tenant = tenant
         self.session = session
-        self.hash_ids: Sequence[int] = ()  # what the trace says of its prompt's blocks; equal ids, equal prefix
+        self.hash_ids: Sequence[int] = ()  # of its leading blocks: equal ids, prompts equal up to there
         self.predicted_tokens: int | None = None  # output, as the predictor guesses that `Scheduler.predictor` asks for
         self.preemptions = 0
         self.swapped = 0  # tokens whose KV lies in host memory; only of a waiting request

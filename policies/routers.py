@@ -101,12 +101,13 @@ class SessionSticky(Router):
 class PrefixAffinity(Router):
     """The replica that was sent the longest part of this prompt before, unless it is much busier than the others.
 
-    It looks at the trace's ``hash_ids`` and remembers what it sent where; it does not see the replicas' caches.
+    It goes by the ids of the prompt's blocks (`Request.hash_ids`: a trace's own, or made from its prefix groups and
+    sessions) and remembers what it sent where; it does not see the replicas' caches.
     """
 
     blocks: Positive = 100_000  # ids remembered for each replica, the least recently sent forgotten first
     imbalance: NotNegativeFloat = (
-        1.5  # ignore a match on a replica with so many times the fewest requests, plus `slack`
+        1.5  # ignore a match on a replica with more than so many times the fewest requests, plus `slack`
     )
     slack: Positive = 8  # requests
 
@@ -118,12 +119,15 @@ class PrefixAffinity(Router):
         limit = min(counts) * self.imbalance + self.slack
         best, longest = counts.index(min(counts)), 0
         for position, index in enumerate(replicas.indices):
-            if counts[position] <= limit and (match := self._match(request, index)) > longest:
-                best, longest = position, match
+            if counts[position] <= limit:
+                match = self._match(request, index)
+                if match > longest or (match == longest and counts[position] < counts[best]):
+                    best, longest = position, match
         self._remember(request, replicas.indices[best])
         return best
 
     def _match(self, request: Request, index: int) -> int:
+        """Leading blocks of the prompt that the replica was sent, as far as they are remembered."""
         known = self.sent.get(index)
         if not known:
             return 0
@@ -135,8 +139,9 @@ class PrefixAffinity(Router):
         return length
 
     def _remember(self, request: Request, index: int) -> None:
+        """Note a prompt's blocks, the last one first: it is forgotten first, being of no use without those before."""
         known = self.sent.setdefault(index, OrderedDict())
-        for block in request.hash_ids:
+        for block in reversed(request.hash_ids):
             known[block] = None
             known.move_to_end(block)
         while len(known) > self.blocks:

@@ -1,9 +1,12 @@
-"""One run, ready to simulate, and the study that holds all runs of a scenario file. `sim.scenario.load` makes them."""
+"""What a run is made of: `Setup`, ready to simulate, and `Study`, all runs of a scenario file and how to show them.
+
+`sim.scenario.load` makes them from a file; a script may make them itself. Parts that a scenario file describes in the
+very words that a run needs (SLO, limits, link, failures, …) are pydantic models, read from the file as they stand.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from chairlift.backend import specs
 from chairlift.backend.base import Backend, Settings
 from chairlift.policies.base import Router, Scheduler
-from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.workload.trace import Trace
 
 Positive = Annotated[int, Field(ge=1)]
@@ -158,10 +160,10 @@ class Claim(Spec):
 
 @dataclass
 class ReplicaGroup:
-    """Some equal replicas."""
+    """Some equal replicas, their KV pool already worked out."""
 
-    count: int
-    role: str  # "mixed", "prefill" or "decode"
+    count: int  # that are up to begin with; an autoscaler may order more
+    role: str  # "mixed", "prefill" (prompts only, their KV is handed over) or "decode" (what comes after)
     gpu: specs.GPU
     tensor_parallel: int
     scheduler: type[Scheduler]
@@ -171,17 +173,11 @@ class ReplicaGroup:
     block_size: int  # tokens
     kv_source: str  # where that number comes from
     host_gib: float = 4  # a GPU's share of host memory for swapped KV
-    host_link: float = 0.8  # of the host link's line rate
+    host_link: float = 0.8  # share of the host link's line rate that swapping reaches
 
     def make_scheduler(self) -> Scheduler:
         """A fresh policy object, for one replica."""
         return self.scheduler(**self.scheduler_settings)
-
-    def make_host(self, model: specs.Model) -> HostMemory:
-        """Fresh host memory, for one replica."""
-        kv_bytes = model.kv_bytes_per_token_on(self.tensor_parallel)
-        rate = self.gpu.host_gb_per_s * self.host_link
-        return host_memory(self.host_gib, kv_bytes, rate, self.block_size, self.scheduler.overlaps_swaps)
 
     def make_backend(self, model: specs.Model) -> Backend:
         """A fresh backend, for one replica."""
@@ -190,7 +186,7 @@ class ReplicaGroup:
 
 @dataclass
 class Setup:
-    """One run, ready to simulate: everything looked up and checked. All of it pickles."""
+    """One run, ready to simulate: everything looked up and checked. A setup can be pickled, for other processes."""
 
     variant: str  # "" when the scenario compares nothing
     case: str  # "" without cases
@@ -203,13 +199,13 @@ class Setup:
     slo: Slo
     seed: int
     limits: Limits
-    router_stale_ps: int = 0
-    start_up_ps: int = 0
-    link: Link | None = None
+    router_stale_ps: int = 0  # how old the router's view of the replicas may be
+    start_up_ps: int = 0  # from a replica's repair to its first request
+    link: Link | None = None  # between prefill and decode replicas; None where all are mixed
     failures: Failures | None = None
     autoscale: Autoscale | None = None
-    note: str = ""
-    published: float | None = None
+    note: str = ""  # said under a comparison's table
+    published: float | None = None  # a published ratio to the first variant
 
     @property
     def executes(self) -> bool:
@@ -223,13 +219,13 @@ class Setup:
 
 @dataclass
 class Study:
-    """All runs that a scenario file asks for, and how to present them."""
+    """All runs that a scenario file asks for, and how to show them."""
 
     name: str
     question: str
     setups: list[Setup]  # case by case, variants in order
-    baseline: list[str] = dataclasses.field(default_factory=list)
-    waterfall: list[Rung] = dataclasses.field(default_factory=list)
-    claims: list[Claim] = dataclasses.field(default_factory=list)
-    tables: list[str] = dataclasses.field(default_factory=lambda: ["throughput", "latency"])
-    resolved: dict[str, Any] = dataclasses.field(default_factory=dict)  # the file's content with --set applied
+    baseline: list[str] = field(default_factory=list)  # variants that throughput ratios are given over
+    waterfall: list[Rung] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    tables: list[str] = field(default_factory=lambda: ["throughput", "latency"])
+    resolved: dict[str, Any] = field(default_factory=dict)  # the file's content with --set applied

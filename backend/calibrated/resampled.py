@@ -1,10 +1,12 @@
-"""A profile with errors like those it was seen to make: what an interval around a prediction is drawn from.
+"""A profile with errors like those that it was seen to make: what an interval around a prediction is drawn from.
 
-Two kinds of error were recorded on experiments that a fit had not seen, by regime and by how long a step takes. Whole
-runs were slower or faster (another day, another temperature): a factor whose logarithm is Student's t, one draw a run
-and regime, as wide as those of the experiments. Single steps differed from their like: a factor with mean 1, drawn for
-each step with a chunk from what it computes and for each size of a decode batch, so that the cost stays a function of
-the batch and runs of steps still leap.
+Two kinds of error were recorded on runs left out of a fit, by regime and by how long a step takes (`Spread`).
+
+- Whole runs were slower or faster: another day, another temperature. A draw has one factor for each regime. Its
+  logarithm is Student's t with as many degrees of freedom as there were runs, times their root mean square.
+- Single steps differed from steps like them. A draw has a factor for each step with a chunk, and one for each size of a
+  decode batch, with mean 1. The factor follows from what the step computes, by a hash: the same batch costs the same
+  whenever it comes, and a run of decode steps stays an arithmetic series.
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ from bisect import bisect_left
 
 import numpy as np
 
-from chairlift.backend.base import Batch, Host, StepCost
-from chairlift.backend.calibrated.profile import PS, Calibrated, Profile, ProfileError
-from chairlift.backend.fitting.residuals import QUANTILES
-from chairlift.backend.fitting.steps import REGIMES
+from chairlift.backend.base import PS, Batch, Host, StepCost
+from chairlift.backend.calibrated.pricing import Calibrated
+from chairlift.backend.calibrated.profile import QUANTILES, REGIMES, Profile, ProfileError
 
 MASK = (1 << 64) - 1
 MOST = 0.7  # of the logarithm of a run's factor: half as long, twice as long
@@ -32,7 +33,8 @@ class Resampled(Calibrated):
             raise ProfileError(f"profile {profile.name} carries no errors to draw from: calibrate it without --fast")
         chance = np.random.default_rng([int(profile.digest, 16), draw])
         self._key = int(chance.integers(1 << 62))
-        # by regime: ps, of each length but the longest; and by length: the run's factor, logarithms of those of steps
+        # For each regime: the ps up to which each length reaches, but for the longest; and for each length the run's
+        # factor, and the quantiles of the steps' logarithms.
         self._lengths: list[list[float]] = []
         self._spreads: list[list[tuple[float, np.ndarray]]] = []
         for regime in REGIMES:
@@ -46,7 +48,7 @@ class Resampled(Calibrated):
                 self._spreads[-1].append((run / float(np.exp(logs).mean()), logs))
 
     def _factor(self, regime: int, ps: int, *what: int) -> float:
-        """The factor of a step that computes ``what`` and is to take ``ps``."""
+        """The factor of a step of this regime that computes ``what`` and is predicted to take ``ps``."""
         if not self._spreads[regime]:
             return 1.0
         word = self._key
@@ -69,7 +71,7 @@ class Resampled(Calibrated):
         return StepCost(max(1, round(cost.first * factor)), 0, 1, host)
 
     def assumptions(self) -> dict[str, str]:
-        """As the profile's, and that errors were drawn."""
+        """What the profile assumes, and that errors were drawn."""
         return {**super().assumptions(), "errors": "drawn from those of the profile on experiments left out of the fit"}
 
 

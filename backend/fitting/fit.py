@@ -1,8 +1,8 @@
-"""Fitting a profile to recorded steps: robust, term by term, refusing what the data cannot tell.
+"""Fitting a profile to recorded steps: term by term, robustly, and refusing what the data cannot tell.
 
-First the host's terms and the launches that show (`backend.fitting.steps`), then the GPU's form by least squares on the
-logarithm of step times with a soft-L1 loss (scipy), so that a stall now and then moves nothing. Steps are weighted so
-that regimes and batch sizes of which there are few count too.
+First come the host's terms and the launches that show (`backend.fitting.steps`). Then the form of GPU time is fitted by
+least squares on the logarithms of step times, with a soft-L1 loss, so that a stall now and then moves nothing. Weights
+let regimes and batch sizes count of which there are few steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import GpuTime, HostTime, between
+from chairlift.backend.calibrated.profile import GpuTime, HostTime
 from chairlift.backend.fitting.steps import (
     CLEAR,
     EAGER,
@@ -28,28 +28,29 @@ from chairlift.backend.fitting.steps import (
     chunk_times,
     decode_times,
     launch_times,
+    predicted,
 )
 
 DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CHUNK_KNOTS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
-NOISE = 0.02  # relative: what one step differs from its like
-STIFF = 0.05  # how far a residual's neighbours may differ
-TIED = 0.15  # how far a residual may be from 1
-FEWEST = 200  # steps
-CELL = 100  # steps of one kind and size that take part in the fit; more tell no more
-SMALL_PROMPT = 128  # tokens of a step that takes no longer than its launch
-GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less, on an H200's host
+NOISE = 0.02  # by how much a step differs from steps like it, relative
+STIFF = 0.05  # by how much neighbouring knots of a residual may differ
+TIED = 0.15  # by how much a residual may differ from 1
+FEWEST = 200  # steps of a recording
+CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
+SMALL_PROMPT = 128  # tokens of a step that the GPU finishes no later than its launch
+GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less on an H200's host
 
 
 class CalibrationError(ValueError):
-    """The data cannot identify a term; the message says which, why, and what would."""
+    """The data cannot identify a term; the message says which term, why, and which data would."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was fitted to how many steps."""
+    """The coefficients, the numbers of steps that they rest on, and what had to be assumed."""
 
     gpu: GpuTime
     host: HostTime
@@ -58,7 +59,7 @@ class Fit:
 
 
 def fit(steps: Steps) -> Fit:
-    """The cost model of ``steps``; raises `CalibrationError`."""
+    """The cost model of ``steps``. Raises `CalibrationError`."""
     from threadpoolctl import threadpool_limits
 
     if len(steps) < FEWEST:
@@ -97,7 +98,7 @@ def _fit(steps: Steps) -> Fit:
 
 
 def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by: Floats) -> None:
-    """Raise unless ``rows`` are enough, and differ enough in ``by``, to tell ``term``."""
+    """Raise `CalibrationError` unless ``rows`` are enough, and differ enough in ``by``, to identify ``term``."""
     if len(rows) < 30:
         raise CalibrationError(
             f"{term} cannot be identified: only {len(rows)} of {len(steps)} steps are {what} steps whose time on the"
@@ -112,7 +113,10 @@ def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by:
 
 
 def _mean(gpu: GpuTime, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, *tables: str) -> GpuTime:
-    """Lift the typical step to the mean one, of which a run is made: stalls are part of it, the worst percent not."""
+    """``gpu`` with its ``tables`` lifted from the typical step to the mean one: a run's total time is to be right.
+
+    A robust fit describes the typical step, and stalls make the mean longer. The worst percent is left out.
+    """
     few = _take(steps, rows)
     off = seconds - predicted(gpu, few)
     kept = off <= np.quantile(off / seconds, 0.99) * seconds
@@ -121,28 +125,8 @@ def _mean(gpu: GpuTime, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floa
     return GpuTime(**{**vars(gpu), **lifted})
 
 
-def predicted(gpu: GpuTime, steps: Steps) -> Floats:
-    """GPU seconds of each step."""
-    chunked = steps.chunks > 0
-    matmuls = np.where(
-        chunked,
-        gpu.matmuls(steps.computed, gpu.chunk_residual),
-        gpu.matmuls(steps.computed, gpu.decode_residual),
-    )
-    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes))
-    found: Floats = (
-        matmuls
-        + gpu.sequence_s * steps.sequences
-        + kv * steps.context
-        + gpu.pair_s * steps.pairs
-        + chunked * gpu.chunk_s
-        + gpu.request_s * steps.chunks
-    )
-    return found
-
-
 class _Form:
-    """The GPU's terms as one vector of numbers near 1, and back."""
+    """The coefficients of GPU time as one vector of numbers near 1, for least squares."""
 
     NAMES = ("weights_s", "token_s", "sharpness", "sequence_s", "kv_s", "kv_mixed_s", "pair_s", "chunk_s", "request_s")
     UNITS = (1e-3, 1e-6, 1.0, 1e-6, 1e-9, 1e-9, 1e-12, 1e-3, 1e-6)
@@ -151,11 +135,11 @@ class _Form:
     HIGH = (1e4, 1e6, 12.0, 1e4, 1e5, 1e5, 1e5, 50.0, 1e4)
 
     def __init__(self, mixed: bool, chunks: bool) -> None:
-        self.mixed = mixed  # whether decodes beside chunks have a rate of their own
-        self.chunks = chunks
+        self.mixed = mixed  # whether decodes in steps with chunks have a rate of their own
+        self.chunks = chunks  # whether there are steps with chunks at all
 
     def fitted(self, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, ceiling: Bools) -> GpuTime:
-        """Least squares; where ``ceiling`` holds, ``seconds`` are the most that a step can take."""
+        """The coefficients by which ``rows`` take ``seconds``; where ``ceiling`` holds, at most ``seconds``."""
         from scipy.optimize import least_squares
 
         kept, weight = _sample(steps, rows)
@@ -201,7 +185,7 @@ class _Form:
 
 
 def _within(knots: tuple[int, ...], tokens: Floats) -> tuple[int, ...]:
-    """The knots that data stand beside."""
+    """The ``knots`` that lie in the range of ``tokens``, give or take a fifth."""
     if not len(tokens):
         return (1,)
     low, high = tokens.min(), tokens.max()
@@ -209,7 +193,7 @@ def _within(knots: tuple[int, ...], tokens: Floats) -> tuple[int, ...]:
 
 
 def _sample(steps: Steps, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], Floats]:
-    """At most `CELL` of ``rows`` of each regime, size and experiment; with weights, so that rare cells count more."""
+    """At most `CELL` of ``rows`` of each regime, size and experiment, and weights by which a rare kind counts more."""
     regime = steps.regime[rows]
     size = np.digitize(steps.computed[rows], BINS)
     group = (steps.experiment[rows] * len(BINS) + size) * 3 + regime
@@ -231,7 +215,10 @@ def _take(steps: Steps, rows: npt.NDArray[np.int64]) -> Steps:
 
 
 def _linear(columns: list[Floats], values: Floats, noise: float) -> Floats:
-    """Coefficients (>= 0) of ``values`` by soft L1, an absolute noise and a tenth of the value; 0 without data."""
+    """Coefficients, none below 0, by which ``columns`` make up ``values``; 0 for a column that is 0 throughout.
+
+    A soft-L1 fit in which a value is uncertain by ``noise`` and a tenth of itself.
+    """
     from scipy.optimize import least_squares
 
     seen = [bool(column.any()) for column in columns]
@@ -260,7 +247,7 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
     for kind in (PIECEWISE, EAGER):
         mine = steps.kind[rows] == kind
         if mine.any():
-            if steps.launch_known:  # each one, not only those that outlast the GPU
+            if steps.launch_known:  # every launch, not only those that outlast the GPU
                 launch[kind] = float(np.median(seconds[mine]))
             else:
                 launch[kind] = _typical(seconds[mine], steps.experiment[rows][mine])
@@ -306,13 +293,13 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
 
 
 def _tail(steps: Steps, launch: float) -> float:
-    """By how much the GPU's part of small steps with chunks outlasts their launch, both measured."""
+    """By how many seconds small steps with chunks end on the GPU after their launch; both are measured."""
     rows = (steps.chunks > 0) & steps.woke & (steps.gpu <= CLEAR * launch)
     return max(0.0, float(np.median((steps.gpu - steps.launch)[rows]))) if rows.any() else 0.0
 
 
 def _typical(seconds: Floats, experiment: npt.NDArray[np.int64]) -> float:
-    """The mean of runs' trimmed means: hosts are faster on some days, and a run of many steps is still one day."""
+    """The mean of the runs' trimmed means, for a host is faster on some days, and a long run is still one day."""
     means, weights = [], []
     for each in np.unique(experiment):
         mine = np.sort(seconds[experiment == each])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv
+
+from chairlift.backend.names import hint
 
 Column = npt.NDArray[Any]
 Table = dict[str, Column]
@@ -50,7 +51,7 @@ LIMITS = ("num_gpu_blocks", "max_num_batched_tokens", "max_num_seqs", "block_siz
 
 
 class RecordingError(ValueError):
-    """A recording that cannot be used; one sentence, with the file."""
+    """A recording that cannot be used; the message is one sentence, with the file."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,16 @@ class Experiment:
     summary: dict[str, Any]
     requests: Table
     steps: Table
-    itl_s: Column | None  # all inter-token gaps
+    itl_s: Column | None  # all inter-token gaps; None if they were not recorded
 
     @property
     def is_grid(self) -> bool:
-        """Whether it was made to measure steps, in waves that each waited for the one before."""
+        """Whether its requests were made to measure steps, in waves that each waited for the one before."""
         return self.name.startswith("grid_")
 
     @property
     def repeats(self) -> str:
-        """The experiment that it does once more; "" if it is no repeat."""
+        """The name of the experiment that it repeats, to show the engine's own noise; "" if it is no repeat."""
         name = self.name
         return name[len("noise_") : -len("_again")] if name.startswith("noise_") and name.endswith("_again") else ""
 
@@ -86,19 +87,18 @@ class Recording:
     experiments: dict[str, Experiment]
 
     def select(self, names: list[str] | None) -> list[Experiment]:
-        """The experiments called ``names``, all if None; raises RecordingError with the nearest name."""
+        """The experiments called ``names``; all if None. Raises `RecordingError` with the nearest name."""
         if not names:
             return list(self.experiments.values())
         for name in names:
             if name not in self.experiments:
-                near = get_close_matches(name, self.experiments, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.experiments)}"
-                raise RecordingError(f"{self.folder}: no experiment {name!r} of {self.model} – {hint}")
+                told = hint(name, self.experiments)
+                raise RecordingError(f"{self.folder}: no experiment {name!r} of {self.model} – {told}")
         return [self.experiments[name] for name in dict.fromkeys(names)]
 
 
 def read(folder: Path, model: str) -> Recording:
-    """The recording of ``model`` in ``folder``; raises `RecordingError`."""
+    """The recording of ``model`` in ``folder``. Raises `RecordingError`."""
     if not folder.is_dir():
         raise RecordingError(f"{folder}: no such folder")
     prefix = f"{model}_" if (folder / f"{model}_summary.json").is_file() else ""
@@ -144,7 +144,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> Table:
-    """Columns of a CSV; gzip is read as is."""
+    """The columns of a CSV file, gzipped or not; those named ``columns`` are checked numbers."""
     if not path.is_file():
         raise RecordingError(f"{path}: no such file")
     try:
@@ -186,7 +186,7 @@ def _gaps(path: Path) -> Table:
 
 
 def _check(name: str, requests: Table, steps: Table, folder: Path) -> None:
-    """What must hold of any experiment; raises RecordingError."""
+    """Raise `RecordingError` unless the rows of the experiment ``name`` make sense together."""
     at = f"{folder}: {name}"
     if not len(requests["index"]) or not len(steps["done_s"]):
         raise RecordingError(f"{at}: has no requests or no steps")

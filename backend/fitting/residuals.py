@@ -1,7 +1,7 @@
-"""How far a profile is off the recorded steps: one step ahead of the recording, by regime.
+"""How far a profile is off the recorded steps, one step at a time, by regime.
 
-Each step is predicted from the recorded past: when it and the next one were scheduled, and when the last output came.
-What is left are the terms of the profile: the GPU's time, launches, and how they overlap.
+Each step is predicted from the recorded past: from when it and the next step were scheduled, and when the output before
+it came. What is left to predict is what the profile says: GPU time, launches, and how they overlap.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import GpuTime, HostTime, Spread
-from chairlift.backend.fitting.fit import predicted
-from chairlift.backend.fitting.steps import GRAPH, REGIMES, Floats, Steps, chunk_times, decode_times
+from chairlift.backend.calibrated.profile import QUANTILES, REGIMES, GpuTime, HostTime, Spread
+from chairlift.backend.fitting.steps import GRAPH, Floats, Steps, chunk_times, decode_times, predicted
 
-LENGTHS_S = (0.008, 0.016, 0.032, 0.064)  # steps up to so long, and longer ones, are off by different factors
-FEWEST = 10  # steps of a run and length, before they count
-QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)
+LENGTHS_S = (0.008, 0.016, 0.032, 0.064)  # classes of length: steps of each are off by factors of their own
+FEWEST = 10  # steps that a run must have of a length to count there
 
 
 @dataclass(frozen=True)
 class Foreseen:
-    """One value a step: seconds from the last output (or, after idling, the scheduling) to its own."""
+    """A value a step: seconds from the output before it (after idling: from its scheduling) to its own output."""
 
     predicted: Floats
     recorded: Floats
@@ -33,7 +31,7 @@ class Foreseen:
 
     @property
     def error(self) -> Floats:
-        """Relative."""
+        """Predicted over recorded, less one."""
         found: Floats = self.predicted / self.recorded - 1
         return found
 
@@ -56,14 +54,14 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
         if fresh:
             gpu_end = -np.inf
         else:
-            end = min(end, done_before)  # the launch is over when the step before is processed
+            end = min(end, done_before)  # the launch ends before the output of the step before is processed
         if kind == GRAPH:
             gpu_end = max(gpu_end, end) + work
         else:
             gpu_end = max(max(gpu_end, min(start, end)) + work, end + host.tail_s)
         foreseen = max(gpu_end, later[i]) if more else gpu_end
         durations[i] = foreseen - scheduled if fresh else max(foreseen - done_before, host.update_s)
-        # what is known once it has come: the GPU was done by then, and just then unless a launch took longer
+        # What is known once the output has come: the GPU had ended by then, and only then unless a launch ended later.
         gpu_end = done if not more or gpu_end >= later[i] else min(gpu_end, done)
         done_before = done
     past = np.where(steps.woke | steps.first, steps.schedule, np.concatenate([[0.0], steps.done[:-1]]))
@@ -71,7 +69,7 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
 
 
 def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
-    """The same of GPU time alone, for the steps in which it shows."""
+    """GPU times alone, of the steps that show theirs."""
     gpu_s = predicted(gpu, steps)
     launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
     rows, seconds = decode_times(steps)
@@ -81,7 +79,10 @@ def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
 
 
 def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:
-    """By regime: how many steps, the median and the 95th percentile of the absolute relative error, and the bias."""
+    """Of each regime: the number of steps, median and 95th percentile of the absolute relative error, and the bias.
+
+    The bias (``total``) is that of the summed time.
+    """
     found = {}
     error = np.concatenate([f.error for f in foreseen])
     regime = np.concatenate([f.regime for f in foreseen])
@@ -100,10 +101,10 @@ def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:
 
 
 def spread(foreseen: Sequence[Foreseen]) -> dict[str, list[Spread]]:
-    """How far off, by regime and by how long a step was predicted to take; one of ``foreseen`` a run.
+    """How far off predictions are, by regime and by how long a step was predicted to take; ``foreseen`` has one a run.
 
-    A run's own factor is the ratio of its sums there; it is centred at 1, where the fit put it, not at the mean of a
-    handful of runs. What is left of a step after its run's factor is the step's.
+    A run's factor is the ratio of its summed times. Its spread is taken around 1, where the fit put it, not around the
+    mean of a handful of runs. What is left of a step's error after its run's factor is the step's own.
     """
     found: dict[str, list[Spread]] = {}
     for i, regime in enumerate(REGIMES):

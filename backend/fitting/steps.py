@@ -1,8 +1,13 @@
-"""What a recording's steps say of one term at a time: which gaps are GPU times, which are launches, which updates.
+"""The steps of a recording, and which of them show one term of the cost model alone.
 
-An asynchronous engine's loop hides the shorter of host and GPU. With E the end of a step on the GPU and L the end of
-the next one's launch, output processing begins at max(E, L): a gap between two ``done_s`` is a GPU time only where the
-GPU was the later one at both ends, and a launch time only where the launch was.
+An asynchronous engine hides the shorter of host and GPU. Let E be the end of a step on the GPU, and L the end of the
+next step's launch: the processing of the step's output begins at max(E, L), which is recorded as ``done_s``. So the gap
+between two ``done_s`` is a GPU time only where the GPU was the later one at both ends, and a launch time only where the
+launch was.
+
+For example: step 1 ends on the GPU at 10 ms and step 2's launch at 4 ms, so step 1 is done at 10 ms. Step 2 ends on the
+GPU at 18 ms and step 3's launch at 13 ms, so step 2 is done at 18 ms: the gap of 8 ms is step 2's GPU time. Had step
+3's launch ended at 21 ms, the gap of 11 ms would tell when a launch ended, and nothing of the GPU.
 """
 
 from __future__ import annotations
@@ -12,44 +17,45 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import graph_limit, graph_sizes
+from chairlift.backend.calibrated.profile import GpuTime, between
+from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment
 
-CLEAR = 1.15  # times its launch: then a step's time is the GPU's
+CLEAR = 1.15  # a step that takes so many times its launch is taken to show the GPU's time
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 GRAPH, PIECEWISE, EAGER = 0, 1, 2  # how a step runs
 KINDS = ("graph", "piecewise", "eager")
-# Seconds after which a launch has surely ended. The slowest recorded (vLLM 0.23, H200 host) are 2.4, 12 and 31 ms.
+# Seconds after which a launch of each kind has surely ended: the slowest recorded (vLLM 0.23, H200) are 2.4, 12, 31 ms.
 LONGEST_LAUNCH = np.array([0.0025, 0.014, 0.035])
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of some experiments, end to end; one value a step in each column, times in seconds."""
+    """The steps of some experiments, one after the other: a value a step in each column, times in seconds."""
 
-    experiment: npt.NDArray[np.int64]  # which of the experiments
-    schedule: Floats  # when it was scheduled
-    done: Floats
-    schedule_cpu: Floats
-    turn: Floats  # from the output of two steps before (or the arrival that woke the engine) to its scheduling
-    turn_tokens: Floats  # sequences whose tokens that output held
+    experiment: npt.NDArray[np.int64]  # its index
+    schedule: Floats  # when the step was scheduled
+    done: Floats  # when the processing of its output began
+    schedule_cpu: Floats  # host time of its scheduling
+    turn: Floats  # from the output of the step before last (or the arrival that woke the engine) to its scheduling
+    turn_tokens: Floats  # sequences in that output
     added: Floats  # requests taken in within that time
-    added_tokens: Floats
+    added_tokens: Floats  # and the tokens of their prompts
     chunks: Floats
-    prompt: Floats  # prompt tokens
-    pairs: Floats
+    prompt: Floats  # tokens of the chunks
+    pairs: Floats  # of a query and a key of the chunks
     decodes: Floats
-    context: Floats
+    context: Floats  # tokens of KV that the decodes read
     computed: Floats  # tokens, padded to a graph's size
-    kind: npt.NDArray[np.int64]
-    first: Bools  # of its experiment
+    kind: npt.NDArray[np.int64]  # of `KINDS`
+    first: Bools  # whether it is the first step of its experiment
     last: Bools
-    woke: Bools  # the engine had nothing to do before it
-    gpu: Floats  # measured on the GPU, where the engine does so; else NaN
-    launch: Floats  # likewise its launch
+    woke: Bools  # whether the engine was idle before it
+    gpu: Floats  # GPU time as measured by the engine; NaN if it does not measure
+    launch: Floats  # likewise the time of the launch
 
     @property
     def gpu_known(self) -> bool:
@@ -71,16 +77,13 @@ class Steps:
 
     @property
     def regime(self) -> npt.NDArray[np.int64]:
-        """0 decode-only, 1 chunk-only, 2 mixed."""
+        """Each step's place in `backend.calibrated.profile.REGIMES`: 0 decode-only, 1 chunk-only, 2 mixed."""
         found: npt.NDArray[np.int64] = np.where(self.chunks == 0, 0, np.where(self.decodes == 0, 1, 2))
         return found
 
 
-REGIMES = ("decode-only", "chunk-only", "mixed")
-
-
 def steps_of(experiments: list[Experiment]) -> Steps:
-    """The steps of ``experiments`` with what the recorder's loop did between them."""
+    """The steps of ``experiments``, and what the recorded engine did between them."""
     parts = [_columns(i, each) for i, each in enumerate(experiments)]
     return Steps(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
@@ -103,11 +106,12 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
     earlier = np.concatenate([[-np.inf], done[:-1]])
     before = np.concatenate([[-np.inf, -np.inf], done[:-2]])[:n]
     woke = schedule >= earlier
-    # the loop's turn begins when the step before last is processed; after idling, with the last step or an arrival
+    # A turn of the engine's loop begins when the step before last is processed; after idling, with the last step or
+    # with an arrival.
     order = np.argsort(requests["added_s"], kind="stable")
     added = requests["added_s"][order]
     arrivals, prompts = requests["arrival_s"][order], requests["prompt_tokens"][order]
-    second = np.concatenate([[False], woke[:-1]]) & ~woke  # nothing to process between an idle engine's first two steps
+    second = np.concatenate([[False], woke[:-1]]) & ~woke  # an idle engine's first two have nothing between
     turn_start = np.where(woke, earlier, before)
     turn_start[1:] = np.where(second[1:], schedule[:-1], turn_start[1:])
     low = np.searchsorted(added, np.where(np.isfinite(turn_start), turn_start, -1.0), "right")
@@ -148,17 +152,37 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
     }
 
 
+def predicted(gpu: GpuTime, steps: Steps) -> Floats:
+    """GPU seconds of each step by the form of `backend.calibrated.profile`."""
+    chunked = steps.chunks > 0
+    matmuls = np.where(
+        chunked,
+        gpu.matmuls(steps.computed, gpu.chunk_residual),
+        gpu.matmuls(steps.computed, gpu.decode_residual),
+    )
+    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes))
+    found: Floats = (
+        matmuls
+        + gpu.sequence_s * steps.sequences
+        + kv * steps.context
+        + gpu.pair_s * steps.pairs
+        + chunked * gpu.chunk_s
+        + gpu.request_s * steps.chunks
+    )
+    return found
+
+
 @dataclass(frozen=True)
 class Waits:
-    """How each step's end relates to what the host was doing."""
+    """What the host was doing when each step ended: the launch of the step after it."""
 
-    ready: Floats  # when the next step's launch could begin: scheduled; inf where there is none before the end
-    kind: npt.NDArray[np.int64]  # how the next one launches
-    sure: Bools  # the GPU, not that launch, ended last
+    ready: Floats  # when that launch could begin, because that step was scheduled; inf if there is none before the end
+    kind: npt.NDArray[np.int64]  # how that step launches
+    sure: Bools  # whether the step surely ended on the GPU after that launch, so that ``done`` is the GPU's
 
     @classmethod
     def of(cls, steps: Steps) -> Waits:
-        """Look one step ahead."""
+        """Of each of ``steps``."""
         follows = ~steps.last & ~np.append(steps.woke[1:], True)
         ready = np.where(follows, np.append((steps.schedule + steps.schedule_cpu)[1:], np.inf), np.inf)
         kind = np.append(steps.kind[1:], GRAPH)
@@ -167,7 +191,7 @@ class Waits:
 
 
 def decode_times(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Decode-only steps whose GPU time was measured, or whose gap it is: which, and seconds."""
+    """Steps of decodes alone that show their GPU time: their indices, and the times in seconds."""
     if steps.gpu_known:
         rows = np.flatnonzero(steps.kind == GRAPH)
         return rows, steps.gpu[rows]
@@ -180,9 +204,10 @@ def decode_times(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
 
 
 def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Steps with chunks whose GPU time shows: which, and seconds.
+    """Steps with chunks that show their GPU time: their indices, and the times in seconds.
 
-    ``decode_s`` holds the GPU time that each decode-only step should take, ``launch`` the usual launch of each kind.
+    ``decode_s`` holds the GPU time that each step of decodes alone should take, ``launch`` the usual launch of each
+    kind.
     """
     if steps.gpu_known:
         rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch[steps.kind]))
@@ -206,9 +231,10 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
 
 
 def chunk_ceilings(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Small steps with chunks, one after the other: the GPU takes no longer for them than the usual gap of such.
+    """Small steps with chunks in a row: their indices, and seconds that their GPU time does not exceed.
 
-    ``launch`` is the usual one of each kind. Where GPU times are measured: steps whose launch set the time.
+    Their launch hides how long the GPU takes, but it takes no longer than the usual gap between such steps. Where the
+    engine measures GPU times, these are they. ``launch`` is the usual one of each kind.
     """
     if steps.gpu_known:
         rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu <= CLEAR * launch[steps.kind]))
@@ -224,10 +250,10 @@ def chunk_ceilings(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64],
 
 
 def launch_times(steps: Steps, decode_s: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Launches that show: of which step, and seconds.
+    """Launches of steps with chunks that show: the indices of the steps, and the launches' seconds.
 
-    Either the engine was idle, so that the next step is scheduled right after the launch, or the launch outlasted
-    the decode-only step before it, whose GPU time ``decode_s`` is known.
+    A launch shows where the engine was idle, for it then schedules the next step right after the launch; and where it
+    outlasted a step of decodes alone before it, whose GPU time ``decode_s`` is known.
     """
     if steps.launch_known:  # behind a long step a launch may wait for the GPU
         quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])

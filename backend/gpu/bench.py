@@ -1,8 +1,9 @@
-"""What this GPU reaches: copies, matrix products, paged attention, whole steps. ``python -m backend.gpu.bench``
+"""What this GPU reaches: copies, matrix products, paged attention, whole steps.
 
-Every row is one JSON line in FILE and a line of a table here, beside what physics allows: the copy bandwidth and the
-matrix rate measured in the same run. Times are medians of CUDA-event timings, launches included, with inputs out of
-the L2 cache; steps are timed as the engine runs them, one prepared while the other runs.
+``python -m chairlift.backend.gpu.bench --json FILE`` prints a line a row, and writes each as a line of JSON into FILE.
+Beside each time stands what physics allows: the copy bandwidth and the matrix rate measured in the same run. Times are
+medians of CUDA-event timings, launches included, with inputs out of the L2 cache. Steps are timed as the
+engine runs them, one prepared while the other runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ from chairlift.backend import specs
 from chairlift.backend.base import Batch, Prompt
 from chairlift.backend.gpu.block_tables import Practice
 from chairlift.backend.gpu.engine import TorchEngine
+from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
-from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.shapes import Model
 
 ATTENTION = (  # batch, context, query heads, KV heads, head size; the first five of Llama-3.1-8B, then OPT-13B
@@ -40,6 +41,10 @@ DECODES = (  # batch, context
 PREFILLS = (  # prompts, tokens each
     *((16, 512), (4, 512)),
     *((1, n) for n in (64, 128, 256, 512, 1024, 1536, 2047, 3072, 4096, 6144, 8192)),
+)
+MIXED = (  # decodes, tokens of KV each; tokens of a chunk, tokens before it
+    *((256, 128, 256, 0), (64, 1024, 64, 0), (64, 1024, 448, 0), (128, 512, 384, 4096), (32, 1024, 512, 7168)),
+    *((256, 256, 768, 1024), (16, 1024, 1008, 0)),
 )
 STEPS = 24  # timed in a row
 
@@ -71,13 +76,18 @@ class Timer:
 
 
 def ceilings(timer: Timer) -> Row:
-    """The copy bandwidth (bytes read and written) and the bf16 matrix rate of this GPU."""
+    """The copy bandwidth (bytes read and written) and the matrix rates of this GPU, bf16 and FP8."""
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / timer(lambda: target.copy_(source), 10)
     a, b = (torch.randn((8192, 8192), device="cuda", dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 8192**3 / timer(lambda: a @ b, 10)
-    return {"bench": "ceilings", "copy_gb_per_s": round(copy / 1e9), "matmul_tflops": round(rate / 1e12)}
+    x, y, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device="cuda")
+    narrow = 2 * 8192**3 / timer(lambda: torch._scaled_mm(x, y, one, one, out_dtype=a.dtype, use_fast_accum=True), 10)
+    return {
+        **{"bench": "ceilings", "copy_gb_per_s": round(copy / 1e9), "matmul_tflops": round(rate / 1e12)},
+        "fp8_tflops": round(narrow / 1e12),
+    }
 
 
 def filled(batch: int, context: int, heads: Heads, block: int, dtype: torch.dtype) -> tuple[Tensor, Paging]:
@@ -154,18 +164,38 @@ def peers(
         )
 
 
-def engine_of(model: Model, tokens: int, batch: int) -> TorchEngine:
+def engine_of(model: Model, tokens: int, batch: int, quantization: Literal["none", "fp8"] = "none") -> TorchEngine:
     """An engine with room for ``tokens`` tokens of KV, its cache full of random numbers."""
-    engine = TorchEngine(model, specs.gpu("h200"), Torch(max_batch=batch))
+    engine = TorchEngine(model, specs.gpu("h200"), Options(max_batch=batch, quantization=quantization))
     engine.prepare(tokens, 1, model.max_model_len, named=False)
     engine.fill()
     return engine
 
 
-def decode_steps(engine: TorchEngine, copy: float, shapes: Sequence[tuple[int, int]] = DECODES) -> Iterator[Row]:
+class Floor:
+    """What a step of an engine takes at least: reading weights and KV once, or its arithmetic, whichever is longer."""
+
+    def __init__(self, engine: TorchEngine, top: Row) -> None:
+        self._model = engine.model
+        narrow = engine.options.quantization == "fp8"
+        self.name = f"{engine.model.name} fp8" if narrow else engine.model.name
+        self._copy = top["copy_gb_per_s"] * 1e9
+        self._rate = top["matmul_tflops"] * 1e12
+        self._layers_rate = top["fp8_tflops" if narrow else "matmul_tflops"] * 1e12
+        self._width = 1 if narrow else 2  # bytes of a weight of the layers
+
+    def __call__(self, rows: int, sampled: int, kv: int, pairs: int = 0) -> float:
+        """Milliseconds for so many rows and sampled rows, tokens of KV read, and query-key pairs of chunks."""
+        m = self._model
+        moved = self._width * m.matmul_parameters + 2 * m.head_parameters + kv * m.kv_bytes_per_token
+        flops = 2 * sampled * m.head_parameters + 4 * m.layers * m.heads * m.head_size * pairs
+        took = flops / self._rate + 2 * rows * m.matmul_parameters / self._layers_rate
+        floor: float = max(moved / self._copy, took) * 1e3
+        return floor
+
+
+def decode_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int, int]] = DECODES) -> Iterator[Row]:
     """Steps of decodes alone: the pace of a steady run, and the GPU's part of it."""
-    model = engine.model
-    read_once = model.matmul_parameters + model.head_parameters
     for batch, context in shapes:
         requests = list(range(batch))
         engine.place(dict.fromkeys(requests, context))
@@ -181,37 +211,60 @@ def decode_steps(engine: TorchEngine, copy: float, shapes: Sequence[tuple[int, i
         engine.wait()
         for request in requests:
             engine.release(request)
-        moved = 2 * read_once + batch * (context + STEPS // 2) * model.kv_bytes_per_token
-        floor = moved / copy * 1e3
+        floor = floors(batch, batch, batch * (context + STEPS // 2))
         yield {
-            **{"bench": "decode", "model": model.name, "batch": batch, "context": context, "step_ms": round(took, 3)},
+            **{"bench": "decode", "model": floors.name, "batch": batch, "context": context, "step_ms": round(took, 3)},
             **{"gpu_ms": round(statistics.median(gpu[4:]), 3), "floor_ms": round(floor, 3)},
             "of_floor": round(took / floor, 3),
         }
 
 
-def prefill_steps(engine: TorchEngine, rate: float, shapes: Sequence[tuple[int, int]] = PREFILLS) -> Iterator[Row]:
-    """Steps of whole prompts, one at a time: all shapes in turn, four times, the first not counted."""
-    model = engine.model
+def prefill_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int, int]] = PREFILLS) -> Iterator[Row]:
+    """Steps of whole prompts, one at a time: each shape six times, the first not counted."""
     times: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in shapes}
-    for _ in range(4):
-        for count, length in shapes:
+    for count, length in shapes:
+        for _ in range(6):
             requests = list(range(count))
             began = time.perf_counter()
             prompts = [Prompt(r, 0, length, 0, True) for r in requests]
-            engine.launch(Batch((), 0, 0, 0, Practice(prompts)))
+            engine.launch(Batch((), 0, 0, 0, Practice(prompts, longest=length)))
             gpu = engine.wait().gpu / 1e9
             times[count, length].append(((time.perf_counter() - began) * 1e3, gpu))
             for request in requests:
                 engine.release(request)
     for count, length in shapes:
         took, gpu = (statistics.median(t) for t in zip(*times[count, length][1:], strict=True))
-        flops = 2 * count * (length * model.matmul_parameters + model.head_parameters)
-        flops += count * 2 * model.layers * model.heads * model.head_size * length * (length + 1)
-        floor = flops / rate * 1e3
+        floor = floors(count * length, count, 0, count * length * (length + 1) // 2)
         yield {
-            **{"bench": "prefill", "model": model.name, "prompts": count, "tokens": length, "step_ms": round(took, 2)},
+            **{"bench": "prefill", "model": floors.name, "prompts": count, "tokens": length, "step_ms": round(took, 2)},
             **{"gpu_ms": round(gpu, 2), "floor_ms": round(floor, 2), "of_floor": round(took / floor, 3)},
+        }
+
+
+def mixed_steps(engine: TorchEngine, floors: Floor) -> Iterator[Row]:
+    """Steps of decodes with a chunk of a prompt beside them, at the pace of steps that follow one another."""
+    for batch, context, length, start in MIXED:
+        requests = list(range(batch))
+        engine.place({**dict.fromkeys(requests, context), batch: start + length})
+        chunk = Prompt(batch, start, length, 0, True)
+        step = Batch((), batch, 0, 0, Practice([chunk], requests))
+        gpu = []
+        engine.launch(step)
+        for i in range(STEPS + 4):
+            if i == 4:
+                began = time.perf_counter()
+            engine.launch(step)
+            gpu.append(engine.wait().gpu / 1e9)
+        took = (time.perf_counter() - began) / STEPS * 1e3
+        engine.wait()
+        for request in (*requests, batch):
+            engine.release(request)
+        pairs = length * (2 * start + length + 1) // 2
+        floor = floors(batch + length, batch + 1, batch * (context + STEPS // 2) + start, pairs)
+        yield {
+            **{"bench": "mixed", "model": floors.name, "decodes": batch, "context": context, "chunk": length},
+            **{"start": start, "step_ms": round(took, 3), "gpu_ms": round(statistics.median(gpu[4:]), 3)},
+            **{"floor_ms": round(floor, 3), "of_floor": round(took / floor, 3)},
         }
 
 
@@ -224,34 +277,38 @@ def versions() -> Row:
     return {"bench": "versions", "gpu": name, "torch": torch.__version__, "cuda": cuda, "cupy": cupy.__version__}
 
 
-def rows(parts: Sequence[str], models: Sequence[str]) -> Iterator[Row]:
+def rows(parts: Sequence[str], models: Sequence[str], quantization: Literal["none", "fp8"]) -> Iterator[Row]:
     """All rows that are asked for."""
     yield versions()
     timer = Timer()
     top = ceilings(timer)
     yield top
-    copy, rate = top["copy_gb_per_s"] * 1e9, top["matmul_tflops"] * 1e12
+    copy = top["copy_gb_per_s"] * 1e9
     if "attention" in parts:
         for shape in ATTENTION:
             yield attention(timer, copy, shape)
-    for name in models if {"decode", "prefill"} & set(parts) else ():
+    for name in models if {"decode", "prefill", "mixed"} & set(parts) else ():
         model = specs.model(name)
-        engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 else 80_000, 256)
+        engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 else 80_000, 257, quantization)
+        floors = Floor(engine, top)
         longest = model.max_model_len
         if "decode" in parts:
             fitting = [(b, c) for b, c in DECODES if b * (c + 64) <= 80_000 or model.kv_bytes_per_token < 200_000]
-            yield from decode_steps(engine, copy, [(b, c) for b, c in fitting if c + 64 < longest])
+            yield from decode_steps(engine, floors, [(b, c) for b, c in fitting if c + 64 < longest])
         if "prefill" in parts:
-            yield from prefill_steps(engine, rate, [(n, t) for n, t in PREFILLS if t < longest])
+            yield from prefill_steps(engine, floors, [(n, t) for n, t in PREFILLS if t < longest])
+        if "mixed" in parts and longest > 8192:
+            yield from mixed_steps(engine, floors)
         engine.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a row; with ``--json`` write them to a file too."""
     parser = argparse.ArgumentParser(prog="python -m chairlift.backend.gpu.bench", description=__doc__.split("\n")[0])
-    choices = ("attention", "decode", "prefill")
+    choices = ("attention", "decode", "prefill", "mixed")
     parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all)")
     parser.add_argument("--model", action="append", help="default: llama-3.1-8b and opt-13b")
+    parser.add_argument("--quantization", choices=("none", "fp8"), default="none", help="of the layers' weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a row")
     given = parser.parse_args(arguments)
     if wrong := set(given.parts) - set(choices):
@@ -260,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("error: torch sees no CUDA device here\n")
         return 2
     lines = []
-    for row in rows(given.parts or choices, given.model or ("llama-3.1-8b", "opt-13b")):
+    for row in rows(given.parts or choices, given.model or ("llama-3.1-8b", "opt-13b"), given.quantization):
         lines.append(json.dumps(row))
         sys.stdout.write(
             "  ".join(f"{k} {v}" for k, v in row.items() if k != "bench").join((f"{row['bench']:10}", "\n"))

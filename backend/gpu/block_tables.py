@@ -16,10 +16,10 @@ Tokens = npt.NDArray[np.int64]
 class Sequences:
     """Up to ``most`` sequences of ``longest`` tokens and padding in front, over ``blocks`` blocks of ``block`` tokens.
 
-    With ``named`` blocks the scheduler's pool says which are whose; else they are handed out here as tokens come.
-    Padding in front takes whole blocks of a table, but none of the pool: it is read and never attended to, so its
-    cells name blocks of others, in turn, and nothing is stored for it. Row ``most`` is nobody's: rows that fill a
-    batch up go there.
+    With ``named`` blocks the scheduler's pool says which blocks a sequence has; else they are handed out here as tokens
+    come. Padding in front of a sequence takes whole blocks of its table, but none of the pool: nothing is stored for it
+    and nothing attends to it, so its cells name blocks of others, in turn. Row ``most`` belongs to no sequence: the
+    rows that fill a batch up to a graph's size go there.
     """
 
     def __init__(self, most: int, blocks: int, block: int, longest: int, named: bool) -> None:
@@ -100,9 +100,9 @@ class Sequences:
         self._padding += count
         return found
 
-    def slots(self, row: int, tokens: int) -> Tokens:
-        """Where the first ``tokens`` tokens of a row are: ``block · block size + place in it``."""
-        places = np.arange(tokens)
+    def slots(self, row: int, start: int, stop: int) -> Tokens:
+        """Where tokens ``start`` … ``stop`` - 1 of a row are: ``block · block size + place in it``."""
+        places = np.arange(start, stop)
         found: Tokens = self.table[row, places // self.block].astype(np.int64) * self.block + places % self.block
         return found
 
@@ -130,14 +130,15 @@ class Sequences:
 
 
 class Practice:
-    """Members of a step of made-up requests, to warm an engine up and to time it.
+    """Members of a step of made-up requests, by which an engine is warmed up and timed.
 
-    Where blocks are named, request -1 has all but the first three, and every other one those.
+    Where blocks are named, request -1 has all but the first three, and every other request has those three.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = ()) -> None:
+    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = (), longest: int = 100_000) -> None:
         self.prompts, self.decodes = prompts, decodes
         self.dead: Sequence[int] = ()
+        self._longest = longest  # tokens of a prompt; to make up more than are computed takes time
 
     def table(self, request: int) -> Sequence[int]:
         """Its blocks."""
@@ -145,4 +146,4 @@ class Practice:
 
     def tokens(self, request: int) -> Tokens:
         """Some tokens, others for each request."""
-        return np.arange(abs(request) * 7919, abs(request) * 7919 + 100_000)
+        return np.arange(abs(request) * 7919, abs(request) * 7919 + self._longest)

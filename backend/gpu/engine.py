@@ -1,12 +1,13 @@
 """The GPU engine: executes what the scheduler plans on a real device, and measures it.
 
-One `TorchEngine` is one replica. `launch` turns a batch's members into a flat batch of tokens and block tables and
-queues it; `wait` takes the oldest step's tokens in. Between the two the host is free to plan the next step
-(asynchronous scheduling): tokens stay on the device from one step to the next, so nothing but `wait` waits for it.
+One `TorchEngine` is one replica. `launch` turns the members of a batch into a flat batch of tokens and block tables,
+and queues it on the device; `wait` takes in the tokens of the oldest step. Between the two the host is free to plan the
+next step (asynchronous scheduling). A token stays on the device for the next step, so that only `wait` waits for the
+device.
 
-Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`); small steps with chunks replay
-graphs of all but their attention (`backend.gpu.graph_pieces`), larger ones run eagerly. On a CPU the same code runs
-plain torch, which is meant for tests with tiny models.
+Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`), and so do steps with chunks of up
+to 1,024 rows (`backend.gpu.step_graphs`); larger ones run eagerly. On a CPU the same code runs plain torch, which is
+meant for tests with tiny models.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,30 +26,30 @@ import torch
 from torch import Tensor
 
 from chairlift.backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
-from chairlift.backend.calibrated.profile import graph_sizes
+from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.block_tables import Practice, Sequences
-from chairlift.backend.gpu.graph_pieces import Pieces
-from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, Chunks, Heads, Paging, new_cache, unfit
-from chairlift.backend.gpu.settings import Torch
+from chairlift.backend.gpu.options import Options
+from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED, Heads, Paging, Spans, new_cache, unfit
+from chairlift.backend.gpu.step_graphs import Flat, StepGraphs, World, tokens_of
 from chairlift.backend.gpu.transformer import Tokens
 from chairlift.backend.gpu.weights import check_room, loaded
 from chairlift.backend.roofline import Roofline
 from chairlift.backend.shapes import GPU, Model
 
 GRAPHS = graph_sizes(1024)  # padded batch sizes of decode steps
-PAGE = 16  # tokens a block where the pool only counts
-TURNS = 4  # pinned buffers of a kind; to allocate one while the GPU works waits for it
+PAGE = 16  # tokens a block, where the pool only counts blocks
+TURNS = 4  # pinned buffers of each kind, used in turn: to allocate one would wait for the GPU
 
 
 class Flight(NamedTuple):
-    """A step under way."""
+    """A step that was launched and not yet waited for."""
 
-    requests: list[int]  # whose tokens it brings, row by row; -1: nobody's
-    tokens: Tensor  # on the host once the step is done
+    requests: list[int]  # the request of each row of tokens; -1: none
+    tokens: Tensor  # pinned host memory, filled once the step is done
     start: Any  # CUDA events; None on a CPU
     end: Any
-    host: int  # ps
-    gpu: int  # ps, on a CPU
+    host: int  # ps of the launch
+    gpu: int  # ps; on a CPU only, where no events measure it
 
 
 class TorchEngine(Executor):
@@ -58,7 +60,7 @@ class TorchEngine(Executor):
 
     name = "torch"
 
-    def __init__(self, model: Model, gpu: GPU, options: Torch) -> None:
+    def __init__(self, model: Model, gpu: GPU, options: Options) -> None:
         self.model = model
         self.options = options
         found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,8 +72,10 @@ class TorchEngine(Executor):
         self.dtype: torch.dtype = getattr(torch, usual if options.dtype == "auto" else options.dtype)
         if self._cuda and self.dtype == torch.float32:
             raise ValueError("the GPU kernels compute in bfloat16 or float16 (got dtype float32)")
+        if options.quantization == "fp8" and self._cuda and self.dtype != torch.bfloat16:
+            raise ValueError(f"quantization fp8 needs dtype bfloat16 (got {str(self.dtype).removeprefix('torch.')})")
         self._price = Roofline(model, gpu)
-        self.generated: dict[int, list[int]] = {}  # request → tokens it was given
+        self.generated: dict[int, list[int]] = {}  # request → tokens generated for it
         self._flights: deque[Flight] = deque()
 
     # getting ready
@@ -97,11 +101,13 @@ class TorchEngine(Executor):
         self._staged = torch.zeros((6, batch + 1), **integer)  # of the decodes, see `Sequences.decode`
         # in turn: the copies of one step may still be under way while the next is prepared
         self._pinned = [self._host(self._staged.numel()).view(self._staged.shape) for _ in range(TURNS)]
-        self._flat = [self._host(1 << 18) for _ in range(TURNS)]
+        self._large = [self._host(1 << 16) for _ in range(TURNS)]  # of steps too large for a graph
+        self._changes = [self._host(1 << 12) for _ in range(TURNS)]  # to block tables
         self._answers = [self._host(2 * batch) for _ in range(TURNS)]
         self._turn = 0
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
-        self._pieces = Pieces(self._net, self._cache, self._cuda) if self.options.graphs else None
+        self._world = World(self._net, self._cache, self._tables, self._last, self._sample)
+        self._step_graphs = StepGraphs(self._world, batch) if self.options.graphs else None
         if self._cuda:
             self._warm_up(blocks * self._block, max_model_len)
             if self.options.graphs:
@@ -109,14 +115,14 @@ class TorchEngine(Executor):
 
     def close(self) -> None:
         """Give the cache and the graphs back; the weights stay for the next engine of the same model."""
-        del self._cache, self._tables, self._net
-        self._graphs, self._pieces = {}, None
+        del self._cache, self._tables, self._net, self._world
+        self._graphs, self._step_graphs = {}, None
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
 
     def _warm_up(self, room: int, longest: int) -> None:
-        """Run every kind of step once, so that no compilation or plan falls into a measured one."""
+        """Run every kind of step once, so that no measured step compiles or plans anything."""
         self._net.attention.warm_up(self.dtype, self.device, longest)
         for length in [n for n in (8192, 2048, 600) if n + 4 * self._block < min(room, longest)]:
             steps = [Practice([Prompt(-1, 0, length, 0, True)])]
@@ -131,7 +137,7 @@ class TorchEngine(Executor):
         self.generated = {}
 
     def _capture(self) -> None:
-        """Capture a decode step for every padded batch size, the largest first: they share one pool of memory."""
+        """Capture a decode step of every padded batch size, the largest first: the graphs share a pool of memory."""
         most = self.options.max_batch
         sizes = [n for n in GRAPHS if n < most] + [next((n for n in GRAPHS if n >= most), most)]
         self._staged.zero_()
@@ -162,10 +168,10 @@ class TorchEngine(Executor):
             self._turn = (self._turn + 1) % TURNS
             staged = self._pinned[self._turn]
             self._sequences.decode([*members.decodes, *members.dead], members, staged.numpy())
-            self._staged.copy_(staged, non_blocking=True)
             if members.prompts:
                 sampled = self._with_prompts(members, n, requests)
             else:
+                self._staged.copy_(staged, non_blocking=True)
                 size = min(size for size in self._graphs if size >= n) if self._graphs else n
                 if size in self._graphs:
                     graph, sampled = self._graphs[size]
@@ -194,18 +200,18 @@ class TorchEngine(Executor):
         return Measured(gpu, flight.host)
 
     def fill(self) -> None:
-        """Fill the cache with random numbers: zeros would read faster than what real requests leave there."""
+        """Fill the cache with random numbers: zeros would be read faster than what real requests leave there."""
         for layer in self._cache:
             layer.normal_()
 
     def place(self, contexts: Mapping[int, int]) -> None:
-        """Pretend that these requests have so many tokens in KV, computed before: whatever the cache holds there.
+        """Let each request have so many tokens of KV, whatever the cache holds, to measure steps of a given shape.
 
-        For measuring steps of a given shape; needs blocks that the pool does not name.
+        Needs an engine whose blocks are not ``named``.
         """
-        practice = Practice(())
+        practice, prompt = Practice(()), np.zeros(max(contexts.values()), dtype=np.int64)
         for request, tokens in contexts.items():
-            row = self._sequences.take(request, 0, lambda: np.zeros(0, dtype=np.int64))
+            row = self._sequences.take(request, 0, lambda: prompt)
             self._sequences.length[row] = tokens
             cells, blocks = self._sequences.cover(request, tokens, practice)
             self._tables.view(-1)[torch.tensor(cells, device=self.device)] = torch.tensor(
@@ -231,8 +237,9 @@ class TorchEngine(Executor):
         where = torch.cuda.get_device_name(self.device) if self._cuda else "the CPU"
         weights = "random weights" if o.weights is None else f"weights of {Path(o.weights).name}"
         dtype = str(self.dtype).removeprefix("torch.")
+        quantised = ", layers' products in FP8" if o.quantization == "fp8" else ""
         return {
-            "engine": f"executed, not modelled: {self.model.name}, {dtype}, {weights}, on {where}",
+            "engine": f"executed, not modelled: {self.model.name}, {dtype}{quantised}, {weights}, on {where}",
             "software": f"torch {torch.__version__}, CUDA graphs {'on' if o.graphs and self._cuda else 'off'}",
         }
 
@@ -246,7 +253,7 @@ class TorchEngine(Executor):
         return Paging(self._tables, rows, lengths, first)
 
     def _decode(self, size: int) -> Tensor:
-        """A decode step of ``size`` rows, as staged; their tokens, int32. This is what graphs capture."""
+        """The tokens, int32, of a decode step of ``size`` rows as they are staged. This is what a graph captures."""
         rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 3, 4, 5))
         self._tables.view(-1)[cells] = blocks
         tokens = self._last[rows]
@@ -256,7 +263,7 @@ class TorchEngine(Executor):
         return sampled
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """The next token of each row: the likeliest, or drawn at the temperature."""
+        """The next token of each row: the likeliest, or one drawn at the temperature."""
         if self.options.temperature:
             weights = (logits.float() / self.options.temperature).softmax(-1)
             logits = weights / torch.empty_like(weights).exponential_()  # the largest is a draw by these weights
@@ -265,77 +272,88 @@ class TorchEngine(Executor):
     # steps with chunks of prompts
 
     def _with_prompts(self, members: Members, n: int, requests: list[int]) -> Tensor:
-        """Decodes as staged and chunks together; adds whose tokens come to ``requests``."""
-        flat = _Flat()
-        rows: list[int] = list(range(n))
-        takers: list[int] = self._pinned[self._turn].numpy()[0, :n].tolist()
-        lengths: list[int] = []
-        starts: list[int] = []
-        at = n
-        for prompt in members.prompts:
-            self._add(prompt, members, flat, lengths, starts)
-            at += prompt.pad + prompt.length
-            if prompt.emits:
-                rows.append(at - 1)
-                takers.append(self._sequences.row[prompt.request])
-                requests.append(prompt.request)
-        if not any(starts):
-            flat.parts["known"] = []
-        flat.parts["ends"] = [np.cumsum([0, *lengths])]
-        flat.parts["ends_known"] = [np.cumsum([0, *np.add(lengths, starts)])]
-        flat.parts["rows"], flat.parts["takers"] = [np.array(rows)], [np.array(takers)]
-        self._flat[self._turn] = flat.fill(self._flat[self._turn])
-        parts = flat.to(self._flat[self._turn], self.device)
-        cells, blocks = (torch.cat((self._staged[i][:n], parts[name])) for i, name in ((4, "cells"), (5, "blocks")))
-        self._tables.view(-1)[cells] = blocks
-        chunks = Chunks(lengths, starts, parts["ends"], parts["ends_known"], parts.get("known"))
-        sampled_rows = parts["rows"].long()
-        step = Tokens(
-            torch.cat((self._last[self._staged[0][:n]], parts["tokens"])),
-            torch.cat((self._staged[3][:n], parts["positions"])),
-            self._paging(n) if n else None,
-            parts["slots"],
-            chunks,
-            sampled_rows,
-        )
-        if self._pieces is not None and len(step.tokens) <= self._pieces.limit:
-            logits = self._pieces.forward(step)
-        else:
-            logits = self._net.forward(step, self._cache)
-        if not len(rows):
-            return logits.new_empty(0, dtype=torch.int32)
-        sampled = self._sample(logits)
-        self._last[parts["takers"]] = sampled
+        """The next tokens of ``n`` decodes, as staged, and of chunks beside them.
+
+        Adds whose tokens come to ``requests``.
+        """
+        flat, changes, whole = self._lay_out(members, n, requests)
+        cells, blocks = changes
+        if len(cells):
+            self._changes[self._turn] = host = self._grown(self._changes[self._turn], 2 * len(cells))
+            host.numpy()[: 2 * len(cells)] = np.concatenate((cells, blocks))
+            new = host[: 2 * len(cells)].to(self.device, non_blocking=True).view(2, -1)
+            self._tables.view(-1)[new[0]] = new[1]
+        if self._step_graphs is not None and flat.rows.shape[1] <= self._step_graphs.limit:
+            return self._step_graphs.run(flat)
+        parts = [flat.rows.reshape(-1), flat.spans.reshape(-1), flat.sampled, flat.takers]
+        lengths = [len(part) for part in parts]
+        self._large[self._turn] = host = self._grown(self._large[self._turn], sum(lengths))
+        np.concatenate(parts, out=host.numpy()[: sum(lengths)])
+        rows, each, at, takers = host[: sum(lengths)].to(self.device, non_blocking=True).split(lengths)
+        spans = Spans(each.view(-1, 5), self._tables, whole)
+        step = tokens_of(self._world, rows.view(7, -1), spans, n)._replace(sampled=at)
+        logits = self._net.forward(step, self._cache)
+        self._last[takers] = sampled = self._sample(logits)
         return sampled
 
-    def _add(self, prompt: Prompt, members: Members, flat: _Flat, lengths: list[int], starts: list[int]) -> None:
-        """Add a chunk's tokens, positions and slots, and its table's news, to the flat batch."""
-        request, start, length, pad, _ = prompt
-        sequences = self._sequences
-        row = sequences.take(request, pad, lambda: np.asarray(members.tokens(request)) % self.model.vocab)
-        before = int(sequences.first[row])
-        stop = before + start + length
-        for name, values in zip(("cells", "blocks"), sequences.cover(request, stop, members), strict=True):
-            flat.add(name, values)
-        sequences.length[row] = stop
-        tokens = np.concatenate((sequences.prompt[request], self.generated.get(request, [])))[start : start + length]
+    def _lay_out(
+        self, members: Members, n: int, requests: list[int]
+    ) -> tuple[Flat, tuple[list[int], list[int]], list[int]]:
+        """A step's integers; cells of block tables that change and what they become; `Spans.whole`."""
+        sequences, nobody = self._sequences, self._sequences.most
+        staged = self._pinned[self._turn].numpy()
+        rows = np.zeros((7, n + sum(p.pad + p.length for p in members.prompts)), dtype=np.int32)
+        rows[0, :n] = rows[4, :n] = staged[0, :n]
+        rows[2, :n], rows[5, :n], rows[6, :n] = staged[3, :n], staged[1, :n], staged[2, :n]
+        rows[3, :n] = UNTOUCHED
+        rows[0, n:] = rows[4, n:] = nobody
+        changed = staged[4, :n] < nobody * sequences.columns
+        cells, blocks = staged[4, :n][changed].tolist(), staged[5, :n][changed].tolist()
+        spans: list[tuple[int, ...]] = []
+        sampled, takers = list(range(n)), staged[0, :n].tolist()
+        at = n
+        for prompt in members.prompts:
+            request, start, length, pad, emits = prompt
+            row = sequences.take(request, pad, partial(self._prompt, members, request))
+            before = int(sequences.first[row])
+            stop = before + start + length
+            for to, values in zip((cells, blocks), sequences.cover(request, stop, members), strict=True):
+                to += values
+            sequences.length[row] = stop
+            if pad:  # a span of its own, that nobody attends to and that is stored nowhere
+                rows[3, at : at + pad] = NOWHERE
+                spans.append((at, pad, pad, 0, row))
+                at += pad
+            mine = slice(at, at + length)
+            rows[1, mine] = self._known(request, start, length)
+            rows[2, mine] = np.arange(start, start + length)
+            rows[3, mine] = sequences.slots(row, before + start, stop)
+            spans.append((at, length, stop, before, row))
+            at += length
+            if emits:
+                sampled.append(at - 1)
+                takers.append(row)
+                requests.append(request)
+        whole = [p.length for p in members.prompts if p.start == 0 and not p.pad]
+        flat = Flat(rows, *(np.array(values, dtype=np.int32) for values in (spans, sampled, takers)))
+        return flat, (cells, blocks), whole if len(whole) == len(members.prompts) else []
+
+    def _prompt(self, members: Members, request: int) -> Any:
+        return np.asarray(members.tokens(request)) % self.model.vocab
+
+    def _known(self, request: int, start: int, length: int) -> Any:
+        """Tokens ``start`` … of a request, of its prompt and of what it was given."""
+        prompt, stop = self._sequences.prompt[request], start + length
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        tokens = np.concatenate((prompt, self.generated.get(request, [])))[start:stop]
         if len(tokens) < length:
             raise RuntimeError(f"request {request}: its last token is not in yet, but is to be computed again")
-        slots = sequences.slots(row, stop)
-        if pad:  # a chunk of its own, that nobody attends to and that is stored nowhere
-            nothing = np.zeros(pad, dtype=np.int64)
-            flat.add("tokens", nothing)
-            flat.add("positions", nothing)
-            flat.add("slots", nothing + NOWHERE)
-            flat.add("known", slots[:pad])
-            lengths.append(pad)
-            starts.append(0)
-        flat.add("tokens", tokens)
-        flat.add("positions", np.arange(start, start + length))
-        flat.add("slots", slots[before + start :])
-        flat.add("known", slots[before:])
-        lengths.append(length)
-        starts.append(start)
+        return tokens
+
+    def _grown(self, buffer: Tensor, count: int) -> Tensor:
+        """``buffer``, or a larger one if it has no room for ``count`` integers."""
+        return buffer if count <= len(buffer) else self._host(2 * count)
 
     def _events(self) -> tuple[Any, Any]:
         if not self._cuda:
@@ -343,29 +361,3 @@ class TorchEngine(Executor):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         return start, end
-
-
-class _Flat:
-    """Integers of a step, gathered part by part and sent to the device in one copy."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, list[Any]] = {}
-        self._arrays: dict[str, Any] = {}
-
-    def add(self, name: str, values: Any) -> None:
-        self.parts.setdefault(name, []).append(values)
-
-    def fill(self, buffer: Tensor) -> Tensor:
-        """Write all parts into ``buffer``, a pinned int32 tensor; a larger one if it is too small."""
-        self._arrays = {name: np.concatenate(parts) for name, parts in self.parts.items() if parts}
-        count = sum(map(len, self._arrays.values()))
-        if count > len(buffer):
-            buffer = torch.empty(2 * count, dtype=torch.int32, pin_memory=buffer.is_pinned())
-        np.concatenate(list(self._arrays.values()), out=buffer.numpy()[:count], casting="unsafe")
-        return buffer
-
-    def to(self, buffer: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Each part as an int32 tensor on the device, in one copy; parts without anything are left out."""
-        lengths = [len(array) for array in self._arrays.values()]
-        split = buffer[: sum(lengths)].to(device, non_blocking=True).split(lengths)
-        return dict(zip(self._arrays, split, strict=True))

@@ -4,15 +4,15 @@ The cache of one layer is ``[blocks, kv_heads, block / 16, 2, 16, head_size]``: 
 the 16-byte pieces of each row permuted so that a tile lies in memory as the decode kernel wants it in shared memory
 (`places`). A *slot* is ``block number · block size + place in the block``.
 
-The decode kernel's method is in `kernels/paged_decode.cu`. Chunks of prompts go through torch's own FlashAttention 2
-(variable lengths, causal from the bottom right), keys and values of earlier steps gathered before it; a whole prompt
-that is long goes through cuDNN's, which is faster there (`_long`).
+Decodes go through `kernels/paged_decode.cu`, chunks of prompts through `kernels/paged_chunks.cu`; both read the number
+and the lengths of what they serve on the device, so a captured launch serves every step. A long prompt that is computed
+whole goes through cuDNN's attention, which is faster there (`_long`) and cannot be captured for lengths unknown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ WARPS = 8  # of a thread block of the decode kernel
 MIN_TILES = 2  # worth a warp of their own
 LONG = 1024  # long prompts are padded to a multiple of this for cuDNN, which plans once a shape,
 LONGEST = 16 * LONG  # and up to here
+CHUNK_ROWS = 64  # query rows of a thread block of the kernel for chunks
+CHUNK_BYTES = 112 * 1024  # shared memory of one, so that two share an SM
 NOWHERE, UNTOUCHED = -1, -2  # slots: a row whose key and value are not stored; one that is not even rotated
 
 
@@ -55,14 +57,17 @@ class Paging(NamedTuple):
     first: Tensor  # [batch]: leading tokens that are padding
 
 
-class Chunks(NamedTuple):
-    """Prompt tokens of a step: rows of the flat batch, one chunk after the other."""
+class Spans(NamedTuple):
+    """Chunks of prompts in a step, and the padding of static batches: each some rows of the flat batch.
 
-    lengths: Sequence[int]  # rows of each chunk
-    starts: Sequence[int]  # tokens of it that are in the cache already
-    ends: Tensor  # [chunks + 1] int32: running sum of lengths
-    ends_known: Tensor  # [chunks + 1] int32: running sum of starts + lengths
-    known: Tensor | None  # [Σ starts + lengths] int32: the slot of every token; None if all start at 0
+    ``each`` [most, 5] int32 on the model's device: first row, rows (0: nobody's span), tokens in KV with the span's
+    own, leading tokens of those that are padding, row of the block tables. ``whole`` are the lengths of the spans where
+    all are prompts from their first token, one after the other up to the last row; empty where that is not known.
+    """
+
+    each: Tensor
+    tables: Tensor
+    whole: Sequence[int] = ()
 
 
 def unfit(heads: Heads, block: int) -> str | None:
@@ -77,9 +82,12 @@ def unfit(heads: Heads, block: int) -> str | None:
 
 
 def _long(tokens: int) -> bool:
-    """Whether cuDNN's attention, at twice FlashAttention 2's pace on an H200, wins although it computes padding too."""
-    padded = -(-tokens // LONG) * LONG
-    return LONG <= tokens <= LONGEST and padded**2 < 2 * tokens**2
+    """Whether cuDNN's attention is faster than ours for a whole prompt.
+
+    On an H200 it takes 96 µs a layer of Llama-3.1-8B for 2,048 tokens and 1,174 for 8,192, ours 129 and some 1,640; but
+    lengths are padded to a multiple of 1,024 for it, and the copies this takes cost it the lead below 4,096.
+    """
+    return LONG <= tokens <= LONGEST and (tokens % LONG == 0 or tokens > 4096)
 
 
 def new_cache(layers: int, blocks: int, block: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -192,14 +200,21 @@ class PagedAttention:
         self._decode = kernels.kernel("paged_decode", "paged_decode", shared, **macros, APPEND=0, ROPE=0)
         self._append = kernels.kernel("paged_decode", "paged_decode", shared, **macros, APPEND=1, ROPE=rope)
         self._share = kernels.kernel("paged_decode", "plan_decode", **macros, APPEND=0, ROPE=0)
-        layer_macros = {"BF16": bf16, "D": heads.size, "BLOCK": block}
-        self._rotate_and_store = kernels.kernel("layers", "rotate_and_store", **layer_macros)
-        self._gather = kernels.kernel("layers", "gather", **layer_macros)
+        self._rotate_and_store = kernels.kernel("layers", "rotate_and_store", BF16=bf16, D=heads.size, BLOCK=block)
+        stage = 4 * tile  # of the kernel for chunks: four tiles
+        stages = min(4, CHUNK_BYTES // stage)
+        macros = {"BF16": bf16, "D": heads.size, "GROUP": group, "BLOCK": block, "STAGES": stages}
+        self._chunks = kernels.kernel("paged_chunks", "paged_chunks", stages * stage, **macros)
+        self._share_chunks = kernels.kernel("paged_chunks", "plan_chunks", **macros)
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count
         self._plan = torch.zeros(1 + 5 * WARPS * self._grid, dtype=torch.int32, device=device)
         self._partial = torch.empty(2 * self._grid * part, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_batch * heads.kv, dtype=torch.int32, device=device)
         self._scale = math.log2(math.e) / math.sqrt(heads.size)
+        self._tokens = CHUNK_ROWS // group  # of a query tile
+        parts = 4 * self._grid  # results of parts that `plan_chunks` makes at most, see there
+        self._parts = torch.empty(parts * 128 * (heads.size // 2 + 4), dtype=torch.float32, device=device)
+        self._parts_arrived = torch.zeros(parts, dtype=torch.int32, device=device)
 
     def warm_up(self, dtype: torch.dtype, device: torch.device, longest: int) -> None:
         """Let cuDNN make its plans for prompts of up to ``longest`` tokens."""
@@ -208,10 +223,19 @@ class PagedAttention:
             self._whole(*row.split((self.heads.query, self.heads.kv, self.heads.kv), dim=1))
 
     def plan(self, paging: Paging) -> None:
-        """Share the work of ``paging`` out over the GPU; before the first layer of each step."""
+        """Share the decodes of ``paging`` out over the GPU; before the first layer of each step."""
         if self._cuda:
             batch = len(paging.lengths)
             self._share((1,), 1024, paging.lengths, paging.rows, self._plan, batch, self.heads.kv, self._grid)
+
+    def plan_chunks(self, spans: Spans, rows: int) -> Tensor | None:
+        """Share spans of at most ``rows`` rows out over the GPU, once a step: what `chunks` needs in each layer."""
+        if not self._cuda or all(_long(n) for n in spans.whole or (0,)):
+            return None
+        entries = rows // self._tokens + len(spans.each) + 4 * self._grid
+        plan = torch.empty(8 * (1 + entries), dtype=torch.int32, device=spans.each.device)
+        self._share_chunks((1,), 1024, spans.each, plan, len(spans.each), self.heads.kv, self._grid)
+        return plan
 
     def append_and_decode(self, qkv: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         """One new token a sequence: rotate, store its key and value, attend.
@@ -223,6 +247,8 @@ class PagedAttention:
             return
         heads = self.heads
         live = (paging.lengths > 0).nonzero()[:, 0]
+        if not len(live):
+            return
         at = paging.lengths[live].long() - 1
         query, key, value = self._split(qkv[live], at - paging.first[live])
         tables = paging.tables[paging.rows[live].long()].long()
@@ -257,34 +283,37 @@ class PagedAttention:
         kept = slots >= 0
         store(cache, slots[kept], key[kept], value[kept])
 
-    def chunks(self, qkv: Tensor, cache: Tensor, chunks: Chunks) -> Tensor:
-        """Attention of prompt rows, rotated and stored already: ``qkv`` [rows, width] → ``[rows, query · size]``."""
-        return self.chunked(qkv, chunks)(cache)
+    def chunks(self, qkv: Tensor, cache: Tensor, spans: Spans, plan: Tensor | None, out: Tensor) -> Tensor:
+        """Attention of rows that are rotated and stored: ``qkv`` [rows, width] → ``out`` [rows, query · size].
 
-    def chunked(self, qkv: Tensor, chunks: Chunks) -> Callable[[Tensor], Tensor]:
-        """`chunks` as a function of the cache, for layer after layer whose rows come to the same place."""
+        Rows that no span has are left as they are. ``plan`` is from `plan_chunks`. Returns ``out``, or another tensor
+        in its place where one span has all rows.
+        """
         heads = self.heads
+        if plan is not None:
+            self._chunks(
+                (2 * self._grid,),
+                128,
+                *(qkv, cache, spans.tables, spans.each, plan, out, self._parts, self._parts_arrived),
+                *(heads.kv, qkv.stride(0), spans.tables.stride(0), self._scale),
+            )
+            return out
         query, key, value = qkv.view(len(qkv), -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
-        if not self._cuda:
-            return lambda cache: self._chunks_plainly(query, key, value, cache, chunks).flatten(1)
-        if chunks.known is None and all(_long(n) for n in chunks.lengths):
-            parts = list(zip(*(x.split(list(chunks.lengths)) for x in (query, key, value)), strict=True))
-
-            def long(_cache: Tensor) -> Tensor:
-                whole = [self._whole(*part) for part in parts]
-                return (torch.cat(whole) if len(whole) > 1 else whole[0]).flatten(1)
-
-            return long
-        longest = max(chunks.lengths)
-        longest_known = max(s + n for s, n in zip(chunks.starts, chunks.lengths, strict=True))
-        ends = (chunks.ends, chunks.ends_known, longest, longest_known)
-
-        def flash(cache: Tensor) -> Tensor:
-            known = (key, value) if chunks.known is None else self._gathered(cache, chunks.known)
-            done: Tensor = torch.ops.aten._flash_attention_forward(query, *known, *ends, 0.0, True, False)[0]
-            return done.flatten(1)
-
-        return flash
+        if self._cuda:
+            at = len(qkv) - sum(spans.whole)
+            if at == 0 and len(spans.whole) == 1:
+                return self._whole(query, key, value).flatten(1)
+            for n in spans.whole:
+                mine = slice(at, at + n)
+                out[mine] = self._whole(query[mine], key[mine], value[mine]).flatten(1)
+                at += n
+            return out
+        for first, n, known, padding, row in spans.each.tolist():
+            if n:
+                keys, values = read(cache, slots_of(spans.tables[row], padding, known, self.block))
+                mine = slice(first, first + n)
+                out[mine] = attend(query[mine], keys, values, known - n - padding).flatten(1)
+        return out
 
     def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One whole prompt by cuDNN: ``[n, heads, size]`` each."""
@@ -294,13 +323,6 @@ class PagedAttention:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             done = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return done[0].transpose(0, 1)[:n]
-
-    def _gathered(self, cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        heads = self.heads
-        keys = torch.empty((len(slots), heads.kv, heads.size), dtype=cache.dtype, device=cache.device)
-        values = torch.empty_like(keys)
-        self._gather((len(slots),), 128, cache, slots, keys, values, heads.kv)
-        return keys, values
 
     def _launch(self, kernel: kernels.Kernel, query: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         kernel(
@@ -328,14 +350,3 @@ class PagedAttention:
             keys, values = read(cache, slots_of(table, first, length, self.block))
             found.append(attend(query[i : i + 1], keys, values, length - first - 1))
         return torch.cat(found) if found else query
-
-    def _chunks_plainly(self, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, chunks: Chunks) -> Tensor:
-        found = []
-        at = known = 0
-        for start, n in zip(chunks.starts, chunks.lengths, strict=True):
-            keys, values = key[at : at + n], value[at : at + n]
-            if chunks.known is not None:
-                keys, values = read(cache, chunks.known[known : known + start + n])
-            found.append(attend(query[at : at + n], keys, values, start))
-            at, known = at + n, known + start + n
-        return torch.cat(found)

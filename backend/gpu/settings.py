@@ -1,29 +1,20 @@
-"""Settings of the engine that executes steps; importing them needs no torch."""
+"""The engine that executes steps as a scenario's ``backend``; importing it needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
-
-from annotated_types import Ge
+from typing import ClassVar
 
 from chairlift.backend.base import Backend
+from chairlift.backend.gpu.options import Options
 from chairlift.backend.shapes import GPU, Model
 
 
 @dataclass(frozen=True)
-class Torch:
+class Torch(Options):
     """Execute every step on a GPU and measure it, instead of modelling what it costs."""
 
     executes: ClassVar[bool] = True
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if torch sees one; the CPU is for tiny models
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: float16 for OPT, float32 on the CPU
-    weights: str | None = None  # a folder with config.json and *.safetensors; null: random weights
-    graphs: bool = True  # replay CUDA graphs in steps of decodes alone
-    max_batch: Annotated[int, Ge(1)] = 256  # sequences at once
-    temperature: Annotated[float, Ge(0)] = 0.0  # of sampling; 0: the likeliest token
-    seed: int = 0  # of random weights
 
     def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
         """The engine. Raises ValueError without torch, without a kernel for the model, or for several GPUs."""

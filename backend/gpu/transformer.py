@@ -16,8 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chairlift.backend.gpu.kernels.layers import head_norm, linear, residual_norm
-from chairlift.backend.gpu.paged_attention import Chunks, Heads, PagedAttention, Paging
+from chairlift.backend.gpu.kernels.layers import (
+    Eights,
+    Product,
+    gated_e4m3,
+    head_norm,
+    linear,
+    linear_e4m3,
+    product,
+    quantised,
+    residual_norm,
+    residual_norm_e4m3,
+)
+from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
 from chairlift.backend.shapes import Model
 
 
@@ -82,17 +93,17 @@ class Layer:
 
     norm: Tensor
     norm_bias: Tensor | None
-    qkv: Tensor  # queries, keys, values
+    qkv: Tensor | Eights  # queries, keys, values
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
-    out: Tensor
+    out: Tensor | Eights
     out_bias: Tensor | None
     mlp_norm: Tensor
     mlp_norm_bias: Tensor | None
-    up: Tensor  # gated: gates first
+    up: Tensor | Eights  # gated: gates first
     up_bias: Tensor | None
-    down: Tensor
+    down: Tensor | Eights
     down_bias: Tensor | None
 
 
@@ -101,10 +112,10 @@ class Tokens(NamedTuple):
 
     tokens: Tensor  # [rows]
     positions: Tensor  # [rows], from 0
-    paging: Paging | None  # of the decodes, one row each
-    slots: Tensor | None  # [rows of chunks]: where keys and values go, or `NOWHERE`
-    chunks: Chunks | None
-    sampled: Tensor | None  # rows whose next token is wanted; None: all
+    paging: Paging | None  # of the first rows, the decodes; rows of length 0 are nobody's
+    slots: Tensor | None = None  # [rows]: where keys and values of chunks go, `NOWHERE`, or `UNTOUCHED` of decodes
+    spans: Spans | None = None  # which rows are whose chunks
+    sampled: Tensor | None = None  # rows whose next token is wanted; None: all
 
 
 class Transformer:
@@ -120,8 +131,15 @@ class Transformer:
         block: int,
         max_batch: int,
         max_positions: int,
+        eights: bool = False,
     ) -> None:
-        """``weight(name, *shape)`` gives each tensor, named as in `transformers`. Raises as `PagedAttention`."""
+        """``weight(name, *shape)`` gives each tensor, named as in `transformers`.
+
+        With ``eights`` the layers' matrices are 8-bit floats with a scale a row, and so are their inputs, scaled anew
+        each step; embedding, head and attention are not. Raises as `PagedAttention`, and where that is not built.
+        """
+        if eights and not model.gated_mlp:
+            raise ValueError(f"{model.name}: weights in FP8 are built for gated models (Llama, Mistral, Qwen)")
         self.model = model
         self.heads = heads = Heads(model.heads, model.kv_heads, model.head_size)
         self.dtype = dtype
@@ -137,6 +155,9 @@ class Transformer:
         self.positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
         build = self._opt_layer if self._opt else self._llama_layer
         self.layers = [build(weight, f"{root}layers.{i}.") for i in range(model.layers)]
+        for layer in self.layers if eights else ():
+            for name in ("qkv", "out", "up", "down"):
+                setattr(layer, name, quantised(getattr(layer, name)))
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
         self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
@@ -192,20 +213,31 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, step: Tokens, cache: Tensor) -> Tensor:
         """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards."""
-        if step.paging is not None:
-            self.attention.plan(step.paging)
-        residual = self.embed(step.tokens, step.positions)
-        qkv = self.enter(residual)
-        for i, layer in enumerate(cache):
-            if step.slots is not None:
-                start = len(qkv) - len(step.slots)
-                self.attention.rotate_and_store(qkv[start:], layer, step.positions[start:], step.slots)
-            y = self.attending(qkv, step)(layer)
-            if i + 1 < len(self.layers):
-                qkv = self.between(i, y, residual)
-        return self.leave(y, residual, step.sampled)
+        return self.leave(*self.attended(step, cache), step.sampled)
 
-    # the parts of a step; between two attentions they know rows only, not whose they are
+    def attended(self, step: Tokens, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """All of a step up to the last layer's attention: what that gives and the residual, for `leave`.
+
+        ``[rows, query · size]`` and ``[rows, hidden]``. Of rows that are nobody's both hold anything.
+        """
+        attention, rows = self.attention, len(step.tokens)
+        if step.paging is not None:
+            attention.plan(step.paging)
+        plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
+        residual = self.embed(step.tokens, step.positions)
+        qkv = self._project(0, None, residual)
+        y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
+        for i, layer in enumerate(cache):
+            if i:
+                qkv = self._project(i, self._rest(self.layers[i - 1], y, residual), residual)
+            if step.slots is not None:
+                attention.rotate_and_store(qkv, layer, step.positions, step.slots)
+            if step.paging is not None:
+                decodes = len(step.paging.lengths)
+                attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
+            if step.spans is not None:
+                y = attention.chunks(qkv, layer, step.spans, plan, y)
+        return y, residual
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What enters the first layer: ``[rows, hidden]``."""
@@ -214,56 +246,36 @@ class Transformer:
             residual += functional.embedding(positions + 2, self.positions)  # OPT keeps two rows for padding
         return residual
 
-    def enter(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
-        """Queries, keys and values of the first layer, ``[rows, width]``; in ``out`` if that is given."""
-        first = self.layers[0]
-        return self._project(residual_norm(None, residual, first.norm, first.norm_bias, self.epsilon), first, out)
-
-    def between(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
-        """From what layer ``i`` attended to, ``y`` [rows, query · size], to the next one's queries, keys and values."""
-        y, following = self._rest(self.layers[i], y, residual), self.layers[i + 1]
-        return self._project(
-            residual_norm(y, residual, following.norm, following.norm_bias, self.epsilon), following, out
-        )
-
     def leave(self, y: Tensor, residual: Tensor, sampled: Tensor | None) -> Tensor:
         """Logits of the ``sampled`` rows (None: all) from what the last layer attended to."""
         if sampled is not None:  # of the others only keys and values are needed
             y, residual = y[sampled], residual[sampled]
             if not len(y):
                 return y.new_empty((0, self.model.vocab))
-        y = self._rest(self.layers[-1], y, residual)
-        return linear(residual_norm(y, residual, self.norm, self.norm_bias, self.epsilon), self.head)
+        x = self._rest(self.layers[-1], y, residual)
+        return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def attending(self, qkv: Tensor, step: Tokens, out: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """One layer's attention as a function of its cache: ``[rows, query · size]``; in ``out`` if that is given.
-
-        Rows of chunks are rotated and stored before. What depends on the step alone is done here, not in every layer.
-        """
-        decodes = 0 if step.paging is None else len(step.paging.lengths)
-        chunked = None if step.chunks is None else self.attention.chunked(qkv[decodes:], step.chunks)
-        if step.paging is None and out is None and chunked is not None:
-            return chunked
-        if out is None:
-            out = torch.empty((len(qkv), self.heads.query * self.heads.size), dtype=qkv.dtype, device=qkv.device)
-        whole, paging, rows, decoded, rest = out, step.paging, qkv[:decodes], out[:decodes], out[decodes:]
-
-        def attend(cache: Tensor) -> Tensor:
-            if paging is not None:
-                self.attention.append_and_decode(rows, cache, paging, decoded)
-            if chunked is not None:
-                rest.copy_(chunked(cache))
-            return whole
-
-        return attend
-
-    def _project(self, x: Tensor, layer: Layer, out: Tensor | None) -> Tensor:
-        qkv = linear(x, layer.qkv, layer.qkv_bias, out=out)
+    def _project(self, i: int, x: Tensor | Product | None, residual: Tensor) -> Tensor:
+        """Queries, keys and values of layer ``i``, ``[rows, width]``, once ``x`` is added to the residual."""
+        layer = self.layers[i]
+        norm = (x, residual, layer.norm, layer.norm_bias, self.epsilon)
+        if isinstance(layer.qkv, Eights):
+            qkv = linear_e4m3(residual_norm_e4m3(*norm), layer.qkv, layer.qkv_bias, self.dtype)
+        else:
+            qkv = linear(residual_norm(*norm), layer.qkv, layer.qkv_bias)
         if layer.query_norm is not None and layer.key_norm is not None:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv
 
-    def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor:
-        y = linear(y, layer.out, layer.out_bias)
-        x = residual_norm(y, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+    def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor | Product:
+        """What follows a layer's attention, but for adding it to the residual."""
+        norm = (residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+        if isinstance(layer.out, Eights):
+            assert isinstance(layer.up, Eights)
+            assert isinstance(layer.down, Eights)
+            up = product(residual_norm_e4m3(product(quantised(y), layer.out, self.dtype), *norm), layer.up, self.dtype)
+            return product(gated_e4m3(up), layer.down, self.dtype)
+        assert isinstance(layer.up, Tensor)
+        assert isinstance(layer.down, Tensor)
+        x = residual_norm(linear(y, layer.out, layer.out_bias), *norm)
         return linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chairlift.backend.gpu.settings import Torch
+from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
 from chairlift.backend.shapes import GIB, Model
 
@@ -23,9 +23,9 @@ _latest: dict[Any, Transformer] = {}  # one at most
 
 
 def loaded(
-    model: Model, options: Torch, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
+    model: Model, options: Options, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
 ) -> Transformer:
-    """The model with its weights on the device; the latest one is kept for the next engine, and goes before another."""
+    """The model with its weights on the device. The latest is kept for the next engine, and freed before another."""
     wanted = (model, options, device, dtype, block, max_model_len)
     if wanted not in _latest:
         _latest.clear()
@@ -37,7 +37,7 @@ def loaded(
 
 
 def _load(
-    model: Model, options: Torch, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
+    model: Model, options: Options, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
 ) -> Transformer:
     arithmetic = Arithmetic()
     weight = random_weights(dtype, device, options.seed)
@@ -50,8 +50,9 @@ def _load(
                 raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
         arithmetic = Arithmetic.from_hf_config(config, max_model_len)
         weight = saved_weights(folder, dtype, device)
+    eights = options.quantization == "fp8"
     check_room(device, round(model.parameters * dtype.itemsize), f"{model.name}'s weights")
-    return Transformer(model, arithmetic, dtype, device, weight, block, options.max_batch + 1, max_model_len)
+    return Transformer(model, arithmetic, dtype, device, weight, block, options.max_batch + 1, max_model_len, eights)
 
 
 def check_room(device: torch.device, need: int, what: str) -> None:

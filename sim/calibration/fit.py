@@ -1,6 +1,7 @@
-"""From a recording to a profile: fit all of it, and say how far off a fit without each experiment was there.
+"""From a recording to a profile: fit all of it, and tell how far off it is on runs that a fit has not seen.
 
-A repeat of an experiment is left out together with it, for it would give the answer away.
+Each experiment is left out in turn, a profile is fitted to the others, and its predictions of that experiment are
+compared with the recording. A repeat of an experiment is left out together with it, for it would give the answer away.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ SIGNIFICANT = 6  # digits of a number in a profile
 
 @dataclass
 class Held:
-    """What profiles made of experiments that they were not fitted to."""
+    """By experiment: what a profile that was fitted to the other experiments predicts of it, beside the recording."""
 
     steps: dict[str, Foreseen] = field(default_factory=dict)
     gpu: dict[str, Foreseen] = field(default_factory=dict)
     cells: dict[str, list[Cell]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)  # why there was no fit without them
+    skipped: dict[str, str] = field(default_factory=dict)  # why there is no fit without the experiment
 
 
 def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = "", gpu: str = "") -> Profile:
-    """A profile of ``experiments``, its errors still to come; raises `CalibrationError` or `RecordingError`."""
+    """A profile of ``experiments``, without errors (`with_errors`). Raises `CalibrationError` or `RecordingError`."""
     if not experiments:
         raise calibrate.CalibrationError("there is nothing to fit")
     engine = recording.engine
@@ -72,7 +73,7 @@ def leave_one_out(
     only: Sequence[Experiment] | None = None,
     progress: Progress = lambda _name: None,
 ) -> Iterator[tuple[Experiment, Profile | str]]:
-    """Each experiment of ``only`` (all if None) with a profile fitted to the others, or why there is none."""
+    """Each experiment of ``only`` (None: all), with a profile fitted to the others or the reason why there is none."""
     profiles: dict[str, Profile | str] = {}
     for each in experiments if only is None else only:
         base = each.repeats or each.name
@@ -87,7 +88,7 @@ def leave_one_out(
 
 
 def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: Progress = lambda _name: None) -> Held:
-    """How far fits without each experiment are off there: its steps, and, where it is no grid, end to end."""
+    """How far off each experiment a fit without it is: step by step and, unless it is a grid, end to end."""
     held = Held()
     for each, profile in leave_one_out(recording, experiments, None, progress):
         if isinstance(profile, str):
@@ -103,7 +104,7 @@ def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: 
 
 
 def with_errors(profile: Profile, held: Held) -> Profile:
-    """``profile`` with what `hold_out` found, and its numbers cut to what they are worth."""
+    """``profile`` with the errors that `hold_out` found, and its numbers cut to `SIGNIFICANT` digits."""
     foreseen = list(held.steps.values())
     runs: dict[str, dict[str, float]] = {
         name: {c.metric: round(c.relative_error, 4) for c in cells if c.relative_error is not None}

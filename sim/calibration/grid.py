@@ -1,8 +1,8 @@
-"""The designed grid: runs that show every term of an engine's step costs, for `calibrate --backend torch`.
+"""The designed grid: runs that show every term of an engine's step costs, for ``chairlift calibrate --backend torch``.
 
-``grid_decode``: waves of equal prompts that then decode together, over batch × context. ``grid_prefill``: one prompt
-at a time. ``grid_mixed_*``: steady decodes, with prompts that come in between under a token budget. All of it under the
-vllm policy. Waves stand far apart; an executing engine's clock skips the silence between them.
+``grid_decode`` has waves of equal prompts that then decode together, over batch × context. ``grid_prefill`` has one
+prompt at a time. ``grid_mixed_*`` has steady decodes, among which prompts arrive under a token budget. All run under
+the vllm policy. Waves lie far apart; the clock of an executing engine skips the silence between them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import Trace
 
-APART_S = 1000  # from one wave to the next
+APART_S = 1000  # from the start of a wave to the start of the next
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXTS = (16, 256, 1024, 4096)  # tokens
 TOKENS = 16  # of each answer in a wave
 PROMPTS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2047, 3072, 4096, 6144, 8190, 12_000)
 BUDGETS = (128, 256, 512, 1024, 2048, 8192)  # tokens a step
-MOST = 140_000  # tokens of prompts in a wave: seconds of prefill, which others show as well
+MOST = 140_000  # tokens of prompts and answers in a wave: more would take seconds of prefill and show nothing new
 SEED = 7
 
 
 def grid(model: specs.Model, room: int) -> Iterator[tuple[str, Trace, int]]:
-    """Name, requests and token budget of each run; ``room`` tokens of KV."""
+    """Name, requests and token budget of each run, on an engine with ``room`` tokens of KV."""
     longest = min(model.max_model_len, room)
     waves = [(b, c) for c in CONTEXTS for b in BATCHES if b * (c + TOKENS) <= min(room, MOST) and c + TOKENS < longest]
     rows = [(float(i * APART_S), c, TOKENS) for i, (b, c) in enumerate(waves) for _ in range(b)]
@@ -56,7 +56,7 @@ def measure(
     folder: Path,
     progress: Callable[[str], None] = lambda _name: None,
 ) -> None:
-    """Run the grid on ``backend`` and record it in ``folder``. Raises ValueError where the backend cannot serve it."""
+    """Run the grid on ``backend`` and record it in ``folder``. Raises ValueError where it cannot serve ``model``."""
     kv = Kv()
     fit = specs.kv_blocks(model, gpu, 1, kv.block_size, kv.memory_utilization, kv.reserve_gib)
     recorder = Recorder(folder)

@@ -1,4 +1,4 @@
-"""How sure a prediction is: the same study again and again, with other seeds and other errors of its profile."""
+"""How sure a prediction is: the same study many times, with other seeds and other draws of its profile's errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup, Study
 
-LEVELS = (5, 50, 95)  # percentiles: the interval holds nine in ten
+LEVELS = (5, 50, 95)  # percentiles over the draws: nine in ten lie between the first and the last
 METRICS = (
     "duration",
     "request_throughput",
@@ -46,13 +46,13 @@ def drawn(setup: Setup, draw: int) -> Setup:
 def repeat(
     study: Study, again: Callable[[int], Study], count: int, folder: Path, progress: Callable[[str], None]
 ) -> list[tuple[Setup, Runs]]:
-    """Every run of ``study`` ``count`` times; ``again(i)`` is the study with another seed.
+    """Every run of ``study``, ``count`` times over: draw i is of ``again(i)``, the study with another seed.
 
-    What is known so far is in ``folder/uncertainty.json`` after each draw; Ctrl-C keeps it.
+    After each draw ``folder/uncertainty.json`` holds the intervals so far, so that Ctrl-C keeps them.
     """
     found: list[tuple[Setup, Runs]] = [(setup, []) for setup in study.setups]
     for setup, _ in found:
-        drawn(setup, 1)  # say at once if it cannot be
+        drawn(setup, 1)  # raises before anything is simulated
     for i in range(1, count + 1):
         for (_, runs), setup in zip(found, again(i).setups, strict=True):
             progress(f"draw {i} of {count}")
@@ -74,7 +74,7 @@ def intervals(runs: Runs) -> dict[str, dict[str, float]]:
 
 
 def table(found: Sequence[tuple[Setup, Runs]]) -> Table:
-    """Intervals of the metrics that people look at first, a line each."""
+    """The intervals of the metrics that people look at first, a line each."""
     count = len(found[0][1])
     title = f"nine in ten of {count} draws of seeds and of the profile's errors lie within"
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -1,8 +1,8 @@
-"""Predicting recorded experiments: the recording's own requests under its own limits, metric by metric.
+"""Predictions of recorded experiments beside what was recorded, metric by metric.
 
-Each experiment's arrivals, lengths and prefix groups are replayed by the ``vllm`` policy with the recorded limits, and
-priced by a profile. Definitions are those of `sim.results.metrics`; the distance between two CDFs is
-Kolmogorov and Smirnov's.
+The ``vllm`` policy replays the arrivals, lengths and prefix groups of each experiment under the recorded limits, and a
+profile prices the steps. Metrics are those of `sim.results.metrics`; the distance between two CDFs is Kolmogorov and
+Smirnov's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend import specs
-from chairlift.backend.calibrated.profile import Given, Profile, graph_limit
+from chairlift.backend.calibrated.profile import Profile
+from chairlift.backend.calibrated.settings import Given
+from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
@@ -31,7 +33,7 @@ Floats = npt.NDArray[np.float64]
 SERIES = ("ttft", "tpot", "e2el", "itl")
 QUANTILES = (("median", 50), ("p90", 90), ("p99", 99))
 EXACT = ("steps", "preemptions")  # equal, or not
-SAME_TIME_S = 0.1  # arrivals within it are a burst
+SAME_TIME_S = 0.1  # requests that all arrive within it are a burst
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Observed:
-    """What an experiment came to, recorded or predicted."""
+    """The figures of an experiment, recorded or predicted."""
 
     scalars: dict[str, float]
     series: dict[str, Floats]  # milliseconds; ITL may be missing
@@ -80,7 +82,7 @@ class Observed:
 
 
 def recorded(experiment: Experiment) -> Observed:
-    """What the engine did."""
+    """The figures of what the engine did."""
     table = experiment.requests
     arrival, first, last = (table[c] for c in ("arrival_s", "first_token_s", "last_token_s"))
     outputs = table["output_tokens"]
@@ -100,13 +102,13 @@ def recorded(experiment: Experiment) -> Observed:
 
 
 def predict(experiment: Experiment, recording: Recording, profile: Profile, leap: bool = True) -> Observed:
-    """What the simulator makes of the experiment; raises `BadInput` or PolicyError like any run."""
+    """The figures that the simulator predicts for ``experiment``. Raises `BadInput` or PolicyError, as any run does."""
     outcome = simulate(setup_of(experiment, recording, profile), leap)
     return observed(outcome)
 
 
 def observed(outcome: Outcome) -> Observed:
-    """What a run came to."""
+    """The figures of a run."""
     times = Latencies(outcome.requests)
     gaps, weights = inter_token_gaps(outcome.runs)
     series = {"ttft": times.ttft, "tpot": times.tpot, "e2el": times.e2el, "itl": np.repeat(gaps, weights)}
@@ -125,7 +127,7 @@ def _rates(duration: float, requests: int, tokens: int) -> dict[str, float]:
 
 
 def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> Setup:
-    """The run that replays ``experiment``: one replica with vLLM's policy under the recorded limits."""
+    """The run that replays ``experiment``: one replica, under vLLM's policy with the recorded limits."""
     limits = experiment.limits
     try:
         model = specs.model(recording.model)
@@ -161,7 +163,7 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
 
 
 def trace_of(experiment: Experiment) -> Trace:
-    """The experiment's requests; a grid's waves arrive when they were added, for they waited for each other."""
+    """The requests of ``experiment``. Those of a grid arrive when they were taken in: its waves waited."""
     table = experiment.requests
     arrival = table["added_s"] if experiment.is_grid else table["arrival_s"]
     order = np.argsort(arrival, kind="stable")
@@ -185,7 +187,10 @@ def trace_of(experiment: Experiment) -> Trace:
 
 
 def compare(name: str, predicted: Observed, truth: Observed, again: Observed | None = None) -> list[Cell]:
-    """Every metric of an experiment, and the distance between the distributions."""
+    """Each metric of the experiment ``name``, and the distance between each pair of distributions.
+
+    ``again`` is the engine's own repeat of the experiment, whose differences from ``truth`` are its noise.
+    """
     ours, theirs = predicted.metrics(), truth.metrics()
     repeat = again.metrics() if again is not None else {}
     cells = []
@@ -215,7 +220,7 @@ def validate(
     profile_of: Callable[[Experiment], Profile],
     progress: Callable[[str], None] = lambda _name: None,
 ) -> list[Cell]:
-    """Predict each of ``experiments`` by the profile that ``profile_of`` gives for it."""
+    """The cells of ``experiments``, each predicted by the profile that ``profile_of`` gives for it."""
     repeats = {each.repeats: each for each in recording.experiments.values() if each.repeats}
     cells: list[Cell] = []
     for each in experiments:
@@ -227,16 +232,16 @@ def validate(
 
 
 def is_burst(experiment: Experiment) -> bool:
-    """Whether all requests were there at once, so that decisions do not depend on step times."""
+    """Whether all requests arrive at once, so that no decision depends on how long steps take."""
     arrival = experiment.requests["arrival_s"]
     return bool(arrival.max() - arrival.min() <= SAME_TIME_S)
 
 
 def allowed(cell: Cell, burst: bool) -> bool | None:
-    """Whether a cell is within the bands that the project holds itself to; None for cells without one.
+    """Whether ``cell`` is within the band that the project holds itself to; None if it has no band.
 
-    Duration and throughput 2 %; TPOT and E2E percentiles 5 %; TTFT percentiles 8 % or 5 ms; where the engine's own
-    repeat differs more, within that. Steps and preemptions of a burst equal.
+    The bands: 2 % for duration and throughput; 5 % for percentiles of TPOT and E2E; 8 % or 5 ms for percentiles of
+    TTFT; or what the engine's own repeat differs by, if that is more. Steps and preemptions of a burst must be equal.
     """
     if cell.metric in EXACT:
         return cell.predicted == cell.recorded if burst else None

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from chairlift.sim.cluster.cluster import time_bare_timeouts
+from chairlift.sim.cluster.clock import time_bare_timeouts
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate

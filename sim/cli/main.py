@@ -283,7 +283,7 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
             table.add_column(label, justify="left" if label in ("gpu", "seen") else "right")
         for name, g in specs.GPUS.items():
             peaks = (g.bf16_tflops, g.hbm_gb_per_s, g.memory_gib, g.nvlink_gb_per_s, g.usd_per_gpu_hour)
-            yield (name, *(f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
+            yield (name, *("–" if n is None else f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
     elif kind == "scenarios":
         for name, path in _shipped().items():
             yield name, _question(path)
@@ -332,7 +332,7 @@ def main() -> None:
         for problem in error.problems:
             err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
         raise SystemExit(2) from None
-    except PolicyError as error:
+    except (PolicyError, specs.BadTable) as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:

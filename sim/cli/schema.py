@@ -21,8 +21,8 @@ def scenario_schema() -> dict[str, Any]:
         "policy": {"anyOf": [*_choices(plugins.POLICY), file]},
         "router": {"anyOf": [*_choices(plugins.ROUTER), file]},
         "backend": {"anyOf": _choices(plugins.BACKEND)},
-        "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _settings(specs.Model)]},
-        "gpu": {"anyOf": [{"enum": list(specs.GPUS)}, {"type": "string"}, _settings(specs.GPU)]},
+        "model": {"anyOf": [{"enum": list(specs.MODELS)}, {"type": "string"}, _numbers(specs.Model)]},
+        "gpu": {"anyOf": [{"enum": list(specs.GPUS)}, {"type": "string"}, _numbers(specs.GPU)]},
     }
     for holder in (schema, schema["$defs"]["Variant"]):
         for key, choice in choices.items():
@@ -64,3 +64,8 @@ def _choices(kind: plugins.Kind) -> list[dict[str, Any]]:
 
 def _settings(kind: type[Any]) -> dict[str, Any]:
     return plugins.settings(kind).model_json_schema()
+
+
+def _numbers(kind: type[Any]) -> dict[str, Any]:
+    """None is required: beside the name of a known GPU or model they change that one."""
+    return {key: value for key, value in _settings(kind).items() if key != "required"}

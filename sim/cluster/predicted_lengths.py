@@ -1,6 +1,7 @@
-"""Guesses of answers' lengths for policies that ask for them: noise is added here, so that they never see the truth.
+"""Guesses of answers' lengths, for policies that ask for them. A policy sees the guess and never the true length.
 
-No predictor is modelled, only how good one is: the truth, disturbed to a stated degree with a random stream of its own.
+No predictor is modelled, only how good one is: the true lengths are disturbed to a stated degree, with a random stream
+of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 def wanted(schedulers: Iterable[Scheduler]) -> Predictor | None:
-    """What the policies of one cluster want predicted. Raises `PolicyError` if they do not agree."""
+    """The predictor that the policies of one cluster want; None if none wants one.
+
+    Raises `PolicyError` if two policies want different ones: a request has one guess, whichever replica it goes to.
+    """
     found = list(dict.fromkeys(p for s in schedulers if (p := s.predictor) is not None))
     if len(found) > 1:
         raise PolicyError("the replicas' policies want different predictions: " + " and ".join(map(described, found)))
@@ -28,7 +32,7 @@ def wanted(schedulers: Iterable[Scheduler]) -> Predictor | None:
 def predictions(outputs: npt.ArrayLike, predictor: Predictor, seed: int) -> IntArray:
     """A guess at each of the true lengths ``outputs``. Shapes: ``(n,)``.
 
-    The same draws serve every ``tau`` and accuracy, so that what differs between two is the quality alone.
+    The same draws serve every ``tau`` and every accuracy, so two runs differ in the quality of their guesses alone.
     """
     truth = np.asarray(outputs, dtype=np.int64)
     rng = stream(seed, "predictions")
@@ -61,6 +65,7 @@ def _noisy(truth: IntArray, tau: float, rng: np.random.Generator) -> IntArray:
 
 
 def _buckets(truth: IntArray, predictor: Predictor, rng: np.random.Generator) -> IntArray:
+    """The middle of each length's bucket; where the guess is wrong, of another bucket, all equally likely."""
     levels = np.quantile(truth, np.arange(1, predictor.buckets) / predictor.buckets)
     bucket = np.searchsorted(levels, truth, side="left")
     wrong = rng.random(len(truth)) >= predictor.accuracy
@@ -70,11 +75,12 @@ def _buckets(truth: IntArray, predictor: Predictor, rng: np.random.Generator) ->
 
 
 def _middle(members: IntArray, everybody: IntArray) -> int:
+    """A bucket's median; of an empty bucket (many lengths are equal) the median of all."""
     return int(np.median(members if len(members) else everybody))
 
 
 def _ranks(values: npt.NDArray[np.generic], ties: IntArray) -> IntArray:
-    """From 0; equal values in the order of ``ties``."""
+    """The place of each value among all, from 0 for the smallest; equal values in the order of ``ties``."""
     rank = np.empty(len(values), np.int64)
     rank[np.lexsort((ties, values))] = np.arange(len(values))
     return rank

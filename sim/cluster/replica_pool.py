@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING
 
 from chairlift.policies.base import PolicyError, Request, Router
-from chairlift.sim.results.records import Status
-
-if TYPE_CHECKING:
-    from chairlift.sim.cluster.cluster import Cluster, Replica
+from chairlift.sim.cluster.clock import Clock
+from chairlift.sim.cluster.replica import Loads, Replica
+from chairlift.sim.results.records import RequestRecords, Status
 
 
 class ReplicaPool:
-    """The replicas that one router sends requests to; what the router sees of them (`policies.base.Replicas`)."""
+    """The replicas that one router sends requests to, as that router sees them (`policies.base.Replicas`).
 
-    def __init__(self, cluster: Cluster, router: Router, chance: Random, stale_ps: int = 0) -> None:
-        cluster.pools.append(self)
+    ``chance`` is the router's source of chance. ``stale_ps``: the router looks at the replicas at most once in so many
+    ps, and goes by its last look in between. ``queue_limit``: a request whose replica has so many waiting already is
+    handed to ``refuse`` instead.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        requests: RequestRecords,
+        router: Router,
+        chance: Random,
+        refuse: Callable[[Request, int], None],
+        stale_ps: int = 0,
+        queue_limit: int | None = None,
+    ) -> None:
         self.router = router
         router.random = chance
-        self.replicas: list[Replica] = []
+        self.replicas: list[Replica] = []  # that take requests now, by index; a replica's place here is its position
         self.indices: list[int] = []
         self.outstanding: list[int] = []
         self.outstanding_tokens: list[int] = []
         self.now = 0
-        self._cluster = cluster
         self.homeless: list[Request] = []  # arrived while no replica took requests
+        self._clock = clock
+        self._requests = requests
+        self._refuse = refuse
         self._stale_ps = stale_ps
-        self._seen: _Snapshot | None = None
+        self._queue_limit = queue_limit
+        self._seen: _Look | None = None
 
     @property
     def waiting(self) -> list[int]:
@@ -36,65 +51,61 @@ class ReplicaPool:
 
     def open(self, replica: Replica) -> None:
         """A replica takes requests from now on; those that found none before are sent."""
-        replica.pool = self
         replica.draining = False
         replica.go_up()
-        self._rebuild([*self.replicas, replica])
+        self._stand([*self.replicas, replica])
         homeless, self.homeless = self.homeless, []
-        self._cluster.gather()
+        self._clock.hold_plans()
         for request in homeless:
-            if self._cluster.requests.status[request.id] == Status.PENDING:  # else its client has given up
-                self.send(request, self._cluster.now)
+            if self._requests.status[request.id] == Status.PENDING:  # else its client has given up
+                self.send(request, self._clock.now)
 
     def shut(self, replica: Replica) -> None:
         """A replica takes no requests for now."""
-        replica.pool = None
-        self._rebuild([r for r in self.replicas if r is not replica])
+        replica.leave()
+        self._stand([r for r in self.replicas if r is not replica])
 
     def send(self, request: Request, now: int) -> None:
         """Route a request, or keep it until a replica comes up; refuse it where its queue is full.
 
-        Raises `PolicyError` where the router's answer is no position of a replica.
+        Raises `PolicyError` if the router names a position at which there is no replica.
         """
         replicas = self.replicas
         if not replicas:
             self.homeless.append(request)
             return
-        if len(self._cluster.replicas) == 1:
-            chosen = replicas[0]
-        else:
-            self.now = now
-            position = self.router.route(request, self._view() if self._stale_ps else self)
-            if not isinstance(position, int) or not 0 <= position < len(replicas):
-                name = type(self.router).__name__
-                raise PolicyError(f"router {name}: position {position!r}: there are {len(replicas)} replicas, from 0")
-            chosen = replicas[position]
-        limit = self._cluster.queue_limit
-        if limit is not None and len(chosen.engine.state.waiting) >= limit:
-            self._cluster.refuse(request, now)
+        self.now = now
+        position = self.router.route(request, self._last_look() if self._stale_ps else self)
+        if not isinstance(position, int) or not 0 <= position < len(replicas):
+            name = type(self.router).__name__
+            raise PolicyError(f"router {name}: position {position!r}: there are {len(replicas)} replicas, from 0")
+        chosen = replicas[position]
+        if self._queue_limit is not None and len(chosen.engine.state.waiting) >= self._queue_limit:
+            self._refuse(request, now)
             return
         chosen.submit(request, now)
 
-    def _rebuild(self, replicas: list[Replica]) -> None:
+    def _stand(self, replicas: list[Replica]) -> None:
+        """Take ``replicas`` as those that take requests now: each gets its position, and counts there what it holds."""
         self.replicas = sorted(replicas, key=lambda r: r.index)
-        for position, replica in enumerate(self.replicas):
-            replica.position = position
         self.indices = [r.index for r in self.replicas]
-        self.outstanding = [r.held for r in self.replicas]
-        self.outstanding_tokens = [r.held_tokens for r in self.replicas]
+        loads = Loads([r.held for r in self.replicas], [r.held_tokens for r in self.replicas])
+        for position, replica in enumerate(self.replicas):
+            replica.enter(loads, position)
+        self.outstanding, self.outstanding_tokens = loads.outstanding, loads.outstanding_tokens
         self._seen = None
 
-    def _view(self) -> _Snapshot:
+    def _last_look(self) -> _Look:
         """What the router saw last, not older than it may be."""
         seen = self._seen
         if seen is None or self.now >= seen.taken + self._stale_ps:
-            self._seen = seen = _Snapshot(self)
+            self._seen = seen = _Look(self)
         seen.now = self.now
         return seen
 
 
-class _Snapshot:
-    """A `ReplicaPool` as it was."""
+class _Look:
+    """A `ReplicaPool` as it was when it was ``taken``."""
 
     def __init__(self, pool: ReplicaPool) -> None:
         self.now = self.taken = pool.now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chairlift.policies.base import Request
+from chairlift.policies.base import PolicyError, Request
 
 PS_PER_GB_S = 1000  # ps a byte at 1e9 bytes a second
 
@@ -59,13 +59,25 @@ class HostMemory:
         return (outgoing + incoming) * self.block_ps
 
 
+class NoLink(HostMemory):
+    """Host memory behind a link whose speed nobody gave: KV cannot be swapped to it."""
+
+    __slots__ = ()
+
+    def put(self, request: Request, tokens: int) -> bool:
+        """Raises `PolicyError`: nobody can say how long the move takes."""
+        raise PolicyError("a policy swaps KV to host memory, but host_gb_per_s of the GPU is unknown: give it")
+
+
 def host_memory(
-    gib: float, kv_bytes_per_token: int, gb_per_s: float, block_size: int, overlaps: bool = False
+    gib: float, kv_bytes_per_token: int, gb_per_s: float | None, block_size: int, overlaps: bool = False
 ) -> HostMemory:
     """``gib`` of host memory for each GPU, whose part of a token's KV is ``kv_bytes_per_token``.
 
     ``gb_per_s``: what each GPU's link moves in one direction, 1e9 bytes a second; the GPUs of a replica move their
-    parts at the same time.
+    parts at the same time. None: unknown (`NoLink`).
     """
+    if gb_per_s is None:
+        return NoLink(block_size=block_size)
     block = kv_bytes_per_token * block_size
     return HostMemory(int(gib * 2**30) // block, round(block / gb_per_s * PS_PER_GB_S), block_size, overlaps)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from chairlift.backend.calibrated.profile import GRAPH_TOKENS
+from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.records import Status
 from chairlift.sim.units import PS_PER_S

@@ -33,7 +33,7 @@ from pydantic.fields import FieldInfo
 
 from chairlift import policies
 from chairlift.backend.base import Settings
-from chairlift.backend.calibrated.profile import Settings as ProfileSettings
+from chairlift.backend.calibrated.settings import Settings as ProfileSettings
 from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Router, Scheduler

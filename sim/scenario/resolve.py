@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from chairlift.backend import specs
 from chairlift.backend.calibrated.profile import shipped
 from chairlift.policies.base import Scheduler
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
-from chairlift.sim.scenario.yaml_document import Document, problems_from, read
+from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import Kv
 
 
@@ -35,7 +33,7 @@ class Lookup:
         if key == "model":
             return self._look_up(choice, at, self._model)
         if key == "gpu":
-            return self._look_up(choice, at, _gpu)
+            return self._look_up(choice, at, specs.gpu)
         if key == "backend":
             others = list(shipped())
             return self._look_up(
@@ -89,20 +87,23 @@ class Lookup:
         return None if checked is None else checked.model_dump()
 
     def _model(self, choice: str | dict[str, Any]) -> specs.Model:
-        if isinstance(choice, dict):
-            return specs.Model(**plugins.settings(specs.Model)(**choice).model_dump())
-        if not choice.endswith(".json"):
+        """The model of that name, of a ``config.json``, or with numbers of its own or changed ones."""
+        name = choice.get("name") if isinstance(choice, dict) else choice
+        if not (isinstance(name, str) and name.endswith(".json")):
             return specs.model(choice)
-        config = read(self._folder / choice).data
-        return specs.Model.from_hf_config(config, Path(choice).parent.name or choice)
+        config = read(self._folder / name).data
+        found = specs.Model.from_hf_config(config, Path(name).parent.name or name)
+        return specs.changed(found, choice) if isinstance(choice, dict) else found
 
     def _try(self, at: KeyPath, what: Any) -> Any:
         """The result of ``what()``; None, with the problem noted at ``at``, where it raises."""
         try:
             return what()
-        except ValidationError as error:
-            kind = specs.Model if "model" in at else specs.GPU
-            self._problems += problems_from(error, self._document, plugins.settings(kind), at=at)
+        except specs.BadShape as error:
+            self._problems += [
+                self._document.problem((*at, key), rule, NOTHING if value is specs.ABSENT else value)
+                for key, rule, value in error.wrong
+            ]
         except BadInput as error:
             self._problems += [
                 p if p.file else self._document.problem((*at, *filter(None, p.path.split("."))), p.rule, p.value)
@@ -113,16 +114,15 @@ class Lookup:
         return None
 
 
-def _gpu(choice: str | dict[str, Any]) -> specs.GPU:
-    if isinstance(choice, dict):
-        return specs.GPU(**plugins.settings(specs.GPU)(**choice).model_dump())
-    return specs.gpu(choice)
-
-
 def kv_pool(
     kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
 ) -> tuple[int, int, str]:
-    """Usable blocks, tokens a block, and where the number comes from."""
+    """Usable blocks, tokens a block, and where the number comes from.
+
+    Raises ValueError, one sentence, where no block fits, or where the policy swaps KV over a link of unknown speed.
+    """
+    if getattr(policy, "preemption", "") == "swap":
+        gpu.needed("host_gb_per_s", "swapping KV")
     block_size = policy.pool_block_size or kv.block_size
     own = policy.pool_blocks
     if kv.blocks is not None and kv.tokens is not None:

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -95,7 +95,8 @@ class Local:
             else:
                 return worker
         worker = _Worker(self.jobs)
-        worker.pipe.send((function, task))
+        with suppress(OSError):  # a process that died so early is noticed where its row is awaited
+            worker.pipe.send((function, task))
         return worker
 
 

@@ -1,7 +1,7 @@
 """The runs of a sweep on a Ray cluster that is already there: ``chairlift sweep … --executor ray``.
 
-The nodes need the same version of Chairlift. The files that scenarios name (traces, policies) travel through Ray's
-object store, once a node. A task whose worker or node dies is retried by Ray itself.
+All nodes need the same version of Chairlift. The files that scenarios name (traces, policies) travel through Ray's
+object store, once to each node; folders of weights do not travel. Ray itself retries a task whose worker or node dies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.runs import Row, Run, made_by, with_texts
 
 RETRIES = 5  # of a task whose worker died, by Ray
-AHEAD = 4  # tasks submitted for each CPU of the cluster: enough to keep it busy, few enough to hold in memory
+AHEAD = 4  # tasks submitted at once for each CPU of the cluster: enough to keep it busy, few enough for the memory
 
 
 class Cluster:
@@ -89,7 +89,11 @@ class Cluster:
     def _parcel(
         self, task: Run, parcels: dict[frozenset[Named], tuple[Any, dict[Named, str]]]
     ) -> tuple[Any, dict[KeyPath, str]]:
-        """The files that a run needs, in the object store, and what the places that name them are to say there."""
+        """The files that a run reads, in the object store, and the text for each place that names one.
+
+        ``parcels`` has those that are in the store already. Each file or folder has a folder of its own in the parcel,
+        called after its content, so that two files of one name do not meet.
+        """
         read = files_read(task.document, task.folder)
         read = {place: named for place, named in read.items() if place[-1] != "weights"}  # each node has its own
         needed = frozenset(read.values())
@@ -108,14 +112,17 @@ class Cluster:
 
 
 def _packed(task: Run, texts: dict[KeyPath, str]) -> Run:
-    """``task`` with its files called as they are in the parcel."""
+    """``task`` with the names that its files have in the parcel."""
     document = task.document
     moved = Document(with_texts(document.data, texts), document.lines, document.path, document.overrides)
     return dataclasses.replace(task, document=moved)
 
 
 def _run_there(function: Callable[[Run], Row], task: Run, files: dict[str, bytes], wanted: str) -> Row:
-    """On a node: lay the files out, once, and run."""
+    """On a node: write the files that are not there yet, and call ``function``.
+
+    Raises RuntimeError where the node's `made_by` is not ``wanted``.
+    """
     if made_by() != wanted:
         raise RuntimeError(f"it has Chairlift {made_by()}, but {wanted} asks: install the same on all nodes")
     folder = Path(tempfile.gettempdir()) / f"chairlift-files-{os.getuid()}"

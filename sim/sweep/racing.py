@@ -1,11 +1,13 @@
-"""Racing: points that others clearly beat get no more seeds.
+"""Racing: a point that another point clearly beats gets no more seeds.
 
-All points run under one seed before the next; after some seeds, a point is out when another of its group is better in
-every metric of the race, by a one-sided paired t test. The risk is shared out over all pairs and rounds (Bonferroni),
-so that a whole race drops a point wrongly with that probability at most, as far as differences are normal. The idea:
-Maron and Moore, *Hoeffding Races*, NIPS 1993; with paired t tests: Birattari et al., *F-Race*, GECCO 2002.
+All points run under one seed before any point runs under the next. From the third seed on, a point is out when another
+point of its group is better in every metric of the race, by one-sided paired t tests. Each test gets an equal part of
+the risk (Bonferroni), over all pairs and all rounds: a whole race drops a point wrongly with that probability at most,
+as far as differences are normal. Example: 3 points that compete in one group make 6 ordered pairs; with 5 seeds there
+are 2 rounds of decisions, so at a risk of 1 % each test has 0.01 / 12.
 
-Decisions depend on results alone, so an interrupted race goes on as it would have.
+Sources: Maron and Moore, *Hoeffding Races*, NIPS 1993; with paired t tests Birattari et al., *F-Race*, GECCO 2002.
+A decision depends on results alone, so an interrupted race goes on as it would have.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ Runner = Callable[[Iterable[Run]], Iterator[tuple[Run, Row]]]
 
 @dataclass
 class Race:
-    """A race over ``runs``, a list a point with a run a seed; ``labels`` has a mapping a point."""
+    """A race between points. Raises `BadInput`: a metric of which neither more nor less is better, or no such axis."""
 
-    runs: Sequence[Sequence[Run]]
-    labels: Sequence[dict[str, Scalar]]
-    metrics: Sequence[str]
-    over: Sequence[str]  # axes whose values compete; points that differ elsewhere are apart
+    runs: Sequence[Sequence[Run]]  # a list for each point, a run for each seed
+    labels: Sequence[dict[str, Scalar]]  # axis → value, for each point
+    metrics: Sequence[str]  # a point is beaten that is worse in all of these
+    over: Sequence[str]  # axes whose values compete; points that differ in another axis do not
     after: int = AFTER
-    risk: float = RISK
+    risk: float = RISK  # probability that the race drops any point wrongly
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -52,7 +54,10 @@ class Race:
         self._groups = list(groups.values())
 
     def run(self, runner: Runner) -> Generator[tuple[Run, Row], None, None]:
-        """Rows as they come; ``runner`` does what `sim.sweep.runs.results` does. `out` fills on the way."""
+        """The runs with their rows, as they end; ``runner`` does what `sim.sweep.runs.results` does.
+
+        Meanwhile `out` gets the points that are beaten or fail. Raises `BadInput`: a row does not have the metric.
+        """
         seeds = max(map(len, self.runs))
         pairs = sum(len(group) * (len(group) - 1) for group in self._groups)
         risk = self.risk / max(1, pairs * max(1, seeds - self.after))

@@ -1,8 +1,8 @@
-"""Many runs: each known by what it is made of, run once, and written down as it ends.
+"""Many runs: each has a key made of all that its row depends on, is run once, and is written down as it ends.
 
-`results` takes any number of runs and yields a `Row` for each as it comes. A run that the journal knows already is not
-run again, so whatever was interrupted goes on where it stopped. Where runs take place is the executor's business
-(`sim.sweep.local`): this process's cores, or a Ray cluster.
+`results` takes any number of runs and yields each with its `Row`. A run whose key is in the journal is not run again:
+the same command therefore goes on where an earlier one was stopped. An `Executor` says where runs take place: on the
+cores of this machine (`sim.sweep.local`) or on a Ray cluster (`sim.sweep.on_ray`).
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from chairlift.sim.sweep.journal import Journal
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 1  # raised when the meaning of a row's figures changes
 _PACKAGES = ("backend", "policies", "sim")
-_SHAPES_NO_ROW = (  # folders and files of these: what is done before a run, or with its row
+# Folders and files whose code shows rows, fits profiles or is evidence: no run loads it, so no row depends on it.
+_SHAPES_NO_ROW = (
     *("sim/cli/", "sim/report/", "sim/calibration/", "sim/sweep/compare.py", "sim/sweep/plots.py"),
     "backend/gpu/measured/",
 )
-_UNTIMED = ("wall_s", "requests_per_wall_s")  # of a summary: how long it took here, not what came out
+_WALL_CLOCK = ("wall_s", "requests_per_wall_s")  # figures of a summary that tell of this machine, not of the run
 
 
 class Row(NamedTuple):
-    """What became of one run."""
+    """What came out of one run."""
 
-    key: str  # of the run, see `Run.key`
-    error: str  # "" if it went well
-    metrics: dict[str, float | int | None]  # the numbers of `summary.json`, but for wall-clock times
-    wall_s: float  # simulating
-    run_s: float  # all of it: reading the scenario, making the workload, simulating, summing up
+    key: str  # `Run.key`
+    error: str  # one line; "" if the run went well
+    metrics: dict[str, float | int | None]  # the numbers of `summary.json`, wall-clock times left out
+    wall_s: float  # wall-clock time of the simulation
+    run_s: float  # of all: reading the scenario, making the workload, simulating, summing up
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +56,17 @@ class Run:
 
     document: Document  # a scenario that compares nothing
     folder: Path  # where its relative paths start
-    labels: dict[str, Scalar] = field(default_factory=dict)  # the point it belongs to, by axis
+    labels: dict[str, Scalar] = field(default_factory=dict)  # axis → value, of the point that the run belongs to
     seed: int = 0
     trust: bool = False  # policy files may run their code
 
     @cached_property
     def key(self) -> str:
-        """The run's content address: SHA-256 of its scenario, of the files it reads, and of Chairlift's own code.
+        """SHA-256 of the scenario, of the files that the run reads, and of `made_by`.
 
-        A file counts by its content, wherever it lies.
+        Each text that names a file is replaced by the file's name and the digest of its content: with
+        ``policy: lab/mine.py:Fair``, the key is made of ``policy: mine.py 5feceb…:Fair``. So the folder may move, and
+        a change of the file changes the key.
         """
         contents = {place: _content(named) for place, named in files_read(self.document, self.folder).items()}
         text = json.dumps(with_texts(self.document.data, contents), sort_keys=True)
@@ -71,25 +74,32 @@ class Run:
 
 
 class Executor(Protocol):
-    """Calls ``function`` on every task, somewhere, and yields what it returns, in any order.
+    """Calls ``function`` on every task and yields what the calls return, in the order in which they end.
 
-    A task whose process dies again and again, whatever the executor does about it, gives ``lost(task, why)`` instead.
+    An executor tries a task again when its process has died. For a task whose processes die again and again, it
+    yields ``lost(task, why)``.
     """
 
     def __call__(
         self, function: Callable[[Run], Row], tasks: Sequence[Run], lost: Callable[[Run, str], Row]
     ) -> Iterator[Row]:
-        """The rows, as they come."""
+        """The rows. Closing the iterator ends the runs under way."""
         ...
 
 
 def results(
     runs: Iterable[Run], journal: Journal, executor: Executor, retry: bool = False
 ) -> Generator[tuple[Run, Row], None, None]:
-    """Every run with its row: what the journal knows first, then the others as they end.
+    """Every run with its row: first the runs that the journal knows, then the others as they end.
 
-    A row is in the journal before it is yielded. ``retry``: run once more what failed. Runs that come to the same
-    scenario are run once. A run that fails gives a row with its error; nothing else stops.
+    A row is in the journal before it is yielded. Runs with the same key are run once. A run that fails gives a row
+    with its error, and the other runs go on.
+
+    Args:
+        runs: in the order in which they start.
+        journal: where rows are looked up and written down.
+        executor: where runs take place.
+        retry: run again those of which the journal has an error.
     """
     waiting: dict[str, list[Run]] = {}
     for run in runs:
@@ -111,21 +121,21 @@ def known(run: Run, journal: Journal) -> Row | None:
 
 
 def run_one(run: Run) -> Row:
-    """Simulate ``run``. Whatever goes wrong is in the row, not raised."""
+    """Simulate ``run``. An exception becomes the row's error."""
     started = time.perf_counter()
     wall, error = 0.0, ""
     metrics: dict[str, float | int | None] = {}
     try:
         summary = simulate(prepare(run.document, run.folder, run.trust)).summary
         wall = summary["wall_s"]
-        metrics = {name: value for name, value in _numbers(summary) if name not in _UNTIMED}
+        metrics = {name: value for name, value in _numbers(summary) if name not in _WALL_CLOCK}
     except Exception as wrong:
         error = failure(wrong)
     return Row(run.key, error, metrics, wall, time.perf_counter() - started)
 
 
 def failure(wrong: Exception) -> str:
-    """What stands in a row for an exception of its run: one that is no message for users with where it was raised."""
+    """The error in the row of a run that raised ``wrong``: its message, and for a defect the place in the code."""
     if isinstance(wrong, BadInput | PolicyError):
         return str(wrong)
     last = traceback.extract_tb(wrong.__traceback__)[-1]
@@ -133,7 +143,7 @@ def failure(wrong: Exception) -> str:
 
 
 def _numbers(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | int | None]]:
-    """The numbers of a summary; those in a mapping below it under ``outer.inner``."""
+    """The numbers of a summary by name; ``{"served": {"a": 1}}`` gives ``served.a``."""
     for name, value in summary.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}.")
@@ -147,9 +157,9 @@ def _lost(run: Run, why: str) -> Row:
 
 @cache
 def made_by() -> str:
-    """Chairlift's version and the first digits of a digest of its code and of installed plug-ins'.
+    """Chairlift's version, and the first digits of a digest of its code and of installed plug-ins.
 
-    Rows of two of them are never mixed. Code that shapes no row does not count.
+    Runs of two such values have different keys, so their rows are never mixed.
     """
     try:
         number = version("chairlift")
@@ -162,7 +172,10 @@ def made_by() -> str:
 
 
 def code_digest(root: Path) -> str:
-    """Of the files below ``root`` that a row may depend on: Chairlift's code, kernels, profiles, tables of data."""
+    """SHA-256 over the files below ``root`` that a row may depend on: code, kernels, profiles and tables of data.
+
+    ``root`` holds the folders ``sim``, ``backend`` and ``policies``.
+    """
     digest = hashlib.sha256()
     for package in _PACKAGES:
         for path in sorted((root / package).rglob("*")):
@@ -185,7 +198,7 @@ def with_texts(data: Any, texts: Mapping[tuple[str | int, ...], str]) -> Any:
 
 
 def _content(named: Named) -> str:
-    """Names and SHA-256 of the files, wherever they lie."""
+    """Name and SHA-256 of every file, and what stands behind the path in the text."""
     told = []
     for path in named.files:
         name = path.relative_to(named.base).as_posix()

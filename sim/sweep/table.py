@@ -1,4 +1,4 @@
-"""``results.parquet`` of a sweep: a row a run with its point, its seed and all metrics. Written, and read again."""
+"""``results.parquet`` of a sweep: one row for each run with its point, its seed and all metrics; written and read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run, made_by
 
-TIMES = ("wall_s", "run_s")  # the only columns that differ from one start to the next
+TIMES = ("wall_s", "run_s")  # the only columns that differ between two sweeps of the same file
 _META = b"chairlift"
 _LAST = ("key", "version", *TIMES)
 
 
 def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, Row]]) -> None:
-    """Write ``rows`` in their order; the same rows give the same content, but for `TIMES`.
+    """Write ``rows`` in their order. Equal runs give equal columns, except for those of `TIMES`.
 
     Columns: the axes, ``seed``, ``error`` ("" where all went well), the metrics of ``summary.json`` (null where a run
     has none), ``key`` (the run's content address), ``version`` of Chairlift, and ``wall_s`` of simulation in
@@ -48,13 +48,13 @@ def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, 
 
 @dataclass
 class Results:
-    """The table of a sweep, read back."""
+    """The table of a sweep, read from its file."""
 
-    file: str
-    name: str
+    file: str  # for messages
+    name: str  # of the sweep
     axes: list[str]
     metrics: list[str]
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # column → value, one mapping for each run
 
     def known(self, word: str, allowed: Sequence[str], what: str) -> str:
         """``word``, if it is one of ``allowed``; raises `BadInput` with the nearest one otherwise."""
@@ -83,7 +83,7 @@ def read(path: Path) -> Results:
 
 
 def _labels(values: list[Scalar]) -> Any:
-    """Numbers as numbers; anything else, or a mixture, as text."""
+    """A column of labels: of numbers if all are numbers, of truth values if all are, otherwise of text."""
     given = [v for v in values if v is not None]
     if given and all(type(v) is bool for v in given):
         return pa.array(values, pa.bool_())

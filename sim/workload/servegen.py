@@ -64,7 +64,7 @@ class Client:
 
 
 class ServeGen(Spec):
-    """Requests drawn from a table of clients."""
+    """Requests drawn from a table of clients; ``rate_per_s`` scales the rates of all, and windows stay as they are."""
 
     file: Annotated[str, Field(min_length=1)] = Field(
         description="A model's folder of chunk files, or a tar archive of it; relative to the scenario's folder."

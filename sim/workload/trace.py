@@ -247,6 +247,8 @@ def _hash_faults(hash_ids: HashIds, block: int, prompt: IntArray) -> list[Fault]
     offsets = hash_ids.offsets
     if block < 1:
         return [Fault(0, "hash_block", "must be at least 1", block)]
+    if block > LATEST_PS:
+        return [Fault(0, "hash_block", "must fit in 64 bits", block)]
     if len(offsets) != len(prompt) + 1 or offsets[0] != 0 or offsets[-1] != len(hash_ids.values):
         return [Fault(0, "hash_ids", "offsets must run from 0 to the number of ids, rows + 1 of them", None)]
     counts = np.diff(offsets)

@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch", reason="the paged cache is made of torch te
 
 from chairlift.backend.gpu.paged_attention import (  # noqa: E402 - torch may be absent
     TILE,
-    Chunks,
     Heads,
     PagedAttention,
     Paging,
+    Spans,
     new_cache,
     places,
     read,
@@ -206,11 +206,11 @@ def test_chunks_equal_dense_attention(heads: Heads, block: int, starts: list[int
     places_of = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]).to(torch.int32)
     slots = torch.cat([world.slots(i)[start:] for i, start in enumerate(starts)])
     attention.rotate_and_store(qkv, world.cache, places_of, slots)
-    known = torch.cat([world.slots(i) for i in range(3)]) if any(starts) else None
-    ends = torch.tensor([0, 17, 18, 33], dtype=torch.int32)
-    ends_known = torch.tensor([0, *torch.tensor(world.lengths).cumsum(0).tolist()], dtype=torch.int32)
-    out = attention.chunks(qkv, world.cache, Chunks(lengths, starts, ends, ends_known, known))
-    assert out.shape == (sum(lengths), heads.query * heads.size)
+    first = [0, 17, 18]
+    each = [(first[i], n, starts[i] + n, 0, world.rows[i]) for i, n in enumerate(lengths)]
+    spans = Spans(torch.tensor([each[2], (0, 0, 0, 0, 0), *each[:2]], dtype=torch.int32), world.tables)
+    out = torch.full((sum(lengths), heads.query * heads.size), math.nan)
+    attention.chunks(qkv, world.cache, spans, attention.plan_chunks(spans, sum(lengths)), out)
 
     at = 0
     for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
@@ -222,6 +222,23 @@ def test_chunks_equal_dense_attention(heads: Heads, block: int, starts: list[int
             wanted = dense(turned(query, start + j), torch.stack(keys), torch.stack(values))
             torch.testing.assert_close(out[at].double(), wanted, rtol=1e-4, atol=1e-5)
             at += 1
+
+
+def test_a_span_leaves_out_its_padding_and_other_rows() -> None:
+    """Rows 1 to 3 are tokens 20 to 22 of a sequence whose first 16 are padding; row 0 is nobody's."""
+    heads = Heads(2, 1, 16)
+    world = World(heads, 16, [23])
+    store(world.cache, world.slots(0)[16:], world.keys[0][16:], world.values[0][16:])
+    attention = PagedAttention(heads, 16, torch.float32, CPU, None, 1)
+    spans = Spans(torch.tensor([[1, 3, 23, 16, world.rows[0]]], dtype=torch.int32), world.tables)
+    qkv = randn(4, heads.width, seed=3)
+    out = torch.full((4, 32), math.nan)
+    attention.chunks(qkv, world.cache, spans, None, out)
+
+    assert out[0].isnan().all()
+    for i, n in ((1, 21), (2, 22), (3, 23)):
+        wanted = dense(qkv[i, :32].view(2, 16), world.keys[0][16:n], world.values[0][16:n])
+        torch.testing.assert_close(out[i].double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_without_a_slot_is_stored_nowhere() -> None:

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chairlift.backend import specs
 from chairlift.backend.base import WHOLE, Batch, Chunk
-from chairlift.backend.calibrated import profile
-from chairlift.backend.calibrated.profile import Calibrated, GpuTime, HostTime, Profile
+from chairlift.backend.calibrated import profile, settings
+from chairlift.backend.calibrated.pricing import Calibrated
+from chairlift.backend.calibrated.profile import GpuTime, HostTime, Profile
+from chairlift.backend.cuda_graphs import graph_limit, padded
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.scenario.plugins import BACKENDS
 from kit.command import chairlift
@@ -89,15 +92,15 @@ def test_a_mixed_step_by_hand() -> None:
     ],
 )
 def test_steps_are_padded_as_vllm_captures_graphs(tokens: int, limit: int, computed: int) -> None:
-    assert profile.padded(tokens, limit) == computed
+    assert padded(tokens, limit) == computed
 
 
 @pytest.mark.parametrize(("seqs", "tokens", "limit"), [(256, 8192, 512), (32, 8192, 64), (256, 128, 128)])
 def test_the_largest_graph_follows_from_the_limits(seqs: int, tokens: int, limit: int) -> None:
-    assert profile.graph_limit({"max_num_seqs": seqs, "max_num_batched_tokens": tokens}) == limit
+    assert graph_limit({"max_num_seqs": seqs, "max_num_batched_tokens": tokens}) == limit
 
 
-@settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40, deadline=None)
 @given(
     table=st.lists(
         st.tuples(st.integers(0, 200).map(lambda ms: ms * MS), st.integers(1, 3000), st.integers(1, 200)),
@@ -113,8 +116,7 @@ def test_leap_equals_step(table: list[tuple[int, int, int]], name: str, draw: in
     loaded = profile.load(name)
 
     def backend() -> Calibrated:
-        settings = profile.Settings(name, draw=draw)
-        return settings.build(specs.model(loaded.model), specs.gpu("h200"), 1)
+        return settings.Settings(name, draw=draw).build(specs.model(loaded.model), specs.gpu("h200"), 1)
 
     leapt, stepped = (
         play(trace, lambda: Vllm(async_scheduling=ahead), backend, blocks=600, leap=leap) for leap in (True, False)
@@ -179,7 +181,7 @@ def test_another_gpu_is_scaled_and_says_so(tmp_path: Path) -> None:
     assert status == 0
     assert "step costs are scaled, not measured" in text
     assert "scaled, not measured: h200 → h100: compute × 1, bandwidth × 0.698" in text
-    scaled = profile.scaled(MADE, specs.gpu("h100"))
+    scaled = settings.scaled(MADE, specs.gpu("h100"))
     assert scaled.gpu_time.weights_s == pytest.approx(0.004 * 4800 / 3350)
     assert scaled.gpu_time.token_s == MADE.gpu_time.token_s
     assert scaled.errors == {}
@@ -189,7 +191,7 @@ def test_another_gpu_is_scaled_and_says_so(tmp_path: Path) -> None:
     ("backend", "more", "message"),
     [
         ("h200-opt-13b-vllm-0.22", (), "no such backend – did you mean 'h200-opt-13b-vllm-0.23'?"),
-        ("{name: profile}", (), "chairlift.backend.calibrated.profile: is required"),
+        ("{name: profile}", (), "backend.profile: is required"),
         ("{name: profile, profile: nothing.json}", (), "nothing.json: no such file"),
         ("h200-llama-3.1-8b-vllm-0.23", (), "is of llama-3.1-8b, not of opt-13b"),
         ("h200-opt-13b-vllm-0.23", ("--set", "tensor_parallel=2"), "is of 1 GPUs, not of 2"),

@@ -96,9 +96,31 @@ def test_a_gpu_has_sane_numbers_and_says_where_from() -> None:
         assert shape.price_date
         assert shape.price_source
         assert 20 < shape.memory_gib < 300
+        assert shape.usd_per_gpu_hour is not None
         assert 0 < shape.usd_per_gpu_hour < 20
         # FLOP a byte at which a kernel turns from memory-bound to compute-bound
         assert 100 < shape.bf16_tflops * 1e3 / shape.hbm_gb_per_s < 500
+
+
+# Data sheets: dense bf16 TFLOP/s, GB/s, all links of one GPU in GB/s, W; and the total that nvidia-smi shows, MiB.
+SHEETS = {
+    "a100-40gb": (312, 1555, 600, 400, 40960),
+    "a100-80gb": (312, 2039, 600, 400, 81920),
+    "h100": (989, 3350, 900, 700, 81559),
+    "h200": (989, 4800, 900, 700, 143771),
+    "b200": (2250, 8000, 1800, 1000, 183359),
+    "l4": (121, 300, 0, 72, 23034),
+    "a10g": (70, 600, 0, 300, 23028),
+    "mi300x": (1307, 5300, 896, 750, 196592),
+}
+
+
+def test_a_gpu_has_the_numbers_of_its_data_sheet() -> None:
+    found = {
+        name: (g.bf16_tflops, g.hbm_gb_per_s, g.nvlink_gb_per_s, g.tdp_w, g.memory_gib * 1024)
+        for name, g in GPUS.items()
+    }
+    assert found == SHEETS
 
 
 @pytest.mark.parametrize(
@@ -124,6 +146,7 @@ def test_gpu_names(asked: str, name: str) -> None:
         ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
         ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
         ("mistralai/Mistral-7B-Instruct-v0.2", "mistral-7b"),
+        ("mistralai/Mistral-7B-v0.1", "mistral-7b"),
         ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"),
         ("Qwen/Qwen3-8B-Base", "qwen3-8b"),
     ],

@@ -35,7 +35,7 @@ from chairlift.policies.tgi import Tgi  # noqa: E402
 from chairlift.policies.vllm import Vllm  # noqa: E402
 from chairlift.sim.replica import executing  # noqa: E402
 from chairlift.sim.replica.session_prompts import Turns  # noqa: E402
-from chairlift.sim.scenario.schema import Limits  # noqa: E402
+from chairlift.sim.study import Limits  # noqa: E402
 from kit.tiny import (  # noqa: E402 - torch may be absent
     GPU,
     LONGEST,
@@ -541,7 +541,7 @@ def test_the_command_runs_the_engine() -> None:
     [
         (["tensor_parallel=2"], ["runs on one GPU (got tensor_parallel 2)"]),
         (["kv.block_size=8"], ["blocks hold a multiple of 16 tokens (got 8)"]),
-        (["chairlift.backend.gpu.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"]),
+        (["backend.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"]),
         (["replicas=2"], ["replicas", "one replica"]),
         (['replicas=[{"count": 1}, {"count": 1}]'], ["replicas", "one replica"]),
         (['failures={"mtbf_s": 5, "mttr_s": 1}'], ["failures", "one replica"]),
@@ -576,7 +576,7 @@ def test_settings_are_checked() -> None:
 @pytest.mark.parametrize("missing", ["torch", "safetensors"])
 def test_without_the_extra(tmp_path: Path, folder: Path, missing: str) -> None:
     (tmp_path / "s.yaml").write_text(SCENARIO)
-    weights = f"sys.argv += ['--set', 'chairlift.backend.gpu.weights={folder}']" if missing == "safetensors" else ""
+    weights = f"sys.argv += ['--set', 'backend.weights={folder}']" if missing == "safetensors" else ""
     model = f"sys.argv += ['--set', 'model={folder / 'config.json'}', '--set', 'kv.blocks=20']" if weights else ""
     script = f"""
 import sys
@@ -600,3 +600,32 @@ main()
 
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"error: .*needs {missing}: pip install 'chairlift\[gpu\]'\n", done.stderr)
+
+
+def test_a_bare_checkout_on_a_gpu_machine_can_measure() -> None:
+    """There torch, CuPy, NumPy, PyYAML and annotated-types are enough: nothing of the simulator's is imported."""
+    script = """
+import runpy
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"pydantic", "simpy", "pyarrow", "typer", "rich", "scipy", "joblib", "plotly"}:
+            raise ImportError(name + " is blocked")
+        if name.startswith(("chairlift.sim", "chairlift.policies")):
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+torch.cuda.is_available = lambda: False
+from chairlift.backend import specs
+assert specs.model("llama-3.1-8b").layers == 32 and specs.gpu("h200").memory_gib > 140
+sys.argv = ["bench", "attention"]
+runpy.run_module("chairlift.backend.gpu.bench", run_name="__main__")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(IMPORTS)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (2, "error: torch sees no CUDA device here\n")

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "scenario": (("scenario", "study", "workload", "results.catalogue", *SPINE), ALL, ALL),
     "replica": (("replica", "results.records", "workload.trace"), ("base",), ("base",)),
     "cluster": (("cluster", "replica", "results", "study", "workload", *SPINE), ("base",), ("base",)),
-    "simulate": (("cluster", "replica", "results", "study"), ("base",), ()),
+    "simulate": (("cluster", "replica", "results", "study", *SPINE), ("base",), ()),
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
     "sweep": (("sweep", "simulate", "scenario", "results", "workload", *SPINE), (), ("base",)),
     "calibration": (

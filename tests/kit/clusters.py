@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.base import Backend
 from chairlift.backend.roofline import Efficiency
-from chairlift.policies.base import Request, Router, Scheduler
+from chairlift.policies.base import Router, Scheduler
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
-from chairlift.sim import simulate as run
-from chairlift.sim.cluster.cluster import Cluster, Replica
+from chairlift.sim.cluster.cluster import Cluster
+from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
-from chairlift.sim.replica.counting_pool import PrefixCacheMatters
+from chairlift.sim.cluster.run import run
 from chairlift.sim.replica.engine import Engine
-from chairlift.sim.replica.host_memory import HostMemory
-from chairlift.sim.replica.prefix_pool import Identity
 from chairlift.sim.results.records import RequestRecords, Status
 from chairlift.sim.study import Limits, Link, ReplicaGroup, Setup, Slo
 from chairlift.sim.workload.trace import Trace
@@ -40,9 +37,6 @@ class Group(ReplicaGroup):
     def make_backend(self, model: specs.Model) -> Backend:
         return self.cost
 
-    def make_host(self, model: specs.Model) -> HostMemory:
-        return HostMemory(6, 1000, self.block_size, self.scheduler.overlaps_swaps)
-
 
 def group(
     scheduler: type[Scheduler] = Vllm,
@@ -58,9 +52,14 @@ def group(
         settings = {"async_scheduling": False, "enable_prefix_caching": False} if scheduler is Vllm else {}
     if scheduler.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
-    return Group(
-        count, role, GPU, 1, scheduler, settings, Efficiency(), blocks, block_size, "made up", cost=cost or Affine()
-    )
+    parts = (count, role, GPU, 1, scheduler, settings, Efficiency(), blocks, block_size, "made up")
+    return Group(*parts, *host_of(6, 1000, block_size), cost or Affine())
+
+
+def host_of(blocks: int, block_ps: int, block_size: int) -> tuple[float, float]:
+    """`ReplicaGroup.host_gib` and ``host_link`` for so many blocks of host memory that take ``block_ps`` to move."""
+    size = MODEL.kv_bytes_per_token_on(1) * block_size
+    return blocks * size / 2**30, size * 1000 / block_ps / GPU.host_gb_per_s
 
 
 def setup_of(trace: Trace, groups: Sequence[ReplicaGroup], router: type[Router] = RoundRobin, **more: Any) -> Setup:
@@ -114,33 +113,15 @@ class Served:
 
 
 def serve(setup: Setup, leap: bool = True, journal: bool = False) -> Served:
-    """As `sim.simulate.simulate`, but hands back what it built too."""
-    clusters: list[Cluster] = []
-    pools: list[ReplicaPool] = []
+    """As `sim.simulate.simulate`, but hands back the cluster's parts, and in which order requests ended."""
     endings: list[int] = []
 
-    class Watched(Cluster):
-        def __init__(self, *parts: Any) -> None:
-            super().__init__(*parts)
-            clusters.append(self)
-            pools.clear()
-            endings.clear()
+    def observe(cluster: Cluster) -> None:
+        endings.clear()
+        cluster.on_end = lambda request: endings.append(request.id)
 
-        def ended(self, request: Request, *more: Any) -> None:
-            endings.append(request.id)
-            super().ended(request, *more)
-
-    class WatchedPool(ReplicaPool):
-        def __init__(self, *parts: Any) -> None:
-            super().__init__(*parts)
-            pools.append(self)
-
-    with mock.patch.multiple(run, Cluster=Watched, ReplicaPool=WatchedPool):
-        try:
-            requests, engines, _ = run._served(setup, leap, None, Identity.shares(setup.trace), journal)
-        except PrefixCacheMatters:
-            requests, engines, _ = run._served(setup, leap, None, True, journal)
-    return Served(setup, requests, engines, clusters[-1].replicas, pools, endings)
+    cluster = run(setup, leap, journal=journal, observe=observe)
+    return Served(setup, cluster.requests, cluster.engines, cluster.replicas, cluster.pools, endings)
 
 
 def check_endings(served: Served) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -171,9 +170,8 @@ def system(
 
 
 def executed(setup: Setup, journal: bool = False) -> Served:
-    """Serve ``setup`` on hardware; as `sim.simulate.simulate` each block is known from the start."""
-    with mock.patch.object(Identity, "shares", staticmethod(lambda _trace: True)):
-        return serve(setup, leap=False, journal=journal)
+    """Serve ``setup`` on hardware."""
+    return serve(setup, leap=False, journal=journal)
 
 
 @dataclass
@@ -192,7 +190,7 @@ def answers(
     graphs: bool = True,
     **more: Any,
 ) -> Answers:
-    """Run ``trace`` on the tiny model's engine; with ``graphs`` chunks are computed in pieces, as on a GPU."""
+    """Run ``trace`` on the tiny model's engine; with ``graphs`` chunks are padded, as on a GPU."""
     kept = Kept(Torch(device="cpu", weights=str(folder), max_batch=32, graphs=graphs))
     served = executed(system(trace, scheduler, settings, kept, **more))
     return Answers(served, kept.built[-1].generated)

@@ -13,13 +13,14 @@ from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host
 from chairlift.policies.base import Request, Scheduler
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.cluster.cluster import Cluster, Replica
+from chairlift.sim.cluster.build import make_pool
+from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.cluster.predicted_lengths import predictions
+from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.results.records import RequestRecords, Status
-from chairlift.sim.simulate import make_pool
 from chairlift.sim.workload.trace import Trace
 
 
@@ -171,7 +172,8 @@ def play(
         return request
 
     cluster = Cluster(requests, make)
-    cluster.front = ReplicaPool(cluster, RoundRobin(), Random(0))
+    cluster.front = ReplicaPool(cluster.clock, requests, RoundRobin(), Random(0), cluster.refuse)
+    cluster.pools.append(cluster.front)
 
     def build(replica: Replica) -> Engine:
         policy = scheduler()
@@ -195,7 +197,7 @@ def play(
         )
 
     for index in range(replicas):
-        replica = Replica(cluster, index, build)
+        replica = Replica(cluster.clock, index, build)
         cluster.replicas.append(replica)
         cluster.front.open(replica)
     cluster.run()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chairlift.policies import routers
-from chairlift.policies.base import Request, Router
+from chairlift.policies.base import PolicyError, Replicas, Request, Router
 from chairlift.policies.routers import (
     LeastOutstanding,
     LeastTokens,
@@ -135,6 +135,7 @@ def test_shortest_queue_looks_at_who_waits_and_then_at_who_is_there() -> None:
 
     assert router.route(request(), View([2, 9, 5, 5], waiting=[1, 0, 2, 1])) == 1
     assert router.route(request(), View([9, 7, 7], waiting=[0, 0, 0])) == 1
+    assert router.route(request(), View([0, 3, 3], waiting=[2, 1, 1])) == 1
 
 
 def test_power_of_two_takes_the_better_of_each_pair() -> None:
@@ -198,15 +199,126 @@ def test_a_prefix_yields_to_imbalance() -> None:
     assert router.route(request(hash_ids=[1, 2]), View([12, 2])) == 1
 
 
+def test_of_equal_matches_the_one_with_the_fewest_requests_is_taken_and_of_those_the_first() -> None:
+    router = ready(PrefixAffinity())
+    for position in range(3):  # each is sent [1, 2] while the others are too busy
+        router.route(request(hash_ids=[1, 2]), View([0 if i == position else 99 for i in range(3)]))
+
+    assert router.route(request(hash_ids=[1, 2, 3]), View([5, 4, 2, 0])) == 2
+    assert router.route(request(hash_ids=[1, 2]), View([5, 4, 4, 0])) == 1
+
+
+def test_a_longer_match_is_worth_more_requests() -> None:
+    router = ready(PrefixAffinity())
+    router.route(request(hash_ids=[1, 2]), View([0, 1]))  # replica 0
+    router.route(request(hash_ids=[1]), View([99, 0]))  # replica 1
+
+    assert router.route(request(hash_ids=[1, 2]), View([7, 0])) == 0
+    assert router.route(request(hash_ids=[1, 5]), View([7, 0])) == 1  # one id on both
+
+
 def test_prefixes_sent_long_ago_are_forgotten() -> None:
     router = ready(PrefixAffinity(blocks=2))
     router.route(request(hash_ids=[1, 2]), View([0, 1]))  # replica 0
-    router.route(request(hash_ids=[3]), View([0, 1]))  # there 1 goes
+    router.route(request(hash_ids=[3, 4]), View([0, 1]))  # there 1 and 2 go
 
     assert router.route(request(hash_ids=[1, 2]), View([5, 0])) == 1
 
 
+def test_of_a_prefix_the_end_is_forgotten_first_for_it_is_of_no_use_without_the_beginning() -> None:
+    router = ready(PrefixAffinity(blocks=3))
+    router.route(request(hash_ids=[1, 2, 3]), View([0, 1]))  # replica 0
+    router.route(request(hash_ids=[9]), View([0, 1]))  # there 3 goes
+
+    assert router.route(request(hash_ids=[1, 2, 3]), View([5, 0])) == 0
+
+
+def test_what_a_replica_was_sent_is_known_by_its_index_not_its_position() -> None:
+    router = ready(PrefixAffinity())
+    router.route(request(hash_ids=[1]), View([1, 1, 0]))  # replica 2
+
+    assert router.route(request(hash_ids=[1]), View([0, 5], indices=[0, 2])) == 1
+    assert router.route(request(hash_ids=[1]), View([5, 0], indices=[0, 1])) == 1  # replica 1, which takes it from now
+    assert router.route(request(hash_ids=[1]), View([0, 2, 3])) == 1  # on both: the one with fewer requests
+
+
 # in a cluster
+
+
+LONG = 100  # tokens of an answer that outlasts all arrivals
+
+
+@pytest.mark.parametrize(
+    ("router", "replicas"), [(PrefixAffinity, [0, 1, 2, 0, 2, 1]), (LeastOutstanding, [0, 1, 2, 0, 1, 2])]
+)
+def test_prompts_of_a_group_go_to_where_its_prefix_went(router: type[Router], replicas: list[int]) -> None:
+    # Groups A B C A C B, one prompt every 10 ps. The first three find no match: the fewest requests, 0, 1 and 2. Then
+    # each replica has one or two, and whoever looks at prefixes sends A to 0, C to 2 and B to 1.
+    rows = [(10 * k, 40, LONG) for k in range(6)]
+    trace = trace_of(rows, prefix_group=[0, 1, 2, 0, 2, 1], prefix_tokens=[32] * 6)
+
+    assert serve(setup_of(trace, [group(count=3)], router)).columns()["replica"] == replicas
+
+
+def test_a_prefix_shorter_than_a_block_is_no_reason_to_go_anywhere() -> None:
+    rows = [(10 * k, 40, LONG) for k in range(6)]
+    trace = trace_of(rows, prefix_group=[0, 1, 2, 0, 2, 1], prefix_tokens=[15] * 6)
+
+    assert serve(setup_of(trace, [group(count=3)], PrefixAffinity)).columns()["replica"] == [0, 1, 2, 0, 1, 2]
+
+
+def test_of_two_prefixes_of_a_group_the_longer_match_counts() -> None:
+    # Prompts of one group with 16, 48 and 48 tokens of its prefix; room for one request on each replica by slack 1.
+    # 0: nothing known, replica 0. 1: one block known at 0, which has 1 request against none, at most 0 * 0 + 1: there.
+    # 2: replica 0 has two, too many: replica 1. 3: three blocks known on both, replica 1 has fewer requests.
+    rows = [(10 * k, 60, LONG) for k in range(4)]
+    trace = trace_of(rows, prefix_group=[0] * 4, prefix_tokens=[16, 48, 48, 48])
+    settings = {"imbalance": 0.0, "slack": 1}
+
+    served = serve(setup_of(trace, [group(count=2)], PrefixAffinity, router_settings=settings))
+
+    assert served.columns()["replica"] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("router", [PrefixAffinity, SessionSticky])
+def test_the_turns_of_a_session_go_to_where_the_first_went(router: type[Router]) -> None:
+    # sessions A B C A C B, the second turns longer than the first and its answer
+    rows = [(10 * k, 40 if k < 3 else 200, LONG) for k in range(6)]
+    trace = trace_of(rows, session=[0, 1, 2, 0, 2, 1])
+
+    assert serve(setup_of(trace, [group(count=3)], router)).columns()["replica"] == [0, 1, 2, 0, 2, 1]
+
+
+def test_a_session_that_dropped_its_context_is_a_new_prefix_but_the_same_session() -> None:
+    # the second turn of session A is shorter than the first and its answer: what it begins with is unknown
+    rows = [(0, 40, LONG), (10, 40, LONG), (20, 40, LONG), (30, 90, LONG), (40, 40, LONG)]
+    trace = trace_of(rows, session=[0, 1, 2, -1, 0])
+
+    def replicas(router: type[Router]) -> list[int]:
+        return serve(setup_of(trace, [group(count=3)], router)).columns()["replica"]
+
+    assert replicas(PrefixAffinity) == [0, 1, 2, 0, 1]
+    assert replicas(SessionSticky) == [0, 1, 2, 0, 0]
+
+
+def test_ids_of_the_trace_itself_come_first() -> None:
+    # by groups it would be A B A B; the trace's own ids say A A B B
+    rows = [(10 * k, 40, LONG) for k in range(4)]
+    ids = HashIds(np.array([5, 5, 6, 6]), np.arange(5))
+    trace = trace_of(rows, hash_ids=ids, hash_block=16, prefix_group=[0, 1, 0, 1], prefix_tokens=[32] * 4)
+
+    assert serve(setup_of(trace, [group(count=2)], PrefixAffinity)).columns()["replica"] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("position", [-1, 2])
+def test_a_router_that_names_no_replica_is_told_so(position: int) -> None:
+    @dataclass
+    class Astray(Router):
+        def route(self, request: Request, replicas: Replicas) -> int:
+            return position
+
+    with pytest.raises(PolicyError, match=rf"^router Astray: position {position}: there are 2 replicas, from 0$"):
+        serve(setup_of(trace_of([(0, 4, 2)]), [group(count=2)], Astray))
 
 
 def test_a_session_that_began_while_one_replica_was_up_stays_on_it() -> None:

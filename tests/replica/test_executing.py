@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,15 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chairlift.backend.base import Backend, Batch, Executor, Host, Measured, Prompt, StepCost
+from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Scheduler, Step
 from chairlift.policies.orca import Orca
 from chairlift.policies.static import Static
 from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
-from chairlift.sim import simulate as run
 from chairlift.sim.replica import executing
-from chairlift.sim.replica.host_memory import HostMemory
-from chairlift.sim.replica.prefix_pool import Identity
 from chairlift.sim.results.records import RUN_COLUMNS, Status
 from chairlift.sim.scenario import resolve as lookup
 from chairlift.sim.study import Limits, Setup
@@ -186,8 +183,7 @@ class Hardware(Executor):
 
 def run_on(hardware: Hardware, setup: Setup, journal: bool = False) -> Served:
     hardware.prompts = dict(enumerate(setup.trace.prompt_tokens.tolist()))
-    with mock.patch.object(Identity, "shares", staticmethod(lambda _trace: True)):  # as `sim.simulate.simulate` does
-        served = serve(setup, leap=False, journal=journal)
+    served = serve(setup, leap=False, journal=journal)
     check_endings(served)
     check_nothing_left(served)
     check_tokens(served)
@@ -204,11 +200,18 @@ def run_on(hardware: Hardware, setup: Setup, journal: bool = False) -> Served:
     return served
 
 
+class Runs(Efficiency):
+    """Settings that say that steps run: a prefix cache then forgets what was planned and taken back (`PrefixPool`)."""
+
+    executes = True
+
+
 def setup_on(backend: Backend, trace: Any, policy: Callable[[], Scheduler], blocks: int, size: int, limits: Any) -> Any:
     sample = policy()
     chosen = {field.name: getattr(sample, field.name) for field in fields(sample) if field.init}
     one = group(type(sample), chosen, blocks=blocks, block_size=size, cost=backend)
-    one.make_host = lambda _model: HostMemory()  # type: ignore[method-assign] # hardware has none to swap to
+    one.backend = Runs()
+    one.host_gib = 0  # hardware has none to swap to
     return setup_of(trace, [one], limits=limits)
 
 
@@ -252,9 +255,7 @@ def test_hardware_that_takes_what_the_model_says_makes_the_modelled_run(
     )
     limits = Limits(timeout_s=timeout, queue_timeout_s=queue_timeout)
     parts = (trace, lambda: POLICIES[name](size), blocks, block_size, limits)
-    make = run.make_pool  # where steps run, the cache forgets what was planned and taken back (`PrefixPool`)
-    with mock.patch.object(run, "make_pool", lambda *parts: make(*parts[:-1], True)):
-        modelled = serve(setup_on(cost, *parts), leap=False, journal=journal)
+    modelled = serve(setup_on(cost, *parts), leap=False, journal=journal)
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr(executing, "time", clock)

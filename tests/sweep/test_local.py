@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from chairlift.sim.sweep import local
 from chairlift.sim.sweep.local import STRIKES, Local
 from kit.at_work import Done, Task, environment, lost, worked
 from kit.command import replaced
@@ -23,9 +24,9 @@ from kit.sweeping import SWEEP, started, written
 
 def ended(jobs: int, tasks: list[Task], at_row: Callable[[int], object] = lambda _: None) -> dict[str, Done]:
     """Key → row; ``at_row`` is called with the number of rows so far."""
-    local: Any = Local(jobs)
+    executor: Any = Local(jobs)
     found: dict[str, Done] = {}
-    for row in local(worked, tasks, lost):
+    for row in executor(worked, tasks, lost):
         assert row.key not in found
         found[row.key] = row
         at_row(len(found))
@@ -74,6 +75,21 @@ def test_a_run_whose_process_dies_is_tried_again_and_then_given_up(tmp_path: Pat
     assert attempts == {"never": 1, "once": 2, "twice": STRIKES, "always": STRIKES, "long": 1}  # long: undisturbed
 
 
+def test_processes_that_die_before_they_are_given_a_run_end_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stillborn(local._Worker):
+        def __init__(self, jobs: int) -> None:
+            super().__init__(jobs)
+            self._process.kill()
+            self._process.join()
+
+    monkeypatch.setattr(local, "_Worker", Stillborn)
+    rows = ended(2, [Task(key, tmp_path) for key in "ab"])
+
+    assert [row.error for row in rows.values()] == ["its process died 3 times (killed, or out of memory)"] * 2
+
+
 def test_processes_that_are_killed_between_runs_or_in_them_lose_nothing(tmp_path: Path) -> None:
     def kill(rows: int) -> None:
         if rows in (2, 5):
@@ -88,8 +104,8 @@ def test_processes_that_are_killed_between_runs_or_in_them_lose_nothing(tmp_path
 
 
 def test_an_iteration_that_is_closed_ends_what_runs_at_once(tmp_path: Path) -> None:
-    local: Any = Local(2)
-    rows = local(worked, [Task("short", tmp_path), Task("a", tmp_path, 600), Task("b", tmp_path, 600)], lost)
+    executor: Any = Local(2)
+    rows = executor(worked, [Task("short", tmp_path), Task("a", tmp_path, 600), Task("b", tmp_path, 600)], lost)
     assert next(rows).key == "short"
     wait_until(lambda: len(list(tmp_path.iterdir())) >= 2)
     before = time.monotonic()
@@ -100,8 +116,9 @@ def test_an_iteration_that_is_closed_ends_what_runs_at_once(tmp_path: Path) -> N
 
 
 def test_processes_wait_for_the_next_call(tmp_path: Path) -> None:
-    local: Any = Local(2)
-    pids = [{row.pid for row in local(worked, [Task(f"{n}{k}", tmp_path, 0.1) for k in "ab"], lost)} for n in range(3)]
+    executor: Any = Local(2)
+    tasks = [[Task(f"{n}{k}", tmp_path, 0.1) for k in "ab"] for n in range(3)]
+    pids = [{row.pid for row in executor(worked, each, lost)} for each in tasks]
 
     assert len(pids[0]) == 2
     assert pids[0] == pids[1] == pids[2]
@@ -119,8 +136,8 @@ def test_blas_has_its_share_of_the_cores_and_the_environment_is_as_before(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    local: Any = Local(max(2, os.cpu_count() or 1))
-    [told] = local(environment, [Task("a", tmp_path)], lost)
+    executor: Any = Local(max(2, os.cpu_count() or 1))
+    [told] = executor(environment, [Task("a", tmp_path)], lost)
 
     assert told == {"OMP_NUM_THREADS": "7", "OPENBLAS_NUM_THREADS": "1"}
     assert "OPENBLAS_NUM_THREADS" not in os.environ

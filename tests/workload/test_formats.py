@@ -8,9 +8,8 @@ import pytest
 
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.workload.formats.read import load
+from kit.made import needs_traces
 from kit.places import TRACES
-
-needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 OWN = "arrival_s,prompt_tokens,output_tokens\n"
 

@@ -11,9 +11,6 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.workload.formats.chairlift import save
 from chairlift.sim.workload.formats.read import load
 from chairlift.sim.workload.trace import COLUMNS, HashIds, Trace
-from kit.places import TRACES
-
-needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not beside this checkout")
 
 
 def refused(path, **options):
@@ -143,6 +140,13 @@ def test_a_parquet_file_names_the_row_and_column_at_fault(tmp_path, cell):
 
     [(line, column, rule, _)] = refused(tmp_path / "t.parquet")
     assert (line, column, rule) == (2, "prompt_tokens", "must be a whole number")
+
+
+def test_a_parquet_file_is_of_no_other_format(tmp_path):
+    save(Trace([0], [1], [1]), tmp_path / "t.parquet")
+
+    assert "holds Chairlift's own format, not azure" in refused(tmp_path / "t.parquet", format="azure")[0][2]
+    assert len(load(tmp_path / "t.parquet", "chairlift")) == 1
 
 
 def test_a_parquet_file_cut_short_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario.load import load as load_scenario
 from chairlift.sim.simulate import simulate
 from chairlift.sim.workload.describe import describe
+from chairlift.sim.workload.formats.kv_cache_tester import DERIVED
 from chairlift.sim.workload.formats.read import load
 from chairlift.sim.workload.spec import Workload
 from chairlift.sim.workload.workload import build
@@ -80,12 +81,34 @@ def test_without_the_maps_it_has_lengths_alone_and_says_so(tmp_path: Path) -> No
         ({"hash_ids": {"sys_prompt": [1]}}, "1: hash_ids: must be a mapping with the lists"),
         ({"hash_ids": {key: ["x"] for key in PARTS}}, "1: hash_ids: must be a whole number"),
         ({"session_id": ...}, "1: session_id: missing key"),
+        ({"input_length": -9_999_999_999_999_999_999}, "1: input_length: must fit in 64 bits"),
+        ({"output_length": 10**30}, "1: output_length: must fit in 64 bits"),
     ],
 )
 def test_a_wrong_row_of_ragpulse_is_named(tmp_path: Path, change: dict[str, Any], rule: str) -> None:
     row = asked(7, "a", 105, [4], [2, 3], [], [], [1]) | change
     with pytest.raises(BadInput, match=rule):
         load(pulse(tmp_path, [{k: v for k, v in row.items() if v is not ...}]))
+
+
+def test_a_week_of_ragpulse_is_no_longer_than_the_clock(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="2: timestamp: must be within 106 days of time 0"):
+        load(pulse(tmp_path, [asked(t, "a", 9, [], [], [], [], []) for t in (0, 10**8)]))
+
+
+def test_rows_of_ragpulse_are_brought_in_order_of_time(tmp_path: Path) -> None:
+    rows = [asked(9, "a", 41, [1], [3], [], [], []), asked(7, "b", 40, [4], [], [], [], [])]
+    trace = load(pulse(tmp_path, rows))
+
+    assert (trace.arrival_ps // SECOND).tolist() == [0, 2]
+    assert trace.prompt_tokens.tolist() == [40, 41]
+    assert trace.session is not None
+    assert trace.session.tolist() == [1, 0]  # numbered in order of the file
+    assert trace.hash_ids is not None
+    assert np.diff(trace.hash_ids.offsets).tolist() == [2, 2]
+    assert "rows brought in order of time" in trace.notes
+    with pytest.raises(BadInput, match="1: input_length: must be at least 1"):  # the line of the file, not of the trace
+        load(pulse(tmp_path, [rows[0] | {"input_length": 0}, rows[1]]))
 
 
 @needs_traces
@@ -149,7 +172,14 @@ def test_requests_wait_for_the_one_before_and_the_main_agent_for_its_subagent(tm
     [
         ([session(request(0, 130, 7, 4, 0, [1, 2, 3, 4]))], "1: hash_ids: at most one id for each 64"),
         ([session({"t": 0, "type": "n", "in": 3, "out": 1})], "1: not a session of kv-cache-tester: hash_ids is miss"),
-        ([session(request(0, 0, 7, 4, 0, []))], "1: prompt_tokens: must be at least 1"),
+        ([session(request(0, 0, 7, 4, 0, []))], "1: in: must be at least 1"),
+        ([session(request(0, 9, -7, 4, 0, []))], r"1: out: must be at least 1 \(got -7\)"),
+        ([session(request(0, 10**30, 7, 4, 0, []))], "1: in: must fit in 64 bits"),
+        ([session(request(0, 9, 7, 4, 0, []), request(9, 9, 7, 4, 1e18, []))], "1: think_ps: must be at most 106 days"),
+        ([session(request(0, 9, 7, 4, 0, [10**30]))], "1: .*hash ids, with those of all .* must fit in 64 bits"),
+        ([session(request(0, 9, 7, 4, 0, [-1]))], r"1: .*hash ids must not be below 0 \(got -1\)"),
+        ([session(request(0, 9, 7, 4, 0, [2**62]))] * 2, "2: .*with those of all sessions before, must fit in 64 bits"),
+        ([session(request(0, 9, 7, 4, 0, [1]), block=10**30)], "1: hash_block: must fit in 64 bits"),
         ([session(request(0, 9, 7, 4, 0, [])), session(request(0, 9, 7, 4, 0, []), block=32)], "2: .*before, 64"),
         ([{"id": "x", "hash_id_scope": "local"}], "1: not a session of kv-cache-tester: block_size is missing"),
     ],
@@ -188,6 +218,15 @@ def test_real_files_run_and_find_their_prefixes(tmp_path: Path, file: str) -> No
     assert summary["completed"] == len(setup.trace) == 120
     # the pool is too small for an infinite cache, and blocks of answers are found in no prompt here
     assert 0.5 * (said := describe(setup.trace)["prefix"]["token_hit"]) < summary["prefix_hit_rate"] <= said
+
+
+def test_the_derived_table_is_told_from_sessions_also_when_the_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(",".join(DERIVED) + "\nt1,main,0,0,130,7,4,0\nt1,main,1,9,150,7,4,5\n")
+    trace = load(tmp_path / "t.csv", "kv_cache_tester")
+
+    assert trace.source == "t.csv (kv_cache_tester, derived format)"
+    assert trace.follows is not None
+    assert trace.follows.tolist() == [-1, 0]
 
 
 def test_arrivals_are_those_of_sessions(tmp_path: Path) -> None:

@@ -26,6 +26,14 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 
 __device__ __forceinline__ half_t to_half(float x) { return (half_t)(pack(x, 0.f) & 0xffff); }
 
+// Four floats as e4m3 (8-bit floats up to 448), the first in the lowest byte.
+__device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
+  unsigned short low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return (u32)low | (u32)high << 16;
+}
+
 #ifdef D
 // A tile is [K, V][TILE tokens][D]; the 16-byte pieces of a token's row are permuted so that ldmatrix meets no bank twice.
 #define TILE 16

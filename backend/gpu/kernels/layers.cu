@@ -1,7 +1,9 @@
 // What surrounds the matrix products of a layer, each one pass over its data, 16 bytes a thread and access.
 //
-// Compile-time: BF16; D (head size) and BLOCK (tokens a block) for what touches the cache; WIDTH (hidden size), RMS (1:
-// RMSNorm, 0: LayerNorm) and EACH (pieces of 8 elements a thread) for the norm.
+// Compile-time: BF16; D (head size) and BLOCK (tokens a block) for what touches the cache; WIDTH (elements of a row) and EACH
+// (pieces of 8 elements a thread) for what a thread block does to a row; RMS (1: RMSNorm, 0: LayerNorm) for the norm.
+// SCALED (1: what a product of 8-bit floats gave is still to be multiplied by a scale a row and a scale a column) and QUANT
+// (1: the result is e4m3 with a scale a row: its largest element becomes 448) for models whose weights are 8-bit floats.
 
 #include "half.cuh"
 
@@ -34,11 +36,90 @@ __device__ __forceinline__ float sum_of_block(float x, float* shared) {
   return x;
 }
 
-#ifdef WIDTH
+__device__ __forceinline__ float max_of_block(float x, float* shared) {
+#pragma unroll
+  for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = threadIdx.x % 32 < blockDim.x / 32 ? shared[threadIdx.x % 32] : 0.f;
+#pragma unroll
+  for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+  __syncthreads();
+  return x;
+}
+
+__device__ __forceinline__ Eight scaled(Eight x, float row, const float* column) {
+  const float4 a = ((const float4*)column)[0], b = ((const float4*)column)[1];
+  const float of[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x.x[j] *= row * of[j];
+  return x;
+}
+
+#ifdef EACH
+// A row that a thread block holds, written as e4m3 with its scale.
+__device__ __forceinline__ void write_e4m3(const Eight (&held)[EACH], uint2* out, float* scale, float* shared) {
+  float top = 0.f;
+#pragma unroll
+  for (int k = 0; k < EACH; ++k)
+    if (threadIdx.x + k * blockDim.x < WIDTH / 8)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) top = fmaxf(top, fabsf(held[k].x[j]));
+  top = fmaxf(max_of_block(top, shared), 1e-12f);
+  if (threadIdx.x == 0) *scale = top / 448.f;
+  const float inverse = 448.f / top;
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= WIDTH / 8) continue;
+    const float* x = held[k].x;
+    out[i] = make_uint2(pack_e4m3(x[0] * inverse, x[1] * inverse, x[2] * inverse, x[3] * inverse),
+                        pack_e4m3(x[4] * inverse, x[5] * inverse, x[6] * inverse, x[7] * inverse));
+  }
+}
+
+// out = x as e4m3, a thread block a row.
+extern "C" __global__ void quantise(const uint4* __restrict__ x, uint2* __restrict__ out, float* __restrict__ scale) {
+  __shared__ float shared[32];
+  Eight held[EACH];
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i < WIDTH / 8) held[k] = Eight(x[(u64)blockIdx.x * (WIDTH / 8) + i]);
+  }
+  write_e4m3(held, out + (u64)blockIdx.x * (WIDTH / 8), scale + blockIdx.x, shared);
+}
+
+#ifdef GATED
+// out = silu(x[:WIDTH]) · x[WIDTH:] as e4m3, where x is still to be scaled; a thread block a row.
+extern "C" __global__ void gated_e4m3(const uint4* __restrict__ x, const float* __restrict__ row_scale,
+                                      const float* __restrict__ column_scale, uint2* __restrict__ out,
+                                      float* __restrict__ scale) {
+  __shared__ float shared[32];
+  const int pieces = WIDTH / 8;
+  const float of_row = row_scale[blockIdx.x];
+  Eight held[EACH];
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= pieces) continue;
+    const u64 at = (u64)blockIdx.x * 2 * pieces + i;
+    const Eight gate = scaled(Eight(x[at]), of_row, column_scale + i * 8);
+    const Eight up = scaled(Eight(x[at + pieces]), of_row, column_scale + WIDTH + i * 8);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) held[k].x[j] = gate.x[j] / (1.f + __expf(-gate.x[j])) * up.x[j];
+  }
+  write_e4m3(held, out + (u64)blockIdx.x * pieces, scale + blockIdx.x, shared);
+}
+#endif
+#endif
+
+#ifdef RMS
 // residual += x (if x is given), out = norm(residual) · weight (+ bias); a thread block a row.
 extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __restrict__ residual,
                                          const uint4* __restrict__ weight, const uint4* __restrict__ bias,
-                                         uint4* __restrict__ out, float epsilon) {
+                                         void* __restrict__ out, float epsilon, const float* __restrict__ row_scale,
+                                         const float* __restrict__ column_scale, float* __restrict__ out_scale) {
   __shared__ float shared[32];
   const int pieces = WIDTH / 8;
   const u64 row = (u64)blockIdx.x * pieces;
@@ -50,7 +131,11 @@ extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __r
     if (i >= pieces) continue;
     held[k] = Eight(residual[row + i]);
     if (x) {
+#if SCALED
+      const Eight more = scaled(Eight(x[row + i]), row_scale[blockIdx.x], column_scale + i * 8);
+#else
       const Eight more(x[row + i]);
+#endif
 #pragma unroll
       for (int j = 0; j < 8; ++j) held[k].x[j] += more.x[j];
       const uint4 rounded = held[k].packed();
@@ -84,8 +169,13 @@ extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __r
       held[k].x[j] = (held[k].x[j] - mean) * scale * w.x[j];
       if (!RMS) held[k].x[j] += b.x[j];
     }
-    out[row + i] = held[k].packed();
+#if !QUANT
+    ((uint4*)out)[row + i] = held[k].packed();
+#endif
   }
+#if QUANT
+  write_e4m3(held, (uint2*)out + row, out_scale + blockIdx.x, shared);
+#endif
 }
 #endif
 
@@ -169,20 +259,6 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
     const int head = i / PIECES, piece = i % PIECES;
     const uint4 v = ((const uint4*)(row + (query_heads + key_heads + head) * D))[piece];
     ((uint4*)(tiles + head * head_step + (TILE + token) * D))[place(token, piece)] = v;
-  }
-}
-
-// keys[t][head], values[t][head] = what the cache holds at slots[t]: a thread block a row.
-extern "C" __global__ void gather(const half_t* __restrict__ cache, const int* __restrict__ slots, uint4* __restrict__ keys,
-                                  uint4* __restrict__ values, int heads) {
-  const int slot = slots[blockIdx.x], token = slot % TILE;
-  for (int i = threadIdx.x; i < heads * PIECES; i += blockDim.x) {
-    const int head = i / PIECES, piece = i % PIECES;
-    const uint4* tile = (const uint4*)(cache + (((u64)(slot / BLOCK) * heads + head) * (BLOCK / TILE) + slot % BLOCK / TILE) *
-                                                   (2 * TILE * D));
-    const u64 to = ((u64)blockIdx.x * heads + head) * PIECES + piece;
-    keys[to] = tile[token * PIECES + place(token, piece)];
-    values[to] = tile[(TILE + token) * PIECES + place(token, piece)];
   }
 }
 #endif

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,26 +12,168 @@ from torch.nn import functional
 
 from chairlift.backend.gpu.kernels import kernel
 
+TOP = 448.0  # the largest number that e4m3 has
 
-def residual_norm(x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+
+class Eights(NamedTuple):
+    """Rows of 8-bit floats (e4m3), each with a scale: row i stands for ``values[i] · scale[i]``."""
+
+    values: Tensor  # float8_e4m3fn [rows, width]
+    scale: Tensor  # float32 [rows]
+
+
+class Product(NamedTuple):
+    """What a product of `Eights` gave before its scales: ``values[i, j] · rows[i] · columns[j]``.
+
+    The kernel that reads it applies the scales, since it goes over every element anyway: so the product can be the
+    library's fastest, which knows one scale for all of a matrix.
+    """
+
+    values: Tensor  # [rows, columns]
+    rows: Tensor  # float32 [rows]
+    columns: Tensor  # float32 [columns]
+
+    def whole(self) -> Tensor:
+        """The product, in plain torch."""
+        return (self.values.float() * self.rows[:, None] * self.columns).to(self.values.dtype)
+
+
+def residual_norm(
+    x: Tensor | Product | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> Tensor:
     """``residual += x`` in place (if x is given), and its norm (LayerNorm with a bias); all ``[rows, width]``."""
     if residual.is_cuda:
-        width = residual.shape[1]
-        threads = min(1024, -(-width // 256) * 32)
-        run = kernel(
-            *("layers", "residual_norm"),
-            **{"BF16": int(residual.dtype == torch.bfloat16), "RMS": int(bias is None), "WIDTH": width},
-            EACH=-(-width // (8 * threads)),
-        )
         out = torch.empty_like(residual)
-        run((len(residual),), threads, x, residual, weight, bias, out, epsilon)
+        _norm(x, residual, weight, bias, epsilon, out, None)
         return out
     if x is not None:
-        residual += x
+        residual += x.whole() if isinstance(x, Product) else x
     if bias is not None:
         return functional.layer_norm(residual, weight.shape, weight, bias, epsilon)
     wide = residual.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(residual.dtype) * weight
+
+
+def residual_norm_e4m3(
+    x: Tensor | Product | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+) -> Eights:
+    """As `residual_norm`, its result in 8-bit floats."""
+    if residual.is_cuda:
+        out = empty_eights(len(residual), residual.shape[1], residual.device)
+        _norm(x, residual, weight, bias, epsilon, out.values, out.scale)
+        return out
+    return quantised(residual_norm(x, residual, weight, bias, epsilon))
+
+
+def _norm(
+    x: Tensor | Product | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    out: Tensor,
+    scale: Tensor | None,
+) -> None:
+    values, rows, columns = x if isinstance(x, Product) else (x, None, None)
+    threads, each = _shares(residual.shape[1])
+    run = kernel(
+        *("layers", "residual_norm"),
+        **{"BF16": int(residual.dtype == torch.bfloat16), "RMS": int(bias is None), "WIDTH": residual.shape[1]},
+        **{"EACH": each, "SCALED": int(rows is not None), "QUANT": int(scale is not None)},
+    )
+    run((len(residual),), threads, values, residual, weight, bias, out, epsilon, rows, columns, scale)
+
+
+def _shares(width: int) -> tuple[int, int]:
+    """Threads for a row of so many elements, and pieces of 8 elements that each has: for 14,336 elements four."""
+    each = -(-width // (8 * 512))
+    return -(-width // (8 * 32 * each)) * 32, each
+
+
+def empty_eights(rows: int, width: int, device: torch.device) -> Eights:
+    """Room for so many rows."""
+    values = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=device)
+    return Eights(values, torch.empty(rows, dtype=torch.float32, device=device))
+
+
+def quantised(x: Tensor) -> Eights:
+    """``x`` in 8-bit floats, the largest of each row as 448."""
+    if x.is_cuda and x.dtype != torch.float32:
+        out = empty_eights(len(x), x.shape[1], x.device)
+        threads, each = _shares(x.shape[1])
+        run = kernel("layers", "quantise", BF16=int(x.dtype == torch.bfloat16), WIDTH=x.shape[1], EACH=each)
+        run((len(x),), threads, x, out.values, out.scale)
+        return out
+    scale = x.float().abs().amax(-1).clamp(min=1e-12) / TOP
+    return Eights((x.float() / scale[:, None]).clamp(-TOP, TOP).to(torch.float8_e4m3fn), scale)
+
+
+def product(x: Eights, weight: Eights, dtype: torch.dtype) -> Product:
+    """``x`` · ``weight``ᵀ in ``dtype``, before its scales."""
+    if _fits_gemv(x):
+        values = _gemv(x, weight, None, dtype, scales=False)
+    elif x.values.is_cuda:
+        one = _one(x.values.device)
+        values = torch._scaled_mm(
+            x.values, weight.values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True
+        )
+    else:
+        values = (x.values.float() @ weight.values.float().t()).to(dtype)
+    return Product(values, x.scale, weight.scale)
+
+
+def linear_e4m3(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x`` · ``weight``ᵀ (+ bias) in ``dtype``, scales applied."""
+    if _fits_gemv(x):
+        return _gemv(x, weight, bias, dtype, scales=True)
+    if not x.values.is_cuda:
+        whole = product(x, weight, dtype).whole()
+        return whole if bias is None else whole + bias
+    return torch._scaled_mm(
+        *(x.values, weight.values.t(), x.scale[:, None], weight.scale[None, :]),
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+
+
+def _fits_gemv(x: Eights) -> bool:
+    return x.values.is_cuda and len(x.values) <= 2 and x.values.shape[1] % 512 == 0
+
+
+def _gemv(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype, scales: bool) -> Tensor:
+    """One or two rows by weights, both in 8-bit floats, on a GPU."""
+    rows, width = x.values.shape
+    n = len(weight.values)
+    out = torch.empty((rows, n), dtype=dtype, device=x.values.device)
+    run = kernel(
+        *("gemv_e4m3", "gemv_e4m3", 2 * rows * width),
+        **{"BF16": int(dtype == torch.bfloat16), "ROWS": rows, "K": width, "PER_SM": 5},
+        AHEAD=max(n for n in range(1, 9) if width // 512 % n == 0),
+    )
+    given = (x.scale, weight.scale) if scales else (None, None)
+    run((-(-n // 4),), 128, x.values, weight.values, bias, *given, out, n)
+    return out
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=device)
+
+
+def gated_e4m3(x: Product) -> Eights:
+    """`gated` of a product before its scales, in 8-bit floats."""
+    if x.values.is_cuda:
+        width = x.values.shape[1] // 2
+        out = empty_eights(len(x.values), width, x.values.device)
+        threads, each = _shares(width)
+        run = kernel(
+            *("layers", "gated_e4m3"),
+            **{"BF16": int(x.values.dtype == torch.bfloat16), "WIDTH": width, "EACH": each, "GATED": 1},
+        )
+        run((len(x.values),), threads, *x, out.values, out.scale)
+        return out
+    return quantised(gated(x.whole()))
 
 
 def gated(x: Tensor) -> Tensor:
@@ -43,18 +188,14 @@ def gated(x: Tensor) -> Tensor:
     return functional.silu(x[:, :width]) * x[:, width:]
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain", out: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain") -> Tensor:
     """``x`` [rows, in] · ``weight`` [out, in]ᵀ (+ bias), then a ReLU (``kind`` "relu") or SwiGLU's gate ("gated").
 
     "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
     rows on a GPU go through a kernel of ours that reads the weights at 93 to 99 % of the copy bandwidth, where cuBLAS
-    reaches 62 to 95 (`gemv.cu`, measured on an H200). ``out``: where a plain product is to go.
+    reaches 62 to 95 (`gemv.cu`, measured on an H200).
     """
     width = x.shape[1]
-    if out is not None:
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if x.is_cuda and len(x) <= 2 and width % 256 == 0:
         out = torch.empty((len(x), len(weight) // (2 if kind == "gated" else 1)), dtype=x.dtype, device=x.device)
         run = kernel(

@@ -1,1 +1,1 @@
-"""Published trace formats, a file each."""
+"""Formats of trace files, a module each; `read` tells them apart."""

@@ -33,7 +33,7 @@ def told(head: bytes) -> bool:
 
 
 def companions(path: Path) -> list[Path]:
-    """None."""
+    """No other file is read."""
     return []
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chairlift.sim.units import PS_PER_MS
-from chairlift.sim.workload.formats.columns import block_ids, trace_of
+from chairlift.sim.workload.formats.columns import trace_of
 from chairlift.sim.workload.formats.text_tables import (
     Table,
     column_names,
@@ -42,7 +42,7 @@ def told(head: bytes) -> bool:
 
 
 def companions(path: Path) -> list[Path]:
-    """None."""
+    """No other file is read."""
     return []
 
 
@@ -118,7 +118,7 @@ class _Rows:
         self._sessions += 1
         self._first_id = 1 + max((max(ids, default=0) for ids in self.ids[first:]), default=self._first_id)
         if self._first_id > LATEST_PS:
-            raise ValueError("hash ids, those of all sessions before added, must fit in 64 bits")
+            raise ValueError("hash ids, with those of all sessions before, must fit in 64 bits")
 
     def _chain(self, agent: _Agent, last: int, ended: int) -> int | None:
         """Add the requests of a subagent; the first of them follows row ``last``, which ended at ``ended``.
@@ -144,8 +144,11 @@ class _Rows:
             self.ids.append([self._first_id + i for i in request.ids])
         return len(self.line) - 1
 
-    def trace(self, table: Table, block: int, format: str) -> Trace:
-        """The trace of all rows. Raises `BadInput` with the line of all that is wrong."""
+    def trace(self, table: Table, format: str, block: int, prompt: str, output: str) -> Trace:
+        """The trace of all rows; the file calls the columns of lengths ``prompt`` and ``output``.
+
+        Raises `BadInput` with the line of all that is wrong.
+        """
         table.done()  # without rows that were refused, `follows` would be wrong
         table.lines = self.line
         table.rows = [()] * len(self.line)
@@ -160,7 +163,8 @@ class _Rows:
         notes = [f"{self._sessions} sessions; the file says no start times: all start at 0 unless arrivals are given"]
         if self.silent:
             notes.append(f"{self.silent} requests without output taken as one token")
-        return trace_of(table, format, {}, columns, notes, self.ids or None, block)
+        theirs = {"prompt_tokens": prompt, "output_tokens": output}
+        return trace_of(table, format, theirs, columns, notes, self.ids or None, block)
 
 
 def _read_sessions(path: Path, limit: int | None) -> Trace:
@@ -192,7 +196,7 @@ def _read_sessions(path: Path, limit: int | None) -> Trace:
             table.refuse(f"not a session of kv-cache-tester: {error}", line)
     if not rows.line and not table.problems:
         table.refuse("the file has no sessions")
-    return rows.trace(table, block, "kv_cache_tester")
+    return rows.trace(table, "kv_cache_tester", block, "in", "out")
 
 
 def _read_derived(path: Path, limit: int | None) -> Trace:
@@ -223,13 +227,13 @@ def _read_derived(path: Path, limit: int | None) -> Trace:
     for agents in sessions.values():
         main = agents.pop("main", [])
         rows.add(main, [_Agent(requests, requests[0].at, requests[-1].end) for requests in agents.values()])
-    return rows.trace(table, 64, "kv_cache_tester, derived")
+    return rows.trace(table, "kv_cache_tester, derived", 64, "input_tokens", "output_tokens")
 
 
 def _sent(line: int, row: dict[str, Any], start: int) -> _Sent:
     """The request of ``row``, whose times count from ``start``. Raises ValueError, TypeError or AttributeError."""
     at = start + seconds_ps(_need(row, "t"))
-    ids = block_ids(_need(row, "hash_ids"))
+    ids = [whole(i) for i in _need(row, "hash_ids")]
     if ids and min(ids) < 0:
         raise ValueError(f"hash ids must not be below 0 (got {min(ids)})")
     return _Sent(

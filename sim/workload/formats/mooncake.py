@@ -1,8 +1,8 @@
 """Mooncake's traces with the blocks that prompts share, in JSON lines.
 
 github.com/kvcache-ai/Mooncake, FAST25-release/traces. Keys of a row: ``timestamp`` (ms), ``input_length``,
-``output_length`` and ``hash_ids``. An id stands for 512 tokens and all tokens before them; the last,
-partial block has one as well. ``hash_ids`` may be absent, but then from all rows.
+``output_length`` and ``hash_ids``. An id stands for 512 tokens and all tokens before them; the last, partial block has
+an id as well. ``hash_ids`` may be absent, but then from all rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def told(head: bytes) -> bool:
 
 
 def companions(path: Path) -> list[Path]:
-    """None."""
+    """No other file is read."""
     return []
 
 

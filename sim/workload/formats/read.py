@@ -104,11 +104,7 @@ def companions(path: Path, format: str | None = None) -> list[Path]:
 
 
 def names() -> list[str]:
-    """The names of all formats, those of installed packages included, sorted.
-
-    Raises:
-        BadInput: two formats have the same name.
-    """
+    """The names of all formats, those of installed packages included, sorted; no code of a package is run."""
     return sorted({*_shipped(), *_installed()})
 
 
@@ -116,32 +112,26 @@ def by_name(name: str) -> Format:
     """The format of that name.
 
     Raises:
-        BadInput: there is none, or the package that brings it does not work. The nearest name is suggested.
+        BadInput: there is none (the nearest name is suggested), there are several, or the package that brings it does
+            not work.
     """
-    if name in _shipped():
-        return _shipped()[name]
-    if name not in _installed():
+    points = _installed().get(name, [])
+    owners = [*(["Chairlift"] if name in _shipped() else []), *map(_package, points)]
+    if not owners:
         raise BadInput(Problem(f"not a trace format{did_you_mean(name, names())}", path="format", value=name))
-    return _loaded(name)
+    if len(owners) > 1:
+        rule = f"several trace formats have this name, those of {' and '.join(owners)}: uninstall all but one"
+        raise BadInput(Problem(rule, path="format", value=name))
+    return _loaded(name, points[0]) if points else _shipped()[name]
 
 
 def summary(name: str) -> str:
-    """The first line of what a format says of itself, and the package that adds it, if one does.
-
-    Raises:
-        BadInput: there is no format of that name, or the package that brings it does not work.
-    """
-    said = (inspect.getdoc(by_name(name)) or "").partition("\n")[0]
-    return f"{said} ({plugins()[name]})" if name in plugins() else said
-
-
-def plugins() -> dict[str, str]:
-    """Name, and package with its version, of each format that an installed package adds.
-
-    Raises:
-        BadInput: two formats have the same name.
-    """
-    return {name: _package(point) for name, point in _installed().items()}
+    """The first line of what a format says of itself, and the package that adds it, if one does; or why it fails."""
+    try:
+        said = (inspect.getdoc(by_name(name)) or "").partition("\n")[0]
+    except BadInput as error:
+        return error.problems[0].rule
+    return " ".join([said, *(f"({_package(point)})" for point in _installed().get(name, []))])
 
 
 def _format(path: Path, name: str | None) -> Format:
@@ -150,14 +140,25 @@ def _format(path: Path, name: str | None) -> Format:
     start = head(path)
     if not start.strip():
         raise BadInput(Problem("the file is empty", file=str(path)))
-    if given is not None:
-        if not given.told(start):
-            _refuse_unread(path, start)
-            if start.startswith(b"PAR1"):
-                rule = f"a Parquet file holds Chairlift's own format, not {name}"
-                raise BadInput(Problem(rule, file=str(path)))
-        return given
-    told = {name: each for name in names() if (each := by_name(name)).told(start)}
+    if given is None:
+        return _told(path, start)
+    if not given.told(start):
+        _refuse_unread(path, start)
+        if start.startswith(b"PAR1"):
+            raise BadInput(Problem(f"a Parquet file holds Chairlift's own format, not {name}", file=str(path)))
+    return given
+
+
+def _told(path: Path, start: bytes) -> Format:
+    """The format of a file that begins with ``start``. Raises `BadInput` if none is told, or several are."""
+    told: dict[str, Format] = {}
+    unusable: list[Problem] = []  # formats that might have told it, if only they worked
+    for name in names():
+        try:
+            if (each := by_name(name)).told(start):
+                told[name] = each
+        except BadInput as error:
+            unusable += error.problems
     if len(told) == 1:
         return next(iter(told.values()))
     if told:
@@ -165,7 +166,7 @@ def _format(path: Path, name: str | None) -> Format:
         raise BadInput(Problem(rule, file=str(path)))
     _refuse_unread(path, start)
     rule = f"not a trace format Chairlift knows ({', '.join(names())}); name it with format, or mend the header"
-    raise BadInput(Problem(rule, file=str(path), line=1, value=first_line(start)))
+    raise BadInput([Problem(rule, file=str(path), line=1, value=first_line(start)), *unusable])
 
 
 def _refuse_unread(path: Path, start: bytes) -> None:
@@ -186,22 +187,17 @@ def _shipped() -> Mapping[str, Format]:
 
 
 @cache
-def _installed() -> Mapping[str, EntryPoint]:
-    """The entry points of formats, by name; their code is not loaded yet."""
-    found: dict[str, EntryPoint] = {}
+def _installed() -> Mapping[str, list[EntryPoint]]:
+    """The entry points of formats, by name; their code is not loaded."""
+    found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
-        other = "Chairlift" if point.name in _shipped() else _package(found[point.name]) if point.name in found else ""
-        if other:
-            rule = f"two trace formats have this name, of {other} and of {_package(point)}: uninstall one"
-            raise BadInput(Problem(rule, path="format", value=point.name))
-        found[point.name] = point
+        found.setdefault(point.name, []).append(point)
     return found
 
 
 @cache
-def _loaded(name: str) -> Format:
-    """The format that the entry point ``name`` brings."""
-    point = _installed()[name]
+def _loaded(name: str, point: EntryPoint) -> Format:
+    """The format that an entry point brings. Raises `BadInput` if it does not work."""
     try:
         found = point.load()
     except Exception as error:  # whatever the code of the package raises

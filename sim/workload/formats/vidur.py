@@ -1,7 +1,7 @@
 """Vidur's and Etalon's traces, in CSV; some have lengths only.
 
 github.com/microsoft/vidur, data/processed_traces; github.com/project-etalon/etalon. Columns:
-``num_prefill_tokens,num_decode_tokens`` and, in some, ``arrived_at`` (s).
+``num_prefill_tokens,num_decode_tokens`` and, in some files, ``arrived_at`` (s).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def told(head: bytes) -> bool:
 
 
 def companions(path: Path) -> list[Path]:
-    """None."""
+    """No other file is read."""
     return []
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from chairlift.backend.calibrated import profile
+from chairlift.backend.calibrated.pricing import Calibrated
+from chairlift.backend.cuda_graphs import padded
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
 from chairlift.backend.fitting.recording import RecordingError, read
@@ -71,8 +73,8 @@ def test_planted_context_cost_is_found(fit: calibrate.Fit, decodes: int) -> None
 def test_planted_decode_steps_are_found(fit: calibrate.Fit, tokens: int) -> None:
     from chairlift.backend.base import Batch
 
-    context, computed = 400 * tokens, profile.padded(tokens, 512)
-    priced = profile.Calibrated(profile.Profile("made", MODEL, "h200", "vllm", fit.gpu, fit.host))
+    context, computed = 400 * tokens, padded(tokens, 512)
+    priced = Calibrated(profile.Profile("made", MODEL, "h200", "vllm", fit.gpu, fit.host))
 
     cost = priced.step(Batch((), tokens, context))
 
@@ -233,7 +235,7 @@ def test_more_noise_makes_wider_intervals() -> None:
     }
     sure = replace(shipped, spread=calm)
     batch = Batch((Chunk(0, 900),), 20, 9000)
-    plain = profile.Calibrated(shipped).step(batch).first
+    plain = Calibrated(shipped).step(batch).first
 
     assert {Resampled(sure, None, i).step(batch).first for i in range(1, 5)} == {plain}
     assert len({Resampled(shipped, None, i).step(batch).first for i in range(1, 9)}) > 4

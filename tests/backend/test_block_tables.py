@@ -83,7 +83,7 @@ def test_blocks_come_as_tokens_do_and_cells_say_where_they_go() -> None:
     assert found.cover(6, 16, pool) == ([other * COLUMNS], [9])
     pool.tables[5] += [0, 11]
     assert found.cover(5, 33, pool) == ([one * COLUMNS + 2], [0])  # the fourth is not asked for yet
-    assert found.slots(one, 35).tolist() == [*range(112, 128), *range(48, 64), 0, 1, 2]
+    assert found.slots(one, 0, 35).tolist() == [*range(112, 128), *range(48, 64), 0, 1, 2]
 
 
 def test_a_table_starts_anew_for_the_next_owner_of_a_row() -> None:
@@ -94,7 +94,7 @@ def test_a_table_starts_anew_for_the_next_owner_of_a_row() -> None:
 
     assert take(found, 6) == row
     assert found.cover(6, 10, Pool({6: [8]})) == ([row * COLUMNS], [8])
-    assert found.slots(row, 10).tolist() == list(range(128, 138))
+    assert found.slots(row, 0, 10).tolist() == list(range(128, 138))
 
 
 def test_what_is_staged_for_decodes() -> None:
@@ -129,7 +129,7 @@ def test_padding_takes_no_block_and_moves_no_token_within_one(named: bool) -> No
 
     cells, blocks = found.cover(1, 32 + 17, pool)
     assert cells == [one * COLUMNS + i for i in range(4)]
-    assert found.slots(one, 49)[32:].tolist() == [b * 16 + i for b in blocks[2:] for i in range(16)][:17]
+    assert found.slots(one, 0, 49)[32:].tolist() == [b * 16 + i for b in blocks[2:] for i in range(16)][:17]
     more = found.cover(2, 64 + 9, pool)[1]
     assert len(set(blocks[:2] + more[:4])) == 6  # padding names other blocks each time
     assert named is False or (blocks[2:], more[4:]) == ([4, 6], [5])
@@ -140,7 +140,7 @@ def test_padding_takes_no_block_and_moves_no_token_within_one(named: bool) -> No
     for request in range(3):  # every block is free
         take(found, request)
         found.cover(request, 4 * BLOCK, Pool({request: [*range(4 * request, 4 * request + 4)]}))
-    assert len({int(found.slots(found.row[r], t)[-1]) for r in range(3) for t in range(1, 65)}) == BLOCKS * BLOCK
+    assert len({int(found.slots(found.row[r], 0, t)[-1]) for r in range(3) for t in range(1, 65)}) == BLOCKS * BLOCK
 
 
 def test_a_dead_sequence_stops_at_the_longest_and_may_overwrite_itself() -> None:
@@ -154,7 +154,7 @@ def test_a_dead_sequence_stops_at_the_longest_and_may_overwrite_itself() -> None
         staged = stage(found, [1], pool)
         assert staged[POSITIONS][0] == min(position, LONGEST - 1)
         assert staged[LENGTHS][0] == staged[POSITIONS][0] + 1 + 16
-    assert set(found.slots(row, 16 + LONGEST)[16 + 32 :].tolist()) == set(range(6 * 16, 7 * 16))  # its last block
+    assert set(found.slots(row, 0, 16 + LONGEST)[16 + 32 :].tolist()) == set(range(6 * 16, 7 * 16))  # its last block
 
     take(found, 2)
     with pytest.raises(RuntimeError, match="request 2 has no block for its token 17"):
@@ -184,7 +184,7 @@ def test_no_block_is_ever_shared_and_all_are_given_back(actions: list[tuple[str,
         elif action == "end":
             tokens.pop(request, None)
             found.release(request)
-        slots = [slot for r, n in tokens.items() for slot in found.slots(found.row[r], n).tolist()]
+        slots = [slot for r, n in tokens.items() for slot in found.slots(found.row[r], 0, n).tolist()]
         assert len(set(slots)) == len(slots) == sum(tokens.values())
         assert all(0 <= slot < BLOCKS * BLOCK for slot in slots)
         assert len({found.row[r] for r in tokens}) == len(tokens)
@@ -194,4 +194,4 @@ def test_no_block_is_ever_shared_and_all_are_given_back(actions: list[tuple[str,
     for request in range(3):  # every block is free again: these take them all
         take(found, request)
         found.cover(request, 4 * BLOCK, COUNTED)
-    assert len({slot for r in range(3) for slot in found.slots(found.row[r], 4 * BLOCK).tolist()}) == BLOCKS * BLOCK
+    assert len({slot for r in range(3) for slot in found.slots(found.row[r], 0, 4 * BLOCK).tolist()}) == BLOCKS * BLOCK

@@ -1,0 +1,105 @@
+"""What a step costs by a profile: the form of `backend.calibrated.profile`, in integer picoseconds.
+
+Every price is a whole number of picoseconds and affine in the context length, so that the simulator can add up a run of
+decode steps in closed form and get what it would get step by step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from chairlift.backend.base import FOREVER, PS, WHOLE, Backend, Batch, Host, StepCost
+from chairlift.backend.calibrated.profile import Profile, between
+from chairlift.backend.cuda_graphs import padded
+
+
+class Calibrated(Backend):
+    """Prices steps by ``profile``, whose largest CUDA graph ``graph_tokens`` replaces if it is given."""
+
+    name = "profile"
+
+    def __init__(self, profile: Profile, graph_tokens: int | None = None) -> None:
+        self.profile = profile
+        self.limit = profile.graph_tokens if graph_tokens is None else graph_tokens
+        gpu, host = profile.gpu_time, profile.host
+        self._gpu = gpu
+        self._kv_mixed = _ps(gpu.kv_mixed_s)
+        self._pair_fs = round(gpu.pair_s * PS * 1000)
+        self._sequence = _ps(gpu.sequence_s)
+        self._chunk, self._request = _ps(gpu.chunk_s), _ps(gpu.request_s)
+        self._schedule = _ps(host.schedule_s), _ps(host.schedule_request_s), _ps(host.schedule_token_s)
+        self._update = _ps(host.update_s), _ps(host.update_request_s)
+        self._launch = {"graph": _ps(host.graph_s), "piecewise": _ps(host.piecewise_s), "eager": _ps(host.eager_s)}
+        self._tail = _ps(host.tail_s)
+        self.arrival, self.arrival_token = _ps(host.arrival_s), _ps(host.arrival_token_s)
+        self._decodes: dict[int, tuple[int, int, Host]] = {}
+        self._matmuls: dict[int, int] = {}
+
+    def step(self, batch: Batch) -> StepCost:
+        """The cost of ``batch``; that of decodes alone holds for as long as the batch keeps its members."""
+        if batch.prefills:
+            return self._with_chunks(batch)
+        slots = batch.decodes + batch.padded
+        found = self._decodes.get(slots)
+        if found is None:
+            found = self._decodes[slots] = self._decode_only(slots)
+        fixed, kv, host = found
+        return StepCost(fixed + kv * batch.context, kv * slots, FOREVER, host)
+
+    def _decode_only(self, slots: int) -> tuple[int, int, Host]:
+        """Of a step of ``slots`` decodes alone: its fixed ps, its ps a token of context, and the host's time."""
+        tokens = padded(slots, self.limit)
+        seconds = float(self._gpu.matmuls(np.array([tokens], dtype=np.float64), self._gpu.decode_residual)[0])
+        fixed = max(1, round(seconds * PS)) + self._sequence * slots
+        whole = tokens <= self.limit
+        schedule, update = self._schedule, self._update
+        host = Host(
+            schedule[0] + schedule[1] * slots,
+            self._launch["graph" if whole else "eager"],
+            update[0] + update[1] * slots,
+            WHOLE if whole else self._tail,
+        )
+        kv = _ps(self._gpu.kv_s * float(between(self._gpu.kv_residual, np.array([slots]))[0]))
+        return fixed, kv, host
+
+    def _with_chunks(self, batch: Batch) -> StepCost:
+        tokens = pairs = 0
+        for start, length in batch.prefills:
+            tokens += length
+            pairs += length * (2 * start + length + 1) // 2
+        chunks = len(batch.prefills)
+        sequences = batch.decodes + chunks
+        all_tokens = tokens + batch.decodes + batch.padded
+        computed = padded(all_tokens, self.limit) if self.profile.piecewise else all_tokens
+        matmuls = self._matmuls.get(computed)
+        if matmuls is None:
+            seconds = float(self._gpu.matmuls(np.array([computed], dtype=np.float64), self._gpu.chunk_residual)[0])
+            matmuls = self._matmuls[computed] = max(1, round(seconds * PS))
+        gpu = matmuls + self._sequence * sequences + self._kv_mixed * batch.context
+        gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
+        schedule, update = self._schedule, self._update
+        host = Host(
+            schedule[0] + schedule[1] * sequences + schedule[2] * tokens,
+            self._launch["piecewise" if computed <= self.limit and self.profile.piecewise else "eager"],
+            update[0] + update[1] * sequences,
+            self._tail,
+        )
+        return StepCost(gpu, 0, 1, host)
+
+    def assumptions(self) -> dict[str, str]:
+        """Which profile prices the steps, how far off it was on steps left out of its fit, and what it assumes."""
+        profile = self.profile
+        lines = {"cost model": f"profile {profile.name} ({profile.digest}): {profile.engine}, {profile.model}"}
+        if profile.scaled:
+            lines["scaled, not measured"] = profile.scaled
+        for key, what in (("gpu", "GPU time"), ("steps", "step, launches included")):
+            if found := profile.errors.get(key):
+                told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in found.items())
+                lines[f"held-out error, {what}"] = f"{told} (median{', before scaling' if profile.scaled else ''})"
+        for i, note in enumerate(profile.notes):
+            lines["profile" if i == 0 else f"profile, {i + 1}"] = note
+        return lines
+
+
+def _ps(seconds: float) -> int:
+    return round(seconds * PS)

@@ -1,0 +1,67 @@
+"""A profile as a scenario's ``backend``: which one, with which graphs, and with which draw of its errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from annotated_types import Ge
+
+from chairlift.backend import specs
+from chairlift.backend.calibrated.pricing import Calibrated
+from chairlift.backend.calibrated.profile import Profile, ProfileError, load
+from chairlift.backend.calibrated.resampled import Resampled
+from chairlift.backend.shapes import GPU, Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Step costs calibrated on a real engine: a shipped profile's name, or a .json file."""
+
+    profile: str
+    graph_tokens: Annotated[int, Ge(1)] | None = None  # tokens of the largest captured CUDA graph; None: as recorded
+    draw: Annotated[int, Ge(0)] = 0  # which draw of its errors to add; 0: none
+
+    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
+        """The cost model; scaled by `scaled`, which it then says, where the GPU is not the profile's.
+
+        Raises `ProfileError` if there is no such profile, or if it is of another model or number of GPUs.
+        """
+        profile = load(self.profile)
+        if profile.model != model.name:
+            raise ProfileError(f"profile {profile.name} is of {profile.model}, not of {model.name}")
+        if profile.tensor_parallel != tensor_parallel:
+            raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {tensor_parallel}")
+        if profile.gpu != gpu.name:
+            profile = scaled(profile, gpu)
+        if self.draw:
+            return Resampled(profile, self.graph_tokens, self.draw)
+        return Calibrated(profile, self.graph_tokens)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Settings that hold the profile itself, not its name."""
+
+    profile: Profile
+    graph_tokens: int | None = None
+
+    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
+        """The cost model, whatever the GPU."""
+        return Calibrated(self.profile, self.graph_tokens)
+
+
+def scaled(profile: Profile, gpu: GPU) -> Profile:
+    """``profile`` for another GPU, by the ratios of data-sheet peaks: a guess, and marked as one.
+
+    Matrix products scale with FLOP/s, reading weights and KV with memory bandwidth; the host's time stays.
+    """
+    own = specs.gpu(profile.gpu)
+    compute, bandwidth = gpu.bf16_tflops / own.bf16_tflops, gpu.hbm_gb_per_s / own.hbm_gb_per_s
+    return replace(
+        profile,
+        name=f"{gpu.name}-{profile.name} (scaled)",
+        gpu=gpu.name,
+        gpu_time=profile.gpu_time.scaled(compute, bandwidth),
+        scaled=f"{profile.gpu} → {gpu.name}: compute × {compute:.3g}, bandwidth × {bandwidth:.3g}; host time as there",
+    )

@@ -1,0 +1,166 @@
+"""Steps with chunks of prompts as two CUDA graphs: everything up to the last layer's attention, and what follows.
+
+All that differs from step to step are integers that the kernels read on the device: which row is whose, where its keys
+and values go, how long each sequence is. So one graph for each padded number of rows serves every mix of decodes and
+chunks. Only rows whose next token is wanted go through the rest of the last layer, the head and the sampler. The second
+graph does that; there is one for each padded number of such rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from chairlift.backend.cuda_graphs import graph_sizes
+from chairlift.backend.gpu.paged_attention import NOWHERE, Paging, Spans
+from chairlift.backend.gpu.transformer import Tokens, Transformer
+
+LIMIT = 1024  # rows of the largest captured step with chunks
+SPAN = 5  # integers of a span, see `Spans`
+
+Ints = npt.NDArray[np.int32]
+
+
+class Flat(NamedTuple):
+    """The integers of a step with chunks: its rows, decodes first; its spans; and whose next tokens are wanted.
+
+    ``rows`` [7, rows]: the row of `World.last` that holds the token (its last row: the token is in the next column),
+    token, position, slot, row of the block tables, tokens in KV (0 unless it decodes), leading padding.
+    ``spans`` [spans, 5] as in `Spans`; ``sampled`` are rows and ``takers`` the rows of `last` that get their tokens.
+    """
+
+    rows: Ints
+    spans: Ints
+    sampled: Ints
+    takers: Ints
+
+
+class World(NamedTuple):
+    """What every step of an engine reads and writes."""
+
+    net: Transformer
+    cache: Tensor  # of all layers
+    tables: Tensor  # [sequences + 1, columns]: block numbers
+    last: Tensor  # [sequences + 1]: each sequence's latest token; the last one is nobody's
+    sample: Callable[[Tensor], Tensor]  # logits → tokens
+
+
+def tokens_of(world: World, rows: Tensor, spans: Spans, decodes: int) -> Tokens:
+    """The step whose `Flat.rows` lie on the device; its first ``decodes`` rows may decode."""
+    taken = rows[0]
+    tokens = torch.where(taken < len(world.last) - 1, world.last[taken], rows[1])
+    paging = Paging(world.tables, *(rows[i, :decodes] for i in (4, 5, 6))) if decodes else None
+    return Tokens(tokens, rows[2], paging, rows[3], spans)
+
+
+class StepGraphs:
+    """The graphs of steps with chunks, of at most `limit` rows and ``most`` sequences.
+
+    Without a GPU the same parts run as they are, over the same buffers.
+    """
+
+    limit = LIMIT
+
+    def __init__(self, world: World, most: int) -> None:
+        net = world.net
+        self._world = world
+        self._nobody = len(world.last) - 1
+        cuda = net.device.type == "cuda"
+        self._spans_at = 7 * LIMIT
+        self._sampled_at = self._spans_at + SPAN * 2 * most  # each prompt may have padding, a span of its own
+        count = self._sampled_at + 2 * most
+        self._whole = torch.zeros(count, dtype=torch.int32, device=net.device)
+        self._host = [torch.zeros(count, dtype=torch.int32, pin_memory=cuda) for _ in range(4)]  # in turn
+        self._turn = 0
+        self._most = most
+        whole: dict[str, Any] = {"dtype": net.dtype, "device": net.device}
+        self._residual = torch.zeros((LIMIT, net.model.hidden), **whole)
+        self._attended = torch.zeros((LIMIT, net.heads.query * net.heads.size), **whole)
+        self._fill(self._host[0].numpy(), Flat(np.zeros((7, 0), np.int32), *(np.zeros(0, np.int32),) * 3), LIMIT, most)
+        self._whole.copy_(self._host[0])
+        self._sizes = graph_sizes(LIMIT)
+        self._tails = [*[n for n in self._sizes if n < most], most]
+        capture = _Capture() if cuda else _as_it_is
+        # the largest first: all share one pool of memory
+        self._begin = {size: capture(partial(self._up_to_attention, size)) for size in reversed(self._sizes)}
+        self._finish = {size: capture(partial(self._rest, size)) for size in reversed(self._tails)}
+
+    @torch.inference_mode()
+    def run(self, flat: Flat) -> Tensor:
+        """Do the step; the next tokens of its sampled rows, on the device."""
+        rows, wanted = flat.rows.shape[1], len(flat.sampled)
+        size = self._sizes[bisect_left(self._sizes, rows)]
+        tail = self._tails[bisect_left(self._tails, wanted)]
+        self._turn = (self._turn + 1) % len(self._host)
+        host = self._host[self._turn]
+        self._fill(host.numpy(), flat, size, tail)
+        self._whole.copy_(host, non_blocking=True)
+        self._begin[size]()
+        if not wanted:
+            return self._whole[:0]
+        tokens: Tensor = self._finish[tail]()
+        return tokens[:wanted]
+
+    def _fill(self, to: Ints, flat: Flat, size: int, tail: int) -> None:
+        """Lay ``flat`` out in ``to``, filled up to ``size`` rows and ``tail`` sampled ones that are nobody's."""
+        n, wanted = flat.rows.shape[1], len(flat.sampled)
+        rows = to[: self._spans_at].reshape(7, LIMIT)
+        rows[:, :n] = flat.rows
+        rows[:, n:size] = 0
+        rows[0, n:size] = rows[4, n:size] = self._nobody
+        rows[3, n:size] = NOWHERE
+        spans = to[self._spans_at : self._sampled_at]
+        spans[: flat.spans.size] = flat.spans.reshape(-1)
+        spans[flat.spans.size :] = 0
+        sampled, takers = to[self._sampled_at :].reshape(2, -1)
+        sampled[:wanted], takers[:wanted] = flat.sampled, flat.takers
+        sampled[wanted:tail], takers[wanted:tail] = 0, self._nobody
+
+    def _up_to_attention(self, size: int) -> None:
+        rows = self._whole[: self._spans_at].view(7, LIMIT)[:, :size]
+        spans = Spans(self._whole[self._spans_at : self._sampled_at].view(-1, SPAN), self._world.tables)
+        step = tokens_of(self._world, rows, spans, size)
+        self._attended[:size], self._residual[:size] = self._world.net.attended(step, self._world.cache)
+
+    def _rest(self, size: int) -> Tensor:
+        sampled, takers = self._whole[self._sampled_at :].view(2, -1)[:, :size]
+        tokens = self._world.sample(self._world.net.leave(self._attended, self._residual, sampled))
+        self._world.last[takers] = tokens
+        return tokens
+
+
+def _as_it_is(part: Callable[[], Any]) -> Callable[[], Any]:
+    return part
+
+
+class _Capture:
+    """Makes a graph of a part, all in one pool of memory and on one stream, whose cuBLAS workspace they share."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    @torch.inference_mode()
+    def __call__(self, part: Callable[[], Any]) -> Callable[[], Any]:
+        """The part as a graph, which gives what the part gave. It runs once before: captures must not load kernels."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            part()
+            graph.capture_begin(pool=self._pool)  # `torch.cuda.graph` would tidy memory up before each of hundreds
+            made = part()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+        def replay() -> Any:
+            graph.replay()
+            return made
+
+        return replay

@@ -1,0 +1,57 @@
+"""What must hold of every run, and is checked after every run. A failure is a defect of ours, never of the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+
+from chairlift.sim.cluster.cluster import Cluster
+from chairlift.sim.replica.engine import Engine
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+def audit(cluster: Cluster) -> None:
+    """Check a cluster that has served its trace; raises AssertionError, with the law that is broken and its numbers."""
+    columns = cluster.requests.columns()
+    _littles_law(columns, cluster.request_time)
+    _a_gap_for_each_token(columns, cluster.engines)
+    for engine in cluster.engines:
+        _one_step_at_a_time(engine)
+        _nothing_left(engine)
+
+
+def _littles_law(columns: Columns, request_time: int) -> None:
+    """Little's law, exactly: the requests inside, summed over time as the cluster counted them, is the time that each
+    spent there, summed over requests as the records tell.
+    """
+    stays = columns["finished_ps"] - columns["arrival_ps"]
+    inside = int((stays >> 32).sum()) * (1 << 32) + int((stays & 0xFFFFFFFF).sum())  # the sum outgrows 64 bits
+    assert inside == request_time, f"Little's law: {inside} ps by the records, {request_time} ps by the clock"
+
+
+def _a_gap_for_each_token(columns: Columns, engines: list[Engine]) -> None:
+    """Every token that a client got ends one gap, but for first tokens."""
+    tokens = int(columns["emitted_tokens"].sum())
+    firsts = int((columns["first_token_ps"] >= 0).sum())
+    gaps = 0
+    for engine in engines:
+        runs, more = engine.records.runs(), engine.records.gaps()
+        gaps += int((runs["decodes"] * runs["steps"] - runs["late_decodes"]).sum() + more["count"].sum())
+    assert gaps == tokens - firsts, f"{tokens} tokens, {firsts} of them first ones, {gaps} gaps"
+
+
+def _one_step_at_a_time(engine: Engine) -> None:
+    """No replica runs two steps at once."""
+    runs = engine.records.runs()
+    steps = runs["steps"]
+    ends = runs["start_ps"] + steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
+    assert (runs["start_ps"][1:] >= ends[:-1]).all(), f"replica {engine.index}: two steps at once"
+
+
+def _nothing_left(engine: Engine) -> None:
+    """No blocks are left, of the KV pool or of host memory."""
+    assert engine.pool.free == engine.pool.total, f"replica {engine.index}: blocks are left behind"
+    host = engine.state.host
+    assert host.free == host.blocks, f"replica {engine.index}: swapped blocks are left behind"

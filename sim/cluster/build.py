@@ -1,0 +1,180 @@
+"""From a `Setup` to a `Cluster` ready to run: replicas with their engines, routers, and what else the setup asks for.
+
+The only place where an `Engine` of a simulated cluster is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from chairlift.backend.base import Backend, Executor
+from chairlift.policies.base import Request, Scheduler
+from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cluster.autoscaling import Autoscaler
+from chairlift.sim.cluster.cluster import Cluster
+from chairlift.sim.cluster.failures import Breakdowns
+from chairlift.sim.cluster.kv_transfer import Handover
+from chairlift.sim.cluster.replica import Replica
+from chairlift.sim.cluster.replica_pool import ReplicaPool
+from chairlift.sim.cluster.requests import request_maker
+from chairlift.sim.cluster.timeouts import Patience
+from chairlift.sim.replica.counting_pool import CountingPool, StandInPool
+from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.executing import Executing
+from chairlift.sim.replica.host_memory import HostMemory, host_memory
+from chairlift.sim.replica.journal import JournalEngine, JournalExecuting
+from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.results.records import RequestRecords
+from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.workload.random_streams import stream
+from chairlift.sim.workload.trace import Trace
+
+EXECUTED_BLOCK = 16  # tokens; how finely prompts are told apart where steps run on a pool that only counts its blocks
+
+
+def build(
+    setup: Setup,
+    leap: bool = True,
+    progress: Callable[[int], None] | None = None,
+    journal: bool = False,
+    identify: bool = True,
+) -> Cluster:
+    """The cluster that ``setup`` describes, its replicas up and empty, before the first arrival.
+
+    ``leap``, ``progress`` and ``journal`` are as in `sim.simulate.simulate`. ``identify``: prefix caching, where a
+    policy has it, knows each block. Without, blocks are only counted, which is faster, and the run raises
+    `PrefixCacheMatters` should that not be enough. Raises `PolicyError` if the replicas' policies want different
+    predictions, and `BadInput` if a backend cannot run here.
+    """
+    identities: dict[int, Identity] | None = {} if identify else None
+    cluster = Cluster(RequestRecords(setup.trace), request_maker(setup, identities), progress)
+    cluster.front = decode = _pool(cluster, setup, "router")
+    handover = None
+    if setup.link is not None:
+        decode = _pool(cluster, setup, "decode router")
+        handover = Handover(cluster, setup.link, setup.model.kv_bytes_per_token, decode)
+    engines = _Engines(setup, cluster, handover, leap, journal, identities)
+    homes: list[ReplicaPool] = []  # of each replica
+    for group in setup.groups:
+        home = decode if group.role == "decode" else cluster.front
+        for i in range(group.count if setup.autoscale is None else setup.autoscale.max):
+            replica = Replica(cluster.clock, len(cluster.replicas), partial(engines.make, group))
+            cluster.replicas.append(replica)
+            homes.append(home)
+            if i < group.count:
+                home.open(replica)
+    if setup.failures is not None:
+        chances = [_chance(setup, f"failures of replica {r.index}") for r in cluster.replicas]
+        Breakdowns(cluster, setup.failures, homes, chances, setup.start_up_ps, decode)
+    if setup.autoscale is not None:
+        Autoscaler(cluster, cluster.front, setup.autoscale)
+    if setup.limits.timeout_s is not None or setup.limits.queue_timeout_s is not None:
+        cluster.on_arrival = Patience(cluster, setup.limits).arrived
+    return cluster
+
+
+def _pool(cluster: Cluster, setup: Setup, purpose: str) -> ReplicaPool:
+    """A pool, still without replicas, with a router of its own; ``purpose`` names that router's source of chance."""
+    router, chance = setup.make_router(), _chance(setup, purpose)
+    limit = setup.limits.queue
+    pool = ReplicaPool(cluster.clock, cluster.requests, router, chance, cluster.refuse, setup.router_stale_ps, limit)
+    cluster.pools.append(pool)
+    return pool
+
+
+def _chance(setup: Setup, purpose: str) -> Random:
+    return Random(int(stream(setup.seed, purpose).integers(1 << 62)))
+
+
+@dataclass
+class _Engines:
+    """Makes the engines of a cluster: one for each replica, and a fresh one after each failure."""
+
+    setup: Setup
+    cluster: Cluster
+    handover: Handover | None
+    leap: bool
+    journal: bool
+    identities: dict[int, Identity] | None  # see `make_pool`
+
+    def __post_init__(self) -> None:
+        self._outputs: list[int] = self.setup.trace.output_tokens.tolist()
+        self._first_only = [1] * len(self._outputs)  # what a prefill replica has to emit
+
+    def make(self, group: ReplicaGroup, replica: Replica) -> Engine:
+        """A fresh engine for a replica of ``group``. Raises `BadInput` where its backend cannot serve it."""
+        setup, cluster = self.setup, self.cluster
+        prefills = group.role == "prefill"
+        scheduler = group.make_scheduler()
+        pool = make_pool(scheduler, setup.trace, group.blocks, group.block_size, self.identities, setup.executes)
+        backend = _backend(setup, group, pool)
+        outputs = self._first_only if prefills else self._outputs
+
+        def finish(request: Request, now: int) -> None:
+            if request._at >= 0:  # else its client gave up in the very step that handed it over
+                replica.left(request)
+            cluster.ended(request, now)
+
+        parts = (scheduler, backend, pool, cluster.requests, outputs, setup.max_model_len, replica.index)
+        if isinstance(backend, Executor):
+            executing = JournalExecuting if self.journal else Executing
+            identity = self._identity(pool)
+            engine: Engine = executing(*parts, leap=False, finish=finish, records=replica.records, identity=identity)
+        else:
+            pricing = JournalEngine if self.journal else Engine
+            host = make_host(setup, group)
+            engine = pricing(*parts, leap=self.leap, finish=finish, records=replica.records, host=host)
+        engine.state.more_arrivals = cluster.more_arrivals
+        if prefills:
+            assert self.handover is not None
+            engine.handover = self.handover.take
+        return engine
+
+    def _identity(self, pool: CountingPool) -> Identity:
+        """Which prompts of an executed run have tokens in common: the pool's own idea, if it has one."""
+        known = (self.identities or {}).get(pool.block_size) if pool.tracks else None
+        return known or Identity(self.setup.trace, EXECUTED_BLOCK)
+
+
+def _backend(setup: Setup, group: ReplicaGroup, pool: CountingPool) -> Backend:
+    """A backend for one replica. Raises `BadInput` where it cannot serve that."""
+    try:
+        backend = group.make_backend(setup.model)
+        if isinstance(backend, Executor):
+            backend.prepare(pool.total, pool.block_size, setup.max_model_len, pool.tracks)
+    except ValueError as error:
+        raise BadInput(Problem(str(error), path="backend")) from None
+    return backend
+
+
+def make_host(setup: Setup, group: ReplicaGroup) -> HostMemory:
+    """Fresh host memory for the swapped KV of one replica."""
+    kv_bytes = setup.model.kv_bytes_per_token_on(group.tensor_parallel)
+    line_rate = group.gpu.host_gb_per_s
+    rate = None if line_rate is None else line_rate * group.host_link
+    return host_memory(group.host_gib, kv_bytes, rate, group.block_size, group.scheduler.overlaps_swaps)
+
+
+def make_pool(
+    scheduler: Scheduler,
+    trace: Trace,
+    blocks: int,
+    block_size: int,
+    identities: dict[int, Identity] | None,
+    executes: bool = False,
+) -> CountingPool:
+    """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching can matter.
+
+    ``identities``: by block size, what all replicas share of the trace, filled as needed; None where blocks are only
+    counted (`build`). ``executes``: steps really run.
+    """
+    if not scheduler.prefix_caching:
+        return CountingPool(blocks, block_size)
+    if identities is None:
+        return StandInPool(blocks, block_size)
+    if block_size not in identities:
+        identities[block_size] = Identity(trace, block_size)
+    return PrefixPool(blocks, block_size, identities[block_size], scheduler.asynchronous, forgets=executes)

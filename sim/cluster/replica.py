@@ -1,0 +1,186 @@
+"""A replica on the clock: one engine, and one *armed* timer that stands at the end of the engine's run.
+
+An arrival that cuts the run short sets the timer again, so every change of state happens at the clock's ``now``. Ties
+at one instant go: step boundaries, changes, arrivals, then planning, once. Where nothing more is due at this instant
+the replica plans at once, which spares an event.
+
+A run of decode steps that take 10 ps each, from 0 to 100, and an arrival at 34:
+
+- at 0 the engine begins the run; the timer stands at 100;
+- at 34 the request is handed over; the engine cuts the run to its first boundary at or after 34; a second timer stands
+  at 40, and the first one will be ignored;
+- at 40 the timer rings; the engine settles four steps, and its policy plans with the new request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chairlift.policies.base import Request
+from chairlift.sim.cluster.clock import BOUNDARY, CHANGE, PLAN, Alarm, Clock
+from chairlift.sim.replica.engine import Engine
+from chairlift.sim.results.records import RunRecords
+
+
+@dataclass
+class Loads:
+    """What each replica of a pool holds, by its position there. The replicas keep these numbers true."""
+
+    outstanding: list[int]  # requests waiting or running
+    outstanding_tokens: list[int]  # their prompts' tokens
+
+
+class Replica:
+    """One engine on the clock. ``make_engine`` makes a fresh one, after a failure too: one that goes on with records.
+
+    ``records`` are those of all its engines.
+    """
+
+    def __init__(self, clock: Clock, index: int, make_engine: Callable[[Replica], Engine]) -> None:
+        self.index = index
+        self.records = RunRecords()
+        self.engine = make_engine(self)
+        self.draining = False  # it takes no requests, and goes down once those that it holds have left
+        self.held = 0  # requests here
+        self.held_tokens = 0  # their prompts' tokens
+        self.up_ps = 0  # how long it was up, the time since it last came up not included
+        self._up_since: int | None = None  # None while it is down
+        self._make_engine = make_engine
+        self._loads: Loads | None = None  # of the pool that sends it requests; None while it takes none
+        self._position = 0  # in that pool
+        self._clock = clock
+        self._timer: Alarm | None = None  # at the end of the run under way, or at the time a policy wants to be asked
+        self._spare: Alarm | None = None  # a timer that has rung, to be set again
+        self._planning = False  # it plans at the end of this instant
+        self._boundary_rank = BOUNDARY + index
+        self._plan_rank = PLAN + index
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a router may choose it."""
+        return self._loads is not None
+
+    def enter(self, loads: Loads, position: int) -> None:
+        """It stands at ``position`` among the replicas that take requests, and counts there what it holds."""
+        self._loads = loads
+        self._position = position
+
+    def leave(self) -> None:
+        """It takes no requests for now; those that it holds stay."""
+        self._loads = None
+
+    def submit(self, request: Request, now: int) -> None:
+        """Take a request in; it is planned at once if the replica is idle."""
+        self.held += 1
+        self.held_tokens += request.prompt_tokens
+        request._at = self.index
+        loads = self._loads
+        if loads is not None:
+            loads.outstanding[self._position] += 1
+            loads.outstanding_tokens[self._position] += request.prompt_tokens
+        heeds = self.engine.heeds_arrival()
+        if self.engine.submit(request, now) and heeds:
+            self._replan(now)
+
+    def left(self, request: Request) -> None:
+        """A request is here no more: it has ended, or goes on elsewhere."""
+        self.held -= 1
+        self.held_tokens -= request.prompt_tokens
+        request._at = -1
+        loads = self._loads
+        if loads is not None:
+            loads.outstanding[self._position] -= 1
+            loads.outstanding_tokens[self._position] -= request.prompt_tokens
+        if self.draining and self.held == 0:
+            self._clock.after(0, CHANGE, self._drained)
+
+    def cancel(self, request: Request) -> None:
+        """The client of a request that is here has given up."""
+        now = self._clock.now
+        self.engine.cancel(request, now)
+        self._replan(now)
+
+    def nudge(self) -> None:
+        """Something has changed that the policy may look at."""
+        if self.engine.heeds_arrival():
+            self._replan(self._clock.now)
+
+    def fail(self) -> list[Request]:
+        """Lose everything; returns the requests that were here."""
+        lost = self.engine.abort(self._clock.now)
+        self._timer = None
+        self.held = self.held_tokens = 0
+        for request in lost:
+            request._at = -1
+        self.engine = self._make_engine(self)
+        return lost
+
+    def go_up(self) -> None:
+        """The replica is paid for from now on."""
+        if self._up_since is None:
+            self._up_since = self._clock.now
+
+    def go_down(self) -> None:
+        """The replica is paid for no more."""
+        if self._up_since is not None:
+            self.up_ps += self._clock.now - self._up_since
+            self._up_since = None
+
+    def _replan(self, now: int) -> None:
+        """Plan now if idle, else at the first boundary."""
+        engine = self.engine
+        if engine.end is None:
+            self._plan_soon(now)
+            return
+        before = engine.end
+        end = engine.cut(now)
+        if end is not None and end != before:  # the timer set before stays in SimPy's heap, and is ignored there
+            self._timer = Alarm(self._clock, end - now, self._boundary_rank, self._ring)
+
+    def _plan_soon(self, now: int) -> None:
+        """Plan once all boundaries, changes and arrivals of this instant are in."""
+        if self._planning:
+            return
+        if self._clock.peek() > now:
+            self._plan(now)
+        else:
+            self._planning = True
+            Alarm(self._clock, 0, self._plan_rank, self._planned)
+
+    def _planned(self, _alarm: Alarm) -> None:
+        self._planning = False
+        if self.engine.end is None:
+            self._plan(self._clock.now)
+
+    def _plan(self, now: int) -> None:
+        end = self.engine.begin(now)
+        if end is None:
+            end = self.engine.state.wake
+        if end is None:
+            self._timer = None
+        elif (spare := self._spare) is not None:
+            self._timer, self._spare = spare, None
+            spare.again(end - now, self._boundary_rank)
+        else:
+            self._timer = Alarm(self._clock, end - now, self._boundary_rank, self._ring)
+
+    def _ring(self, alarm: Alarm) -> None:
+        self._spare = alarm
+        if alarm is not self._timer:
+            return  # the run was cut after this one had been set
+        self._timer = None
+        now = self.engine.end
+        if now is None:
+            now = self._clock.now  # a policy asked to be woken
+        else:
+            self.engine.settle(now)
+        if self._planning or self._clock.peek() <= now:
+            self._plan_soon(now)
+        else:
+            self._plan(now)
+
+    def _drained(self) -> None:
+        if self.draining and self.held == 0:
+            self.draining = False
+            self.go_down()

@@ -1,0 +1,88 @@
+"""The requests that routers and policies see, made from the rows of a trace as they are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from chairlift.policies.base import Request
+from chairlift.sim.cluster import predicted_lengths
+from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.study import Setup
+from chairlift.sim.workload.trace import Trace
+
+ID_TOKENS = 16  # that an id of a prompt's block stands for where the trace has no ids of its own; vLLM's block size
+CHAIN = 1 << 24  # ids that one prefix group or session can have: more than a prompt has blocks
+
+
+def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Callable[[int], Request]:
+    """A function from a row of the trace to the request that routers and policies see.
+
+    ``identities`` are those of `sim.cluster.build.make_pool`; None where no two prompts have a block in common. The ids
+    of a prompt's leading blocks are the trace's own, else made from its sessions or prefix groups.
+
+    Raises `PolicyError` if the replicas' policies want different predictions.
+    """
+    trace = setup.trace
+    schedulers = [group.make_scheduler() for group in setup.groups]
+    told = any(scheduler.oracle for scheduler in schedulers)
+    predictor = predicted_lengths.wanted(schedulers)
+    arrivals = trace.arrival_ps.tolist()
+    prompts = trace.prompt_tokens.tolist()
+    outputs: Sequence[int] | None = trace.output_tokens.tolist() if told else None
+    guesses = None
+    if predictor is not None:
+        guesses = predicted_lengths.predictions(trace.output_tokens, predictor, setup.seed).tolist()
+    caps = None if trace.max_tokens is None else trace.max_tokens.tolist()
+    priorities = None if trace.priority is None else trace.priority.tolist()
+    hashes = trace.hash_ids
+    ends = None if hashes is not None or identities is None else _ends(trace, identities)
+    tenants = None if trace.tenant is None else trace.tenant.tolist()
+    sessions = None if trace.session is None else trace.session.tolist()
+    longest = setup.max_model_len
+
+    def make(i: int) -> Request:
+        prompt = prompts[i]
+        request = Request(
+            i,
+            arrivals[i],
+            prompt,
+            max(1, longest - prompt) if caps is None else caps[i],
+            outputs[i] if outputs is not None else None,
+            priorities[i] if priorities is not None else 0,
+            tenants[i] if tenants is not None else 0,
+            sessions[i] if sessions is not None else -1,
+        )
+        if guesses is not None:
+            request.predicted_tokens = guesses[i]
+        if hashes is not None:
+            request.hash_ids = hashes.row(i).tolist()
+        elif ends is not None:
+            end = ends[i]
+            request.hash_ids = range(end - end % CHAIN, end)
+        return request
+
+    return make
+
+
+def _ends(trace: Trace, identities: dict[int, Identity]) -> list[int] | None:
+    """For each row the end of its ids: a multiple of `CHAIN`, and one for each block. None without groups and sessions.
+
+    An example. Prompts of group 0 have their first 40 tokens in common, two whole blocks: their ids are 0 and 1, their
+    end is 2. Two turns of a session, the first to come, have prompts of 50 and 100 tokens, of which the second begins
+    with the first: the ids are 0 … 2 and 0 … 5, the ends 3 and 6; those of another session begin at CHAIN.
+    """
+    if trace.session is not None:
+        identity = identities.setdefault(ID_TOKENS, Identity(trace, ID_TOKENS))
+        blocks = np.minimum(identity.shareable, trace.prompt_tokens // ID_TOKENS).tolist()
+        chains: dict[int, int] = {}  # what all first blocks of a session or group are known by → its number
+        return [
+            count and chains.setdefault(identity.key(i, 0), len(chains)) * CHAIN + count
+            for i, count in enumerate(blocks)
+        ]
+    if trace.prefix_group is None or trace.prefix_tokens is None:
+        return None
+    group = trace.prefix_group.astype(np.int64)
+    ends: list[int] = np.where(group >= 0, group * CHAIN + trace.prefix_tokens // ID_TOKENS, 0).tolist()
+    return ends
