@@ -240,7 +240,7 @@ def _names(experiments: list[str] | None) -> list[str]:
 
 @contextmanager
 def _bad_input() -> Iterator[None]:
-    """Recordings and profiles that cannot be used are bad input, as are files that cannot be written."""
+    """Turn errors about recordings, profiles and files that cannot be written into `BadInput`."""
     try:
         yield
     except (RecordingError, ProfileError, CalibrationError, OSError) as error:

@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cli.terminal import console
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
 from chairlift.sim.sweep.statistics import sign
 from chairlift.sim.sweep.table import read
 
-out = Console(highlight=False)
-if not out.is_terminal:
-    out.width = max(out.width, 120)
+out = console(least=120)
 
 _WIDE = 6  # systems that have a column each
-_MANY = 400  # percent from which a factor reads better
+_MANY = 400  # percent; larger differences are shown as factors
 _STYLES = {"better": "green", "worse": "red", "same": "dim", "unknown": "dim"}
 
 
@@ -138,7 +136,7 @@ def _cell(d: Difference | None) -> str:
     if d is None:
         return "–"
     percent = d.percent()
-    if math.isnan(percent.mean):  # from nothing
+    if math.isnan(percent.mean):  # the baseline is 0
         return f"{_number(d.own.mean)}"
     if abs(percent.mean) < _MANY:
         text, low, high = f"{percent.mean:+.1f} %", f"{percent.low:+.1f}", f"{percent.high:+.1f}"

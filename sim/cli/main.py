@@ -1,4 +1,4 @@
-"""The command line: ``chairlift run``, ``list``, ``schema``, ``trace describe``; others in ``cli_*`` modules."""
+"""The command line: ``chairlift run``, ``list``, ``schema`` and ``trace describe``; each other command has its file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,16 @@ from chairlift.backend import specs
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
-from chairlift.sim.cli import agree as cli_agree
-from chairlift.sim.cli import calibrate as cli_profile
-from chairlift.sim.cli import compare as cli_compare
-from chairlift.sim.cli import plan as cli_plan
-from chairlift.sim.cli import report as cli_report
-from chairlift.sim.cli import sweep as cli_sweep
+from chairlift.sim.cli import agree, calibrate, check, compare, plan, report, sweep
 from chairlift.sim.cli.terminal import console, progress, status
-from chairlift.sim.report import tables as report
-from chairlift.sim.results import reader as results
-from chairlift.sim.results import writer as output
+from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
+from chairlift.sim.results.reader import read
+from chairlift.sim.results.writer import Writer
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
 from chairlift.sim.scenario.policy_files import blame
+from chairlift.sim.scenario.yaml_document import read as read_document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
 from chairlift.sim.units import PS_PER_S
@@ -53,7 +49,7 @@ SCENARIO_KINDS = (
     *("policies", "models", "gpus", "scenarios", "backends", "workloads", "formats", "routers", "sweeps", "plans"),
 )
 
-FEW = 20_000  # requests of a run that keeps a journal unasked: it costs a fifth of the time, and 200 bytes a request
+FEW = 20_000  # requests up to which a run keeps a journal unasked; a journal costs a fifth of the time, 200 B a request
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
 out = console(least=WIDTH)
@@ -132,7 +128,7 @@ def run(
         return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust, router or [])
 
     folder = out_dir or Path("runs") / study.name
-    writer = output.Writer(folder, study)
+    writer = Writer(folder, study)
     outcomes: list[Outcome] = []
     try:
         journal = True if report_ and events is None else events
@@ -147,12 +143,12 @@ def run(
         raise typer.Exit(130) from None
     finally:
         writer.close(outcomes)
-    drawn = cli_report.draw(results.read(folder), folder / "report.html") if report_ else ""
+    drawn = report.draw(read(folder), folder / "report.html") if report_ else ""
     if as_json:
         name = "comparison.json" if len(study.setups) > 1 else "summary.json"
         sys.stdout.write((folder / name).read_text(encoding="utf-8"))
     elif not quiet:
-        report.show(out, study, outcomes)
+        tables.show(out, study, outcomes)
         wall = sum(o.summary["wall_s"] for o in outcomes)
         count = sum(len(o.requests.status) for o in outcomes)
         if draws:
@@ -207,12 +203,12 @@ def describe(
         out.print(trace_table(trace, file.name))
 
 
-app.command()(cli_profile.calibrate)
-app.command("validate")(cli_profile.validate_)
+app.command()(calibrate.calibrate)
+app.command("validate")(calibrate.validate_)
 
 
 def find_scenario(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped scenario, its folder told or not. Raises `BadInput`."""
+    """The file that ``name`` means: a path, or a shipped scenario with or without its folder. Raises `BadInput`."""
     path = Path(name)
     shipped = _shipped()
     if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
@@ -229,8 +225,8 @@ def find_scenario(name: str) -> Path:
 
 
 def _shipped() -> dict[str, Path]:
-    """Shipped scenarios by name, those in folders last: ``research/policy_zoo``."""
-    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(cli_sweep.SWEEPS.rglob("*")) - set(cli_plan.PLANS.rglob("*")))
+    """The file of each shipped scenario by name. Names in folders, such as ``research/policy_zoo``, come last."""
+    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(sweep.SWEEPS.rglob("*")) - set(plan.PLANS.rglob("*")))
     files.sort(key=lambda file: (len(file.parts), file))
     return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
 
@@ -240,7 +236,9 @@ def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> 
     with progress(study, err, silent) as advance:
         for setup in study.setups:
             label = " ".join(filter(None, (setup.case, setup.variant))) or study.name
-            times = setup.trace.arrival_ps if setup.trace.follows is None else None  # who follows comes later than this
+            times = (
+                setup.trace.arrival_ps if setup.trace.follows is None else None
+            )  # a request that follows another comes later
             advance(done, label, None)
 
             def arrived(count: int, before: int = done, label: str = label, times: Any = times) -> None:
@@ -253,9 +251,10 @@ def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> 
 def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
     if kind in ("policies", "routers"):
         for name, (each, origin) in _named(plugins.POLICY if kind == "policies" else plugins.ROUTER):
-            yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
-            for field, info in plugins.settings(each).model_fields.items():
-                yield "", f"  {field}: {plugins.type_name(info)} = {info.default!r}"
+            yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
+            for field, (kind_of, default) in plugins.fields(each).items():
+                given = "" if default is ... else f" = {default!r}"
+                yield "", f"  {field}: {plugins.type_name(kind_of)}{given}"
     elif kind == "models":
         for label in (
             "model",
@@ -292,7 +291,7 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
             yield path.stem, _question(path)
     elif kind == "backends":
         for name, (each, origin) in _named(plugins.BACKEND):
-            yield name, plugins.summary(each) + (f" [{origin}]" if origin else "")
+            yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
     elif kind == "formats":
         for name in formats.names():
             yield name, formats.summary(name)
@@ -310,18 +309,17 @@ def _named(kind: plugins.Kind) -> Iterable[tuple[str, plugins.Named]]:
 
 
 def _question(path: Path) -> str:
-    from chairlift.sim.scenario.yaml_document import read
-
-    question, mark, _ = str(read(path).data.get("question", "")).strip().partition("?")
+    question, mark, _ = str(read_document(path).data.get("question", "")).strip().partition("?")
     return question + mark
 
 
-app.command("sweep")(cli_sweep.sweep)
-app.command("compare")(cli_compare.compare)
-app.command("agree")(cli_agree.agree)
-app.command()(cli_report.report)
-app.command()(cli_report.explain)
-app.command("plan")(cli_plan.plan)
+app.command("sweep")(sweep.sweep)
+app.command("compare")(compare.compare)
+app.command("agree")(agree.agree)
+app.command("check")(check.check)
+app.command()(report.report)
+app.command()(report.explain)
+app.command("plan")(plan.plan)
 
 
 def main() -> None:

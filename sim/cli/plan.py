@@ -47,7 +47,9 @@ def plan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what bounds exclude, and stop.")
     ] = False,
-    trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let policy and router files named in the YAML run their code.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:

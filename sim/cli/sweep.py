@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cli.terminal import console
 from chairlift.sim.sweep import table as sweep_table
 from chairlift.sim.sweep.file import SCENARIOS, Plan, read_sweep, shipped_file
 from chairlift.sim.sweep.journal import Journal
@@ -22,13 +22,13 @@ from chairlift.sim.sweep.local import Local
 from chairlift.sim.sweep.racing import AFTER, Race
 from chairlift.sim.sweep.runs import Executor, Row, Run, known, results
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = console(soft_wrap=True)
+err = console(stderr=True, soft_wrap=True)
 
 SWEEPS = SCENARIOS / "sweeps"
 EVERY_S = 30  # between two lines of progress where there is no terminal
 
-# of whatever makes many runs; `check_executor` says which go together
+# options of every command that makes many runs; `check_executor` says which of them go together
 JobsOption = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; default: one a core.")]
 ExecutorOption = Annotated[
     Literal["local", "ray"], typer.Option(help="Run on this machine's cores, or on a Ray cluster.")
@@ -67,7 +67,9 @@ def sweep(
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run once more what failed before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")] = False,
-    trust: Annotated[bool, typer.Option("--trust", help="Let policy files named in the YAML run their code.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let policy and router files named in the YAML run their code.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run a scenario at every point of some axes, under several seeds: one row a run in DIR/results.parquet.
@@ -134,7 +136,7 @@ def check_executor(name: str, jobs: int | None, address: str | None) -> None:
 
 
 def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:
-    """Where runs take place. Raises `BadInput`: no cluster."""
+    """The executor that ``executor`` names. Raises `BadInput` where there is no Ray cluster to join."""
     if name == "local":
         return Local(jobs)
     from chairlift.sim.sweep.on_ray import Cluster  # here: Ray is an extra

@@ -22,9 +22,13 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # characters of a sparkline
 
 
-def console(stderr: bool = False, least: int = 0) -> Console:
-    """A console without colours in CI, as `NO_COLOR` has it and as in pipes; in those ``least`` columns wide."""
-    made = Console(stderr=stderr, highlight=False, no_color=True if os.environ.get("CI") else None)
+def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Console:
+    """What a command prints to.
+
+    It shows no colours in a pipe, in CI and where `NO_COLOR` is set. In a pipe it is at least ``least`` columns wide.
+    With ``soft_wrap`` it breaks no line itself.
+    """
+    made = Console(stderr=stderr, highlight=False, soft_wrap=soft_wrap, no_color=True if os.environ.get("CI") else None)
     if not made.is_terminal:
         made.width = max(made.width, least)
     return made
@@ -32,7 +36,7 @@ def console(stderr: bool = False, least: int = 0) -> Console:
 
 @contextmanager
 def status(silent: bool) -> Iterator[Callable[[str], None]]:
-    """What is being done just now, on a terminal; nothing in pipes."""
+    """A function that shows on a terminal what is being done. In a pipe, or if ``silent``, it shows nothing."""
     err = console(stderr=True)
     if silent or not err.is_terminal:
         yield lambda _what: None
@@ -50,7 +54,10 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(study: Study, to: Console, silent: bool) -> Iterator[Advance]:
-    """A bar over the requests of ``study`` with simulated time, requests/s and time left; nothing in pipes and CI."""
+    """A function that moves a bar over the requests of ``study``; in pipes and in CI it shows nothing.
+
+    The bar tells simulated time, requests per second and the time left.
+    """
     if silent or not to.is_terminal or os.environ.get("CI"):
         yield lambda _count, _label, _now: None
         return

@@ -17,6 +17,7 @@ from chairlift.sim.plan.headroom import Headroom, headroom
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.vllm_command import commands
+from chairlift.sim.sweep.statistics import undominated
 
 MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
 ROUGH = 0.05  # precision of the capacities of a front's systems
@@ -176,15 +177,9 @@ def latency_of(promises: list[Promise]) -> str:
 
 def mark(front: list[Point]) -> None:
     """Set `Point.is_best` of all points, by comparing each with all others."""
-
-    def scores(point: Point) -> tuple[float, float, float]:
-        return point.candidate.usd_per_hour, point.latency_ms, -point.capacity.rate_per_s
-
-    for point in front:
-        point.is_best = not any(
-            all(a <= b for a, b in zip(scores(other), scores(point), strict=True)) and scores(other) != scores(point)
-            for other in front
-        )
+    scores = [(-p.candidate.usd_per_hour, -p.latency_ms, p.capacity.rate_per_s) for p in front]
+    for point, best in zip(front, undominated(scores), strict=True):
+        point.is_best = best
 
 
 def nowhere(plan: BuyingPlan) -> list[Problem]:

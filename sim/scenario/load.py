@@ -1,4 +1,4 @@
-"""From a scenario file to runs ready to simulate: every name looked up, every setting checked.
+"""From a scenario file to runs that are ready to simulate: every name is looked up, every setting is checked.
 
 `load` reads a file, applies ``--set`` and returns the `Setup` of every variant of every case, or raises one
 `BadInput` with all that is wrong, line by line.
@@ -107,7 +107,9 @@ def check(document: Document, folder: Path, trust: bool = False) -> None:
 
 
 def _cases(document: Document, assignments: Sequence[str], problems: list[Problem]) -> list[tuple[str, Document]]:
-    """The document once for every case, ``--set`` applied last: the command line has the final word.
+    """Each case by its name, with the document as it is in that case; one case without a name if there are none.
+
+    ``--set`` is applied last, for the command line has the final word.
 
     What is wrong with the cases themselves is added to ``problems``.
     """
@@ -135,7 +137,7 @@ def _cases(document: Document, assignments: Sequence[str], problems: list[Proble
 
 
 def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
-    """Variants that share a name, and mentions of variants that there are not."""
+    """Two variants of one name, and names of variants that do not exist."""
     names = [variant.name for variant in scenario.compare]
     problems = []
     for i, name in enumerate(names):
@@ -168,7 +170,7 @@ class _Resolver(Lookup):
         self._routers = routers
 
     def setups(self, scenario: Scenario, case: str) -> list[Setup]:
-        """One a variant; raises `BadInput`."""
+        """One setup for each variant of ``case``. Raises `BadInput` with all mistakes of all variants."""
         trace = self._try((), lambda: self._trace(scenario))
         found: list[Setup | None] = []
         if self._policies or self._routers:
@@ -191,7 +193,7 @@ class _Resolver(Lookup):
         return [setup for setup in found if setup is not None]
 
     def names(self) -> list[Problem]:
-        """What is wrong with the names and settings in a document that is no `Scenario`, as far as one can tell."""
+        """The wrong names and settings in a document that is no valid `Scenario`: all that can be told of it."""
         data = self._document.data
         systems: list[tuple[KeyPath, Any]] = [((), data)]
         if isinstance(variants := data.get("compare"), list):
@@ -222,7 +224,10 @@ class _Resolver(Lookup):
         variant: Variant | None,
         at: KeyPath | None,
     ) -> Setup | None:
-        """``at`` is where the variant stands in the document; None if the command line made it."""
+        """The setup of one variant; None if something is wrong with it, which is then noted.
+
+        ``at`` is where the variant stands in the document. It is None if the command line made the variant.
+        """
         before = len(self._problems)
 
         def pick(key: str, default: Any = None) -> tuple[Any, KeyPath]:
@@ -272,7 +277,10 @@ class _Resolver(Lookup):
     def _group(
         self, model: Any, longest: int, group: Group, at: KeyPath, need: Pick, pick: Pick, from_file: bool
     ) -> ReplicaGroup | None:
-        """``group`` stands at ``at``; what it leaves out comes from the variant or the scenario."""
+        """One group of replicas; None if something is wrong with it, which is then noted.
+
+        ``group`` stands at ``at``. Keys that it leaves out come from the variant, or else from the scenario.
+        """
         before = len(self._problems)
 
         def own(key: str, otherwise: tuple[Any, KeyPath]) -> tuple[Any, KeyPath]:
@@ -319,7 +327,7 @@ class _Resolver(Lookup):
         )
 
     def _check_executes(self, group: Group, at: KeyPath, pick: Pick) -> None:
-        """Steps that really run need one replica that stays."""
+        """Note it where a backend that executes steps is to serve several replicas, or one that goes away."""
         replicas, where = pick("replicas", 1)
         if group.count != 1 or (isinstance(replicas, list) and len(replicas) > 1):
             self._problems.append(self._document.problem(where, "a backend that executes steps serves one replica"))
@@ -330,7 +338,7 @@ class _Resolver(Lookup):
                 self._problems.append(self._document.problem(where, rule))
 
     def _check_roles(self, replicas: Any, at: KeyPath, pick: Pick) -> None:
-        """Prefill and decode replicas come together, with a link, and without mixed ones."""
+        """Note it where prefill and decode replicas lack each other or a link, or stand beside mixed replicas."""
         roles = {group.role for group in replicas} if isinstance(replicas, list) else {"mixed"}
         link, link_at = pick("link")
         problem = self._document.problem

@@ -17,7 +17,7 @@ Path = tuple[str | int, ...]  # keys and list indices from the top of a document
 
 
 class Complaint(NamedTuple):
-    """One broken rule, before anybody looked up the line it stands on."""
+    """One broken rule and its place in the document. The line of that place is not known here."""
 
     path: Path
     rule: str
@@ -98,7 +98,11 @@ def _child(here: object, part: str | int) -> object:
 
 
 def _settle(found: list[_Found], start: int) -> list[_Found]:
-    """One account for each union: pydantic lists what every member had against the value."""
+    """``found`` with one account for each union in the place of one for each of the union's members.
+
+    Steps before ``start`` are settled already. Of a value that is a mapping with a wrong key, say, the members that
+    take mappings complain about the key and the others about the kind of value; the account of the former is kept.
+    """
     unions: dict[tuple[_Step, ...], dict[str | int, list[_Found]]] = {}
     plain: list[_Found] = []
     for one in found:
@@ -206,7 +210,10 @@ def _names_at(model: Any, path: Path, data: object) -> list[str]:
 
 
 def _members(kind: Any, data: object) -> list[Any]:
-    """``kind`` without Annotated; of a union its members, where tags tell only those that ``data`` fits."""
+    """The types that ``kind`` stands for, without Annotated: itself, or the members of a union.
+
+    Members of a tagged union whose tag is not that of ``data`` are left out.
+    """
     kind = getattr(kind, "__value__", kind)  # a type alias
     origin = typing.get_origin(kind)
     if origin is typing.Annotated:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
-from pydantic.fields import FieldInfo
 
 from chairlift import policies
 from chairlift.backend.base import Settings
@@ -112,9 +111,12 @@ def find(kind: Kind, name: str, trust: bool = False, folder: Path = Path(), othe
     installed = _installed(kind)
     if name in installed:
         return _load(kind, name, installed[name])
-    raise BadInput(
-        Problem(f"no such {kind.word}{did_you_mean(name, [*shipped(kind), *installed, *others])}", value=name)
-    )
+    raise BadInput(Problem(f"no such {kind.word}{did_you_mean(name, [*names(kind), *others])}", value=name))
+
+
+def names(kind: Kind) -> list[str]:
+    """Every name that `find` knows, usable or not; no plug-in is imported."""
+    return [*shipped(kind), *(name for name in _installed(kind) if name not in shipped(kind))]
 
 
 def from_file(path: Path, wanted: str | None, *kinds: Kind) -> type[Any]:
@@ -237,41 +239,41 @@ def settings(kind: type[Any]) -> type[BaseModel]:
 
 @cache
 def _settings(kind: type[Any]) -> type[BaseModel]:
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid"), **fields(kind))  # type: ignore[call-overload,no-any-return]
+
+
+def fields(kind: type[Any]) -> dict[str, tuple[Any, Any]]:
+    """Name → type and default (``...``: it has none) of a dataclass's fields, but for those with ``init=False``."""
     hints = get_type_hints(kind, include_extras=True)
-    fields: dict[str, Any] = {}
-    if dataclasses.is_dataclass(kind):
-        for field in dataclasses.fields(kind):
-            if not field.init:
-                continue
-            default: Any = ...
-            if field.default is not dataclasses.MISSING:
-                default = field.default
-            elif field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            fields[field.name] = (hints[field.name], default)
-    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+        if not field.init:
+            continue
+        default: Any = ...
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found[field.name] = (hints[field.name], default)
+    return found
 
 
 def summary(kind: type[Any]) -> str:
-    """The first line of a class's docstring."""
+    """The first line of a class's docstring, which lists and schemas show."""
     return (inspect.getdoc(kind) or "").partition("\n")[0]
 
 
-def type_name(info: FieldInfo) -> str:
+def type_name(annotation: Any) -> str:
     """A setting's type as a person writes it: ``int``, ``float | None``, ``'fcfs' | 'priority'``."""
-    return _type_name(info.annotation)
-
-
-def _type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "None"
     if inspect.isclass(annotation):
         return annotation.__name__
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
-        return _type_name(arguments[0])
+        return type_name(arguments[0])
     if get_origin(annotation) is list:
-        return f"list of {_type_name(arguments[0])}"
+        return f"list of {type_name(arguments[0])}"
     if get_origin(annotation) is Literal:
         return " | ".join(map(repr, arguments))
-    return " | ".join(map(_type_name, arguments)) or str(annotation)
+    return " | ".join(map(type_name, arguments)) or str(annotation)

@@ -16,7 +16,7 @@ from chairlift.sim.study import Kv
 
 
 class Lookup:
-    """Looks the names of one document up, collecting what is wrong."""
+    """Looks up what one document names. Mistakes are collected, not raised."""
 
     def __init__(self, document: Document, folder: Path, trust: bool) -> None:
         self._document = document
@@ -45,7 +45,10 @@ class Lookup:
         return self._look_up(choice, at, lambda name: plugins.find(kind, name, trust, folder), True)
 
     def _profile(self, choice: Any) -> Any:
-        """A profile's own name is short for the backend ``profile``; its file may lie beside the scenario."""
+        """``choice`` of a backend, written out: a profile's name alone means the backend ``profile`` with it.
+
+        A profile's file may lie beside the scenario.
+        """
         if isinstance(choice, str) and (choice in shipped() or choice.endswith(".json")):
             choice = {"name": "profile", "profile": choice}
         if isinstance(choice, dict) and isinstance(name := choice.get("profile"), str) and name.endswith(".json"):
@@ -54,7 +57,10 @@ class Lookup:
         return choice
 
     def _look_up(self, choice: Any, at: KeyPath, find: Any, with_settings: bool = False) -> Any:
-        """What ``choice`` names; with settings: a class and its checked settings. None if it is wrong."""
+        """What ``find`` returns for the name in ``choice``; None if something is wrong, which is then noted.
+
+        ``with_settings``: ``find`` returns a class, and the result is that class and its settings, checked.
+        """
         if choice is None:
             return None
         if isinstance(choice, str):
@@ -74,7 +80,7 @@ class Lookup:
         return None if settings is None else (found, settings)
 
     def _refused(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """``given`` without the settings that ``kind`` knows but does not model; those are noted as mistakes."""
+        """``given`` without the settings that ``kind`` says it does not model; each of those is noted as a mistake."""
         refused: dict[str, str] = getattr(kind, "not_modelled", {})
         for key in sorted(given.keys() & refused.keys()):
             self._problems.append(self._document.problem((*at, key), f"not modelled: {refused[key]}", given[key]))
@@ -96,7 +102,7 @@ class Lookup:
         return specs.changed(found, choice) if isinstance(choice, dict) else found
 
     def _try(self, at: KeyPath, what: Any) -> Any:
-        """The result of ``what()``; None, with the problem noted at ``at``, where it raises."""
+        """The result of ``what()``. Where it raises, the result is None and the mistake is noted at ``at``."""
         try:
             return what()
         except specs.BadShape as error:
@@ -117,9 +123,10 @@ class Lookup:
 def kv_pool(
     kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
 ) -> tuple[int, int, str]:
-    """Usable blocks, tokens a block, and where the number comes from.
+    """The KV pool of one replica: usable blocks, tokens a block, and where these numbers come from, in words.
 
-    Raises ValueError, one sentence, where no block fits, or where the policy swaps KV over a link of unknown speed.
+    Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
+    swaps KV over a link of unknown speed.
     """
     if getattr(policy, "preemption", "") == "swap":
         gpu.needed("host_gb_per_s", "swapping KV")
@@ -140,7 +147,7 @@ def kv_pool(
     else:
         fit = specs.kv_blocks(model, gpu, tensor_parallel, block_size, kv.memory_utilization, kv.reserve_gib)
         blocks, source = fit.blocks, fit.explain()
-    if policy.block_tokens is not None:  # the policy's own granularity over the same memory
+    if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
         if own is None and kv.tokens is not None:
             return kv.tokens // policy.block_tokens, policy.block_tokens, source
         return blocks * block_size // policy.block_tokens, policy.block_tokens, source

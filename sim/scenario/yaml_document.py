@@ -78,7 +78,7 @@ class Document:
         return here
 
     def problem(self, at: Path, rule: str, value: object = NOTHING) -> Problem:
-        """A mistake at ``at``, located: for rules that no model can state."""
+        """A mistake at ``at`` with its file and line. It is for rules that no pydantic model can state."""
         file, line = self._origin(at)
         return Problem(rule, file, line, _dotted(at), value)
 
@@ -178,7 +178,7 @@ def read(path: FilePath) -> Document:
         yaml.YAMLError,
         ValueError,
         OverflowError,
-    ) as error:  # the latter two: "\U99999999" names no character
+    ) as error:  # the latter two: an escape such as "\U99999999" names no character
         raise BadInput(_syntax_problem(error, name, text)) from None
     if reader.problems:
         raise BadInput(problem._replace(file=name) for problem in reader.problems)
@@ -236,7 +236,7 @@ for _kind, (_pattern, _first) in _PLAIN.items():
 
 
 class _Reader:
-    """Builds values from nodes, noting lines and collecting what is wrong on the way."""
+    """Builds values from YAML nodes. It notes the line of each value, and collects mistakes."""
 
     def __init__(self) -> None:
         self.lines: dict[Path, int] = {}

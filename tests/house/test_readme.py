@@ -30,6 +30,15 @@ def test_the_policy_of_ones_own_serves_everybody_also_where_kv_is_short(
     assert re.search(r"preemptions +[1-9]", result.out)
 
 
+def test_the_policy_of_ones_own_keeps_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shortest.py").write_text(blocks("python")[0])
+    result = chairlift("check", "shortest.py")
+
+    assert result.status == 0, result.out
+    assert "9 promises kept, 0 broken, 0 not checked" in result.out
+
+
 def test_the_cluster_keys_are_all_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     keys = blocks("yaml")[1]

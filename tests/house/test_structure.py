@@ -41,6 +41,11 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "replica": (("replica", "results.records", "workload.trace"), ("base",), ("base",)),
     "cluster": (("cluster", "replica", "results", "study", "workload", *SPINE), ("base",), ("base",)),
     "simulate": (("cluster", "replica", "results", "study", *SPINE), ("base",), ()),
+    "conformance": (
+        ("conformance", "cluster", "simulate", "replica", "results", "study", "workload", *SPINE),
+        ("base", "shapes"),
+        ("base", "routers", "vllm"),
+    ),
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
     "sweep": (("sweep", "simulate", "scenario", "results", "workload", *SPINE), (), ("base",)),
     "calibration": (

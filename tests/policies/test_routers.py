@@ -25,6 +25,7 @@ from chairlift.policies.routers import (
     SessionSticky,
     ShortestQueue,
 )
+from chairlift.sim.conformance.router import PROMISES, check_router
 from chairlift.sim.study import Failures, Outage
 from chairlift.sim.workload.trace import HashIds
 from kit.clusters import check_endings, check_nothing_left, group, s, serve, setup_of
@@ -101,6 +102,13 @@ def test_every_router_serves_a_trace(cls: type[Router], replicas: int) -> None:
     check_endings(served)
     check_nothing_left(served)
     assert len(set(served.columns()["replica"])) == replicas
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
+def test_every_router_keeps_its_promises(cls: type[Router]) -> None:
+    found = check_router(cls)
+
+    assert [verdict.state for verdict in found] == ["kept"] * len(PROMISES)
 
 
 # one by one

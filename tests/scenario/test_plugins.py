@@ -117,10 +117,10 @@ def test_a_router_and_a_backend_of_installed_packages(install: Install) -> None:
             "policies",
             "mine = fast:Mine",
             POLICY,
-            ["Decode everybody", "[fast-policies 1.2]", "budget: int"],
+            ["Decode everybody", "(fast-policies 1.2)", "budget: int"],
         ),
-        ("routers", "routers", "last = fast:Last", ROUTER, ["The last replica", "[fast-policies 1.2]", "step: int"]),
-        ("backends", "backends", "clock = fast:Clock", BACKEND, ["Every step takes as long. [fast-policies 1.2]"]),
+        ("routers", "routers", "last = fast:Last", ROUTER, ["The last replica", "(fast-policies 1.2)", "step: int"]),
+        ("backends", "backends", "clock = fast:Clock", BACKEND, ["Every step takes as long. (fast-policies 1.2)"]),
     ],
 )
 def test_the_list_says_where_each_comes_from(
