@@ -16,6 +16,7 @@ from typing import Any
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results import claims
 from chairlift.sim.scenario.messages import Path as KeyPath
+from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
 from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
 from chairlift.sim.scenario.yaml_document import Document, read
@@ -32,7 +33,7 @@ def load(
     assignments: Sequence[str] = (),
     policies: Sequence[str] = (),
     backend: str | None = None,
-    trust: bool = False,
+    trust: Trust = False,
     routers: Sequence[str] = (),
 ) -> Study:
     """The study in the scenario file ``path``.
@@ -82,7 +83,7 @@ def load(
     )
 
 
-def prepare(document: Document, folder: Path, trust: bool = False) -> Setup:
+def prepare(document: Document, folder: Path, trust: Trust = False) -> Setup:
     """The one run of a document without ``cases`` and ``compare``; ``folder`` is where its relative paths start.
 
     Raises `BadInput` with all mistakes at once.
@@ -91,7 +92,7 @@ def prepare(document: Document, folder: Path, trust: bool = False) -> Setup:
     return setup
 
 
-def check(document: Document, folder: Path, trust: bool = False) -> None:
+def check(document: Document, folder: Path, trust: Trust = False) -> None:
     """Check keys, types, names and settings, without looking whether model and GPU fit or reading a trace.
 
     Raises `BadInput` with all mistakes at once.
@@ -161,7 +162,7 @@ class _Resolver(Lookup):
         self,
         document: Document,
         folder: Path,
-        trust: bool,
+        trust: Trust,
         policies: Sequence[str] = (),
         routers: Sequence[str] = (),
     ) -> None:

@@ -95,17 +95,20 @@ def available(kind: Kind) -> tuple[dict[str, Named], list[Problem]]:
     return found, problems
 
 
-def find(kind: Kind, name: str, trust: bool = False, folder: Path = Path(), others: Sequence[str] = ()) -> type[Any]:
+def find(
+    kind: Kind, name: str, trust: policy_files.Trust = False, folder: Path = Path(), others: Sequence[str] = ()
+) -> type[Any]:
     """The class of that name; or of ``path/to/file.py`` or ``path/to/file.py:Class``, if ``kind`` is no backend.
 
-    A relative path starts at ``folder``. A file's code runs only with ``trust``; what is installed is trusted. Raises
-    `BadInput`, its path empty; the message may suggest ``others``, which may stand there too.
+    A relative path starts at ``folder``. A file's code runs only if ``trust`` says so; what is installed is trusted.
+    Raises `BadInput`, its path empty; the message may suggest ``others``, which may stand there too.
     """
     if kind is not BACKEND and (file := policy_files.file_and_class(name)) is not None:
-        if not trust:
+        path = folder / file[0]
+        if not (trust if isinstance(trust, bool) else path.resolve() in trust):
             rule = f"a {kind.word} from a file runs its code: name it with --{kind.word}, or allow it with --trust"
             raise BadInput(Problem(rule, value=name))
-        return from_file(folder / file[0], file[1], kind)
+        return from_file(path, file[1], kind)
     if name in shipped(kind):
         return shipped(kind)[name]
     installed = _installed(kind)

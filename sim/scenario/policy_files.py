@@ -19,6 +19,8 @@ _OWN = "chairlift_policy_"  # begins the module names of users' own files
 _FORMER = ("policies", "backend", "sim")  # top-level packages of Chairlift before it had one import name
 _blamed: set[str] = set()  # top-level packages of installed plug-ins that were loaded
 
+Trust = bool | frozenset[Path]  # which files a YAML may name whose code then runs: all, none, or these (resolved)
+
 
 def file_and_class(name: str) -> tuple[str, str | None] | None:
     """``mine.py:Class`` → ``("mine.py", "Class")``; ``mine.py`` → ``("mine.py", None)``; None for any other name."""

@@ -11,6 +11,7 @@ from chairlift.policies.base import Scheduler
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
+from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import Kv
 
@@ -18,7 +19,7 @@ from chairlift.sim.study import Kv
 class Lookup:
     """Looks up what one document names. Mistakes are collected, not raised."""
 
-    def __init__(self, document: Document, folder: Path, trust: bool) -> None:
+    def __init__(self, document: Document, folder: Path, trust: Trust) -> None:
         self._document = document
         self._folder = folder
         self._trust = trust
@@ -41,7 +42,7 @@ class Lookup:
             )
         kind = plugins.POLICY if key == "policy" else plugins.ROUTER
         folder = self._folder if from_file else Path()
-        trust = self._trust or not from_file
+        trust = self._trust if from_file else True
         return self._look_up(choice, at, lambda name: plugins.find(kind, name, trust, folder), True)
 
     def _profile(self, choice: Any) -> Any:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.scenario import load
+from chairlift.sim.scenario.policy_files import file_and_class
 from chairlift.sim.scenario.schema import Case
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Grid, Scalar, Value
@@ -85,7 +86,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     """The sweep in the file ``path``.
 
     ``assignments`` (``KEY=VALUE``) change keys of the base scenario, for all runs. ``policies``, names or files, are
-    added to the axis ``policy``; a file's code may run, as with ``trust`` one that the YAML names.
+    added to the axis ``policy``; the code of those files may run, and with ``trust`` that of files that the YAML names.
 
     Raises `BadInput`: every value of every axis is tried once against the scenario's rules.
     """
@@ -97,7 +98,8 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     base.set(assignments)
     seeds = _seeds(document, spec, base)
     added = [Value(str(Path(p).resolve()) if ".py" in p else p, p, f"--policy {p}") for p in policies]
-    trust = trust or bool(policies)
+    named = frozenset(Path(file[0]).resolve() for p in policies if (file := file_and_class(p)) is not None)
+    allowed = True if trust else named
     points = _with_policies(spec.points(), base, added)
     once = _with_policies(spec.each_alone(), base, added)
     keys = list(dict.fromkeys(key for point in points for key in point))
@@ -117,13 +119,13 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         plan.axes = [*labels, *keys]
         for point in once:
             try:
-                load.check(scenario_at(system, point, seeds[0], document), folder, trust)
+                load.check(scenario_at(system, point, seeds[0], document), folder, allowed)
             except BadInput as error:
                 problems += error.problems
         for point in points:
             names: dict[str, Scalar] = {**labels, **{key: value.label for key, value in point.items()}}
             plan.points.append(names)
-            plan.runs.append([Run(scenario_at(system, point, s, document), folder, names, s, trust) for s in seeds])
+            plan.runs.append([Run(scenario_at(system, point, s, document), folder, names, s, allowed) for s in seeds])
     if problems:
         raise BadInput({str(p): p for p in problems}.values())
     return plan
@@ -162,7 +164,8 @@ def _with_policies(points: list[dict[str, Value]], base: Document, added: list[V
     known = points
     if not any("policy" in point for point in points):
         own = base.data.get("policy")
-        known = [] if own is None else [point | {"policy": Value(own)} for point in points]
+        mine = Value(own, origin=origin_of(base, ("policy",)))
+        known = [] if own is None else [point | {"policy": mine} for point in points]
     rest = list({tuple((k, json.dumps(v.value)) for k, v in point.items()): point for point in apart}.values())
     return [*known, *({**point, "policy": value} for value in added for point in rest)]
 

@@ -24,6 +24,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.load import prepare
+from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.axes import Scalar
@@ -58,7 +59,7 @@ class Run:
     folder: Path  # where its relative paths start
     labels: dict[str, Scalar] = field(default_factory=dict)  # axis → value, of the point that the run belongs to
     seed: int = 0
-    trust: bool = False  # policy files may run their code
+    trust: Trust = False  # policy files may run their code
 
     @cached_property
     def key(self) -> str:

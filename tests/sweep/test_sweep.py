@@ -79,6 +79,17 @@ def test_names_do_not_change_what_a_run_is_but_the_files_it_names_do(tmp_path: P
     assert "1 new" in swept("--trust", "-j1")
 
 
+def test_a_policy_on_the_command_line_lets_no_file_in_the_yaml_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(POLICY)
+    (tmp_path / "yours.py").write_text(POLICY)
+    written(tmp_path, "base: base.yaml\n", replaced("policy: {name: vllm}", "policy: yours.py"))
+
+    assert "yours.py" in swept("-j1", "--policy", str(tmp_path / "mine.py"), status=2)
+    assert "2 new" in swept("-j1", "--policy", str(tmp_path / "mine.py"), "--trust")
+    written(tmp_path, "base: base.yaml\n", replaced("policy: {name: vllm}", "policy: mine.py"))
+    assert "0 new" in swept("-j1", "--policy", str(tmp_path / "mine.py"))
+
+
 def test_a_folder_counts_by_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "chunk-0-trace.csv").write_text("0,2,1,Gamma,1,0.5\n600,2,1,Gamma,1,0.5\n")
