@@ -30,7 +30,6 @@ from chairlift.sim.results.recording import Recorder
 from chairlift.sim.results.records import EVENT_COLUMNS, HANDOVER_COLUMNS, RUN_COLUMNS, RunRecords
 from chairlift.sim.study import ReplicaGroup, Setup, Study
 
-SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
 CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
 
 
@@ -151,7 +150,6 @@ def _run_facts(outcome: Outcome) -> dict[str, Any]:
 
 def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
     policy = group.make_scheduler()
-    named = (getattr(policy, name, None) for name in SEQUENCE_LIMITS)
     facts = {
         "role": group.role,
         "gpu": group.gpu.name,
@@ -160,7 +158,7 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         "kv_blocks": group.blocks,
         "block_size": group.block_size,
         "token_limit": policy.token_limit,
-        "sequence_limit": next((limit for limit in named if isinstance(limit, int)), None),
+        "sequence_limit": policy.sequence_limit,
         "batch_synchronous": policy.batch_synchronous,
         "asynchronous": policy.asynchronous,
     }

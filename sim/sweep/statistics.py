@@ -49,6 +49,17 @@ def surely_below(a: Sequence[float], b: Sequence[float], risk: float) -> bool:
     return mean + student(1 - risk, n - 1) * spread / math.sqrt(n) < 0
 
 
+def undominated(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Of each point whether it is on the Pareto front: no other is at least as great in all numbers and another point.
+
+    Equal points are both on it: of (1, 2), (2, 1), (2, 1) and (1, 1) all but the last.
+    """
+    return [
+        not any(all(x >= y for x, y in zip(other, point, strict=True)) and other != point for other in points)
+        for point in points
+    ]
+
+
 @lru_cache(maxsize=256)
 def student(level: float, freedom: int) -> float:
     """Quantile of Student's t with ``freedom`` degrees of freedom: ``level`` 0.975 for a two-sided interval of 95 %."""

@@ -14,7 +14,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.compare import Comparison
 from chairlift.sim.sweep.runs import Row, Run
-from chairlift.sim.sweep.statistics import interval, student, surely_below
+from chairlift.sim.sweep.statistics import interval, student, surely_below, undominated
 from chairlift.sim.sweep.table import read, write
 from kit.command import chairlift
 from kit.pages import Page
@@ -109,6 +109,11 @@ def test_ranks_by_hand(tmp_path: Path) -> None:
     assert ranks[("a",)] == {"p99_ttft_ms": (1 + 2.5) / 2, "request_goodput": (3 + 2) / 2, "mean_tpot_ms": (1 + 3) / 2}
     assert ranks[("b",)] == {"p99_ttft_ms": (2 + 2.5) / 2, "request_goodput": (1 + 2) / 2, "mean_tpot_ms": 3.5 / 2}
     assert ranks[("c",)]["p99_ttft_ms"] == (3 + 1) / 2
+
+
+def test_the_front_of_four_points_by_hand() -> None:
+    assert undominated([(1, 2), (2, 1), (2, 1), (1, 1)]) == [True, True, True, False]
+    assert undominated([]) == []
 
 
 def test_fronts_by_hand(tmp_path: Path) -> None:
