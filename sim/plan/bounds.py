@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from chairlift.backend.base import Backend, Batch, Chunk
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.promises import PROMISED, Promise
 from chairlift.sim.replica.prefix_pool import Identity
 from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.study import ReplicaGroup, Setup
@@ -107,6 +107,8 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
         fastest["ttft"] = np.zeros(len(trace))
     fastest["e2el"] = fastest["ttft"] + fastest["tpot"] * (trace.output_tokens - 1)
     fastest["itl"] = fastest["tpot"]
+    for metric in PROMISED:  # of other latencies nothing is known: they may be 0
+        fastest.setdefault(metric, np.zeros(len(trace)))
     for promise in promises:
         counted, good = _counted(promise, trace), np.ones(len(trace), dtype=bool)
         for metric, limit in promise.limits().items():

@@ -13,14 +13,14 @@ Three requests in three parts, with TTFTs of 400, 600 and 450 ms, give the promi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from chairlift.sim.results.catalogue import LATENCY
-from chairlift.sim.results.metrics import inter_token_gaps, request_latencies
+from chairlift.sim.results.catalogue import LATENCIES, LATENCY
+from chairlift.sim.results.metrics import REQUEST_LATENCIES, inter_token_gaps, request_latencies
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.strict import Spec
@@ -30,10 +30,24 @@ Bools = npt.NDArray[np.bool_]
 
 BINS = 100  # parts of a run: a warm-up is cut off to within 1 % of the run
 CAP = 4.0  # severity counts no latency beyond this multiple of its limit: one straggler must not look like a warm-up
+PROMISED = tuple(metric.name for metric in LATENCIES if metric.name in REQUEST_LATENCIES or metric.name == "itl")
+TOLD = ("e2el", "itl", "tpot", "ttft")  # latencies of which every answer tells p50 and p99
 Limit = Annotated[float, Field(gt=0, le=1e10, description="Milliseconds.")]
 
 
-class Promise(Spec):
+def _described(name: str) -> str:
+    more = {"itl": " Stands alone.", "tpot": " Alone: of answers of several tokens."}.get(name, "")
+    return LATENCY[name].meaning + more
+
+
+if TYPE_CHECKING:
+    _Limited = Spec
+else:  # a key a latency, so that a new row of the catalogue can be promised
+    _limits = {f"{name}_ms": (Limit | None, Field(default=None, description=_described(name))) for name in PROMISED}
+    _Limited = create_model("_Limited", __base__=Spec, **_limits)
+
+
+class Promise(_Limited):
     """At least a given share of the requests meets all the limits given.
 
     One limit makes it a percentile ("p99 TTFT ≤ 500 ms"); several make it a share of goodput ("90 % of requests: TTFT ≤
@@ -44,10 +58,6 @@ class Promise(Spec):
     percentile: Annotated[float, Field(gt=0, lt=100)] | None = Field(
         default=None, description="The same in percent: 99 says that the p99 is within the limit."
     )
-    ttft_ms: Limit | None = Field(default=None, description="Time to the first token.")
-    tpot_ms: Limit | None = Field(default=None, description="Mean time per further token; alone: of longer answers.")
-    itl_ms: Limit | None = Field(default=None, description="Every gap between two tokens; stands alone.")
-    e2el_ms: Limit | None = Field(default=None, description="Time to the last token.")
     tenant: str | None = Field(default=None, description="Only of this tenant's requests.")
     priority: int | None = Field(default=None, description="Only of requests of this priority.")
 
@@ -57,8 +67,9 @@ class Promise(Spec):
             raise ValueError("must have exactly one of share and percentile")
         limits = self.limits()
         if not limits:
-            raise ValueError("must have a limit: ttft_ms, tpot_ms, itl_ms or e2el_ms")
-        if self.itl_ms is not None and (len(limits) > 1 or self.tenant is not None or self.priority is not None):
+            known = [f"{name}_ms" for name in PROMISED]
+            raise ValueError(f"must have a limit: {', '.join(known[:-1])} or {known[-1]}")
+        if "itl" in limits and (len(limits) > 1 or self.tenant is not None or self.priority is not None):
             raise ValueError("itl_ms is of all gaps between tokens: it must stand alone, in a promise of its own")
         return self
 
@@ -68,9 +79,9 @@ class Promise(Spec):
         return self.share if self.share is not None else (self.percentile or 0) / 100
 
     def limits(self) -> dict[str, float]:
-        """Metric (a key of `LATENCY`) → its limit in milliseconds, for the limits that are given."""
-        found = {"ttft": self.ttft_ms, "tpot": self.tpot_ms, "itl": self.itl_ms, "e2el": self.e2el_ms}
-        return {metric: limit for metric, limit in found.items() if limit is not None}
+        """Metric (one of `PROMISED`) → its limit in milliseconds, for the limits that are given."""
+        found = {name: getattr(self, f"{name}_ms") for name in PROMISED}
+        return {name: limit for name, limit in found.items() if limit is not None}
 
     def __str__(self) -> str:
         limits = self.limits()
@@ -101,9 +112,7 @@ class Latency(NamedTuple):
     """Columns of a run's requests in order of arrival, shape (n,). A request that was not served has infinite times."""
 
     arrival_s: Floats
-    ttft: Floats  # ms
-    tpot: Floats  # ms; 0 for an answer of one token, as vLLM counts goodput
-    e2el: Floats  # ms
+    ms: dict[str, Floats]  # by name of the latency; TPOT 0 for an answer of one token, as vLLM counts goodput
     several: Bools  # whether the answer has more than one token
     tenant: npt.NDArray[Any] | None = None  # names
     priority: npt.NDArray[np.int64] | None = None
@@ -142,18 +151,18 @@ def sample_of(
             good = gaps.ms <= limits["itl"]
             eligible.append(np.bincount(bins, gaps.often, BINS).astype(np.int64).tolist())
             met.append(np.bincount(bins, gaps.often * good, BINS).astype(np.int64).tolist())
-            worst = np.maximum(worst, times.tpot / limits["itl"])  # severity is by request, which has only a mean gap
+            worst = np.maximum(worst, times.ms["tpot"] / limits["itl"])  # by request there is only a mean gap
             continue
         which = _which(promise, times)
         good = np.ones(n, dtype=bool)
         for metric, limit in limits.items():
-            values = getattr(times, metric)
+            values = times.ms[metric]
             good &= values <= limit
             worst = np.maximum(worst, np.where(which, values / limit, 0))
         eligible.append(np.add.reduceat(which.astype(np.int64), edges[:-1]).tolist())
         met.append(np.add.reduceat((which & good).astype(np.int64), edges[:-1]).tolist())
-    done = np.isfinite(times.e2el)
-    served = times.e2el[done] / 1e3
+    done = np.isfinite(times.ms["e2el"])
+    served = times.ms["e2el"][done] / 1e3
     longest = float(served.max()) if len(served) else 0.0
     if since_s is not None:
         served = served + (times.arrival_s - since_s)[done]
@@ -189,17 +198,17 @@ def _which(promise: Promise, times: Latency) -> Bools:
 def _figures(
     promises: Sequence[Promise], times: Latency, gaps: Gaps | None, stay: float, end: float
 ) -> dict[str, float]:
-    """Percentiles by name over the middle of the run: those that were promised, and p50 and p99 of every metric."""
+    """Percentiles by name over the middle of the run: those that were promised, and p50 and p99 of `TOLD`."""
     begin, close = window(float(times.arrival_s[0]), end, stay)
     middle = (times.arrival_s >= begin) & (times.arrival_s <= close)
-    wanted: dict[str, set[float]] = {metric: {50.0, 99.0} for metric in ("e2el", "ttft", "tpot", "itl")}
+    wanted: dict[str, set[float]] = {metric: {50.0, 99.0} for metric in TOLD}
     for promise in promises:
         if len(promise.limits()) == 1:
             [metric] = promise.limits()
-            wanted[metric].add(100 * promise.wanted)
+            wanted.setdefault(metric, set()).add(100 * promise.wanted)
     found: dict[str, float] = {}
-    for metric in ("e2el", "tpot", "ttft"):
-        values = getattr(times, metric)[middle & times.several if metric == "tpot" else middle]
+    for metric in sorted(wanted.keys() - {"itl"}):
+        values = times.ms[metric][middle & times.several if metric == "tpot" else middle]
         if len(values):
             levels = sorted(wanted[metric])
             method: Literal["linear", "lower"] = (
@@ -232,13 +241,12 @@ def measured(promises: Sequence[Promise], requests: RequestRecords, runs: list[R
     arrival = np.asarray(columns["arrival_ps"])
     done = np.asarray(columns["status"]) == Status.FINISHED
     several = np.asarray(columns["output_tokens"]) > 1
-    found = request_latencies(requests)
-    ttft, tpot, e2el = (np.where(done, np.nan_to_num(found[name]), np.inf) for name in ("ttft", "tpot", "e2el"))
     trace = requests.trace
     order = np.argsort(arrival, kind="stable")
     tenant = None if trace.tenant is None else np.array(trace.tenants)[trace.tenant][order]
     priority = None if trace.priority is None else trace.priority[order].astype(np.int64)
-    times = Latency(arrival[order] / PS_PER_S, ttft[order], tpot[order], e2el[order], several[order], tenant, priority)
+    found = {name: np.where(done, np.nan_to_num(ms), np.inf)[order] for name, ms in request_latencies(requests).items()}
+    times = Latency(arrival[order] / PS_PER_S, found, several[order], tenant, priority)
     gaps = _gaps(runs) if any("itl" in promise.limits() for promise in promises) else None
     since = None
     if trace.follows is not None:

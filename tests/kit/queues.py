@@ -46,7 +46,8 @@ class Queue:
             arrivals = since / rate
             waits = self.waits(arrivals, services, work)
             stays = 1e3 * (waits + services)
-            times = Latency(arrivals, 1e3 * waits, np.zeros(requests), stays, np.zeros(requests, dtype=bool))
+            ms = {"ttft": 1e3 * waits, "tpot": np.zeros(requests), "e2el": stays}
+            times = Latency(arrivals, ms, np.zeros(requests, dtype=bool))
             found.append(sample_of(self.promises, times))
         return found
 

@@ -224,7 +224,7 @@ def test_shares_by_hand() -> None:
         Promise(share=0.5, tpot_ms=20),
         Promise(share=0.5, ttft_ms=100, tpot_ms=20),
     ]
-    times = Latency(np.arange(n) / 10, ttft, tpot, ttft + 100, several)
+    times = Latency(np.arange(n) / 10, {"ttft": ttft, "tpot": tpot, "e2el": ttft + 100}, several)
     sample = sample_of(promises, times)
 
     assert [sum(e) for e in sample.eligible] == [n, n // 2, n]  # TPOT alone: only of answers that have one
@@ -235,7 +235,8 @@ def test_shares_by_hand() -> None:
 def test_sessions_that_last_as_long_as_a_run_show_no_long_run() -> None:
     n = BINS * 2
     promises = [Promise(percentile=50, e2el_ms=5000)]
-    times = Latency(np.arange(n) / 10, np.full(n, 50.0), np.zeros(n), np.full(n, 100.0), np.zeros(n, dtype=bool))
+    ms = {"ttft": np.full(n, 50.0), "tpot": np.zeros(n), "e2el": np.full(n, 100.0)}
+    times = Latency(np.arange(n) / 10, ms, np.zeros(n, dtype=bool))
     short = sample_of(promises, times)
     long = sample_of(promises, times, since_s=np.zeros(n))  # all of them begun at once
 

@@ -93,6 +93,30 @@ def test_a_new_metric_can_be_claimed_raced_for_and_compared(extended: Path) -> N
     }
 
 
+PLAN = """\
+base:
+  model: opt-13b
+  backend: roofline
+  policy: vllm
+  workload: {arrivals: {poisson: {rate_per_s: 1}}, prompt_tokens: 100, output_tokens: 20}
+slo: [{percentile: 90, delay_ms: 800}]
+rate_per_s: 8
+axes: {gpu: [a100-40gb]}
+search: {requests: 300, most_requests: 600, precision: 0.2}
+"""
+
+
+def test_a_new_latency_can_be_promised(extended: Path) -> None:
+    (extended / "p.yaml").write_text(PLAN)
+    of_extended(extended, "plan", "p.yaml", "-j1", "--quiet", "--out", "planned")
+    told = json.loads((extended / "planned/plan.json").read_text())
+    [system] = told["cheapest"][0]["systems"]
+
+    assert told["slo"] == ["p90 delay ≤ 800 ms"]
+    assert system["outcome"] == "kept"
+    assert 0 < system["verdict"]["figures"]["p90_delay_ms"]["mean"] < 800
+
+
 def test_every_number_of_a_summary_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("s.yaml").write_text(SCENARIO.replace("requests: 30", "requests: 30\n  tenants: {a: 1, b: 1}"))
