@@ -81,6 +81,16 @@ extern "C" __global__ void choose(const half_t* __restrict__ logits, int* __rest
   }
 }
 
+// counters[e] += 1, for all lanes at once; what it was before, as if they came one after the other. -1 for e < 0.
+__device__ __forceinline__ int add_one(int* counters, int e) {
+  const u32 same = __match_any_sync(__activemask(), e);  // one addition for lanes with the same expert
+  const int lane = threadIdx.x % 32, leader = __ffs(same) - 1;
+  int before = 0;
+  if (lane == leader && e >= 0) before = atomicAdd(counters + e, __popc(same));
+  before = __shfl_sync(same, before, leader);
+  return e < 0 ? -1 : before + __popc(same & ((1u << lane) - 1));
+}
+
 // One thread block. For `pairs` pairs: where each one's row is once the pairs of an expert lie together (`place`, -1 of
 // nobody's), which row it is of (`source`), where each expert's rows end (`ends`), and the tiles of at most `high` rows that
 // they make: expert (-1: no tile), first row, end of the expert's rows, three arrays of `most`.
@@ -89,8 +99,7 @@ extern "C" __global__ void arrange(const int* __restrict__ chosen, int* __restri
   __shared__ int counts[EXPERTS], next[EXPERTS], first_tile[EXPERTS + 1];
   for (int e = threadIdx.x; e < EXPERTS; e += blockDim.x) counts[e] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < pairs; i += blockDim.x)
-    if (chosen[i] >= 0) atomicAdd(counts + chosen[i], 1);
+  for (int i = threadIdx.x; i < pairs; i += blockDim.x) add_one(counts, chosen[i]);
   __syncthreads();
   if (threadIdx.x < 32) {  // running sums of rows and of tiles over the experts, by one warp
     int rows = 0, tile = 0;
@@ -124,7 +133,7 @@ extern "C" __global__ void arrange(const int* __restrict__ chosen, int* __restri
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
     const int e = chosen[i];
-    const int at = e < 0 ? -1 : atomicAdd(next + e, 1);  // the order among an expert's rows changes no row's result
+    const int at = add_one(next, e);  // the order among an expert's rows changes no row's result
     place[i] = at;
     if (e >= 0) source[at] = i / TOP;
   }
