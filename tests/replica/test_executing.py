@@ -220,7 +220,7 @@ seconds = st.one_of(st.none(), st.integers(1_000, 60_000).map(lambda ns: s(ns * 
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     table=st.lists(st.tuples(arrivals, st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=12),
     cost=st.builds(Modelled, fixed=st.sampled_from([1, 1000, 997]), token=st.sampled_from([0, 10])),
