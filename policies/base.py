@@ -49,6 +49,20 @@ class Running(Collection["Request"], Reversible["Request"], Protocol):
     """Requests in order of admission: a length, ``in``, and a walk from either end."""
 
 
+class When:
+    """The time at which a step brings its tokens, in ps; of a step in flight it is set once that is known.
+
+    Two tokens are of one step if their holders are one object.
+    """
+
+    __slots__ = ("ps",)
+
+    def __init__(self, ps: int = 0) -> None:
+        self.ps = ps
+
+
+NEVER = When()  # of a request that has no token yet
+
 FOREVER = 1 << 60  # "until something changes": more steps than any run has
 
 Positive = Annotated[int, Gt(0)]
@@ -133,7 +147,7 @@ class Request:
         self._offset = 0  # tokens in KV; while it decodes, that less the counter's steps
         self._emitted = 0
         self._end = 0  # counter value that ends its decoding (or its reservation)
-        self._last = 0  # ps, its latest token outside the group
+        self._last = NEVER  # when its latest token outside the group comes
         self._blocks = 0  # blocks held; while it decodes and grows, those it had when it joined
         self._reserved = 0  # tokens reserved ahead of need
         self._at = -1  # the replica that it is on

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from chairlift.backend.base import Backend, Batch, StepCost
-from chairlift.policies.base import Request
+from chairlift.policies.base import Request, When
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.engine import Engine
@@ -106,7 +106,7 @@ class Replay:
         self.just_finished = False
         before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
         here = set(state.admitted)
-        plan = self.engine.ask(step, step)
+        plan = self.engine.ask(step, When(step))
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
         tokens = {
             r.id: chunks.get(r.id, 1)

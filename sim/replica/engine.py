@@ -16,8 +16,8 @@ step n+1, wait for step n, process its output. With the GPU's clock g and the bo
     g(n+1)        = max(g(n), launched(n+1)) + gpu                                      one CUDA graph
                   = max(max(g(n), launched(n+1) - launch) + gpu, launched(n+1) + tail)  kernel by kernel
 
-So when n lands is known only once n+1 is planned. Until then `_landing` is a name for that time: later than now, and
-exact where the host takes no time.
+So when n lands is known only once n+1 is planned. Each plan therefore owns a holder of that time (`When`), which its
+tokens refer to. Until n+1 is planned it says a time later than now, exact where the host takes no time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from __future__ import annotations
 from typing import Any
 
 from chairlift.backend.base import NO_HOST, WHOLE
-from chairlift.policies.base import Request
+from chairlift.policies.base import NEVER, Request, When
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, RunRecords, Status
+
+_SILENCE = When(-1)  # ends of no run: whoever decodes behind it is late
 
 
 class Engine(Planner):
@@ -39,7 +41,7 @@ class Engine(Planner):
     """
 
     __slots__ = (
-        *("_cancelled", "_count", "_decoded", "_flight", "_gpu_end", "_gpu_next", "_landing", "_plan", "_start"),
+        *("_cancelled", "_count", "_decoded", "_flight", "_gpu_end", "_gpu_next", "_latest", "_plan", "_start"),
         *("end", "records", "steps"),
     )
 
@@ -52,11 +54,11 @@ class Engine(Planner):
         self._count = 0  # steps until its end, one in flight included
         self._plan: Plan | None = None  # what runs; asynchronous: what runs after the step in flight
         self._flight: Plan | None = None  # asynchronous: the step that runs, committed already
-        self._landing = 0  # when the step in flight brings its tokens: exact once the one after it is planned
+        self._latest = NEVER  # when the latest step that is done brought its tokens
         self._gpu_end = 0  # when the GPU is done with it
         self._gpu_next = 0  # likewise the first step of `_plan`
         self._cancelled: list[Request] = []  # to leave at the end of the run
-        self._decoded = 0  # asynchronous: when the group emitted last before the step in flight
+        self._decoded = NEVER  # asynchronous: when the group emitted last before the step in flight
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
@@ -88,14 +90,14 @@ class Engine(Planner):
             self._launch(plan, now, now + plan.gpu)
         flight = self._flight
         assert flight is not None
-        plan = self._plan = self.ask(now, self._landing)
+        plan = self._plan = self.ask(now, flight.when)
         alike = True
         if plan is None or plan.host is not NO_HOST or flight.host is not NO_HOST or plan.intake:
             alike = self._overlap(flight, plan, now)
         else:
-            self._gpu_next = self._landing + plan.gpu
+            self._gpu_next = flight.when.ps + plan.gpu
         self._count = 1
-        self.end = self._landing
+        self.end = flight.when.ps
         if plan is not None and plan.count > 1 and alike and not flight.ending:
             self._count = plan.count
             self.end += duration(plan.first, plan.slope, plan.count - 1)
@@ -109,7 +111,8 @@ class Engine(Planner):
                 count = steps_to_reach(now - self._start, plan.first, plan.slope)
                 begun = self._start
             else:
-                begun = self._landing
+                assert self._flight is not None
+                begun = self._flight.when.ps
                 count = 1 if now <= begun else 1 + steps_to_reach(now - begun, plan.first, plan.slope)
             if count < self._count:
                 self._count = count
@@ -130,41 +133,30 @@ class Engine(Planner):
             assert plan is not None
             self.commit(plan, count)
             self._record(plan, self._start, plan.first, count, plan.row)
-            self._announce(plan, now)
+            plan.when.ps = now
+            self._latest = plan.when
+            self._announce(plan)
             self._deliver(plan, now)
             done = self.complete(plan, now) if plan.ending else NOBODY
         else:
             flight, state = self._flight, self.state
             assert flight is not None
-            landing = self._landing
-            if flight.undelivered or flight.late_gaps:
-                start, row = flight.air
-                self._record(flight, start, landing - start, 1, row)
-            else:  # as `_record`, without the detour
-                start, row = flight.air
-                self.steps += 1
-                self.records.rows.frombytes(PACK_RUN(start, landing - start, 0, 1, *row))
+            landing = flight.when.ps
+            start, row = flight.air
+            self._record(flight, start, landing - start, 1, row)
             if flight.emitting:
                 self._deliver(flight, landing)
             done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
             self._flight = None
+            self._latest = flight.when
             if plan is not None:
                 self.commit(plan, count)
                 if count > 1:
                     self._record(plan, landing, plan.first, count - 1, plan.row)
                     gpu = plan.gpu + (count - 1) * plan.gpu_slope
-                    self._launch(plan, now, now - plan.host.update + gpu, before=count - 1)
-                elif plan.host is not NO_HOST or self._gpu_next <= now:
+                    self._launch(plan, now, now - plan.host.update + gpu, before=When(now))
+                else:
                     self._launch(plan, now, self._gpu_next)
-                else:  # as `_launch`, without the detour
-                    self._flight = plan
-                    self._landing = self._gpu_end = landing = self._gpu_next
-                    plan.air = (now, plan.row)
-                    if plan.decoding:
-                        self._decoded = state.decoded_at
-                        state.decoded_at = landing
-                    if plan.emitting:
-                        self._announce(plan, landing)
         if self._cancelled:
             self._let_go(now)
         return done
@@ -191,7 +183,7 @@ class Engine(Planner):
         They keep the tokens that their clients have. The engine is of no use afterwards.
         """
         state, plan = self.state, self._plan
-        begun = self._landing if self._ahead else self._start
+        begun = self._flight.when.ps if self._flight is not None else self._start
         cancelled, self._cancelled = self._cancelled, []  # they gave up after the boundary that is settled here
         if self.end is not None and plan is not None and self._count > 1 and now >= begun:
             whole = steps_to_reach(now - begun + 1, plan.first, plan.slope) - 1
@@ -214,8 +206,8 @@ class Engine(Planner):
             if flight is not None and request in flight.emitting:
                 request._last = (flight.gaps or {}).get(request.id, request._last)
             elif decodes or flying:  # the time of its latest token was not kept, or is that of the one in flight
-                unborn = flight is not None and request._last == self._landing
-                request._last = max(0 if unborn else request._last, decoded)
+                own = NEVER if flight is not None and request._last is flight.when else request._last
+                request._last = decoded if decoded.ps > own.ps else own
             request.restart()
         self.end = self._flight = self._plan = None
         return lost
@@ -223,7 +215,7 @@ class Engine(Planner):
     def _ask_until(self, now: int) -> Plan | None:
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
         while True:
-            plan = self.ask(now, now)
+            plan = self.ask(now, self._latest if self._latest.ps == now else _SILENCE)
             if plan is not None or not (self.state.rejected or self.state.preempted):
                 return plan
 
@@ -247,50 +239,37 @@ class Engine(Planner):
         landing = max(gpu_end, launched) + flight.host.update
         if landing <= now:  # no two boundaries at once
             landing, alike = now + 1, False
-        if landing != self._landing:
-            self._rename(flight, landing)
+        flight.when.ps = landing
         return alike
 
-    def _rename(self, flight: Plan, landing: int) -> None:
-        """The step in flight lands at ``landing``: tell all who know that time by its name."""
-        name, self._landing = self._landing, landing
-        state = self.state
-        if state.decoded_at == name:
-            state.decoded_at = landing
-        for request in (*flight.emitting, *state.parked.values(), *state.evicted):
-            if request._last == name:
-                request._last = landing
-
-    def _launch(self, plan: Plan, start: int, gpu_end: int, now: int = 0, before: int = 0) -> None:
-        """Put the last committed step of ``plan``, which has ``before`` steps before it, in flight.
-
-        The records let it begin at ``start``. The name of its landing is later than ``now``, or than that.
-        """
+    def _launch(self, plan: Plan, start: int, gpu_end: int, now: int = 0, before: When | None = None) -> None:
+        """Put the last committed step of ``plan`` in flight; the steps before it, if any, end at ``before``."""
         row = plan.row
         self._flight = plan
         self._gpu_end = gpu_end
-        self._landing = max(gpu_end + plan.host.update, max(now, start) + 1)
+        plan.when.ps = max(gpu_end + plan.host.update, max(now, start) + 1)
         if plan.decoding:
-            self._decoded = start if before else self.state.decoded_at
-        if before:
+            self._decoded = self.state.decoded_at if before is None else before
+        if before is not None:
+            more = self._count - 1
             decodes, padded, context = row[2:5]
-            row = (*row[:4], context + before * (decodes + padded), 0, *row[6:9], row[9] + before * decodes, *row[10:])
+            row = (*row[:4], context + more * (decodes + padded), 0, *row[6:9], row[9] + more * decodes, *row[10:])
         plan.air = (start, row)
-        if plan.emitting:
-            self._announce(plan, self._landing)
-        elif plan.decoding:
-            self.state.decoded_at = self._landing
+        self._announce(plan)
 
-    def _announce(self, plan: Plan, now: int) -> None:
-        """Let planning know when ``plan`` brings its tokens (its last committed step's end)."""
+    def _announce(self, plan: Plan) -> None:
+        """Let planning know that ``plan`` brings tokens (its last committed step)."""
+        when = plan.when
         if plan.decoding:
-            self.state.decoded_at = now
+            self.state.decoded_at = when
+        if not plan.emitting:
+            return
         first_token = self._requests.first_token
         for request in plan.emitting:
             if first_token[request.id] >= 0:  # it was preempted: the client waits for this token since its last
                 plan.gaps = plan.gaps or {}
                 plan.gaps[request.id] = request._last
-            request._last = now
+            request._last = when
 
     def _deliver(self, plan: Plan, now: int) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
@@ -298,7 +277,7 @@ class Engine(Planner):
         first_token = self._requests.first_token
         for request in plan.emitting:
             if gaps is not None and request.id in gaps:
-                self.records.gap_rows.extend((now - gaps[request.id], 1))
+                self.records.gap_rows.extend((now - gaps[request.id].ps, 1))
             else:
                 first_token[request.id] = now
 
@@ -323,7 +302,7 @@ class Engine(Planner):
         if not flight.decoding:
             return False
         state = self.state
-        parked = request.id in state.parked and request._last == self._landing  # by the plan under way
+        parked = request.id in state.parked and request._last is flight.when  # by the plan under way
         return request._counter is not None or parked or request in state.evicted
 
     def _strike(self, request: Request, now: int) -> None:

@@ -1,4 +1,4 @@
-"""A replica whose steps really run: policy and bookkeeping of `sim.replica.engine`, the clock moved by real time.
+"""A replica whose steps really run: the same policy and bookkeeping as `sim.replica.engine`, the clock moved by real time.
 
 The plan goes to the hardware as soon as it is made. A synchronous engine waits for it at once; an asynchronous one
 plans and launches the next step first, and so keeps the hardware busy, as vLLM does. A step ends when its tokens are
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chairlift.backend.base import Batch, Executor, Host, Prompt, StepCost
-from chairlift.policies.base import PolicyError, Request
+from chairlift.policies.base import PolicyError, Request, When
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.prefix_pool import Identity
 from chairlift.sim.replica.session_prompts import Turns
@@ -59,7 +59,7 @@ class Executing(Engine):
         self.records.measured[-1] = (time.perf_counter_ns() - began) * 1000
         return done
 
-    def ask(self, now: int, start: int) -> Plan | None:  # noqa: D102
+    def ask(self, now: int, start: When) -> Plan | None:  # noqa: D102
         began = time.perf_counter_ns()
         self._turns.look()
         plan = super().ask(now, start)
@@ -75,7 +75,7 @@ class Executing(Engine):
         """Wait for the step in flight, ``plan`` being launched behind it; the next one does not come at its pace."""
         landing = max(now + 1, now + flight.gpu + self._wait(flight))  # `gpu`: what the policy paused
         self._gpu_next = landing + 1
-        self._rename(flight, landing)
+        flight.when.ps = landing
         return False
 
     def _execute(self, batch: Batch) -> StepCost:

@@ -7,7 +7,7 @@ from heapq import heappop
 from typing import ClassVar, NoReturn
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
-from chairlift.policies.base import FOREVER, PolicyError, Request, Scheduler
+from chairlift.policies.base import FOREVER, PolicyError, Request, Scheduler, When
 from chairlift.sim.replica.counting_pool import CountingPool, admission
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.step import ReplicaStep
@@ -75,10 +75,11 @@ class Planner:
         self._intake += self._arrival + self._arrival_token * request.prompt_tokens
         return True
 
-    def ask(self, now: int, start: int) -> Plan | None:
+    def ask(self, now: int, start: When) -> Plan | None:
         """What the policy wants of the steps that start at ``start``; None if nothing.
 
-        With a step in flight, ``start`` is the name of the time at which that one brings its tokens.
+        ``start`` is the holder of that time: the end of the step in flight, or of the run before. Decodes whose last
+        token came with another step are late, and their gaps are kept one by one.
         """
         state = self.state
         state.open(now)
@@ -124,7 +125,7 @@ class Planner:
             if count > 1 and group.growing:
                 count = group.steps_within(count, self.pool.free + state.taken)
         late, late_gaps = 0, NO_GAPS
-        if decoding and (state.fresh or state.decoded_at != start):
+        if decoding and (state.fresh or state.decoded_at is not start):
             late, late_gaps = self._late(start, decodes)
         row = (
             len(chunks),
@@ -265,7 +266,7 @@ class Planner:
         for request in released:
             self.end_request(request, now, Status.FINISHED)
 
-    def _late(self, start: int, decodes: int) -> tuple[int, list[int]]:
+    def _late(self, start: When, decodes: int) -> tuple[int, list[int]]:
         """How many decodes did not emit at ``start``; when they last did, and how many of them, as flat rows."""
         state = self.state
         gaps: list[int] = []
@@ -275,11 +276,11 @@ class Planner:
             if request._counter is None:
                 continue  # preempted or parked since
             old -= 1
-            if request._last != start:
-                gaps += (request._last, 1)
+            if request._last is not start:
+                gaps += (request._last.ps, 1)
                 late += 1
-        if old > 0 and state.decoded_at != start:
-            gaps += (state.decoded_at, old)
+        if old > 0 and state.decoded_at is not start:
+            gaps += (state.decoded_at.ps, old)
             late += old
         return late, gaps
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.policies.base import PolicyError, Preemption, Request, Running, Scheduler, Step
+from chairlift.policies.base import NEVER, PolicyError, Preemption, Request, Running, Scheduler, Step
 from chairlift.sim.replica.counting_pool import CountingPool, Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.waiting_queue import OrderedQueue
@@ -54,7 +54,7 @@ class ReplicaStep(Step):
         self.batch: list[Request] = []  # finished, keeping their slot
         self.kv_tokens = 0  # tokens stored
         self.promised = 0  # reserved tokens that will be filled
-        self.decoded_at = 0  # ps, when the group emitted last
+        self.decoded_at = NEVER  # when the group emitted last
         self.fresh: dict[int, Request] = {}  # joined the group since
         self._admissions = self._admitted_before = 0  # ever, and by earlier plans
         # the plan
@@ -317,7 +317,8 @@ class ReplicaStep(Step):
     def park(self, request: Request) -> None:
         """Take a decoding request out of the group; it stays admitted."""
         blocks = self._blocks_of(request)
-        request._last = max(request._last, self.decoded_at)
+        if request.id not in self.fresh:
+            request._last = self.decoded_at
         self.group.leave(request)
         request._blocks = blocks
         self.parked[request.id] = request
@@ -346,7 +347,8 @@ class ReplicaStep(Step):
         """Take back all that a request holds, which runs no more, ``planned`` blocks for this step's token too."""
         blocks = self._blocks_of(request) + planned
         if request._counter is not None:
-            request._last = max(request._last, self.decoded_at)
+            if request.id not in self.fresh:
+                request._last = self.decoded_at
             self.group.leave(request)
         else:
             self.prefills.pop(request.id, None)

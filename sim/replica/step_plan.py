@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isqrt
 
 from chairlift.backend.base import StepCost
-from chairlift.policies.base import Request
+from chairlift.policies.base import Request, When
 
 
 def duration(first: int, slope: int, steps: int) -> int:
@@ -53,6 +53,7 @@ class Plan:
         "row",
         "slope",
         "undelivered",
+        "when",
     )
 
     def __init__(
@@ -72,14 +73,12 @@ class Plan:
         self.chunks = chunks
         self.decoding = decoding
         self.row = row  # RUN_COLUMNS from `chunks` on
-        self.late_gaps = (
-            late_gaps  # decodes that did not emit just before, flat rows: time of their last token, how many
-        )
+        # decodes that did not emit just before: flat rows of (time of their last token, how many)
+        self.late_gaps = late_gaps
         self.gpu, self.gpu_slope, _, self.host = cost  # `gpu`: ps on the GPU, the first step's; pauses included
         self.intake = 0  # ps of host time for requests that have come
-        self.gaps: dict[int, int] | None = (
-            None  # of requests in `emitting` that have emitted before: when they last did
-        )
+        self.when = When()  # its last step brings its tokens; known once that step is done, or the one after it planned
+        self.gaps: dict[int, When] | None = None  # of those in `emitting` that have emitted before: when they last did
         self.undelivered = 0  # decodes of its last step whose client has given up
         self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
