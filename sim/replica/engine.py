@@ -25,8 +25,8 @@ from __future__ import annotations
 from typing import Any
 
 from chairlift.backend.base import NO_HOST, WHOLE
-from chairlift.policies.base import NEVER, Request, When
 from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, RunRecords, Status
 
@@ -41,7 +41,7 @@ class Engine(Planner):
     """
 
     __slots__ = (
-        *("_cancelled", "_count", "_decoded", "_flight", "_gpu_end", "_gpu_next", "_latest", "_plan", "_start"),
+        *("_cancelled", "_count", "_flight", "_gpu_end", "_gpu_next", "_latest", "_plan", "_start"),
         *("end", "records", "steps"),
     )
 
@@ -57,8 +57,7 @@ class Engine(Planner):
         self._latest = NEVER  # when the latest step that is done brought its tokens
         self._gpu_end = 0  # when the GPU is done with it
         self._gpu_next = 0  # likewise the first step of `_plan`
-        self._cancelled: list[Request] = []  # to leave at the end of the run
-        self._decoded = NEVER  # asynchronous: when the group emitted last before the step in flight
+        self._cancelled: list[Live] = []  # to leave at the end of the run
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
@@ -119,7 +118,7 @@ class Engine(Planner):
                 self.end = begun + duration(plan.first, plan.slope, count - 1 if self._ahead else count)
         return self.end
 
-    def settle(self, now: int) -> list[Request]:
+    def settle(self, now: int) -> list[Live]:
         """Commit the run that ends now; the requests that ended with it."""
         plan, count = self._plan, self._count
         self.end = None
@@ -135,7 +134,6 @@ class Engine(Planner):
             self._record(plan, self._start, plan.first, count, plan.row)
             plan.when.ps = now
             self._latest = plan.when
-            self._announce(plan)
             self._deliver(plan, now)
             done = self.complete(plan, now) if plan.ending else NOBODY
         else:
@@ -167,7 +165,7 @@ class Engine(Planner):
         for request in cancelled:
             self._strike(request, now)
 
-    def cancel(self, request: Request, now: int) -> None:
+    def cancel(self, request: Live, now: int) -> None:
         """The client has given up on a request that is here; a running one leaves at the next boundary.
 
         The caller cuts the run, or plans if the replica is idle.
@@ -177,7 +175,7 @@ class Engine(Planner):
         else:
             self._strike(request, now)
 
-    def abort(self, now: int) -> list[Request]:
+    def abort(self, now: int) -> list[Live]:
         """The replica fails: steps done by now count, all else is lost with it. The requests it held, to go elsewhere.
 
         They keep the tokens that their clients have. The engine is of no use afterwards.
@@ -194,21 +192,14 @@ class Engine(Planner):
             self._strike(request, now)
         state.release()
         self._answer_batch(now)
-        flight = self._flight
-        decoded = self._decoded if flight is not None and flight.decoding else state.decoded_at
         lost = [*state.admitted.values(), *state.waiting]
         for request in lost:
             flying = self._flies(request)
-            decodes = request._counter is not None
-            if decodes:
-                state.group.leave(request)
-            request._emitted -= flying
-            if flight is not None and request in flight.emitting:
-                request._last = (flight.gaps or {}).get(request.id, request._last)
-            elif decodes or flying:  # the time of its latest token was not kept, or is that of the one in flight
-                own = NEVER if flight is not None and request._last is flight.when else request._last
-                request._last = decoded if decoded.ps > own.ps else own
-            request.restart()
+            if request.group is not None:
+                state.part(request, AWAY)
+            if flying:
+                self._unsay(request)
+            request.depart()
         self.end = self._flight = self._plan = None
         return lost
 
@@ -248,36 +239,19 @@ class Engine(Planner):
         self._flight = plan
         self._gpu_end = gpu_end
         plan.when.ps = max(gpu_end + plan.host.update, max(now, start) + 1)
-        if plan.decoding:
-            self._decoded = self.state.decoded_at if before is None else before
         if before is not None:
+            plan.decoded_before, plan.fresh = before, {}
             more = self._count - 1
             decodes, padded, context = row[2:5]
             row = (*row[:4], context + more * (decodes + padded), 0, *row[6:9], row[9] + more * decodes, *row[10:])
         plan.air = (start, row)
-        self._announce(plan)
-
-    def _announce(self, plan: Plan) -> None:
-        """Let planning know that ``plan`` brings tokens (its last committed step)."""
-        when = plan.when
-        if plan.decoding:
-            self.state.decoded_at = when
-        if not plan.emitting:
-            return
-        first_token = self._requests.first_token
-        for request in plan.emitting:
-            if first_token[request.id] >= 0:  # it was preempted: the client waits for this token since its last
-                plan.gaps = plan.gaps or {}
-                plan.gaps[request.id] = request._last
-            request._last = when
 
     def _deliver(self, plan: Plan, now: int) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
-        gaps = plan.gaps
         first_token = self._requests.first_token
         for request in plan.emitting:
-            if gaps is not None and request.id in gaps:
-                self.records.gap_rows.extend((now - gaps[request.id].ps, 1))
+            if first_token[request.id] >= 0:  # it was preempted: its client waits for this token since the one before
+                self.records.gap_rows.extend((now - request.before.ps, 1))
             else:
                 first_token[request.id] = now
 
@@ -292,7 +266,7 @@ class Engine(Planner):
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
 
-    def _flies(self, request: Request) -> bool:
+    def _flies(self, request: Live) -> bool:
         """Whether a token of ``request`` is in flight: planned, counted in what policies see, not brought yet."""
         flight = self._flight
         if flight is None:
@@ -301,30 +275,37 @@ class Engine(Planner):
             return True
         if not flight.decoding:
             return False
-        state = self.state
-        parked = request.id in state.parked and request._last is flight.when  # by the plan under way
-        return request._counter is not None or parked or request in state.evicted
+        if request.group is not None:  # who joined since the flight was committed is in `emitting`, or was parked
+            return request.id not in self.state.fresh
+        return request.last is flight.when  # parked or preempted by the plan under way
 
-    def _strike(self, request: Request, now: int) -> None:
+    def _unsay(self, request: Live) -> None:
+        """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
+        flight = self._flight
+        assert flight is not None
+        own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
+        request.unsay(request.before if own else flight.decoded_before)
+
+    def _strike(self, request: Live, now: int) -> None:
         """A cancelled request leaves, between two steps."""
         state, flight = self.state, self._flight
         if self._requests.status[request.id] != Status.PENDING:
             return  # its last token came with the very step
         flying = self._flies(request)
+        if request.id in state.admitted:
+            del state.admitted[request.id]
+            state.vacate(request, AWAY)
+        elif request.phase is not HELD and request.phase is not AWAY:
+            state.withdraw(
+                request
+            )  # one that is held pays for its slot until the others of its batch have their answers
         if flying:
             assert flight is not None
+            self._unsay(request)
             if request in flight.emitting:
                 flight.emitting.remove(request)
             else:
                 flight.undelivered += 1
             if request in flight.ending:
                 flight.ending.remove(request)
-        if request.id in state.admitted:
-            del state.admitted[request.id]
-            state.vacate(request)
-        elif request in state.waiting:
-            state.withdraw(request)
-        request._emitted -= flying
         self.end_request(request, now, Status.TIMED_OUT)
-        if request in state.batch:  # it has its whole answer, and pays for a slot until the others have theirs
-            self._requests.emitted[request.id] = self._outputs[request.id]

@@ -1,4 +1,4 @@
-"""A replica whose steps really run: the same policy and bookkeeping as `sim.replica.engine`, the clock moved by real time.
+"""A replica whose steps really run: policy and bookkeeping of `sim.replica.engine`, the clock moved by real time.
 
 The plan goes to the hardware as soon as it is made. A synchronous engine waits for it at once; an asynchronous one
 plans and launches the next step first, and so keeps the hardware busy, as vLLM does. A step ends when its tokens are
@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from chairlift.backend.base import Batch, Executor, Host, Prompt, StepCost
-from chairlift.policies.base import PolicyError, Request, When
+from chairlift.policies.base import PolicyError
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.session_prompts import Turns
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
@@ -36,7 +37,7 @@ class Executing(Engine):
         self._asked: dict[int, tuple[int, int, int]] = {}  # plan (by id) → when, ps spent planning, attention pairs
         self._pairs = 0
 
-    def submit(self, request: Request, now: int) -> bool:  # noqa: D102 - documented in `Engine`, as those below
+    def submit(self, request: Live, now: int) -> bool:  # noqa: D102 - documented in `Engine`, as those below
         self._turns.arrived(request.id)
         return super().submit(request, now)
 
@@ -53,7 +54,7 @@ class Executing(Engine):
             self._clock = None
         return end
 
-    def settle(self, now: int) -> list[Request]:  # noqa: D102
+    def settle(self, now: int) -> list[Live]:  # noqa: D102
         began = time.perf_counter_ns()
         done = super().settle(now)
         self.records.measured[-1] = (time.perf_counter_ns() - began) * 1000
@@ -80,7 +81,7 @@ class Executing(Engine):
 
     def _execute(self, batch: Batch) -> StepCost:
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
-        self._pairs = sum(t * (2 * r._offset + t + 1) // 2 for r, t in self.state.chunks)
+        self._pairs = sum(t * (2 * r.stored + t + 1) // 2 for r, t in self.state.chunks)
         try:
             self._executor.launch(batch._replace(members=_Members(self.state, self._turns)))
         except RuntimeError as error:  # more sequences than it has room for
@@ -107,16 +108,16 @@ class _Members:
         self.prompts = [
             Prompt(
                 r.id,
-                r._offset,
+                r.stored,
                 tokens,
-                r.pad if r._offset == 0 else 0,
-                r._offset + tokens >= r.prompt_tokens + r._emitted,
+                r.pad if r.stored == 0 else 0,
+                r.stored + tokens >= r.prompt_tokens + r.produced,
             )
             for r, tokens in state.chunks
         ]
         decoding = state.whole or bool(state.ran)
-        self.decodes = [r.id for r in state.admitted.values() if r._counter is not None] if decoding else []
-        self.dead = [r.id for r in state.batch if r._counter is not None] if decoding else []
+        self.decodes = [r.id for r in state.admitted.values() if r.group is not None] if decoding else []
+        self.dead = [r.id for r in state.batch] if decoding else []
 
     def table(self, request: int) -> Sequence[int] | None:
         """The pool's blocks of a request."""

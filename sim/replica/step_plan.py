@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isqrt
 
 from chairlift.backend.base import StepCost
-from chairlift.policies.base import Request, When
+from chairlift.sim.replica.request import NEVER, Live, When
 
 
 def duration(first: int, slope: int, steps: int) -> int:
@@ -29,7 +29,7 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
     return n
 
 
-NOBODY: list[Request] = []
+NOBODY: list[Live] = []
 NO_GAPS: list[int] = []
 
 
@@ -40,11 +40,12 @@ class Plan:
         "air",
         "chunks",
         "count",
+        "decoded_before",
         "decoding",
         "emitting",
         "ending",
         "first",
-        "gaps",
+        "fresh",
         "gpu",
         "gpu_slope",
         "host",
@@ -61,7 +62,7 @@ class Plan:
         first: int,
         slope: int,
         count: int,
-        chunks: list[tuple[Request, int]],
+        chunks: list[tuple[Live, int]],
         decoding: bool,
         row: tuple[int, ...],
         late_gaps: list[int],
@@ -78,7 +79,8 @@ class Plan:
         self.gpu, self.gpu_slope, _, self.host = cost  # `gpu`: ps on the GPU, the first step's; pauses included
         self.intake = 0  # ps of host time for requests that have come
         self.when = When()  # its last step brings its tokens; known once that step is done, or the one after it planned
-        self.gaps: dict[int, When] | None = None  # of those in `emitting` that have emitted before: when they last did
+        self.decoded_before = NEVER  # when the group emitted before its last step
+        self.fresh: dict[int, Live] = {}  # decodes of its last step that had joined the group since then
         self.undelivered = 0  # decodes of its last step whose client has given up
         self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes

@@ -121,7 +121,7 @@ class RequestRecords:
         i = request.id
         self.status[i] = status
         self.finished[i] = now
-        self.emitted[i] = request._emitted if request._counter is None else request.emitted
+        self.emitted[i] = request.emitted
         if request.preemptions:
             self.preemptions[i] = request.preemptions
 
