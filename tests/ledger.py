@@ -21,7 +21,7 @@ from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
-from chairlift.sim.replica.request import Live, When
+from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.workload.trace import Trace
@@ -106,7 +106,7 @@ class Replay:
         self.just_finished = False
         before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
         here = set(state.admitted)
-        plan = self.engine.ask(step, When(step))
+        plan = self.engine.ask(step, at(step))
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
         tokens = {
             r.id: chunks.get(r.id, 1)
@@ -123,6 +123,7 @@ class Replay:
             "free_blocks": self.engine.pool.free,
         }
         if plan is not None:
+            plan.when.ps = step + 1
             self.engine.commit(plan, 1)
         self.flight.append(plan)
         return row

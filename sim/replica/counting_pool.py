@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 
 from chairlift.policies.base import FOREVER
-from chairlift.sim.replica.request import DECODING, HELD, Live, Phase
+from chairlift.sim.replica.request import DECODING, HELD, Live, Phase, When
 
 
 def admission(request: Live) -> int:
@@ -147,26 +147,35 @@ class Decodes:
 
     def join(self, request: Live) -> None:
         """Add a request; what is left of its reservation (`Live.reserved`) is used before it grows."""
-        request.join(self)
         computed = request.stored
+        request.group = self
+        request.phase = DECODING
+        request.offset = computed - self.steps
         self.live += 1
         self.context += computed + 1 + request.pad
-        if request.reserved:
+        if request.reserved > computed:
             self.reserved += 1
         else:
+            request.reserved = 0
             self._grows(request)
 
-    def leave(self, request: Live, phase: Phase) -> None:
-        """Take a live member out, which is in ``phase`` from here on."""
-        self._stops(request)
-        self.context -= request.offset + self.steps + 1 + request.pad
-        request.leave(phase)
+    def leave(self, request: Live, phase: Phase, when: When | None) -> None:
+        """Take a live member out, which is in ``phase`` from here on.
+
+        ``when`` holds the time of its latest token; None if that came before it joined.
+        """
+        computed = request.offset + self.steps
+        self.context -= computed + 1 + request.pad
+        self._stops(request, computed)
+        request.phase = phase
+        if when is not None:
+            request.before, request.last = request.last, when
 
     def die(self, request: Live) -> None:
         """A live member has its answer and keeps its slot, which reads one token more each step."""
-        self._stops(request)
+        self._stops(request, request.offset + self.steps)
         self.dead += 1
-        request.leave(HELD)
+        request.phase = HELD
 
     def bury(self, request: Live) -> None:
         """Take a dead member out."""
@@ -176,7 +185,7 @@ class Decodes:
     def outgrow(self, request: Live) -> None:
         """A member's reservation is used up: from here it grows block by block."""
         self.reserved -= 1
-        request.outgrow()
+        request.reserved = 0
         self._grows(request)
 
     def _grows(self, request: Live) -> None:
@@ -186,8 +195,11 @@ class Decodes:
         if self.members is not None:
             self.members[phase][request.id] = request
 
-    def _stops(self, request: Live) -> None:
-        """A member produces no tokens any more."""
+    def _stops(self, request: Live, computed: int) -> None:
+        """A member produces no tokens any more; it has ``computed`` tokens in KV."""
+        request.group = None
+        request.stored = computed
+        request.produced = computed - request.prompt_tokens + 1
         self.live -= 1
         if request.reserved:
             self.reserved -= 1
@@ -265,16 +277,16 @@ class Ends:
             heappop(heap)
         return FOREVER
 
-    def due(self) -> Iterator[Live]:
-        """The members that have their last token now, out of the heap; those whose reservation ends go on without."""
-        heap, group = self.heap, self._group
-        steps = group.steps
-        while heap and heap[0][0] <= steps:
-            _, _, rank, offset, request = heappop(heap)
-            if request.offset != offset or request.phase is not DECODING or request.rank != rank:
-                continue
-            if offset + steps < request.prompt_tokens + self.outputs[request.id] - 1:
-                group.outgrow(request)
-                self.add(request)
-            else:
-                yield request
+    def due(self) -> Live | None:
+        """Take what comes first out of the heap, which is due: a member that has its last token now, or None.
+
+        None if the entry was of a member that has left, or of one whose reservation ends, which goes on without.
+        """
+        _, _, rank, offset, request = heappop(self.heap)
+        if request.offset != offset or request.phase is not DECODING or request.rank != rank:
+            return None
+        if offset + self._group.steps < request.prompt_tokens + self.outputs[request.id] - 1:
+            self._group.outgrow(request)
+            self.add(request)
+            return None
+        return request

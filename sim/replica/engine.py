@@ -26,11 +26,11 @@ from typing import Any
 
 from chairlift.backend.base import NO_HOST, WHOLE
 from chairlift.sim.replica.planner import Planner
-from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When
+from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, RunRecords, Status
 
-_SILENCE = When(-1)  # ends of no run: whoever decodes behind it is late
+_SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
 class Engine(Planner):
@@ -86,7 +86,7 @@ class Engine(Planner):
                 self.end = now + plan.intake + plan.host.schedule + plan.host.launch
                 return self.end
             self.commit(plan, 1)
-            self._launch(plan, now, now + plan.gpu)
+            self._launch(plan, now, now + plan.gpu, now)
         flight = self._flight
         assert flight is not None
         plan = self._plan = self.ask(now, flight.when)
@@ -141,7 +141,11 @@ class Engine(Planner):
             assert flight is not None
             landing = flight.when.ps
             start, row = flight.air
-            self._record(flight, start, landing - start, 1, row)
+            if flight.undelivered or flight.late_gaps:
+                self._record(flight, start, landing - start, 1, row)
+            else:
+                self.steps += 1
+                self.records.rows.frombytes(PACK_RUN(start, landing - start, 0, 1, *row))
             if flight.emitting:
                 self._deliver(flight, landing)
             done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
@@ -152,9 +156,13 @@ class Engine(Planner):
                 if count > 1:
                     self._record(plan, landing, plan.first, count - 1, plan.row)
                     gpu = plan.gpu + (count - 1) * plan.gpu_slope
-                    self._launch(plan, now, now - plan.host.update + gpu, before=When(now))
-                else:
-                    self._launch(plan, now, self._gpu_next)
+                    self._launch(plan, now, now - plan.host.update + gpu, now, at(now))
+                elif plan.host is not NO_HOST or self._gpu_next <= now:
+                    self._launch(plan, now, self._gpu_next, now)
+                else:  # as `_launch`, without the detour
+                    self._flight = plan
+                    self._gpu_end = plan.when.ps = self._gpu_next
+                    plan.air = (now, plan.row)
         if self._cancelled:
             self._let_go(now)
         return done
@@ -233,12 +241,13 @@ class Engine(Planner):
         flight.when.ps = landing
         return alike
 
-    def _launch(self, plan: Plan, start: int, gpu_end: int, now: int = 0, before: When | None = None) -> None:
+    def _launch(self, plan: Plan, start: int, gpu_end: int, now: int, before: When | None = None) -> None:
         """Put the last committed step of ``plan`` in flight; the steps before it, if any, end at ``before``."""
         row = plan.row
         self._flight = plan
         self._gpu_end = gpu_end
-        plan.when.ps = max(gpu_end + plan.host.update, max(now, start) + 1)
+        landing = gpu_end + plan.host.update
+        plan.when.ps = landing if landing > now else now + 1
         if before is not None:
             plan.decoded_before, plan.fresh = before, {}
             more = self._count - 1

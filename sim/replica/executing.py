@@ -48,7 +48,7 @@ class Executing(Engine):
             plan = self._ask_until(now)
             if plan is not None:
                 self.commit(plan, 1)
-                self._launch(plan, now, now + 1)
+                self._launch(plan, now, now + 1, now)
         end = None if self._ahead and self._flight is None else super().begin(now)
         if end is None:
             self._clock = None

@@ -9,7 +9,7 @@ from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
 from chairlift.policies.base import FOREVER, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool, Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
-from chairlift.sim.replica.request import HELD, Live, When
+from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
 from chairlift.sim.results.records import RequestRecords, Status
@@ -23,8 +23,9 @@ class Planner:
     """
 
     __slots__ = (  # beyond thirty attributes a dict is slow
-        *("_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_ends", "_finish", "_intake", "_promised"),
-        *("_requests", "_room", "backend", "handover", "index", "leap", "max_model_len", "pool", "scheduler", "state"),
+        *("_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_ends", "_finish", "_holds", "_intake"),
+        *("_promised", "_requests", "_room", "backend", "handover", "index", "leap", "max_model_len", "pool"),
+        *("scheduler", "state"),
     )
     step_type: ClassVar[type[ReplicaStep]] = ReplicaStep
 
@@ -51,6 +52,7 @@ class Planner:
         self.max_model_len = max_model_len
         self.state = self.step_type(scheduler, backend, pool, max_model_len, host)
         self._ahead = scheduler.asynchronous
+        self._holds = scheduler.batch_synchronous  # finished requests keep their slot
         self._requests = requests
         self._ends = Ends(self.state.group, outputs)
         self._promised = 0  # reserved tokens that will be filled
@@ -72,7 +74,8 @@ class Planner:
         if final > self.max_model_len or final - 1 > self._room:
             self.end_request(request, now, Status.REJECTED)
             return False
-        request.queue()
+        if request.phase is AWAY:
+            request.queue()
         self.state.waiting.append(request)
         self._intake += self._arrival + self._arrival_token * request.prompt_tokens
         return True
@@ -93,10 +96,14 @@ class Planner:
             self._fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
         if state.released:
             self._answer_batch(now)
-        if state.started or state.moved:
-            self._write_down(now)
-        if state.pledges:
-            self._settle_pledges()
+        if state.started:
+            records = self._requests
+            for request, hit in state.started:
+                if records.admitted[request.id] < 0:
+                    records.admitted[request.id] = now
+                    records.cached_tokens[request.id] = hit
+        if state.moved or state.pledges:
+            self._settle()
         if state.rejected or state.preempted:
             vouched = 1  # the queue has changed
             for request in state.rejected:
@@ -176,28 +183,34 @@ class Planner:
             plan.decoded_before, state.decoded_at = state.decoded_at, when
             if state.fresh:
                 plan.fresh, state.fresh = state.fresh, {}
-            if ends.heap and ends.heap[0][0] <= group.steps:
-                for request in ends.due():
-                    request.emit(when)
-                    ending.append(request)
-                    self._end(request)
+            heap, steps = ends.heap, group.steps
+            while heap and heap[0][0] <= steps:
+                due = ends.due()
+                if due is not None:
+                    ending.append(due)
+                    if self._holds:
+                        due.end(when)  # its slot is paid for until its batch returns
+                    else:
+                        group.leave(due, DRAINING, when)
         if plan.chunks:
             emitting: list[Live] = []
             for request, tokens in plan.chunks:
                 state.kv_tokens += tokens
                 if request.reserved:
                     self._promised -= tokens
-                if not request.compute(tokens):
+                if not request.compute(tokens, when):
                     continue
                 del state.prefills[request.id]
-                request.emit(when)
                 emitting.append(request)
                 if ends.outputs[request.id] > request.produced:
-                    state.join(request)
+                    group.join(request)
+                    state.fresh[request.id] = request
                     ends.add(request)
-                else:
-                    ending.append(request)
-                    self._end(request)
+                    continue
+                ending.append(request)
+                if self._holds:
+                    group.join(request)
+                request.drain()
             plan.emitting = emitting
         if ending:
             plan.ending = ending
@@ -213,7 +226,7 @@ class Planner:
             return ending
         if len(ending) > 1:
             ending.sort(key=admission)  # the order in which vLLM frees them, and so reuses their blocks
-        if self.scheduler.batch_synchronous:
+        if self._holds:
             for request in ending:
                 state.hold(request)
             return []
@@ -243,37 +256,20 @@ class Planner:
         if self._finish is not None:
             self._finish(request, now)
 
-    def _end(self, request: Live) -> None:
-        """The last token of ``request`` comes with the step that is being committed."""
-        if not self.scheduler.batch_synchronous:
-            self.state.drain(request)
-            return
-        if request.group is None:
-            self.state.group.join(request)  # it pays for a dead slot like the others
-        request.drain()
-
-    def _write_down(self, now: int) -> None:
-        """Record who started with the plan at hand, and whose KV moves with it."""
-        state, records = self.state, self._requests
-        for request, hit in state.started:
-            if records.admitted[request.id] < 0:
-                records.admitted[request.id] = now
-                records.cached_tokens[request.id] = hit
+    def _settle(self) -> None:
+        """Draw what verbs only wrote down: whose KV moves, and how many reserved tokens will be filled."""
+        state = self.state
         for request, tokens, out in state.moved:
-            records.moved(request, tokens, out)
-        state.moved = []
-
-    def _settle_pledges(self) -> None:
-        """Count the reserved tokens that will be filled, now that reservations were made or given up."""
-        for request, reserved, computed, sign in self.state.pledges:
+            self._requests.moved(request, tokens, out)
+        for request, reserved, computed, sign in state.pledges:
             final = request.prompt_tokens + self._ends.outputs[request.id] - 1
             self._promised += sign * max(0, min(reserved, final) - computed)
-        self.state.pledges = []
+        state.moved, state.pledges = [], []
 
     @property
     def promised(self) -> int:
         """Reserved tokens that will be filled."""
-        self._settle_pledges()
+        self._settle()
         return self._promised
 
     def _answer_batch(self, now: int) -> None:

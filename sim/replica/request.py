@@ -1,4 +1,4 @@
-"""A request on its way through a replica: `policies.base.Request` with the accounting that only this module writes."""
+"""A request on its way through a replica: `policies.base.Request`, and the accounting behind what a policy sees."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ class When:
     """
 
     __slots__ = ("ps",)
-
-    def __init__(self, ps: int = 0) -> None:
-        self.ps = ps
+    ps: int
 
 
-NEVER = When()  # of a request without a token
+def at(ps: int) -> When:
+    """A holder of a time that is known."""
+    when = When()
+    when.ps = ps
+    return when
+
+
+NEVER = at(0)  # of a request without a token
 
 
 class Phase(IntEnum):
@@ -61,6 +66,9 @@ class Live(Request):
     plus the group's steps. In three steps: a request with a prompt of 10 has ``stored == 10`` and ``produced == 1``
     when its prompt is done, and joins a group that has done 7 steps: ``offset == 3``. After two steps of the group,
     ``computed == 3 + 9 == 12`` and ``emitted == 12 - 10 + 1 == 3``. It leaves, and ``stored == 12``, ``produced == 3``.
+
+    Two things are written elsewhere: what joining and leaving a group changes, by the group (`Decodes`), and ``at``, by
+    the replica in its cluster.
     """
 
     __slots__ = (
@@ -106,7 +114,7 @@ class Live(Request):
         self.preemptions = 0
         self.swapped = 0
         self.pad = 0
-        self.phase = AWAY
+        self.phase = WAITING
         self.at = -1  # the replica that it is on
         self.group: Decodes | None = None  # that it decodes with
         self.offset = 0  # while it decodes: tokens in KV less the steps of its group
@@ -143,7 +151,7 @@ class Live(Request):
     # what happens to it
 
     def queue(self) -> None:
-        """It comes to a replica."""
+        """It comes to another replica."""
         self.phase = WAITING
 
     def admit(self, hit: int, rank: int, reserved: int = 0, pad: int = 0) -> None:
@@ -154,43 +162,23 @@ class Live(Request):
         self.reserved = reserved
         self.pad = pad
 
-    def compute(self, tokens: int) -> bool:
-        """A chunk of it is computed; whether its next token comes with that."""
+    def compute(self, tokens: int, when: When) -> bool:
+        """A chunk of it is computed by ``when``; whether its next token comes with that."""
         self.stored = stored = self.stored + tokens
         if stored < self.prompt_tokens + self.produced:
             return False
         self.produced += 1
+        self.before, self.last = self.last, when
         return True
 
-    def emit(self, when: When) -> None:
-        """It gets a token outside the group."""
-        self.before = self.last
-        self.last = when
-
-    def join(self, group: Decodes) -> None:
-        """It decodes with ``group`` from the group's next step on. Only the group calls this."""
-        self.phase = DECODING
-        self.group = group
-        self.offset = self.stored - group.steps
-        if self.reserved <= self.stored:
-            self.reserved = 0
-
-    def outgrow(self) -> None:
-        """Its reservation is used up. Only its group calls this."""
-        self.reserved = 0
-
-    def leave(self, phase: Phase) -> None:
-        """It decodes with its group no more. Only the group calls this."""
-        group = self.group
-        assert group is not None
-        self.stored = stored = self.offset + group.steps
-        self.produced = stored - self.prompt_tokens + 1
-        self.group = None
-        self.phase = phase
-
     def drain(self) -> None:
-        """Its last token is planned, and was not to come from a group."""
+        """Its last token is planned, and `compute` has said so."""
         self.phase = DRAINING
+
+    def end(self, when: When) -> None:
+        """Its last token comes at ``when``, and it stays in its group."""
+        self.phase = DRAINING
+        self.before, self.last = self.last, when
 
     def requeue(self) -> int:
         """It is preempted; tokens of KV that it loses. If its last token is in flight it goes on to drain."""

@@ -329,13 +329,6 @@ class ReplicaStep(Step):
         self.waiting.remove(request)
         self.host.drop(request)
 
-    def drain(self, request: Live) -> None:
-        """The last token of a request is under way: it decodes no more, and keeps its blocks until that is in."""
-        if request.group is None:
-            request.drain()
-        else:
-            self.group.leave(request, DRAINING)
-
     def hold(self, request: Live) -> None:
         """A member of the group has its answer, and keeps its slot until its batch returns."""
         self.group.die(request)
@@ -363,9 +356,7 @@ class ReplicaStep(Step):
 
     def part(self, request: Live, phase: Phase) -> None:
         """Take a member out of the group; its latest token is the group's, unless it has joined since."""
-        if request.id not in self.fresh:
-            request.emit(self.decoded_at)
-        self.group.leave(request, phase)
+        self.group.leave(request, phase, None if request.id in self.fresh else self.decoded_at)
 
     def _next_block(self, request: Live) -> int:
         """Blocks that a decoding request takes for one more token."""

@@ -30,6 +30,7 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
 
 
 NOBODY: list[Live] = []
+NOBODY_ELSE: dict[int, Live] = {}
 NO_GAPS: list[int] = []
 
 
@@ -80,7 +81,7 @@ class Plan:
         self.intake = 0  # ps of host time for requests that have come
         self.when = When()  # its last step brings its tokens; known once that step is done, or the one after it planned
         self.decoded_before = NEVER  # when the group emitted before its last step
-        self.fresh: dict[int, Live] = {}  # decodes of its last step that had joined the group since then
+        self.fresh = NOBODY_ELSE  # decodes of its last step that had joined the group since then
         self.undelivered = 0  # decodes of its last step whose client has given up
         self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
