@@ -200,13 +200,15 @@ class Engine(Planner):
             self._strike(request, now)
         state.release()
         self._answer_batch(now)
+        flight = self._flight
         lost = [*state.admitted.values(), *state.waiting]
         for request in lost:
             flying = self._flies(request)
             if request.group is not None:
                 state.part(request, AWAY)
             if flying:
-                self._unsay(request)
+                assert flight is not None
+                self._unsay(flight, request)
             request.depart()
         self.end = self._flight = self._plan = None
         return lost
@@ -288,10 +290,8 @@ class Engine(Planner):
             return request.id not in self.state.fresh
         return request.last is flight.when  # parked or preempted by the plan under way
 
-    def _unsay(self, request: Live) -> None:
+    def _unsay(self, flight: Plan, request: Live) -> None:
         """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
-        flight = self._flight
-        assert flight is not None
         own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
         request.unsay(request.before if own else flight.decoded_before)
 
@@ -310,11 +310,11 @@ class Engine(Planner):
             )  # one that is held pays for its slot until the others of its batch have their answers
         if flying:
             assert flight is not None
-            self._unsay(request)
+            self._unsay(flight, request)
             if request in flight.emitting:
                 flight.emitting.remove(request)
             else:
-                flight.undelivered += 1
+                flight.lose_gap(request.last.ps)
             if request in flight.ending:
                 flight.ending.remove(request)
         self.end_request(request, now, Status.TIMED_OUT)
