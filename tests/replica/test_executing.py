@@ -23,7 +23,7 @@ from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica import executing
 from chairlift.sim.results.records import RUN_COLUMNS, Status
-from chairlift.sim.scenario import resolve as lookup
+from chairlift.sim.scenario import plugins
 from chairlift.sim.study import Limits, Setup
 from kit.clusters import (
     Served,
@@ -500,7 +500,7 @@ class Made:
 
 def test_a_row_a_step_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executing, "time", None)  # put back afterwards
-    monkeypatch.setitem(lookup.BACKENDS, "made-up", Made)
+    monkeypatch.setitem(plugins.BACKENDS, "made-up", Made)
     file = tmp_path / "s.yaml"
     file.write_text(replaced("policy: {name: vllm}", "policy: {name: vllm}\nbackend: made-up"))
     result = chairlift("run", str(file), "--quiet", "--out", str(tmp_path / "out"))
