@@ -12,7 +12,6 @@ meant for tests with tiny models.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -26,19 +25,16 @@ import torch
 from torch import Tensor
 
 from chairlift.backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
-from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.block_tables import Practice, Sequences
 from chairlift.backend.gpu.options import Options
-from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED, Heads, Paging, Spans, new_cache, unfit
-from chairlift.backend.gpu.step_graphs import Flat, StepGraphs, World, tokens_of
-from chairlift.backend.gpu.transformer import Tokens
-from chairlift.backend.gpu.weights import check_room, loaded
+from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
+from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
+from chairlift.backend.gpu.runner import TURNS, Runner
+from chairlift.backend.gpu.step_graphs import Flat
 from chairlift.backend.roofline import Roofline
 from chairlift.backend.shapes import GPU, Model
 
-GRAPHS = graph_sizes(1024)  # padded batch sizes of decode steps
 PAGE = 16  # tokens a block, where the pool only counts blocks
-TURNS = 4  # pinned buffers of each kind, used in turn: to allocate one would wait for the GPU
 
 
 class Flight(NamedTuple):
@@ -53,16 +49,17 @@ class Flight(NamedTuple):
 
 
 class TorchEngine(Executor):
-    """Executes the steps of one replica of ``model`` on one device.
+    """Executes the steps of one replica of ``model`` on one device, or on ``gpus`` devices of one host.
 
-    Raises ValueError, one sentence, where there is no kernel for the model or it does not fit.
+    Raises ValueError, one sentence, where there is no kernel for the model, or it does not fit or cannot be shared out.
     """
 
     name = "torch"
 
-    def __init__(self, model: Model, gpu: GPU, options: Options) -> None:
+    def __init__(self, model: Model, gpu: GPU, options: Options, gpus: int = 1) -> None:
         self.model = model
         self.options = options
+        self.gpus = gpus
         found = "cuda" if torch.cuda.is_available() else "cpu"
         if options.device == "cuda" and found == "cpu":
             raise ValueError("torch sees no CUDA device here; device: cpu runs tiny models")
@@ -74,56 +71,66 @@ class TorchEngine(Executor):
             raise ValueError("the GPU kernels compute in bfloat16 or float16 (got dtype float32)")
         if options.quantization == "fp8" and self._cuda and self.dtype != torch.bfloat16:
             raise ValueError(f"quantization fp8 needs dtype bfloat16 (got {str(self.dtype).removeprefix('torch.')})")
-        self._price = Roofline(model, gpu)
+        if gpus > 1:
+            width = model.expert_ffn if model.experts else model.ffn
+            problem = indivisible(model.heads, model.kv_heads, width, model.vocab, model.experts, gpus)
+            if problem is None and self._cuda and gpus > torch.cuda.device_count():
+                problem = f"{gpus} GPUs are asked for, and torch sees {torch.cuda.device_count()}"
+            if problem is not None:
+                raise ValueError(f"{model.name}: {problem}")
+        self._team: Team | None = None
+        self._price = Roofline(model, gpu, gpus)
         self.generated: dict[int, list[int]] = {}  # request → tokens generated for it
         self._flights: deque[Flight] = deque()
 
     # getting ready
 
     def prepare(self, blocks: int, block_size: int, max_model_len: int, named: bool) -> None:  # noqa: D102
-        model, batch = self.model, self.options.max_batch
-        self._named = named
+        batch = self.options.max_batch
         self._block = block_size if named else PAGE
-        heads = Heads(model.heads, model.kv_heads, model.head_size)
-        if self._cuda and (problem := unfit(heads, self._block)) is not None:
-            raise ValueError(f"{model.name}: {problem}")
         if self._block % TILE:
             raise ValueError(f"the engine's blocks hold a multiple of {TILE} tokens (got {self._block})")
         if not named:  # every sequence may leave its last block half empty
             blocks = -(-blocks * block_size // PAGE) + batch
-        self._net = loaded(model, self.options, self.device, self.dtype, self._block, max_model_len)
-        check_room(self.device, blocks * self._block * model.kv_bytes_per_token, f"a KV pool of {blocks:,} blocks")
-        integer: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
-        self._cache = new_cache(model.layers, blocks, self._block, heads, self.dtype, self.device)
         self._sequences = Sequences(batch, blocks, self._block, max_model_len, named)
-        self._tables = torch.zeros(self._sequences.table.shape, **integer)
-        self._last = torch.zeros(batch + 1, **integer)  # each row's latest token
-        self._staged = torch.zeros((7, batch + 1), **integer)  # of the decodes, see `Sequences.decode`; how many
-        # in turn: the copies of one step may still be under way while the next is prepared
-        self._pinned = [self._host(self._staged.numel()).view(self._staged.shape) for _ in range(TURNS)]
-        self._large = [self._host(1 << 16) for _ in range(TURNS)]  # of steps too large for a graph
-        self._changes = [self._host(1 << 12) for _ in range(TURNS)]  # to block tables
-        self._answers = [self._host(2 * batch) for _ in range(TURNS)]
+        self._staged = np.zeros((6, batch + 1), dtype=np.int32)
+        self._answers = [torch.zeros(2 * batch, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
         self._turn = 0
-        self._graphs: dict[int, tuple[Any, Tensor]] = {}
-        self._world = World(self._net, self._cache, self._tables, self._last, self._sample)
-        self._step_graphs = StepGraphs(self._world, batch) if self.options.graphs else None
+        build = partial(
+            _runner,
+            *(self.model, self.options, self.dtype, blocks, self._block, max_model_len, self._sequences.columns),
+        )
+        if self.gpus > 1:
+            self._team = Team(self.gpus, self.device.type, build)
+            self.device = torch.device("cuda", 0) if self._cuda else self.device
+        try:
+            self._runner = build(Ranks(0, self.gpus), self.device)
+            if self._team is not None:
+                self._team.ready()
+        except ValueError:
+            self._disband()
+            raise
         if self._cuda:
             self._warm_up(blocks * self._block, max_model_len)
-            if self.options.graphs:
-                self._capture()
 
     def close(self) -> None:
-        """Give the cache and the graphs back; the weights stay for the next engine of the same model."""
-        del self._cache, self._tables, self._net, self._world
-        self._graphs, self._step_graphs = {}, None
-        gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()
+        """Free the cache and the graphs; the weights stay for the next engine of the same model on one GPU."""
+        self._runner.close()
+        self._disband()
+
+    def _disband(self) -> None:
+        team, self._team = self._team, None
+        if team is not None:
+            team.close()
+
+    def _do(self, method: str, *arguments: Any) -> Any:
+        """Let the runner of every GPU do this; what comes out is the same on all."""
+        if self._team is not None:
+            self._team.tell(method, *arguments)
+        return getattr(self._runner, method)(*arguments)
 
     def _warm_up(self, room: int, longest: int) -> None:
         """Run every kind of step once, so that no measured step compiles or plans anything."""
-        self._net.attention.warm_up(self.dtype, self.device, longest)
         for length in [n for n in (8192, 2048, 600) if n + 4 * self._block < min(room, longest)]:
             steps = [Practice([Prompt(-1, 0, length, 0, True)])]
             if self.options.max_batch > 1:
@@ -136,22 +143,6 @@ class TorchEngine(Executor):
             self.release(-2)
         self.generated = {}
 
-    def _capture(self) -> None:
-        """Capture a decode step of every padded batch size, the largest first: the graphs share a pool of memory."""
-        most = self.options.max_batch
-        sizes = [n for n in GRAPHS if n < most] + [next((n for n in GRAPHS if n >= most), most)]
-        self._staged.zero_()
-        self._staged[0] = self.options.max_batch  # nobody's row
-        pool = None
-        for size in reversed([min(n, most) for n in sizes]):
-            self._decode(size)  # warm: captures must not load kernels
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                sampled = self._decode(size)
-            pool = pool or graph.pool()
-            self._graphs[size] = (graph, sampled)
-
     # steps
 
     def step(self, batch: Batch) -> StepCost:  # noqa: D102
@@ -162,24 +153,16 @@ class TorchEngine(Executor):
         members = batch.members
         assert members is not None
         start, end = self._events()
+        requests = [*members.decodes, *[-1] * len(members.dead)]
+        n = len(requests)
+        self._sequences.decode([*members.decodes, *members.dead], members, self._staged)
+        if members.prompts:
+            sampled = self._do("chunks", *self._lay_out(members, n, requests), n)
+        else:
+            sampled = self._do("decodes", self._staged, n)
+        self._turn = (self._turn + 1) % TURNS
+        tokens = self._answers[self._turn][: len(requests)]
         with torch.inference_mode():
-            requests = [*members.decodes, *[-1] * len(members.dead)]
-            n = len(requests)
-            self._turn = (self._turn + 1) % TURNS
-            staged = self._pinned[self._turn]
-            self._sequences.decode([*members.decodes, *members.dead], members, staged.numpy()[:6])
-            staged[6, 0] = n
-            if members.prompts:
-                sampled = self._with_prompts(members, n, requests)
-            else:
-                self._staged.copy_(staged, non_blocking=True)
-                size = min(size for size in self._graphs if size >= n) if self._graphs else n
-                if size in self._graphs:
-                    graph, sampled = self._graphs[size]
-                    graph.replay()
-                else:
-                    sampled = self._decode(size)
-            tokens = self._answers[self._turn][: len(requests)]
             tokens.copy_(sampled[: len(requests)], non_blocking=True)
         if self._cuda:
             end.record()
@@ -190,6 +173,9 @@ class TorchEngine(Executor):
         flight = self._flights.popleft()
         gpu = flight.gpu
         if self._cuda:
+            if self._team is not None:
+                while not flight.end.query():  # of a dead process a collective waits for ever
+                    self._team.look()
             flight.end.synchronize()
             gpu = round(flight.start.elapsed_time(flight.end) * 1e9)
         generated = self.generated
@@ -202,8 +188,7 @@ class TorchEngine(Executor):
 
     def fill(self) -> None:
         """Fill the cache with random numbers: zeros would be read faster than what real requests leave there."""
-        for layer in self._cache:
-            layer.normal_()
+        self._do("fill")
 
     def place(self, contexts: Mapping[int, int]) -> None:
         """Let each request have so many tokens of KV, whatever the cache holds, to measure steps of a given shape.
@@ -214,10 +199,7 @@ class TorchEngine(Executor):
         for request, tokens in contexts.items():
             row = self._sequences.take(request, 0, lambda: prompt)
             self._sequences.length[row] = tokens
-            cells, blocks = self._sequences.cover(request, tokens, practice)
-            self._tables.view(-1)[torch.tensor(cells, device=self.device)] = torch.tensor(
-                blocks, dtype=torch.int32, device=self.device
-            )
+            self._do("change", *self._sequences.cover(request, tokens, practice))
 
     def release(self, request_id: int) -> None:  # noqa: D102
         self._sequences.release(request_id)
@@ -236,6 +218,7 @@ class TorchEngine(Executor):
     def assumptions(self) -> dict[str, str]:  # noqa: D102
         o = self.options
         where = torch.cuda.get_device_name(self.device) if self._cuda else "the CPU"
+        where = f"{self.gpus} × {where}" if self.gpus > 1 else where
         weights = "random weights" if o.weights is None else f"weights of {Path(o.weights).name}"
         dtype = str(self.dtype).removeprefix("torch.")
         quantised = ", layers' products in FP8" if o.quantization == "fp8" else ""
@@ -244,65 +227,15 @@ class TorchEngine(Executor):
             "software": f"torch {torch.__version__}, CUDA graphs {'on' if o.graphs and self._cuda else 'off'}",
         }
 
-    # decodes
+    # what a step is made of
 
-    def _host(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, pin_memory=self._cuda)
+    def _lay_out(self, members: Members, n: int, requests: list[int]) -> tuple[Flat, list[int], list[int], list[int]]:
+        """A step's integers; cells of block tables that change, and what they become; `Spans.whole`.
 
-    def _paging(self, size: int) -> Paging:
-        rows, lengths, first = (self._staged[i][:size] for i in range(3))
-        return Paging(self._tables, rows, lengths, first)
-
-    def _decode(self, size: int) -> Tensor:
-        """The tokens, int32, of a decode step of ``size`` rows as they are staged. This is what a graph captures."""
-        rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 3, 4, 5))
-        self._tables.view(-1)[cells] = blocks
-        tokens = self._last[rows]
-        step = Tokens(tokens, positions, self._paging(size), live=self._staged[6, :1])
-        sampled = self._sample(self._net.forward(step, self._cache))
-        self._last[rows] = sampled
-        return sampled
-
-    def _sample(self, logits: Tensor) -> Tensor:
-        """The next token of each row: the likeliest, or one drawn at the temperature."""
-        if self.options.temperature:
-            weights = (logits.float() / self.options.temperature).softmax(-1)
-            logits = weights / torch.empty_like(weights).exponential_()  # the largest is a draw by these weights
-        return logits.argmax(-1).to(torch.int32)
-
-    # steps with chunks of prompts
-
-    def _with_prompts(self, members: Members, n: int, requests: list[int]) -> Tensor:
-        """The next tokens of ``n`` decodes, as staged, and of chunks beside them.
-
-        Adds whose tokens come to ``requests``.
+        Adds whose tokens come, after the decodes', to ``requests``.
         """
-        flat, changes, whole = self._lay_out(members, n, requests)
-        cells, blocks = changes
-        if len(cells):
-            self._changes[self._turn] = host = self._grown(self._changes[self._turn], 2 * len(cells))
-            host.numpy()[: 2 * len(cells)] = np.concatenate((cells, blocks))
-            new = host[: 2 * len(cells)].to(self.device, non_blocking=True).view(2, -1)
-            self._tables.view(-1)[new[0]] = new[1]
-        if self._step_graphs is not None and flat.rows.shape[1] <= self._step_graphs.limit:
-            return self._step_graphs.run(flat)
-        parts = [flat.rows.reshape(-1), flat.spans.reshape(-1), flat.sampled, flat.takers]
-        lengths = [len(part) for part in parts]
-        self._large[self._turn] = host = self._grown(self._large[self._turn], sum(lengths))
-        np.concatenate(parts, out=host.numpy()[: sum(lengths)])
-        rows, each, at, takers = host[: sum(lengths)].to(self.device, non_blocking=True).split(lengths)
-        spans = Spans(each.view(-1, 5), self._tables, whole)
-        step = tokens_of(self._world, rows.view(7, -1), spans, n)._replace(sampled=at)
-        logits = self._net.forward(step, self._cache)
-        self._last[takers] = sampled = self._sample(logits)
-        return sampled
-
-    def _lay_out(
-        self, members: Members, n: int, requests: list[int]
-    ) -> tuple[Flat, tuple[list[int], list[int]], list[int]]:
-        """A step's integers; cells of block tables that change and what they become; `Spans.whole`."""
         sequences, nobody = self._sequences, self._sequences.most
-        staged = self._pinned[self._turn].numpy()
+        staged = self._staged
         rows = np.zeros((7, n + sum(p.pad + p.length for p in members.prompts)), dtype=np.int32)
         rows[0, :n] = rows[4, :n] = staged[0, :n]
         rows[2, :n], rows[5, :n], rows[6, :n] = staged[3, :n], staged[1, :n], staged[2, :n]
@@ -337,7 +270,7 @@ class TorchEngine(Executor):
                 requests.append(request)
         whole = [p.length for p in members.prompts if p.start == 0 and not p.pad]
         flat = Flat(rows, *(np.array(values, dtype=np.int32) for values in (spans, sampled, takers)))
-        return flat, (cells, blocks), whole if len(whole) == len(members.prompts) else []
+        return flat, cells, blocks, whole if len(whole) == len(members.prompts) else []
 
     def _prompt(self, members: Members, request: int) -> Any:
         return np.asarray(members.tokens(request)) % self.model.vocab
@@ -352,13 +285,23 @@ class TorchEngine(Executor):
             raise RuntimeError(f"request {request}: its last token is not in yet, but is to be computed again")
         return tokens
 
-    def _grown(self, buffer: Tensor, count: int) -> Tensor:
-        """``buffer``, or a larger one if it has no room for ``count`` integers."""
-        return buffer if count <= len(buffer) else self._host(2 * count)
-
     def _events(self) -> tuple[Any, Any]:
         if not self._cuda:
             return None, None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         return start, end
+
+
+def _runner(
+    model: Model,
+    options: Options,
+    dtype: torch.dtype,
+    blocks: int,
+    block: int,
+    max_model_len: int,
+    columns: int,
+    ranks: Ranks,
+    device: torch.device,
+) -> Runner:
+    return Runner(model, options, device, dtype, blocks, block, max_model_len, columns, ranks)

@@ -17,13 +17,11 @@ class Torch(Options):
     executes: ClassVar[bool] = True
 
     def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
-        """The engine. Raises ValueError without torch, without a kernel for the model, or for several GPUs."""
-        if tensor_parallel != 1:
-            raise ValueError(f"the torch backend runs on one GPU (got tensor_parallel {tensor_parallel})")
+        """The engine, on so many GPUs. Raises ValueError without torch, or where the model cannot be served."""
         try:
             from chairlift.backend.gpu.engine import TorchEngine
         except ImportError as error:
             if error.name not in ("torch", "cupy"):
                 raise
             raise ValueError(f"the torch backend needs {error.name}: pip install 'chairlift[gpu]'") from None
-        return TorchEngine(model, gpu, self)
+        return TorchEngine(model, gpu, self, tensor_parallel)

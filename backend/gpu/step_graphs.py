@@ -158,7 +158,8 @@ class _Capture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             part()
-            graph.capture_begin(pool=self._pool)  # `torch.cuda.graph` would tidy memory up before each of hundreds
+            # not by `torch.cuda.graph`, which would tidy memory up before each of hundreds; NCCL's own threads go on
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             made = part()
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)

@@ -9,7 +9,7 @@ the layers' arithmetic is that of `transformers`, to which the tests hold it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from chairlift.backend.gpu.kernels.layers import (
     residual_norm_e4m3,
 )
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
+from chairlift.backend.gpu.ranks import ALONE, Ranks
 from chairlift.backend.shapes import Model
 
 
@@ -147,6 +148,7 @@ class Transformer:
         max_positions: int,
         eights: bool = False,
         skew: float | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """``weight(name, *shape)`` gives each tensor, named as in `transformers`.
 
@@ -160,9 +162,9 @@ class Transformer:
             raise ValueError(
                 f"{model.name}: built are up to 256 experts a layer, 16 of them a token, none shared by all"
             )
-        self._arithmetic, self._skew = arithmetic, skew
+        self._arithmetic, self._skew, self._ranks = arithmetic, skew, ranks
         self.model = model
-        self.heads = heads = Heads(model.heads, model.kv_heads, model.head_size)
+        self.heads = heads = ranks.heads(Heads(model.heads, model.kv_heads, model.head_size))
         self.dtype = dtype
         self.device = device
         self.epsilon = arithmetic.norm_epsilon
@@ -182,29 +184,30 @@ class Transformer:
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
         self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
-        self.head = self.embedding if model.tied_embeddings else weight("lm_head.weight", model.vocab, hidden)
+        head = self.embedding if model.tied_embeddings else weight("lm_head.weight", model.vocab, hidden)
+        self.head = head[ranks.part(model.vocab)]
+        self.head = self.head if ranks.count == 1 else self.head.clone()
 
     def _llama_layer(self, weight: Callable[..., Tensor], at: str, i: int) -> Layer:
-        m, heads = self.model, self.heads
-        query, kv = heads.query * heads.size, heads.kv * heads.size
-        parts = (("q_proj", query), ("k_proj", kv), ("v_proj", kv))
-        biased = m.biases in ("qkv", "attention")
-        dense = not m.experts
-        names = ("gate_proj", "up_proj")
+        m = self.model
+        names, biased, dense = ("q_proj", "k_proj", "v_proj"), m.biases in ("qkv", "attention"), not m.experts
+        width = self._ranks.part(m.ffn)
+        gates_and_ups = (f"{at}mlp.{name}.weight" for name in ("gate_proj", "up_proj"))
+        out_bias = weight(at + "self_attn.o_proj.bias", m.hidden) if m.biases == "attention" else None
         return Layer(
             norm=weight(at + "input_layernorm.weight", m.hidden),
             norm_bias=None,
-            qkv=torch.cat([weight(f"{at}self_attn.{name}.weight", n, m.hidden) for name, n in parts]),
-            qkv_bias=torch.cat([weight(f"{at}self_attn.{name}.bias", n) for name, n in parts]) if biased else None,
-            query_norm=weight(at + "self_attn.q_norm.weight", heads.size) if m.qk_norm else None,
-            key_norm=weight(at + "self_attn.k_norm.weight", heads.size) if m.qk_norm else None,
-            out=weight(at + "self_attn.o_proj.weight", m.hidden, query),
-            out_bias=weight(at + "self_attn.o_proj.bias", m.hidden) if m.biases == "attention" else None,
+            qkv=self._by_head(weight, [f"{at}self_attn.{name}.weight" for name in names], m.hidden),
+            qkv_bias=self._by_head(weight, [f"{at}self_attn.{name}.bias" for name in names]) if biased else None,
+            query_norm=weight(at + "self_attn.q_norm.weight", m.head_size) if m.qk_norm else None,
+            key_norm=weight(at + "self_attn.k_norm.weight", m.head_size) if m.qk_norm else None,
+            out=self._from_heads(weight(at + "self_attn.o_proj.weight", m.hidden, m.heads * m.head_size)),
+            out_bias=self._once(out_bias),
             mlp_norm=weight(at + "post_attention_layernorm.weight", m.hidden),
             mlp_norm_bias=None,
-            up=torch.cat([weight(f"{at}mlp.{name}.weight", m.ffn, m.hidden) for name in names]) if dense else None,
+            up=torch.cat([weight(name, m.ffn, m.hidden)[width] for name in gates_and_ups]) if dense else None,
             up_bias=None,
-            down=weight(at + "mlp.down_proj.weight", m.hidden, m.ffn) if dense else None,
+            down=weight(at + "mlp.down_proj.weight", m.hidden, m.ffn)[:, width].contiguous() if dense else None,
             down_bias=None,
             experts=None if dense else self._experts(weight, at + self._arithmetic.mixture_name, i),
         )
@@ -212,39 +215,59 @@ class Transformer:
     def _experts(self, weight: Callable[..., Tensor], at: str, layer: int) -> Experts:
         m = self.model
         gate, up, down = self._arithmetic.expert_names
-        ups = torch.empty((m.experts, 2 * m.expert_ffn, m.hidden), dtype=self.dtype, device=self.device)
-        downs = torch.empty((m.experts, m.hidden, m.expert_ffn), dtype=self.dtype, device=self.device)
-        for i in range(m.experts):
-            ups[i, : m.expert_ffn] = weight(f"{at}.experts.{i}.{gate}.weight", m.expert_ffn, m.hidden)
-            ups[i, m.expert_ffn :] = weight(f"{at}.experts.{i}.{up}.weight", m.expert_ffn, m.hidden)
-            downs[i] = weight(f"{at}.experts.{i}.{down}.weight", m.hidden, m.expert_ffn)
+        own = range(m.experts)[self._ranks.part(m.experts)]
+        ups = torch.empty((len(own), 2 * m.expert_ffn, m.hidden), dtype=self.dtype, device=self.device)
+        downs = torch.empty((len(own), m.hidden, m.expert_ffn), dtype=self.dtype, device=self.device)
+        for i in range(m.experts):  # those of other GPUs too: numbers drawn at random are to be the same everywhere
+            parts = [weight(f"{at}.experts.{i}.{name}.weight", m.expert_ffn, m.hidden) for name in (gate, up)]
+            last = weight(f"{at}.experts.{i}.{down}.weight", m.hidden, m.expert_ffn)
+            if i in own:
+                ups[i - own.start] = torch.cat(parts)
+                downs[i - own.start] = last
         router = weight(f"{at}.gate.weight", m.experts, m.hidden)
-        return Experts(router, ups, downs, m.experts_per_token, self._arithmetic.expert_norm, layer, self._skew)
+        norm = self._arithmetic.expert_norm
+        return Experts(router, ups, downs, m.experts_per_token, norm, layer, self._skew, own.start)
 
     def _opt_layer(self, weight: Callable[..., Tensor], at: str, _: int) -> Layer:
         m = self.model
-        names = ("q_proj", "k_proj", "v_proj")
+        names, biased = ("q_proj", "k_proj", "v_proj"), m.biases == "all"
+        width = self._ranks.part(m.ffn)
 
         def bias(name: str, size: int) -> Tensor | None:
-            return weight(f"{at}{name}.bias", size) if m.biases == "all" else None
+            return weight(f"{at}{name}.bias", size) if biased else None
 
-        each = [bias(f"self_attn.{name}", m.hidden) for name in names]
+        up_bias = bias("fc1", m.ffn)
         return Layer(
             norm=weight(at + "self_attn_layer_norm.weight", m.hidden),
             norm_bias=bias("self_attn_layer_norm", m.hidden),
-            qkv=torch.cat([weight(f"{at}self_attn.{name}.weight", m.hidden, m.hidden) for name in names]),
-            qkv_bias=torch.cat([b for b in each if b is not None]) if m.biases == "all" else None,
+            qkv=self._by_head(weight, [f"{at}self_attn.{name}.weight" for name in names], m.hidden),
+            qkv_bias=self._by_head(weight, [f"{at}self_attn.{name}.bias" for name in names]) if biased else None,
             query_norm=None,
             key_norm=None,
-            out=weight(at + "self_attn.out_proj.weight", m.hidden, m.hidden),
-            out_bias=bias("self_attn.out_proj", m.hidden),
+            out=self._from_heads(weight(at + "self_attn.out_proj.weight", m.hidden, m.heads * m.head_size)),
+            out_bias=self._once(bias("self_attn.out_proj", m.hidden)),
             mlp_norm=weight(at + "final_layer_norm.weight", m.hidden),
             mlp_norm_bias=bias("final_layer_norm", m.hidden),
-            up=weight(at + "fc1.weight", m.ffn, m.hidden),
-            up_bias=bias("fc1", m.ffn),
-            down=weight(at + "fc2.weight", m.hidden, m.ffn),
-            down_bias=bias("fc2", m.hidden),
+            up=weight(at + "fc1.weight", m.ffn, m.hidden)[width],
+            up_bias=None if up_bias is None else up_bias[width],
+            down=weight(at + "fc2.weight", m.hidden, m.ffn)[:, width].contiguous(),
+            down_bias=self._once(bias("fc2", m.hidden)),
         )
+
+    def _by_head(self, weight: Callable[..., Tensor], names: Sequence[str], *width: int) -> Tensor:
+        """Queries', keys' and values' rows of this GPU's heads, one after the other."""
+        m, found = self.model, []
+        for name, heads in zip(names, (m.heads, m.kv_heads, m.kv_heads), strict=True):
+            found.append(weight(name, heads * m.head_size, *width)[self._ranks.part(heads, m.head_size)])
+        return torch.cat(found)
+
+    def _from_heads(self, weight: Tensor) -> Tensor:
+        """The columns of a matrix that this GPU's heads are multiplied with."""
+        return weight[:, self._ranks.part(self.model.heads, self.model.head_size)].contiguous()
+
+    def _once(self, bias: Tensor | None) -> Tensor | None:
+        """A bias that is added to a sum over all GPUs: by one of them."""
+        return bias if self._ranks.rank == 0 else None
 
     @torch.inference_mode()
     def forward(self, step: Tokens, cache: Tensor) -> Tensor:
@@ -310,11 +333,18 @@ class Transformer:
         if isinstance(layer.out, Eights):
             assert isinstance(layer.up, Eights)
             assert isinstance(layer.down, Eights)
-            up = product(residual_norm_e4m3(product(quantised(y), layer.out, self.dtype), *norm), layer.up, self.dtype)
-            return product(gated_e4m3(up), layer.down, self.dtype)
-        x = residual_norm(linear(y, layer.out, layer.out_bias), *norm)
+            x = residual_norm_e4m3(self._summed(quantised(y), layer.out), *norm)
+            return self._summed(gated_e4m3(product(x, layer.up, self.dtype)), layer.down)
+        wide = residual_norm(self._ranks.sum(linear(y, layer.out, layer.out_bias)), *norm)
         if layer.experts is not None:
-            return mixture(x, layer.experts, live)
+            return self._ranks.sum(mixture(wide, layer.experts, live))
         assert isinstance(layer.up, Tensor)
         assert isinstance(layer.down, Tensor)
-        return linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)
+        wide = linear(wide, layer.up, layer.up_bias, self._activation)
+        return self._ranks.sum(linear(wide, layer.down, layer.down_bias))
+
+    def _summed(self, x: Eights, weight: Eights) -> Tensor | Product:
+        """A product whose sum goes over all GPUs; on one, before its scales."""
+        if self._ranks.count == 1:
+            return product(x, weight, self.dtype)
+        return self._ranks.sum(linear_e4m3(x, weight, None, self.dtype))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chairlift.backend.gpu.options import Options
+from chairlift.backend.gpu.ranks import Ranks
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
 from chairlift.backend.shapes import GIB, Model
 
@@ -23,10 +24,16 @@ _latest: dict[Any, Transformer] = {}  # one at most
 
 
 def loaded(
-    model: Model, options: Options, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
+    model: Model,
+    options: Options,
+    device: torch.device,
+    dtype: torch.dtype,
+    block: int,
+    max_model_len: int,
+    ranks: Ranks,
 ) -> Transformer:
     """The model with its weights on the device. The latest is kept for the next engine, and freed before another."""
-    wanted = (model, options, device, dtype, block, max_model_len)
+    wanted = (model, options, device, dtype, block, max_model_len, ranks)
     if wanted not in _latest:
         _latest.clear()
         gc.collect()
@@ -37,7 +44,13 @@ def loaded(
 
 
 def _load(
-    model: Model, options: Options, device: torch.device, dtype: torch.dtype, block: int, max_model_len: int
+    model: Model,
+    options: Options,
+    device: torch.device,
+    dtype: torch.dtype,
+    block: int,
+    max_model_len: int,
+    ranks: Ranks,
 ) -> Transformer:
     arithmetic = Arithmetic()
     weight = random_weights(dtype, device, options.seed)
@@ -50,8 +63,8 @@ def _load(
                 raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
         arithmetic = Arithmetic.from_hf_config(config, max_model_len)
         weight = saved_weights(folder, dtype, device)
-    built = (options.max_batch + 1, max_model_len, options.quantization == "fp8", options.routing_skew)
-    check_room(device, round(model.parameters * dtype.itemsize), f"{model.name}'s weights")
+    built = (options.max_batch + 1, max_model_len, options.quantization == "fp8", options.routing_skew, ranks)
+    check_room(device, round(model.parameters * dtype.itemsize / ranks.count), f"{model.name}'s weights")
     return Transformer(model, arithmetic, dtype, device, weight, block, *built)
 
 

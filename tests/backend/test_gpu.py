@@ -352,7 +352,7 @@ def test_the_engine_chooses_the_likeliest_tokens(graphs: bool, quantization: str
         engine.launch(Batch((), 0, 0, 0, Members([], running)))
         engine.wait()
         engine.wait()
-    net = engine._net
+    net = engine._runner.net
     for r, n in lengths.items():
         answer = engine.generated[r]
         tokens = torch.tensor([x % 1024 for x in Members([], []).tokens(r)[:n]] + answer[:-1], device=DEVICE)

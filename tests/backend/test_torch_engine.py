@@ -468,7 +468,8 @@ def test_at_a_temperature_tokens_are_drawn_in_proportion(folder: Path) -> None:
     for temperature in (0.5, 2.0):
         engine = Torch(device="cpu", temperature=temperature).build(MODEL, GPU, 1)
         assert isinstance(engine, TorchEngine)
-        drawn = torch.bincount(engine._sample(logits.expand(n, 4)).long(), minlength=4).double() / n
+        engine.prepare(4, 16, 64, named=False)
+        drawn = torch.bincount(engine._runner.sample(logits.expand(n, 4)).long(), minlength=4).double() / n
         wanted = (logits.double() / temperature).softmax(-1)
         error = (wanted * (1 - wanted) / n).sqrt()
         assert ((drawn - wanted).abs() < 5 * error).all()

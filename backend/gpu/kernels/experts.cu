@@ -14,11 +14,12 @@ __device__ __forceinline__ float uniform(u32 a, u32 b, u32 c) {  // in (0, 1), a
   return (x + 0.5f) * 2.3283064365386963e-10f;
 }
 
-// The TOP experts of each row and their weights; a warp a row. Rows from *live on are nobody's: their pairs are -1.
+// The TOP experts of each row and their weights; a warp a row. Rows from *live on are nobody's: their pairs are -1, and so are
+// pairs with experts of other GPUs than this one, which has `own` of them from `first` on and counts from there.
 // skew < 0: by the router's logits. Else experts are drawn with chances ∝ rank^-skew, for measurements (0: all alike); the
 // layer's ranks are its own, and the same row draws anew whenever its logits change.
 extern "C" __global__ void choose(const half_t* __restrict__ logits, int* __restrict__ chosen, float* __restrict__ weights,
-                                  const int* __restrict__ live, int rows, float skew, int layer) {
+                                  const int* __restrict__ live, int rows, float skew, int layer, int first, int own) {
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   if (live && row >= *live) {
@@ -76,7 +77,7 @@ extern "C" __global__ void choose(const half_t* __restrict__ logits, int* __rest
     if (lane == k) choice = at, weight = share;
   }
   if (lane < TOP) {
-    chosen[row * TOP + lane] = choice;
+    chosen[row * TOP + lane] = choice >= first && choice < first + own ? choice - first : -1;
     weights[row * TOP + lane] = NORM ? weight / sum : weight;
   }
 }

@@ -18,12 +18,13 @@ class Experts(NamedTuple):
     """The weights of one layer's experts, and how they are chosen."""
 
     router: Tensor  # [experts, hidden]
-    up: Tensor  # [experts, 2 · width, hidden], gates first
-    down: Tensor  # [experts, hidden, width]
+    up: Tensor  # [own experts, 2 · width, hidden], gates first
+    down: Tensor  # [own experts, hidden, width]
     top: int  # experts a token
     norm: bool  # whether a token's weights add up to 1
     layer: int
     skew: float | None  # None: the router chooses. Else experts are drawn with chances ∝ rank^-skew, see `mixture`
+    first: int = 0  # of this GPU's own experts
 
 
 def mixture(x: Tensor, experts: Experts, live: Tensor | None) -> Tensor:
@@ -31,7 +32,7 @@ def mixture(x: Tensor, experts: Experts, live: Tensor | None) -> Tensor:
 
     ``live`` [1] int32 says how many rows are somebody's; the others become zero and read no weights. With ``skew`` the
     experts are drawn as if at random, so that the cost of a balance can be measured with weights that are random: a
-    drawn expert's weight is still the router's.
+    drawn expert's weight is still the router's. Where other GPUs have experts too, the sum is over this one's.
     """
     logits = functional.linear(x, experts.router)
     if not x.is_cuda:
@@ -39,14 +40,14 @@ def mixture(x: Tensor, experts: Experts, live: Tensor | None) -> Tensor:
     from chairlift.backend.gpu.kernels.grouped import grouped, high
 
     rows, hidden = x.shape
-    count, top, pairs = len(experts.router), experts.top, len(x) * experts.top
+    count, top, pairs = len(experts.up), experts.top, len(x) * experts.top
     macros = {"BF16": int(x.dtype == torch.bfloat16), "EXPERTS": count, "TOP": top, "NORM": int(experts.norm)}
-    integers = torch.empty(3 * pairs + count, dtype=torch.int32, device=x.device)
+    integers = torch.zeros(3 * pairs + count, dtype=torch.int32, device=x.device)
     chosen, place, source, ends = integers.split((pairs, pairs, pairs, count))
     weights = torch.empty(pairs, dtype=torch.float32, device=x.device)
     skew = -1.0 if experts.skew is None else float(experts.skew)
-    kernel("experts", "choose", **macros)(
-        (-(-rows // 8),), 256, logits, chosen, weights, live, rows, skew, experts.layer
+    kernel("experts", "choose", **{**macros, "EXPERTS": len(experts.router)})(
+        (-(-rows // 8),), 256, logits, chosen, weights, live, rows, skew, experts.layer, experts.first, count
     )
     tall = high(rows)
     most = min(pairs, pairs // tall + count)
@@ -77,8 +78,9 @@ def _plainly(x: Tensor, logits: Tensor, experts: Experts, live: int) -> Tensor:
         weights = weights / weights.sum(-1, keepdim=True)
     weights[live:] = 0
     out = torch.zeros_like(x, dtype=torch.float32)
-    for expert in chosen[:live].unique().tolist():
+    for own in range(len(experts.up)):
+        expert = experts.first + own
         rows, which = (chosen[:live] == expert).nonzero(as_tuple=True)
-        y = functional.linear(gated(functional.linear(x[rows], experts.up[expert])), experts.down[expert])
+        y = functional.linear(gated(functional.linear(x[rows], experts.up[own])), experts.down[own])
         out.index_add_(0, rows, y.float() * weights[rows, which, None])
     return out.to(x.dtype)

@@ -1,0 +1,185 @@
+"""One replica over several GPUs of a host: a process a GPU, the scheduler's process being the first.
+
+Tensor parallelism is as in Megatron-LM (Shoeybi et al. 2019): each GPU has its share of the heads and of the MLP's
+width, and two sums a layer bring the shares together. Experts are shared out whole (expert parallelism): all GPUs route
+all tokens and each computes its own experts; the sum that follows a layer adds them up. The vocabulary of the head is cut
+too; the likeliest token is the likeliest of every GPU's likeliest. Collectives are NCCL's, inside captured graphs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from chairlift.backend.gpu.paged_attention import Heads
+
+LOST = 5.0  # seconds without an answer after which the other processes are looked at
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of ``count`` GPUs this process has."""
+
+    rank: int = 0
+    count: int = 1
+
+    def heads(self, heads: Heads) -> Heads:
+        """This GPU's heads. A KV head is on several GPUs where there are more GPUs than KV heads."""
+        return heads._replace(query=heads.query // self.count, kv=max(1, heads.kv // self.count))
+
+    def part(self, size: int, each: int = 1) -> slice:
+        """This GPU's part of ``size`` things of ``each`` numbers; of fewer than GPUs, the one that it shares."""
+        if size >= self.count:
+            own = size // self.count
+            return slice(self.rank * own * each, (self.rank + 1) * own * each)
+        at = self.rank * size // self.count
+        return slice(at * each, (at + 1) * each)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """``x``, in place, added up over all GPUs."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def largest(self, scores: Tensor) -> Tensor:
+        """For each row the column of its largest score, int32; columns are counted over the shares of all GPUs."""
+        if self.count == 1:
+            return scores.argmax(-1).to(torch.int32)
+        best, at = scores.float().max(-1)
+        mine = torch.stack((best, (at + self.rank * scores.shape[1]).float()))  # exact up to 16,777,216 columns
+        all_ = torch.empty((self.count, *mine.shape), dtype=mine.dtype, device=mine.device)
+        dist.all_gather_into_tensor(all_.view(-1), mine.view(-1))
+        winner = all_[:, 0].argmax(0)
+        return all_[:, 1].gather(0, winner[None])[0].to(torch.int32)
+
+
+ALONE = Ranks()
+
+
+def indivisible(heads: int, kv_heads: int, ffn: int, vocab: int, experts: int, count: int) -> str | None:
+    """Why a model of these sizes cannot be shared out over ``count`` GPUs; None if it can."""
+    for what, size in (("query heads", heads), ("vocabulary", vocab), ("experts", experts), ("MLP width", ffn)):
+        if size % count:
+            return f"{size:,} ({what}) cannot be shared out over {count} GPUs"
+    if kv_heads % count and count % kv_heads:
+        return f"{kv_heads} KV heads cannot be shared out over {count} GPUs"
+    return None
+
+
+class Team:
+    """The processes of the other GPUs. They do what `tell` says, in order, each on its own runner.
+
+    ``build(ranks, device)`` makes a process's runner; it must be picklable, and so must what it is made of. Raises
+    ValueError with a process's own words if its runner cannot be made.
+    """
+
+    def __init__(self, count: int, device: str, build: Callable[[Ranks, torch.device], Any]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = get_context("spawn")
+        self._ends: list[Connection] = []
+        self._processes = []
+        for rank in range(1, count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_follow, args=(theirs, rank, count, port, device, build), daemon=True)
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._processes.append(process)
+        join(0, count, port, device)
+        self._looked = time.monotonic()
+
+    def ready(self) -> None:
+        """Wait until every process has its runner."""
+        for end in self._ends:
+            self._answer(end)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Let every process call this method of its runner."""
+        for end, process in zip(self._ends, self._processes, strict=True):
+            try:
+                end.send((method, arguments))
+            except OSError:
+                raise self._lost(process) from None
+
+    def look(self) -> None:
+        """Raise RuntimeError if a process has died; costs next to nothing if it was asked a moment ago."""
+        now = time.monotonic()
+        if now < self._looked + 0.5:
+            return
+        self._looked = now
+        for process in self._processes:
+            if process.exitcode is not None:
+                raise self._lost(process)
+
+    def close(self) -> None:
+        """End all processes."""
+        for end in self._ends:
+            end.close()  # a process that reads on finds the end
+        for process in self._processes:
+            process.join(5)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _answer(self, end: Connection) -> None:
+        try:
+            said = end.recv()
+        except (EOFError, OSError):
+            raise self._lost(self._processes[self._ends.index(end)]) from None
+        if said is not None:
+            self._kill()
+            raise ValueError(said)
+
+    def _lost(self, process: Any) -> RuntimeError:
+        process.join(1)
+        rank, code = self._processes.index(process) + 1, process.exitcode
+        self._kill()
+        return RuntimeError(f"the process of GPU {rank} has died (exit code {code}); the others are ended too")
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def join(rank: int, count: int, port: int, device: str) -> None:
+    """Make this process one of ``count`` that speak with one another."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count
+    )
+
+
+def _follow(end: Connection, rank: int, count: int, port: int, device: str, build: Callable[..., Any]) -> None:
+    """What a process does: make a runner, then what it is told, until nobody tells it any more."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    join(rank, count, port, device)
+    try:
+        runner = build(Ranks(rank, count), torch.device(device, rank) if device == "cuda" else torch.device(device))
+    except ValueError as error:
+        end.send(str(error))
+        return
+    end.send(None)
+    while True:
+        try:
+            method, arguments = end.recv()
+        except (EOFError, OSError):
+            return
+        getattr(runner, method)(*arguments)
