@@ -125,9 +125,15 @@ class TorchEngine(Executor):
 
     def _do(self, method: str, *arguments: Any) -> Any:
         """Let the runner of every GPU do this; what comes out is the same on all."""
-        if self._team is not None:
-            self._team.tell(method, *arguments)
-        return getattr(self._runner, method)(*arguments)
+        run = getattr(self._runner, method)
+        if self._team is None:
+            return run(*arguments)
+        self._team.tell(method, *arguments)
+        try:
+            return run(*arguments)
+        except RuntimeError:  # a collective fails where a process has died: that is what matters
+            self._team.look(now=True)
+            raise
 
     def _warm_up(self, room: int, longest: int) -> None:
         """Run every kind of step once, so that no measured step compiles or plans anything."""

@@ -2,7 +2,7 @@
 
 Tensor parallelism is as in Megatron-LM (Shoeybi et al. 2019): each GPU has its share of the heads and of the MLP's
 width, and two sums a layer bring the shares together. Experts are shared out whole (expert parallelism): all GPUs route
-all tokens and each computes its own experts; the sum that follows a layer adds them up. The vocabulary of the head is cut
+all tokens and each computes its own experts; the sum that follows a layer adds them up. The head's vocabulary is cut
 too; the likeliest token is the likeliest of every GPU's likeliest. Collectives are NCCL's, inside captured graphs.
 """
 
@@ -23,8 +23,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from chairlift.backend.gpu.paged_attention import Heads
-
-LOST = 5.0  # seconds without an answer after which the other processes are looked at
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,10 @@ class Ranks:
             return scores.argmax(-1).to(torch.int32)
         best, at = scores.float().max(-1)
         mine = torch.stack((best, (at + self.rank * scores.shape[1]).float()))  # exact up to 16,777,216 columns
-        all_ = torch.empty((self.count, *mine.shape), dtype=mine.dtype, device=mine.device)
-        dist.all_gather_into_tensor(all_.view(-1), mine.view(-1))
-        winner = all_[:, 0].argmax(0)
-        return all_[:, 1].gather(0, winner[None])[0].to(torch.int32)
+        each = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(each, mine)
+        scores, columns = torch.stack(each).unbind(1)
+        return columns.gather(0, scores.argmax(0)[None])[0].to(torch.int32)
 
 
 ALONE = Ranks()
@@ -114,15 +112,16 @@ class Team:
             except OSError:
                 raise self._lost(process) from None
 
-    def look(self) -> None:
-        """Raise RuntimeError if a process has died; costs next to nothing if it was asked a moment ago."""
-        now = time.monotonic()
-        if now < self._looked + 0.5:
+    def look(self, now: bool = False) -> None:
+        """Raise RuntimeError if a process has died. It looks twice a second at most, or ``now``, if one just did."""
+        if not now and time.monotonic() < self._looked + 0.5:
             return
-        self._looked = now
         for process in self._processes:
+            if now:
+                process.join(1)
             if process.exitcode is not None:
                 raise self._lost(process)
+        self._looked = time.monotonic()
 
     def close(self) -> None:
         """End all processes."""

@@ -1,0 +1,121 @@
+"""One replica over two processes, on the CPU: the same tokens as on one, and one clear error when a process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from chairlift.backend.base import Batch, Prompt
+from chairlift.backend.shapes import Model
+
+torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
+
+from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402 - torch may be absent
+from chairlift.backend.gpu.options import Options  # noqa: E402
+from chairlift.backend.gpu.ranks import Ranks, indivisible  # noqa: E402
+from kit.clusters import GPU  # noqa: E402
+
+DENSE = Model("dense", 2, 32, 4, 2, 16, 48, 96, 160)
+EXPERTS = replace(DENSE, name="experts", experts=8, experts_per_token=3, expert_ffn=24, qk_norm=True)
+OPTIONS = Options(device="cpu", max_batch=6, seed=2)
+
+
+class Members:
+    """Some prompts and decodes; blocks are the engine's own."""
+
+    def __init__(self, prompts: list[Prompt], decodes: list[int]) -> None:
+        self.prompts, self.decodes = prompts, decodes
+        self.dead: list[int] = []
+
+    def table(self, request: int) -> None:
+        return None
+
+    def tokens(self, request: int) -> list[int]:
+        return [(request * 31 + 7 * i * i) % 89 for i in range(60)]
+
+
+def engine_on(gpus: int, model: Model, options: Options = OPTIONS) -> TorchEngine:
+    engine = TorchEngine(model, GPU, options, gpus)
+    engine.prepare(600, 1, 160, named=False)
+    return engine
+
+
+def step(engine: TorchEngine, prompts: list[Prompt], decodes: list[int]) -> None:
+    engine.launch(Batch((), 0, 0, 0, Members(prompts, decodes)))
+    engine.wait()
+
+
+def steps(engine: TorchEngine, count: int) -> None:
+    for _ in range(count):
+        step(engine, [], [0])
+
+
+def generated(gpus: int, model: Model, options: Options = OPTIONS) -> dict[int, list[int]]:
+    """Prompts whole and in chunks, decodes beside them, and decodes alone."""
+    engine = engine_on(gpus, model, options)
+    step(engine, [Prompt(0, 0, 20, 0, True), Prompt(1, 0, 9, 0, False)], [])
+    step(engine, [Prompt(1, 9, 24, 0, True)], [0])
+    for _ in range(12):
+        step(engine, [], [0, 1])
+    engine.close()
+    return engine.generated
+
+
+@pytest.mark.parametrize("model", [DENSE, EXPERTS, replace(DENSE, kv_heads=1), replace(DENSE, tied_embeddings=True)])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_two_processes_choose_the_tokens_that_one_does(model: Model, graphs: bool) -> None:
+    options = replace(OPTIONS, graphs=graphs)
+    one = generated(1, model, options)
+
+    assert [len(tokens) for tokens in one.values()] == [14, 13]
+    assert len({token for tokens in one.values() for token in tokens}) > 1
+    assert generated(2, model, options) == one
+
+
+def test_eight_bit_weights_are_shared_out_too() -> None:
+    one, two = (generated(gpus, DENSE, replace(OPTIONS, quantization="fp8")) for gpus in (1, 2))
+
+    same = [a == b for i in one for a, b in zip(one[i], two[i], strict=True)]
+    assert same[0]
+    assert sum(same) > len(same) / 4  # each process scales its own share of a row, so that some roundings differ
+
+
+def test_a_process_that_dies_is_one_clear_error_and_none_is_left() -> None:
+    engine = engine_on(2, DENSE)
+    step(engine, [Prompt(0, 0, 20, 0, True)], [])
+    team: Any = engine._team
+    [process] = team._processes
+    os.kill(process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^the process of GPU 1 has died \(exit code -9\)"):
+        steps(engine, 100)
+    assert time.monotonic() - began < 10
+    assert not process.is_alive()
+
+
+def test_what_cannot_be_shared_out_says_why() -> None:
+    for model, words in (
+        (replace(DENSE, heads=3, kv_heads=3), "3 (query heads) cannot be shared out over 2 GPUs"),
+        (replace(DENSE, vocab=97), "97 (vocabulary)"),
+        (replace(EXPERTS, experts=7), "7 (experts)"),
+    ):
+        with pytest.raises(ValueError, match="cannot be shared out") as raised:
+            TorchEngine(model, GPU, OPTIONS, 2)
+        assert words in str(raised.value)
+    assert indivisible(32, 4, 1024, 1024, 0, 8) is None
+    assert indivisible(32, 6, 1024, 1024, 0, 4) == "6 KV heads cannot be shared out over 4 GPUs"
+
+
+def test_parts_cover_everything_once_and_few_heads_stand_on_several_gpus() -> None:
+    parts = [list(range(64))[Ranks(rank, 4).part(8, 8)] for rank in range(4)]
+
+    assert [i for part in parts for i in part] == list(range(64))
+    assert [list(range(16))[Ranks(rank, 4).part(2, 8)] for rank in range(4)] == [
+        *[list(range(8))] * 2,
+        *[list(range(8, 16))] * 2,
+    ]
