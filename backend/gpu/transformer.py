@@ -177,10 +177,14 @@ class Transformer:
         self.embedding = weight(root + "embed_tokens.weight", model.vocab, hidden)
         self.positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
         build = self._opt_layer if self._opt else self._llama_layer
-        self.layers = [build(weight, f"{root}layers.{i}.", i) for i in range(model.layers)]
-        for layer in self.layers if eights else ():
-            for name in ("qkv", "out", "up", "down"):
+        self.layers: list[Layer] = []
+        for i in range(model.layers):
+            layer = build(weight, f"{root}layers.{i}.", i)
+            for name in (
+                ("qkv", "out", "up", "down") if eights else ()
+            ):  # one by one: all of them in 16 bits may not fit
                 setattr(layer, name, quantised(getattr(layer, name)))
+            self.layers.append(layer)
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
         self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
