@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,9 +164,9 @@ def peers(
         )
 
 
-def engine_of(model: Model, tokens: int, batch: int, quantization: Literal["none", "fp8"] = "none") -> TorchEngine:
+def engine_of(model: Model, tokens: int, options: Options, gpus: int = 1) -> TorchEngine:
     """An engine with room for ``tokens`` tokens of KV, its cache full of random numbers."""
-    engine = TorchEngine(model, specs.gpu("h200"), Options(max_batch=batch, quantization=quantization))
+    engine = TorchEngine(model, specs.gpu("h200"), options, gpus)
     engine.prepare(tokens, 1, model.max_model_len, named=False)
     engine.fill()
     return engine
@@ -178,14 +178,18 @@ class Floor:
     def __init__(self, engine: TorchEngine, top: Row) -> None:
         self._model = engine.model
         narrow = engine.options.quantization == "fp8"
-        self.name = f"{engine.model.name} fp8" if narrow else engine.model.name
+        self.name = engine.model.name + " fp8" * narrow + f" on {engine.gpus} GPUs" * (engine.gpus > 1)
+        self._gpus = engine.gpus
         self._copy = top["copy_gb_per_s"] * 1e9
         self._rate = top["matmul_tflops"] * 1e12
         self._layers_rate = top["fp8_tflops" if narrow else "matmul_tflops"] * 1e12
         self._width = 1 if narrow else 2  # bytes of a weight of the layers
 
     def __call__(self, rows: int, sampled: int, kv: int, pairs: int = 0) -> float:
-        """Milliseconds for so many rows and sampled rows, tokens of KV read, and query-key pairs of chunks."""
+        """Milliseconds for so many rows and sampled rows, tokens of KV read, and query-key pairs of chunks.
+
+        Several GPUs share the work evenly and speak with one another in no time.
+        """
         m = self._model
         read = multiplied = m.matmul_parameters
         if m.experts:  # of which a step touches some, each token a few
@@ -196,7 +200,7 @@ class Floor:
         moved = self._width * read + 2 * m.head_parameters + kv * m.kv_bytes_per_token
         flops = 2 * sampled * m.head_parameters + 4 * m.layers * m.heads * m.head_size * pairs
         took = flops / self._rate + 2 * rows * multiplied / self._layers_rate
-        floor: float = max(moved / self._copy, took) * 1e3
+        floor: float = max(moved / self._copy, took) * 1e3 / self._gpus
         return floor
 
 
@@ -283,7 +287,7 @@ def versions() -> Row:
     return {"bench": "versions", "gpu": name, "torch": torch.__version__, "cuda": cuda, "cupy": cupy.__version__}
 
 
-def rows(parts: Sequence[str], models: Sequence[str], quantization: Literal["none", "fp8"]) -> Iterator[Row]:
+def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: int) -> Iterator[Row]:
     """All rows that are asked for."""
     yield versions()
     timer = Timer()
@@ -295,7 +299,7 @@ def rows(parts: Sequence[str], models: Sequence[str], quantization: Literal["non
             yield attention(timer, copy, shape)
     for name in models if {"decode", "prefill", "mixed"} & set(parts) else ():
         model = specs.model(name)
-        engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 else 80_000, 257, quantization)
+        engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 * gpus else 80_000, options, gpus)
         floors = Floor(engine, top)
         longest = model.max_model_len
         if "decode" in parts:
@@ -315,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all)")
     parser.add_argument("--model", action="append", help="default: llama-3.1-8b and opt-13b")
     parser.add_argument("--quantization", choices=("none", "fp8"), default="none", help="of the layers' weights")
+    parser.add_argument("--gpus", type=int, default=1, help="that share each model (default 1)")
+    parser.add_argument("--routing-skew", type=float, help="experts drawn with chances ∝ rank^-SKEW (0: all alike)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a row")
     given = parser.parse_args(arguments)
     if wrong := set(given.parts) - set(choices):
@@ -322,8 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("error: torch sees no CUDA device here\n")
         return 2
+    options = Options(max_batch=257, quantization=given.quantization, routing_skew=given.routing_skew)
     lines = []
-    for row in rows(given.parts or choices, given.model or ("llama-3.1-8b", "opt-13b"), given.quantization):
+    for row in rows(given.parts or choices, given.model or ("llama-3.1-8b", "opt-13b"), options, given.gpus):
         lines.append(json.dumps(row))
         sys.stdout.write(
             "  ".join(f"{k} {v}" for k, v in row.items() if k != "bench").join((f"{row['bench']:10}", "\n"))

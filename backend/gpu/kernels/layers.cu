@@ -56,6 +56,21 @@ __device__ __forceinline__ Eight scaled(Eight x, float row, const float* column)
   return x;
 }
 
+// x[row][i] *= the row's scale · the column's (+ bias), in pieces of 8.
+extern "C" __global__ void apply_scales(uint4* __restrict__ x, const float* __restrict__ rows, const float* __restrict__ columns,
+                                        const uint4* __restrict__ bias, int pieces, u64 count) {
+  for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += (u64)gridDim.x * blockDim.x) {
+    const u64 row = at / pieces, i = at - row * pieces;
+    Eight y = scaled(Eight(x[at]), rows[row], columns + i * 8);
+    if (bias) {
+      const Eight more(bias[i]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) y.x[j] += more.x[j];
+    }
+    x[at] = y.packed();
+  }
+}
+
 #ifdef EACH
 // A row that a thread block holds, written as e4m3 with its scale.
 __device__ __forceinline__ void write_e4m3(const Eight (&held)[EACH], uint2* out, float* scale, float* shared) {
