@@ -15,6 +15,7 @@ from typing import Annotated
 from annotated_types import Ge, Interval
 
 from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Host, StepCost, new
+from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.shapes import GPU, Model
 
 MS = 10**9
@@ -34,9 +35,9 @@ class Efficiency:
     overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
 
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Roofline:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Roofline:
         """The cost model with these efficiencies. Raises ValueError where it needs a number that is unknown."""
-        return Roofline(model, gpu, tensor_parallel, self)
+        return Roofline(model, gpu, parallel, self)
 
 
 class Roofline(Backend):
@@ -50,10 +51,10 @@ class Roofline(Backend):
 
     name = "roofline"
 
-    def __init__(self, model: Model, gpu: GPU, tensor_parallel: int = 1, efficiency: Efficiency | None = None) -> None:
-        self.model, self.gpu, self.tensor_parallel = model, gpu, tensor_parallel
+    def __init__(self, model: Model, gpu: GPU, parallel: Parallel = ONE, efficiency: Efficiency | None = None) -> None:
+        self.model, self.gpu, self.parallel = model, gpu, parallel
         self.efficiency = e = efficiency or Efficiency()
-        tp = tensor_parallel
+        tp = parallel.tensor
         kv_bytes = model.kv_bytes_per_token_on(tp)  # also checks tp
         flops = e.mfu * gpu.bf16_tflops * 1e12 * tp
         byte_rate = e.bandwidth * gpu.hbm_gb_per_s * 1e9
@@ -115,7 +116,7 @@ class Roofline(Backend):
         A ring of n GPUs moves 2 (n − 1) / n of the reduced bytes over each link: the activations of a token, hidden
         wide.
         """
-        tp, e = self.tensor_parallel, self.efficiency
+        tp, e = self.parallel.tensor, self.efficiency
         if tp == 1:
             return 0, 0
         what = "tensor parallelism"
@@ -129,7 +130,7 @@ class Roofline(Backend):
         """The efficiencies, and the time in which the weights are read once."""
         e = self.efficiency
         lines = {
-            "cost model": f"roofline: {self.model.name} on {self.tensor_parallel} × {self.gpu.name}",
+            "cost model": f"roofline: {self.model.name} on {self.parallel.gpus} × {self.gpu.name}",
             "efficiency": f"MFU {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed, not measured);"
             f" mixed steps overlap {e.mixed_overlap:g} of the shorter part",
             "decode floor": f"{self._weights / MS:.2f} ms to read the weights once",

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from chairlift.backend.base import Backend
 from chairlift.backend.gpu.options import Options
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GPU, Model
 
 
@@ -16,10 +17,15 @@ class Torch(Options):
 
     executes: ClassVar[bool] = True
 
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         """The engine. Raises ValueError without torch, without a kernel for the model, or for several GPUs."""
-        if tensor_parallel != 1:
-            raise ValueError(f"the torch backend runs on one GPU (got tensor_parallel {tensor_parallel})")
+        if parallel.gpus != 1:
+            asked = f"tensor_parallel {parallel.tensor}" if parallel.only_tensor else str(parallel)
+            raise ValueError(f"the torch backend runs on one GPU (got {asked})")
+        if not model.plain:
+            raise ValueError(
+                f"the torch backend runs dense models with full attention and weights of one width (got {model.name})"
+            )
         try:
             from chairlift.backend.gpu.engine import TorchEngine
         except ImportError as error:

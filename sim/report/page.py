@@ -324,7 +324,7 @@ def _replica_table(run: RunResults, requests: Columns, totals: list[ReplicaTotal
         ttft = ttft[~np.isnan(ttft)]
         median, tail = np.percentile(ttft, (50, 99)) if len(ttft) else (None, None)
         role = "" if replica.role == "mixed" else f" {replica.role}"
-        gpus = replica.gpu + (f" × {replica.tensor_parallel}" if replica.tensor_parallel > 1 else "")
+        gpus = replica.gpu + (f" × {count}" if (count := replica.gpus or replica.tensor_parallel) > 1 else "")
         bar = f'<td class="bar" style="--share:{100 * each.busy_s / busiest:.1f}">{text(each.busy_s, "s")}</td>'
         cells = [
             *(text(each.steps, ""), f'<data data-replica-requests value="{here.sum()}">{here.sum():,}</data>'),

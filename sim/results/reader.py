@@ -22,11 +22,10 @@ from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Status
-from chairlift.sim.study import ReplicaGroup, Setup, Study
+from chairlift.sim.study import SEQUENCE_LIMITS, ReplicaGroup, Setup, Study
 
 Columns = dict[str, npt.NDArray[Any]]
 
-SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
 CODES = {"status": [s.name.lower() for s in Status], "kind": [k.name.lower() for k in Kind]}  # text → number
 
 
@@ -70,7 +69,7 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
     facts = {
         "role": group.role,
         "gpu": group.gpu.name,
-        "tensor_parallel": group.tensor_parallel,
+        "tensor_parallel": group.parallel.tensor,
         "policy": type(policy).__name__,
         "kv_blocks": group.blocks,
         "block_size": group.block_size,
@@ -79,6 +78,8 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         "batch_synchronous": policy.batch_synchronous,
         "asynchronous": policy.asynchronous,
     }
+    if not group.parallel.only_tensor:
+        facts |= {"gpus": group.parallel.gpus, "parallel": str(group.parallel)}
     return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
 
 
@@ -97,6 +98,8 @@ class Replica:
     sequence_limit: int | None  # requests a step
     batch_synchronous: bool
     asynchronous: bool
+    gpus: int | None = None  # None: tensor_parallel
+    parallel: str = ""  # the degrees of parallelism, where there are others than tensor_parallel
 
     @property
     def kv_tokens(self) -> int:

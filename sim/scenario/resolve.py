@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chairlift.backend import specs
+from chairlift.backend import hf_config, memory, specs
 from chairlift.backend.calibrated.profile import shipped
+from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Scheduler
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.yaml_document import Document, read
-from chairlift.sim.study import Kv
+from chairlift.sim.study import SEQUENCE_LIMITS, Kv
 
 
 class Lookup:
@@ -99,7 +100,7 @@ class Lookup:
         if not (isinstance(name, str) and name.endswith(".json")):
             return specs.model(choice)
         config = read(self._folder / name).data
-        found = specs.Model.from_hf_config(config, Path(name).parent.name or name)
+        found = hf_config.model(config, Path(name).parent.name or name)
         return specs.changed(found, choice) if isinstance(choice, dict) else found
 
     def _try(self, at: KeyPath, what: Any) -> Any:
@@ -121,8 +122,20 @@ class Lookup:
         return None
 
 
+def step_limits(policy: Scheduler, max_model_len: int, ranks: int) -> tuple[int, int]:
+    """Tokens and requests of a step at most, on each of ``ranks`` that share them: what its memory is kept for.
+
+    A policy without a limit of its own counts as `memory.TOKENS` and `memory.SEQUENCES`.
+    """
+    tokens = getattr(policy, "max_num_batched_tokens", policy.token_limit or memory.TOKENS)
+    tokens = max(max_model_len, 2048) if tokens is None else tokens  # vLLM's first version: a whole prompt
+    limits = (getattr(policy, name, None) for name in SEQUENCE_LIMITS)
+    sequences = next((limit for limit in limits if isinstance(limit, int)), memory.SEQUENCES)
+    return -(-tokens // ranks), -(-sequences // ranks)
+
+
 def kv_pool(
-    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
+    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, parallel: Parallel, max_model_len: int
 ) -> tuple[int, int, str]:
     """The KV pool of one replica: usable blocks, tokens a block, and where these numbers come from, in words.
 
@@ -146,7 +159,10 @@ def kv_pool(
         if blocks < 1:
             raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
     else:
-        fit = specs.kv_blocks(model, gpu, tensor_parallel, block_size, kv.memory_utilization, kv.reserve_gib)
+        tokens, sequences = step_limits(policy, max_model_len, parallel.data)
+        fit = memory.kv_blocks(
+            *(model, gpu, parallel, block_size, kv.memory_utilization, kv.reserve_gib, tokens, sequences)
+        )
         blocks, source = fit.blocks, fit.explain()
     if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
         if own is None and kv.tokens is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from chairlift.backend.base import Batch, Chunk
+from chairlift.backend.parallel import ONE
 from chairlift.sim.cli import main as cli
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
@@ -86,6 +87,6 @@ def test_the_backend_of_ones_own_prices_a_run(tmp_path: Path, monkeypatch: pytes
     [setup] = load(tmp_path / "my.yaml").setups
     setup = replace(setup, groups=[replace(group, backend=backend) for group in setup.groups])
 
-    built = backend.build(setup.model, setup.groups[0].gpu, 1)
+    built = backend.build(setup.model, setup.groups[0].gpu, ONE)
     assert built.step(Batch((Chunk(0, 7),), 2, 100))[:3] == (9 * 20_000_000, 0, 1)
     assert simulate(setup).summary["duration"] == pytest.approx((30 + 4 * 3) * 20e-6)
