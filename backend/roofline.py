@@ -1,8 +1,9 @@
-"""An analytic step cost: what the FLOPs and the bytes of a step take at stated efficiencies.
+"""An analytic step cost: what the FLOPs and the bytes of a whole step take at stated efficiencies.
 
 Prompts are computed at a fraction of the peak FLOP/s (``mfu``), decodes read weights and KV at a fraction of the memory
 bandwidth, and a step that has both overlaps them in part: the form that explains the figures of the continuous-batching
-post. Costs are integer picoseconds, and affine in the context length between breakpoints, so that a run of steps can be
+post. `by_part` prices what this form cannot tell apart: experts, narrow weights, windows, latent attention, several
+GPUs. Costs are integer picoseconds, and affine in the context length between breakpoints, so that a run of steps can be
 added up exactly in closed form.
 """
 
@@ -15,6 +16,7 @@ from typing import Annotated
 from annotated_types import Ge, Interval
 
 from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Host, StepCost, new
+from chairlift.backend.by_part import ByPart
 from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.shapes import GPU, Model
 
@@ -34,9 +36,24 @@ class Efficiency:
     floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter, because the host cannot launch faster
     overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
+    by_part: bool | None = None  # None: but for a dense model of one width on one GPU
+    kernel_us: Annotated[float, Ge(0)] = 3.0  # by part: of each kernel, besides its work
+    attention_us: Annotated[float, Ge(0)] = 0.25  # by part: of each sequence and layer, besides its work
+    launch_us: Annotated[float, Ge(0)] = 320.0  # by part: no layer of a step with prompts is launched faster
+    eager_us: Annotated[float, Ge(0)] = 750.0  # by part: likewise beyond the captured graphs; experts take as much again
+    graph_tokens: Annotated[int, Ge(0)] = 512  # by part: tokens of the largest captured graph
+    skew: Annotated[float, Interval(ge=0, le=4)] = 0.0  # by part: of the experts' popularity, a power law; 0: uniform
 
-    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Roofline:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         """The cost model with these efficiencies. Raises ValueError where it needs a number that is unknown."""
+        whole = model.plain and parallel.only_tensor
+        if self.by_part is False and not whole:
+            raise ValueError(
+                "by_part must not be false for a model that is not dense with one width, or for more than tensor"
+                f" parallelism (got {model.name}, {parallel})"
+            )
+        if self.by_part or not whole or (self.by_part is None and parallel.gpus > 1):
+            return ByPart(model, gpu, parallel, self)
         return Roofline(model, gpu, parallel, self)
 
 
@@ -46,7 +63,8 @@ class Roofline(Backend):
     Prompt work: max(FLOPs ÷ (mfu · peak), bytes ÷ (bandwidth · HBM)). Decode work: the same maximum, its bytes the
     weights and every context. A step with both takes the longer and the share of the shorter that does not overlap.
     Tensor parallelism divides FLOPs and bytes and adds two all-reduces a layer (a ring's volume, and a latency).
-    Not modelled: pipeline parallelism, quantised arithmetic, kernel tile effects, sampling.
+    Not modelled here: experts, quantised arithmetic, windows, latent attention, other parallelism (`ByPart` does),
+    kernel tile effects, sampling.
     """
 
     name = "roofline"
