@@ -47,7 +47,7 @@ class ByPart(Backend):
     def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Efficiency) -> None:
         self.model, self.gpu, self.parallel, self.efficiency = model, gpu, parallel.check(model), efficiency
         e = efficiency
-        self._costs = costs = Costs(model, gpu, parallel, e.bandwidth, e.mfu, e.skew)
+        self._costs = costs = Costs(model, gpu, parallel, e)
         self._kernels = costs.kernels() * e.kernel_us * US
         rate = costs.attention_rate()
         # a token of context takes the longer of the two, in every layer alike
@@ -116,8 +116,8 @@ class ByPart(Backend):
         """No step of so many tokens that is not one CUDA graph is shorter than its launch, ps."""
         e, model = self.efficiency, self.model
         if tokens <= e.graph_tokens:
-            return round(model.layers * e.launch_us * US * PS)
-        return round((model.layers + model.expert_layers) * e.eager_us * US * PS)
+            return round(e.prepare_ms * MS + model.layers * e.launch_us * US * PS)
+        return round(e.prepare_ms * MS + (model.layers + model.expert_layers) * e.eager_us * US * PS)
 
     def _rank(self, batch: Batch) -> Rank:
         """The work of the rank with most of it: its share of the decodes, and the chunks dealt out, longest first."""
@@ -189,7 +189,7 @@ class ByPart(Backend):
         lines = {
             "cost model": f"roofline by part: {model.name} on {parallel.gpus} × {self.gpu.name}"
             + (f" ({parallel})" if parallel.gpus > 1 else ""),
-            "efficiency": f"MFU {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed, not measured);"
+            "efficiency": f"MFU {e.gemm_mfu:g}, of attention {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed);"
             f" {e.kernel_us:g} µs a kernel, {e.attention_us:g} µs a sequence and layer of attention",
             "launches": f"a step with prompts takes {self._launch(1) / MS:.1f} ms at least,"
             f" {self._launch(e.graph_tokens + 1) / MS:.1f} ms beyond {e.graph_tokens} tokens (the host launches it)",
@@ -207,7 +207,9 @@ class ByPart(Backend):
         if parallel.gpus > 1:
             lines["collectives"] = "as measured on 8 × H200, scaled by the links' bandwidth; none overlaps other work"
         if parallel.data > 1:
-            lines["DP-attention"] = "requests spread evenly over the ranks; a step ends with the slowest, idle ones wait"
+            lines["DP-attention"] = (
+                "requests spread evenly over the ranks; a step ends with the slowest, idle ones wait"
+            )
         if parallel.pipeline > 1:
             lines["pipeline"] = "a step passes all stages before the next begins; vLLM keeps one under way in each"
         if e.floor_ms or e.overhead_ms:

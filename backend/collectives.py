@@ -40,7 +40,9 @@ def all_reduce_us(gpu: GPU, gpus: int, size: float, graph: bool) -> float:
     if gpus == 1:
         return 0
     if gpus > HOST_GPUS:
-        raise ValueError(f"tensor must be at most {HOST_GPUS}: all-reduces beyond one host are not modelled (got {gpus})")
+        raise ValueError(
+            f"tensor must be at most {HOST_GPUS}: all-reduces beyond one host are not modelled (got {gpus})"
+        )
     table = _table()["all_reduce"]
     rows = table["graph" if graph else "eager"]
     row = rows[min(count for count in rows if count >= gpus)]

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
-from typing import Any
 
 from chairlift.backend.shapes import Count, Model
-
-
-def _degree(description: str) -> Any:
-    return field(default=1, metadata={"description": description})
 
 
 @dataclass(frozen=True)
@@ -20,10 +15,14 @@ class Parallel:
     shared out over all of a stage's GPUs, ``expert`` groups of them holding different experts.
     """
 
-    tensor: Count = _degree("GPUs that share the heads and the width of every layer.")
-    pipeline: Count = _degree("Stages, each of so many of the layers.")
-    data: Count = _degree("Ranks with attention and KV of their own (DP-attention).")
-    expert: Count = _degree("Groups of GPUs that hold different experts; a divisor of tensor × data.")
+    tensor: Count = field(
+        default=1, metadata={"description": "GPUs that share the heads and the width of every layer."}
+    )
+    pipeline: Count = field(default=1, metadata={"description": "Stages, each of so many of the layers."})
+    data: Count = field(default=1, metadata={"description": "Ranks with attention and KV of their own (DP-attention)."})
+    expert: Count = field(
+        default=1, metadata={"description": "Groups of GPUs that hold different experts; a divisor of tensor × data."}
+    )
 
     @property
     def ranks(self) -> int:

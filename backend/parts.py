@@ -8,10 +8,13 @@ of decode steps keeps, so a run costs an arithmetic series.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GPU, Model, Weights
+
+if TYPE_CHECKING:
+    from chairlift.backend.roofline import Efficiency
 
 
 class Rates(NamedTuple):
@@ -22,23 +25,24 @@ class Rates(NamedTuple):
 
 
 # Grouped products of experts: shares of an H200's peaks in NVIDIA AIConfigurator's tables (Apache-2.0; vLLM 0.22, MXFP4
-# 0.24), balanced routing. Bandwidth where 32 to 64 tokens read all of 128 experts: bfloat16 306 µs for 1.21 GB, FP8 185
-# µs for 0.60 GB, MXFP4 664 µs for 1.80 GB (padded). FLOP/s at 8,192 tokens: 400, 650, 450 and 555 of 1e12. For INT4
-# there is no table: as MXFP4.
+# 0.24), balanced routing. Bandwidth where 64 tokens read all experts of a layer: bfloat16 308 µs for 1.21 GB; FP8 183
+# to 195 µs for 0.60 GB, 631 µs for 2.42, 899 µs for 3.62 and 2,740 µs for 11.27 (0.65 to 0.86: the wider, the better);
+# MXFP4 665 µs for 1.80 GB (padded). FLOP/s at 8,192 tokens: 400, 650 (FP8), 450 (FP8 in blocks) and 555 of 1e12. INT4
+# and NVFP4 have no table: as MXFP4, and as FP8.
 EXPERTS = {
     "none": Rates(0.82, 0.41),
-    "fp8": Rates(0.68, 0.33),
-    "fp8_block": Rates(0.68, 0.24),
-    "int8": Rates(0.68, 0.33),
+    "fp8": Rates(0.75, 0.33),
+    "fp8_block": Rates(0.75, 0.24),
+    "int8": Rates(0.75, 0.33),
     "int4": Rates(0.56, 0.41),
     "mxfp4": Rates(0.56, 0.56),
-    "nvfp4": Rates(0.56, 0.30),
+    "nvfp4": Rates(0.75, 0.33),
 }
 
 # Kernels of a layer, each of which takes `Efficiency.kernel_us` besides its work: norm, QKV, rotation, cache write,
-# attention, output, norm, up, activation, down. FP8 activations are quantised before each of four products. Experts take
-# nine in place of the MLP's three: router, top k, sorting (2), up, activation, down, weighting, sum; MXFP4's take five
-# more (60.9 µs at one token in the table above, 20.7 of them to read its experts). Latent attention adds five: two
+# attention, output, norm, up, activation, down. FP8 activations are quantised before each of four products. Experts
+# take nine in place of the MLP's three: router, top k, sorting (2), up, activation, down, weighting, sum; MXFP4's take
+# five more (60.9 µs at one token in the table above, 20.7 of them to read its experts). Latent attention adds five: two
 # projections down and one up with their norms.
 KERNELS, QUANTIZING, WITH_EXPERTS, WITH_MXFP4, WITH_LATENT = 10, 4, 6, 5, 5
 
@@ -87,15 +91,13 @@ def hottest(mean: float, deviation: float, groups: int, most: float) -> float:
 class Costs:
     """The parts of a step of ``model`` on each GPU of a replica that shares it as ``parallel`` says.
 
-    ``bandwidth`` and ``mfu``: shares of the peaks that other kernels than the experts' reach.
+    ``efficiency``: what share of the peaks other kernels than the experts' reach.
     """
 
-    def __init__(
-        self, model: Model, gpu: GPU, parallel: Parallel, bandwidth: float, mfu: float, skew: float
-    ) -> None:
-        self.model, self.gpu, self.parallel, self.skew = model, gpu, parallel, skew
-        self.byte_rate = bandwidth * gpu.hbm_gb_per_s * 1e9
-        self.mfu = mfu
+    def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Efficiency) -> None:
+        self.model, self.gpu, self.parallel, self.skew = model, gpu, parallel, efficiency.skew
+        self.byte_rate = efficiency.bandwidth * gpu.hbm_gb_per_s * 1e9
+        self._mfu, self._gemm_mfu = efficiency.mfu, efficiency.gemm_mfu
         self._weights = {part.part: part for part in model.weights}
         groups = model.kv_groups(parallel.tensor)
         self.kv_bytes = sum(group.bytes_per_token for group in groups if not group.window)
@@ -108,7 +110,9 @@ class Costs:
             decode = prompt = 2 * model.head_size
         self.decode_pair, self.prompt_pair = (2 * full * heads * each for each in (decode, prompt))  # FLOPs
         self.window_pair = 2 * model.window_layers * heads * prompt
-        self.unpacking = 2 * model.layers * heads * model.latent * (model.head_size + model.value_size)  # a token of past
+        self.unpacking = (
+            2 * model.layers * heads * model.latent * (model.head_size + model.value_size)
+        )  # a token of past
 
     def flop_rate(self, arithmetic: str, mfu: float) -> float:
         """FLOP/s that a GPU reaches; where it has no such tensor cores, weights are widened to the next format."""
@@ -140,7 +144,7 @@ class Costs:
             count = part.parameters / shared
             read = count * part.bytes_each if rows else 0.0
             flops = 2 * count * rows
-            found.append(self._part(name, part, read, flops, self.byte_rate, self.mfu))
+            found.append(self._part(name, part, read, flops, self.byte_rate, self._gemm_mfu))
         return found
 
     def _experts(self, part: Weights, tokens: int) -> Part:
@@ -172,11 +176,10 @@ class Costs:
 
     def attention_rate(self) -> float:
         """FLOP/s of attention, which multiplies bfloat16."""
-        return self.flop_rate("bf16", self.mfu)
+        return self.flop_rate("bf16", self._mfu)
 
 
 def in_window(start: int, length: int, window: int) -> int:
     """Query–key pairs of a chunk of ``length`` tokens after ``start``, each looking back on ``window`` tokens."""
     whole = max(0, min(length, window - start))  # tokens that see everything
     return whole * (2 * start + whole + 1) // 2 + (length - whole) * window
-

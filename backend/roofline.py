@@ -37,10 +37,16 @@ class Efficiency:
     overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
     by_part: bool | None = None  # None: but for a dense model of one width on one GPU
+    gemm_mfu: Share = (
+        0.70  # by part: of the peak FLOP/s, products with weights but the experts' (0.80 measured on H200)
+    )
     kernel_us: Annotated[float, Ge(0)] = 3.0  # by part: of each kernel, besides its work
     attention_us: Annotated[float, Ge(0)] = 0.25  # by part: of each sequence and layer, besides its work
-    launch_us: Annotated[float, Ge(0)] = 320.0  # by part: no layer of a step with prompts is launched faster
-    eager_us: Annotated[float, Ge(0)] = 750.0  # by part: likewise beyond the captured graphs; experts take as much again
+    launch_us: Annotated[float, Ge(0)] = 240.0  # by part: no layer of a step with prompts is launched faster
+    prepare_ms: Annotated[float, Ge(0)] = 2.0  # by part: nor a step with prompts without so much on top
+    eager_us: Annotated[float, Ge(0)] = (
+        750.0  # by part: likewise beyond the captured graphs; experts take as much again
+    )
     graph_tokens: Annotated[int, Ge(0)] = 512  # by part: tokens of the largest captured graph
     skew: Annotated[float, Interval(ge=0, le=4)] = 0.0  # by part: of the experts' popularity, a power law; 0: uniform
 

@@ -33,7 +33,7 @@ class Lookup:
         with ``--trust``. Otherwise the command line does.
         """
         if key == "model":
-            return self._look_up(choice, at, self._model)
+            return self._look_up(choice, at, lambda given: find_model(given, self._folder))
         if key == "gpu":
             return self._look_up(choice, at, specs.gpu)
         if key == "backend":
@@ -94,15 +94,6 @@ class Lookup:
         checked = self._try(at, lambda: self._document.check(model, given, at))
         return None if checked is None else checked.model_dump()
 
-    def _model(self, choice: str | dict[str, Any]) -> specs.Model:
-        """The model of that name, of a ``config.json``, or with numbers of its own or changed ones."""
-        name = choice.get("name") if isinstance(choice, dict) else choice
-        if not (isinstance(name, str) and name.endswith(".json")):
-            return specs.model(choice)
-        config = read(self._folder / name).data
-        found = hf_config.model(config, Path(name).parent.name or name)
-        return specs.changed(found, choice) if isinstance(choice, dict) else found
-
     def _try(self, at: KeyPath, what: Any) -> Any:
         """The result of ``what()``. Where it raises, the result is None and the mistake is noted at ``at``."""
         try:
@@ -120,6 +111,19 @@ class Lookup:
         except (LookupError, ValueError, TypeError) as error:
             self._problems.append(self._document.problem(at, str(error.args[0] if error.args else error)))
         return None
+
+
+def find_model(choice: str | dict[str, Any], folder: Path) -> specs.Model:
+    """The model of that name, of a ``config.json``, or with numbers of its own or changed ones.
+
+    A file's path is relative to ``folder``.
+    """
+    name = choice.get("name") if isinstance(choice, dict) else choice
+    if not (isinstance(name, str) and name.endswith(".json")):
+        return specs.model(choice)
+    config = read(folder / name).data
+    found = hf_config.model(config, Path(name).parent.name or name)
+    return specs.changed(found, choice) if isinstance(choice, dict) else found
 
 
 def step_limits(policy: Scheduler, max_model_len: int, ranks: int) -> tuple[int, int]:
