@@ -39,7 +39,8 @@ class ByPart(Backend):
 
     Assumed: requests are spread evenly over the ranks of DP-attention, contexts are equally long where windows matter,
     and one step passes through all stages of a pipeline before the next one begins. Not modelled: kernel tile effects,
-    overlap of collectives with other work, balancing of experts.
+    overlap of collectives with other work, balancing of experts. Raises ValueError where the model cannot be shared out
+    so, or a number that is needed is unknown.
     """
 
     name = "roofline"
@@ -58,6 +59,7 @@ class ByPart(Backend):
             self._token = 0
         self._floor = round(e.floor_ms * MS)
         self._host = Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST
+        self._collectives(1, 1)  # raises here what it would raise later
         self._fixed: dict[int, int] = {}  # of decode steps, by slots: all but attention
 
     def step(self, batch: Batch) -> StepCost:

@@ -65,7 +65,13 @@ def grid_steps(engine: str) -> Iterator[tuple[str, Batch, float]]:
             if not name.startswith("grid_"):
                 continue
             begun, before[name] = before.get(name), done
-            counted = ("prefill_requests", "prefill_tokens", "decode_requests", "decode_context_tokens", "prefill_pairs")
+            counted = (
+                "prefill_requests",
+                "prefill_tokens",
+                "decode_requests",
+                "decode_context_tokens",
+                "prefill_pairs",
+            )
             prompts, tokens, decodes, context, pairs = (int(row[key]) for key in counted)
             if begun is None or not prompts + decodes:
                 continue
