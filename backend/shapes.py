@@ -179,9 +179,14 @@ class Model:
     @property
     def plain(self) -> bool:
         """Whether the model is dense, attends to everything by head, and has one width for all of its weights."""
-        widths = (self.attention_bytes_per_param, self.mlp_bytes_per_param, self.head_bytes_per_param)
-        parts = self.experts or self.latent or self.window_layers or self.other_parameters
-        return not parts and self.quantization == "none" and widths == (None, None, None) and self.arithmetic is None
+        return self.one_width and not (self.experts or self.latent or self.window_layers or self.other_parameters)
+
+    @property
+    def one_width(self) -> bool:
+        """Whether all weights have the width ``bytes_per_param``."""
+        widths = (self.attention_bytes_per_param, self.mlp_bytes_per_param, self.expert_bytes_per_param)
+        named = {*widths, self.head_bytes_per_param, self.arithmetic}
+        return named == {None} and self.quantization == "none"
 
     @property
     def expert_layers(self) -> int:

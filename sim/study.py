@@ -17,8 +17,6 @@ from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Router, Scheduler
 from chairlift.sim.workload.trace import Trace
 
-SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
-
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
@@ -144,7 +142,7 @@ class Claim(Spec):
 
     says: str = Field(description="What was published, and where.")
     published: float | tuple[float, float] = Field(description="The number, or the least and the most.")
-    metric: str = Field("request_throughput", description="A field of summary.json, or offered_rate, or slo_missed.")
+    metric: str = Field("request_throughput", description="A field of summary.json.")
     of: str = Field(description="The variant that it is of.")
     over: str | None = Field(None, description="The variant that it is a ratio to.")
     case: str | None = Field(None, description="In which case; default: the last.")

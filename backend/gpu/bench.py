@@ -27,6 +27,7 @@ from chairlift.backend.gpu.block_tables import Practice
 from chairlift.backend.gpu.engine import TorchEngine
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
+from chairlift.backend.parts import experts_read
 from chairlift.backend.shapes import Model
 
 ATTENTION = (  # batch, context, query heads, KV heads, head size; the first five of Llama-3.1-8B, then OPT-13B
@@ -187,9 +188,13 @@ class Floor:
     def __call__(self, rows: int, sampled: int, kv: int, pairs: int = 0) -> float:
         """Milliseconds for so many rows and sampled rows, tokens of KV read, and query-key pairs of chunks."""
         m = self._model
-        moved = self._width * m.matmul_parameters + 2 * m.head_parameters + kv * m.kv_bytes_per_token
+        read = multiplied = m.matmul_parameters
+        if m.experts:  # of which a step touches some, each token a few
+            touched = experts_read(m.experts, m.experts_per_token, rows)
+            read += round(m.expert_layers * m.expert_parameters * (touched - m.experts_per_token))
+        moved = self._width * read + 2 * m.head_parameters + kv * m.kv_bytes_per_token
         flops = 2 * sampled * m.head_parameters + 4 * m.layers * m.heads * m.head_size * pairs
-        took = flops / self._rate + 2 * rows * m.matmul_parameters / self._layers_rate
+        took = flops / self._rate + 2 * rows * multiplied / self._layers_rate
         floor: float = max(moved / self._copy, took) * 1e3
         return floor
 

@@ -22,9 +22,9 @@ class Torch(Options):
         if parallel.gpus != 1:
             asked = f"tensor_parallel {parallel.tensor}" if parallel.only_tensor else str(parallel)
             raise ValueError(f"the torch backend runs on one GPU (got {asked})")
-        if not model.plain:
+        if model.latent or model.window_layers or not model.one_width:
             raise ValueError(
-                f"the torch backend runs dense models with full attention and weights of one width (got {model.name})"
+                f"the torch backend runs models with full attention by head and weights of one width (got {model.name})"
             )
         try:
             from chairlift.backend.gpu.engine import TorchEngine

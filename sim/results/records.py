@@ -27,6 +27,22 @@ class Status(IntEnum):
     FAILED = 4  # its replica failed and nobody took it over
 
 
+class Kind(IntEnum):
+    """What happened to a request (an event of a journal), and what its ``other`` and ``value`` then say."""
+
+    ARRIVE = 0  # it is handed to the replica; value: requests waiting there before it
+    DENY = 1  # the pool had no room when a policy asked; other: blocks that were free; value: blocks too few
+    ADMIT = 2  # value: tokens found in the prefix cache or loaded; other: known tokens left to compute
+    CHUNK = 3  # value: tokens computed in this run
+    PARK = 4  # it decodes, but not in this run and those after it
+    JOIN = 5  # it decodes again
+    PREEMPT = 6  # other: the request whose tokens took the room, -1: all decodes; value: tokens of KV that it loses
+    DONE = 7  # it has its answer and keeps its slot (static batching)
+    END = 8  # it is gone for good; value: its `Status`
+    HANDOVER = 9  # its prompt is done, its KV goes to a decode replica
+    LOST = 10  # its replica failed
+
+
 RUN_COLUMNS = (
     "start_ps",  # a row is `steps` engine steps of the same members, one after the other
     "first_ps",  # boundary to boundary of the first of them, pauses and host work included
@@ -93,6 +109,7 @@ class RequestRecords:
         self.cached_tokens = array("i", [0]) * n
         self.swaps = array("i", [0]) * n  # preemptions whose KV went to host memory
         self.swapped_tokens = array("q", [0]) * n  # tokens whose KV was moved there or back
+        self.spoken_ps = 0  # from first to latest token, summed over the requests that have ended
         self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
 
     def moved(self, request: Request, tokens: int, out: bool = False) -> None:
@@ -100,12 +117,15 @@ class RequestRecords:
         self.swaps[request.id] += out
         self.swapped_tokens[request.id] += tokens
 
-    def end(self, request: Request, now: int, status: Status) -> None:
-        """Write down what became of ``request``, once."""
+    def end(self, request: Request, now: int, status: Status, latest_ps: int) -> None:
+        """Write down what became of ``request``, once; ``latest_ps``: when its client got its latest token, if any."""
         i = request.id
+        first = self.first_token[i]
+        if first >= 0:
+            self.spoken_ps += latest_ps - first
         self.status[i] = status
         self.finished[i] = now
-        self.emitted[i] = request._emitted if request._counter is None else request.emitted
+        self.emitted[i] = request.emitted
         if request.preemptions:
             self.preemptions[i] = request.preemptions
 

@@ -13,10 +13,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from chairlift.sim.scenario import load
 from kit.places import IMPORTS, ROOT
 
+HERE = Path(__file__)
 PACKAGES = ("sim", "backend", "policies")
 GPU_LIBRARIES = {"torch", "cupy", "triton", "flashinfer", "flash_attn"}
 TOP_LEVEL = {
@@ -47,7 +49,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ("base", "routers", "vllm"),
     ),
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
-    "sweep": (("sweep", "simulate", "scenario", "results", "workload", *SPINE), (), ("base",)),
+    "sweep": (("sweep", "simulate", "scenario", "report.html", "results", "workload", *SPINE), (), ("base",)),
     "calibration": (
         ("calibration", "simulate", "results", "study", "workload", *SPINE),
         ALL,
@@ -55,8 +57,8 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     ),
     "plan": (
         (
-            *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "results", "study", "workload"),
-            *SPINE,
+            *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "report.html", "results", "study"),
+            *("workload", *SPINE),
         ),
         ("base", "specs", "shapes", "calibrated.profile"),
         ("base", "vllm"),
@@ -263,3 +265,11 @@ def test_shipped_scenario_loads(path: Path) -> None:
 
 def test_there_are_shipped_scenarios() -> None:
     assert {"anyscale_23x", "anyscale_latency"} <= {path.stem for path in SHIPPED}
+
+
+def test_no_property_test_has_a_deadline() -> None:
+    assert settings.default is not None
+    assert settings.default.deadline is None
+    assert [
+        file for file in (ROOT / "tests").rglob("test_*.py") if "deadline=" in file.read_text() and file != HERE
+    ] == []

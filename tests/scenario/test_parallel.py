@@ -77,8 +77,8 @@ def test_what_cannot_be_is_refused_with_its_place(system: dict[str, Any], messag
 
 
 def test_an_executing_backend_refuses_what_it_does_not_build() -> None:
-    with pytest.raises(BadInput, match="runs dense models with full attention"):
-        simulate(ready(model="qwen3-30b-a3b", backend="torch"))
+    with pytest.raises(BadInput, match="runs models with full attention by head"):
+        simulate(ready(model="gpt-oss-20b", backend="torch"))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,13 @@ def test_leaps_are_the_steps_they_leap_over(system: dict[str, Any]) -> None:
 
 
 PLAN = {
-    "base": {"model": "qwen3-30b-a3b", "gpu": "h200", "policy": {"name": "vllm", "max_num_batched_tokens": 32768}, "max_model_len": 8192, "workload": WORKLOAD},
+    "base": {
+        "model": "qwen3-30b-a3b",
+        "gpu": "h200",
+        "policy": {"name": "vllm", "max_num_batched_tokens": 32768},
+        "max_model_len": 8192,
+        "workload": WORKLOAD,
+    },
     "slo": [{"percentile": 90, "ttft_ms": 5000}],
     "rate_per_s": 5,
     "axes": {"parallel": [{"tensor": 1}, {"tensor": 2, "expert": 2}, {"data": 4, "expert": 4}], "replicas": [1, 2]},
