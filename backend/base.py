@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from chairlift.backend.parallel import Parallel
     from chairlift.backend.shapes import GPU, Model
 
 PS = 10**12  # picoseconds a second
@@ -200,5 +201,8 @@ class Settings(Protocol):
     Settings of a backend that executes steps have ``executes = True``.
     """
 
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
-        """A fresh backend for one replica. Raises ValueError, one sentence, where it cannot serve that."""
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
+        """A fresh backend for one replica, whose GPUs share the model so.
+
+        Raises ValueError, one sentence, where it cannot serve that.
+        """

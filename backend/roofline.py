@@ -1,8 +1,9 @@
-"""An analytic step cost: what the FLOPs and the bytes of a step take at stated efficiencies.
+"""An analytic step cost: what the FLOPs and the bytes of a whole step take at stated efficiencies.
 
 Prompts are computed at a fraction of the peak FLOP/s (``mfu``), decodes read weights and KV at a fraction of the memory
 bandwidth, and a step that has both overlaps them in part: the form that explains the figures of the continuous-batching
-post. Costs are integer picoseconds, and affine in the context length between breakpoints, so that a run of steps can be
+post. `by_part` prices what this form cannot tell apart: experts, narrow weights, windows, latent attention, several
+GPUs. Costs are integer picoseconds, and affine in the context length between breakpoints, so that a run of steps can be
 added up exactly in closed form.
 """
 
@@ -15,6 +16,8 @@ from typing import Annotated
 from annotated_types import Ge, Interval
 
 from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Host, StepCost, new
+from chairlift.backend.by_part import ByPart
+from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.shapes import GPU, Model
 
 MS = 10**9
@@ -33,10 +36,31 @@ class Efficiency:
     floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter, because the host cannot launch faster
     overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
+    by_part: bool | None = None  # None: but for a dense model of one width on one GPU
+    gemm_mfu: Share = (
+        0.70  # by part: of the peak FLOP/s, products with weights but the experts' (0.80 measured on H200)
+    )
+    kernel_us: Annotated[float, Ge(0)] = 3.0  # by part: of each kernel, besides its work
+    attention_us: Annotated[float, Ge(0)] = 0.25  # by part: of each sequence and layer, besides its work
+    launch_us: Annotated[float, Ge(0)] = 240.0  # by part: no layer of a step with prompts is launched faster
+    prepare_ms: Annotated[float, Ge(0)] = 2.0  # by part: nor a step with prompts without so much on top
+    eager_us: Annotated[float, Ge(0)] = (
+        750.0  # by part: likewise beyond the captured graphs; experts take as much again
+    )
+    graph_tokens: Annotated[int, Ge(0)] = 512  # by part: tokens of the largest captured graph
+    skew: Annotated[float, Interval(ge=0, le=4)] = 0.0  # by part: of the experts' popularity, a power law; 0: uniform
 
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Roofline:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         """The cost model with these efficiencies. Raises ValueError where it needs a number that is unknown."""
-        return Roofline(model, gpu, tensor_parallel, self)
+        whole = model.plain and parallel.only_tensor
+        if self.by_part is False and not whole:
+            raise ValueError(
+                "by_part must not be false for a model that is not dense with one width, or for more than tensor"
+                f" parallelism (got {model.name}, {parallel})"
+            )
+        if self.by_part or not whole or (self.by_part is None and parallel.gpus > 1):
+            return ByPart(model, gpu, parallel, self)
+        return Roofline(model, gpu, parallel, self)
 
 
 class Roofline(Backend):
@@ -45,15 +69,16 @@ class Roofline(Backend):
     Prompt work: max(FLOPs ÷ (mfu · peak), bytes ÷ (bandwidth · HBM)). Decode work: the same maximum, its bytes the
     weights and every context. A step with both takes the longer and the share of the shorter that does not overlap.
     Tensor parallelism divides FLOPs and bytes and adds two all-reduces a layer (a ring's volume, and a latency).
-    Not modelled: pipeline parallelism, quantised arithmetic, kernel tile effects, sampling.
+    Not modelled here: experts, quantised arithmetic, windows, latent attention, other parallelism (`ByPart` does),
+    kernel tile effects, sampling.
     """
 
     name = "roofline"
 
-    def __init__(self, model: Model, gpu: GPU, tensor_parallel: int = 1, efficiency: Efficiency | None = None) -> None:
-        self.model, self.gpu, self.tensor_parallel = model, gpu, tensor_parallel
+    def __init__(self, model: Model, gpu: GPU, parallel: Parallel = ONE, efficiency: Efficiency | None = None) -> None:
+        self.model, self.gpu, self.parallel = model, gpu, parallel
         self.efficiency = e = efficiency or Efficiency()
-        tp = tensor_parallel
+        tp = parallel.tensor
         kv_bytes = model.kv_bytes_per_token_on(tp)  # also checks tp
         flops = e.mfu * gpu.bf16_tflops * 1e12 * tp
         byte_rate = e.bandwidth * gpu.hbm_gb_per_s * 1e9
@@ -115,7 +140,7 @@ class Roofline(Backend):
         A ring of n GPUs moves 2 (n − 1) / n of the reduced bytes over each link: the activations of a token, hidden
         wide.
         """
-        tp, e = self.tensor_parallel, self.efficiency
+        tp, e = self.parallel.tensor, self.efficiency
         if tp == 1:
             return 0, 0
         what = "tensor parallelism"
@@ -129,7 +154,7 @@ class Roofline(Backend):
         """The efficiencies, and the time in which the weights are read once."""
         e = self.efficiency
         lines = {
-            "cost model": f"roofline: {self.model.name} on {self.tensor_parallel} × {self.gpu.name}",
+            "cost model": f"roofline: {self.model.name} on {self.parallel.gpus} × {self.gpu.name}",
             "efficiency": f"MFU {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed, not measured);"
             f" mixed steps overlap {e.mixed_overlap:g} of the shorter part",
             "decode floor": f"{self._weights / MS:.2f} ms to read the weights once",

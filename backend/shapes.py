@@ -7,7 +7,7 @@ keys: `described` reads both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -22,6 +22,7 @@ ABSENT = object()  # the value of a number that is not given
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+WholeNumber = Annotated[int, Ge(0)]
 
 
 class Wrong(NamedTuple):
@@ -62,6 +63,8 @@ class GPU:
     price_date: str = ""  # when that price was seen
     price_source: str = ""  # whose price, and the range seen
     source: str = ""  # of the other numbers
+    fp8_tflops: Positive | None = None  # dense peak of FP8 tensor cores, 1e12 FLOP/s; None: it has none
+    fp4_tflops: Positive | None = None  # likewise of FP4
 
     def __post_init__(self) -> None:
         _check(self)
@@ -79,12 +82,55 @@ class GPU:
         return value
 
 
+Quantization = Literal["none", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
+Arithmetic = Literal["bf16", "fp8", "fp4"]
+
+
+class Format(NamedTuple):
+    """How a format of quantised weights stores and multiplies them."""
+
+    bytes: float  # a weight, its share of the scales included
+    arithmetic: Arithmetic  # of the tensor cores that multiply it; weight-only formats are multiplied as bfloat16
+
+
+FORMATS: dict[str, Format] = {
+    "fp8": Format(1.0, "fp8"),  # one scale a tensor, or a channel
+    "fp8_block": Format(1 + 4 / 128**2, "fp8"),  # a float32 scale for 128 × 128 weights
+    "int8": Format(1.0, "fp8"),  # W8A8: the tensor cores' INT8 peak is that of FP8
+    "int4": Format(0.5 + 2.5 / 128, "bf16"),  # AWQ, GPTQ: a float16 scale and a 4-bit zero for 128 weights
+    "mxfp4": Format(0.5 + 1 / 32, "bf16"),  # a byte of scale for 32 weights; multiplied as bfloat16 (W4A16)
+    "nvfp4": Format(0.5 + 1 / 16, "fp4"),  # a byte of scale for 16 weights
+}
+_NONE = Format(0, "bf16")
+
+
+class KvGroup(NamedTuple):
+    """Layers whose KV cache is alike."""
+
+    layers: int
+    bytes_per_token: int  # of one token in all these layers, on all GPUs together
+    window: int  # tokens that a query looks back on, itself included; 0: all
+
+
+class Weights(NamedTuple):
+    """The weights of one part of the model."""
+
+    part: str
+    parameters: int  # of all layers
+    active: int  # that a token is multiplied with
+    bytes_each: float
+    arithmetic: Arithmetic
+
+
 @dataclass(frozen=True)
 class Model:
-    """The shape of a dense decoder-only transformer; everything else about it is counted from this.
+    """The shape of a decoder-only transformer; everything else about it is counted from this.
 
-    Weights and KV in other widths: ``dataclasses.replace(model, bytes_per_param=1, kv_bytes_per_element=1)``.
-    Raises `BadShape` for a number out of its range, or if the KV heads do not divide the query heads.
+    Layers have an MLP of width ``ffn``, or, if there are ``experts``, all but ``dense_layers`` of them a router and
+    experts of width ``expert_ffn``. Keys and values are cached by head, or as one latent vector a token
+    (``latent``). Weights and KV in other widths: ``dataclasses.replace(model, quantization="fp8")``, or
+    ``bytes_per_param=1, kv_bytes_per_element=1``. Raises `BadShape` for a number out of its range, or numbers that
+    contradict each other.
     """
 
     name: str
@@ -92,7 +138,7 @@ class Model:
     hidden: Count
     heads: Count
     kv_heads: Count
-    head_size: Count
+    head_size: Count  # of a query and a key; with latent attention the part of it without position
     ffn: Count  # width inside the MLP
     vocab: Count
     max_model_len: Count  # tokens of prompt and output together
@@ -100,109 +146,111 @@ class Model:
     tied_embeddings: bool = False  # the LM head is the input embedding
     biases: Literal["none", "qkv", "attention", "all"] = "none"  # counted; "all": norms and MLP as well
     qk_norm: bool = False  # a norm on each query and key head (Qwen3)
-    learned_positions: Annotated[int, Ge(0)] = 0  # rows of the position table (OPT: 2 more than positions)
+    learned_positions: WholeNumber = 0  # rows of the position table (OPT: 2 more than positions)
     bytes_per_param: Positive = 2
     kv_bytes_per_element: Positive = 2
     bytes_per_activation: Positive = 2  # of what the layers hand on, which tensor parallelism adds up
-    experts: Annotated[int, Ge(0)] = 0  # in a layer; 0: all layers are dense
-    experts_per_token: Annotated[int, Ge(0)] = 0
-    expert_ffn: Annotated[int, Ge(0)] = 0  # width inside one expert
-    shared_ffn: Annotated[int, Ge(0)] = 0
-    dense_layers: Annotated[int, Ge(0)] = 0
+    experts: WholeNumber = 0  # in a layer; 0: all layers are dense
+    experts_per_token: WholeNumber = 0
+    expert_ffn: WholeNumber = 0  # width inside one expert
+    shared_ffn: WholeNumber = 0  # width inside all shared experts together, which see every token
+    dense_layers: WholeNumber = 0  # that have an MLP of width ffn instead of experts
+    window: WholeNumber = 0  # tokens that the layers with a window look back on
+    window_layers: WholeNumber = 0
+    latent: WholeNumber = 0  # numbers of the latent vector that is cached for keys and values; 0: by head
+    latent_query: WholeNumber = 0  # rank of the query projection; 0: a full matrix
+    rope_size: WholeNumber = 0  # of a latent key: the part with position, cached beside the latent vector
+    value_size: WholeNumber = 0  # of a latent value's head
+    quantization: Quantization = "none"  # of the layers' matrices; norms, router, embeddings and head stay as they are
+    quantized: Literal["layers", "experts"] = "layers"  # all matrices of the layers, or the experts' only
+    attention_bytes_per_param: Positive | None = None  # these three: None as quantization says
+    mlp_bytes_per_param: Positive | None = None  # of dense MLPs and shared experts
+    expert_bytes_per_param: Positive | None = None
+    head_bytes_per_param: Positive | None = None  # None: bytes_per_param
+    arithmetic: Arithmetic | None = None  # of the quantised matrices' products; None: as quantization says
+    expert_ffn_multiple: Count = 1  # the engine pads an expert's width on each GPU to a multiple of this
+    other_parameters: WholeNumber = 0  # in memory and not run for text: a vision tower
+    mtp_layers: WholeNumber = 0  # layers that predict further tokens, published with the model and not loaded
     source: str = ""
 
     def __post_init__(self) -> None:
         _check(self)
 
-    @classmethod
-    def from_hf_config(cls, config: Mapping[str, object], name: str = "") -> Model:
-        """The model a Hugging Face ``config.json`` describes (llama, mistral, qwen2, qwen3 and opt).
+    @property
+    def plain(self) -> bool:
+        """Whether the model is dense, attends to everything by head, and has one width for all of its weights."""
+        return self.one_width and not (self.experts or self.latent or self.window_layers or self.other_parameters)
 
-        Keys that may be absent take the default of transformers' own configuration classes. A sliding
-        window is read as full attention. Raises ValueError naming every key missing, or what is not
-        modelled: other architectures, mixtures of experts, latent attention (MLA), quantised weights.
-        """
-        name = name or str(config.get("_name_or_path") or "config.json")
-        kind = config.get("model_type")
-        for keys, what in _NOT_MODELLED:
-            if found := [key for key in keys if config.get(key)]:
-                raise ValueError(f"{name}: {what} not modelled (key {found[0]})")
-        if kind not in ("llama", "mistral", "qwen2", "qwen3", "opt", "qwen3_moe", "mixtral"):
-            raise ValueError(
-                f"{name}: model_type {kind!r} is not modelled – modelled: llama, mistral, opt, qwen2, qwen3"
-            )
-        opt = kind == "opt"
-        ffn = "ffn_dim" if opt else "intermediate_size"
-        needed = ["num_hidden_layers", "hidden_size", "num_attention_heads", ffn, "vocab_size"]
-        needed += ["max_position_embeddings"] + ["num_key_value_heads"] * (kind not in ("llama", "opt"))
-        if missing := [key for key in needed if config.get(key) is None]:
-            raise ValueError(f"{name}: missing {', '.join(missing)}")
+    @property
+    def one_width(self) -> bool:
+        """Whether all weights have the width ``bytes_per_param``."""
+        widths = (self.attention_bytes_per_param, self.mlp_bytes_per_param, self.expert_bytes_per_param)
+        named = {*widths, self.head_bytes_per_param, self.arithmetic}
+        return named == {None} and self.quantization == "none"
 
-        def size(key: str, default: int = 0) -> int:
-            value = config.get(key)
-            if value is None:
-                return default
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name}: {key} must be a whole number (got {value!r})")
-            return value
+    @property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.dense_layers if self.experts else 0
 
-        hidden, heads, positions = (
-            size(key) for key in ("hidden_size", "num_attention_heads", "max_position_embeddings")
-        )
-        if opt and size("word_embed_proj_dim", hidden) != hidden:
-            raise ValueError(f"{name}: word_embed_proj_dim other than hidden_size is not modelled")
-        if heads < 1:
-            raise ValueError(f"{name}: num_attention_heads must be at least 1 (got {heads})")
-        dtype = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
-        if dtype not in _DTYPE_BYTES:
-            raise ValueError(f"{name}: torch_dtype {dtype!r} is not modelled – modelled: {', '.join(_DTYPE_BYTES)}")
-        biases: Literal["none", "qkv", "attention", "all"] = (
-            "all" if opt and config.get("enable_bias", True) else "none"
-        )
-        if kind == "qwen2":
-            biases = "qkv"
-        elif not opt and config.get("attention_bias"):
-            biases = "attention"
-        return cls(
-            name=name,
-            layers=size("num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=heads if opt else size("num_key_value_heads", heads),
-            head_size=size("head_dim", 128 if kind in ("qwen3", "qwen3_moe") else hidden // heads),
-            experts=int(str(config.get("num_experts") or config.get("num_local_experts") or 0)),
-            experts_per_token=int(str(config.get("num_experts_per_tok") or 0)),
-            expert_ffn=int(str(config.get("moe_intermediate_size") or config["intermediate_size"]))
-            if kind in ("qwen3_moe", "mixtral")
-            else 0,
-            ffn=size(ffn),
-            vocab=size("vocab_size"),
-            max_model_len=positions,
-            gated_mlp=not opt,
-            tied_embeddings=bool(config.get("tie_word_embeddings", opt)),
-            biases=biases,
-            qk_norm=kind in ("qwen3", "qwen3_moe"),
-            learned_positions=positions + 2 if opt else 0,
-            bytes_per_param=_DTYPE_BYTES[dtype],
-            kv_bytes_per_element=_DTYPE_BYTES[dtype],
-            bytes_per_activation=_DTYPE_BYTES[dtype],
-            source="config.json",
-        )
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one expert in one layer."""
+        return (3 if self.gated_mlp else 2) * self.hidden * self.expert_ffn
+
+    @property
+    def attention_parameters(self) -> int:
+        """Weights of one layer's attention matrices."""
+        query, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        if not self.latent:
+            return self.hidden * (2 * query + 2 * kv)  # q and o, k and v
+        query += self.heads * self.rope_size
+        rank = self.latent_query
+        asked = self.hidden * rank + rank * query if rank else self.hidden * query
+        cached = self.hidden * (self.latent + self.rope_size)
+        unpacked = self.latent * self.heads * (self.head_size + self.value_size)
+        return asked + cached + unpacked + self.heads * self.value_size * self.hidden
+
+    @property
+    def weights(self) -> list[Weights]:
+        """The matrices of all layers and the LM head, part by part."""
+        matrices = 3 if self.gated_mlp else 2
+        kind = FORMATS.get(self.quantization, _NONE)
+        by_token = self.arithmetic or kind.arithmetic
+        narrow = kind.bytes or self.bytes_per_param
+        rest = narrow if self.quantized == "layers" else self.bytes_per_param
+        rest_by: Arithmetic = by_token if self.quantized == "layers" else "bf16"
+        mlp = self.mlp_bytes_per_param or rest
+        with_mlp, with_experts = self.layers - self.expert_layers, self.expert_layers
+        attention = self.layers * self.attention_parameters
+        dense = with_mlp * matrices * self.hidden * self.ffn
+        shared = with_experts * matrices * self.hidden * self.shared_ffn
+        router = with_experts * self.hidden * self.experts
+        experts = with_experts * self.expert_parameters
+        head = self.head_parameters
+        found = [
+            Weights("attention", attention, attention, self.attention_bytes_per_param or rest, rest_by),
+            Weights("MLP", dense, dense, mlp, rest_by),
+            Weights("shared experts", shared, shared, mlp, rest_by),
+            Weights("router", router, router, self.bytes_per_param, "bf16"),
+            Weights(
+                "experts",
+                experts * self.experts,
+                experts * self.experts_per_token,
+                self.expert_bytes_per_param or narrow,
+                by_token,
+            ),
+            Weights("head", head, head, self.head_bytes_per_param or self.bytes_per_param, "bf16"),
+        ]
+        return [part for part in found if part.parameters]
 
     @property
     def matmul_parameters(self) -> int:
-        """Weights every token of a step is multiplied with: attention and MLP matrices of all layers.
+        """Weights every token of a step is multiplied with: attention, MLP and its experts' matrices, all layers.
 
         Without the LM head, which only the tokens that are sampled go through (``head_parameters``).
         """
-        query, kv = self.heads * self.head_size, self.kv_heads * self.head_size
-        attention = self.hidden * (2 * query + 2 * kv)  # q and o, k and v
-        mlp = (
-            3 * self.hidden * self.expert_ffn * self.experts
-            if self.experts
-            else (3 if self.gated_mlp else 2) * self.hidden * self.ffn
-        )
-        return self.layers * (attention + mlp)
+        return sum(part.active for part in self.weights if part.part != "head")
 
     @property
     def head_parameters(self) -> int:
@@ -210,64 +258,84 @@ class Model:
         return self.hidden * self.vocab
 
     @property
-    def parameters(self) -> int:
-        """All weights, biases and norms; a tied LM head counts once."""
+    def _small(self) -> int:
+        """Norms, biases and learned positions."""
         query, kv = self.heads * self.head_size, self.kv_heads * self.head_size
         norm = self.hidden * (2 if self.biases == "all" else 1)  # LayerNorm has a bias, RMSNorm none
-        layer = 2 * norm + 2 * self.head_size * self.qk_norm
+        layer = 2 * norm + 2 * self.head_size * self.qk_norm + self.latent + self.latent_query
         if self.biases != "none":
             layer += query + 2 * kv
         if self.biases in ("attention", "all"):
             layer += self.hidden
         if self.biases == "all":
             layer += self.hidden + self.ffn * (2 if self.gated_mlp else 1)
-        embeddings = self.head_parameters * (1 if self.tied_embeddings else 2)
-        return (
-            self.matmul_parameters
-            + self.layers * layer
-            + norm  # the last one, before the LM head
-            + embeddings
-            + self.learned_positions * self.hidden
-        )
+        return self.layers * layer + norm + self.learned_positions * self.hidden  # + the norm before the LM head
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Rows of the input embedding that are not the LM head as well."""
+        return 0 if self.tied_embeddings else self.head_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All weights, biases and norms; a tied LM head counts once, layers for further tokens not at all."""
+        matrices = sum(part.parameters for part in self.weights)
+        return matrices + self._small + self.embedding_parameters + self.other_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Of `parameters`, those that one token is computed with, embeddings and head included."""
+        return sum(part.active for part in self.weights) + self._small + self.embedding_parameters
+
+    @property
+    def published_parameters(self) -> int:
+        """`parameters`, and the layers for further tokens as they are published: each a layer, a matrix, two tables."""
+        layer = self.attention_parameters + 2 * self.hidden**2 + 2 * self.head_parameters
+        layer += self.hidden * self.experts + self.experts * self.expert_parameters
+        layer += (3 if self.gated_mlp else 2) * self.hidden * self.shared_ffn
+        return self.parameters + self.mtp_layers * layer
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters."""
-        return round(self.parameters * self.bytes_per_param)
+        if self.plain:
+            return round(self.parameters * self.bytes_per_param)
+        matrices = sum(part.parameters * part.bytes_each for part in self.weights)
+        rest = self._small + self.embedding_parameters + self.other_parameters
+        return round(matrices + rest * self.bytes_per_param)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values over all layers and heads (all GPUs together)."""
-        return self._kv_bytes(self.kv_heads)
+        """Bytes of one token's keys and values over all layers and heads (all GPUs together), while in all windows."""
+        return self._kv_bytes(self.kv_heads, self.layers)
 
     def kv_bytes_per_token_on(self, tensor_parallel: int) -> int:
         """Bytes of one token's keys and values on each of ``tensor_parallel`` GPUs.
 
-        The GPUs share the KV heads out; where there are fewer heads than GPUs each holds a whole one.
-        Raises ValueError when query or KV heads cannot be dealt out evenly.
+        The GPUs share the KV heads out; where there are fewer heads than GPUs each holds a whole one. Each holds
+        all of a latent vector. Raises ValueError when query or KV heads cannot be dealt out evenly.
         """
+        return sum(group.bytes_per_token for group in self.kv_groups(tensor_parallel))
+
+    def kv_groups(self, tensor_parallel: int = 1) -> list[KvGroup]:
+        """What is cached on each of ``tensor_parallel`` GPUs, layers without a window first. Raises as above."""
         if tensor_parallel < 1 or self.heads % tensor_parallel:
             raise ValueError(
                 f"tensor_parallel must divide the {self.heads} heads of {self.name} (got {tensor_parallel})"
             )
-        if self.kv_heads % tensor_parallel and tensor_parallel % self.kv_heads:
+        if not self.latent and self.kv_heads % tensor_parallel and tensor_parallel % self.kv_heads:
             raise ValueError(
                 f"tensor_parallel must divide the {self.kv_heads} KV heads of {self.name} or be a multiple of"
                 f" them (got {tensor_parallel})"
             )
-        return self._kv_bytes(max(1, self.kv_heads // tensor_parallel))
+        heads = max(1, self.kv_heads // tensor_parallel)
+        full = self.layers - self.window_layers
+        groups = [(full, 0), (self.window_layers, self.window)]
+        return [KvGroup(count, self._kv_bytes(heads, count), window) for count, window in groups if count]
 
-    def _kv_bytes(self, kv_heads: int) -> int:
-        return round(2 * self.layers * kv_heads * self.head_size * self.kv_bytes_per_element)
-
-
-_NOT_MODELLED = (
-    (("n_routed_experts",), "mixture of experts is"),
-    (("kv_lora_rank",), "latent attention (MLA) is"),
-    (("quantization_config",), "quantised weights are"),
-    (("mlp_bias",), "MLP biases are"),
-)
-_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+    def _kv_bytes(self, kv_heads: int, layers: int) -> int:
+        numbers = self.latent + self.rope_size if self.latent else 2 * kv_heads * self.head_size
+        return round(layers * numbers * self.kv_bytes_per_element)
 
 
 Shape = TypeVar("Shape", GPU, Model)
@@ -301,7 +369,41 @@ def _mistakes(kind: type[GPU] | type[Model], given: Mapping[str, object]) -> lis
     heads, kv_heads = (given.get(key) if broken.get(key) is None else None for key in ("heads", "kv_heads"))
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
         wrong.append(Wrong("kv_heads", f"must divide heads, {heads}", kv_heads))
-    return wrong
+    return wrong if wrong or kind is GPU else [*_contradictions(given)]
+
+
+def _contradictions(given: Mapping[str, object]) -> Iterator[Wrong]:
+    """What of a model's numbers does not go together; each is in its range."""
+
+    def number(key: str) -> int:
+        value = given.get(key, 0)
+        return value if isinstance(value, int) else 0
+
+    layers, experts = number("layers"), number("experts")
+    for key in ("experts_per_token", "expert_ffn"):
+        if bool(experts) != bool(number(key)):
+            rule = "is required where there are experts" if experts else "must not be given without experts"
+            yield Wrong(key, rule, ABSENT if experts else given[key])
+    if number("experts_per_token") > experts:
+        yield Wrong("experts_per_token", f"must be at most experts, {experts}", given["experts_per_token"])
+    for key in ("shared_ffn", "dense_layers"):
+        if number(key) and not experts:
+            yield Wrong(key, "must not be given without experts", given[key])
+    if experts and number("dense_layers") >= layers:
+        yield Wrong("dense_layers", f"must be fewer than layers, {layers}", given["dense_layers"])
+    if given.get("quantized") == "experts" and not experts:
+        yield Wrong("quantized", "must be layers where there are no experts", "experts")
+    if bool(number("window")) != bool(number("window_layers")):
+        yield Wrong("window_layers", "and window must be given together", number("window_layers"))
+    if number("window_layers") > layers:
+        yield Wrong("window_layers", f"must be at most layers, {layers}", given["window_layers"])
+    for key in ("rope_size", "value_size"):
+        if bool(number("latent")) != bool(number(key)):
+            yield Wrong(key, "and latent must be given together", number(key))
+    if number("latent_query") and not number("latent"):
+        yield Wrong("latent_query", "must not be given without latent", given["latent_query"])
+    if number("latent") and number("window_layers"):
+        yield Wrong("window_layers", "of latent attention are not modelled", given["window_layers"])
 
 
 @cache

@@ -1,23 +1,22 @@
-"""Known GPUs and language models, and how much KV cache fits: the numbers a cost model starts from.
+"""Known GPUs and language models: the numbers a cost model starts from.
 
 The known ones are rows of `gpus.yaml` and `models.yaml`. `gpu` and `model` find one by its name, or make one of
-numbers, which may be few where the name is known; `Model.from_hf_config` reads a model's ``config.json``; `kv_blocks`
-counts the blocks that fit.
+numbers, which may be few where the name is known.
+
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from chairlift.backend.names import hint
-from chairlift.backend.shapes import ABSENT, GIB, GPU, BadShape, Model, Shape, Wrong, described
+from chairlift.backend.shapes import ABSENT, GIB, GPU, BadShape, Model, Quantization, Shape, Wrong, described
 
 __all__ = [
     "ABSENT",
@@ -25,100 +24,13 @@ __all__ = [
     "GPU",
     "GPUS",
     "MODELS",
-    "RESERVE_GIB",
     "BadShape",
     "BadTable",
-    "KVFit",
     "Model",
     "changed",
     "gpu",
-    "kv_blocks",
     "model",
 ]
-
-RESERVE_GIB = 1.9
-"""GiB a GPU keeps besides weights and KV (activations, CUDA context, graphs, what the driver hides).
-
-What closes the sum for vLLM 0.23 on an H200 at utilisation 0.90 with 8192 batched tokens: 1.92 GiB with
-Llama-3.1-8B (56,057 blocks), 1.83 GiB with OPT-13B (8,240 blocks). More batched tokens need more.
-"""
-
-
-@dataclass(frozen=True)
-class KVFit:
-    """The sum behind a KV cache size, for one GPU of the ``tensor_parallel`` that hold the model."""
-
-    model: str
-    gpu: str
-    tensor_parallel: int
-    block_size: int  # tokens
-    memory_utilization: float
-    total_bytes: int
-    weight_bytes: int
-    reserve_bytes: int
-    kv_bytes_per_token: int
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes left for KV; negative when the weights do not fit."""
-        return int(self.total_bytes * self.memory_utilization) - self.weight_bytes - self.reserve_bytes
-
-    @property
-    def blocks(self) -> int:
-        """Whole blocks; a block spans all GPUs, so this is the pool of the replica."""
-        return max(0, self.kv_bytes // (self.kv_bytes_per_token * self.block_size))
-
-    @property
-    def tokens(self) -> int:
-        """Token slots in those blocks."""
-        return self.blocks * self.block_size
-
-    def explain(self) -> str:
-        """The sum on one line, in GiB, so that a reader sees what was assumed."""
-        each = f" on each of {self.tensor_parallel} GPUs" if self.tensor_parallel > 1 else ""
-        return (
-            f"{self.model} on {self.gpu}{each}:"
-            f" {self.total_bytes / GIB:.2f} GiB × {self.memory_utilization:g}"
-            f" − {self.weight_bytes / GIB:.2f} weights − {self.reserve_bytes / GIB:.2f} reserve"
-            f" = {self.kv_bytes / GIB:.2f} GiB for KV = {self.blocks:,} blocks of {self.block_size} tokens"
-            f" = {self.tokens:,} tokens"
-        )
-
-
-def kv_blocks(
-    model: Model,
-    gpu: GPU,
-    tensor_parallel: int = 1,
-    block_size: int = 16,
-    memory_utilization: float = 0.9,
-    reserve_gib: float = RESERVE_GIB,
-) -> KVFit:
-    """How many KV blocks of ``block_size`` tokens fit beside ``model`` on ``tensor_parallel`` × ``gpu``.
-
-    Per GPU: memory × utilisation (vLLM's ``gpu_memory_utilization``) − weights ÷ GPUs − reserve. A measured
-    block count is better where there is one. Raises ValueError for settings out of range, heads that
-    cannot be shared out, and, with the sum, for a model that leaves no room for a single block.
-    """
-    if not 0 < memory_utilization <= 1:
-        raise ValueError(f"memory_utilization must be above 0 and at most 1 (got {memory_utilization})")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1 (got {block_size})")
-    if not 0 <= reserve_gib < math.inf:
-        raise ValueError(f"reserve_gib must be at least 0 (got {reserve_gib})")
-    fit = KVFit(
-        model=model.name,
-        gpu=gpu.name,
-        tensor_parallel=tensor_parallel,
-        block_size=block_size,
-        memory_utilization=memory_utilization,
-        kv_bytes_per_token=model.kv_bytes_per_token_on(tensor_parallel),  # also checks tensor_parallel
-        total_bytes=gpu.memory_bytes,
-        weight_bytes=-(-model.weight_bytes // tensor_parallel),
-        reserve_bytes=round(reserve_gib * GIB),
-    )
-    if not fit.blocks:
-        raise ValueError(f"no room for KV: {fit.explain()}; use more or larger GPUs, or narrower weights")
-    return fit
 
 
 def gpu(choice: str | Mapping[str, object]) -> GPU:
@@ -136,14 +48,33 @@ def gpu(choice: str | Mapping[str, object]) -> GPU:
 def model(choice: str | Mapping[str, object]) -> Model:
     """The model called ``choice``, with or without its organisation (``facebook/opt-13b``), or with these numbers.
 
-    Chat and instruct versions have their base model's shape. Numbers, and what is raised, are as for `gpu`.
+    Chat and instruct versions have their base model's shape; one in FP8, INT4 or FP4 is that model in another format
+    (`_FORMATS`). Numbers, and what is raised, are as for `gpu`.
     """
     if not isinstance(choice, str):
         return _with_numbers(Model, choice, model)
     key = choice.lower().rsplit("/", 1)[-1].removeprefix("meta-")
+    for suffix, quantization in _FORMATS.items():
+        if key.endswith(suffix):
+            return _in_format(key.removesuffix(suffix), choice, suffix, quantization)
+    return MODELS.find(_base(key), choice)
+
+
+def _base(key: str) -> str:
     while key.endswith(_SAME_SHAPE):
         key = key.rpartition("-")[0]
-    return MODELS.find(key, choice)
+    return key
+
+
+@cache
+def _in_format(key: str, asked: str, suffix: str, quantization: Quantization) -> Model:
+    """The model called ``key`` with its layers' matrices in another format, which its name then ends with."""
+    known = MODELS.find(_base(key), asked)
+    if quantization == "fp8" and known.name.startswith(_IN_BLOCKS):
+        quantization = "fp8_block"
+    source = f"{known.source}, weights in {quantization}"
+    name = known.name + ("-fp8" if quantization.startswith("fp8") else suffix)
+    return replace(known, name=name, quantization=quantization, source=source)
 
 
 def changed(known: Shape, given: Mapping[str, object]) -> Shape:
@@ -263,4 +194,20 @@ GPUS = Table(Path(__file__).resolve().parent / "gpus.yaml", GPU, "GPU")
 MODELS = Table(Path(__file__).resolve().parent / "models.yaml", Model, "model")
 
 _GPU_NOISE = {"nvidia", "amd", "instinct", "tesla", "sxm", "sxm4", "sxm5", "hbm3"}  # not "pcie": it is slower
+_IN_BLOCKS = ("qwen3", "glm-4", "deepseek", "minimax", "kimi")  # whose published FP8 has a scale for 128 × 128 weights
+_FORMATS: dict[str, Quantization] = {
+    "-fp8": "fp8",
+    "-fp8-dynamic": "fp8",
+    "-w8a8": "int8",
+    "-quantized.w8a8": "int8",
+    "-w4a16": "int4",
+    "-quantized.w4a16": "int4",
+    "-awq": "int4",
+    "-awq-int4": "int4",
+    "-gptq": "int4",
+    "-gptq-int4": "int4",
+    "-nvfp4": "nvfp4",
+    "-fp4": "nvfp4",
+    "-mxfp4": "mxfp4",
+}
 _SAME_SHAPE = ("-instruct", "-chat", "-base", "-hf", "-it")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from chairlift.backend import specs
 from chairlift.backend.base import Backend, Settings
+from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Router, Scheduler
 from chairlift.sim.workload.trace import Trace
 
@@ -45,8 +46,8 @@ class Kv(Spec):
     tokens: Positive | None = Field(None, description="Token slots, instead of blocks.")
     block_size: Positive = Field(16, description="Tokens a block.")
     memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of the memory in use.")
-    reserve_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        specs.RESERVE_GIB, description="GiB a GPU keeps besides weights and KV."
+    reserve_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="GiB a GPU keeps besides weights and KV; default: worked out, 1.9 at least."
     )
     host_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         4, description="Host memory for swapped KV, GiB a GPU (vLLM's swap_space)."
@@ -165,7 +166,7 @@ class ReplicaGroup:
     count: int  # that are up to begin with; an autoscaler may order more
     role: str  # "mixed", "prefill" (prompts only, their KV is handed over) or "decode" (what comes after)
     gpu: specs.GPU
-    tensor_parallel: int
+    parallel: Parallel
     scheduler: type[Scheduler]
     scheduler_settings: dict[str, Any]
     backend: Settings
@@ -181,7 +182,7 @@ class ReplicaGroup:
 
     def make_backend(self, model: specs.Model) -> Backend:
         """A fresh backend, for one replica."""
-        return self.backend.build(model, self.gpu, self.tensor_parallel)
+        return self.backend.build(model, self.gpu, self.parallel)
 
 
 @dataclass

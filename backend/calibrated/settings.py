@@ -11,6 +11,7 @@ from chairlift.backend import specs
 from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.calibrated.profile import Profile, ProfileError, load
 from chairlift.backend.calibrated.resampled import Resampled
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GPU, Model
 
 
@@ -22,7 +23,7 @@ class Settings:
     graph_tokens: Annotated[int, Ge(1)] | None = None  # tokens of the largest captured CUDA graph; None: as recorded
     draw: Annotated[int, Ge(0)] = 0  # which draw of its errors to add; 0: none
 
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Calibrated:
         """The cost model; scaled by `scaled`, which it then says, where the GPU is not the profile's.
 
         Raises `ProfileError` if there is no such profile, or if it is of another model or number of GPUs.
@@ -30,8 +31,9 @@ class Settings:
         profile = load(self.profile)
         if profile.model != model.name:
             raise ProfileError(f"profile {profile.name} is of {profile.model}, not of {model.name}")
-        if profile.tensor_parallel != tensor_parallel:
-            raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {tensor_parallel}")
+        if profile.tensor_parallel != parallel.tensor or not parallel.only_tensor:
+            asked = parallel.tensor if parallel.only_tensor else f"{parallel.gpus} ({parallel})"
+            raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {asked}")
         if profile.gpu != gpu.name:
             profile = scaled(profile, gpu)
         if self.draw:
@@ -46,7 +48,7 @@ class Given:
     profile: Profile
     graph_tokens: int | None = None
 
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Calibrated:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Calibrated:
         """The cost model, whatever the GPU."""
         return Calibrated(self.profile, self.graph_tokens)
 

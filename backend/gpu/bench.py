@@ -27,6 +27,7 @@ from chairlift.backend.gpu.block_tables import Practice
 from chairlift.backend.gpu.engine import TorchEngine
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
+from chairlift.backend.parts import experts_read
 from chairlift.backend.shapes import Model
 
 ATTENTION = (  # batch, context, query heads, KV heads, head size; the first five of Llama-3.1-8B, then OPT-13B
@@ -193,10 +194,8 @@ class Floor:
         m = self._model
         read = multiplied = m.matmul_parameters
         if m.experts:  # of which a step touches some, each token a few
-            experts = m.layers * 3 * m.hidden * m.expert_ffn  # one in each layer
-            touched = m.experts * (1 - (1 - m.experts_per_token / m.experts) ** rows)
-            read -= round(experts * (m.experts - touched))
-            multiplied -= experts * (m.experts - m.experts_per_token)
+            touched = experts_read(m.experts, m.experts_per_token, rows)
+            read += round(m.expert_layers * m.expert_parameters * (touched - m.experts_per_token))
         moved = self._width * read + 2 * m.head_parameters + kv * m.kv_bytes_per_token
         flops = 2 * sampled * m.head_parameters + 4 * m.layers * m.heads * m.head_size * pairs
         took = flops / self._rate + 2 * rows * multiplied / self._layers_rate

@@ -31,7 +31,8 @@ from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
 from chairlift.backend.gpu.step_graphs import Flat
-from chairlift.backend.roofline import Roofline
+from chairlift.backend.parallel import Parallel
+from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model
 
 PAGE = 16  # tokens a block, where the pool only counts blocks
@@ -79,7 +80,7 @@ class TorchEngine(Executor):
             if problem is not None:
                 raise ValueError(f"{model.name}: {problem}")
         self._team: Team | None = None
-        self._price = Roofline(model, gpu, gpus)
+        self._price = Efficiency().build(model, gpu, Parallel(tensor=gpus, expert=gpus if model.experts else 1))
         self.generated: dict[int, list[int]] = {}  # request → tokens generated for it
         self._flights: deque[Flight] = deque()
 

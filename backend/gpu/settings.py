@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from chairlift.backend.base import Backend
 from chairlift.backend.gpu.options import Options
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GPU, Model
 
 
@@ -16,12 +17,22 @@ class Torch(Options):
 
     executes: ClassVar[bool] = True
 
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
-        """The engine, on so many GPUs. Raises ValueError without torch, or where the model cannot be served."""
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
+        """The engine, on so many GPUs of a host. Raises ValueError without torch, or where it cannot serve the model."""
+        if parallel.pipeline != 1 or parallel.data != 1:
+            raise ValueError(f"the torch backend shares a replica out by tensors and experts only (got {parallel})")
+        if model.experts and parallel.expert != parallel.tensor:
+            raise ValueError(
+                f"the torch backend shares experts out whole: parallel.expert must be {parallel.tensor}, as parallel.tensor"
+            )
+        if model.latent or model.window_layers or not model.one_width:
+            raise ValueError(
+                f"the torch backend runs models with full attention by head and weights of one width (got {model.name})"
+            )
         try:
             from chairlift.backend.gpu.engine import TorchEngine
         except ImportError as error:
             if error.name not in ("torch", "cupy"):
                 raise
             raise ValueError(f"the torch backend needs {error.name}: pip install 'chairlift[gpu]'") from None
-        return TorchEngine(model, gpu, self, tensor_parallel)
+        return TorchEngine(model, gpu, self, parallel.tensor)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chairlift.backend import hf_config
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.ranks import Ranks
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
@@ -57,7 +58,7 @@ def _load(
     if options.weights is not None:
         folder = Path(options.weights)
         config = read_config(folder)
-        told = Model.from_hf_config(config, model.name)
+        told = hf_config.model(config, model.name)
         for size in ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab"):
             if getattr(told, size) != getattr(model, size):
                 raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")

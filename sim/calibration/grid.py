@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from chairlift.backend import specs
+from chairlift.backend import memory, specs
 from chairlift.backend.base import Settings
+from chairlift.backend.parallel import ONE
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.recording import Recorder
@@ -58,12 +59,12 @@ def measure(
 ) -> None:
     """Run the grid on ``backend`` and record it in ``folder``. Raises ValueError where it cannot serve ``model``."""
     kv = Kv()
-    fit = specs.kv_blocks(model, gpu, 1, kv.block_size, kv.memory_utilization, kv.reserve_gib)
+    fit = memory.kv_blocks(model, gpu, ONE, kv.block_size, kv.memory_utilization, kv.reserve_gib)
     recorder = Recorder(folder)
     for name, trace, budget in grid(model, fit.blocks * kv.block_size):
         progress(name)
         settings: dict[str, Any] = {"max_num_batched_tokens": budget, "max_num_seqs": 256}
-        group = ReplicaGroup(1, "mixed", gpu, 1, Vllm, settings, backend, fit.blocks, kv.block_size, fit.explain())
+        group = ReplicaGroup(1, "mixed", gpu, ONE, Vllm, settings, backend, fit.blocks, kv.block_size, fit.explain())
         setup = Setup("", name, trace, model, model.max_model_len, [group], RoundRobin, {}, Slo(), SEED, Limits())
         recorder.add(simulate(setup), name)
 

@@ -20,6 +20,7 @@ from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
+from chairlift.backend.parallel import Parallel
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps, per_output_token
@@ -138,7 +139,7 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         count=1,
         role="mixed",
         gpu=specs.gpu(profile.gpu),
-        tensor_parallel=profile.tensor_parallel,
+        parallel=Parallel(tensor=profile.tensor_parallel),
         scheduler=Vllm,
         scheduler_settings=settings,
         backend=Given(profile, graph_limit(limits)),

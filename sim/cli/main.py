@@ -17,7 +17,7 @@ from chairlift.backend import specs
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
-from chairlift.sim.cli import agree, calibrate, check, compare, plan, report, sweep
+from chairlift.sim.cli import agree, calibrate, check, compare, costs, plan, report, sweep
 from chairlift.sim.cli.terminal import console, progress, status
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
@@ -320,6 +320,8 @@ app.command("check")(check.check)
 app.command()(report.report)
 app.command()(report.explain)
 app.command("plan")(plan.plan)
+app.command("explain-cost")(costs.explain_cost)
+app.command("fit-check")(costs.fit_check)
 
 
 def main() -> None:

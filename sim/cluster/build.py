@@ -153,7 +153,7 @@ def _backend(setup: Setup, group: ReplicaGroup, pool: CountingPool) -> Backend:
 
 def make_host(setup: Setup, group: ReplicaGroup) -> HostMemory:
     """Fresh host memory for the swapped KV of one replica."""
-    kv_bytes = setup.model.kv_bytes_per_token_on(group.tensor_parallel)
+    kv_bytes = setup.model.kv_bytes_per_token_on(group.parallel.tensor)
     line_rate = group.gpu.host_gb_per_s
     rate = None if line_rate is None else line_rate * group.host_link
     return host_memory(group.host_gib, kv_bytes, rate, group.block_size, group.scheduler.overlaps_swaps)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chairlift.backend.base import Backend, Batch, StepCost
+from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.shapes import GPU, Model
 from chairlift.policies.base import Router, Scheduler
 from chairlift.policies.routers import RoundRobin
@@ -147,7 +148,7 @@ def setup(
         count=case.replicas,
         role="mixed",
         gpu=_GPU,
-        tensor_parallel=1,
+        parallel=ONE,
         scheduler=policy,
         scheduler_settings={"enable_prefix_caching": False} if policy_settings is None else policy_settings,
         backend=_Cost(),
@@ -217,7 +218,7 @@ class _MadeUp(Backend):
 
 @dataclass(frozen=True)
 class _Cost:
-    def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Backend:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         return _MadeUp()
 
 

@@ -68,7 +68,7 @@ def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats
     """
     backend = group.make_backend(setup.model)
     scheduler = group.make_scheduler()
-    cheapest = _prompt_token(backend, scheduler.token_limit)
+    cheapest = _prompt_token(backend, scheduler.token_limit, group.parallel.data)
     total = float(decodes.sum())
     if total == 0:
         return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, 0.0
@@ -81,10 +81,14 @@ def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats
     return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, each * float(decodes.mean()) * SLACK / PS_PER_S
 
 
-def _prompt_token(backend: Backend, limit: int | None) -> float:
-    """Least picoseconds of a prompt token, in chunks of at most ``limit`` tokens that attend to no earlier chunk."""
-    sizes = [n for n in CHUNKS if limit is None or n <= limit] + ([limit] if limit else [])
-    return min(backend.step(Batch((Chunk(0, n),), 0, 0)).first / n for n in sizes)
+def _prompt_token(backend: Backend, limit: int | None, ranks: int) -> float:
+    """Least picoseconds of a prompt token, in chunks of at most ``limit`` tokens that attend to no earlier chunk.
+
+    Each of ``ranks`` has a chunk, and they share the limit.
+    """
+    most = None if limit is None else -(-limit // ranks)
+    sizes = [n for n in CHUNKS if most is None or n <= most] + ([most] if most else [])
+    return min(backend.step(Batch((Chunk(0, n),) * ranks, 0, 0)).first / (n * ranks) for n in sizes)
 
 
 def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
@@ -94,7 +98,7 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
     for group in setup.groups:
         backend = group.make_backend(setup.model)
         if group.role != "decode":
-            ttft = trace.prompt_tokens * (_prompt_token(backend, None) * SLACK) / PS_PER_MS
+            ttft = trace.prompt_tokens * (_prompt_token(backend, None, group.parallel.data) * SLACK) / PS_PER_MS
             known = fastest.get("ttft")
             fastest["ttft"] = ttft if known is None else np.minimum(known, ttft)
         if group.role != "prefill":

@@ -86,6 +86,8 @@ def _profile(document: Document) -> str | None:
     groups = document.data.get("replicas")
     groups = groups if isinstance(groups, list) else [{}]
     system = document.data
+    if any("parallel" in each for each in (system, *groups) if isinstance(each, dict)):
+        return None
     degrees = {g.get("tensor_parallel", system.get("tensor_parallel", 1)) for g in groups if isinstance(g, dict)}
     gpus = {str(g.get("gpu", system.get("gpu"))) for g in groups if isinstance(g, dict)}
     try:
@@ -130,8 +132,8 @@ def candidate(
             )
             rule = f"has no price for {group.gpu.name}: add {group.gpu.name}: {{usd_per_gpu_hour: …}}{hint}"
             raise BadInput(plan.problem(("prices",), rule))
-        gpus += group.count * group.tensor_parallel
-        usd += group.count * group.tensor_parallel * price.usd_per_gpu_hour
+        gpus += group.count * group.parallel.gpus
+        usd += group.count * group.parallel.gpus * price.usd_per_gpu_hour
     return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup))
 
 

@@ -19,13 +19,16 @@ def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
     found = []
     for group in setup.groups:
         if len(setup.groups) > 1 or group.count > 1:
-            each = f"{group.tensor_parallel} × {group.gpu.name} each"
+            each = f"{group.parallel.gpus} × {group.gpu.name} each"
             found.append(f"# {group.count} {group.role} replica{'s' * (group.count > 1)}, {each}")
         if group.role != "mixed":
             found.append("# needs a KV connector of yours: --kv-transfer-config '{…}'")
         if not issubclass(group.scheduler, Vllm):
             found.append(f"# policy {group.scheduler.__name__}: none of vLLM's")
             continue
+        if 1 < group.parallel.expert < group.parallel.ranks:
+            told = f"vLLM has {group.parallel.ranks} groups of experts, of which {group.parallel.expert} were simulated"
+            found.append(f"# {told}")
         found.append(shlex.join(_serve(setup, group, utilization)))
     return found
 
@@ -36,8 +39,13 @@ def _serve(setup: Setup, group: ReplicaGroup, utilization: float) -> list[str]:
     assert isinstance(policy, Vllm)
     repository, found, _ = setup.model.source.partition(" config.json")
     line = ["vllm", "serve", repository if found and "/" in repository else setup.model.name]
-    line += ["--tensor-parallel-size", str(group.tensor_parallel), "--max-model-len", str(setup.max_model_len)]
-    line += ["--max-num-batched-tokens", str(policy.max_num_batched_tokens), "--max-num-seqs", str(policy.max_num_seqs)]
+    line += ["--tensor-parallel-size", str(group.parallel.tensor), "--max-model-len", str(setup.max_model_len)]
+    for degree, flag in ((group.parallel.pipeline, "pipeline"), (group.parallel.data, "data")):
+        line += [f"--{flag}-parallel-size", str(degree)] if degree > 1 else []
+    line += ["--enable-expert-parallel"] if group.parallel.expert > 1 else []
+    ranks = group.parallel.data  # vLLM's limits are a rank's
+    line += ["--max-num-batched-tokens", str(policy.max_num_batched_tokens // ranks)]
+    line += ["--max-num-seqs", str(policy.max_num_seqs // ranks)]
     line += ["--gpu-memory-utilization", f"{utilization:g}", "--block-size", str(group.block_size)]
     if policy.num_gpu_blocks is not None:
         line += ["--num-gpu-blocks-override", str(policy.num_gpu_blocks)]

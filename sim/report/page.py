@@ -182,7 +182,7 @@ def _replicas(requests: Columns, totals: Sequence[ReplicaTotals]) -> list[dict[s
         rows.append(
             {
                 "name": f"{replica.index}" + ("" if replica.role == "mixed" else f" {replica.role}"),
-                "gpus": replica.gpu + (f" × {replica.tensor_parallel}" if replica.tensor_parallel > 1 else ""),
+                "gpus": replica.gpu + (f" × {count}" if (count := replica.gpus or replica.tensor_parallel) > 1 else ""),
                 "busy_s": each.busy_s,
                 "share": 100 * each.busy_s / busiest,
                 "steps": each.steps,

@@ -46,6 +46,8 @@ class Replica:
     sequence_limit: int | None  # requests a step
     batch_synchronous: bool
     asynchronous: bool
+    gpus: int | None = None  # None: tensor_parallel
+    parallel: str = ""  # the degrees of parallelism, where there are others than tensor_parallel
 
     @property
     def kv_tokens(self) -> int:

@@ -153,7 +153,7 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
     facts = {
         "role": group.role,
         "gpu": group.gpu.name,
-        "tensor_parallel": group.tensor_parallel,
+        "tensor_parallel": group.parallel.tensor,
         "policy": type(policy).__name__,
         "kv_blocks": group.blocks,
         "block_size": group.block_size,
@@ -162,6 +162,8 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         "batch_synchronous": policy.batch_synchronous,
         "asynchronous": policy.asynchronous,
     }
+    if not group.parallel.only_tensor:
+        facts |= {"gpus": group.parallel.gpus, "parallel": str(group.parallel)}
     return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from chairlift.backend.parallel import Parallel
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.messages import Path as KeyPath
@@ -315,20 +316,20 @@ class _Resolver(Lookup):
         policy = self._find("policy", choice, policy_at, from_file)
         backend_choice, backend_at = own("backend", pick("backend", "roofline"))
         backend = self._find("backend", backend_choice, backend_at)
-        tensor_parallel, tp_at = own("tensor_parallel", pick("tensor_parallel", 1))
+        parallel, parallel_at = self._parallel(group, at, pick)
         kv, kv_at = own("kv", pick("kv"))
         if len(self._problems) > before or not (model and gpu and policy and backend):
             return None
         scheduler, settings = policy
         sample = self._try(policy_at, lambda: scheduler(**settings))
         fit = None
-        if sample is not None and self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel)):
+        if sample is not None and self._try(parallel_at, lambda: parallel.check(model)):
             fit_at = gpu_at if kv is None else kv_at
-            fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, tensor_parallel))
+            fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, parallel, longest))
         if getattr(backend[0], "executes", False):
             self._check_executes(group, at, pick)
         elif fit is not None:
-            self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, tensor_parallel))
+            self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, parallel))
         if sample is not None and (misfit := sample.misfit(longest)):
             self._problems.append(self._document.problem(policy_at, misfit))
         if len(self._problems) > before or fit is None:
@@ -337,7 +338,7 @@ class _Resolver(Lookup):
             count=group.count,
             role=group.role,
             gpu=gpu,
-            tensor_parallel=tensor_parallel,
+            parallel=parallel,
             scheduler=scheduler,
             scheduler_settings=settings,
             backend=backend[0](**backend[1]),
@@ -347,6 +348,26 @@ class _Resolver(Lookup):
             host_gib=(kv or Kv()).host_gib,
             host_link=(kv or Kv()).host_link,
         )
+
+    def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:
+        """How the GPUs of one replica share the model: as the group says, or else the variant, or else the scenario.
+
+        ``tensor_parallel`` is short for ``parallel.tensor``; it is noted where one place says both.
+        """
+        places = [((*at, key), getattr(group, key)) for key in ("parallel", "tensor_parallel")]
+        given = [(where, value) for where, value in places if value is not None]
+        if not given:
+            picked = [
+                (where, value) for value, where in (pick("parallel"), pick("tensor_parallel")) if value is not None
+            ]
+            deepest = max((len(where) for where, _ in picked), default=0)
+            given = [(where, value) for where, value in picked if len(where) == deepest]
+        if len(given) > 1:
+            self._problems.append(self._document.problem(given[1][0], "must not be given beside parallel", given[1][1]))
+        if not given:
+            return Parallel(), ("tensor_parallel",)
+        where, value = given[0]
+        return value if isinstance(value, Parallel) else Parallel(tensor=value), where
 
     def _check_executes(self, group: Group, at: KeyPath, pick: Pick) -> None:
         """Note it where a backend that executes steps is to serve several replicas, or one that goes away."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chairlift.backend import specs
+from chairlift.backend import hf_config, memory, specs
 from chairlift.backend.calibrated.profile import shipped
+from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Scheduler
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.scenario import plugins
@@ -32,7 +33,7 @@ class Lookup:
         with ``--trust``. Otherwise the command line does.
         """
         if key == "model":
-            return self._look_up(choice, at, self._model)
+            return self._look_up(choice, at, lambda given: find_model(given, self._folder))
         if key == "gpu":
             return self._look_up(choice, at, specs.gpu)
         if key == "backend":
@@ -93,15 +94,6 @@ class Lookup:
         checked = self._try(at, lambda: self._document.check(model, given, at))
         return None if checked is None else checked.model_dump()
 
-    def _model(self, choice: str | dict[str, Any]) -> specs.Model:
-        """The model of that name, of a ``config.json``, or with numbers of its own or changed ones."""
-        name = choice.get("name") if isinstance(choice, dict) else choice
-        if not (isinstance(name, str) and name.endswith(".json")):
-            return specs.model(choice)
-        config = read(self._folder / name).data
-        found = specs.Model.from_hf_config(config, Path(name).parent.name or name)
-        return specs.changed(found, choice) if isinstance(choice, dict) else found
-
     def _try(self, at: KeyPath, what: Any) -> Any:
         """The result of ``what()``. Where it raises, the result is None and the mistake is noted at ``at``."""
         try:
@@ -121,8 +113,32 @@ class Lookup:
         return None
 
 
+def find_model(choice: str | dict[str, Any], folder: Path) -> specs.Model:
+    """The model of that name, of a ``config.json``, or with numbers of its own or changed ones.
+
+    A file's path is relative to ``folder``.
+    """
+    name = choice.get("name") if isinstance(choice, dict) else choice
+    if not (isinstance(name, str) and name.endswith(".json")):
+        return specs.model(choice)
+    config = read(folder / name).data
+    found = hf_config.model(config, Path(name).parent.name or name)
+    return specs.changed(found, choice) if isinstance(choice, dict) else found
+
+
+def step_limits(policy: Scheduler, max_model_len: int, ranks: int) -> tuple[int, int]:
+    """Tokens and requests of a step at most, on each of ``ranks`` that share them: what its memory is kept for.
+
+    A policy without a limit of its own counts as `memory.TOKENS` and `memory.SEQUENCES`.
+    """
+    tokens = getattr(policy, "max_num_batched_tokens", policy.token_limit or memory.TOKENS)
+    tokens = max(max_model_len, 2048) if tokens is None else tokens  # vLLM's first version: a whole prompt
+    sequences = policy.sequence_limit or memory.SEQUENCES
+    return -(-tokens // ranks), -(-sequences // ranks)
+
+
 def kv_pool(
-    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, tensor_parallel: int
+    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, parallel: Parallel, max_model_len: int
 ) -> tuple[int, int, str]:
     """The KV pool of one replica: usable blocks, tokens a block, and where these numbers come from, in words.
 
@@ -146,7 +162,10 @@ def kv_pool(
         if blocks < 1:
             raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
     else:
-        fit = specs.kv_blocks(model, gpu, tensor_parallel, block_size, kv.memory_utilization, kv.reserve_gib)
+        tokens, sequences = step_limits(policy, max_model_len, parallel.data)
+        fit = memory.kv_blocks(
+            *(model, gpu, parallel, block_size, kv.memory_utilization, kv.reserve_gib, tokens, sequences)
+        )
         blocks, source = fit.blocks, fit.explain()
     if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
         if own is None and kv.tokens is not None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from chairlift.backend.parallel import Parallel
 from chairlift.sim.study import (
     Autoscale,
     Claim,
@@ -34,7 +35,8 @@ class Group(Spec):
         "mixed", description="All work, or prompts only with a hand-over of KV, or what comes after the first token."
     )
     gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
-    tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica.")
+    tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica: parallel.tensor alone.")
+    parallel: Parallel | None = Field(None, description="How the GPUs of one replica share the model.")
     policy: Choice | None = Field(None, description="The scheduler.")
     backend: Choice | None = Field(None, description="What a step costs.")
     kv: Kv | None = Field(None, description="The KV pool.")
@@ -45,7 +47,10 @@ class System(Spec):
 
     model: Choice | None = Field(None, description="A model's name, a config.json, or a shape of its own.")
     gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
-    tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica (default 1).")
+    tensor_parallel: Positive | None = Field(
+        None, description="GPUs that share one replica (default 1): parallel.tensor alone."
+    )
+    parallel: Parallel | None = Field(None, description="How the GPUs of one replica share the model.")
     max_model_len: Positive | None = Field(None, description="Longest sequence; default: the model's own.")
     replicas: Positive | list[Group] | None = Field(
         None, description="Replicas behind the router (default 1): how many equal ones, or groups that differ."

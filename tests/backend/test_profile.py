@@ -17,6 +17,7 @@ from chairlift.backend.calibrated import profile, settings
 from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.calibrated.profile import GpuTime, HostTime, Profile
 from chairlift.backend.cuda_graphs import graph_limit, padded
+from chairlift.backend.parallel import ONE
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.scenario.plugins import BACKENDS
 from kit.command import chairlift
@@ -116,7 +117,7 @@ def test_leap_equals_step(table: list[tuple[int, int, int]], name: str, draw: in
     loaded = profile.load(name)
 
     def backend() -> Calibrated:
-        return settings.Settings(name, draw=draw).build(specs.model(loaded.model), specs.gpu("h200"), 1)
+        return settings.Settings(name, draw=draw).build(specs.model(loaded.model), specs.gpu("h200"), ONE)
 
     leapt, stepped = (
         play(trace, lambda: Vllm(async_scheduling=ahead), backend, blocks=600, leap=leap) for leap in (True, False)

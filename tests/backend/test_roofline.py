@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chairlift.backend.base import FOREVER, Batch, Chunk, StepCost
+from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.roofline import Efficiency, Roofline
 from chairlift.backend.shapes import GPU, Model
 from chairlift.backend.specs import gpu, model
@@ -26,7 +27,7 @@ def prompt(*chunks: tuple[int, int]) -> Batch:
 
 
 def ideal(name: str, on: str, tensor_parallel: int = 1) -> Roofline:
-    return Roofline(model(name), gpu(on), tensor_parallel, IDEAL)
+    return Roofline(model(name), gpu(on), Parallel(tensor=tensor_parallel), IDEAL)
 
 
 # hand formulas: OPT-13B is 40 layers of hidden size 5120 with a feed-forward of 20480, fp16
@@ -62,7 +63,7 @@ def test_every_slot_of_a_batch_dead_ones_too_adds_a_token_of_context_a_step() ->
 
 
 def test_half_the_bandwidth_takes_twice_the_time() -> None:
-    half = Roofline(model("opt-13b"), gpu("a100-40gb"), 1, Efficiency(mfu=1, bandwidth=0.5))
+    half = Roofline(model("opt-13b"), gpu("a100-40gb"), ONE, Efficiency(mfu=1, bandwidth=0.5))
     whole = ideal("opt-13b", "a100-40gb")
 
     assert half.step(decode(4, 4000)).first == pytest.approx(2 * whole.step(decode(4, 4000)).first, rel=1e-6)
@@ -71,7 +72,7 @@ def test_half_the_bandwidth_takes_twice_the_time() -> None:
 def test_prefill_of_512_tokens_takes_the_flops_at_the_stated_share_of_the_peak() -> None:
     # 2 FLOP a weight and token, 4 a layer, head dimension and query-key pair, and the head for the one token sampled:
     # 12.88 + 0.11 + 0.0005 TFLOP at 0.55 * 312 TFLOP/s = 75.7 ms (77 ms where embeddings count as weights)
-    backend = Roofline(model("opt-13b"), gpu("a100-40gb"), 1, Efficiency(mfu=0.55))
+    backend = Roofline(model("opt-13b"), gpu("a100-40gb"), ONE, Efficiency(mfu=0.55))
     pairs = 512 * 513 // 2
     flops = 2 * OPT_MATMUL * 512 + 4 * 40 * 5120 * pairs + 2 * OPT_HEAD
 
@@ -113,7 +114,7 @@ def test_two_prompts_in_a_step_cost_their_work_and_padding_costs_a_token_less_it
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("chunk", [20, 200, 2000])
 def test_a_mixed_step_is_the_longer_part_and_what_of_the_shorter_does_not_overlap(share: float, chunk: int) -> None:
-    backend = Roofline(model("opt-13b"), gpu("a100-40gb"), 1, Efficiency(mixed_overlap=share))
+    backend = Roofline(model("opt-13b"), gpu("a100-40gb"), ONE, Efficiency(mixed_overlap=share))
     prompts = backend.step(prompt((0, chunk))).first
     decodes = backend.step(decode(30, 30_000)).first
 
@@ -124,7 +125,7 @@ def test_a_mixed_step_is_the_longer_part_and_what_of_the_shorter_does_not_overla
 
 
 def test_a_floor_holds_for_every_kind_of_step_and_overhead_comes_on_top() -> None:
-    backend = Roofline(model("opt-13b"), gpu("a100-40gb"), 1, Efficiency(floor_ms=500, overhead_ms=10))
+    backend = Roofline(model("opt-13b"), gpu("a100-40gb"), ONE, Efficiency(floor_ms=500, overhead_ms=10))
 
     for batch in (decode(4, 4000), prompt((0, 512)), Batch((Chunk(0, 512),), 4, 4000)):
         cost = backend.step(batch)
@@ -158,7 +159,9 @@ def test_two_gpus_halve_the_prompt_work_and_reduce_every_token_of_it() -> None:
 
 def test_all_reduces_go_over_pcie_where_there_are_no_links() -> None:
     # L4: 31.5 GB/s one way; 64 all-reduces of 4096 * 2 B for the one token, and no latency asked for
-    backend = Roofline(model("llama-3.1-8b"), gpu("l4"), 2, Efficiency(mfu=1, bandwidth=1, link=1, allreduce_us=0))
+    backend = Roofline(
+        model("llama-3.1-8b"), gpu("l4"), Parallel(tensor=2), Efficiency(mfu=1, bandwidth=1, link=1, allreduce_us=0)
+    )
     alone = ideal("llama-3.1-8b", "l4")
 
     per_token = (backend.step(decode(1, 100)).first - alone.step(decode(1, 100)).first / 2) / PS
@@ -169,7 +172,7 @@ def test_all_reduces_go_over_pcie_where_there_are_no_links() -> None:
 def test_all_reduces_carry_activations_whatever_the_width_of_the_weights(width: float) -> None:
     # Llama-3.1-70B on 4 × H100: a ring moves 2 * 3/4 * 8192 numbers of 2 B = 24,576 B for a token, in 54.6133 ns at
     # 450 GB/s one way; 160 all-reduces take 8,738,133 ps. Weights of one byte (FP8) or of half a byte change nothing.
-    backend = Roofline(replace(model("llama-3.1-70b"), bytes_per_param=width), gpu("h100"), 4, IDEAL)
+    backend = Roofline(replace(model("llama-3.1-70b"), bytes_per_param=width), gpu("h100"), Parallel(tensor=4), IDEAL)
 
     one, two = (backend.step(decode(slots, 1000)).first for slots in (1, 2))
 
@@ -178,7 +181,7 @@ def test_all_reduces_carry_activations_whatever_the_width_of_the_weights(width: 
 
 def test_all_reduces_are_wider_where_activations_are() -> None:
     wide = replace(model("llama-3.1-70b"), bytes_per_activation=4)
-    backend = Roofline(wide, gpu("h100"), 4, IDEAL)
+    backend = Roofline(wide, gpu("h100"), Parallel(tensor=4), IDEAL)
 
     assert backend.step(decode(2, 1000)).first - backend.step(decode(1, 1000)).first == 2 * 8_738_133 + 1
 
@@ -216,7 +219,7 @@ def small(tflops: float, gb_per_s: float, heads: int, kv_heads: int, floor_us: f
     """A model so small, on a GPU so odd, that all three bounds cross within some hundred tokens of context."""
     shape = Model("small", 2, 64, heads, kv_heads, 8, 256, 512, 4096)
     odd = GPU("odd", tflops, gb_per_s, 1, 0, 31.5, 100, 1, "", "", "")
-    return Roofline(shape, odd, 1, Efficiency(floor_ms=floor_us / 1000, overhead_ms=overhead_us / 1000))
+    return Roofline(shape, odd, ONE, Efficiency(floor_ms=floor_us / 1000, overhead_ms=overhead_us / 1000))
 
 
 backends = st.builds(

@@ -14,6 +14,7 @@ import pytest
 from chairlift.backend import specs
 from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.calibrated import settings
+from chairlift.backend.parallel import ONE
 from chairlift.backend.roofline import Roofline
 from kit.command import chairlift
 from kit.places import IMPORTS, ROOT
@@ -274,9 +275,9 @@ def test_a_config_json_is_changed_in_one_number(tmp_path: Path) -> None:
 def test_a_profile_holds_for_other_memory_and_is_scaled_for_another_bandwidth() -> None:
     profile = settings.Settings("h200-opt-13b-vllm-0.23")
     batch = Batch((Chunk(0, 300),), 20, 20_000)
-    model, own = specs.model("opt-13b"), profile.build(specs.model("opt-13b"), specs.gpu("h200"), 1)
-    roomy = profile.build(model, specs.gpu({"name": "h200", "memory_gib": 200}), 1)
-    fast = profile.build(model, specs.gpu({"name": "h200", "hbm_gb_per_s": 9600}), 1)
+    model, own = specs.model("opt-13b"), profile.build(specs.model("opt-13b"), specs.gpu("h200"), ONE)
+    roomy = profile.build(model, specs.gpu({"name": "h200", "memory_gib": 200}), ONE)
+    fast = profile.build(model, specs.gpu({"name": "h200", "hbm_gb_per_s": 9600}), ONE)
 
     assert roomy.step(batch) == own.step(batch)
     assert fast.profile.gpu_time.weights_s == own.profile.gpu_time.weights_s / 2
@@ -287,7 +288,7 @@ def test_a_changed_model_has_no_profile() -> None:
     model = specs.model({"name": "opt-13b", "bytes_per_param": 1})
 
     with pytest.raises(ValueError, match=r"is of opt-13b, not of opt-13b \(bytes_per_param 1\)"):
-        settings.Settings("h200-opt-13b-vllm-0.23").build(model, specs.gpu("h200"), 1)
+        settings.Settings("h200-opt-13b-vllm-0.23").build(model, specs.gpu("h200"), ONE)
 
 
 def test_own_numbers_and_a_row_are_read_alike() -> None:

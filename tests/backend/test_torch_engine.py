@@ -28,6 +28,7 @@ torch = pytest.importorskip("torch", reason="the engine that executes steps need
 
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
+from chairlift.backend.parallel import ONE  # noqa: E402
 from chairlift.policies.base import PolicyError, Scheduler, Step  # noqa: E402
 from chairlift.policies.orca import Orca  # noqa: E402
 from chairlift.policies.static import Static  # noqa: E402
@@ -466,7 +467,7 @@ def test_at_a_temperature_tokens_are_drawn_in_proportion(folder: Path) -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     n = 20_000
     for temperature in (0.5, 2.0):
-        engine = Torch(device="cpu", temperature=temperature).build(MODEL, GPU, 1)
+        engine = Torch(device="cpu", temperature=temperature).build(MODEL, GPU, ONE)
         assert isinstance(engine, TorchEngine)
         engine.prepare(4, 16, 64, named=False)
         drawn = torch.bincount(engine._runner.sample(logits.expand(n, 4)).long(), minlength=4).double() / n

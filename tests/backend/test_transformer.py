@@ -14,11 +14,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="the models are made of torch tensors")
 transformers = pytest.importorskip("transformers", reason="the models are held to those of transformers")
 
+from chairlift.backend import hf_config  # noqa: E402
 from chairlift.backend.gpu.kernels.experts import Experts, mixture  # noqa: E402
 from chairlift.backend.gpu.paged_attention import Heads, Paging, Spans, new_cache  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from chairlift.backend.gpu.transformer import Arithmetic, Tokens, Transformer  # noqa: E402
 from chairlift.backend.gpu.weights import read_config, saved_weights  # noqa: E402
+from chairlift.backend.parallel import ONE  # noqa: E402
 from chairlift.backend.shapes import Model  # noqa: E402
 from chairlift.policies.vllm import Vllm  # noqa: E402
 from kit.tiny import Kept, executed, prompt_of, system  # noqa: E402 - torch may be absent
@@ -102,7 +104,7 @@ def saved(config: Any, folder: Path) -> Any:
 def loaded(folder: Path) -> Transformer:
     config = read_config(folder)
     weight = saved_weights(folder, torch.float32, CPU)
-    model = Model.from_hf_config(config, "tiny")
+    model = hf_config.model(config, "tiny")
     return Transformer(model, Arithmetic.from_hf_config(config), torch.float32, CPU, weight, 16, 2, LONGEST)
 
 
@@ -256,8 +258,8 @@ def prepared(folder: Path, model: Model | None = None) -> None:
     """Get an engine with these weights ready."""
     from kit.tiny import GPU
 
-    model = model or Model.from_hf_config(FAMILIES["llama"]().to_dict(), "tiny")
-    engine: Any = Torch(device="cpu", weights=str(folder), max_batch=2).build(model, GPU, 1)
+    model = model or hf_config.model(FAMILIES["llama"]().to_dict(), "tiny")
+    engine: Any = Torch(device="cpu", weights=str(folder), max_batch=2).build(model, GPU, ONE)
     engine.prepare(8, 16, LONGEST, True)
 
 
@@ -287,7 +289,7 @@ def test_weights_of_another_model(folder: Path, size: str) -> None:
     field = {"num_hidden_layers": "layers", "vocab_size": "vocab", "intermediate_size": "ffn"}[size]
 
     with pytest.raises(ValueError, match=rf"weights: {field} {SIZES[size]}, but the model has 3"):
-        prepared(folder, Model.from_hf_config(other, "other"))
+        prepared(folder, hf_config.model(other, "other"))
 
 
 def test_no_config(folder: Path) -> None:
@@ -356,7 +358,7 @@ def test_weights_in_8_bit_floats_change_logits_by_what_their_rounding_costs(tmp_
     """Against a plain pass of the rounded weights: what is left is the rounding of the products' inputs."""
     saved(FAMILIES["llama"](), tmp_path)
     config, weight = read_config(tmp_path), saved_weights(tmp_path, torch.float32, CPU)
-    model, arithmetic = Model.from_hf_config(config, "tiny"), Arithmetic.from_hf_config(config)
+    model, arithmetic = hf_config.model(config, "tiny"), Arithmetic.from_hf_config(config)
     eights = Transformer(model, arithmetic, torch.float32, CPU, weight, 16, 2, LONGEST, eights=True)
     rounded = loaded(tmp_path)
     for layer, narrow in zip(rounded.layers, eights.layers, strict=True):
@@ -378,6 +380,6 @@ def test_weights_in_8_bit_floats_are_not_built_for_opt(tmp_path: Path) -> None:
     config, weight = read_config(tmp_path), saved_weights(tmp_path, torch.float32, CPU)
     with pytest.raises(ValueError, match="FP8 are built for dense gated models"):
         Transformer(
-            *(Model.from_hf_config(config, "tiny"), Arithmetic.from_hf_config(config), torch.float32, CPU, weight),
+            *(hf_config.model(config, "tiny"), Arithmetic.from_hf_config(config), torch.float32, CPU, weight),
             *(16, 2, LONGEST, True),
         )

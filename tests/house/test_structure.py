@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "units": ((), (), ()),
     "atomic": ((), (), ()),
     "workload": (("workload", *SPINE), (), ()),
-    "study": (("workload", *SPINE), ("base", "specs", "shapes"), ("base",)),
+    "study": (("workload", *SPINE), ("base", "parallel", "specs", "shapes"), ("base",)),
     "results": (("results", "study", "workload", *SPINE), ("base", "cuda_graphs"), ("base",)),
     "scenario": (("scenario", "study", "workload", "results.catalogue", *SPINE), ALL, ALL),
     "replica": (("replica", "results.records", "workload.trace"), ("base",), ("base",)),
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "simulate": (("cluster", "replica", "results", "study", *SPINE), ("base",), ()),
     "conformance": (
         ("conformance", "cluster", "simulate", "replica", "results", "study", "workload", *SPINE),
-        ("base", "shapes"),
+        ("base", "parallel", "shapes"),
         ("base", "routers", "vllm"),
     ),
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),

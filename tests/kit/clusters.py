@@ -10,6 +10,7 @@ import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.base import Backend
+from chairlift.backend.parallel import ONE
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Router, Scheduler
 from chairlift.policies.routers import RoundRobin
@@ -52,7 +53,7 @@ def group(
         settings = {"async_scheduling": False, "enable_prefix_caching": False} if scheduler is Vllm else {}
     if scheduler.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
-    parts = (count, role, GPU, 1, scheduler, settings, Efficiency(), blocks, block_size, "made up")
+    parts = (count, role, GPU, ONE, scheduler, settings, Efficiency(), blocks, block_size, "made up")
     return Group(*parts, *host_of(6, 1000, block_size), cost or Affine())
 
 

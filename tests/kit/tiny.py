@@ -19,6 +19,7 @@ import pytest
 
 from chairlift.backend.base import Backend
 from chairlift.backend.gpu.settings import Torch
+from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU as Gpu
 from chairlift.backend.shapes import Model
@@ -145,9 +146,9 @@ class Kept:
         self.options = options
         self.built: list[Any] = []
 
-    def build(self, model: Model, gpu: Gpu, tensor_parallel: int) -> Backend:
+    def build(self, model: Model, gpu: Gpu, parallel: Parallel) -> Backend:
         """As the options."""
-        self.built.append(self.options.build(model, gpu, tensor_parallel))
+        self.built.append(self.options.build(model, gpu, parallel))
         backend: Backend = self.built[-1]
         return backend
 
@@ -165,7 +166,7 @@ def system(
     if scheduler.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     settings = dict(settings)
-    parts = (1, "mixed", GPU, 1, scheduler, settings, backend or Efficiency(), blocks, block_size, "made up")
+    parts = (1, "mixed", GPU, ONE, scheduler, settings, backend or Efficiency(), blocks, block_size, "made up")
     return setup_of(trace, [ReplicaGroup(*parts)], **{"model": MODEL, "max_model_len": LONGEST, **more})
 
 

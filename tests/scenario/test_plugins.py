@@ -35,7 +35,7 @@ class Clock:
 
     step_ms: float = 1.0
 
-    def build(self, model: object, gpu: object, tensor_parallel: int) -> Flat:
+    def build(self, model: object, gpu: object, parallel: object) -> Flat:
         return Flat(round(self.step_ms * 1e9))
 '''
 

@@ -19,6 +19,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from chairlift.backend.parallel import ONE
 from chairlift.backend.roofline import Efficiency, Roofline
 from chairlift.backend.specs import gpu, model
 from chairlift.policies.base import Scheduler
@@ -119,7 +120,7 @@ def run(system: str) -> World:
     return play(
         workload(),
         policy,
-        lambda: Roofline(model("opt-13b"), gpu("a100-40gb"), 1, efficiency),
+        lambda: Roofline(model("opt-13b"), gpu("a100-40gb"), ONE, efficiency),
         blocks=slots // block_size,
         block_size=block_size,
         max_model_len=MAX_LEN,

@@ -1,0 +1,225 @@
+"""The roofline part by part: experts, formats of weights, windows, latent attention and several GPUs.
+
+Each linear layer takes the longer of reading its weights and multiplying the step's tokens, decode attention the longer
+of reading KV and multiplying it, and a step the sum of its parts. To that come what does not shrink with the work: the
+kernels themselves, collectives, and the host that launches a step with prompts layer by layer. All that grows from one
+decode step to the next is the context, so costs are affine in it between breakpoints: where the windows are full, and
+where a floor of the step ends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from chairlift.backend import collectives
+from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Chunk, Host, StepCost
+from chairlift.backend.parallel import Parallel
+from chairlift.backend.parts import Costs, Part, in_window
+from chairlift.backend.shapes import GPU, Model
+
+if TYPE_CHECKING:
+    from chairlift.backend.roofline import Efficiency
+
+MS = 10**9
+US = 1e-6
+PIPELINE_US = 10  # of handing a step's activations to the next stage (assumed)
+
+
+class Rank(NamedTuple):
+    """What the slowest rank of DP-attention does in a step; with one rank, all of it."""
+
+    prefills: tuple[Chunk, ...]
+    slots: int  # decodes and padded slots
+    padded: int  # padding of prompts, tokens
+    context: int
+
+
+class ByPart(Backend):
+    """Step costs of ``model`` on the GPUs of one replica, part by part.
+
+    Assumed: requests are spread evenly over the ranks of DP-attention, contexts are equally long where windows matter,
+    and one step passes through all stages of a pipeline before the next one begins. Not modelled: kernel tile effects,
+    overlap of collectives with other work, balancing of experts. Raises ValueError where the model cannot be shared out
+    so, or a number that is needed is unknown.
+    """
+
+    name = "roofline"
+
+    def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Efficiency) -> None:
+        self.model, self.gpu, self.parallel, self.efficiency = model, gpu, parallel.check(model), efficiency
+        e = efficiency
+        self._costs = costs = Costs(model, gpu, parallel, e)
+        self._kernels = costs.kernels() * e.kernel_us * US
+        rate = costs.attention_rate()
+        # a token of context takes the longer of the two, in every layer alike
+        self._token = max(1, round(max(costs.kv_bytes / costs.byte_rate, costs.decode_pair / rate) * PS))
+        inside = max(costs.window_bytes / costs.byte_rate, costs.window_pair / rate)
+        self._in_window = max(1, round(inside * PS)) if model.window_layers else 0
+        if costs.kv_bytes == 0:
+            self._token = 0
+        self._floor = round(e.floor_ms * MS)
+        self._host = Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST
+        self._collectives(1, 1)  # raises here what it would raise later
+        self._fixed: dict[int, int] = {}  # of decode steps, by slots: all but attention
+
+    def step(self, batch: Batch) -> StepCost:
+        """The cost of ``batch``; that of decodes alone holds until their windows are full, or a floor has ended."""
+        if batch.prefills:
+            rank = self._rank(batch)
+            first = self._ps(self._parts(rank, batch))
+            return StepCost(max(first, self._launch(self._tokens(batch)), self._floor), 0, 1, self._host)
+        all_slots = batch.decodes + batch.padded
+        fixed = self._fixed.get(all_slots)
+        if fixed is None:
+            rank = self._rank(batch._replace(context=0))
+            fixed = self._fixed[all_slots] = self._ps(self._parts(rank, batch))
+        slots = -(-all_slots // self.parallel.data)
+        context = batch.context * slots // all_slots
+        slope = self._token * slots
+        first, steps = fixed + self._token * context, FOREVER
+        if self._in_window:
+            room = self.model.window * slots - context
+            first += self._in_window * min(context, self.model.window * slots)
+            if room >= 0:
+                slope += self._in_window * slots
+                steps = room // slots + 1
+        floor = self._floor if all_slots <= self.efficiency.graph_tokens else max(self._floor, self._launch(all_slots))
+        if floor > first:
+            return StepCost(floor, 0, min(steps, -(-(floor - first) // slope)) if slope else steps, self._host)
+        return StepCost(first, slope, steps, self._host)
+
+    def explain(self, batch: Batch) -> list[Part]:
+        """The parts of the first step of ``batch``, on the GPU that takes longest; their times add up to its cost."""
+        rank = self._rank(batch)
+        parts = self._parts(rank, batch)
+        if not batch.prefills:
+            parts = [part for part in parts if part.name != "KV"]
+            parts.insert(-2, self._decode_attention(rank))
+        short = (self.step(batch).first - self._ps(parts)) / PS
+        if short > 0.5 / PS * len(parts) + 1e-9:
+            parts.append(Part("waiting for the host", 0, 0, 0, 0, short))
+        return parts
+
+    def _decode_attention(self, rank: Rank) -> Part:
+        costs, context = self._costs, rank.context
+        inside = min(context, self.model.window * rank.slots)
+        read = costs.kv_bytes * context + costs.window_bytes * inside
+        flops = costs.decode_pair * context + costs.window_pair * inside
+        taken = (self._token * context + self._in_window * inside) / PS
+        rate = costs.attention_rate()
+        bound = flops / rate > read / costs.byte_rate
+        memory, compute = (read / costs.byte_rate, taken) if bound else (taken, flops / rate)
+        return Part("KV", read, flops, memory, compute)
+
+    def _tokens(self, batch: Batch) -> int:
+        return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded
+
+    def _launch(self, tokens: int) -> int:
+        """No step of so many tokens that is not one CUDA graph is shorter than its launch, ps."""
+        e, model = self.efficiency, self.model
+        if tokens <= e.graph_tokens:
+            return round(e.prepare_ms * MS + model.layers * e.launch_us * US * PS)
+        return round(e.prepare_ms * MS + (model.layers + model.expert_layers) * e.eager_us * US * PS)
+
+    def _rank(self, batch: Batch) -> Rank:
+        """The work of the rank with most of it: its share of the decodes, and the chunks dealt out, longest first."""
+        ranks = self.parallel.data
+        all_slots = batch.decodes + (0 if batch.prefills else batch.padded)
+        padded = batch.padded if batch.prefills else 0
+        slots = -(-all_slots // ranks)
+        context = batch.context * slots // all_slots if all_slots else 0
+        if ranks == 1:
+            return Rank(batch.prefills, slots, padded, context)
+        dealt: list[list[Chunk]] = [[] for _ in range(ranks)]
+        load = [0] * ranks
+        for chunk in sorted(batch.prefills, key=lambda chunk: -chunk.length):
+            least = load.index(min(load))
+            dealt[least].append(chunk)
+            load[least] += chunk.length
+        return Rank(tuple(dealt[load.index(max(load))]), slots, -(-padded // ranks), context)
+
+    def _parts(self, rank: Rank, batch: Batch) -> list[Part]:
+        """All parts of a step; of decodes alone without the KV that they read."""
+        costs, e = self._costs, self.efficiency
+        tokens = rank.slots + rank.padded + sum(chunk.length for chunk in rank.prefills)
+        all_tokens = self._tokens(batch)
+        parts = costs.linear(tokens, all_tokens, rank.slots + len(rank.prefills))
+        if rank.prefills:
+            parts.append(self._prompt_attention(rank.prefills))
+            if rank.slots:
+                parts.append(self._decode_attention(rank))
+        sequences = (rank.slots + len(rank.prefills)) * self.model.layers * e.attention_us * US
+        parts.append(Part("kernels", 0, 0, 0, 0, self._kernels + sequences))
+        parts.append(Part("collectives", 0, 0, 0, 0, self._collectives(tokens, all_tokens)))
+        return parts
+
+    def _prompt_attention(self, prefills: tuple[Chunk, ...]) -> Part:
+        costs, model = self._costs, self.model
+        pairs = inside = history = recent = 0
+        for start, length in prefills:
+            pairs += length * (2 * start + length + 1) // 2
+            inside += in_window(start, length, model.window)
+            history += start
+            recent += min(start, model.window)
+        flops = costs.prompt_pair * pairs + costs.window_pair * inside + costs.unpacking * history
+        read = costs.kv_bytes * history + costs.window_bytes * recent
+        return Part("attention of prompts", read, flops, read / costs.byte_rate, flops / costs.attention_rate())
+
+    def _collectives(self, tokens: int, all_tokens: int) -> float:
+        """Seconds of a step's collectives: two all-reduces a layer; between ranks, one and a way to the experts."""
+        model, parallel, gpu = self.model, self.parallel, self.gpu
+        graph = all_tokens <= self.efficiency.graph_tokens
+        size = tokens * model.hidden * model.bytes_per_activation
+        reduce = collectives.all_reduce_us(gpu, parallel.tensor, size, graph)
+        spread = model.expert_layers if parallel.data > 1 else 0  # layers whose tokens go to experts of other ranks
+        taken = (2 * model.layers - spread) * reduce
+        if spread:
+            share = -(-tokens // parallel.tensor)
+            each = (gpu, parallel.ranks, share, model.hidden, model.experts_per_token, graph)
+            taken += spread * collectives.all_to_all_us(*each)
+        if parallel.pipeline > 1:
+            rate = collectives.one_way_gb_per_s(gpu, "pipeline parallelism") * 1e3  # bytes a µs
+            taken += (parallel.pipeline - 1) * (PIPELINE_US + size / rate)
+        return taken * US
+
+    def _ps(self, parts: list[Part]) -> int:
+        return sum(round(part.seconds * PS) for part in parts)
+
+    def assumptions(self) -> dict[str, str]:
+        """Everything that is assumed, not measured, of the model on these GPUs."""
+        e, model, parallel = self.efficiency, self.model, self.parallel
+        lines = {
+            "cost model": f"roofline by part: {model.name} on {parallel.gpus} × {self.gpu.name}"
+            + (f" ({parallel})" if parallel.gpus > 1 else ""),
+            "efficiency": f"MFU {e.gemm_mfu:g}, of attention {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed);"
+            f" {e.kernel_us:g} µs a kernel, {e.attention_us:g} µs a sequence and layer of attention",
+            "launches": f"a step with prompts takes {self._launch(1) / MS:.1f} ms at least,"
+            f" {self._launch(e.graph_tokens + 1) / MS:.1f} ms beyond {e.graph_tokens} tokens (the host launches it)",
+        }
+        if model.experts:
+            popular = f"popularity a power law of {e.skew:g}" if e.skew else "chosen uniformly at random"
+            lines["experts"] = f"{model.experts_per_token} of {model.experts} a token, {popular}" + (
+                "; the step waits for the hottest group" if parallel.expert > 1 else ""
+            )
+        if model.window_layers:
+            lines["windows"] = f"{model.window_layers} of {model.layers} layers look back on {model.window} tokens;"
+            lines["windows"] += " contexts of a step count as equally long"
+        if model.quantization != "none":
+            lines["weights"] = f"{model.quantization} ({model.quantized}), multiplied as {self._multiplied()}"
+        if parallel.gpus > 1:
+            lines["collectives"] = "as measured on 8 × H200, scaled by the links' bandwidth; none overlaps other work"
+        if parallel.data > 1:
+            lines["DP-attention"] = (
+                "requests spread evenly over the ranks; a step ends with the slowest, idle ones wait"
+            )
+        if parallel.pipeline > 1:
+            lines["pipeline"] = "a step passes all stages before the next begins; vLLM keeps one under way in each"
+        if e.floor_ms or e.overhead_ms:
+            lines["host"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
+        return lines
+
+    def _multiplied(self) -> str:
+        asked = {part.arithmetic for part in self.model.weights if part.bytes_each != self.model.bytes_per_param}
+        peaks = {"fp8": self.gpu.fp8_tflops, "fp4": self.gpu.fp4_tflops, "bf16": self.gpu.bf16_tflops}
+        said = [name if peaks[name] else f"{name}, which {self.gpu.name} widens" for name in sorted(asked)]
+        return ", ".join(said) or "bf16"
