@@ -18,12 +18,12 @@ class Torch(Options):
     executes: ClassVar[bool] = True
 
     def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
-        """The engine, on so many GPUs of a host. Raises ValueError without torch, or where it cannot serve the model."""
+        """The engine, on so many GPUs of a host. Raises ValueError without torch, or if it cannot serve the model."""
         if parallel.pipeline != 1 or parallel.data != 1:
             raise ValueError(f"the torch backend shares a replica out by tensors and experts only (got {parallel})")
         if model.experts and parallel.expert != parallel.tensor:
             raise ValueError(
-                f"the torch backend shares experts out whole: parallel.expert must be {parallel.tensor}, as parallel.tensor"
+                f"the torch backend shares experts out whole: parallel.expert must be {parallel.tensor}, as tensor is"
             )
         if model.latent or model.window_layers or not model.one_width:
             raise ValueError(
