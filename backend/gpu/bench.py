@@ -194,7 +194,7 @@ class Floor:
         m = self._model
         read = multiplied = m.matmul_parameters
         if m.experts:  # of which a token is multiplied with few, and a step reads those that some token has chosen
-            chosen = m.experts * (1 - (1 - m.experts_per_token / m.experts) ** rows)
+            chosen = experts_read(m.experts, m.experts_per_token, rows)
             read += round(m.expert_layers * m.expert_parameters * (chosen - m.experts_per_token))
         moved = self._width * read + 2 * m.head_parameters + kv * m.kv_bytes_per_token
         flops = 2 * sampled * m.head_parameters + 4 * m.layers * m.heads * m.head_size * pairs
