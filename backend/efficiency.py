@@ -21,7 +21,9 @@ class Shares:
     floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter, because the host cannot launch faster
     overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
-    by_part: bool | None = None  # None: but for a dense model of one width on one GPU
+    by_part: bool | None = (
+        None  # None: but for a dense model of one width on one GPU; false: or on several, if it can be
+    )
     gemm_mfu: Share = 0.70  # by part: of the peak FLOP/s, products with weights but experts' (0.80 measured on H200)
     kernel_us: Annotated[float, Ge(0)] = 3.0  # by part: of each kernel, besides its work
     attention_us: Annotated[float, Ge(0)] = 0.25  # by part: of each sequence and layer, besides its work

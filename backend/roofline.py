@@ -27,13 +27,9 @@ class Efficiency(Shares):
 
     def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         """The cost model with these efficiencies. Raises ValueError where it needs a number that is unknown."""
-        whole = model.plain and parallel.only_tensor
-        if self.by_part is False and not whole:
-            raise ValueError(
-                "by_part must not be false for a model that is not dense with one width, or for more than tensor"
-                f" parallelism (got {model.name}, {parallel})"
-            )
-        if self.by_part or not whole or (self.by_part is None and parallel.gpus > 1):
+        can = model.plain and parallel.only_tensor
+        wanted = not self.by_part if self.by_part is not None else parallel.gpus == 1
+        if not (can and wanted):
             return ByPart(model, gpu, parallel, self)
         return Roofline(model, gpu, parallel, self)
 
