@@ -9,16 +9,14 @@ where a floor of the step ends.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from chairlift.backend import collectives
 from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Chunk, Host, StepCost
+from chairlift.backend.efficiency import Shares
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.parts import Costs, Part, in_window
 from chairlift.backend.shapes import GPU, Model
-
-if TYPE_CHECKING:
-    from chairlift.backend.roofline import Efficiency
 
 MS = 10**9
 US = 1e-6
@@ -45,7 +43,7 @@ class ByPart(Backend):
 
     name = "roofline"
 
-    def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Efficiency) -> None:
+    def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Shares) -> None:
         self.model, self.gpu, self.parallel, self.efficiency = model, gpu, parallel.check(model), efficiency
         e = efficiency
         self._costs = costs = Costs(model, gpu, parallel, e)

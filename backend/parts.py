@@ -8,13 +8,11 @@ of decode steps keeps, so a run costs an arithmetic series.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from chairlift.backend.efficiency import Shares
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GPU, Model, Weights
-
-if TYPE_CHECKING:
-    from chairlift.backend.roofline import Efficiency
 
 
 class Rates(NamedTuple):
@@ -94,7 +92,7 @@ class Costs:
     ``efficiency``: what share of the peaks other kernels than the experts' reach.
     """
 
-    def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Efficiency) -> None:
+    def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Shares) -> None:
         self.model, self.gpu, self.parallel, self.skew = model, gpu, parallel, efficiency.skew
         self.byte_rate = efficiency.bandwidth * gpu.hbm_gb_per_s * 1e9
         self._mfu, self._gemm_mfu = efficiency.mfu, efficiency.gemm_mfu

@@ -263,6 +263,7 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
             "heads",
             "KV heads",
             "params, B",
+            "a token's",
             "KV B/token",
             "max length",
         ):
@@ -274,6 +275,7 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
                 m.heads,
                 m.kv_heads,
                 f"{m.parameters / 1e9:.2f}",
+                f"{m.active_parameters / 1e9:.2f}",
                 m.kv_bytes_per_token,
             )
             yield (name, *map(str, numbers), str(m.max_model_len))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from chairlift.sim.plan.bounds import bound
 from chairlift.sim.plan.candidates import Candidate
@@ -372,3 +373,17 @@ def test_a_plan_that_was_stopped_ends_as_one_that_was_not(
         del answer["assumptions"]["simulated"]
     assert first == second
     assert first["cheapest"][0]["winner"] is not None
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "llama-3.1-8b-fp8"])
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_shipped_plan_answers_for_a_mixture_of_experts_and_for_fp8(path: Path, model: str, tmp_path: Path) -> None:
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys["base"]["model"] = model
+    if model == "llama-3.1-8b-fp8":  # dense: no ranks, no groups of experts
+        keys.get("axes", {}).pop("parallel", None)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+
+    assert any(candidate.setup is not None for candidate in read_plan(tmp_path / "p.yaml").candidates)
+    result = chairlift("plan", str(tmp_path / "p.yaml"), "--dry-run")
+    assert result.status == 0, result.err

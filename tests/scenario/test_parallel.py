@@ -67,7 +67,6 @@ def test_the_nearest_place_says_how(tmp_path: Path) -> None:
         ({"parallel": {"tensor": 16}}, "tensor must be at most 8: all-reduces beyond one host"),
         ({"model": "llama-3.1-8b", "parallel": {"data": 2}}, "so its ranks are replicas"),
         ({"model": "llama-3.1-8b", "backend": "torch", "parallel": {"tensor": 2}}, "runs on one GPU"),
-        ({"backend": {"name": "roofline", "by_part": False}}, "by_part must not be false"),
         ({"model": "llama-3.1-8b", "backend": "h200-llama-3.1-8b-vllm-0.23", "parallel": {"pipeline": 2}}, "2 .PP 2."),
     ],
 )

@@ -95,3 +95,14 @@ def test_sticky_sessions_find_their_history() -> None:
     assert hits["no cache"] == 0
     assert hits["sticky sessions"] > 0.6
     assert 0 < hits["round robin"] < hits["sticky sessions"] - 0.15
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "llama-3.1-8b-fp8"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_scenario_answers_for_a_mixture_of_experts_and_for_fp8(path: Path, model: str) -> None:
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fewer = ["workload.requests=30"] if "requests" in keys["workload"] else []
+    study = load(path, [f"model={model}", *fewer], trust=True)
+    for setup in study.setups[:2]:
+        if not setup.executes and len(setup.trace) <= 2000:
+            assert simulate(setup).summary["completed"] > 0
