@@ -1,6 +1,7 @@
 """The KV pool that knows each block: a hash chain over full blocks, reference counts, and LRU reuse, as in vLLM V1.
 
-Source: vLLM 0.23.0, `vllm/v1/core/block_pool.py` and `kv_cache_manager.py`; `tests/ledger.py` holds it to that.
+Source: vLLM 0.23.0 to 0.33.0, `vllm/v1/core/block_pool.py` and `kv_cache_manager.py`; `tests/ledger.py` holds it to
+that.
 The null block is not here: of vLLM's ``num_gpu_blocks`` one is never usable.
 
 A trace has no token ids. What two blocks need to be equal, they and all before them, is told from what a trace does
@@ -11,7 +12,7 @@ and its answer. Every other block is its request's own, found again only by itse
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -50,6 +51,7 @@ class Identity:
         if self._stream is not None:
             shareable = np.where(np.array(self._stream) >= 0, 1 << INDEX_BITS, shareable)
         self.shareable: list[int] = shareable.tolist()
+        self._common: dict[tuple[int, int], list[int]] = {}  # group or stream, which of them → its keys, from block 0
 
     @property
     def answers_too(self) -> bool:
@@ -105,21 +107,39 @@ class Identity:
             return (self._stream[request] << INDEX_BITS | block) << 2 | SESSION
         return (self._group[request] << INDEX_BITS | block) << 2 | GROUP
 
+    def keys(self, request: int, begin: int, end: int) -> Sequence[int]:
+        """`key` of the blocks ``begin`` to ``end - 1`` of a request; those of a group or session are worked out once."""
+        if self._hashed[request] or end > self.shareable[request]:
+            return [self.key(request, block) for block in range(begin, end)]
+        kind, number = GROUP, self._group[request]
+        if self._stream is not None and self._stream[request] >= 0:
+            kind, number = SESSION, self._stream[request]
+        common = self._common.setdefault((kind, number), [])
+        if end > len(common):
+            common.extend((number << INDEX_BITS | block) << 2 | kind for block in range(len(common), end))
+        return common[begin:end]
+
 
 class PrefixPool(CountingPool):
     """``total`` blocks, each with its content's key, its users, and its place in the queue of free blocks.
 
     Only blocks that somebody could find are looked after one by one: those that another request can share, and those
-    of a preempted request, for itself. All others pass from the queue to a request and back, whole tables at a time.
+    of a preempted request, for itself. All others pass from the queue to a request and back as whole lists.
 
     ``late``: asynchronous scheduling knows the token of a step one step later, so a block that decoding fills can be
     found from the next step on.
 
+    ``uncached_first``: of what a request gives back, the blocks without a hash are reused before all others (vLLM since
+    0.24), and a cached block is lost only once no other is free. Else all queue up, a sequence's tail before its head.
+    A block has its hash once it is full and its tokens are known, whether or not another request could find it. In
+    three steps, with blocks of 4 tokens and A's table [1, 2, 3]: A has computed 10 tokens, so blocks 1 and 2 have a
+    hash and 3 has none; A ends; then 3 is the next to be reused, and 2 and 1, in that order, are the last.
+
     Blocks can be found once the step that fills them is planned. If that plan is taken back (a request is preempted in
-    the very step) vLLM 0.23.0 leaves them in its cache all the same, though nothing was computed: `allocate_slots`
-    caches, `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before. With
-    ``forgets`` they are forgotten instead, and whoever was to find them in that plan (`leaning`) is preempted with it:
-    where steps really run, wrong tokens would come of it.
+    the very step) vLLM leaves them in its cache all the same, though nothing was computed: `allocate_slots` caches,
+    `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before. With ``forgets`` they
+    are forgotten instead, and whoever was to find them in that plan (`leaning`) is preempted with it: where steps
+    really run, wrong tokens would come of it.
     """
 
     tracks = True
@@ -132,22 +152,34 @@ class PrefixPool(CountingPool):
         "_identity",
         "_keys",
         "_late",
+        "_next",
         "_public",
         "_queue",
         "_stale",
         "_tables",
+        "_uncached_first",
         "_users",
     )
 
     def __init__(
-        self, total: int, block_size: int, identity: Identity, late: bool = False, forgets: bool = False
+        self,
+        total: int,
+        block_size: int,
+        identity: Identity,
+        late: bool = False,
+        forgets: bool = False,
+        uncached_first: bool = False,
     ) -> None:
         super().__init__(total, block_size)
         self._identity = identity
         self._late = late
         self._forgets = forgets
-        self._queue = deque(range(total))  # free blocks, the next to be reused first; and stale entries
-        self._stale: dict[int, int] = {}  # block → its first so many entries in the queue count no more
+        self._uncached_first = uncached_first
+        # Free blocks in the order of their reuse: those of `_next`, its last one first, then the queue's entries. An
+        # entry is a findable block, or a list of blocks that nobody can find, to be reused from its end.
+        self._next = list(reversed(range(total)))
+        self._queue: deque[int | list[int]] = deque()
+        self._stale: dict[int, int] = {}  # findable block → its first so many entries in the queue count no more
         self._keys: dict[int, int] = {}  # findable block → its content's key
         self._users: dict[int, int] = {}  # findable block → requests that hold it
         self._cached: dict[int, int | dict[int, None]] = {}  # key → the block, or blocks in order of caching
@@ -168,12 +200,15 @@ class PrefixPool(CountingPool):
         return -(-tokens // self.block_size) - len(blocks) + free
 
     def open(self, request: Live, tokens: int) -> None:  # noqa: D102
-        table = self._look_up(request)[1]
+        _, table, free = self._look_up(request)
+        self._found = None  # its list is the request's table from here on
         users, stale = self._users, self._stale
+        if free:
+            for block in table:
+                if users[block] == 0:
+                    stale[block] = stale.get(block, 0) + 1
+            self.free -= free
         for block in table:
-            if users[block] == 0:
-                stale[block] = stale.get(block, 0) + 1
-                self.free -= 1
             users[block] += 1
         number = request.id
         self._tables[number] = table
@@ -200,21 +235,23 @@ class PrefixPool(CountingPool):
         members = group.members
         assert members is not None
         size = self.block_size
-        late = self._late
-        tables = self._tables
         publish = self._identity.answers_too
         for step in range(group.steps + steps.start, group.steps + steps.stop):
             starting = members[-step % size]  # their next token opens a block
-            if starting:
-                order = sorted(starting.values(), key=admission) if len(starting) > 1 else starting.values()
-                for request in order:
-                    self._take(tables[request.id], 1)
-                    if late and publish:
-                        self.computed(request, request.offset + step)
-            if publish and not late:
-                filling = members[(-step - 1) % size]  # their next token fills one
-                for request in filling.values():
-                    self.computed(request, request.offset + step + 1)
+            if publish:
+                self._decode_and_publish(step, starting, members[(-step - 1) % size])
+            elif starting:
+                self._take_one_each(starting)
+
+    def _decode_and_publish(self, step: int, starting: dict[int, Live], filling: dict[int, Live]) -> None:
+        """One step of the group: ``starting`` open a block, ``filling`` fill one, and others may find what is filled."""
+        for request in sorted(starting.values(), key=admission):
+            self._take(self._tables[request.id], 1)
+            if self._late:
+                self.computed(request, request.offset + step)
+        if not self._late:
+            for request in filling.values():
+                self.computed(request, request.offset + step + 1)
 
     def computed(self, request: Live, tokens: int) -> None:  # noqa: D102
         full = tokens // self.block_size
@@ -242,6 +279,7 @@ class PrefixPool(CountingPool):
         if self._forgets:
             full = min(full, request.computed // self.block_size)
             self._take_back(request, full)
+        self._done[number] = full
         self._publish(number, full)
 
     def table(self, request: int) -> list[int]:  # noqa: D102
@@ -251,21 +289,25 @@ class PrefixPool(CountingPool):
         number = request.id
         table = self._tables.pop(number)
         public = self._public.pop(number)
-        del self._done[number]
-        queue = self._queue  # a sequence's tail is reused before its head
-        if public == 0:
-            queue.extend(reversed(table))
-            self.free += len(table)
-        else:
-            users = self._users
-            queue.extend(reversed(table[public:]))
-            self.free += len(table) - public
-            for block in reversed(table[:public]):
+        done = self._done.pop(number)
+        self.free += len(table) - public
+        shared = table[:public]
+        del table[:public]
+        if self._uncached_first:
+            hashed = max(done, (tokens - self._late) // self.block_size) - public
+            self._next += table[hashed:]
+            del table[hashed:]
+        if table:
+            self._queue.append(table)
+        if shared:
+            users, queue = self._users, self._queue
+            self._found = None
+            shared.reverse()  # a sequence's tail is reused before its head
+            for block in shared:
                 users[block] -= 1
                 if users[block] == 0:
                     queue.append(block)
                     self.free += 1
-        self._found = None
 
     def _publish(self, number: int, upto: int) -> None:
         """Let the first ``upto`` blocks of a request be found from here on."""
@@ -273,9 +315,7 @@ class PrefixPool(CountingPool):
         if upto <= public:
             return
         table, keys, users, cached = self._tables[number], self._keys, self._users, self._cached
-        key_of = self._identity.key
-        for index in range(public, upto):
-            block, key = table[index], key_of(number, index)
+        for block, key in zip(table[public:upto], self._identity.keys(number, public, upto), strict=True):
             keys[block] = key
             users[block] = 1
             others = cached.get(key)
@@ -294,7 +334,6 @@ class PrefixPool(CountingPool):
         for block in self._tables[number][full : self._public[number]]:
             assert self._users[block] == 1
             self._forget(block)
-            self._found = None
         self._public[number] = min(self._public[number], full)
 
     def _look_up(self, request: Live) -> tuple[int, list[int], int]:
@@ -308,41 +347,62 @@ class PrefixPool(CountingPool):
         full = (request.prompt_tokens + request.produced - 1) // self.block_size
         if not request.preemptions:
             full = min(full, self._identity.shareable[number])
-        cached, key_of, users = self._cached, self._identity.key, self._users
-        for index in range(full):
-            block = cached.get(key_of(number, index))
-            if block is None:
-                break
-            if isinstance(block, dict):
-                block = next(iter(block))
-            blocks.append(block)
-            if users[block] == 0:
-                free += 1
+        if full:
+            cached, users = self._cached, self._users
+            for key in self._identity.keys(number, 0, full):
+                block = cached.get(key)
+                if block is None:
+                    break
+                if isinstance(block, dict):
+                    block = next(iter(block))
+                blocks.append(block)
+                if users[block] == 0:
+                    free += 1
         self._found = found = (number, blocks, free)
         return found
 
     def _take(self, table: list[int], count: int) -> None:
         """Move ``count`` blocks from the head of the queue to ``table``; what they held is forgotten."""
         self.free -= count
-        self._found = None
-        pop = self._queue.popleft
-        if not self._users:
-            table.extend([pop() for _ in range(count)])
-            return
-        stale, users = self._stale, self._users
-        while count:
-            block = pop()
-            if block in users:
-                if block in stale:
-                    stale[block] -= 1
-                    if not stale[block]:
-                        del stale[block]
-                    continue
-                self._forget(block)
-            table.append(block)
-            count -= 1
+        while count > len(self._next):
+            count -= len(self._next)
+            table += reversed(self._next)
+            self._advance()
+        if count == 1:
+            table.append(self._next.pop())
+        elif count:
+            table += self._next[: -count - 1 : -1]
+            del self._next[-count:]
+
+    def _take_one_each(self, requests: dict[int, Live]) -> None:
+        """Move a block from the head of the queue to each request's table. Which of them gets which is all the same."""
+        self.free -= len(requests)
+        tables, ready = self._tables, self._next
+        for number in requests:
+            while not ready:
+                self._advance()
+                ready = self._next
+            tables[number].append(ready.pop())
+
+    def _advance(self) -> None:
+        """`_next` is used up: the queue's first entry that counts is next; what it held is forgotten."""
+        stale = self._stale
+        while True:
+            entry = self._queue.popleft()
+            if isinstance(entry, list):
+                self._next = entry
+                return
+            if entry not in stale:
+                self._forget(entry)
+                self._next = [entry]
+                return
+            stale[entry] -= 1
+            if not stale[entry]:
+                del stale[entry]
 
     def _forget(self, block: int) -> None:
+        """Nobody can find ``block`` from here on."""
+        self._found = None
         del self._users[block]
         key = self._keys.pop(block)
         others = self._cached[key]
