@@ -181,7 +181,7 @@ class PrefixPool(CountingPool):
         self._queue: deque[int | list[int]] = deque()
         self._stale: dict[int, int] = {}  # findable block → its first so many entries in the queue count no more
         self._keys: dict[int, int] = {}  # findable block → its content's key
-        self._users: dict[int, int] = {}  # findable block → requests that hold it
+        self._users = [0] * total  # of each findable block: requests that hold it
         self._cached: dict[int, int | dict[int, None]] = {}  # key → the block, or blocks in order of caching
         self._tables: dict[int, list[int]] = {}  # request → its blocks
         self._done: dict[int, int] = {}  # request → full blocks at the head of its table, as far as it was told
@@ -304,8 +304,9 @@ class PrefixPool(CountingPool):
             self._found = None
             shared.reverse()  # a sequence's tail is reused before its head
             for block in shared:
-                users[block] -= 1
-                if users[block] == 0:
+                others = users[block] - 1
+                users[block] = others
+                if not others:
                     queue.append(block)
                     self.free += 1
 
@@ -349,14 +350,13 @@ class PrefixPool(CountingPool):
             full = min(full, self._identity.shareable[number])
         if full:
             cached, users = self._cached, self._users
-            for key in self._identity.keys(number, 0, full):
-                block = cached.get(key)
+            for block in map(cached.get, self._identity.keys(number, 0, full)):
                 if block is None:
                     break
-                if isinstance(block, dict):
+                if block.__class__ is dict:
                     block = next(iter(block))
                 blocks.append(block)
-                if users[block] == 0:
+                if not users[block]:
                     free += 1
         self._found = found = (number, blocks, free)
         return found
@@ -386,10 +386,10 @@ class PrefixPool(CountingPool):
 
     def _advance(self) -> None:
         """`_next` is used up: the queue's first entry that counts is next; what it held is forgotten."""
-        stale = self._stale
+        stale, pop = self._stale, self._queue.popleft
         while True:
-            entry = self._queue.popleft()
-            if isinstance(entry, list):
+            entry = pop()
+            if entry.__class__ is list:
                 self._next = entry
                 return
             if entry not in stale:
@@ -403,7 +403,6 @@ class PrefixPool(CountingPool):
     def _forget(self, block: int) -> None:
         """Nobody can find ``block`` from here on."""
         self._found = None
-        del self._users[block]
         key = self._keys.pop(block)
         others = self._cached[key]
         if isinstance(others, dict):
