@@ -26,6 +26,8 @@ from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.workload.trace import Trace
 
+import os
+VERSION = os.environ.get("V", "0.23")
 COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "finished")
 PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
 
@@ -59,11 +61,13 @@ class Replay:
             scheduler_reserve_full_isl=case["reserve_full_isl"],
             enable_prefix_caching=case["prefix_caching"],
             async_scheduling=case["async_scheduling"],
+            version=VERSION,
+            **{k: case[k] for k in ("watermark", "max_num_active_seqs", "long_prefill_token_threshold_adaptive", "prefill_schedule_interval") if k in case},
         )
         pool = CountingPool(case["num_blocks"] - 1, case["block_size"])
         if policy.prefix_caching:
             identity = Identity(trace, case["block_size"])
-            pool = PrefixPool(case["num_blocks"] - 1, case["block_size"], identity, policy.asynchronous)
+            pool = PrefixPool(case["num_blocks"] - 1, case["block_size"], identity, policy.asynchronous, uncached_first=policy.uncached_first)
         outputs = trace.output_tokens.tolist()
         self.engine = Engine(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
         self.lag = int(policy.asynchronous)

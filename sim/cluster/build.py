@@ -178,4 +178,5 @@ def make_pool(
         return StandInPool(blocks, block_size)
     if block_size not in identities:
         identities[block_size] = Identity(trace, block_size)
-    return PrefixPool(blocks, block_size, identities[block_size], scheduler.asynchronous, forgets=executes)
+    late, uncached_first = scheduler.asynchronous, scheduler.uncached_first
+    return PrefixPool(blocks, block_size, identities[block_size], late, executes, uncached_first)

@@ -136,8 +136,8 @@ class ReplicaStep(Step):
     def cached_tokens(self, request: Live) -> int:  # noqa: D102 - see `__init__`
         return self.pool.hit(request)
 
-    def fits(self, request: Live, tokens: int) -> bool:  # noqa: D102
-        return self.pool.need(request, tokens) <= self.pool.free
+    def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
+        return self.pool.need(request, tokens) + spare <= self.pool.free
 
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
         group = self.group
