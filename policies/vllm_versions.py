@@ -44,7 +44,7 @@ RULES = {
 
 SETTINGS = {
     "watermark": Rule("Share of all blocks to keep free when a request joins others.", since="0.24"),
-    "max_num_scheduled_tokens": Rule("Tokens a step, if fewer than max_num_batched_tokens.", since="0.25"),
+    "max_num_scheduled_tokens": Rule("Tokens a step, if fewer than max_num_batched_tokens.", since="0.26"),
     "max_num_queued_reqs": Rule("Unfinished requests beyond which new ones are refused (HTTP 503).", since="0.29"),
     "max_num_queued_tokens": Rule("Prompt tokens not prefilled at which new requests are refused.", since="0.29"),
     "max_num_active_seqs": Rule("Requests that may run, if fewer than max_num_seqs.", since="0.31"),
