@@ -58,6 +58,13 @@ SETTINGS = {
 }
 
 
+def nearest(version: str) -> str:
+    """The newest of `VERSIONS` that is not newer than ``version``, such as ``0.26.0``; the oldest if all are."""
+    asked = [int(part) for part in version.split(".")[:2]]
+    older = [known for known in VERSIONS if [int(part) for part in known.split(".")] <= asked]
+    return older[-1] if older else VERSIONS[0]
+
+
 def named(version: str | float) -> str:
     """The minor version that ``version`` means: ``0.33``, ``0.33.0`` or, as YAML reads it, the number 0.33.
 
