@@ -93,14 +93,15 @@ def check_pool(world: World) -> None:
         pool = engine.pool
         assert isinstance(pool, PrefixPool)
         assert pool.free == pool.total
-        queue = [*pool._next]
-        for entry in pool._queue:
-            queue += entry if isinstance(entry, list) else [entry]
-        assert sorted(set(queue)) == list(range(pool.total))
-        assert len(queue) == pool.total + sum(pool._stale.values())
+        findable = [entry for entry in pool._queue if entry >= 0]
+        assert set(findable) == set(pool._keys)
+        assert len(findable) == len(pool._keys) + sum(pool._stale.values())
+        assert pool._front - sum(entry for entry in pool._queue if entry < 0) == pool.total - len(pool._keys)
+        assert sorted([*pool._unused, *pool._keys]) == list(range(pool.total))
         assert not any(pool._users)
-        assert not pool._tables
-        found = {b: key for key, v in pool._cached.items() for b in (v if isinstance(v, dict) else [v])}
+        assert not pool._heads
+        found = {block: key for key, block in pool._cached.items()}
+        found |= {block: key for key, copies in pool._copies.items() for block in copies}
         assert found == pool._keys
 
 
