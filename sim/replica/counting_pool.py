@@ -25,7 +25,8 @@ class CountingPool:
     counts: a request holds what it was given, or what its tokens need if that is more.
     """
 
-    tracks = False  # whether the decode group must know its members by phase
+    tracks = False  # whether it must be told who computes what
+    follows = False  # whether it must be told which members of the decode group start a block
     publishes = False  # whether decoding can make blocks that others find
 
     __slots__ = ("_given", "block_size", "free", "total")

@@ -65,13 +65,13 @@ class Planner:
         self.handover: Callable[[Live], bool] | None = None  # takes a request over that has all its tokens from here
 
     def submit(self, request: Live, now: int) -> bool:
-        """Take a request in; False if it can never fit (it has then ended, rejected).
+        """Take a request in; False if it can never fit, or the policy turns it away (it has then ended, rejected).
 
         The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
         """
         self._requests.replica[request.id] = self.index
         final = request.prompt_tokens + self._ends.outputs[request.id]
-        if final > self.max_model_len or final - 1 > self._room:
+        if final > self.max_model_len or final - 1 > self._room or self._turned_away():
             self.end_request(request, now, Status.REJECTED)
             return False
         if request.phase is AWAY:
@@ -79,6 +79,14 @@ class Planner:
         self.state.waiting.append(request)
         self._intake += self._arrival + self._arrival_token * request.prompt_tokens
         return True
+
+    def _turned_away(self) -> bool:
+        if not self.scheduler.limits_arrivals:
+            return False
+        state, first_token = self.state, self._requests.first_token
+        here = [*state.admitted.values(), *state.waiting]
+        prompts = sum(request.prompt_tokens for request in here if first_token[request.id] < 0)
+        return self.scheduler.turns_away(len(here), prompts)
 
     def ask(self, now: int, start: When) -> Plan | None:
         """What the policy wants of the steps that start at ``start``; None if nothing.
