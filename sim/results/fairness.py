@@ -68,7 +68,7 @@ def by_tenant(requests: RequestRecords) -> Iterator[tuple[str, int, float, float
         done = rows[finished[rows]]
         waits = (first - arrival)[done] / PS_PER_MS, (last - arrival)[done] / PS_PER_MS
         ttft, e2el = (float(np.median(ms)) if len(ms) else 0.0 for ms in waits)
-        yield requests.trace.tenants[tenant], len(done), ttft, e2el, service(requests, rows, int(last.max())) / span_s
+        yield requests.trace.tenants[tenant] or "(none)", len(done), ttft, e2el, service(requests, rows, int(last.max())) / span_s
 
 
 def _tenants(requests: RequestRecords) -> dict[int, Ints]:

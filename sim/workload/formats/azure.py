@@ -2,6 +2,7 @@
 
 github.com/Azure/AzurePublicDataset. Columns: ``TIMESTAMP,ContextTokens,GeneratedTokens``. Stamps are wall-clock times:
 with seven decimals (100 ns) and CRLF line ends in 2023, with a zone in 2024. Time 0 is the first request.
+The column ``NumImages`` of the multimodal trace is not used, and a note says so.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ def companions(path: Path) -> list[Path]:
     return []
 
 
-def read(path: Path, limit: int | None, times: bool) -> Trace:
+options = ("drop_empty",)
+
+
+def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -> Trace:
     """The trace. Raises `BadInput` with the line of all that is wrong."""
     table = read_csv(path, limit)
     table.require(*_THEIRS.values())
     stamps = table.parsed("TIMESTAMP", _stamp_ps, 0)
     table.done()  # the first stamp must be sound: all times count from it
-    return trace_of(table, "azure", _THEIRS, {"arrival_ps": [stamp - stamps[0] for stamp in stamps]})
+    arrivals = {"arrival_ps": [stamp - stamps[0] for stamp in stamps]}
+    return trace_of(table, "azure", _THEIRS, arrivals, drop_empty=drop_empty)
 
 
 def _stamp_ps(cell: str) -> int:
