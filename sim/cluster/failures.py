@@ -40,11 +40,10 @@ class Breakdowns:
         self._chances = chances
         self._start_up = start_up_ps
         self._again = again
-        for outage in failures.schedule:
-            if outage.replica < len(cluster.replicas):
-                away = None if outage.for_s is None else picoseconds(outage.for_s)
-                fail = partial(self._fail, cluster.replicas[outage.replica], away)
-                self._clock.after(picoseconds(outage.at_s), CHANGE, fail)
+        for outage in failures.schedule:  # of replicas that exist: the loader refuses others
+            away = None if outage.for_s is None else picoseconds(outage.for_s)
+            fail = partial(self._fail, cluster.replicas[outage.replica], away)
+            self._clock.after(picoseconds(outage.at_s), CHANGE, fail)
         if failures.mtbf_s is not None:
             for replica in cluster.replicas:
                 self._draw(replica)
