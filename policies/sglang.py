@@ -57,6 +57,11 @@ class Sglang(Scheduler):
         """Unless `disable_radix_cache`."""
         return not self.disable_radix_cache
 
+    @property
+    def sequence_limit(self) -> int:
+        """As `max_running_requests` says."""
+        return self.max_running_requests
+
     def schedule(self, step: Step) -> int:
         """A step of prompts if any can go on or start, else one of decodes."""
         if len(step.running) < self._running:
