@@ -127,6 +127,8 @@ def run(
         seed = study.setups[0].seed + draw
         return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust, router or [])
 
+    if draws:
+        uncertainty.check(study)
     folder = out_dir or Path("runs") / study.name
     writer = Writer(folder, study)
     outcomes: list[Outcome] = []

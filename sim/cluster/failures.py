@@ -13,7 +13,7 @@ from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.results.records import Status
 from chairlift.sim.study import Failures
-from chairlift.sim.units import picoseconds
+from chairlift.sim.units import PS_PER_S, picoseconds
 
 
 class Breakdowns:
@@ -69,6 +69,9 @@ class Breakdowns:
             self._lose(replica.fail(), self._homes[replica.index])
             if away is not None:
                 self._clock.after(away + self._start_up, CHANGE, partial(self._repair, replica))
+        elif not drawn:
+            at = self._clock.now / PS_PER_S
+            cluster.notes.append(f"replica {replica.index} could not fail at {at:g} s: it was not up")
         if drawn:
             self._clock.after((away or 0) + self._start_up, CHANGE, partial(self._draw, replica))
 

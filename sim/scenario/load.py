@@ -274,6 +274,7 @@ class _Resolver(Lookup):
             groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file))
         self._check_roles(replicas, replicas_at, pick)
         self._check_outages(replicas, pick)
+        self._check_predictors([group for group in groups if group is not None], pick)
         if trace is None or len(self._problems) > before or not (model and router):
             return None
         return Setup(
@@ -380,6 +381,14 @@ class _Resolver(Lookup):
                 self._problems.append(self._document.problem((*at, "at_s"), rule, outage.at_s))
             if outage.for_s is not None:
                 back[outage.replica] = outage.at_s + outage.for_s + start_up
+
+    def _check_predictors(self, groups: list[ReplicaGroup], pick: Pick) -> None:
+        """Note it where policies want guesses of lengths of several kinds: a request has one."""
+        wanted = {predictor for group in groups if (predictor := group.make_scheduler().predictor) is not None}
+        if len(wanted) > 1:
+            _, where = pick("replicas", 1)
+            rule = "the policies of all groups must want the same predicted lengths: a request has one"
+            self._problems.append(self._document.problem(where, rule))
 
     def _check_roles(self, replicas: Any, at: KeyPath, pick: Pick) -> None:
         """Note it where prefill and decode replicas lack each other or a link, or stand beside mixed replicas."""

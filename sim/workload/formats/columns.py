@@ -56,10 +56,11 @@ def trace_of(
         notes = [*notes, f"{dropped:,} rows without prompt or output tokens dropped"] if dropped else notes
     for name, values in columns.items():
         if not -LATEST_PS <= min(values) <= max(values) <= LATEST_PS:
-            rule = _LONGEST.get(name, "must fit in 64 bits")
-            for line, number in zip(table.lines, values, strict=True):
+            rule, column = _LONGEST.get(name, "must fit in 64 bits"), theirs.get(name, name)
+            cells = table.cells(column) if column in table.header else values
+            for line, number, cell in zip(table.lines, values, cells, strict=True):
                 if not -LATEST_PS <= number <= LATEST_PS:
-                    table.refuse(rule, line, theirs.get(name, name), number)
+                    table.refuse(rule, line, column, cell)
     # Rows that were refused are left out here: a cell that cannot be parsed was replaced by some number, and that
     # number must not be refused a second time.
     kept = table.sound()
