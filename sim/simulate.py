@@ -46,7 +46,8 @@ def simulate(
         assumptions["outages"] = "; ".join(cluster.notes)
     if refused := refusals(setup, cluster.requests):
         assumptions["refused"] = refused
-    if others := gaps_of_finished(cluster.requests, runs).of_others:
+    given_up = summary["timed_out"] + summary["failed"]
+    if given_up and (others := gaps_of_finished(cluster.requests, runs).of_others):
         assumptions["ITL"] = f"of completed requests, and of {others:,} that were preempted and then given up"
     backend = engines[0].backend
     facts = backend.facts() if isinstance(backend, Executor) else {}

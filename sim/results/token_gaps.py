@@ -32,8 +32,7 @@ class _Steps(NamedTuple):
     """The steps of a replica in which requests decoded, one a row, in order of time."""
 
     ends: Ints  # ps
-    durations: Ints  # ps: the gap of a request that decoded in the step before as well
-    decodes: Ints  # requests whose gap is the step's duration
+    durations: Ints  # ps
 
 
 def all_gaps(runs: list[RunRecords]) -> Gaps:
@@ -44,8 +43,16 @@ def all_gaps(runs: list[RunRecords]) -> Gaps:
     """
     pool: list[tuple[Ints, Ints]] = []
     for each in runs:
-        steps, late = _steps(each), each.gaps()
-        pool += [(steps.durations, steps.decodes), (late["gap_ps"], late["count"])]
+        table, late = each.runs(), each.gaps()
+        keep = table["decodes"] > 0
+        first, slope, steps, decodes, late_decodes = (
+            table[name][keep] for name in ("first_ps", "slope_ps", "steps", "decodes", "late_decodes")
+        )
+        more = steps - 1  # the steps after the first: every decode emitted at the one before
+        nth = np.arange(int(more.sum())) - np.repeat(np.cumsum(more) - more, more) + 1
+        pool.append((first, decodes - late_decodes))
+        pool.append((np.repeat(first, more) + nth * np.repeat(slope, more), np.repeat(decodes, more)))
+        pool.append((late["gap_ps"], late["count"]))
     gaps, often = (np.concatenate(column) for column in zip(*pool, strict=True))
     return Gaps(gaps[often > 0], often[often > 0])
 
@@ -90,14 +97,12 @@ def gaps_of_finished(requests: RequestRecords, runs: list[RunRecords]) -> Gaps:
 def _steps(records: RunRecords) -> _Steps:
     table = records.runs()
     keep = table["decodes"] > 0
-    start, first, slope, steps, decodes, late = (
-        table[name][keep] for name in ("start_ps", "first_ps", "slope_ps", "steps", "decodes", "late_decodes")
-    )
+    start, first, slope, steps = (table[name][keep] for name in ("start_ps", "first_ps", "slope_ps", "steps"))
     row = np.repeat(np.arange(len(steps)), steps)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(steps) - steps, steps)  # of the step in its run, from 0
     durations = first[row] + nth * slope[row]
     ends = start[row] + (nth + 1) * first[row] + slope[row] * (nth * (nth + 1) // 2)
-    return _Steps(ends, durations, decodes[row] - np.where(nth == 0, late[row], 0))
+    return _Steps(ends, durations)
 
 
 def _without(pool: Gaps, taken: list[tuple[Ints, Ints]], left: int, given_up: int) -> Gaps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -129,7 +130,7 @@ def read_csv(path: Path, limit: int | None) -> Table:
     """
     table = Table(path)
     old_limit = csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader((text for _, text in read_lines(path)), strict=True)
+    reader = csv.reader(_lines(path, limit), strict=True)
     try:
         table.header = [name.strip() for name in next(reader, [])]
         for name in sorted({name for name in table.header if table.header.count(name) > 1}):
@@ -155,6 +156,18 @@ def read_csv(path: Path, limit: int | None) -> Table:
         table.refuse("no requests below the header")
         table.done()
     return table
+
+
+def _lines(path: Path, limit: int | None) -> Iterator[str]:
+    """The lines of a file. A file that is read to its end is decoded in one go, in half the time."""
+    if limit is None:
+        with opened(path) as file:
+            raw = file.read()
+        try:
+            return io.StringIO(raw.decode("utf-8-sig"), newline="\n")
+        except UnicodeDecodeError:
+            pass  # line by line, so that the error has a line
+    return (text for _, text in read_lines(path))
 
 
 def read_json_lines(path: Path, limit: int | None) -> Iterator[tuple[int, dict[str, Any] | str]]:
