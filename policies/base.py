@@ -33,16 +33,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Reversible, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from annotated_types import Ge, Gt
-
-if TYPE_CHECKING:
-
-    class Counter(Protocol):
-        """The decode steps that a replica has done."""
-
-        steps: int
 
 
 class Running(Collection["Request"], Reversible["Request"], Protocol):
@@ -72,110 +65,101 @@ class Predictor:
     accuracy: float = 1.0
 
 
-class Request:
-    """One request as a policy sees it. Names without an underscore are for policies, and read-only.
+class Request(ABC):
+    """One request as a policy sees it. A policy reads these properties, and changes nothing of a request.
 
-    A policy never sees how long the answer will be: the engine keeps the true length in a column of its own.
+    A policy never sees how long the answer will be: nothing that it can reach from a `Step` or a request knows that.
     """
 
-    __slots__ = (
-        "_at",
-        "_blocks",
-        "_counter",
-        "_drains",
-        "_emitted",
-        "_end",
-        "_last",
-        "_loaded",
-        "_offset",
-        "_reserved",
-        "_seq",
-        "arrival",
-        "hash_ids",
-        "id",
-        "max_tokens",
-        "output_tokens",
-        "pad",
-        "predicted_tokens",
-        "preemptions",
-        "priority",
-        "prompt_tokens",
-        "session",
-        "swapped",
-        "tenant",
-    )
-
-    def __init__(
-        self,
-        id: int,
-        arrival: int,
-        prompt_tokens: int,
-        max_tokens: int,
-        output_tokens: int | None = None,
-        priority: int = 0,
-        tenant: int = 0,
-        session: int = -1,
-    ) -> None:
-        self.id = id  # row of the trace
-        self.arrival = arrival  # ps
-        self.prompt_tokens = prompt_tokens
-        self.max_tokens = max_tokens  # output cap that the client declared; the model's limit if it declared none
-        self.output_tokens = output_tokens  # None, but for policies that say `oracle = True`
-        self.priority = priority  # smaller is more urgent, as in vLLM
-        self.tenant = tenant
-        self.session = session
-        self.hash_ids: Sequence[int] = ()  # of its leading blocks: equal ids, prompts equal up to there
-        self.predicted_tokens: int | None = None  # output, as the predictor guesses that `Scheduler.predictor` asks for
-        self.preemptions = 0
-        self.swapped = 0  # tokens whose KV lies in host memory; only of a waiting request
-        self.pad = 0  # tokens of padding that its prompt was computed with (static batching)
-        self._counter: Counter | None = None  # set while it decodes with the group
-        self._offset = 0  # tokens in KV; while it decodes, that less the counter's steps
-        self._emitted = 0
-        self._end = 0  # counter value that ends its decoding (or its reservation)
-        self._last = 0  # ps, its latest token outside the group
-        self._blocks = 0  # blocks held; while it decodes and grows, those it had when it joined
-        self._reserved = 0  # tokens reserved ahead of need
-        self._at = -1  # the replica that it is on
-        self._loaded = 0  # tokens whose KV was computed elsewhere and lies ready to be taken in
-        self._seq = 0  # rises with every admission: the order of running
-        self._drains = False  # its last token is under way; it keeps its blocks until that is in
-
-    def restart(self) -> None:
-        """Forget the replica that it was on; it keeps the tokens that its client has. Called by the engine."""
-        self._counter = None
-        self._drains = False
-        self._offset = self._end = self._blocks = self._reserved = self._loaded = self.pad = self.swapped = 0
+    __slots__ = ()
 
     @property
+    @abstractmethod
+    def id(self) -> int:
+        """Row of the trace."""
+
+    @property
+    @abstractmethod
+    def arrival(self) -> int:
+        """When it was sent, ps."""
+
+    @property
+    @abstractmethod
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
+
+    @property
+    @abstractmethod
+    def max_tokens(self) -> int:
+        """Output cap that the client declared; what the model has room for if the client declared none."""
+
+    @property
+    @abstractmethod
+    def output_tokens(self) -> int | None:
+        """Its true output length; None, but for policies that say `Scheduler.oracle`."""
+
+    @property
+    @abstractmethod
+    def predicted_tokens(self) -> int | None:
+        """Its output length as the predictor guesses it that `Scheduler.predictor` asks for; else None."""
+
+    @property
+    @abstractmethod
+    def priority(self) -> int:
+        """Smaller is more urgent, as in vLLM."""
+
+    @property
+    @abstractmethod
+    def tenant(self) -> int:
+        """Number of the client that it belongs to."""
+
+    @property
+    @abstractmethod
+    def session(self) -> int:
+        """Number of the conversation that it belongs to; -1: none."""
+
+    @property
+    @abstractmethod
+    def hash_ids(self) -> Sequence[int]:
+        """What the trace says of its prompt's blocks: equal ids, equal prefix."""
+
+    @property
+    @abstractmethod
+    def preemptions(self) -> int:
+        """How often it has lost its blocks."""
+
+    @property
+    @abstractmethod
+    def swapped(self) -> int:
+        """Tokens whose KV lies in host memory; only of a waiting request."""
+
+    @property
+    @abstractmethod
+    def pad(self) -> int:
+        """Dead tokens that its prompt was computed with (static batching)."""
+
+    @property
+    @abstractmethod
     def computed(self) -> int:
         """Tokens whose K and V are in the pool."""
-        counter = self._counter
-        return self._offset if counter is None else self._offset + counter.steps
 
     @property
+    @abstractmethod
     def emitted(self) -> int:
         """Output tokens that it has, those of a step under way included (asynchronous scheduling)."""
-        counter = self._counter
-        return self._emitted if counter is None else self._offset + counter.steps - self.prompt_tokens + 1
 
     @property
+    @abstractmethod
     def remaining(self) -> int:
         """Known tokens (prompt and emitted) still to compute before the next token comes; 1 for a decode.
 
-        0 when its last token is under way (asynchronous scheduling): it then only waits to leave.
+        0 when its last token is under way (asynchronous scheduling): the request then only waits to leave.
         """
-        if self._drains:
-            return 0
-        return 1 if self._counter is not None else self.prompt_tokens + self._emitted - self._offset
 
     @property
+    @abstractmethod
     def decoding(self) -> bool:
-        """Whether it gets one token a step from `Step.decode_all` (it may have missed some steps)."""
-        return self._counter is not None or (self._emitted > 0 and self.remaining == 1 and self._offset > 0)
-
-    def __repr__(self) -> str:
-        return f"Request({self.id}, prompt {self.prompt_tokens}, computed {self.computed}, emitted {self.emitted})"
+        """Whether its latest token is all that it lacks: a decode, or what a preempted request has left to compute."""
 
 
 class PolicyError(Exception):

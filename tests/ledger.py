@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from chairlift.backend.base import Backend, Batch, StepCost
-from chairlift.policies.base import Request
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.workload.trace import Trace
@@ -93,7 +93,7 @@ class Replay:
     def _arrive(self, step: int) -> None:
         while self.pending and self.pending[0]["arrival_step"] <= step:
             q = self.pending.pop(0)
-            request = Request(q["id"], step, q["prompt_tokens"], q["output_tokens"], priority=q["priority"])
+            request = Live(q["id"], step, q["prompt_tokens"], q["output_tokens"], priority=q["priority"])
             if not self.engine.submit(request, step):
                 raise RuntimeError(f"request {q['id']} can never fit")
 
@@ -106,23 +106,24 @@ class Replay:
         self.just_finished = False
         before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
         here = set(state.admitted)
-        plan = self.engine.ask(step, step)
+        plan = self.engine.ask(step, at(step))
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
         tokens = {
             r.id: chunks.get(r.id, 1)
             for r in state.admitted.values()
-            if r.id in chunks or (plan and plan.decoding and r._counter is not None)
+            if r.id in chunks or (plan and plan.decoding and r.group is not None)
         }
         after = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
         arrived = [r for r in state.admitted.values() if r.id not in here]
         row = {
             "scheduled": [[i, n] for i, n in tokens.items()],
             "preempted": sorted(i for i in after if after[i] > before[i]),
-            "new": [[r.id, r._offset] for r in arrived if not r.preemptions],
-            "resumed": [[r.id, r._offset] for r in arrived if r.preemptions],
+            "new": [[r.id, r.stored] for r in arrived if not r.preemptions],
+            "resumed": [[r.id, r.stored] for r in arrived if r.preemptions],
             "free_blocks": self.engine.pool.free,
         }
         if plan is not None:
+            plan.when.ps = step + 1
             self.engine.commit(plan, 1)
         self.flight.append(plan)
         return row

@@ -11,7 +11,7 @@ from functools import partial
 from random import Random
 
 from chairlift.backend.base import Backend, Executor
-from chairlift.policies.base import Request, Scheduler
+from chairlift.policies.base import Scheduler
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cluster.autoscaling import Autoscaler
 from chairlift.sim.cluster.cluster import Cluster
@@ -27,6 +27,7 @@ from chairlift.sim.replica.executing import Executing
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.replica.journal import JournalEngine, JournalExecuting
 from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import ReplicaGroup, Setup
 from chairlift.sim.workload.random_streams import stream
@@ -113,8 +114,8 @@ class _Engines:
         backend = _backend(setup, group, pool)
         outputs = self._first_only if prefills else self._outputs
 
-        def finish(request: Request, now: int) -> None:
-            if request._at >= 0:  # else its client gave up in the very step that handed it over
+        def finish(request: Live, now: int) -> None:
+            if request.at >= 0:  # else its client gave up in the very step that handed it over
                 replica.left(request)
             cluster.ended(request, now)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from chairlift.policies.base import PolicyError, Request
+from chairlift.policies.base import PolicyError
 from chairlift.sim.cluster.clock import ARRIVAL, Alarm, Clock
 from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords, Status
 
 EXAMPLES = 5  # requests that an error names
@@ -30,7 +31,7 @@ class Cluster:
     def __init__(
         self,
         requests: RequestRecords,
-        make_request: Callable[[int], Request],
+        make_request: Callable[[int], Live],
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.clock = Clock()
@@ -38,8 +39,8 @@ class Cluster:
         self.replicas: list[Replica] = []
         self.pools: list[ReplicaPool] = []
         self.notes: list[str] = []  # what was asked for and could not be done
-        self.on_arrival: Callable[[Request], None] | None = None
-        self.on_end: Callable[[Request], None] | None = None
+        self.on_arrival: Callable[[Live], None] | None = None
+        self.on_end: Callable[[Live], None] | None = None
         self.left = len(requests.trace)  # requests that have not ended
         self.more_arrivals = True
         self.request_time = 0  # ps, summed over the requests inside
@@ -86,12 +87,12 @@ class Cluster:
         if self._idle_looks > PATIENCE:
             raise PolicyError(self._stuck())
 
-    def refuse(self, request: Request, now: int) -> None:
+    def refuse(self, request: Live, now: int) -> None:
         """End a request that no replica has taken: its queue is full."""
-        self.requests.end(request, now, Status.REJECTED)
+        self.requests.end(request, now, Status.REJECTED, request.last.ps)
         self.ended(request, now)
 
-    def ended(self, request: Request, now: int) -> None:
+    def ended(self, request: Live, now: int) -> None:
         """A request has ended for good: each request that follows it is sent after its think time."""
         self.request_time += self._inside * (now - self._since)
         self._since = now

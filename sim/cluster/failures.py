@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from random import Random
 
-from chairlift.policies.base import Request
 from chairlift.sim.cluster.clock import CHANGE
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import Status
 from chairlift.sim.study import Failures
 from chairlift.sim.units import PS_PER_S, picoseconds
@@ -75,15 +75,15 @@ class Breakdowns:
         if drawn:
             self._clock.after((away or 0) + self._start_up, CHANGE, partial(self._draw, replica))
 
-    def _lose(self, lost: list[Request], pool: ReplicaPool) -> None:
+    def _lose(self, lost: list[Live], pool: ReplicaPool) -> None:
         now = self._clock.now
         if self._failures.on_failure == "retry":
             self._clock.hold_plans()
             for request in lost:
-                (self._again if request._emitted else pool).send(request, now)
+                (self._again if request.produced else pool).send(request, now)
             return
         for request in lost:
-            self._cluster.requests.end(request, now, Status.FAILED)
+            self._cluster.requests.end(request, now, Status.FAILED, request.last.ps)
             self._cluster.ended(request, now)
 
     def _repair(self, replica: Replica) -> None:

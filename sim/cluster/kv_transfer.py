@@ -5,10 +5,10 @@ from __future__ import annotations
 from array import array
 from functools import partial
 
-from chairlift.policies.base import Request
 from chairlift.sim.cluster.clock import CHANGE
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.cluster.replica_pool import ReplicaPool
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import HANDOVER_COLUMNS, Status
 from chairlift.sim.study import Link
 from chairlift.sim.units import PS_PER_NS, PS_PER_US
@@ -35,14 +35,14 @@ class Handover:
         self._sent, self._come, self._from = (array("q", [-1]) * n for _ in HANDOVER_COLUMNS)
         cluster.requests.extra.update(zip(HANDOVER_COLUMNS, (self._sent, self._come, self._from), strict=True))
 
-    def take(self, request: Request) -> bool:
+    def take(self, request: Live) -> bool:
         """Take a request over whose prompt is done; False if its first token was its last."""
         cluster = self._cluster
-        if cluster.requests.trace.output_tokens[request.id] <= request._emitted:
+        if cluster.requests.trace.output_tokens[request.id] <= request.produced:
             return False
-        replica = cluster.replicas[request._at]
+        replica = cluster.replicas[request.at]
         replica.left(request)
-        request.restart()
+        request.depart()
         now = self._clock.now
         lane = -1 if self._shared else replica.index
         start = max(now, self._free_at.get(lane, 0))
@@ -52,9 +52,9 @@ class Handover:
         self._clock.after(sent + self._latency - now, CHANGE, partial(self._arrive, request))
         return True
 
-    def _arrive(self, request: Request) -> None:
+    def _arrive(self, request: Live) -> None:
         if self._cluster.requests.status[request.id] != Status.PENDING:
             return  # its client has given up
         self._come[request.id] = self._clock.now
-        request._loaded = request.prompt_tokens
+        request.load(request.prompt_tokens)
         self._pool.send(request, self._clock.now)

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chairlift.policies.base import Request
 from chairlift.sim.cluster.clock import BOUNDARY, CHANGE, PLAN, Alarm, Clock
 from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RunRecords
 
 
@@ -70,11 +70,11 @@ class Replica:
         """It takes no requests for now; those that it holds stay."""
         self._loads = None
 
-    def submit(self, request: Request, now: int) -> None:
+    def submit(self, request: Live, now: int) -> None:
         """Take a request in; it is planned at once if the replica is idle."""
         self.held += 1
         self.held_tokens += request.prompt_tokens
-        request._at = self.index
+        request.at = self.index
         loads = self._loads
         if loads is not None:
             loads.outstanding[self._position] += 1
@@ -83,11 +83,11 @@ class Replica:
         if self.engine.submit(request, now) and heeds:
             self._replan(now)
 
-    def left(self, request: Request) -> None:
+    def left(self, request: Live) -> None:
         """A request is here no more: it has ended, or goes on elsewhere."""
         self.held -= 1
         self.held_tokens -= request.prompt_tokens
-        request._at = -1
+        request.at = -1
         loads = self._loads
         if loads is not None:
             loads.outstanding[self._position] -= 1
@@ -95,7 +95,7 @@ class Replica:
         if self.draining and self.held == 0:
             self._clock.after(0, CHANGE, self._drained)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Live) -> None:
         """The client of a request that is here has given up."""
         now = self._clock.now
         self.engine.cancel(request, now)
@@ -106,13 +106,13 @@ class Replica:
         if self.engine.heeds_arrival():
             self._replan(self._clock.now)
 
-    def fail(self) -> list[Request]:
+    def fail(self) -> list[Live]:
         """Lose everything; returns the requests that were here."""
         lost = self.engine.abort(self._clock.now)
         self._timer = None
         self.held = self.held_tokens = 0
         for request in lost:
-            request._at = -1
+            request.at = -1
         self.engine = self._make_engine(self)
         return lost
 

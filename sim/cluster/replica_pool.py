@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from chairlift.policies.base import PolicyError, Request, Router
+from chairlift.policies.base import PolicyError, Router
 from chairlift.sim.cluster.clock import Clock
 from chairlift.sim.cluster.replica import Loads, Replica
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords, Status
 
 
@@ -25,7 +26,7 @@ class ReplicaPool:
         requests: RequestRecords,
         router: Router,
         chance: Random,
-        refuse: Callable[[Request, int], None],
+        refuse: Callable[[Live, int], None],
         stale_ps: int = 0,
         queue_limit: int | None = None,
     ) -> None:
@@ -36,7 +37,7 @@ class ReplicaPool:
         self.outstanding: list[int] = []
         self.outstanding_tokens: list[int] = []
         self.now = 0
-        self.homeless: list[Request] = []  # arrived while no replica took requests
+        self.homeless: list[Live] = []  # arrived while no replica took requests
         self._clock = clock
         self._requests = requests
         self._refuse = refuse
@@ -65,7 +66,7 @@ class ReplicaPool:
         replica.leave()
         self._stand([r for r in self.replicas if r is not replica])
 
-    def send(self, request: Request, now: int) -> None:
+    def send(self, request: Live, now: int) -> None:
         """Route a request, or keep it until a replica comes up; refuse it where its queue is full.
 
         Raises `PolicyError` if the router names a position at which there is no replica.

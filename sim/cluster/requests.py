@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from chairlift.policies.base import Request
 from chairlift.sim.cluster import predicted_lengths
 from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.request import Live
 from chairlift.sim.study import Setup
 from chairlift.sim.workload.trace import Trace
 
@@ -16,7 +16,7 @@ ID_TOKENS = 16  # that an id of a prompt's block stands for where the trace has 
 CHAIN = 1 << 24  # ids that one prefix group or session can have: more than a prompt has blocks
 
 
-def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Callable[[int], Request]:
+def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Callable[[int], Live]:
     """A function from a row of the trace to the request that routers and policies see.
 
     ``identities`` are those of `sim.cluster.build.make_pool`; None where no two prompts have a block in common. The ids
@@ -42,9 +42,9 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
     sessions = None if trace.session is None else trace.session.tolist()
     longest = setup.max_model_len
 
-    def make(i: int) -> Request:
+    def make(i: int) -> Live:
         prompt = prompts[i]
-        request = Request(
+        request = Live(
             i,
             arrivals[i],
             prompt,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from chairlift.policies.base import Request
 from chairlift.sim.cluster.clock import CHANGE
 from chairlift.sim.cluster.cluster import Cluster
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import Status
 from chairlift.sim.study import Limits
 from chairlift.sim.units import picoseconds
@@ -21,24 +21,24 @@ class Patience:
         self._total = None if limits.timeout_s is None else picoseconds(limits.timeout_s)
         self._queue = None if limits.queue_timeout_s is None else picoseconds(limits.queue_timeout_s)
 
-    def arrived(self, request: Request) -> None:
+    def arrived(self, request: Live) -> None:
         """Set the alarms of a request that arrives now."""
         if self._total is not None:
             self._clock.after(self._total, CHANGE, partial(self._give_up, request))
         if self._queue is not None:
             self._clock.after(self._queue, CHANGE, partial(self._give_up_waiting, request))
 
-    def _give_up_waiting(self, request: Request) -> None:
+    def _give_up_waiting(self, request: Live) -> None:
         if self._cluster.requests.admitted[request.id] < 0:
             self._give_up(request)
 
-    def _give_up(self, request: Request) -> None:
+    def _give_up(self, request: Live) -> None:
         cluster, now = self._cluster, self._clock.now
         if cluster.requests.status[request.id] != Status.PENDING:
             return
-        if request._at >= 0:
-            cluster.replicas[request._at].cancel(request)
+        if request.at >= 0:
+            cluster.replicas[request.at].cancel(request)
             return
         # It has no replica, or is on its way between two: whoever would send it on finds that it has ended.
-        cluster.requests.end(request, now, Status.TIMED_OUT)
+        cluster.requests.end(request, now, Status.TIMED_OUT, request.last.ps)
         cluster.ended(request, now)

@@ -25,6 +25,7 @@ from chairlift.sim.conformance.serving import (
     patience,
     serve,
 )
+from chairlift.sim.replica.request import Live
 
 IN_RANGE = Promise("range", "its answer is the position of a replica, whichever of them are there")
 LOOKS = Promise("looks", "it only looks: requests and replicas are as before")
@@ -91,7 +92,7 @@ def _asked(kind: type[Router], settings: dict[str, Any], keep: Callable[..., Non
     router = kind(**settings)
     router.random = Random(3)
     for number in range(_ASKED):
-        request = Request(number, number * 10**9, chance.randint(1, 49), 62, session=chance.randint(-1, 5))
+        request = Live(number, number * 10**9, chance.randint(1, 49), 62, session=chance.randint(-1, 5))
         request.hash_ids = [chance.randint(0, 5) for _ in range(chance.randint(0, 4))]
         view = _view(chance, number * 10**9)
         before = copy.deepcopy(view), _public(request)
@@ -123,7 +124,7 @@ def _view(chance: Random, now: int) -> View:
 
 
 def _public(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in Request.__slots__ if not name.startswith("_")}
+    return {name: getattr(request, name) for name, kind in vars(Request).items() if isinstance(kind, property)}
 
 
 def _trial(subject: Subject, case: Case, rows: Sequence[Row], keep: Callable[..., None]) -> Iterator[Broken]:

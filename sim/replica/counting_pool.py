@@ -6,24 +6,29 @@ matter, and O(1) for any number of steps. `sim.replica.prefix_pool` has the pool
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 
-from chairlift.policies.base import FOREVER, Request
+from chairlift.policies.base import FOREVER
+from chairlift.sim.replica.request import DECODING, HELD, Live, Phase, When
 
 
-def admission(request: Request) -> int:
+def admission(request: Live) -> int:
     """A sort key: the order of running."""
-    return request._seq
+    return request.rank
 
 
 class CountingPool:
-    """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's; `Request._blocks` says who has them."""
+    """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's.
+
+    The pool keeps how many blocks each request was given ahead of its tokens. What the decode group takes it only
+    counts: a request holds what it was given, or what its tokens need if that is more.
+    """
 
     tracks = False  # whether the decode group must know its members by phase
     publishes = False  # whether decoding can make blocks that others find
 
-    __slots__ = ("block_size", "free", "total")
+    __slots__ = ("_given", "block_size", "free", "total")
 
     def __init__(self, total: int, block_size: int) -> None:
         if total < 1 or block_size < 1:
@@ -31,35 +36,37 @@ class CountingPool:
         self.total = total
         self.block_size = block_size
         self.free = total
+        self._given: dict[int, int] = {}  # request → blocks that `open` and `extend` gave it
 
     def blocks(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens occupy."""
         return -(-tokens // self.block_size)
 
-    def hit(self, request: Request) -> int:
+    def hit(self, request: Live) -> int:
         """Leading known tokens of a waiting request that need no computing: stored here, or loaded from elsewhere."""
-        return request._loaded
+        return request.loaded
 
-    def need(self, request: Request, tokens: int) -> int:
+    def need(self, request: Live, tokens: int) -> int:
         """Free blocks that a waiting request must find for its first ``tokens`` tokens."""
         return -(-tokens // self.block_size)
 
-    def open(self, request: Request, tokens: int) -> None:
+    def open(self, request: Live, tokens: int) -> None:
         """Give a waiting request the blocks of its first ``tokens`` tokens; `need` of them are free."""
-        request._blocks = -(-tokens // self.block_size)
-        self.free -= request._blocks
+        self._given[request.id] = blocks = -(-tokens // self.block_size)
+        self.free -= blocks
 
-    def extend(self, request: Request, tokens: int) -> bool:
+    def extend(self, request: Live, tokens: int) -> bool:
         """See to it that a request's blocks cover ``tokens`` tokens; False, and nothing done, if too few are free."""
-        more = -(-tokens // self.block_size) - request._blocks
+        blocks = -(-tokens // self.block_size)
+        more = blocks - self._given[request.id]
         if more > 0:
             if more > self.free:
                 return False
             self.free -= more
-            request._blocks += more
+            self._given[request.id] = blocks
         return True
 
-    def decode_one(self, request: Request, need: int) -> None:
+    def decode_one(self, request: Live, need: int) -> None:
         """A decoding request computes one token, for which it takes ``need`` blocks (0 or 1)."""
         self.free -= need
 
@@ -69,26 +76,29 @@ class CountingPool:
         if group.growing and last > first:
             self.free -= group.blocks_needed(last) - (group.blocks_needed(first) if first else 0)
 
-    def computed(self, request: Request, tokens: int) -> None:
+    def computed(self, request: Live, tokens: int) -> None:
         """The request's first ``tokens`` tokens are known and will be in its blocks when this step has run."""
 
     def table(self, request: int) -> list[int] | None:
         """The blocks of a request, in order, not to be changed; None from a pool that only counts them."""
         return None
 
-    def close(self, request: Request, blocks: int) -> None:
-        """A request gives its ``blocks`` blocks back."""
-        self.free += blocks
-        request._blocks = 0
+    def close(self, request: Live, tokens: int) -> None:
+        """A request gives all its blocks back; it had taken them for ``tokens`` tokens."""
+        blocks = -(-tokens // self.block_size)
+        given = self._given.pop(request.id)
+        self.free += given if given > blocks else blocks
 
-    def leaning(self, request: Request, admitted: dict[int, Request]) -> Iterator[Request]:
+    def leaning(self, request: Live, admitted: dict[int, Live]) -> Iterator[Live]:
         """Of ``admitted``, those that were to find what ``request`` computes in the plan under way, one at a time.
 
-        Each is to be preempted before the next is asked for, and all before ``request``.
+        In three steps, where blocks hold 16 tokens: the plan computes 32 tokens of A, so A's first two blocks can be
+        found; the same plan admits B, which finds them; then the policy preempts A, whose 32 tokens are not computed.
+        B leans on A: B must be preempted first, before the next one is asked for.
         """
         return iter(())
 
-    def preempted(self, request: Request, decoding: bool, planned: bool) -> None:
+    def preempted(self, request: Live, decoding: bool, planned: bool) -> None:
         """A request is about to lose its blocks, and will look its known tokens up once more.
 
         ``planned``: a decode of this step had been planned for it.
@@ -106,19 +116,23 @@ class StandInPool(CountingPool):
     raises `PrefixCacheMatters`.
     """
 
-    def preempted(self, request: Request, decoding: bool, planned: bool) -> None:  # noqa: D102 - as above
+    def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102 - as above
         raise PrefixCacheMatters
 
 
 class Decodes:
     """The requests that get one token a step, all together: a step costs O(1) however many they are.
 
-    ``steps`` counts the decode steps the group has done. A member's tokens in KV are ``offset + steps``, so nothing
-    about it is touched while it decodes: its finish is a key on the counter, and whether it needs a block is a
-    matter of ``offset mod block_size``, of which only a histogram is kept.
+    ``steps`` counts the decode steps that the group has done. A member's tokens in KV are ``offset + steps``, so a step
+    touches no member. A member takes a block when ``offset + steps`` is a multiple of the block size: a histogram of
+    ``offset mod block_size`` says how many members do so at a step. `Ends` knows when each member has its answer.
+
+    In three steps, with blocks of 4 tokens: A joins with 6 tokens in KV when ``steps == 1``, so its offset is 5 and its
+    phase 1. At ``steps == 3`` A has 8 tokens, two full blocks: ``-3 % 4 == 1`` is A's phase, and A takes a block. At
+    ``steps == 7`` A has 12 tokens, ``-7 % 4 == 1`` again, and A takes the next.
     """
 
-    __slots__ = ("block_size", "context", "dead", "ends", "growing", "live", "members", "phases", "reserved", "steps")
+    __slots__ = ("block_size", "context", "dead", "growing", "live", "members", "phases", "reserved", "steps")
 
     def __init__(self, block_size: int, track: bool = False) -> None:
         self.block_size = block_size
@@ -129,89 +143,72 @@ class Decodes:
         self.growing = 0  # live members without a reservation ahead of them
         self.reserved = 0  # live members with one
         self.phases = [0] * block_size  # growing members by offset mod block_size
-        self.members: list[dict[int, Request]] | None = [{} for _ in range(block_size)] if track else None
-        self.ends: list[tuple[int, int, Request]] = []  # a heap of (steps at the end, id, member), stale ones too
+        self.members: list[dict[int, Live]] | None = [{} for _ in range(block_size)] if track else None
 
-    def join(self, request: Request, left: int) -> None:
-        """Add a request that has ``left`` >= 1 tokens to emit."""
-        computed = request._offset
-        offset = computed - self.steps
-        request._offset = offset
-        request._counter = self
+    def join(self, request: Live) -> None:
+        """Add a request; what is left of its reservation (`Live.reserved`) is used before it grows."""
+        computed = request.stored
+        request.group = self
+        request.phase = DECODING
+        request.offset = computed - self.steps
         self.live += 1
         self.context += computed + 1 + request.pad
-        end = self.steps + left
-        ahead = request._reserved - computed
-        if ahead > 0:
+        if request.reserved > computed:
             self.reserved += 1
-            if ahead < left:  # the reservation runs out before the answer does
-                end = self.steps + ahead
         else:
-            request._reserved = 0
+            request.reserved = 0
             self._grows(request)
-        request._end = end
-        heappush(self.ends, (end, request.id, request))
 
-    def leave(self, request: Request) -> None:
-        """Take a live member out; its tokens in KV become a number of its own again."""
-        computed = request._offset + self.steps
-        self._stops(request)
+    def leave(self, request: Live, phase: Phase, when: When | None) -> None:
+        """Take a live member out, which is in ``phase`` from here on.
+
+        ``when`` holds the time of its latest token; None if that came before it joined.
+        """
+        computed = request.offset + self.steps
         self.context -= computed + 1 + request.pad
-        request._emitted = computed - request.prompt_tokens + 1
-        request._offset = computed
-        request._counter = None
-        request._end = 0
+        self._stops(request, computed)
+        request.phase = phase
+        if when is not None:
+            request.before, request.last = request.last, when
 
-    def die(self, request: Request) -> None:
-        """A live member has finished but keeps its slot."""
-        self._stops(request)
+    def die(self, request: Live) -> None:
+        """A live member has its answer and keeps its slot, which reads one token more each step."""
+        self._stops(request, request.offset + self.steps)
         self.dead += 1
+        request.phase = HELD
 
-    def bury(self, request: Request, computed: int) -> None:
-        """Take a dead member out, whose own tokens in KV were ``computed`` when it finished."""
+    def bury(self, request: Live) -> None:
+        """Take a dead member out."""
         self.dead -= 1
-        self.context -= request._offset + self.steps + 1 + request.pad
-        request._emitted = computed - request.prompt_tokens + 1
-        request._offset = computed
-        request._counter = None
-        request._end = 0
+        self.context -= request.offset + self.steps + 1 + request.pad
 
-    def _grows(self, request: Request) -> None:
-        phase = request._offset % self.block_size
+    def outgrow(self, request: Live) -> None:
+        """A member's reservation is used up: from here it grows block by block."""
+        self.reserved -= 1
+        request.reserved = 0
+        self._grows(request)
+
+    def _grows(self, request: Live) -> None:
+        phase = request.offset % self.block_size
         self.growing += 1
         self.phases[phase] += 1
         if self.members is not None:
             self.members[phase][request.id] = request
 
-    def _stops(self, request: Request) -> None:
-        """A member produces no tokens any more."""
+    def _stops(self, request: Live, computed: int) -> None:
+        """A member produces no tokens any more; it has ``computed`` tokens in KV."""
+        request.group = None
+        request.stored = computed
+        request.produced = computed - request.prompt_tokens + 1
         self.live -= 1
-        if request._reserved:
+        if request.reserved:
             self.reserved -= 1
             return
-        phase = request._offset % self.block_size
+        phase = request.offset % self.block_size
         self.growing -= 1
         self.phases[phase] -= 1
         if self.members is not None:
             del self.members[phase][request.id]
-
-    def horizon(self) -> int:
-        """Steps until the next member's end; `FOREVER` without members."""
-        heap = self.ends
-        while heap:
-            end, _, request = heap[0]
-            if request._end == end and request._counter is self:
-                return end - self.steps
-            heappop(heap)  # preempted since, or already dead
-        return FOREVER
-
-    def outgrow(self, request: Request, left: int) -> None:
-        """Its reservation is used up: from here it grows block by block, ``left`` tokens more."""
-        self.reserved -= 1
-        request._reserved = 0
-        self._grows(request)
-        request._end = self.steps + left
-        heappush(self.ends, (request._end, request.id, request))
 
     def blocks_needed(self, steps: int) -> int:
         """Blocks that the next ``steps`` steps take from the pool."""
@@ -244,3 +241,52 @@ class Decodes:
                 break
             done += 1
         return done
+
+
+class Ends:
+    """When each member of a group gets its last token: true lengths, which nothing that a policy can reach refers to.
+
+    ``outputs``: true lengths by request id. A heap holds what comes next to each member, by the group's steps: its
+    answer ends, or its reservation does. Members that leave are not looked for in the heap; an entry is dropped when
+    it comes up and is not of the member's latest joining. Admission (`Live.rank`) and offset tell one joining from
+    another: who leaves the group and stays admitted misses a step, and so joins with another offset.
+    """
+
+    __slots__ = ("_group", "heap", "outputs")
+
+    def __init__(self, group: Decodes, outputs: Sequence[int]) -> None:
+        self.outputs = outputs
+        self._group = group
+        self.heap: list[tuple[int, int, int, int, Live]] = []  # steps of the group, request; rank, offset, the request
+
+    def add(self, request: Live) -> None:
+        """A request has joined the group."""
+        offset = request.offset
+        end = request.prompt_tokens + self.outputs[request.id] - 1 - offset
+        if request.reserved and request.reserved - offset < end:  # the reservation runs out before the answer does
+            end = request.reserved - offset
+        heappush(self.heap, (end, request.id, request.rank, offset, request))
+
+    def horizon(self) -> int:
+        """Steps until the next member's end; `FOREVER` without members."""
+        heap = self.heap
+        while heap:
+            end, _, rank, offset, request = heap[0]
+            if request.offset == offset and request.phase is DECODING and request.rank == rank:
+                return end - self._group.steps
+            heappop(heap)
+        return FOREVER
+
+    def due(self) -> Live | None:
+        """Take what comes first out of the heap, which is due: a member that has its last token now, or None.
+
+        None if the entry was of a member that has left, or of one whose reservation ends, which goes on without.
+        """
+        _, _, rank, offset, request = heappop(self.heap)
+        if request.offset != offset or request.phase is not DECODING or request.rank != rank:
+            return None
+        if offset + self._group.steps < request.prompt_tokens + self.outputs[request.id] - 1:
+            self._group.outgrow(request)
+            self.add(request)
+            return None
+        return request

@@ -16,8 +16,8 @@ step n+1, wait for step n, process its output. With the GPU's clock g and the bo
     g(n+1)        = max(g(n), launched(n+1)) + gpu                                      one CUDA graph
                   = max(max(g(n), launched(n+1) - launch) + gpu, launched(n+1) + tail)  kernel by kernel
 
-So when n lands is known only once n+1 is planned. Until then `_landing` is a name for that time: later than now, and
-exact where the host takes no time.
+So when n lands is known only once n+1 is planned. Each plan therefore owns a holder of that time (`When`), which its
+tokens refer to. Until n+1 is planned it says a time later than now, exact where the host takes no time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from __future__ import annotations
 from typing import Any
 
 from chairlift.backend.base import NO_HOST, WHOLE
-from chairlift.policies.base import Request
 from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, RunRecords, Status
+
+_SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
 class Engine(Planner):
@@ -39,7 +41,7 @@ class Engine(Planner):
     """
 
     __slots__ = (
-        *("_cancelled", "_count", "_decoded", "_flight", "_gpu_end", "_gpu_next", "_landing", "_plan", "_start"),
+        *("_cancelled", "_count", "_flight", "_gpu_end", "_gpu_next", "_latest", "_plan", "_start"),
         *("end", "records", "steps"),
     )
 
@@ -52,11 +54,10 @@ class Engine(Planner):
         self._count = 0  # steps until its end, one in flight included
         self._plan: Plan | None = None  # what runs; asynchronous: what runs after the step in flight
         self._flight: Plan | None = None  # asynchronous: the step that runs, committed already
-        self._landing = 0  # when the step in flight brings its tokens: exact once the one after it is planned
+        self._latest = NEVER  # when the latest step that is done brought its tokens
         self._gpu_end = 0  # when the GPU is done with it
         self._gpu_next = 0  # likewise the first step of `_plan`
-        self._cancelled: list[Request] = []  # to leave at the end of the run
-        self._decoded = 0  # asynchronous: when the group emitted last before the step in flight
+        self._cancelled: list[Live] = []  # to leave at the end of the run
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
@@ -85,17 +86,17 @@ class Engine(Planner):
                 self.end = now + plan.intake + plan.host.schedule + plan.host.launch
                 return self.end
             self.commit(plan, 1)
-            self._launch(plan, now, now + plan.gpu)
+            self._launch(plan, now, now + plan.gpu, now)
         flight = self._flight
         assert flight is not None
-        plan = self._plan = self.ask(now, self._landing)
+        plan = self._plan = self.ask(now, flight.when)
         alike = True
         if plan is None or plan.host is not NO_HOST or flight.host is not NO_HOST or plan.intake:
             alike = self._overlap(flight, plan, now)
         else:
-            self._gpu_next = self._landing + plan.gpu
+            self._gpu_next = flight.when.ps + plan.gpu
         self._count = 1
-        self.end = self._landing
+        self.end = flight.when.ps
         if plan is not None and plan.count > 1 and alike and not flight.ending:
             self._count = plan.count
             self.end += duration(plan.first, plan.slope, plan.count - 1)
@@ -109,14 +110,15 @@ class Engine(Planner):
                 count = steps_to_reach(now - self._start, plan.first, plan.slope)
                 begun = self._start
             else:
-                begun = self._landing
+                assert self._flight is not None
+                begun = self._flight.when.ps
                 count = 1 if now <= begun else 1 + steps_to_reach(now - begun, plan.first, plan.slope)
             if count < self._count:
                 self._count = count
                 self.end = begun + duration(plan.first, plan.slope, count - 1 if self._ahead else count)
         return self.end
 
-    def settle(self, now: int) -> list[Request]:
+    def settle(self, now: int) -> list[Live]:
         """Commit the run that ends now; the requests that ended with it."""
         plan, count = self._plan, self._count
         self.end = None
@@ -130,41 +132,37 @@ class Engine(Planner):
             assert plan is not None
             self.commit(plan, count)
             self._record(plan, self._start, plan.first, count, plan.row)
-            self._announce(plan, now)
+            plan.when.ps = now
+            self._latest = plan.when
             self._deliver(plan, now)
             done = self.complete(plan, now) if plan.ending else NOBODY
         else:
             flight, state = self._flight, self.state
             assert flight is not None
-            landing = self._landing
+            landing = flight.when.ps
+            start, row = flight.air
             if flight.undelivered or flight.late_gaps:
-                start, row = flight.air
                 self._record(flight, start, landing - start, 1, row)
-            else:  # as `_record`, without the detour
-                start, row = flight.air
+            else:
                 self.steps += 1
                 self.records.rows.frombytes(PACK_RUN(start, landing - start, 0, 1, *row))
             if flight.emitting:
                 self._deliver(flight, landing)
             done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
             self._flight = None
+            self._latest = flight.when
             if plan is not None:
                 self.commit(plan, count)
                 if count > 1:
                     self._record(plan, landing, plan.first, count - 1, plan.row)
                     gpu = plan.gpu + (count - 1) * plan.gpu_slope
-                    self._launch(plan, now, now - plan.host.update + gpu, before=count - 1)
+                    self._launch(plan, now, now - plan.host.update + gpu, now, at(now))
                 elif plan.host is not NO_HOST or self._gpu_next <= now:
-                    self._launch(plan, now, self._gpu_next)
+                    self._launch(plan, now, self._gpu_next, now)
                 else:  # as `_launch`, without the detour
                     self._flight = plan
-                    self._landing = self._gpu_end = landing = self._gpu_next
+                    self._gpu_end = plan.when.ps = self._gpu_next
                     plan.air = (now, plan.row)
-                    if plan.decoding:
-                        self._decoded = state.decoded_at
-                        state.decoded_at = landing
-                    if plan.emitting:
-                        self._announce(plan, landing)
         if self._cancelled:
             self._let_go(now)
         return done
@@ -175,7 +173,7 @@ class Engine(Planner):
         for request in cancelled:
             self._strike(request, now)
 
-    def cancel(self, request: Request, now: int) -> None:
+    def cancel(self, request: Live, now: int) -> None:
         """The client has given up on a request that is here; a running one leaves at the next boundary.
 
         The caller cuts the run, or plans if the replica is idle.
@@ -185,13 +183,13 @@ class Engine(Planner):
         else:
             self._strike(request, now)
 
-    def abort(self, now: int) -> list[Request]:
+    def abort(self, now: int) -> list[Live]:
         """The replica fails: steps done by now count, all else is lost with it. The requests it held, to go elsewhere.
 
         They keep the tokens that their clients have. The engine is of no use afterwards.
         """
         state, plan = self.state, self._plan
-        begun = self._landing if self._ahead else self._start
+        begun = self._flight.when.ps if self._flight is not None else self._start
         cancelled, self._cancelled = self._cancelled, []  # they gave up after the boundary that is settled here
         if self.end is not None and plan is not None and self._count > 1 and now >= begun:
             whole = steps_to_reach(now - begun + 1, plan.first, plan.slope) - 1
@@ -203,27 +201,22 @@ class Engine(Planner):
         state.release()
         self._answer_batch(now)
         flight = self._flight
-        decoded = self._decoded if flight is not None and flight.decoding else state.decoded_at
         lost = [*state.admitted.values(), *state.waiting]
         for request in lost:
             flying = self._flies(request)
-            decodes = request._counter is not None
-            if decodes:
-                state.group.leave(request)
-            request._emitted -= flying
-            if flight is not None and request in flight.emitting:
-                request._last = (flight.gaps or {}).get(request.id, request._last)
-            elif decodes or flying:  # the time of its latest token was not kept, or is that of the one in flight
-                unborn = flight is not None and request._last == self._landing
-                request._last = max(0 if unborn else request._last, decoded)
-            request.restart()
+            if request.group is not None:
+                state.part(request, AWAY)
+            if flying:
+                assert flight is not None
+                self._unsay(flight, request)
+            request.depart()
         self.end = self._flight = self._plan = None
         return lost
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
         while True:
-            plan = self.ask(now, now)
+            plan = self.ask(now, self._latest if self._latest.ps == now else _SILENCE)
             if plan is not None or not (self.state.rejected or self.state.preempted):
                 return plan
 
@@ -247,58 +240,29 @@ class Engine(Planner):
         landing = max(gpu_end, launched) + flight.host.update
         if landing <= now:  # no two boundaries at once
             landing, alike = now + 1, False
-        if landing != self._landing:
-            self._rename(flight, landing)
+        flight.when.ps = landing
         return alike
 
-    def _rename(self, flight: Plan, landing: int) -> None:
-        """The step in flight lands at ``landing``: tell all who know that time by its name."""
-        name, self._landing = self._landing, landing
-        state = self.state
-        if state.decoded_at == name:
-            state.decoded_at = landing
-        for request in (*flight.emitting, *state.parked.values(), *state.evicted):
-            if request._last == name:
-                request._last = landing
-
-    def _launch(self, plan: Plan, start: int, gpu_end: int, now: int = 0, before: int = 0) -> None:
-        """Put the last committed step of ``plan``, which has ``before`` steps before it, in flight.
-
-        The records let it begin at ``start``. The name of its landing is later than ``now``, or than that.
-        """
+    def _launch(self, plan: Plan, start: int, gpu_end: int, now: int, before: When | None = None) -> None:
+        """Put the last committed step of ``plan`` in flight; the steps before it, if any, end at ``before``."""
         row = plan.row
         self._flight = plan
         self._gpu_end = gpu_end
-        self._landing = max(gpu_end + plan.host.update, max(now, start) + 1)
-        if plan.decoding:
-            self._decoded = start if before else self.state.decoded_at
-        if before:
+        landing = gpu_end + plan.host.update
+        plan.when.ps = landing if landing > now else now + 1
+        if before is not None:
+            plan.decoded_before, plan.fresh = before, {}
+            more = self._count - 1
             decodes, padded, context = row[2:5]
-            row = (*row[:4], context + before * (decodes + padded), 0, *row[6:9], row[9] + before * decodes, *row[10:])
+            row = (*row[:4], context + more * (decodes + padded), 0, *row[6:9], row[9] + more * decodes, *row[10:])
         plan.air = (start, row)
-        if plan.emitting:
-            self._announce(plan, self._landing)
-        elif plan.decoding:
-            self.state.decoded_at = self._landing
-
-    def _announce(self, plan: Plan, now: int) -> None:
-        """Let planning know when ``plan`` brings its tokens (its last committed step's end)."""
-        if plan.decoding:
-            self.state.decoded_at = now
-        first_token = self._requests.first_token
-        for request in plan.emitting:
-            if first_token[request.id] >= 0:  # it was preempted: the client waits for this token since its last
-                plan.gaps = plan.gaps or {}
-                plan.gaps[request.id] = request._last
-            request._last = now
 
     def _deliver(self, plan: Plan, now: int) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
-        gaps = plan.gaps
         first_token = self._requests.first_token
         for request in plan.emitting:
-            if gaps is not None and request.id in gaps:
-                self.records.gap_rows.extend((now - gaps[request.id], 1))
+            if first_token[request.id] >= 0:  # it was preempted: its client waits for this token since the one before
+                self.records.gap_rows.extend((now - request.before.ps, 1))
             else:
                 first_token[request.id] = now
 
@@ -313,7 +277,7 @@ class Engine(Planner):
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
 
-    def _flies(self, request: Request) -> bool:
+    def _flies(self, request: Live) -> bool:
         """Whether a token of ``request`` is in flight: planned, counted in what policies see, not brought yet."""
         flight = self._flight
         if flight is None:
@@ -322,30 +286,35 @@ class Engine(Planner):
             return True
         if not flight.decoding:
             return False
-        state = self.state
-        parked = request.id in state.parked and request._last == self._landing  # by the plan under way
-        return request._counter is not None or parked or request in state.evicted
+        if request.group is not None:  # who joined since the flight was committed is in `emitting`, or was parked
+            return request.id not in self.state.fresh
+        return request.last is flight.when  # parked or preempted by the plan under way
 
-    def _strike(self, request: Request, now: int) -> None:
+    def _unsay(self, flight: Plan, request: Live) -> None:
+        """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
+        own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
+        request.unsay(request.before if own else flight.decoded_before)
+
+    def _strike(self, request: Live, now: int) -> None:
         """A cancelled request leaves, between two steps."""
         state, flight = self.state, self._flight
         if self._requests.status[request.id] != Status.PENDING:
             return  # its last token came with the very step
         flying = self._flies(request)
+        if request.id in state.admitted:
+            del state.admitted[request.id]
+            state.vacate(request, AWAY)
+        elif request.phase is not HELD and request.phase is not AWAY:
+            state.withdraw(
+                request
+            )  # one that is held pays for its slot until the others of its batch have their answers
         if flying:
             assert flight is not None
+            self._unsay(flight, request)
             if request in flight.emitting:
                 flight.emitting.remove(request)
             else:
-                flight.undelivered += 1
+                flight.lose_gap(request.last.ps)
             if request in flight.ending:
                 flight.ending.remove(request)
-        if request.id in state.admitted:
-            del state.admitted[request.id]
-            state.vacate(request)
-        elif request in state.waiting:
-            state.withdraw(request)
-        request._emitted -= flying
         self.end_request(request, now, Status.TIMED_OUT)
-        if request in state.batch:  # it has its whole answer, and pays for a slot until the others have theirs
-            self._requests.emitted[request.id] = self._outputs[request.id]

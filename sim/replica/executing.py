@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from chairlift.backend.base import Batch, Executor, Host, Prompt, StepCost
-from chairlift.policies.base import PolicyError, Request
+from chairlift.policies.base import PolicyError
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.session_prompts import Turns
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
@@ -36,7 +37,7 @@ class Executing(Engine):
         self._asked: dict[int, tuple[int, int, int]] = {}  # plan (by id) → when, ps spent planning, attention pairs
         self._pairs = 0
 
-    def submit(self, request: Request, now: int) -> bool:  # noqa: D102 - documented in `Engine`, as those below
+    def submit(self, request: Live, now: int) -> bool:  # noqa: D102 - documented in `Engine`, as those below
         self._turns.arrived(request.id)
         return super().submit(request, now)
 
@@ -47,19 +48,19 @@ class Executing(Engine):
             plan = self._ask_until(now)
             if plan is not None:
                 self.commit(plan, 1)
-                self._launch(plan, now, now + 1)
+                self._launch(plan, now, now + 1, now)
         end = None if self._ahead and self._flight is None else super().begin(now)
         if end is None:
             self._clock = None
         return end
 
-    def settle(self, now: int) -> list[Request]:  # noqa: D102
+    def settle(self, now: int) -> list[Live]:  # noqa: D102
         began = time.perf_counter_ns()
         done = super().settle(now)
         self.records.measured[-1] = (time.perf_counter_ns() - began) * 1000
         return done
 
-    def ask(self, now: int, start: int) -> Plan | None:  # noqa: D102
+    def ask(self, now: int, start: When) -> Plan | None:  # noqa: D102
         began = time.perf_counter_ns()
         self._turns.look()
         plan = super().ask(now, start)
@@ -75,12 +76,12 @@ class Executing(Engine):
         """Wait for the step in flight, ``plan`` being launched behind it; the next one does not come at its pace."""
         landing = max(now + 1, now + flight.gpu + self._wait(flight))  # `gpu`: what the policy paused
         self._gpu_next = landing + 1
-        self._rename(flight, landing)
+        flight.when.ps = landing
         return False
 
     def _execute(self, batch: Batch) -> StepCost:
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
-        self._pairs = sum(t * (2 * r._offset + t + 1) // 2 for r, t in self.state.chunks)
+        self._pairs = sum(t * (2 * r.stored + t + 1) // 2 for r, t in self.state.chunks)
         try:
             self._executor.launch(batch._replace(members=_Members(self.state, self._turns)))
         except RuntimeError as error:  # more sequences than it has room for
@@ -107,16 +108,16 @@ class _Members:
         self.prompts = [
             Prompt(
                 r.id,
-                r._offset,
+                r.stored,
                 tokens,
-                r.pad if r._offset == 0 else 0,
-                r._offset + tokens >= r.prompt_tokens + r._emitted,
+                r.pad if r.stored == 0 else 0,
+                r.stored + tokens >= r.prompt_tokens + r.produced,
             )
             for r, tokens in state.chunks
         ]
         decoding = state.whole or bool(state.ran)
-        self.decodes = [r.id for r in state.admitted.values() if r._counter is not None] if decoding else []
-        self.dead = [r.id for r in state.batch if r._counter is not None] if decoding else []
+        self.decodes = [r.id for r in state.admitted.values() if r.group is not None] if decoding else []
+        self.dead = [r.id for r in state.batch] if decoding else []
 
     def table(self, request: int) -> Sequence[int] | None:
         """The pool's blocks of a request."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from chairlift.policies.base import PolicyError, Request
+from chairlift.policies.base import PolicyError
+from chairlift.sim.replica.request import Live
 
 PS_PER_GB_S = 1000  # ps a byte at 1e9 bytes a second
 
@@ -27,7 +28,7 @@ class HostMemory:
         self._outgoing = 0  # blocks that leave before the next step
         self._incoming = 0
 
-    def put(self, request: Request, tokens: int) -> bool:
+    def put(self, request: Live, tokens: int) -> bool:
         """Take in the KV of a preempted request's first ``tokens`` tokens; False if there is no room."""
         blocks = -(-tokens // self._block_size)
         if not 0 < blocks <= self.free:
@@ -35,19 +36,19 @@ class HostMemory:
         self.free -= blocks
         self._outgoing += blocks
         self.busy = True
-        request.swapped = request._loaded = tokens
+        request.swap_out(tokens)
         return True
 
-    def fetch(self, request: Request) -> None:
+    def fetch(self, request: Live) -> None:
         """A swapped request starts again: its KV moves back."""
         self._incoming += -(-request.swapped // self._block_size)
         self.busy = True
         self.drop(request)
 
-    def drop(self, request: Request) -> None:
+    def drop(self, request: Live) -> None:
         """A request's swapped KV is of no more use."""
         self.free += -(-request.swapped // self._block_size)
-        request.swapped = 0
+        request.swap_in()
 
     def delay(self, step_ps: int) -> int:
         """By how much the moves that are due lengthen a step of ``step_ps``; they are then done."""
@@ -64,7 +65,7 @@ class NoLink(HostMemory):
 
     __slots__ = ()
 
-    def put(self, request: Request, tokens: int) -> bool:
+    def put(self, request: Live, tokens: int) -> bool:
         """Raises `PolicyError`: nobody can say how long the move takes."""
         raise PolicyError("a policy swaps KV to host memory, but host_gb_per_s of the GPU is unknown: give it")
 

@@ -9,15 +9,17 @@ Whether steps are priced or run makes no difference to it: `JournalExecuting` is
 those of the clock, which there is the wall clock.
 """
 
+# mypy: disable-error-code="override"
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from struct import Struct
 from typing import Any
 
-from chairlift.policies.base import Request
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.executing import Executing
+from chairlift.sim.replica.request import HELD, Live
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Kind, Status
@@ -43,13 +45,13 @@ class JournalStep(ReplicaStep):
         self._denied = 0
         self._needy = -1
 
-    def fits(self, request: Request, tokens: int) -> bool:  # noqa: D102 - documented in the contract, as all below
+    def fits(self, request: Live, tokens: int) -> bool:  # noqa: D102 - documented in the contract, as all below
         fits = super().fits(request, tokens)
         if not fits:
             self._deny(request, tokens)
         return fits
 
-    def admit(self, request: Request, tokens: int, reserve: int | None = None, *more: Any, **named: Any) -> bool:  # noqa: D102
+    def admit(self, request: Live, tokens: int, reserve: int | None = None, *more: Any, **named: Any) -> bool:  # noqa: D102
         hit = self.pool.hit(request)
         left = request.remaining - hit
         admitted = super().admit(request, tokens, reserve, *more, **named)
@@ -59,7 +61,7 @@ class JournalStep(ReplicaStep):
             self._deny(request, hit + tokens if reserve is None else reserve)
         return admitted
 
-    def run(self, request: Request, tokens: int) -> bool:  # noqa: D102
+    def run(self, request: Live, tokens: int) -> bool:  # noqa: D102
         ran = super().run(request, tokens)
         if not ran:
             self._needy = request.id
@@ -68,11 +70,12 @@ class JournalStep(ReplicaStep):
     def decode_all(self) -> bool:  # noqa: D102
         back = list(self.parked)
         granted = super().decode_all()
-        for i in back:
-            self.write(self.now, self.row(), Kind.JOIN, i, -1, 0)
         if not granted:
             self._needy = -1
-        return granted
+            return False
+        for i in back:
+            self.write(self.now, self.row(), Kind.JOIN, i, -1, 0)
+        return True
 
     def arrange(self) -> None:
         """Write down who is left out of the decodes, and who is taken in again."""
@@ -86,12 +89,12 @@ class JournalStep(ReplicaStep):
             if i not in self.parked:
                 self.write(self.now, row, Kind.JOIN, i, -1, 0)
 
-    def preempt(self, request: Request, *more: Any, **named: Any) -> None:  # noqa: D102
+    def preempt(self, request: Live, *more: Any, **named: Any) -> None:  # noqa: D102
         lost = request.computed
         super().preempt(request, *more, **named)
         self.write(self.now, self.row(), Kind.PREEMPT, request.id, self._needy, lost)
 
-    def _deny(self, request: Request, tokens: int) -> None:
+    def _deny(self, request: Live, tokens: int) -> None:
         self._denied += 1
         if self._denied <= DENIALS:
             free = self.pool.free
@@ -121,13 +124,13 @@ class JournalEngine(Engine):
         """The row of what is planned now: a step in flight has the one before it."""
         return self._row() + (self._flight is not None)
 
-    def submit(self, request: Request, now: int) -> bool:
+    def submit(self, request: Live, now: int) -> bool:
         """As `Engine.submit`."""
         planned = self.end is not None and self._plan is not None  # without it
         self.write(now, self._row_to_come() + planned, Kind.ARRIVE, request.id, -1, len(self.state.waiting))
         return super().submit(request, now)
 
-    def settle(self, now: int) -> list[Request]:
+    def settle(self, now: int) -> list[Live]:
         """As `Engine.settle`; the first row that it records is that of the chunks planned last."""
         plan = self._flight if self._ahead else self._plan
         if plan is not None and plan.chunks:
@@ -137,7 +140,7 @@ class JournalEngine(Engine):
                 self.write(start, row, Kind.CHUNK, request.id, -1, tokens)
         return super().settle(now)
 
-    def abort(self, now: int) -> list[Request]:
+    def abort(self, now: int) -> list[Live]:
         """As `Engine.abort`."""
         lost = super().abort(now)
         row = self._row()
@@ -145,12 +148,12 @@ class JournalEngine(Engine):
             self.write(now, row, Kind.LOST, request.id, -1, 0)
         return lost
 
-    def end_request(self, request: Request, now: int, status: Status) -> None:
+    def end_request(self, request: Live, now: int, status: Status) -> None:
         """As `Planner.end_request`."""
         records = self._requests
         before = records.status[request.id]
         super().end_request(request, now, status)
-        if request._counter is not None:
+        if request.phase is HELD:
             return  # its client has given up, but its slot is paid for until its batch returns: then comes this again
         became = records.status[request.id]
         at = now if before == Status.PENDING else records.finished[request.id]
@@ -159,7 +162,7 @@ class JournalEngine(Engine):
         kind = Kind.HANDOVER if became == Status.PENDING else Kind.END
         self.write(at, row, kind, request.id, -1, became)
 
-    def complete(self, plan: Plan, now: int) -> list[Request]:
+    def complete(self, plan: Plan, now: int) -> list[Live]:
         """As `Planner.complete`."""
         if self.scheduler.batch_synchronous:
             row = self._row()

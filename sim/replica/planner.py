@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from heapq import heappop
 from typing import ClassVar, NoReturn
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
-from chairlift.policies.base import FOREVER, PolicyError, Request, Scheduler
-from chairlift.sim.replica.counting_pool import CountingPool, admission
+from chairlift.policies.base import FOREVER, PolicyError, Scheduler
+from chairlift.sim.replica.counting_pool import CountingPool, Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
+from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
 from chairlift.sim.results.records import RequestRecords, Status
@@ -23,8 +23,9 @@ class Planner:
     """
 
     __slots__ = (  # beyond thirty attributes a dict is slow
-        *("_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_finish", "_intake", "_outputs", "_requests"),
-        *("_room", "backend", "handover", "index", "leap", "max_model_len", "pool", "scheduler", "state"),
+        *("_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_ends", "_finish", "_holds", "_intake"),
+        *("_promised", "_requests", "_room", "backend", "handover", "index", "leap", "max_model_len", "pool"),
+        *("scheduler", "state"),
     )
     step_type: ClassVar[type[ReplicaStep]] = ReplicaStep
 
@@ -38,7 +39,7 @@ class Planner:
         max_model_len: int,
         index: int = 0,
         leap: bool = True,
-        finish: Callable[[Request, int], None] | None = None,
+        finish: Callable[[Live, int], None] | None = None,
         host: HostMemory | None = None,
     ) -> None:
         if scheduler.asynchronous and scheduler.batch_synchronous:
@@ -49,36 +50,41 @@ class Planner:
         self.index = index
         self.leap = leap
         self.max_model_len = max_model_len
-        self.state = self.step_type(scheduler, backend, pool, requests, outputs, max_model_len, host)
+        self.state = self.step_type(scheduler, backend, pool, max_model_len, host)
         self._ahead = scheduler.asynchronous
+        self._holds = scheduler.batch_synchronous  # finished requests keep their slot
         self._requests = requests
-        self._outputs = outputs
+        self._ends = Ends(self.state.group, outputs)
+        self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
         self._room = pool.total * pool.block_size  # tokens
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
         self._cost = backend.step
         self._arrival, self._arrival_token = backend.arrival, backend.arrival_token
         self._intake = 0  # ps of host time to take in those that have come
-        self.handover: Callable[[Request], bool] | None = None  # takes a request over that has all its tokens from here
+        self.handover: Callable[[Live], bool] | None = None  # takes a request over that has all its tokens from here
 
-    def submit(self, request: Request, now: int) -> bool:
+    def submit(self, request: Live, now: int) -> bool:
         """Take a request in; False if it can never fit (it has then ended, rejected).
 
         The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
         """
         self._requests.replica[request.id] = self.index
-        final = request.prompt_tokens + self._outputs[request.id]
+        final = request.prompt_tokens + self._ends.outputs[request.id]
         if final > self.max_model_len or final - 1 > self._room:
             self.end_request(request, now, Status.REJECTED)
             return False
+        if request.phase is AWAY:
+            request.queue()
         self.state.waiting.append(request)
         self._intake += self._arrival + self._arrival_token * request.prompt_tokens
         return True
 
-    def ask(self, now: int, start: int) -> Plan | None:
+    def ask(self, now: int, start: When) -> Plan | None:
         """What the policy wants of the steps that start at ``start``; None if nothing.
 
-        With a step in flight, ``start`` is the name of the time at which that one brings its tokens.
+        ``start`` is the holder of that time: the end of the step in flight, or of the run before. Decodes whose last
+        token came with another step are late, and their gaps are kept one by one.
         """
         state = self.state
         state.open(now)
@@ -90,6 +96,14 @@ class Planner:
             self._fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
         if state.released:
             self._answer_batch(now)
+        if state.started:
+            records = self._requests
+            for request, hit in state.started:
+                if records.admitted[request.id] < 0:
+                    records.admitted[request.id] = now
+                    records.cached_tokens[request.id] = hit
+        if state.moved or state.pledges:
+            self._settle()
         if state.rejected or state.preempted:
             vouched = 1  # the queue has changed
             for request in state.rejected:
@@ -100,7 +114,12 @@ class Planner:
         if state.ran:
             state.arrange()
             decoding = True
-        elif not decoding and not chunks:
+        if state.rejoined:
+            for request in state.rejoined:
+                if request.group is group:  # else this very plan has preempted it, or left it out again
+                    self._ends.add(request)
+            state.rejoined = []
+        if not decoding and not chunks:
             return None
         if decoding:
             decodes, context, dead = group.live, group.context, group.dead
@@ -108,7 +127,7 @@ class Planner:
             decodes = context = dead = 0
         prefills: tuple[Chunk, ...] = ()
         if chunks:
-            prefills = tuple([new(Chunk, (r._offset, t)) for r, t in chunks])
+            prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
         padded = dead + state.padding
         batch = new(Batch, (prefills, decodes, context, padded, None))
         cost = self._cost(_as_decodes(chunks, batch) if state.resumed else batch)
@@ -120,11 +139,11 @@ class Planner:
             state.slept += state.host.delay(first)
         leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
-            count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), group.horizon())
+            count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
             if count > 1 and group.growing:
                 count = group.steps_within(count, self.pool.free + state.taken)
         late, late_gaps = 0, NO_GAPS
-        if decoding and (state.fresh or state.decoded_at != start):
+        if decoding and (state.fresh or state.decoded_at is not start):
             late, late_gaps = self._late(start, decodes)
         row = (
             len(chunks),
@@ -137,7 +156,7 @@ class Planner:
             len(state.waiting),
             self.pool.total - self.pool.free,
             state.kv_tokens,
-            state.promised,
+            self._promised,
             state.preempted,
         )
         plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, cost)
@@ -151,80 +170,78 @@ class Planner:
         """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
         state = self.state
         group = state.group
-        outputs = self._outputs
-        ending: list[Request] = []
+        ends = self._ends
+        when = plan.when
+        ending: list[Live] = []
         if plan.decoding:
             if count > 1:
                 self.pool.decode_all(group, range(1, count))
             state.kv_tokens += count * group.live
-            state.promised -= count * group.reserved
+            self._promised -= count * group.reserved
             group.steps += count
             group.context += count * (group.live + group.dead)
+            plan.decoded_before, state.decoded_at = state.decoded_at, when
             if state.fresh:
-                state.fresh = {}
-            steps = group.steps
-            ends = group.ends
-            while ends and ends[0][0] <= steps:
-                end, _, request = heappop(ends)
-                if request._end != end or request._counter is not group:
-                    continue  # preempted since, or already dead
-                left = outputs[request.id] - (request._offset + steps - request.prompt_tokens + 1)
-                if left:
-                    group.outgrow(request, left)
-                else:
-                    ending.append(request)
-                    self._end(request)
+                plan.fresh, state.fresh = state.fresh, {}
+            heap, steps = ends.heap, group.steps
+            while heap and heap[0][0] <= steps:
+                due = ends.due()
+                if due is not None:
+                    ending.append(due)
+                    if self._holds:
+                        due.end(when)  # its slot is paid for until its batch returns
+                    else:
+                        group.leave(due, DRAINING, when)
         if plan.chunks:
-            emitting: list[Request] = []
+            emitting: list[Live] = []
             for request, tokens in plan.chunks:
-                request._offset += tokens
                 state.kv_tokens += tokens
-                if request._reserved:
-                    state.promised -= tokens
-                if request._offset < request.prompt_tokens + request._emitted:
+                if request.reserved:
+                    self._promised -= tokens
+                if not request.compute(tokens, when):
                     continue
                 del state.prefills[request.id]
-                request._emitted += 1
                 emitting.append(request)
-                if outputs[request.id] > request._emitted:
-                    state.join(request)
-                else:
-                    ending.append(request)
-                    self._end(request)
+                if ends.outputs[request.id] > request.produced:
+                    group.join(request)
+                    state.fresh[request.id] = request
+                    ends.add(request)
+                    continue
+                ending.append(request)
+                if self._holds:
+                    group.join(request)
+                request.drain()
             plan.emitting = emitting
         if ending:
             plan.ending = ending
 
-    def complete(self, plan: Plan, now: int) -> list[Request]:
+    def complete(self, plan: Plan, now: int) -> list[Live]:
         """The last committed step of ``plan`` is done: the requests whose last token it brought leave."""
         state = self.state
         if state.parked and self._ahead:
             for request in state.parked.values():
-                self.pool.computed(request, request._offset)
+                self.pool.computed(request, request.stored)
         ending = plan.ending
         if not ending:
             return ending
         if len(ending) > 1:
             ending.sort(key=admission)  # the order in which vLLM frees them, and so reuses their blocks
-        if self.scheduler.batch_synchronous:
+        if self._holds:
             for request in ending:
-                self._hold(request)
+                state.hold(request)
             return []
         ahead = self._ahead and self.pool.tracks
         for request in ending:
             if state.admitted.pop(request.id, None) is not None:
                 if ahead:
-                    self.pool.computed(request, request._offset)
-                if request._drains:
-                    state.dismiss(request)
-                else:
-                    state.vacate(request)
+                    self.pool.computed(request, request.stored)
+                state.dismiss(request)
             else:  # preempted while its last token was in flight
                 state.withdraw(request)
             self.end_request(request, now, Status.FINISHED)
         return ending
 
-    def end_request(self, request: Request, now: int, status: Status) -> None:
+    def end_request(self, request: Live, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""
         records = self._requests
         if records.status[request.id]:  # pending no more
@@ -233,53 +250,48 @@ class Planner:
             return
         if self.handover is not None and status is Status.FINISHED and self.handover(request):
             return
-        records.end(request, now, status)
-        if self.state.releases and request._counter is None:  # else its slot is paid for until its batch returns
+        records.end(request, now, status, request.last.ps)
+        if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
             self.backend.release(request.id)
         if self._finish is not None:
             self._finish(request, now)
 
-    def _end(self, request: Request) -> None:
-        """The last token of ``request`` comes with the step that is being committed."""
+    def _settle(self) -> None:
+        """Draw what verbs only wrote down: whose KV moves, and how many reserved tokens will be filled."""
         state = self.state
-        request._end = 0
-        if self._ahead:
-            if request._counter is not None:
-                state.drain(request)
-            request._drains = True
-        elif request._counter is None and self.scheduler.batch_synchronous:
-            state.group.join(request, 1)  # it pays for a dead slot like the others
+        for request, tokens, out in state.moved:
+            self._requests.moved(request, tokens, out)
+        for request, reserved, computed, sign in state.pledges:
+            final = request.prompt_tokens + self._ends.outputs[request.id] - 1
+            self._promised += sign * max(0, min(reserved, final) - computed)
+        state.moved, state.pledges = [], []
 
-    def _hold(self, request: Request) -> None:
-        """A finished request keeps its slot until its batch returns."""
-        state = self.state
-        if not request._reserved:
-            request._blocks = self.pool.blocks(request.computed)
-        state.group.die(request)
-        request._end = request._reserved = 0
-        del state.admitted[request.id]
-        state.batch.append(request)
+    @property
+    def promised(self) -> int:
+        """Reserved tokens that will be filled."""
+        self._settle()
+        return self._promised
 
     def _answer_batch(self, now: int) -> None:
         released, self.state.released = self.state.released, []
         for request in released:
             self.end_request(request, now, Status.FINISHED)
 
-    def _late(self, start: int, decodes: int) -> tuple[int, list[int]]:
+    def _late(self, start: When, decodes: int) -> tuple[int, list[int]]:
         """How many decodes did not emit at ``start``; when they last did, and how many of them, as flat rows."""
         state = self.state
         gaps: list[int] = []
         late = 0
         old = decodes
         for request in state.fresh.values():
-            if request._counter is None:
+            if request.group is None:
                 continue  # preempted or parked since
             old -= 1
-            if request._last != start:
-                gaps += (request._last, 1)
+            if request.last is not start:
+                gaps += (request.last.ps, 1)
                 late += 1
-        if old > 0 and state.decoded_at != start:
-            gaps += (state.decoded_at, old)
+        if old > 0 and state.decoded_at is not start:
+            gaps += (state.decoded_at.ps, old)
             late += old
         return late, gaps
 
@@ -287,9 +299,9 @@ class Planner:
         raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
 
 
-def _as_decodes(chunks: list[tuple[Request, int]], batch: Batch) -> Batch:
+def _as_decodes(chunks: list[tuple[Live, int]], batch: Batch) -> Batch:
     """``batch`` with those as decodes who lack one token, the latest that they emitted: what a kernel sees of them."""
-    last = [t == 1 and r._emitted > 0 and r._offset + 1 == r.prompt_tokens + r._emitted for r, t in chunks]
+    last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
     prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
     starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
     return batch._replace(prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts))

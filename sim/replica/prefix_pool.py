@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from chairlift.policies.base import Request
 from chairlift.sim.replica.counting_pool import CountingPool, Decodes, admission
+from chairlift.sim.replica.request import Live
 from chairlift.sim.workload.trace import Trace
 
 OWN, GROUP, SESSION, HASHED = range(4)
@@ -160,14 +160,14 @@ class PrefixPool(CountingPool):
     def publishes(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`
         return self._identity.answers_too
 
-    def hit(self, request: Request) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
-        return max(request._loaded, len(self._look_up(request)[1]) * self.block_size)
+    def hit(self, request: Live) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
+        return max(request.loaded, len(self._look_up(request)[1]) * self.block_size)
 
-    def need(self, request: Request, tokens: int) -> int:  # noqa: D102
+    def need(self, request: Live, tokens: int) -> int:  # noqa: D102
         _, blocks, free = self._look_up(request)
         return -(-tokens // self.block_size) - len(blocks) + free
 
-    def open(self, request: Request, tokens: int) -> None:  # noqa: D102
+    def open(self, request: Live, tokens: int) -> None:  # noqa: D102
         table = self._look_up(request)[1]
         users, stale = self._users, self._stale
         for block in table:
@@ -178,19 +178,18 @@ class PrefixPool(CountingPool):
         number = request.id
         self._tables[number] = table
         self._done[number] = self._public[number] = len(table)
-        request._blocks = -(-tokens // self.block_size)
-        self._take(table, request._blocks - len(table))
+        self._take(table, -(-tokens // self.block_size) - len(table))
 
-    def extend(self, request: Request, tokens: int) -> bool:  # noqa: D102
-        more = -(-tokens // self.block_size) - request._blocks
+    def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
+        table = self._tables[request.id]
+        more = -(-tokens // self.block_size) - len(table)
         if more > self.free:
             return False
         if more > 0:
-            self._take(self._tables[request.id], more)
-            request._blocks += more
+            self._take(table, more)
         return True
 
-    def decode_one(self, request: Request, need: int) -> None:  # noqa: D102
+    def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
         computed = request.computed
         if need:
             self._take(self._tables[request.id], 1)
@@ -211,13 +210,13 @@ class PrefixPool(CountingPool):
                 for request in order:
                     self._take(tables[request.id], 1)
                     if late and publish:
-                        self.computed(request, request._offset + step)
+                        self.computed(request, request.offset + step)
             if publish and not late:
                 filling = members[(-step - 1) % size]  # their next token fills one
                 for request in filling.values():
-                    self.computed(request, request._offset + step + 1)
+                    self.computed(request, request.offset + step + 1)
 
-    def computed(self, request: Request, tokens: int) -> None:  # noqa: D102
+    def computed(self, request: Live, tokens: int) -> None:  # noqa: D102
         full = tokens // self.block_size
         number = request.id
         if full > self._done[number]:
@@ -226,7 +225,7 @@ class PrefixPool(CountingPool):
             if shareable:
                 self._publish(number, min(full, shareable))
 
-    def leaning(self, request: Request, admitted: dict[int, Request]) -> Iterator[Request]:  # noqa: D102
+    def leaning(self, request: Live, admitted: dict[int, Live]) -> Iterator[Live]:  # noqa: D102
         number = request.id
         begin, end = request.computed // self.block_size, self._public[number]
         if self._forgets and begin < end:
@@ -235,7 +234,7 @@ class PrefixPool(CountingPool):
                 while self._users[block] > 1:
                     yield next(r for r in reversed(admitted.values()) if block in tables[r.id])
 
-    def preempted(self, request: Request, decoding: bool, planned: bool) -> None:  # noqa: D102
+    def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
         number = request.id
         full = self._done[number]
         if decoding:
@@ -248,7 +247,7 @@ class PrefixPool(CountingPool):
     def table(self, request: int) -> list[int]:  # noqa: D102
         return self._tables[request]
 
-    def close(self, request: Request, blocks: int) -> None:  # noqa: D102
+    def close(self, request: Live, tokens: int) -> None:  # noqa: D102
         number = request.id
         table = self._tables.pop(number)
         public = self._public.pop(number)
@@ -266,7 +265,6 @@ class PrefixPool(CountingPool):
                 if users[block] == 0:
                     queue.append(block)
                     self.free += 1
-        request._blocks = 0
         self._found = None
 
     def _publish(self, number: int, upto: int) -> None:
@@ -290,7 +288,7 @@ class PrefixPool(CountingPool):
         self._public[number] = upto
         self._found = None
 
-    def _take_back(self, request: Request, full: int) -> None:
+    def _take_back(self, request: Live, full: int) -> None:
         """Let only the first ``full`` blocks of a request be found; the others will not be filled."""
         number = request.id
         for block in self._tables[number][full : self._public[number]]:
@@ -299,7 +297,7 @@ class PrefixPool(CountingPool):
             self._found = None
         self._public[number] = min(self._public[number], full)
 
-    def _look_up(self, request: Request) -> tuple[int, list[int], int]:
+    def _look_up(self, request: Live) -> tuple[int, list[int], int]:
         """The blocks that hold a waiting request's leading tokens; the last known token is computed in any case."""
         found = self._found
         if found is not None and found[0] == request.id:
@@ -307,7 +305,7 @@ class PrefixPool(CountingPool):
         blocks: list[int] = []
         free = 0
         number = request.id
-        full = (request.prompt_tokens + request._emitted - 1) // self.block_size
+        full = (request.prompt_tokens + request.produced - 1) // self.block_size
         if not request.preemptions:
             full = min(full, self._identity.shareable[number])
         cached, key_of, users = self._cached, self._identity.key, self._users

@@ -1,5 +1,8 @@
 """The step that a policy plans: the verbs of `policies.base.Step`, checked, over one replica's requests and blocks."""
 
+# A policy hands back requests that it was shown, all of which are `Live`.
+# mypy: disable-error-code="override"
+
 from __future__ import annotations
 
 from collections import deque
@@ -7,21 +10,29 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.policies.base import PolicyError, Preemption, Request, Running, Scheduler, Step
+from chairlift.policies.base import PolicyError, Preemption, Running, Scheduler, Step
 from chairlift.sim.replica.counting_pool import CountingPool, Decodes
 from chairlift.sim.replica.host_memory import HostMemory
+from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
 from chairlift.sim.replica.waiting_queue import OrderedQueue
-from chairlift.sim.results.records import RequestRecords
 
 
 class ReplicaStep(Step):
-    """One replica's requests, the blocks they hold, and the plan that its policy is making."""
+    """One replica's requests, the blocks they hold, and the plan that its policy is making.
 
-    __slots__ = (  # beyond thirty attributes a dict is slow
-        *("_admissions", "_admitted_before", "_outputs", "_requests", "admitted", "backend", "batch", "chunks"),
-        *("decoded_at", "evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals", "now"),
-        *("padding", "parked", "pool", "preempted", "prefills", "promised", "ran", "rejected", "released", "releases"),
-        *("resumed", "running", "scheduler", "slept", "taken", "tokens", "waiting", "wake", "whole"),
+    A policy can reach everything that this object refers to. So nothing here knows a true length, or refers to what
+    does: verbs whose consequences depend on one only write down what they did, and `Planner.ask` draws those
+    consequences once the policy has returned. In three steps: a policy admits A with a reservation of 100 tokens; the
+    step keeps ``(A, 100, 0, 1)`` in ``pledges``; the planner looks A's true length up, 70 tokens in all, and adds
+    70 to the tokens that are promised.
+    """
+
+    __slots__ = (  # a dict is slow beyond thirty attributes
+        *("_admissions", "_admitted_before", "admitted", "backend", "batch", "chunks", "decoded_at"),
+        *("evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals", "moved", "now"),
+        *("padding", "parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
+        *("releases", "resumed", "running", "scheduler", "slept", "started", "taken", "tokens", "waiting", "wake"),
+        "whole",
     )
 
     def __init__(
@@ -29,8 +40,6 @@ class ReplicaStep(Step):
         scheduler: Scheduler,
         backend: Backend,
         pool: CountingPool,
-        requests: RequestRecords,
-        outputs: Sequence[int],
         max_model_len: int,
         host: HostMemory | None = None,
     ) -> None:
@@ -41,35 +50,36 @@ class ReplicaStep(Step):
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.tracks)
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
-        self._requests = requests
-        self._outputs = outputs  # true lengths by request id: never shown to a policy
-        self.waiting: deque[Request] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
+        self.waiting: deque[Live] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self.now = 0
         self.more_arrivals = True
         self.max_model_len = max_model_len
-        self.admitted: dict[int, Request] = {}  # in order of admission
+        self.admitted: dict[int, Live] = {}  # in order of admission
         self.running: Running = self.admitted.values()
-        self.prefills: dict[int, Request] = {}  # of those: still lacking known tokens
-        self.parked: dict[int, Request] = {}  # of those: decoding, but left out of the latest decode step
-        self.batch: list[Request] = []  # finished, keeping their slot
+        self.prefills: dict[int, Live] = {}  # of those: still lacking known tokens
+        self.parked: dict[int, Live] = {}  # of those: decoding, but left out of the latest decode step
+        self.batch: list[Live] = []  # finished, keeping their slot
         self.kv_tokens = 0  # tokens stored
-        self.promised = 0  # reserved tokens that will be filled
-        self.decoded_at = 0  # ps, when the group emitted last
-        self.fresh: dict[int, Request] = {}  # joined the group since
+        self.decoded_at = NEVER  # when the group emitted last
+        self.fresh: dict[int, Live] = {}  # joined the group since
         self._admissions = self._admitted_before = 0  # ever, and by earlier plans
         # the plan
-        self.chunks: list[tuple[Request, int]] = []
-        self.ran: dict[int, Request] = {}  # decodes chosen one by one
+        self.chunks: list[tuple[Live, int]] = []
+        self.ran: dict[int, Live] = {}  # decodes chosen one by one
         self.whole = False  # decode_all was granted
         self.tokens = 0  # tokens planned
         self.padding = 0  # dead tokens planned beside them, dead slots apart
         self.taken = 0  # blocks taken for this step's decodes
         self.preempted = self.slept = 0
-        self.resumed = False  # somebody computes again who lacks but one token
+        self.resumed = False  # a chunk is the one token that a preempted request lacks: a kernel sees a decode
         self.wake: int | None = None
-        self.rejected: list[Request] = []
-        self.released: list[Request] = []
-        self.evicted: list[Request] = []  # preempted while planning: those that decoded
+        self.rejected: list[Live] = []
+        self.released: list[Live] = []
+        self.evicted: list[Live] = []  # preempted while planning: those that decoded
+        self.rejoined: list[Live] = []  # parked before, in the group again
+        self.started: list[tuple[Live, int]] = []  # admitted, and their tokens that need no computing
+        self.moved: list[tuple[Live, int, bool]] = []  # whose KV moves, tokens, whether out to host memory
+        self.pledges: list[tuple[Live, int, int, int]] = []  # whose, its reservation, computed; 1 made, -1 given up
 
     def open(self, now: int) -> None:
         """Start a new plan."""
@@ -83,6 +93,8 @@ class ReplicaStep(Step):
             self.evicted = []
         if self.rejected:
             self.rejected = []
+        if self.started:
+            self.started = []
         self.whole = self.resumed = False
         self.tokens = self.padding = self.taken = self.slept = 0
         self.wake = None
@@ -94,7 +106,7 @@ class ReplicaStep(Step):
         return self.group.live + len(self.parked)
 
     @property
-    def prefilling(self) -> Sequence[Request]:  # noqa: D102
+    def prefilling(self) -> Sequence[Live]:  # noqa: D102
         return list(self.prefills.values()) if self.prefills else []
 
     @property
@@ -121,10 +133,10 @@ class ReplicaStep(Step):
     def block_size(self) -> int:  # noqa: D102
         return self.pool.block_size
 
-    def cached_tokens(self, request: Request) -> int:  # noqa: D102 - see `__init__`
+    def cached_tokens(self, request: Live) -> int:  # noqa: D102 - see `__init__`
         return self.pool.hit(request)
 
-    def fits(self, request: Request, tokens: int) -> bool:  # noqa: D102
+    def fits(self, request: Live, tokens: int) -> bool:  # noqa: D102
         return self.pool.need(request, tokens) <= self.pool.free
 
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
@@ -137,18 +149,21 @@ class ReplicaStep(Step):
     # what a policy does
 
     def decode_all(self) -> bool:  # noqa: D102
-        if self.parked:
-            for request in self.parked.values():
-                self.join(request)
-            self.parked = {}
-        group = self.group
+        group, parked = self.group, self.parked
         if self.ran or self.whole:
             self._fail("decode_all after decodes were chosen already")
-        if group.live == 0 and group.dead == 0:
-            return True
         need = group.phases[-group.steps % group.block_size] if group.growing else 0
+        if parked:
+            need += sum(map(self._next_block, parked.values()))
         if need > self.pool.free:
             return False
+        if parked:
+            for request in parked.values():
+                self.join(request)
+            self.rejoined += parked.values()
+            self.parked = {}
+        elif group.live == 0 and group.dead == 0:
+            return True
         self.tokens += group.live
         if group.members is not None:
             self.pool.decode_all(group, range(1))
@@ -158,22 +173,22 @@ class ReplicaStep(Step):
         self.whole = True
         return True
 
-    def run(self, request: Request, tokens: int) -> bool:  # noqa: D102
+    def run(self, request: Live, tokens: int) -> bool:  # noqa: D102
         if request.id not in self.admitted:
             self._fail(f"run of {request}, which is not running")
         if not 1 <= tokens <= request.remaining:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         pool = self.pool
-        if request.id in self.prefills:
+        if request.phase is PREFILLING:
             if self.chunks and any(chosen is request for chosen, _ in self.chunks):
                 self._fail(f"run of {request} twice in one step")
-            upto = request._offset + tokens
+            upto = request.stored + tokens
             if not pool.extend(request, upto):
                 return False
             self.tokens += tokens
             if pool.tracks:
                 pool.computed(request, upto)
-            self.resumed |= tokens == 1 and request._emitted > 0 and request.remaining == 1
+            self.resumed |= tokens == 1 and request.produced > 0 and request.remaining == 1
             self.chunks.append((request, tokens))
             return True
         if self.whole or request.id in self.ran:
@@ -187,10 +202,10 @@ class ReplicaStep(Step):
         self.ran[request.id] = request
         return True
 
-    def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:  # noqa: D102
+    def admit(self, request: Live, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:  # noqa: D102
         pool = self.pool
-        hit = pool.hit(request) if pool.tracks else request._loaded
-        if not 1 <= tokens <= request.prompt_tokens + request._emitted - hit:
+        hit = pool.hit(request) if pool.tracks else request.loaded
+        if not 1 <= tokens <= request.prompt_tokens + request.produced - hit:
             self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
         if pad < 0:
             self._fail(f"a padding of {pad} tokens")
@@ -215,61 +230,52 @@ class ReplicaStep(Step):
         pool.open(request, upto)
         if pool.tracks:
             pool.computed(request, hit + tokens)
-        request._offset = hit
+        reserved = 0
+        if reserve is not None:
+            reserved = pool.blocks(reserve) * pool.block_size
+            self.pledges.append((request, reserved, hit, 1))
         self._admissions += 1
-        request._seq = self._admissions
-        records = self._requests
-        if records.admitted[request.id] < 0:
-            records.admitted[request.id] = self.now
-            records.cached_tokens[request.id] = hit
+        request.admit(hit, self._admissions, reserved, pad)
+        self.padding += pad
+        self.started.append((request, hit))
         self.kv_tokens += hit
         self.admitted[request.id] = request
         self.prefills[request.id] = request
-        if reserve is not None:
-            request._reserved = request._blocks * pool.block_size
-            self.promised += self._promise(request, hit)
-        if pad:
-            request.pad = pad
-            self.padding += pad
         self.chunks.append((request, tokens))
         return True
 
-    def preempt(self, request: Request, how: Preemption = "recompute") -> None:  # noqa: D102
+    def preempt(self, request: Live, how: Preemption = "recompute") -> None:  # noqa: D102
         if self.admitted.pop(request.id, None) is None:
             self._fail(f"preempt of {request}, which is not running")
         for other in self.pool.leaning(request, self.admitted):
             self.preempt(other)
         planned = self._unplan(request)
-        need = self._next_block(request) if planned else 0
-        self.taken -= need
-        decoding = request.id not in self.prefills
-        if decoding and (request._counter is not None or request._drains):
+        if planned:
+            self.taken -= self._next_block(request)
+        if request.group is not None or request.phase is DRAINING:
             self.evicted.append(request)
-        self.pool.preempted(request, decoding, planned)
-        self.vacate(request, need)
-        computed, request._offset, request._loaded = request._offset, 0, 0
+        self.pool.preempted(request, request.phase is not PREFILLING, planned)
+        self.vacate(request, WAITING, planned)
+        computed = request.requeue()
         if how == "swap":
             self._swap(request, computed)
         elif how != "recompute":
             self._fail(f"preempt of {request} by {how!r}; 'recompute' or 'swap'")
-        request.preemptions += 1
-        request.pad = 0
         if self.releases:
             self.backend.release(request.id)
         self.preempted += 1
         self.waiting.appendleft(request)
 
-    def reject(self, request: Request) -> None:  # noqa: D102
+    def reject(self, request: Live) -> None:  # noqa: D102
         self._leave_queue(request)
         self.rejected.append(request)
 
     def release(self) -> None:  # noqa: D102
         for request in self.batch:
-            computed = request.prompt_tokens + self._outputs[request.id] - 1
-            if request._counter is not None:
-                self.group.bury(request, computed)
-            self.kv_tokens -= computed
-            self.pool.close(request, request._blocks)
+            self.group.bury(request)
+            self.kv_tokens -= request.stored
+            self.pool.close(request, request.stored)
+            request.depart()
         self.released += self.batch
         self.batch = []
 
@@ -283,19 +289,19 @@ class ReplicaStep(Step):
             self._fail(f"wake_at {ps} ps: it is {self.now} ps already")
         self.wake = ps
 
-    def _resume(self, request: Request, hit: int) -> None:
+    def _resume(self, request: Live, hit: int) -> None:
         """A request starts whose first ``hit`` tokens are computed."""
-        self.resumed |= request._emitted > 0 and request.remaining == hit + 1
+        self.resumed |= request.produced > 0 and request.remaining == hit + 1
         if request.swapped:
-            self._requests.moved(request, request.swapped)
+            self.moved.append((request, request.swapped, False))
             self.host.fetch(request)
 
-    def _swap(self, request: Request, computed: int) -> None:
+    def _swap(self, request: Live, computed: int) -> None:
         """Keep what a request has computed in host memory, if there is room."""
         if self.scheduler.asynchronous:
             self._fail(f"preempt of {request} by swap while a step is under way")
         if self.host.put(request, computed):
-            self._requests.moved(request, computed, out=True)
+            self.moved.append((request, computed, True))
 
     # what the engine does with it
 
@@ -303,83 +309,73 @@ class ReplicaStep(Step):
         """Make the decode group what the plan chose one by one: park the rest, take the chosen in."""
         for request in self.admitted.values():
             chosen = request.id in self.ran
-            if chosen and request._counter is None:
+            if chosen and request.group is None:
                 del self.parked[request.id]
                 self.join(request)
-            elif not chosen and request._counter is not None:
+                self.rejoined.append(request)
+            elif not chosen and request.group is not None:
                 self.park(request)
 
-    def join(self, request: Request) -> None:
+    def join(self, request: Live) -> None:
         """Let a request decode with the group from the next step on."""
-        self.group.join(request, self._outputs[request.id] - request._emitted)
+        self.group.join(request)
         self.fresh[request.id] = request
 
-    def park(self, request: Request) -> None:
+    def park(self, request: Live) -> None:
         """Take a decoding request out of the group; it stays admitted."""
-        blocks = self._blocks_of(request)
-        request._last = max(request._last, self.decoded_at)
-        self.group.leave(request)
-        request._blocks = blocks
+        self.part(request, PARKED)
         self.parked[request.id] = request
 
-    def withdraw(self, request: Request) -> None:
+    def withdraw(self, request: Live) -> None:
         """Take a waiting request out that has ended."""
         self.waiting.remove(request)
         self.host.drop(request)
 
-    def drain(self, request: Request) -> None:
-        """Take a member out of the group whose last token is under way; it keeps its blocks until that is in."""
-        group = self.group
-        if not request._reserved:
-            request._blocks = -(-(request._offset + group.steps) // group.block_size)
-        group.leave(request)
+    def hold(self, request: Live) -> None:
+        """A member of the group has its answer, and keeps its slot until its batch returns."""
+        self.group.die(request)
+        del self.admitted[request.id]
+        self.batch.append(request)
 
-    def dismiss(self, request: Request) -> None:
+    def dismiss(self, request: Live) -> None:
         """Take back all that a drained request holds."""
-        if request._reserved:
-            self.promised -= self._promise(request, request._offset)
-            request._reserved = 0
-        self.kv_tokens -= request._offset
-        self.pool.close(request, request._blocks)
+        if request.reserved:
+            self.pledges.append((request, request.reserved, request.stored, -1))
+        self.kv_tokens -= request.stored
+        self.pool.close(request, request.stored)
 
-    def vacate(self, request: Request, planned: int = 0) -> None:
-        """Take back all that a request holds, which runs no more, ``planned`` blocks for this step's token too."""
-        blocks = self._blocks_of(request) + planned
-        if request._counter is not None:
-            request._last = max(request._last, self.decoded_at)
-            self.group.leave(request)
+    def vacate(self, request: Live, phase: Phase, planned: bool = False) -> None:
+        """Take back all that a request holds, which runs no more; of this step's token too if that was ``planned``."""
+        if request.group is not None:
+            self.part(request, phase)
         else:
             self.prefills.pop(request.id, None)
             self.parked.pop(request.id, None)
-        if request._reserved:
-            self.promised -= self._promise(request, request._offset)
-            request._reserved = 0
-        self.kv_tokens -= request._offset
-        self.pool.close(request, blocks)
+        if request.reserved:
+            self.pledges.append((request, request.reserved, request.stored, -1))
+        self.kv_tokens -= request.stored
+        self.pool.close(request, request.stored + planned)
 
-    def _blocks_of(self, request: Request) -> int:
-        grows = request._counter is not None and not request._reserved
-        return self.pool.blocks(request.computed) if grows else request._blocks
+    def part(self, request: Live, phase: Phase) -> None:
+        """Take a member out of the group; its latest token is the group's, unless it has joined since."""
+        self.group.leave(request, phase, None if request.id in self.fresh else self.decoded_at)
 
-    def _next_block(self, request: Request) -> int:
+    def _next_block(self, request: Live) -> int:
         """Blocks that a decoding request takes for one more token."""
-        return int(request.computed % self.pool.block_size == 0 and request.computed >= request._reserved)
+        computed = request.computed
+        return int(computed % self.pool.block_size == 0 and computed >= request.reserved)
 
-    def _promise(self, request: Request, computed: int) -> int:
-        final = request.prompt_tokens + self._outputs[request.id] - 1
-        return max(0, min(request._reserved, final) - computed)
-
-    def _unplan(self, request: Request) -> bool:
+    def _unplan(self, request: Live) -> bool:
         """Take a request out of the plan under way; whether a decode was planned for it."""
         if request.id in self.ran:
             del self.ran[request.id]
-        elif self.whole and request._counter is not None:
+        elif self.whole and request.group is not None:
             self.whole = self.group.live > 1 or self.group.dead > 0
         else:
             for i, (chosen, tokens) in enumerate(self.chunks):
                 if chosen is request:
                     self.tokens -= tokens
-                    if request._seq > self._admitted_before:  # only its first chunk is padded
+                    if request.rank > self._admitted_before:  # only its first chunk is padded
                         self.padding -= request.pad
                     del self.chunks[i]
                     break
@@ -387,7 +383,7 @@ class ReplicaStep(Step):
         self.tokens -= 1
         return True
 
-    def _leave_queue(self, request: Request) -> None:
+    def _leave_queue(self, request: Live) -> None:
         if request.swapped:
             self.host.drop(request)
         try:

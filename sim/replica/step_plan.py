@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isqrt
 
 from chairlift.backend.base import StepCost
-from chairlift.policies.base import Request
+from chairlift.sim.replica.request import NEVER, Live, When
 
 
 def duration(first: int, slope: int, steps: int) -> int:
@@ -29,7 +29,8 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
     return n
 
 
-NOBODY: list[Request] = []
+NOBODY: list[Live] = []
+NOBODY_ELSE: dict[int, Live] = {}
 NO_GAPS: list[int] = []
 
 
@@ -40,11 +41,12 @@ class Plan:
         "air",
         "chunks",
         "count",
+        "decoded_before",
         "decoding",
         "emitting",
         "ending",
         "first",
-        "gaps",
+        "fresh",
         "gpu",
         "gpu_slope",
         "host",
@@ -53,6 +55,7 @@ class Plan:
         "row",
         "slope",
         "undelivered",
+        "when",
     )
 
     def __init__(
@@ -60,7 +63,7 @@ class Plan:
         first: int,
         slope: int,
         count: int,
-        chunks: list[tuple[Request, int]],
+        chunks: list[tuple[Live, int]],
         decoding: bool,
         row: tuple[int, ...],
         late_gaps: list[int],
@@ -72,15 +75,26 @@ class Plan:
         self.chunks = chunks
         self.decoding = decoding
         self.row = row  # RUN_COLUMNS from `chunks` on
-        self.late_gaps = (
-            late_gaps  # decodes that did not emit just before, flat rows: time of their last token, how many
-        )
+        # decodes that did not emit just before: flat rows of (time of their last token, how many)
+        self.late_gaps = late_gaps
         self.gpu, self.gpu_slope, _, self.host = cost  # `gpu`: ps on the GPU, the first step's; pauses included
         self.intake = 0  # ps of host time for requests that have come
-        self.gaps: dict[int, int] | None = (
-            None  # of requests in `emitting` that have emitted before: when they last did
-        )
+        self.when = When()  # its last step brings its tokens; known once that step is done, or the one after it planned
+        self.decoded_before = NEVER  # when the group emitted before its last step
+        self.fresh = NOBODY_ELSE  # decodes of its last step that had joined the group since then
         self.undelivered = 0  # decodes of its last step whose client has given up
         self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it
+
+    def lose_gap(self, last_ps: int) -> None:
+        """A decode of its last step does not reach its client, who got the token before at ``last_ps``.
+
+        Of a late decode the gap stands in ``late_gaps``; all others have the duration of the step as their gap.
+        """
+        late = self.late_gaps
+        for i in range(0, len(late), 2):
+            if late[i] == last_ps:
+                late[i + 1] -= 1
+                return
+        self.undelivered += 1

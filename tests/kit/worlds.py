@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.policies.base import Request, Scheduler
+from chairlift.policies.base import Scheduler
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.build import make_pool
@@ -20,6 +20,7 @@ from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.host_memory import HostMemory
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords, Status
 from chairlift.sim.workload.trace import Trace
 
@@ -134,7 +135,7 @@ def check_books(world: World) -> None:
     for engine in world.engines:
         state, group = engine.state, engine.state.group
         assert engine.pool.free == engine.pool.total
-        assert (state.kv_tokens, state.promised, group.context, group.live, group.dead) == (0, 0, 0, 0, 0)
+        assert (state.kv_tokens, engine.promised, group.context, group.live, group.dead) == (0, 0, 0, 0, 0)
         assert not state.waiting
         assert state.host.free == state.host.blocks
         assert not state.host.busy
@@ -162,12 +163,12 @@ def play(
     oracle = sample.oracle
     guesses = None if sample.predictor is None else predictions(outputs, sample.predictor, 0).tolist()
 
-    def make(i: int) -> Request:
+    def make(i: int) -> Live:
         prompt = int(trace.prompt_tokens[i])
         cap = max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
         priority = 0 if trace.priority is None else int(trace.priority[i])
         tenant = 0 if trace.tenant is None else int(trace.tenant[i])
-        request = Request(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority, tenant)
+        request = Live(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority, tenant)
         request.predicted_tokens = guesses[i] if guesses else None
         return request
 
@@ -179,7 +180,7 @@ def play(
         policy = scheduler()
         pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identities={})
 
-        def finish(request: Request, now: int) -> None:
+        def finish(request: Live, now: int) -> None:
             replica.left(request)
             cluster.ended(request, now)
 

@@ -26,6 +26,7 @@ from chairlift.policies.routers import (
     ShortestQueue,
 )
 from chairlift.sim.conformance.router import PROMISES, check_router
+from chairlift.sim.replica.request import Live
 from chairlift.sim.study import Failures, Outage
 from chairlift.sim.workload.trace import HashIds
 from kit.clusters import check_endings, check_nothing_left, group, s, serve, setup_of
@@ -53,7 +54,7 @@ class View:
 
 
 def request(session: int = -1, hash_ids: list[int] | None = None, number: int = 0) -> Request:
-    made = Request(number, 0, 16, 16, session=session)
+    made = Live(number, 0, 16, 16, session=session)
     made.hash_ids = hash_ids or []
     return made
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chairlift.policies.base import Request, Scheduler
+from chairlift.policies.base import Scheduler
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import PrefixCacheMatters, StandInPool
 from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.request import Live
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from chairlift.sim.workload.formats import read as formats
@@ -81,7 +82,7 @@ def check_pool(world: World) -> None:
 
 @pytest.mark.parametrize("kind", [grouped, in_sessions], ids=["groups", "sessions"])
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     table=rows,
     size=st.integers(1, 6),
@@ -212,12 +213,12 @@ def lru_block_hits(trace: Trace, blocks: int) -> float:
     pool = PrefixPool(blocks, trace.hash_block, Identity(whole, trace.hash_block))
     found = 0
     for i, prompt in enumerate(whole.prompt_tokens.tolist()):
-        request = Request(i, 0, prompt, 1)
-        request._emitted = 1  # so that a full hit counts all of its blocks
+        request = Live(i, 0, prompt, 1)
+        request.produced = 1  # so that a full hit counts all of its blocks
         found += pool.hit(request)
         pool.open(request, prompt)
         pool.computed(request, prompt)
-        pool.close(request, request._blocks)
+        pool.close(request, prompt)
     return found / int(whole.prompt_tokens.sum())
 
 
@@ -240,11 +241,11 @@ def test_an_endless_cache_finds_what_the_traces_share(name: str) -> None:
     pool = PrefixPool(2_000_000, 64, Identity(trace, 64))
     found = 0
     for i, prompt in enumerate(trace.prompt_tokens.tolist()):
-        request = Request(i, 0, prompt, 1)
+        request = Live(i, 0, prompt, 1)
         found += pool.hit(request)
         pool.open(request, prompt)
         pool.computed(request, prompt)
-        pool.close(request, request._blocks)
+        pool.close(request, prompt)
 
     assert found / int(trace.prompt_tokens.sum()) == pytest.approx(published, abs=0.002)
 
@@ -279,4 +280,4 @@ def test_counting_stands_in_for_the_cache_only_until_somebody_is_preempted(
         assert np.array_equal(quick.requests.columns()[column], values), column
     if blocks == 300:
         with pytest.raises(PrefixCacheMatters):
-            StandInPool(10, 16).preempted(Request(0, 0, 1, 1), True, True)
+            StandInPool(10, 16).preempted(Live(0, 0, 1, 1), True, True)

@@ -10,10 +10,11 @@ import pytest
 
 from chairlift.backend import specs
 from chairlift.backend.base import Batch, Chunk, StepCost
-from chairlift.policies.base import PolicyError, Preemption, Request, Scheduler, Step
+from chairlift.policies.base import PolicyError, Preemption, Scheduler, Step
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_v0 import VllmV0
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
+from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import Status
 from chairlift.sim.study import Limits
 from kit.by_hand import TokenAPs, finished, first, rows, serve
@@ -152,7 +153,7 @@ def test_moving_a_block_takes_its_bytes_over_the_host_link() -> None:
 
 def test_host_memory_gives_back_what_it_took() -> None:
     host = HostMemory(blocks=3, block_ps=10, block_size=4)
-    one, other = (Request(i, 0, 20, 10) for i in range(2))
+    one, other = (Live(i, 0, 20, 10) for i in range(2))
 
     assert host.put(one, 9)  # 3 blocks
     assert not host.put(other, 1)

@@ -1,4 +1,4 @@
-"""Rows of one table are over one population: ITL of completed requests, shares of the pool, why requests were refused."""
+"""Rows of one table are over one population: ITL of completed requests, shares of the pool, requests refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trace files and result files of benchmarks: Bailian, AIPerf, Dynamo, vLLM's timed traces, GuideLLM, inference-perf."""
+"""Trace and result files of benchmarks: Bailian, AIPerf, Dynamo, vLLM's timed traces, GuideLLM, inference-perf."""
 
 from __future__ import annotations
 
