@@ -92,7 +92,8 @@ def test_25_a_request_costs_no_more_in_a_long_queue(policy: str) -> None:
         return (time.process_time() - begin) / requests
 
     short = min(cost(5_000) for _ in range(2))
-    assert min(cost(20_000) for _ in range(2)) <= 2 * short
+    most = 3 if policy == "mlfq" else 2  # see `tests/policies/test_backlog.py`
+    assert min(cost(20_000) for _ in range(2)) <= most * short
 
 
 def test_26_images_are_said_not_to_be_used_and_turns_wait() -> None:
@@ -100,10 +101,12 @@ def test_26_images_are_said_not_to_be_used_and_turns_wait() -> None:
     assert "columns not used: NumImages" in outcome.assumptions["workload"]
 
     trace = read_trace(case("26") / "aiperf2.jsonl")
-    assert trace.follows is not None and trace.think_ps is not None
+    assert trace.follows is not None
+    assert trace.think_ps is not None
     assert trace.follows.tolist() == [-1, 0, -1]
     assert trace.think_ps.tolist() == [0, 5 * 10**12, 0]
-    assert trace.session is not None and trace.session.tolist() == [0, 0, 1]
+    assert trace.session is not None
+    assert trace.session.tolist() == [0, 0, 1]
 
 
 def test_37_a_refused_request_says_why(tmp_path: Path) -> None:

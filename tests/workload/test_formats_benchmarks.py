@@ -66,8 +66,10 @@ def test_blocks_tell_mooncake_from_vllm(write: Callable[..., Path]) -> None:
 
     kimi, vllm = load(write(rows(512))), load(write(rows(16), "v.jsonl"))
 
-    assert kimi.source.endswith("(mooncake format)") and kimi.arrival_ps.tolist() == [0, 2 * MS]
-    assert vllm.source.endswith("(vllm_timed_trace format)") and vllm.arrival_ps.tolist() == [0, 2 * S]
+    assert kimi.source.endswith("(mooncake format)")
+    assert kimi.arrival_ps.tolist() == [0, 2 * MS]
+    assert vllm.source.endswith("(vllm_timed_trace format)")
+    assert vllm.arrival_ps.tolist() == [0, 2 * S]
     assert (kimi.hash_block, vllm.hash_block) == (512, 16)
     assert "timestamp read as seconds, as the vllm_timed_trace format has them" in vllm.notes
 
@@ -116,8 +118,10 @@ def test_bailian_is_in_seconds_with_blocks_of_16_and_chats_of_parents(write: Cal
 
     assert trace.source == "t.jsonl (bailian format)"
     assert trace.arrival_ps.tolist() == [1.5 * S, 2 * S, 61_114 * MS, 90 * S]
-    assert trace.session is not None and trace.session.tolist() == [0, 1, 0, 0]
-    assert ids(trace)[2] == [1, 2, 3, 4] and trace.hash_block == 16
+    assert trace.session is not None
+    assert trace.session.tolist() == [0, 1, 0, 0]
+    assert ids(trace)[2] == [1, 2, 3, 4]
+    assert trace.hash_block == 16
     assert trace.follows is None  # every row has a time of its own
     assert trace.notes[-1] == "columns not used: type, turn"
 
@@ -143,9 +147,12 @@ def test_a_turn_of_aiperf_waits_and_adds_to_its_conversation(write: Callable[...
     assert trace.source == "t.jsonl (aiperf format)"
     assert trace.arrival_ps.tolist() == [10 * MS, 10 * MS, 20 * MS]
     assert trace.prompt_tokens.tolist() == [300, 300 + 40 + 150, 7]
-    assert trace.follows is not None and trace.follows.tolist() == [-1, 0, -1]
-    assert trace.think_ps is not None and trace.think_ps.tolist() == [0, 2 * S, 0]
-    assert trace.session is not None and trace.session.tolist() == [0, 0, -1]
+    assert trace.follows is not None
+    assert trace.follows.tolist() == [-1, 0, -1]
+    assert trace.think_ps is not None
+    assert trace.think_ps.tolist() == [0, 2 * S, 0]
+    assert trace.session is not None
+    assert trace.session.tolist() == [0, 0, -1]
     assert any("1 later turns: input_length added" in note for note in trace.notes)
 
 
@@ -171,8 +178,10 @@ def test_dynamo_has_whole_prompts_and_must_be_named_where_ids_do_not_tell(write:
     assert "may be of several trace formats (aiperf, dynamo)" in rules(path)
     trace = load(path, "dynamo")
     assert trace.prompt_tokens.tolist() == [600, 1100, 5]  # in order of time: the second turn starts with its session
-    assert trace.follows is not None and trace.follows.tolist() == [-1, 0, -1]
-    assert trace.think_ps is not None and trace.think_ps.tolist() == [0, 250 * MS, 0]
+    assert trace.follows is not None
+    assert trace.follows.tolist() == [-1, 0, -1]
+    assert trace.think_ps is not None
+    assert trace.think_ps.tolist() == [0, 250 * MS, 0]
     assert ids(trace) == [[1, 2], [1, 2, 3], [9]]
     alias = [{"session_id": "a", "created_time": 0, "input_tokens": 6, "output_tokens": 4},
              {"session_id": "a", "delay_ms": 7, "input_tokens": 16, "output_tokens": 4}]  # fmt: skip
@@ -204,7 +213,8 @@ def test_a_dropped_turn_hands_its_wait_on(write: Callable[..., Path]) -> None:
     ]
     trace = load(write(rows), options={"drop_empty": True})
 
-    assert trace.follows is not None and trace.follows.tolist() == [-1, 0]
+    assert trace.follows is not None
+    assert trace.follows.tolist() == [-1, 0]
     assert trace.prompt_tokens.tolist() == [300, 350]
     assert "1 rows without prompt or output tokens dropped" in trace.notes
 

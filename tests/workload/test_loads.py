@@ -31,7 +31,8 @@ def test_normal_lengths_are_cut_at_their_bounds(spec: dict[str, float]) -> None:
     drawn = lengths({"normal": spec}).sample(400_000, rng())
     low, high = spec.get("min", 1), spec.get("max", np.inf)
 
-    assert drawn.min() >= low and drawn.max() <= high
+    assert drawn.min() >= low
+    assert drawn.max() <= high
     # below the bound lies as much as the normal distribution has below low + ½, by its distribution function
     share = 0.5 * math.erfc(-(low + 0.5 - spec["mean"]) / spec["std"] / math.sqrt(2))
     assert np.mean(drawn == low) == pytest.approx(share, abs=0.003)
@@ -165,7 +166,7 @@ def test_durations_that_cannot_be_are_refused(keys: dict[str, Any], rule: str) -
 
 
 def test_a_duration_before_the_first_request_is_refused() -> None:
-    with pytest.raises(BadInput, match="no request arrives so early: the first comes at 0.25 s"):
+    with pytest.raises(BadInput, match=r"no request arrives so early: the first comes at 0\.25 s"):
         build(workload(**SYNTHETIC | {"arrivals": {"constant": {"rate_per_s": 4.0}}, "duration_s": 0.1}), 0)
 
 
@@ -184,11 +185,14 @@ def test_labels_are_laid_over_a_file(folder: Path) -> None:
     keys = {"prefix": {"groups": 4, "tokens": 64}, "tenants": {"a": 1, "b": 3}, "priority": {"weights": [1, 1]}}
     trace = build(workload(file="t.csv", max_tokens=12, **keys), 0, folder)
 
-    assert trace.tenant is not None and trace.priority is not None
-    assert trace.prefix_group is not None and trace.prefix_tokens is not None
+    assert trace.tenant is not None
+    assert trace.priority is not None
+    assert trace.prefix_group is not None
+    assert trace.prefix_tokens is not None
     assert np.mean(trace.tenant == 1) == pytest.approx(0.75, abs=0.05)
     assert np.mean(trace.priority == 0) == pytest.approx(0.5, abs=0.06)
-    assert set(trace.prefix_group.tolist()) == {0, 1, 2, 3} and set(trace.prefix_tokens.tolist()) == {64}
+    assert set(trace.prefix_group.tolist()) == {0, 1, 2, 3}
+    assert set(trace.prefix_tokens.tolist()) == {64}
     assert int(trace.output_tokens.max()) == 12
     assert trace.prompt_tokens.tolist() == [100 + i for i in range(1000)]
     assert {"prefixes laid over the file's requests", "tenants laid over the requests"} <= set(trace.notes)
@@ -197,7 +201,8 @@ def test_labels_are_laid_over_a_file(folder: Path) -> None:
 def test_what_a_file_says_itself_is_replaced_or_in_the_way(folder: Path) -> None:
     trace = build(workload(file="own.csv", tenants={"z": 1}), 0, folder)
 
-    assert trace.tenants == ("z",) and "tenants replaced" in trace.notes
+    assert trace.tenants == ("z",)
+    assert "tenants replaced" in trace.notes
     with pytest.raises(BadInput, match="prefix: must not be given with a file whose sessions say what its prompts"):
         build(workload(file="own.csv", prefix={"groups": 1, "tokens": 1}), 0, folder)
 
