@@ -7,8 +7,12 @@ from difflib import get_close_matches
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'h100'?``, or ``known: a, b`` where no name is near; names that begin with ``word`` come first."""
-    names = list(known)
-    begun = [name for name in names if word and name.startswith(word)]
-    near = get_close_matches(word, begun or names, n=1, cutoff=0.0 if begun else 0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    """``did you mean 'h100'?``, or ``known: a, b`` where no name is near; names that begin with ``word`` come first.
+
+    Letters count as equal whatever their case.
+    """
+    names = {name.casefold(): name for name in reversed(list(known))}
+    folded = word.casefold()
+    begun = [name for name in reversed(names) if folded and name.startswith(folded)]
+    near = get_close_matches(folded, begun or list(reversed(names)), n=1, cutoff=0.0 if begun else 0.5)
+    return f"did you mean {names[near[0]]!r}?" if near else f"known: {', '.join(reversed(names.values()))}"

@@ -37,13 +37,25 @@ class BadInput(Exception):
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`` – did you mean 'x'?`` for the nearest known word, else the words allowed (at most twelve)."""
-    near = sorted(k for k in known if word and k.startswith(word))[:1]
-    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.55)
-    if near:
-        return f" – did you mean '{near[0]}'?"
+    """`` – did you mean 'x'?`` for the nearest known word, else the words allowed (at most twelve).
+
+    Letters count as equal whatever their case: ``vLLM`` is near ``vllm``.
+    """
+    if near := nearest(word, known):
+        return f" – did you mean '{near}'?"
     shown = ", ".join(sorted(known)[:12]) + (", …" if len(known) > 12 else "")
     return f" – allowed: {shown}" if shown else ""
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.55) -> str | None:
+    """The one of ``known`` that begins with ``word`` or looks most like it; None if none is near. Case is ignored."""
+    by_folded: dict[str, str] = {}
+    for name in sorted(known):
+        by_folded.setdefault(name.casefold(), name)
+    folded = word.casefold()
+    near = [name for name in by_folded if folded and name.startswith(folded)][:1]
+    near = near or difflib.get_close_matches(folded, list(by_folded), n=1, cutoff=cutoff)
+    return by_folded[near[0]] if near else None
 
 
 def _short(value: object) -> str:

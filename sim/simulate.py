@@ -12,6 +12,8 @@ from chairlift.sim.cluster.run import run
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.results.metrics import fleet, summarise
 from chairlift.sim.results.outcome import Outcome
+from chairlift.sim.results.refusals import refusals
+from chairlift.sim.results.token_gaps import gaps_of_finished
 from chairlift.sim.study import Setup
 from chairlift.sim.units import PS_PER_US
 
@@ -39,9 +41,17 @@ def simulate(
     pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
     summary = summarise(cluster.requests, runs, pools, setup.slo, wall)
     summary.update(fleet(summary, [replica.up_ps for replica in cluster.replicas]))
+    assumptions = _assumptions(setup, engines[0], summary["swaps"])
+    if cluster.notes:
+        assumptions["outages"] = "; ".join(cluster.notes)
+    if refused := refusals(setup, cluster.requests):
+        assumptions["refused"] = refused
+    given_up = summary["timed_out"] + summary["failed"]
+    if given_up and (others := gaps_of_finished(cluster.requests, runs).of_others):
+        assumptions["ITL"] = f"of completed requests, and of {others:,} that were preempted and then given up"
     backend = engines[0].backend
     facts = backend.facts() if isinstance(backend, Executor) else {}
-    return Outcome(setup, cluster.requests, runs, summary, _assumptions(setup, engines[0], summary["swaps"]), facts)
+    return Outcome(setup, cluster.requests, runs, summary, assumptions, facts)
 
 
 def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:

@@ -6,6 +6,8 @@ very words that a run needs (SLO, limits, link, failures, …) are pydantic mode
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -99,6 +101,22 @@ class Failures(Spec):
     def _both_means(self) -> Failures:
         if (self.mtbf_s is None) != (self.mttr_s is None):
             raise ValueError("mtbf_s and mttr_s must be given together")
+        if self.mtbf_s is None and not self.schedule:
+            raise ValueError("must have mtbf_s and mttr_s, or a schedule")
+        return self
+
+    @model_validator(mode="after")
+    def _up_before_it_fails(self) -> Failures:
+        """No outage is without effect because the replica is away at its time."""
+        ordered = sorted(self.schedule, key=lambda outage: (outage.replica, outage.at_s))
+        for before, outage in itertools.pairwise(ordered):
+            if before.replica != outage.replica:
+                continue
+            back = math.inf if before.for_s is None else before.at_s + before.for_s
+            if outage.at_s < back:
+                until = "for good" if math.isinf(back) else f"until {back:g} s"
+                rule = f"schedule: replica {outage.replica} cannot fail at {outage.at_s:g} s"
+                raise ValueError(f"{rule}: it is away from {before.at_s:g} s on, {until}")
         return self
 
 
@@ -127,6 +145,19 @@ class Autoscale(Spec):
             raise ValueError("must have exactly one of target_outstanding, target_waiting and schedule")
         if self.max < self.min:
             raise ValueError(f"max must be at least min, {self.min} (got {self.max})")
+        if self.schedule and "every_s" in self.model_fields_set:
+            raise ValueError("every_s must not be given with a schedule, which says when replicas come and go")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_can_be_kept(self) -> Autoscale:
+        for planned in self.schedule:
+            if not self.min <= planned.replicas <= self.max:
+                wanted = f"{planned.replicas} replicas from {planned.at_s:g} s on"
+                raise ValueError(f"schedule: {wanted} are not between min, {self.min}, and max, {self.max}")
+        times = [planned.at_s for planned in self.schedule]
+        if twice := [at for at in times if times.count(at) > 1]:
+            raise ValueError(f"schedule: two entries are for {twice[0]:g} s")
         return self
 
 

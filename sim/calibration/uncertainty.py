@@ -43,6 +43,12 @@ def drawn(setup: Setup, draw: int) -> Setup:
     return replace(setup, groups=groups)
 
 
+def check(study: Study) -> None:
+    """Do nothing if every run of ``study`` can be drawn. Raises `BadInput` else."""
+    for setup in study.setups:
+        drawn(setup, 1)
+
+
 def repeat(
     study: Study, again: Callable[[int], Study], count: int, folder: Path, progress: Callable[[str], None]
 ) -> list[tuple[Setup, Runs]]:
@@ -50,9 +56,8 @@ def repeat(
 
     After each draw ``folder/uncertainty.json`` holds the intervals so far, so that Ctrl-C keeps them.
     """
+    check(study)
     found: list[tuple[Setup, Runs]] = [(setup, []) for setup in study.setups]
-    for setup, _ in found:
-        drawn(setup, 1)  # raises before anything is simulated
     for i in range(1, count + 1):
         for (_, runs), setup in zip(found, again(i).setups, strict=True):
             progress(f"draw {i} of {count}")

@@ -1,4 +1,4 @@
-"""The command line: ``chairlift run``, ``list``, ``schema`` and ``trace describe``; each other command has its file."""
+"""The command line: ``chairlift run``, ``list`` and ``schema``; each other command has its file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chairlift.backend import specs
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
-from chairlift.sim.cli import agree, calibrate, check, compare, costs, plan, report, sweep
+from chairlift.sim.cli import agree, calibrate, check, compare, costs, plan, report, sweep, trace
 from chairlift.sim.cli.terminal import console, progress, status
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
@@ -31,7 +31,6 @@ from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload import named
-from chairlift.sim.workload.describe import table as trace_table
 from chairlift.sim.workload.formats import read as formats
 
 app = typer.Typer(
@@ -41,8 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
-app.add_typer(trace_app, name="trace")
+app.add_typer(trace.app, name="trace")
 
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
 SCENARIO_KINDS = (
@@ -127,6 +125,8 @@ def run(
         seed = study.setups[0].seed + draw
         return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust, router or [])
 
+    if draws:
+        uncertainty.check(study)
     folder = out_dir or Path("runs") / study.name
     writer = Writer(folder, study)
     outcomes: list[Outcome] = []
@@ -181,26 +181,6 @@ def schema(
 
     found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
-
-
-@trace_app.command("describe")
-def describe(
-    file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
-    format_: Annotated[
-        str | None,
-        typer.Option("--format", help="One of `chairlift list formats`; default: told from the file."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Print counts, length percentiles, burstiness and prefix reuse of a trace."""
-    from chairlift.sim.workload.describe import describe as facts
-
-    trace = formats.load(file, format_, limit)
-    if as_json:
-        sys.stdout.write(json.dumps(facts(trace), indent=2) + "\n")
-    else:
-        out.print(trace_table(trace, file.name))
 
 
 app.command()(calibrate.calibrate)
@@ -284,7 +264,11 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
             table.add_column(label, justify="left" if label in ("gpu", "seen") else "right")
         for name, g in specs.GPUS.items():
             peaks = (g.bf16_tflops, g.hbm_gb_per_s, g.memory_gib, g.nvlink_gb_per_s, g.usd_per_gpu_hour)
-            yield (name, *("–" if n is None else f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
+            yield (
+                name,
+                *("–" if n is None else f"{n:g}" for n in peaks),
+                f"{g.price_date}: {g.price_source}" if g.price_date else "",
+            )
     elif kind == "scenarios":
         for name, path in _shipped().items():
             yield name, _question(path)

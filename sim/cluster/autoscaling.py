@@ -18,6 +18,12 @@ class Autoscaler:
     By schedule, or at every look as many as a target asks for. ``target_outstanding`` T: with n requests waiting or
     running, ceil(n / T) replicas. ``target_waiting`` W: with w requests waiting at m replicas, as many more as bring
     w down to W a replica, m while fewer wait, m - 1 if nobody does.
+
+    A replica that is ordered comes `Autoscale.provision_s` later, unless fewer are wanted before: then the last orders
+    are withdrawn first, and only then are replicas drained that are up.
+
+    Example: at 10 s the schedule asks for 8 replicas, one is up, and 7 are ordered for 70 s. At 40 s it asks for 1: all
+    7 orders are withdrawn, and no replica ever comes.
     """
 
     def __init__(self, cluster: Cluster, pool: ReplicaPool, settings: Autoscale) -> None:
@@ -25,7 +31,8 @@ class Autoscaler:
         self._clock = cluster.clock
         self._pool = pool
         self._settings = settings
-        self._ordered: set[int] = set()  # indices of replicas that are on their way
+        self._ordered: dict[int, int] = {}  # index of a replica that is on its way → number of its order
+        self._orders = 0  # so far
         schedule = sorted((picoseconds(p.at_s), p.replicas) for p in settings.schedule)
         for at, count in schedule:
             self._clock.after(at, CHANGE, partial(self._aim, count))
@@ -61,15 +68,21 @@ class Autoscaler:
                 if replica.draining:
                     pool.open(replica)
                     continue
-                self._ordered.add(replica.index)
-                self._clock.after(picoseconds(self._settings.provision_s), CHANGE, partial(self._come, replica))
+                self._orders += 1
+                self._ordered[replica.index] = self._orders
+                come = partial(self._come, replica, self._orders)
+                self._clock.after(picoseconds(self._settings.provision_s), CHANGE, come)
+        for _ in range(min(have - wanted, len(self._ordered))):
+            self._ordered.popitem()  # the last order
         for replica in reversed(pool.replicas[wanted:]):
             pool.shut(replica)
             replica.draining = replica.held > 0
             if not replica.draining:
                 replica.go_down()
 
-    def _come(self, replica: Replica) -> None:
-        self._ordered.discard(replica.index)
+    def _come(self, replica: Replica, order: int) -> None:
+        if self._ordered.get(replica.index) != order:
+            return  # withdrawn; it may be on its way by a later order
+        del self._ordered[replica.index]
         if self._cluster.left and not replica.takes_requests:  # it may have been repaired meanwhile
             self._pool.open(replica)

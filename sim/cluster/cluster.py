@@ -38,6 +38,7 @@ class Cluster:
         self.requests = requests
         self.replicas: list[Replica] = []
         self.pools: list[ReplicaPool] = []
+        self.notes: list[str] = []  # what was asked for and could not be done
         self.on_arrival: Callable[[Live], None] | None = None
         self.on_end: Callable[[Live], None] | None = None
         self.left = len(requests.trace)  # requests that have not ended

@@ -13,7 +13,7 @@ from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import Status
 from chairlift.sim.study import Failures
-from chairlift.sim.units import picoseconds
+from chairlift.sim.units import PS_PER_S, picoseconds
 
 
 class Breakdowns:
@@ -40,11 +40,10 @@ class Breakdowns:
         self._chances = chances
         self._start_up = start_up_ps
         self._again = again
-        for outage in failures.schedule:
-            if outage.replica < len(cluster.replicas):
-                away = None if outage.for_s is None else picoseconds(outage.for_s)
-                fail = partial(self._fail, cluster.replicas[outage.replica], away)
-                self._clock.after(picoseconds(outage.at_s), CHANGE, fail)
+        for outage in failures.schedule:  # of replicas that exist: the loader refuses others
+            away = None if outage.for_s is None else picoseconds(outage.for_s)
+            fail = partial(self._fail, cluster.replicas[outage.replica], away)
+            self._clock.after(picoseconds(outage.at_s), CHANGE, fail)
         if failures.mtbf_s is not None:
             for replica in cluster.replicas:
                 self._draw(replica)
@@ -70,6 +69,9 @@ class Breakdowns:
             self._lose(replica.fail(), self._homes[replica.index])
             if away is not None:
                 self._clock.after(away + self._start_up, CHANGE, partial(self._repair, replica))
+        elif not drawn:
+            at = self._clock.now / PS_PER_S
+            cluster.notes.append(f"replica {replica.index} could not fail at {at:g} s: it was not up")
         if drawn:
             self._clock.after((away or 0) + self._start_up, CHANGE, partial(self._draw, replica))
 

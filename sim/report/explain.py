@@ -20,6 +20,7 @@ from chairlift.sim.results.catalogue import LATENCY, text
 from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Kind, Status
+from chairlift.sim.results.refusals import why_refused
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 STEP_COLUMNS = (
@@ -95,11 +96,11 @@ def explain(run: RunResults, requests: list[int]) -> list[Life]:
                 life.moments += teller.tell(life)
     for life in lives.values():
         life.moments.sort(key=lambda m: m.time_ps)  # stable: one replica's lines stay in order
-        _end(life)
+        _end(life, run)
     return [lives[i] for i in requests]
 
 
-def _end(life: Life) -> None:
+def _end(life: Life, run: RunResults) -> None:
     facts = life.facts
     if not life.moments or life.moments[0].time_ps > facts["arrival_ps"]:
         life.moments.insert(0, Moment(facts["arrival_ps"], "arrives; no replica takes it yet"))
@@ -110,11 +111,16 @@ def _end(life: Life) -> None:
         got = facts["emitted_tokens"]
         had = f", with {got:,} of {facts['output_tokens']:,} tokens" if got else ""
         words = {
-            Status.REJECTED: "refused: it can never fit, its queue is full, or the policy will not have it",
+            Status.REJECTED: f"refused: {_why_refused(facts, run)}",
             Status.TIMED_OUT: f"its client gives up{had}",
             Status.FAILED: f"failed with its replica{had}",
         }.get(status, "it has not ended")
     life.moments.append(Moment(at, words))
+
+
+def _why_refused(facts: dict[str, Any], run: RunResults) -> str:
+    pool = max(replica.kv_tokens for replica in run.replicas)
+    return why_refused(facts["prompt_tokens"], facts["output_tokens"], run.max_model_len, pool)
 
 
 class _Teller:

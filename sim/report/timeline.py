@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.sim.results.metrics import durations_ps
+from chairlift.sim.results.metrics import durations_ps, stored_tokens
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Status
 from chairlift.sim.units import PS_PER_S
@@ -68,7 +68,7 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
         count = steps["steps"].astype(np.float64)
         start = steps["start_ps"].astype(np.float64)
         time = durations_ps(steps).astype(np.float64)
-        tokens = steps["kv_tokens"] + steps["decodes"] * (count - 1) / 2
+        tokens = stored_tokens(steps, replica.block_size) + steps["decodes"] * (count - 1) / 2
         padding = np.where(steps["chunks"] > 0, 0, steps["padded"])  # beside a chunk it is the prompts' padding
         bins = _Binner(start, time, edges)
         sums["prompt"] += bins.spread(steps["prefill_tokens"]) / width_s

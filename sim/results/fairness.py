@@ -75,7 +75,7 @@ def by_tenant(requests: RequestRecords, latencies: Mapping[str, Floats]) -> Iter
         done = rows[np.asarray(columns["status"])[rows] == Status.FINISHED]
         ttft, e2el = (float(np.median(latencies[name][done])) if len(done) else 0.0 for name in ("ttft", "e2el"))
         rate = service(requests, rows, int(end.max())) / span_s
-        yield Served(requests.trace.tenants[tenant], len(done), ttft, e2el, rate)
+        yield Served(requests.trace.tenants[tenant] or "(none)", len(done), ttft, e2el, rate)
 
 
 def _tenants(requests: RequestRecords) -> dict[int, Ints]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from chairlift.sim.results.catalogue import LATENCIES, PERCENTILES, STATISTICS, fields
 from chairlift.sim.results.fairness import between_tenants
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
+from chairlift.sim.results.token_gaps import all_gaps, gaps_of_finished
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ def summarise(
         "total_token_throughput": (prompts + outputs) * rate,
     }
     series: dict[str, Series] = {name: (times.of(name), None) for name in times.values}
-    series |= {"itl": inter_token_gaps(runs), **_transfers(requests)}
+    gaps = gaps_of_finished(requests, runs)
+    series |= {"itl": (gaps.ps / PS_PER_MS, gaps.often), **_transfers(requests)}
     for name in (latency.name for latency in LATENCIES if latency.name in series):
         summary.update(zip(fields(name), _statistics(*series[name]), strict=True))
     summary.update(occupancy(runs, pools))
@@ -189,30 +191,19 @@ def _transfers(requests: RequestRecords) -> dict[str, Series]:
 
 
 def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """ITL: every gap between two tokens, ms, and how often it occurs; shape (gaps,) each, in no order.
+    """ITL: every gap between two tokens of any request, ms, and how often it occurs; shape (gaps,) each."""
+    gaps = all_gaps(runs)
+    return gaps.ps / PS_PER_MS, gaps.often
 
-    A run of 3 steps with a first of 100 ps, a slope of 2 ps, 5 decodes and 1 late decode has the gaps 100 (4 times,
-    for the late decode's first gap stands in `RunRecords.gaps`), 102 (5 times) and 104 (5 times).
+
+def stored_tokens(runs: Mapping[str, Ints], block_size: int) -> Ints:
+    """Tokens whose KV lay in the pool when each run of steps began; shape (rows,).
+
+    ``kv_tokens`` counts those of a block once for every request that shares the block. So where blocks are shared these
+    are at most what the blocks hold: 64 requests with 4,160 tokens each in 512 blocks of 16 have 8,192 tokens stored.
     """
-    values: list[npt.NDArray[np.int64]] = []
-    weights: list[npt.NDArray[np.int64]] = []
-    for each in runs:
-        table = each.runs()
-        keep = table["decodes"] > 0
-        first, slope, steps, decodes, late = (
-            table[name][keep] for name in ("first_ps", "slope_ps", "steps", "decodes", "late_decodes")
-        )
-        values.append(first)
-        weights.append(decodes - late)
-        more = steps - 1  # the steps after the first: every decode emitted at the one before
-        nth = np.arange(int(more.sum())) - np.repeat(np.cumsum(more) - more, more) + 1
-        values.append(np.repeat(first, more) + nth * np.repeat(slope, more))
-        weights.append(np.repeat(decodes, more))
-        gaps = each.gaps()
-        values.append(gaps["gap_ps"])
-        weights.append(gaps["count"])
-    gap, weight = np.concatenate(values), np.concatenate(weights)
-    return gap[weight > 0] / PS_PER_MS, weight[weight > 0]
+    found: Ints = np.minimum(runs["kv_tokens"], runs["held_blocks"] * block_size)
+    return found
 
 
 def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str, Any]:
@@ -227,7 +218,7 @@ def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str,
             continue
         time = durations_ps(table).astype(np.float64)
         growth = table["decodes"] * (steps - 1) / 2  # tokens stored on average beyond the first step
-        tokens = table["kv_tokens"] + growth
+        tokens = stored_tokens(table, block_size) + growth
         busy += float(time.sum())
         total_steps += float(steps.sum())
         total_runs += len(steps)
@@ -236,6 +227,7 @@ def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str,
         reserved_ahead = np.maximum(table["promised_tokens"] - growth, 0)
         promised += float((time * reserved_ahead).sum())
         held_tokens = np.maximum(table["held_blocks"] * block_size, tokens + reserved_ahead)
+        held_tokens = np.minimum(held_tokens, blocks * block_size)
         held += float((time * held_tokens).sum())
         capacity += float(time.sum()) * blocks * block_size
         peak = max(peak, int(table["running"].max()))

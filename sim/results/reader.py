@@ -110,6 +110,7 @@ class RunResults:
         self, tables: Tables, facts: dict[str, Any], summary: dict[str, Any], rows: dict[str, tuple[int, int]]
     ) -> None:
         self.summary = summary
+        self.max_model_len: int | None = facts.get("max_model_len")  # None in folders of older versions
         self.case: str = facts["case"]
         self.variant: str = facts["variant"]
         self.note: str = facts["note"]

@@ -144,6 +144,7 @@ def _run_facts(outcome: Outcome) -> dict[str, Any]:
         },
         "slo": slo,
         "tenants": list(setup.trace.tenants),
+        "max_model_len": setup.max_model_len,
         "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
     }
 

@@ -276,6 +276,8 @@ class _Resolver(Lookup):
             from_file = group.policy is not None or not self._policies
             groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file))
         self._check_roles(replicas, replicas_at, pick)
+        self._check_outages(replicas, pick)
+        self._check_predictors([group for group in groups if group is not None], pick)
         if trace is None or len(self._problems) > before or not (model and router):
             return None
         return Setup(
@@ -390,6 +392,35 @@ class _Resolver(Lookup):
             if value is not None:
                 rule = "must not be given with a backend that executes steps: it serves one replica that stays"
                 self._problems.append(self._document.problem(where, rule))
+
+    def _check_outages(self, replicas: Any, pick: Pick) -> None:
+        """Note it where a replica is to fail that does not exist, or one that is still starting after a repair."""
+        failures, where = pick("failures")
+        scale, _ = pick("autoscale")
+        if failures is None:
+            return
+        count = sum(group.count for group in replicas) if isinstance(replicas, list) else replicas
+        count = count if scale is None else scale.max
+        start_up, _ = pick("start_up_s", 0)
+        back: dict[int, float] = {}  # replica → when it takes requests again
+        for i, outage in sorted(enumerate(failures.schedule), key=lambda each: each[1].at_s):
+            at = (*where, "schedule", i)
+            if outage.replica >= count:
+                rule = f"no such replica: there are {count}, numbered from 0"
+                self._problems.append(self._document.problem((*at, "replica"), rule, outage.replica))
+            if outage.at_s < back.get(outage.replica, 0):
+                rule = f"replica {outage.replica} is still starting then, until {back[outage.replica]:g} s"
+                self._problems.append(self._document.problem((*at, "at_s"), rule, outage.at_s))
+            if outage.for_s is not None:
+                back[outage.replica] = outage.at_s + outage.for_s + start_up
+
+    def _check_predictors(self, groups: list[ReplicaGroup], pick: Pick) -> None:
+        """Note it where policies want guesses of lengths of several kinds: a request has one."""
+        wanted = {predictor for group in groups if (predictor := group.make_scheduler().predictor) is not None}
+        if len(wanted) > 1:
+            _, where = pick("replicas", 1)
+            rule = "the policies of all groups must want the same predicted lengths: a request has one"
+            self._problems.append(self._document.problem(where, rule))
 
     def _check_roles(self, replicas: Any, at: KeyPath, pick: Pick) -> None:
         """Note it where prefill and decode replicas lack each other or a link, or stand beside mixed replicas."""

@@ -135,7 +135,8 @@ def _complaint(found: _Found, model: Any, data: object) -> Complaint:
     if kind in _MISSING:
         return Complaint(path, "is required", absent=True)
     if kind in _UNKNOWN:
-        return Complaint(path, "unknown key" + did_you_mean(str(path[-1]), _names_at(model, path[:-1], data)))
+        names = _names_at(model, path[:-1], data)
+        return Complaint(path, "unknown key" + (did_you_mean(str(path[-1]), names) or " – allowed: none"))
     if kind.startswith("union_tag"):
         context = error.get("ctx", {})
         key = str(context.get("discriminator", "")).strip("'")

@@ -142,6 +142,8 @@ def kv_pool(
 ) -> tuple[int, int, str]:
     """The KV pool of one replica: usable blocks, tokens a block, and where these numbers come from, in words.
 
+    The words also name the settings of ``kv`` that are given and have no effect.
+
     Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
     swaps KV over a link of unknown speed.
     """
@@ -167,8 +169,25 @@ def kv_pool(
             *(model, gpu, parallel, block_size, kv.memory_utilization, kv.reserve_gib, tokens, sequences)
         )
         blocks, source = fit.blocks, fit.explain()
+    if idle := _without_effect(kv, policy, block_size):
+        source += f"; not used: {', '.join(idle)}"
     if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
         if own is None and kv.tokens is not None:
             return kv.tokens // policy.block_tokens, policy.block_tokens, source
         return blocks * block_size // policy.block_tokens, policy.block_tokens, source
     return blocks, block_size, source
+
+
+def _without_effect(kv: Kv, policy: Scheduler, block_size: int) -> list[str]:
+    """The settings of ``kv`` that were given and that the policy or another setting overrules, each with its value."""
+    overruled = set()
+    if policy.pool_blocks is not None:
+        overruled |= {"blocks", "tokens"}
+    if policy.pool_blocks is not None or kv.blocks is not None or kv.tokens is not None:
+        overruled |= {"memory_utilization", "reserve_gib"}
+    if kv.block_size not in (block_size, policy.block_tokens):
+        overruled.add("block_size")
+    if getattr(policy, "preemption", "") != "swap":
+        overruled |= {"host_gib", "host_link"}
+    given = kv.model_fields_set & overruled
+    return [f"{name} {getattr(kv, name)}" for name in type(kv).model_fields if name in given]

@@ -4,15 +4,15 @@ The renewal processes (constant, poisson, gamma, weibull) put request k at the s
 request comes after the first gap, not at time 0. Gaps are summed in float seconds, and each sum is rounded to a
 picosecond once.
 
-The rate of ``diurnal`` and ``spikes`` changes with time. Both are drawn by inverting the cumulative rate Λ(t): the
-points of a Poisson process of rate 1 are put through Λ⁻¹ (Çinlar, *Introduction to Stochastic Processes*, 1975).
-Another mean rate scales their rates and leaves their clock as it is.
+The rate of ``diurnal``, ``spikes`` and ``stages`` changes with time. These are drawn by inverting the cumulative rate
+Λ(t): the points of a Poisson process of rate 1 are put through Λ⁻¹ (Çinlar, *Introduction to Stochastic Processes*,
+1975). Another mean rate scales their rates and leaves their clock as it is.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from chairlift.sim.workload.trace import LATEST_PS, IntArray
 Rate = Annotated[float, Field(ge=1e-9, le=1e12)]  # requests a second; at most one a picosecond
 Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # seconds
 
+_ROUNDING = 1e-12  # relative; far below one request in a trace
 _HALVINGS = 60  # of a bracket of at most 1e9 s: what is left is far below a picosecond
 
 
@@ -191,6 +192,98 @@ class Spikes(Spec):
         return self.model_copy(update={"rate_per_s": self.rate_per_s * rate_per_s / self.mean_rate_per_s})
 
 
+class Stage(Spec):
+    """A time at one rate, or one in which the rate rises or falls evenly."""
+
+    rate: Annotated[float, Field(ge=0, le=1e12)] = Field(description="Requests per second, at its start.")
+    to: Annotated[float, Field(ge=0, le=1e12)] | None = Field(
+        default=None,
+        description="Requests per second at its end, which the rate goes to evenly; null: as at its start.",
+    )
+    duration: Duration = Field(description="How long it lasts, in seconds.")
+
+    @property
+    def last(self) -> float:
+        """The rate at its end."""
+        return self.rate if self.to is None else self.to
+
+    @property
+    def mass(self) -> float:
+        """The mean number of requests in it."""
+        return (self.rate + self.last) / 2 * self.duration
+
+
+class Stages(Spec):
+    """Rates one after the other, each for its time, and then no requests any more.
+
+    ``stages`` may stand as a list in place of this mapping. The keys are those of ``load`` in inference-perf's
+    configuration (github.com/kubernetes-sigs/inference-perf, CONFIG.md), whose ``stages`` can be copied as they are; a
+    stage may also have ``to``, for a ramp. inference-perf waits 1 s between stages unless ``interval`` says otherwise;
+    here the time between stages is 0 unless it does.
+
+    Example: ``[{rate: 1, duration: 30}, {rate: 1, to: 9, duration: 10}]``, with equal gaps, are 30 requests in the
+    first 30 s and 50 in the 10 s after these.
+    """
+
+    stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="The stages, in order.")
+    type: Literal["constant", "poisson"] = Field(
+        default="constant", description="Equal gaps, or gaps of a Poisson process, at the rate of the time."
+    )
+    interval: Annotated[float, Field(ge=0, le=1e9)] = Field(
+        default=0.0, description="Seconds without requests between two stages."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_stages(cls, value: object) -> object:
+        return {"stages": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _some_rate(self) -> Stages:
+        if not any(stage.mass for stage in self.stages):
+            raise ValueError("a stage must have a rate above 0")
+        return self
+
+    @property
+    def length_s(self) -> float:
+        """From the start of the first stage to the end of the last, in seconds."""
+        return sum(stage.duration for stage in self.stages) + self.interval * (len(self.stages) - 1)
+
+    def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
+        """Sorted times; requests that no stage has room for come 1 s after the end of the last. Shape: ``(n,)``."""
+        gaps = rng.exponential(1.0, n) if self.type == "poisson" else np.ones(n)
+        mass = np.cumsum(gaps)
+        times = np.full(n, self.length_s + 1)
+        start = done = 0.0
+        for stage in self.stages:
+            full = done + stage.mass
+            # The last of equal gaps is the end of its stage, but for rounding.
+            inside = (mass > done * (1 + _ROUNDING)) & (mass <= full * (1 + _ROUNDING))
+            times[inside] = np.minimum(start + _time_of(stage, mass[inside] - done), start + stage.duration)
+            done = full
+            start += stage.duration + self.interval
+        return _in_picoseconds(times)
+
+    def rescaled(self, rate_per_s: float) -> Stages:
+        """The same stages at another mean rate, over all their time; they last as long as before."""
+        stretch = rate_per_s * self.length_s / sum(stage.mass for stage in self.stages)
+        scaled = [
+            Stage(rate=s.rate * stretch, to=None if s.to is None else s.to * stretch, duration=s.duration)
+            for s in self.stages
+        ]
+        return self.model_copy(update={"stages": scaled})
+
+
+def _time_of(stage: Stage, mass: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """When, in seconds from its start, a stage has had ``mass`` requests: the root of rate·t + slope·t²/2 = mass."""
+    slope = (stage.last - stage.rate) / stage.duration
+    if slope == 0:
+        return mass / stage.rate
+    root = np.sqrt(np.maximum(0.0, stage.rate**2 + 2 * slope * mass))
+    times: npt.NDArray[np.float64] = 2 * mass / (stage.rate + root)
+    return times
+
+
 class Arrivals(OneOf):
     """Arrival times: one process by name."""
 
@@ -202,6 +295,7 @@ class Arrivals(OneOf):
     on_off: OnOff | None = Field(default=None, description="Poisson bursts between silences.")
     diurnal: Diurnal | None = Field(default=None, description="Poisson, its rate a cosine over the day.")
     spikes: Spikes | None = Field(default=None, description="Poisson, its rate higher in spikes.")
+    stages: Stages | None = Field(default=None, description="Rates one after the other, and ramps between rates.")
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """``n`` arrival times in picoseconds, sorted. Shape: ``(n,)`` int64.
@@ -211,6 +305,11 @@ class Arrivals(OneOf):
         """
         times: IntArray = self.chosen.times_ps(n, rng)
         return times
+
+    @property
+    def length_s(self) -> float | None:
+        """Seconds after which no request comes any more; None: requests come for ever."""
+        return None if self.stages is None else self.stages.length_s
 
     def rescaled(self, rate_per_s: float) -> Arrivals:
         """The same process at another mean rate, in requests per second.

@@ -128,6 +128,44 @@ class Lognormal(Spec):
         return mean * _normal_cdf(z - self.sigma) + self.cap * _normal_cdf(-z)
 
 
+class Normal(Spec):
+    """Normal lengths between bounds, rounded to the nearest whole number; a draw outside becomes the bound.
+
+    So GuideLLM (``prompt_tokens_stdev``, ``_min``, ``_max``), inference-perf (``input_distribution`` with ``mean``,
+    ``std``, ``min``, ``max``) and AIPerf (``--prompt-input-tokens-mean``, ``-stddev``) ask for lengths: all three draw
+    from the normal distribution and cut what lies outside.
+    """
+
+    mean: float = Field(gt=0, le=MOST_TOKENS, description="Mean before bounds and rounding, in tokens.")
+    std: float = Field(ge=0, le=MOST_TOKENS, description="Standard deviation before bounds and rounding, in tokens.")
+    min: Tokens = Field(default=1, description="Smallest length, in tokens.")
+    max: Tokens | None = Field(default=None, description="Largest length, in tokens; null: no bound.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Normal:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max must be at least min, {self.min} (got {self.max})")
+        return self
+
+    def sample(self, n: int, rng: np.random.Generator) -> IntArray:
+        """``n`` lengths, one normal draw each."""
+        drawn = np.clip(rng.normal(self.mean, self.std, n), self.min, self.max)
+        return _whole(np.rint(drawn))
+
+    def mean_tokens(self) -> float:
+        """The mean before rounding, with the bounds: E[min(max(X, min), max)]."""
+        return self.min + self._above(self.min) - (0.0 if self.max is None else self._above(self.max))
+
+    def _above(self, bound: float) -> float:
+        """E[max(X - bound, 0)]."""
+        excess = self.mean - bound
+        if self.std == 0:
+            return max(0.0, excess)
+        z = excess / self.std
+        density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+        return excess * _normal_cdf(z) + self.std * density
+
+
 class Quantiles(Spec):
     """Lengths by their quantiles: linear between the levels given, rounded to a whole number; 0 becomes 1."""
 
@@ -196,6 +234,7 @@ class Lengths(OneOf):
     uniform: Uniform | None = Field(default=None, description="Whole numbers, equally likely.")
     exponential: Exponential | None = Field(default=None, description="Exponential, with an optional cap.")
     lognormal: Lognormal | None = Field(default=None, description="Lognormal, with an optional cap.")
+    normal: Normal | None = Field(default=None, description="Mean, standard deviation and bounds.")
     quantiles: Quantiles | None = Field(default=None, description="An empirical distribution by its quantiles.")
     mixture: Mixture | None = Field(default=None, description="A weighted mixture of distributions.")
     values: Annotated[list[Tokens], Field(min_length=1)] | None = Field(
@@ -223,7 +262,7 @@ class Lengths(OneOf):
         return lengths
 
     def mean_tokens(self) -> float:
-        """The expected length in tokens, in closed form. Lognormal and quantiles leave the rounding out."""
+        """The expected length in tokens, in closed form. Lognormal, normal and quantiles leave the rounding out."""
         return float(np.mean(self.values)) if self.values is not None else float(self.chosen.mean_tokens())
 
 

@@ -16,6 +16,7 @@ from chairlift.sim.workload.servegen import ServeGen
 from chairlift.sim.workload.strict import Spec
 
 Count = Annotated[int, Field(ge=1)]
+LONGEST_LOAD_S = 4e6  # seconds, some 46 days: the draws that show where it ends still fit on the clock
 
 
 def _names_of_formats(schema: dict[str, Any]) -> None:
@@ -32,7 +33,12 @@ class Workload(Spec):
     """
 
     requests: Count | None = Field(
-        default=None, description="How many requests, all turns of sessions counted; with a file, at most how many."
+        default=None,
+        description="How many requests, all turns of sessions counted; with a file or a duration, at most how many.",
+    )
+    duration_s: Annotated[float, Field(gt=0, le=LONGEST_LOAD_S)] | None = Field(
+        default=None,
+        description="Only the requests that arrive (of sessions: those whose session starts) within so many seconds.",
     )
     arrivals: Arrivals | None = Field(
         default=None,
@@ -53,12 +59,16 @@ class Workload(Spec):
         description="The output cap that clients declare: exact (the true length), one number (longer "
         "outputs end there), or null: the file's own column if it has one, else nothing.",
     )
-    prefix: Prefix | None = Field(default=None, description="Prefixes that prompts share; not of a file or sessions.")
+    prefix: Prefix | None = Field(
+        default=None,
+        description="Prefixes that prompts share; not of sessions, nor of a file that says what its prompts share.",
+    )
     tenants: WeightByName | None = Field(
-        default=None, description="Names of tenants and the weight of each; not of a file. A session has one tenant."
+        default=None,
+        description="Names of tenants and the weight of each, in place of a file's own. A session has one tenant.",
     )
     priority: Priority | None = Field(
-        default=None, description="Priorities by weight; not of a file. A session has one priority."
+        default=None, description="Priorities by weight, in place of a file's own. A session has one priority."
     )
     name: str | None = Field(
         default=None, description="A named workload.", json_schema_extra={"enum": [*named.names(), None]}
@@ -85,6 +95,18 @@ class Workload(Spec):
         default=1.0, description="Multiplies a file's arrival times: 0.5 is twice the load."
     )
     limit: Count | None = Field(default=None, description="Read the first so many rows of the file, or sessions.")
+    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
+        default=None, description="The unit of a file's times, in JSON lines; null: as its format has them."
+    )
+    hash_block: Count | None = Field(
+        default=None, description="Tokens that a hash id of a file covers, in JSON lines; null: as its format has them."
+    )
+    drop_empty: bool = Field(
+        default=False, description="Leave out rows of a file without prompt or output tokens, instead of refusing them."
+    )
+    part: Count | None = Field(
+        default=None, description="Which of several runs in a result file, from 1; null: the only one."
+    )
 
     @field_validator("max_tokens", mode="before")
     @classmethod
@@ -129,24 +151,32 @@ class Workload(Spec):
             missing = [key for key in needed if getattr(self, key) is None]
             if self.clients is not None and "arrivals" in missing:
                 missing.remove("arrivals")
-            missing = [key if key != "arrivals" else "arrivals (or clients)" for key in missing]
+            if self.ends() and "requests" in missing:
+                missing.remove("requests")
+            words = {"arrivals": "arrivals (or clients)", "requests": "requests (or duration_s)"}
+            missing = [words.get(key, key) for key in missing]
             if missing:
                 wrong.append(f"a synthetic workload must have {' and '.join(missing)} as well")
-        elif (self.name or self.servegen) and self.requests is None:
+        elif (self.name or self.servegen) and self.requests is None and not self.ends():
             what = "a named workload" if self.name else "servegen"
-            wrong.append(f"{what} must have requests, how many to draw")
+            wrong.append(f"{what} must have requests, how many to draw, or duration_s")
         elif self.mix is not None:
             only_in = ("arrivals", "clients", "rate_per_s", "max_tokens")
             said = [key for key in only_in if getattr(self, key) is not None]
             wrong += [f"{key} must not be given beside mix: its parts have their own" for key in said]
         if self.file is None:
-            only = {"format": self.format, "limit": self.limit}
+            only = {key: getattr(self, key) for key in ("format", "limit", *formats.OPTIONS)}
+            only["drop_empty"] = self.drop_empty or None
             wrong += [f"{key} must not be given without a file" for key, value in only.items() if value is not None]
         return wrong
 
     def _wrong_times(self) -> list[str]:
         """What is wrong with where times come from."""
         wrong = []
+        if self.duration_s is not None and self.clients is not None:
+            wrong.append("duration_s and clients must not both be given: when clients send depends on the answers")
+        if self.duration_s is not None and self.arrivals is not None and self.arrivals.burst is not None:
+            wrong.append("duration_s must not be given with a burst, which is over at once")
         if self.rate_per_s is not None and not (self.name or self.file or self.servegen or self.mix):
             wrong.append("rate_per_s must not be given without a name or a file: arrivals say the rate")
         elif self.rate_per_s is not None and self.arrivals is not None:
@@ -172,7 +202,7 @@ class Workload(Spec):
         wrong = []
         for source, article in (("file", "a file"), ("servegen", "servegen"), ("mix", "mix")):
             if getattr(self, source) is not None:
-                keys = ("sessions", "prefix", "tenants", "priority")
+                keys = ("sessions",) if source == "file" else ("sessions", "prefix", "tenants", "priority")
                 given = [key for key in keys if getattr(self, key) is not None]
                 wrong += [f"{key} must not be given with {article}, which has its own or none" for key in given]
         sessions = self.sessions_drawn()
@@ -181,6 +211,10 @@ class Workload(Spec):
         if sessions is not None and self.prefix is not None:
             wrong.append("sessions and prefix must not both be given: the prompts of a session share what came before")
         return wrong
+
+    def ends(self) -> bool:
+        """Whether the description says when requests end, without saying how many there are."""
+        return self.duration_s is not None or (self.arrivals is not None and self.arrivals.length_s is not None)
 
     def sessions_drawn(self) -> Sessions | None:
         """The sessions given here, or else those of the named workload; None if neither has any."""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.units import picoseconds
 from chairlift.sim.workload import named
+from chairlift.sim.workload.arrivals import Arrivals
 from chairlift.sim.workload.clients import restarted, starts, weighted
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.mix import merged
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.spec import Workload
 from chairlift.sim.workload.trace import LATEST_PS, IntArray, Trace
+
+MOST_REQUESTS = 1 << 27  # that a duration may ask for
+_FIRST_DRAW = 256  # requests that are drawn at first where a duration says how many there are
 
 
 def build(workload: Workload, seed: int, folder: Path = Path()) -> Trace:
@@ -32,7 +38,8 @@ def build(workload: Workload, seed: int, folder: Path = Path()) -> Trace:
     if workload.mix is not None:
         seeds = {name: int(stream(seed, f"mix {name}").integers(2**62)) for name in workload.mix}
         trace = merged({name: build(part, seeds[name], folder) for name, part in workload.mix.items()})
-        return trace if workload.requests is None else trace.head(workload.requests)
+        trace = trace if workload.requests is None else trace.head(workload.requests)
+        return _until(trace, workload.duration_s)
     replays = workload.file is not None or workload.servegen is not None
     return _capped(workload, _replayed(workload, seed, folder) if replays else _drawn(workload, seed))
 
@@ -66,29 +73,74 @@ def _drawn(workload: Workload, seed: int) -> Trace:
         if workload.clients is None:
             arrivals = arrivals or known.arrivals_at(workload.rate_per_s)
         source = f"named workload {workload.name} ({known.source}; {known.licence})"
-    n = workload.requests
-    if n is None or prompt is None or output is None:
+    if prompt is None or output is None:
         raise AssertionError("Workload lets no such description through")
-    if sessions is not None and arrivals is not None:
-        cap = workload.max_tokens if isinstance(workload.max_tokens, int) else None
-        trace = sessions.draw(n, seed, arrivals, prompt, output, cap)
-    else:
-        trace = Trace(
+    cap = workload.max_tokens if isinstance(workload.max_tokens, int) else None
+
+    def draw(n: int) -> Trace:
+        if sessions is not None and arrivals is not None:
+            return sessions.draw(n, seed, arrivals, prompt, output, cap)
+        return Trace(
             arrival_ps=np.zeros(n, np.int64) if arrivals is None else arrivals.times_ps(n, stream(seed, "arrivals")),
             prompt_tokens=prompt.sample(n, stream(seed, "prompt_tokens")).astype(np.int32),
             output_tokens=output.sample(n, stream(seed, "output_tokens")).astype(np.int32),
         )
+
+    trace = _enough(draw, workload.requests, _end_s(workload, arrivals))
+    if workload.requests is not None and len(trace) < workload.requests:
+        told = f"{workload.requests:,} requests wanted, {len(trace):,} arrive in the time that is asked for"
+        trace = dataclasses.replace(trace, notes=(*trace.notes, told))
     trace = dataclasses.replace(trace, source=source, **_labels(workload, trace, seed))
     return trace if workload.clients is None else workload.clients.loop(trace, seed)
+
+
+def _end_s(workload: Workload, arrivals: Arrivals | None) -> float | None:
+    """The seconds after which no request arrives; None: the number of requests alone says when there are no more."""
+    ends = [workload.duration_s, None if arrivals is None else arrivals.length_s]
+    return min((end for end in ends if end is not None), default=None)
+
+
+def _enough(draw: Callable[[int], Trace], requests: int | None, end_s: float | None) -> Trace:
+    """As many requests as ``requests`` says, or as arrive within ``end_s`` seconds, whichever are fewer."""
+    if requests is not None:
+        return _until(draw(requests), end_s)
+    if end_s is None:
+        raise AssertionError("Workload lets no such description through")
+    n = _FIRST_DRAW
+    while (trace := draw(n)).arrival_ps[-1] <= picoseconds(end_s):
+        n *= 2
+        if n > MOST_REQUESTS:
+            rule = f"more than {MOST_REQUESTS:,} requests arrive within {end_s:g} s: lower the rate or give requests"
+            raise BadInput(Problem(rule, path="duration_s", value=end_s))
+    return _until(trace, end_s)
+
+
+def _until(trace: Trace, end_s: float | None) -> Trace:
+    """The requests of ``trace`` that arrive within its first ``end_s`` seconds; None: all of them.
+
+    A request that follows another counts as arriving with the first of its chain.
+    """
+    if end_s is None:
+        return trace
+    count = int(np.searchsorted(trace.arrival_ps, picoseconds(end_s), side="right"))
+    if count == 0:
+        first = int(trace.arrival_ps[0]) / 1e12
+        raise BadInput(
+            Problem(f"no request arrives so early: the first comes at {first:g} s", path="duration_s", value=end_s)
+        )
+    return trace.head(count)
 
 
 def _labels(workload: Workload, trace: Trace, seed: int) -> dict[str, Any]:
     """The columns that say who sends each request: prefix, tenant, priority. All requests of a session are alike."""
     n = len(trace)
-    sender = np.arange(n) if trace.session is None else trace.session
+    sender = np.arange(n)
+    if trace.session is not None:  # sessions have the first numbers, requests without a session those behind
+        sender = np.where(trace.session >= 0, trace.session, int(trace.session.max()) + 1 + sender)
+        n = int(sender.max()) + 1
     columns: dict[str, Any] = {}
     if workload.prefix is not None:
-        columns["prefix_group"] = workload.prefix.draw(n, stream(seed, "prefix"))
+        columns["prefix_group"] = workload.prefix.draw(len(trace), stream(seed, "prefix"))
         columns["prefix_tokens"] = np.minimum(trace.prompt_tokens, workload.prefix.tokens)
     if workload.tenants is not None:
         columns["tenants"] = tuple(workload.tenants)
@@ -101,13 +153,19 @@ def _labels(workload: Workload, trace: Trace, seed: int) -> dict[str, Any]:
 def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
     """The trace in a file, or the requests of ServeGen's clients, with the times that the description asks for."""
     if workload.servegen is not None:
-        path = folder / workload.servegen.file
-        trace = workload.servegen.draw(workload.requests or 1, seed, folder, workload.rate_per_s)
+        path, servegen = folder / workload.servegen.file, workload.servegen
+        trace = _enough(
+            lambda n: servegen.draw(n, seed, folder, workload.rate_per_s),
+            workload.requests,
+            None if workload.arrivals is not None else workload.duration_s,
+        )
     else:
         path = folder / str(workload.file)
         limits = [limit for limit in (workload.limit, workload.requests) if limit is not None]
         timed = workload.arrivals is None and workload.clients is None
-        trace = formats.load(path, workload.format, min(limits, default=None), times=timed)
+        asked = {name: getattr(workload, name) for name in formats.OPTIONS}
+        trace = formats.load(path, workload.format, min(limits, default=None), times=timed, options=asked)
+        trace = _overlaid(workload, trace, seed, path)
     notes = list(trace.notes)
     if workload.requests is not None:
         trace = trace.head(workload.requests)  # where the file holds sessions, its limit counts those
@@ -120,7 +178,10 @@ def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
     if workload.arrivals is not None:
         notes.append("arrival times replaced")
         trace = restarted(trace, workload.arrivals.times_ps(starts(trace), stream(seed, "arrivals")))
-        return dataclasses.replace(trace, notes=tuple(notes))
+        kept = _until(trace, _end_s(workload, workload.arrivals))
+        if workload.ends():
+            notes.append(f"{len(kept):,} of {len(trace):,} requests arrive in the time that is asked for")
+        return dataclasses.replace(kept, notes=tuple(notes))
     if workload.rate_per_s is not None and workload.servegen is None:
         if trace.duration_s == 0:
             rule = "all requests of the file arrive at once, which no stretching makes a rate; give arrivals"
@@ -130,7 +191,25 @@ def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
     elif workload.time_scale != 1:
         times = _stretched(times, workload.time_scale, path)
         notes.append(f"arrival times multiplied by {workload.time_scale:g}")
-    return dataclasses.replace(trace, arrival_ps=times, notes=tuple(notes))
+    trace = dataclasses.replace(trace, arrival_ps=times, notes=tuple(notes))
+    return _until(trace, workload.duration_s)
+
+
+def _overlaid(workload: Workload, trace: Trace, seed: int, path: Path) -> Trace:
+    """``trace``, read from ``path``, with the prefixes, tenants and priorities that the description lays over it."""
+    notes = list(trace.notes)
+    if workload.prefix is not None:
+        shared = {"hash ids": trace.hash_ids, "sessions": trace.session, "prefix groups": trace.prefix_group}
+        if own := [name for name, column in shared.items() if column is not None]:
+            rule = f"must not be given with a file whose {' and '.join(own)} say what its prompts share"
+            raise BadInput(Problem(rule, file=str(path), path="prefix"))
+        notes.append("prefixes laid over the file's requests")
+    for key, column in (("tenants", trace.tenant), ("priority", trace.priority)):
+        if getattr(workload, key) is not None:
+            notes.append(f"{key} {'replaced' if column is not None else 'laid over the requests'}")
+    if workload.max_tokens is not None and trace.max_tokens is not None:
+        notes.append("max_tokens replaced")
+    return dataclasses.replace(trace, **_labels(workload, trace, seed), notes=tuple(notes))
 
 
 def _capped(workload: Workload, trace: Trace) -> Trace:

@@ -136,7 +136,7 @@ def test_a_lost_replica_and_a_hand_over_are_told(told: Any) -> None:
         ),
         (
             setup_of(trace_of([(0, 5000, 9)]), [group(Vllm, cost=COST)]),
-            (0, "refused: it can never fit, its queue is full, or the policy will not have it"),
+            (0, "refused: prompt 5,000 + output 9 = 5,009 tokens, over the model's 2,000"),
         ),
     ],
     ids=["timeout", "too long"],

@@ -2,13 +2,17 @@
 
 github.com/Azure/AzurePublicDataset. Columns: ``TIMESTAMP,ContextTokens,GeneratedTokens``. Stamps are wall-clock times:
 with seven decimals (100 ns) and CRLF line ends in 2023, with a zone in 2024. Time 0 is the first request.
+The column ``NumImages`` of the multimodal trace is not used, and a note says so.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+
+import numpy as np
 
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats.columns import trace_of
@@ -16,7 +20,9 @@ from chairlift.sim.workload.formats.text_tables import column_names, read_csv
 from chairlift.sim.workload.trace import Trace
 
 _THEIRS = {"arrival_ps": "TIMESTAMP", "prompt_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
-_STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?(?:Z|([+-])(\d\d):?(\d\d))?")
+_PLAIN = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\.\d{1,9}", re.ASCII)
+_EPOCH_PS = date(1970, 1, 1).toordinal() * 86_400 * PS_PER_S
+_STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?(?:Z|([+-])(\d\d):?(\d\d))?", re.ASCII)
 
 
 def told(head: bytes) -> bool:
@@ -29,13 +35,34 @@ def companions(path: Path) -> list[Path]:
     return []
 
 
-def read(path: Path, limit: int | None, times: bool) -> Trace:
+options = ("drop_empty",)
+
+
+def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -> Trace:
     """The trace. Raises `BadInput` with the line of all that is wrong."""
     table = read_csv(path, limit)
     table.require(*_THEIRS.values())
-    stamps = table.parsed("TIMESTAMP", _stamp_ps, 0)
+    stamps = _alike(table.cells("TIMESTAMP")) or table.parsed("TIMESTAMP", _stamp_ps, 0)
     table.done()  # the first stamp must be sound: all times count from it
-    return trace_of(table, "azure", _THEIRS, {"arrival_ps": [stamp - stamps[0] for stamp in stamps]})
+    arrivals = {"arrival_ps": [stamp - stamps[0] for stamp in stamps]}
+    return trace_of(table, "azure", _THEIRS, arrivals, drop_empty=drop_empty)
+
+
+def _alike(cells: Sequence[str]) -> list[int] | None:
+    """As `_stamp_ps` of each cell, much faster, if all are written as the first and end in a fraction; else None."""
+    first = cells[0]
+    if _PLAIN.fullmatch(first) is None or any(len(cell) != len(first) or not cell.isascii() for cell in cells):
+        return None
+    if not "1700" < min(cells) <= max(cells) < "2262":  # what 64 bits of nanoseconds can say
+        return None
+    try:
+        stamps = np.array(cells, dtype="datetime64[ns]")
+    except ValueError:
+        return None  # some cell is no time: the slow way says which
+    if np.isnat(stamps).any():
+        return None
+    since_epoch: list[int] = stamps.astype(np.int64).tolist()
+    return [nanoseconds * 1000 + _EPOCH_PS for nanoseconds in since_epoch]
 
 
 def _stamp_ps(cell: str) -> int:

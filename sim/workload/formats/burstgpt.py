@@ -1,9 +1,9 @@
 """BurstGPT, in CSV.
 
 github.com/HPMLL/BurstGPT. Columns: ``Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type``. They are
-found by name, for the second release puts the session and its elapsed time second and third. Failed requests have 0
-tokens and are dropped. Time 0 is the first request that is kept, for the file counts seconds from a midnight that may
-be months earlier.
+found by name, for the second release puts the session and its elapsed time second and third. Requests of the API have
+an empty session there, and so none. Failed requests have 0 tokens and are dropped. Time 0 is the first request that is
+kept, for the file counts seconds from a midnight that may be months earlier.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def companions(path: Path) -> list[Path]:
     return []
 
 
-def read(path: Path, limit: int | None, times: bool) -> Trace:
+options = ("drop_empty",)  # as always here
+
+
+def read(path: Path, limit: int | None, times: bool, drop_empty: bool = True) -> Trace:
     """The trace, without failed requests. Raises `BadInput` with the line of all that is wrong."""
     table = read_csv(path, limit)
     table.require(*_THEIRS.values())
@@ -46,6 +49,6 @@ def read(path: Path, limit: int | None, times: bool) -> Trace:
     table.done()  # the first time must be sound: all times count from it
     notes.append(f"times count from the first request, at {table.cells('Timestamp')[0]} s in the file")
     columns: dict[str, Sequence[int]] = {"arrival_ps": [time - seconds[0] for time in seconds]}
-    if "Session ID" in table.header:
+    if table.has("Session ID"):
         columns["session"] = codes(table.cells("Session ID"))[0]
     return trace_of(table, "burstgpt", _THEIRS, columns, notes)

@@ -2,7 +2,8 @@
 
 Columns: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted,
 
-- ``max_tokens``, ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``, ``prefix_tokens``: see `Trace`;
+- ``max_tokens``, ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``, ``prefix_tokens``: see `Trace`; an
+  empty cell of the last four says that the request has none;
 - ``follows``, the row, from 0, of the request whose end is waited for (else -1), together with ``think_s``;
 - ``hash_ids``, in CSV with spaces between, in Parquet a list;
 - ``hash_block``, the tokens that an id covers, the same on all rows (else 512).
@@ -19,11 +20,21 @@ from typing import IO, Any
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.units import PS_PER_S
-from chairlift.sim.workload.formats.columns import block_ids, codes, trace_of
-from chairlift.sim.workload.formats.text_tables import Table, column_names, head, read_csv, seconds_ps, whole
+from chairlift.sim.workload.formats.columns import block_ids, tenant_codes, trace_of
+from chairlift.sim.workload.formats.text_tables import (
+    Table,
+    blank,
+    column_names,
+    head,
+    read_csv,
+    seconds_ps,
+    whole,
+    whole_or,
+)
 from chairlift.sim.workload.trace import COLUMNS, Trace
 
 _IN_SECONDS = {"arrival_ps": "arrival_s", "think_ps": "think_s"}  # a column of a Trace, and its name in a file
+_NONE = {"session": -1, "prefix_group": -1, "prefix_tokens": 0, "follows": -1}  # what an empty cell stands for
 _COLUMNS = (*(_IN_SECONDS.get(name, name) for name in COLUMNS), "hash_ids", "hash_block")
 
 
@@ -37,7 +48,10 @@ def companions(path: Path) -> list[Path]:
     return []
 
 
-def read(path: Path, limit: int | None, times: bool) -> Trace:
+options = ("drop_empty",)
+
+
+def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -> Trace:
     """The trace. Raises `BadInput` with the line of all that is wrong."""
     table = _read_parquet(path, limit) if head(path, 4) == b"PAR1" else read_csv(path, limit)
     for name in table.header:
@@ -46,11 +60,14 @@ def read(path: Path, limit: int | None, times: bool) -> Trace:
     table.require("arrival_s", "prompt_tokens", "output_tokens")
     theirs = {name: column for name in COLUMNS if (column := _IN_SECONDS.get(name, name)) in table.header}
     columns: dict[str, Sequence[int]] = {
-        name: table.parsed(theirs[name], seconds_ps, 0) for name in _IN_SECONDS if name in theirs
+        name: table.parsed(theirs[name], _think_ps if name == "think_ps" else seconds_ps, 0)
+        for name in _IN_SECONDS
+        if name in theirs
     }
+    columns |= {name: table.parsed(name, whole_or(none), none) for name, none in _NONE.items() if name in theirs}
     rest: dict[str, Any] = {}
     if "tenant" in table.header:
-        columns["tenant"], rest["tenants"] = codes(table.cells("tenant"))
+        columns["tenant"], rest["tenants"] = tenant_codes(table.cells("tenant"))
     if "hash_ids" in table.header:
         rest["ids"] = table.parsed("hash_ids", block_ids, [])
     if "hash_block" in table.header:
@@ -59,7 +76,14 @@ def read(path: Path, limit: int | None, times: bool) -> Trace:
         for line, block in zip(table.lines, blocks, strict=True):
             if block != blocks[0]:
                 table.refuse("must be the same on all rows", line, "hash_block", block)
-    return trace_of(table, "chairlift", theirs, columns, **rest)
+    if drop_empty and "follows" in columns:
+        table.refuse("drop_empty must not be given where requests follow one another", 1, "follows")
+        table.done()
+    return trace_of(table, "chairlift", theirs, columns, **rest, drop_empty=drop_empty)
+
+
+def _think_ps(cell: Any) -> int:
+    return 0 if blank(cell) else seconds_ps(cell)
 
 
 def _read_parquet(path: Path, limit: int | None) -> Table:

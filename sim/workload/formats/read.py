@@ -4,6 +4,9 @@ A format is one module of this folder, and its name is that of the module. The m
 `Format`: ``told`` recognises a file of the format, ``read`` reads it, and ``companions`` names the files that are read
 along with it. Nothing else has to be written anywhere: every module here that has ``told`` is a format.
 
+A format may have ``options``, a tuple of keyword arguments that its ``read`` takes besides: of `OPTIONS`. An option
+that a format does not have is refused.
+
 Other packages add formats by an entry point of the group ``chairlift.formats``. Its name is the format's, and its value
 is a module, or another object, that has the three functions::
 
@@ -35,6 +38,13 @@ from chairlift.sim.workload.trace import Trace
 
 GROUP = "chairlift.formats"  # the group of entry points
 
+OPTIONS = {  # of a format's ``read``, and what each says
+    "time_unit": "s, ms, us or ns: the unit of the file's times",
+    "hash_block": "how many tokens a hash id covers",
+    "drop_empty": "leave out rows without prompt or output tokens, instead of refusing them",
+    "part": "which of the runs in the file, from 1",
+}
+
 
 class Format(Protocol):
     """What a module has that is a format."""
@@ -47,7 +57,7 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, path: Path, limit: int | None, times: bool) -> Trace:
+    def read(self, path: Path, limit: int | None, times: bool, **options: Any) -> Trace:
         """The trace in the file.
 
         Args:
@@ -55,6 +65,7 @@ class Format(Protocol):
             limit: rows, or sessions, to read at most; None: all. What comes later is not looked at.
             times: whether the arrival times of the file are needed. If not, a file without them is read as if all
                 requests arrived at time 0.
+            options: those of the format's ``options`` that a user gave.
 
         Raises:
             BadInput: the file cannot be read, or has wrong rows.
@@ -77,7 +88,14 @@ _UNREAD = (
 )
 
 
-def load(path: str | Path, format: str | None = None, limit: int | None = None, *, times: bool = True) -> Trace:
+def load(
+    path: str | Path,
+    format: str | None = None,
+    limit: int | None = None,
+    *,
+    times: bool = True,
+    options: Mapping[str, object] | None = None,
+) -> Trace:
     """The trace in a file, or in the first ``limit`` rows of it.
 
     Args:
@@ -85,14 +103,22 @@ def load(path: str | Path, format: str | None = None, limit: int | None = None, 
         format: one of `names`; None: the format is told from the file's first bytes.
         limit: rows, or sessions, to read at most; what comes later is not looked at.
         times: False lets a file without arrival times through, as if all requests arrived at time 0.
+        options: values of `OPTIONS`; those that are None or False are as if they were not given.
 
     Raises:
-        BadInput: the file cannot be read, is of another format, or has wrong rows (twenty are listed).
+        BadInput: the file cannot be read, is of another format, has wrong rows (twenty are listed), or is of a format
+            that does not have one of the options.
     """
     path = Path(path)
     if limit is not None and limit < 1:
         raise BadInput(Problem("must be at least 1", path="limit", value=limit))
-    return _format(path, format).read(path, limit, times)
+    given = {name: value for name, value in (options or {}).items() if value not in (None, False)}
+    found = _format(path, format)
+    has = getattr(found, "options", ())
+    if wrong := [name for name in given if name not in has]:
+        rule = f"the file's format has no such option – allowed: {', '.join(has) or 'none'}"
+        raise BadInput([Problem(rule, file=str(path), path=name, value=given[name]) for name in wrong])
+    return found.read(path, limit, times, **given)
 
 
 def companions(path: Path, format: str | None = None) -> list[Path]:
@@ -162,7 +188,7 @@ def _told(path: Path, start: bytes) -> Format:
     if len(told) == 1:
         return next(iter(told.values()))
     if told:
-        rule = f"may be of several trace formats ({', '.join(told)}); name it with format"
+        rule = f"may be of several trace formats ({', '.join(told)}); name it with format, for their units differ"
         raise BadInput(Problem(rule, file=str(path)))
     _refuse_unread(path, start)
     rule = f"not a trace format Chairlift knows ({', '.join(names())}); name it with format, or mend the header"

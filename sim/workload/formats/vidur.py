@@ -26,13 +26,18 @@ def companions(path: Path) -> list[Path]:
     return []
 
 
-def read(path: Path, limit: int | None, times: bool) -> Trace:
+options = ("drop_empty",)
+
+
+def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -> Trace:
     """The trace. Raises `BadInput` with the line of all that is wrong, or if ``times`` are needed and missing."""
     table = read_csv(path, limit)
     table.require("num_prefill_tokens", "num_decode_tokens")
-    if "arrived_at" in table.header:
-        return trace_of(table, "vidur", _THEIRS, {"arrival_ps": table.parsed("arrived_at", seconds_ps, 0)})
+    if table.has("arrived_at"):
+        arrivals = {"arrival_ps": table.parsed("arrived_at", seconds_ps, 0)}
+        return trace_of(table, "vidur", _THEIRS, arrivals, drop_empty=drop_empty)
     if times:
         rule = "missing column: the file has lengths only, so the workload must say arrivals of its own"
         raise BadInput(Problem(rule, table.file, 1, "arrived_at"))
-    return trace_of(table, "vidur", _THEIRS, {"arrival_ps": [0] * len(table.rows)}, ["the file has no arrival times"])
+    arrivals = {"arrival_ps": [0] * len(table.rows)}
+    return trace_of(table, "vidur", _THEIRS, arrivals, ["the file has no arrival times"], drop_empty=drop_empty)
