@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +11,7 @@ from chairlift.backend.memory import TOKENS, kv_blocks, reserve, weight_bytes
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GIB, Model
 from chairlift.backend.specs import gpu, model
+from kit.places import TRUTH
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_blocks_are_near_those_of_the_recorded_engines(name: str) -> None:
 
 
 def test_the_recordings_are_those_of_the_table() -> None:
-    truth = Path(__file__).parents[3] / "shared" / "truth" / "h200-vllm-0.26"
+    truth = TRUTH / "h200-vllm-0.26"
     if not truth.is_dir():
         pytest.skip("../shared is not here")
     for file in truth.glob("*_summary.json"):
