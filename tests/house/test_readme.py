@@ -231,6 +231,8 @@ def test_the_map_names_every_folder() -> None:
 
     assert set(FOLDERS) <= drawn
     for folder in sorted(holding):
+        if folder.parts[:2] == ("tests", "data"):
+            continue  # what others recorded, a folder a case
         inside_tests = folder.parts[0] == "tests"
         for part in folder.parts:
             assert part in drawn or (inside_tests and (part in mirrored or part == folder.parts[-1] == "burst")), folder
