@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "calibration": (
         ("calibration", "simulate", "results", "study", "workload", *SPINE),
         ALL,
-        ("base", "vllm", "routers"),
+        ("base", "vllm", "vllm_versions", "routers"),
     ),
     "plan": (
         (
