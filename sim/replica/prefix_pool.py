@@ -109,7 +109,7 @@ class Identity:
         return (self._group[request] << INDEX_BITS | block) << 2 | GROUP
 
     def keys(self, request: int, begin: int, end: int) -> Sequence[int]:
-        """`key` of the blocks ``begin`` to ``end - 1`` of a request; those of a group or session are worked out once."""
+        """`key` of a request's blocks ``begin`` to ``end - 1``; those of a group or session are worked out once."""
         if self._hashed[request] or end > self.shareable[request]:
             return [self.key(request, block) for block in range(begin, end)]
         kind, number = GROUP, self._group[request]
@@ -144,7 +144,19 @@ class PrefixPool(CountingPool):
     tracks = True
 
     __slots__ = (
-        *("_cached", "_copies", "_done", "_found", "_front", "_heads", "_identity", "_keys", "_late", "_queue", "_stale"),
+        *(
+            "_cached",
+            "_copies",
+            "_done",
+            "_found",
+            "_front",
+            "_heads",
+            "_identity",
+            "_keys",
+            "_late",
+            "_queue",
+            "_stale",
+        ),
         *("_uncached_first", "_unused", "_users"),
     )
 
