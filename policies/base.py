@@ -356,7 +356,7 @@ class Scheduler(ABC):
 
     @classmethod
     def sized(cls, given: Mapping[str, Any], deployment: Deployment) -> dict[str, Any]:
-        """Settings ``given``, and those not given that depend on the deployment. Raises ValueError, one sentence."""
+        """The settings ``given``, and those that follow from the deployment. Raises ValueError, one sentence."""
         return dict(given)
 
     def misfits(self, deployment: Deployment) -> Iterable[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What vLLM does since, or until, which version: the one table by which `policies.vllm` tells versions apart.
+"""What vLLM's scheduler does since, or until, which version: the table by which `policies.vllm` tells them apart.
 
 Found by replaying ledgers of the real schedulers of 0.23.0, 0.26.0, 0.28.0, 0.31.0 and 0.33.0 (`tests/ledger.py`), and
 in the source of every minor version from 0.23 to 0.33: `vllm/v1/core/sched/scheduler.py`, `vllm/v1/core/block_pool.py`,

@@ -1,8 +1,8 @@
 """Replay step ledgers of real schedulers through ours: ``python tests/ledger.py [--engine vllm-0.33.0] FILE [FILE …]``.
 
 FILE is JSON lines, plain or gzip, one case a line: settings, requests and the engine's own ledger. Which engine and
-version it was, the case says (``"sglang": "0.5.23"``), or else the file's name (``vllm-0.33.0-settings.jsonl.gz``),
-or else ``--engine``, which overrides both. Prints the first difference of each failing case (step, request, theirs,
+version it was, the case itself says (``"sglang": "0.5.23"``), or else the file's name (``vllm-0.33.0.jsonl.gz``), or
+else ``--engine``, which overrides both. Prints the first difference of each failing case (step, request, theirs,
 ours), then ``N of M cases identical``; exit status 1 unless all are, 2 if a file cannot be read.
 
 An engine is a row of `ENGINES`; the file in ``kit/`` that it names makes our rows of a case.

@@ -61,7 +61,7 @@ def test_settings_since_0_23_are_varied() -> None:
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name != "largest_gpus"])
 def test_without_a_rule_some_case_differs(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine does what each rule says: without it, a ledger of a version that has it differs."""
+    """An engine does what the table says: without a rule, a ledger of a version that has it differs."""
     since = RULES[rule].since
     monkeypatch.setitem(RULES, rule, Rule("", since=VERSIONS[-1], until=VERSIONS[0]))
     having = [
