@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.kit import sglang_ledger
 from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import CountingPool
@@ -139,7 +140,9 @@ class Replay:
 
 
 def difference(case: dict[str, Any]) -> str | None:
-    """The first difference between vLLM's ledger and ours, in words; None if there is none."""
+    """The first difference between the engine's ledger and ours, in words; None if there is none."""
+    if "sglang" in case:
+        return sglang_ledger.difference(case)
     theirs = case["ledger"]
     step = -1
     try:

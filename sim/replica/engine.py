@@ -90,6 +90,8 @@ class Engine(Planner):
         flight = self._flight
         assert flight is not None
         plan = self._plan = self.ask(now, flight.when)
+        if self.state.evicted and self.scheduler.drops_flight:
+            self.lose()
         alike = True
         if plan is None or plan.host is not NO_HOST or flight.host is not NO_HOST or plan.intake:
             alike = self._overlap(flight, plan, now)
@@ -135,7 +137,7 @@ class Engine(Planner):
             plan.when.ps = now
             self._latest = plan.when
             self._deliver(plan, now)
-            done = self.complete(plan, now) if plan.ending else NOBODY
+            done = self.complete(plan, now) if plan.ending or (plan.emitting and self.pool.keeps) else NOBODY
         else:
             flight, state = self._flight, self.state
             assert flight is not None
@@ -148,7 +150,10 @@ class Engine(Planner):
                 self.records.rows.frombytes(PACK_RUN(start, landing - start, 0, 1, *row))
             if flight.emitting:
                 self._deliver(flight, landing)
-            done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
+            if flight.ending or state.parked or (flight.emitting and self.pool.keeps):
+                done = self.complete(flight, landing, plan)
+            else:
+                done = NOBODY
             self._flight = None
             self._latest = flight.when
             if plan is not None:
@@ -215,7 +220,7 @@ class Engine(Planner):
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
         while True:
             plan = self.ask(now, self._latest if self._latest.ps == now else _SILENCE)
-            if plan is not None or not (self.state.rejected or self.state.preempted):
+            if plan is not None or not (self.state.rejected or self.state.preempted or self._again):
                 return plan
 
     def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
@@ -288,6 +293,24 @@ class Engine(Planner):
             return request.id not in self.state.fresh
         return request.last is flight.when  # parked or preempted by the plan under way
 
+    def lose(self) -> None:
+        """Those whom the plan at hand has preempted lose their tokens in flight (`Scheduler.drops_flight`)."""
+        for request in self.state.evicted:
+            if self._flies(request):
+                self._unsay(request)
+                self._miss(request)
+
+    def _miss(self, request: Live) -> None:
+        """The token in flight of a request goes to nobody."""
+        flight = self._flight
+        assert flight is not None
+        if request in flight.emitting:
+            flight.emitting.remove(request)
+        else:
+            flight.undelivered += 1
+        if request in flight.ending:
+            flight.ending.remove(request)
+
     def _unsay(self, request: Live) -> None:
         """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
         flight = self._flight
@@ -304,17 +327,12 @@ class Engine(Planner):
         if request.id in state.admitted:
             del state.admitted[request.id]
             state.vacate(request, AWAY)
+            self.scheduler.ended(request)
         elif request.phase is not HELD and request.phase is not AWAY:
             state.withdraw(
                 request
             )  # one that is held pays for its slot until the others of its batch have their answers
         if flying:
-            assert flight is not None
             self._unsay(request)
-            if request in flight.emitting:
-                flight.emitting.remove(request)
-            else:
-                flight.undelivered += 1
-            if request in flight.ending:
-                flight.ending.remove(request)
+            self._miss(request)
         self.end_request(request, now, Status.TIMED_OUT)
