@@ -124,6 +124,7 @@ class Sglang(Scheduler):
     _cut: Request | None = field(default=None, init=False, repr=False)
     _published: int = field(default=-1, init=False, repr=False)  # tokens of the cut prompt that are in the tree
     _full: bool = field(default=False, init=False, repr=False)  # nobody more fits until somebody leaves
+    _idle: bool = field(default=False, init=False, repr=False)  # the last turn had nothing to do
     _defer: int = field(default=0, init=False, repr=False)  # turns without prompts to come
     _done: dict[int, Request] = field(default_factory=dict, init=False, repr=False)  # ended since the last turn
     _batches: tuple[list[Request], list[Request]] = field(default=([], []), init=False, repr=False)  # last, and before
@@ -233,11 +234,14 @@ class Sglang(Scheduler):
         self._flying = set()
         if step.running or step.waiting or (self._batches[1] and self.asynchronous):
             return 0
-        self.ratio = self._first  # an idle turn
+        self._idle = True
         return 1
 
     def _catch_up(self, step: Step) -> None:
         """Take in what has happened since the last turn: decode steps that it vouched for, and arrivals."""
+        if self._idle:
+            self._idle = False
+            self.ratio = self._first
         more = step.decode_steps - self._steps
         if more:
             self._steps += more

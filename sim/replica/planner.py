@@ -244,6 +244,7 @@ class Planner:
             return ending
         if len(ending) > 1:
             ending.sort(key=admission)  # the order in which vLLM frees them, and so reuses their blocks
+            ending = self.scheduler.landing(ending)  # type: ignore[arg-type, assignment]
         if self._holds:
             for request in ending:
                 state.hold(request)
