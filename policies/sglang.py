@@ -356,7 +356,9 @@ class Sglang(Scheduler):
         tokens = adder.tokens
         if self._mixes and self._running:
             self._drop_ending(step)
+            full = self._full
             self._drop_done()
+            self._full = full  # to drop them here tells nobody
             if self._running and step.decode_all():
                 tokens += len(self._running)
                 for request in self._running.values():
