@@ -382,6 +382,21 @@ class Scheduler(ABC):
         budget: int | None = getattr(self, "budget", None)
         return budget
 
+    @property
+    def sequence_limit(self) -> int | None:
+        """Requests that a step may hold; None: as many as memory allows. Plans bound a policy's throughput by it."""
+        return None
+
+    @property
+    def pool_blocks(self) -> int | None:
+        """Usable blocks of the KV pool, where a setting fixes that number; None: the scenario's ``kv`` says it."""
+        return None
+
+    @property
+    def pool_block_size(self) -> int | None:
+        """Tokens a block, where a setting fixes that number; None: the scenario's ``kv`` says it."""
+        return None
+
     @abstractmethod
     def schedule(self, step: Step) -> int:
         """Say what runs next through the verbs of ``step``.

@@ -33,6 +33,11 @@ class Mlfq(Scheduler):
     _entered: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # emitted tokens it came with
     _since: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # decode step its waiting began
 
+    @property
+    def sequence_limit(self) -> int:
+        """As `max_batch` says."""
+        return self.max_batch
+
     def schedule(self, step: Step) -> int:
         """The highest in rank compute, as far as the batch and the pool reach."""
         self._sink(step)

@@ -75,6 +75,11 @@ class Orca(Scheduler):
     def __post_init__(self) -> None:
         self.oracle = self.reserve in ("pow2", "oracle")
 
+    @property
+    def sequence_limit(self) -> int:
+        """As `max_batch` says."""
+        return self.max_batch
+
     def schedule(self, step: Step) -> int:
         """Decode everyone; admit from the head of the queue while reservations fit."""
         step.decode_all()

@@ -34,6 +34,11 @@ class Sarathi(Scheduler):
         """As `enable_prefix_caching` says."""
         return self.enable_prefix_caching
 
+    @property
+    def sequence_limit(self) -> int:
+        """`max_batch`, or `budget` where that is smaller: each request of a step takes a token of it."""
+        return min(self.max_batch, self.budget)
+
     def schedule(self, step: Step) -> int:
         """Decodes, then prompts begun, then the queue."""
         if self._decode(step):
@@ -72,7 +77,7 @@ class Sarathi(Scheduler):
     # the parts
 
     def _has_slot(self, step: Step) -> bool:
-        return len(step.running) < min(self.max_batch, self.budget)
+        return len(step.running) < self.sequence_limit
 
     def _decode(self, step: Step, how: Preemption = "recompute") -> bool:
         """Plan all decodes; whether somebody had to be preempted for it."""

@@ -30,6 +30,11 @@ class Static(Scheduler):
     _longest: int = field(default=0, init=False, repr=False)  # output tokens, the longest declared so far
     _last_step: int = field(default=0, init=False, repr=False)  # decode step that ends a globally padded batch
 
+    @property
+    def sequence_limit(self) -> int:
+        """As `batch` says."""
+        return self.batch
+
     def schedule(self, step: Step) -> int:
         """Go on with the batch, or form the next one."""
         if step.running:

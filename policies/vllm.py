@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
 
 from chairlift.policies.base import FOREVER, NotNegative, Positive, Request, Scheduler, Step
 
@@ -62,7 +64,7 @@ class Vllm(Scheduler):
     max_num_batched_tokens: Positive = 2048  # tokens a step
     max_num_seqs: Positive = 256
     block_size: Positive | None = None
-    num_gpu_blocks: Positive | None = None
+    num_gpu_blocks: Annotated[int, Ge(2)] | None = None  # one of them is the null block
     enable_chunked_prefill: bool = True  # False: a prompt that exceeds the budget left waits for the next step
     long_prefill_token_threshold: NotNegative = 0  # tokens of one prompt a step; 0: no limit
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
@@ -87,6 +89,21 @@ class Vllm(Scheduler):
     def token_limit(self) -> int:
         """Tokens a step."""
         return self.max_num_batched_tokens
+
+    @property
+    def sequence_limit(self) -> int:
+        """As `max_num_seqs` says."""
+        return self.max_num_seqs
+
+    @property
+    def pool_blocks(self) -> int | None:
+        """`num_gpu_blocks` without vLLM's null block."""
+        return None if self.num_gpu_blocks is None else self.num_gpu_blocks - 1
+
+    @property
+    def pool_block_size(self) -> int | None:
+        """As `block_size` says."""
+        return self.block_size
 
     def misfit(self, max_model_len: int) -> str | None:
         """Without chunks a sequence must fit a step, or it can never be computed again after a preemption."""

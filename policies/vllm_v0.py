@@ -41,6 +41,11 @@ class VllmV0(Scheduler):
         """As `enable_prefix_caching` says."""
         return self.enable_prefix_caching
 
+    @property
+    def sequence_limit(self) -> int:
+        """As `max_num_seqs` says."""
+        return self.max_num_seqs
+
     def misfit(self, max_model_len: int) -> str | None:
         """Prompts are computed whole, and a preempted request's tokens too."""
         if self.max_num_batched_tokens is None or self.max_num_batched_tokens >= max_model_len:

@@ -141,7 +141,7 @@ class Claim(Spec):
 
     says: str = Field(description="What was published, and where.")
     published: float | tuple[float, float] = Field(description="The number, or the least and the most.")
-    metric: str = Field("request_throughput", description="A field of summary.json, or offered_rate, or slo_missed.")
+    metric: str = Field("request_throughput", description="A field of summary.json.")
     of: str = Field(description="The variant that it is of.")
     over: str | None = Field(None, description="The variant that it is a ratio to.")
     case: str | None = Field(None, description="In which case; default: the last.")

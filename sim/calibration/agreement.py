@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.results import catalogue
 
 METRICS = ("total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
 
@@ -47,7 +48,7 @@ class Agreement:
     @property
     def regret(self) -> float:
         """By how much the system predicted to be best was measured worse than the best one, relative; 0: as good."""
-        best = max if self.metric.endswith("throughput") else min
+        best = max if catalogue.sign(self.metric) > 0 else min
         chosen = best(self.predicted, key=lambda name: self.predicted[name])
         top = best(self.measured.values())
         return abs(self.measured[chosen] / top - 1)

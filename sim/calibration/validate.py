@@ -22,7 +22,7 @@ from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.results.metrics import Latencies, inter_token_gaps
+from chairlift.sim.results.metrics import Latencies, inter_token_gaps, per_output_token
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo
@@ -86,10 +86,9 @@ def recorded(experiment: Experiment) -> Observed:
     table = experiment.requests
     arrival, first, last = (table[c] for c in ("arrival_s", "first_token_s", "last_token_s"))
     outputs = table["output_tokens"]
-    several = outputs > 1
     series = {
         "ttft": (first - arrival) * 1e3,
-        "tpot": (last - first)[several] * 1e3 / (outputs[several] - 1),
+        "tpot": per_output_token((last - first) * 1e3, outputs)[outputs > 1],
         "e2el": (last - arrival) * 1e3,
     }
     if experiment.itl_s is not None:
@@ -111,8 +110,8 @@ def observed(outcome: Outcome) -> Observed:
     """The figures of a run."""
     times = Latencies(outcome.requests)
     gaps, weights = inter_token_gaps(outcome.runs)
-    series = {"ttft": times.ttft, "tpot": times.tpot, "e2el": times.e2el, "itl": np.repeat(gaps, weights)}
-    scalars = _rates(times.span_s, len(times.ttft), int(times.outputs.sum()))
+    series = {**{name: times.of(name) for name in ("ttft", "tpot", "e2el")}, "itl": np.repeat(gaps, weights)}
+    scalars = _rates(times.span_s, len(times), int(times.outputs.sum()))
     scalars["steps"] = outcome.summary["steps"]
     scalars["preemptions"] = outcome.summary["preemptions"]
     return Observed(scalars, series)

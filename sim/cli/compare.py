@@ -14,8 +14,8 @@ from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cli.terminal import console
+from chairlift.sim.results.catalogue import sign
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
-from chairlift.sim.sweep.statistics import sign
 from chairlift.sim.sweep.table import read
 
 out = console(least=120)
@@ -65,7 +65,7 @@ def compare(
     comparison = Comparison(table, over or [], metric or [], baseline, confidence)
     found = comparison.fronts(fronts) if fronts else {}
     if html is not None:
-        from chairlift.sim.sweep.plots import write  # here: plotly is an extra
+        from chairlift.sim.sweep.plots import write  # here: only a page needs templates
 
         write(html, comparison, fronts, x)
     if as_json:

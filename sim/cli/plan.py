@@ -15,7 +15,7 @@ from chairlift.sim.cli.sweep import AddressOption, ExecutorOption, JobsOption, c
 from chairlift.sim.cli.terminal import console, status
 from chairlift.sim.plan import page as plan_page
 from chairlift.sim.plan import tables as plan_tables
-from chairlift.sim.plan.answer import Answer, answers
+from chairlift.sim.plan.answer import Answer, answers, cache_bounds
 from chairlift.sim.plan.file import BuyingPlan, read_plan
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.sweep.file import SCENARIOS, shipped_file
@@ -95,8 +95,7 @@ def plan(
 
 
 def _say_bounds(plan: BuyingPlan) -> None:
-    from chairlift.sim.plan.answer import cache_bounds
-
+    """Print what each system can do at most, and why the others cannot be."""
     bounds = cache_bounds(plan.spec.slo)
     for candidate in sorted(plan.candidates, key=lambda c: c.usd_per_hour):
         if candidate.setup is None:

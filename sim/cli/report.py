@@ -89,9 +89,10 @@ def explain(
     [bold]chairlift explain --slowest 5 --by ttft --in runs/failures --variant "no failure"[/bold]
     """
     from chairlift.sim.report import explain as lives
+    from chairlift.sim.report.timeline import TIMES
 
-    if by not in lives.RANKINGS:
-        raise BadInput(Problem(f"no such order{did_you_mean(by, list(lives.RANKINGS))}", file="--by", value=by))
+    if by not in TIMES:
+        raise BadInput(Problem(f"no such order{did_you_mean(by, list(TIMES))}", file="--by", value=by))
     if (request is None) == (slowest is None):
         raise BadInput(Problem("give a request's number, or --slowest N", file="explain"))
     run = read(folder).pick(case, variant)

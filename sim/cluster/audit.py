@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.replica.engine import Engine
+from chairlift.sim.results.metrics import ends_ps
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -45,9 +46,7 @@ def _a_gap_for_each_token(columns: Columns, engines: list[Engine]) -> None:
 def _one_step_at_a_time(engine: Engine) -> None:
     """No replica runs two steps at once."""
     runs = engine.records.runs()
-    steps = runs["steps"]
-    ends = runs["start_ps"] + steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
-    assert (runs["start_ps"][1:] >= ends[:-1]).all(), f"replica {engine.index}: two steps at once"
+    assert (runs["start_ps"][1:] >= ends_ps(runs)[:-1]).all(), f"replica {engine.index}: two steps at once"
 
 
 def _nothing_left(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""All that a plan asks for, answered: capacities, the cheapest systems, headroom, the front, and what they rest on."""
+"""The whole answer to a plan: capacities, the cheapest systems, headroom, the front, and what they rest on."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.plan.bounds import Bound, bound
+from chairlift.sim.plan.candidates import Candidate, price_of
 from chairlift.sim.plan.capacity import Capacity, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
-from chairlift.sim.plan.file import BuyingPlan, Candidate, price_of
+from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.headroom import Headroom, headroom
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.vllm_command import commands
+from chairlift.sim.sweep.statistics import undominated
 
-MOST_CAPACITIES = 64  # systems, without a rate to buy for
-ROUGH = 0.05  # precision of capacities on a front
-MOST_ON_FRONT = 8
+MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
+ROUGH = 0.05  # precision of the capacities of a front's systems
+MOST_ON_FRONT = 8  # systems
 
 
 @dataclass
 class Point:
-    """A system on, or behind, the front."""
+    """A system that will do, with what the front compares: price, latency and capacity."""
 
     candidate: Candidate
-    latency_ms: float  # of the first promise that is a percentile, at the rate bought for
+    latency_ms: float  # the figure `latency_name`, at the highest rate to buy for
     latency_name: str
     capacity: Capacity
-    is_best: bool = True  # no other is cheaper, faster and serves more
+    is_best: bool = True  # on the front: no other system is at least as good in all three, and better in one
 
 
 @dataclass
 class Answer:
-    """What a plan came to; unfinished parts are empty."""
+    """What a plan came to; parts that are not yet answered, or not asked for, are empty."""
 
     plan: BuyingPlan
     capacities: list[tuple[Candidate, Capacity]] = field(default_factory=list)
@@ -47,7 +49,7 @@ class Answer:
 
     @property
     def chosen(self) -> Candidate | None:
-        """The system that the commands and assumptions are of."""
+        """The system that the commands and assumptions describe: the answer at the highest rate, if there is one."""
         if self.races:
             return next((r.winner.candidate for r in reversed(self.races) if r.winner), None)
         found = [candidate for candidate, capacity in self.capacities if capacity.reached]
@@ -55,13 +57,13 @@ class Answer:
 
     @property
     def failed(self) -> bool:
-        """Whether a question has no answer within the space."""
+        """Whether no system of the plan will do for one of its questions."""
         lost = any(race.winner is None for race in self.races)
         return lost or (bool(self.capacities) and not any(c.reached for _, c in self.capacities))
 
 
 def check_promises(plan: BuyingPlan) -> None:
-    """Raise `BadInput` where a promise is to a tenant or a priority that no request has."""
+    """Raise `BadInput` where a promise is about a tenant or a priority that no request has."""
     setup = next((c.setup for c in [*plan.candidates, plan.today] if c is not None and c.setup is not None), None)
     if setup is None:
         return
@@ -79,13 +81,14 @@ def check_promises(plan: BuyingPlan) -> None:
 
 
 def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
-    """The answer, again after each part; what is there when one stops is right as far as it goes."""
+    """The answer, yielded again after each part; every time, what it holds is final."""
     for answer in _parts(plan, runs, told):
         conclude(answer, runs)
         yield answer
 
 
 def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
+    """As `answers`, without what the answer rests on."""
     answer = Answer(plan)
     spec, promises, effort = plan.spec, plan.spec.slo, plan.spec.search.effort()
     bounds = cache_bounds(promises)
@@ -112,7 +115,7 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
             answer.capacities.append(
                 (candidate, find(runs.of(candidate), promises, limit.rate_per_s / 2, limit.rate_per_s, effort, told))
             )
-            answer.capacities.sort(key=lambda each: _per_million(*each))
+            answer.capacities.sort(key=lambda each: _usd_per_rate(*each))
             yield answer
     if not spec.rates or (plan.today is not None and not spec.keys()):
         yield answer
@@ -131,7 +134,7 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
 
 
 def cache_bounds(promises: list[Promise]) -> Callable[[Candidate], Bound]:
-    """`bound`, worked out once for each candidate."""
+    """A function that gives each candidate's `bound`, worked out once."""
     known: dict[int, Bound] = {}
 
     def bounds(candidate: Candidate) -> Bound:
@@ -142,7 +145,8 @@ def cache_bounds(promises: list[Promise]) -> Callable[[Candidate], Bound]:
     return bounds
 
 
-def _per_million(candidate: Candidate, capacity: Capacity) -> float:
+def _usd_per_rate(candidate: Candidate, capacity: Capacity) -> float:
+    """Dollars an hour for each request per second that the system sustains; infinite if it sustains none."""
     return candidate.usd_per_hour / capacity.rate_per_s if capacity.reached else math.inf
 
 
@@ -153,6 +157,7 @@ def _point(
     bounds: Callable[[Candidate], Bound],
     plan: BuyingPlan,
 ) -> Point:
+    """The point of a system that keeps the promises."""
     assert entry.verdict is not None
     rate = entry.verdict.rate_per_s
     effort = plan.spec.search.effort(max(ROUGH, plan.spec.search.precision))
@@ -163,7 +168,7 @@ def _point(
 
 
 def latency_of(promises: list[Promise]) -> str:
-    """The figure that stands for latency: the first promised percentile, else p99 of the first limit."""
+    """The figure that stands for latency on a front: the first promised percentile, else p99 of the first limit."""
     for promise in promises:
         if len(limits := promise.limits()) == 1:
             return f"p{100 * promise.wanted:g}_{next(iter(limits))}_ms"
@@ -171,27 +176,21 @@ def latency_of(promises: list[Promise]) -> str:
 
 
 def mark(front: list[Point]) -> None:
-    """Say of each point whether another is at least as good in price, latency and capacity, and better in one."""
-
-    def scores(point: Point) -> tuple[float, float, float]:
-        return point.candidate.usd_per_hour, point.latency_ms, -point.capacity.rate_per_s
-
-    for point in front:
-        point.is_best = not any(
-            all(a <= b for a, b in zip(scores(other), scores(point), strict=True)) and scores(other) != scores(point)
-            for other in front
-        )
+    """Set `Point.is_best` of all points, by comparing each with all others."""
+    scores = [(-p.candidate.usd_per_hour, -p.latency_ms, p.capacity.rate_per_s) for p in front]
+    for point, best in zip(front, undominated(scores), strict=True):
+        point.is_best = best
 
 
 def nowhere(plan: BuyingPlan) -> list[Problem]:
-    """Nothing fits: why, once for each reason, and what would."""
+    """What to say where no system can be: each reason once, six at most."""
     reasons = dict.fromkeys(candidate.misfit for candidate in plan.candidates)
     head = plan.document.problem(("axes",), f"none of {len(plan.candidates)} systems can be")
     return [head, *(Problem(reason, file=plan.document.path) for reason in list(reasons)[:6])]
 
 
 def conclude(answer: Answer, runs: Simulations) -> None:
-    """Fill in what the answer rests on."""
+    """Fill in the commands that start the chosen system, and the assumptions that the answer rests on."""
     plan, chosen = answer.plan, answer.chosen
     lines: dict[str, str] = {f"promise {j + 1}": str(p) for j, p in enumerate(plan.spec.slo)}
     if chosen is not None and chosen.setup is not None:

@@ -1,8 +1,13 @@
-"""What cannot be, without simulating it: models that do not fit, rates and latencies that no schedule reaches.
+"""What no schedule can do, without simulating: too little memory, too high a rate, too short a latency.
 
-Each bound takes the step costs that the simulation itself would take, at their best: every decode in the cheapest
-batch that the KV pool and the policy allow, every prompt token in the cheapest chunk, both at once for nothing. What
-such a system cannot do, no schedule of the same costs can. Prompts that may share prefixes count as nothing.
+A bound on the rate prices the average request at the step costs that the simulation itself would take, at their best.
+Every decode runs in the cheapest batch that the KV pool and the policy's limits allow, every prompt token in the
+cheapest chunk, and a replica does both at once for the price of the dearer. A system that cannot serve a rate on these
+terms cannot serve it under any schedule. Prompts that may share prefixes cost nothing here: a cache may hold them.
+
+Worked example: a prompt of 1000 tokens at 0.02 ms each in the cheapest chunk takes 20 ms, and 100 further tokens at 0.3
+ms each in the cheapest batch take 30 ms. One mixed replica then serves at most 1 / 30 ms = 33 requests a second, and a
+prefill and a decode replica together at most min(1 / 20 ms, 1 / 30 ms), the same.
 """
 
 from __future__ import annotations
@@ -14,16 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.sim.plan.file import Candidate
-from chairlift.sim.plan.promises import METRICS, Promise
+from chairlift.sim.plan.candidates import Candidate
+from chairlift.sim.plan.promises import PROMISED, Promise
 from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.study import ReplicaGroup, Setup
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 from chairlift.sim.workload.clients import starts
 from chairlift.sim.workload.trace import Trace
 
-SLACK = 0.97  # of a bound's time: batches between those tried may be a little cheaper
-MOST_SEQUENCES = 4096
+SLACK = 0.97  # factor on every time: batches between those that are tried may be a little cheaper
+UNLUCKY = 0.01  # a share of the sampled requests may lie this far below that of all requests, by chance
 CHUNKS = (16, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 
 Floats = npt.NDArray[np.float64]
@@ -33,12 +39,12 @@ Floats = npt.NDArray[np.float64]
 class Bound:
     """What a candidate can do at most."""
 
-    rate_per_s: float  # in the workload's own rate: with sessions, starts of them
-    impossible: str  # why it keeps the promises at no rate; "" if it may
+    rate_per_s: float  # requests per second; where requests follow one another, sessions started per second
+    impossible: str  # why the promises break at any rate; "" if they may be kept
 
 
 def bound(candidate: Candidate, promises: Sequence[Promise]) -> Bound:
-    """The bound of a candidate that fits."""
+    """The bound of a candidate that has a setup."""
     setup = candidate.setup
     assert setup is not None
     trace = setup.trace
@@ -56,29 +62,33 @@ def bound(candidate: Candidate, promises: Sequence[Promise]) -> Bound:
 
 
 def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats) -> tuple[float, float]:
-    """Least seconds of a replica for an average request: its prompt, and its further tokens."""
+    """Least seconds that one replica of ``group`` needs for the prompt of an average request, and for its decodes.
+
+    ``prompts`` and ``decodes``: tokens of each request, shape (n,); a request has one decode less than output tokens.
+    """
     backend = group.make_backend(setup.model)
     scheduler = group.make_scheduler()
-    cheapest = _prompt_token(backend, getattr(scheduler, "token_limit", None))
+    cheapest = _prompt_token(backend, scheduler.token_limit)
     total = float(decodes.sum())
     if total == 0:
         return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, 0.0
-    context = float((decodes * (prompts + (decodes + 1) / 2)).sum()) / total
+    context = float((decodes * (prompts + (decodes + 1) / 2)).sum()) / total  # mean KV tokens that a decode reads
     room = group.blocks * group.block_size / max(1.0, float(prompts.min()))
-    most = int(min(MOST_SEQUENCES, max(1.0, room), getattr(scheduler, "max_num_seqs", None) or MOST_SEQUENCES))
+    limits = (scheduler.sequence_limit, scheduler.token_limit)  # a decode takes one of a step's tokens
+    most = int(min([max(1.0, room), *(limit for limit in limits if limit is not None)]))
     sizes = sorted({*range(1, min(most, 512) + 1), *np.geomspace(1, most, 64).astype(int).tolist(), most})
     each = min(backend.step(Batch((), b, round(b * context))).first / b for b in sizes)
     return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, each * float(decodes.mean()) * SLACK / PS_PER_S
 
 
 def _prompt_token(backend: Backend, limit: int | None) -> float:
-    """Least picoseconds of a prompt token, attention to what was before left out."""
+    """Least picoseconds of a prompt token, in chunks of at most ``limit`` tokens that attend to no earlier chunk."""
     sizes = [n for n in CHUNKS if limit is None or n <= limit] + ([limit] if limit else [])
     return min(backend.step(Batch((Chunk(0, n),), 0, 0)).first / n for n in sizes)
 
 
 def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
-    """A promise that breaks even for a request that is alone; "" if there is none."""
+    """Why a promise breaks even where each request has the system to itself; "" if none does."""
     trace = setup.trace
     fastest: dict[str, Floats] = {}
     for group in setup.groups:
@@ -97,16 +107,17 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
         fastest["ttft"] = np.zeros(len(trace))
     fastest["e2el"] = fastest["ttft"] + fastest["tpot"] * (trace.output_tokens - 1)
     fastest["itl"] = fastest["tpot"]
+    for metric in PROMISED:  # of other latencies nothing is known: they may be 0
+        fastest.setdefault(metric, np.zeros(len(trace)))
     for promise in promises:
         counted, good = _counted(promise, trace), np.ones(len(trace), dtype=bool)
         for metric, limit in promise.limits().items():
             good &= fastest[metric] <= limit
         weights = counted * (trace.output_tokens - 1 if "itl" in promise.limits() else 1)
         share = float((weights * good).sum() / weights.sum()) if weights.sum() else 1.0
-        # by less than a percent a sample of requests may just be unlucky
-        if share < promise.wanted - 0.01:
+        if share < promise.wanted - UNLUCKY:
             quantiles = ", ".join(
-                f"p{100 * promise.wanted:g} {METRICS[metric]} is at least "
+                f"p{100 * promise.wanted:g} {LATENCY[metric].label} is at least "
                 f"{float(f'{np.quantile(fastest[metric][counted], promise.wanted):.3g}'):,g} ms"
                 for metric in promise.limits()
             )
@@ -115,6 +126,7 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
 
 
 def _counted(promise: Promise, trace: Trace) -> npt.NDArray[np.bool_]:
+    """Which requests of the trace a promise is about, shape (n,)."""
     counted = np.ones(len(trace), dtype=bool)
     if promise.tenant is not None and trace.tenant is not None:
         counted &= np.array(trace.tenants)[trace.tenant] == promise.tenant

@@ -1,4 +1,4 @@
-"""How much more a deployment can take: its capacity as it is, with replicas gone, and under burstier arrivals."""
+"""How much more load a deployment can take: its capacity as it is, with replicas failed, and under bursts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.bounds import Bound
+from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Capacity, Effort, Measure, find
-from chairlift.sim.plan.file import SAMPLE, Candidate, Stress, paced
+from chairlift.sim.plan.file import Stress
+from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.scenario import load
 
@@ -18,22 +20,22 @@ from chairlift.sim.scenario import load
 class Headroom:
     """A deployment under one stress."""
 
-    stress: str
+    stress: str  # in words: "as it is", "N − 1 replicas", "gaps of CV 2"
     capacity: Capacity
-    growth: dict[float, str]  # multiple of today's rate → "kept", "broken", "too close to say"
+    growth: dict[float, str]  # multiple of today's rate → what becomes of the promises there, see `holds`
 
     @staticmethod
     def holds(capacity: Capacity, rate: float) -> str:
-        """Whether a capacity's interval lies above ``rate``."""
+        """``kept`` if the capacity's interval lies above ``rate``, ``broken`` below it, else ``too close to say``."""
         if rate <= capacity.low:
             return "kept"
         return "broken" if rate >= capacity.high else "too close to say"
 
 
 def fewer(candidate: Candidate, failed: int) -> Candidate:
-    """The deployment with ``failed`` replicas gone, of the largest group that has more than one to lose.
+    """The deployment with ``failed`` replicas of its largest group gone.
 
-    The price stays: what is broken is paid for. Raises `BadInput` if that leaves none.
+    Its price stays the same: failed replicas are paid for too. Raises `BadInput` if that group has no replica left.
     """
     document = dataclasses.replace(candidate.document, data=dict(candidate.document.data))
     replicas = document.data.get("replicas", 1)
@@ -48,7 +50,7 @@ def fewer(candidate: Candidate, failed: int) -> Candidate:
         document.data["replicas"] = left
     if left < 1:
         raise BadInput(Problem(f"{failed} failed replicas leave none", file=candidate.name, path="failed_replicas"))
-    setup = load.prepare(paced(document, 1.0, SAMPLE), candidate.folder, candidate.trust)
+    setup = load.prepare(sampled(document), candidate.folder, candidate.trust)
     return dataclasses.replace(candidate, document=document, setup=setup)
 
 
@@ -62,7 +64,7 @@ def headroom(
     effort: Effort,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Headroom]:
-    """``today`` under each stress."""
+    """What becomes of the deployment ``today``, which serves ``rate`` requests per second, under each stress."""
     cases: list[tuple[str, Candidate, float | None]] = [("as it is", today, None)]
     replicas = sum(group.count for group in today.setup.groups) if today.setup else 1
     if stress.failed_replicas:

@@ -1,44 +1,63 @@
-"""What was promised of latencies, and how many requests of one run were served so, in the order they came.
+"""Promises about latency, and how many requests of one simulated run met each of them.
 
-A percentile is a share: p99 of TTFT is at most 500 ms exactly where at least 99 % of requests have a TTFT of at most
-500 ms. So every promise is a share of requests (of gaps between tokens, for ITL) that meet limits, and a run tells
-how many of each of its `BINS` parts did. `sim.plan.verdict` judges many runs together.
+A percentile is a share: the p99 of TTFT is at most 500 ms exactly where at least 99 % of the requests have a TTFT of at
+most 500 ms. So every promise here is a share of requests that meet some limits (for ITL: a share of the gaps between
+tokens). `sample_of` cuts a run into `BINS` parts of equally many requests, in order of arrival, and counts for each
+part and each promise how many requests the promise is about, and how many of those met its limits. Counts by part let
+`sim.plan.verdict` leave out the warm-up and add up replications.
+
+Three requests in three parts, with TTFTs of 400, 600 and 450 ms, give the promise "p99 TTFT ≤ 500 ms" the counts
+``eligible = [1, 1, 1]`` and ``met = [1, 0, 1]``: a share of 2/3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from chairlift.sim.results.metrics import inter_token_gaps
+from chairlift.sim.results.catalogue import LATENCIES, LATENCY
+from chairlift.sim.results.metrics import REQUEST_LATENCIES, inter_token_gaps, request_latencies
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
-from chairlift.sim.units import PS_PER_MS, PS_PER_S
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.strict import Spec
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-BINS = 100  # parts of a run, of equally many requests: fine enough to cut a warm-up off
-CAP = 4.0  # times its limit at which a latency stops to count as worse, so that one straggler is no warm-up
-METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}  # as they are printed
+BINS = 100  # parts of a run: a warm-up is cut off to within 1 % of the run
+CAP = 4.0  # severity counts no latency beyond this multiple of its limit: one straggler must not look like a warm-up
+PROMISED = tuple(metric.name for metric in LATENCIES if metric.name in REQUEST_LATENCIES or metric.name == "itl")
+TOLD = ("e2el", "itl", "tpot", "ttft")  # latencies of which every answer tells p50 and p99
 Limit = Annotated[float, Field(gt=0, le=1e10, description="Milliseconds.")]
 
 
-class Promise(Spec):
-    """At least a share of the requests meets all the limits given: a percentile, or a share of goodput."""
+def _described(name: str) -> str:
+    more = {"itl": " Stands alone.", "tpot": " Alone: of answers of several tokens."}.get(name, "")
+    return LATENCY[name].meaning + more
+
+
+if TYPE_CHECKING:
+    _Limited = Spec
+else:  # a key a latency, so that a new row of the catalogue can be promised
+    _limits = {f"{name}_ms": (Limit | None, Field(default=None, description=_described(name))) for name in PROMISED}
+    _Limited = create_model("_Limited", __base__=Spec, **_limits)
+
+
+class Promise(_Limited):
+    """At least a given share of the requests meets all the limits given.
+
+    One limit makes it a percentile ("p99 TTFT ≤ 500 ms"); several make it a share of goodput ("90 % of requests: TTFT ≤
+    800 ms and TPOT ≤ 40 ms").
+    """
 
     share: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="Of requests, such as 0.99.")
     percentile: Annotated[float, Field(gt=0, lt=100)] | None = Field(
         default=None, description="The same in percent: 99 says that the p99 is within the limit."
     )
-    ttft_ms: Limit | None = Field(default=None, description="Time to the first token.")
-    tpot_ms: Limit | None = Field(default=None, description="Mean time per further token; alone: of longer answers.")
-    itl_ms: Limit | None = Field(default=None, description="Every gap between two tokens; stands alone.")
-    e2el_ms: Limit | None = Field(default=None, description="Time to the last token.")
     tenant: str | None = Field(default=None, description="Only of this tenant's requests.")
     priority: int | None = Field(default=None, description="Only of requests of this priority.")
 
@@ -48,20 +67,21 @@ class Promise(Spec):
             raise ValueError("must have exactly one of share and percentile")
         limits = self.limits()
         if not limits:
-            raise ValueError("must have a limit: ttft_ms, tpot_ms, itl_ms or e2el_ms")
-        if self.itl_ms is not None and (len(limits) > 1 or self.tenant is not None or self.priority is not None):
+            known = [f"{name}_ms" for name in PROMISED]
+            raise ValueError(f"must have a limit: {', '.join(known[:-1])} or {known[-1]}")
+        if "itl" in limits and (len(limits) > 1 or self.tenant is not None or self.priority is not None):
             raise ValueError("itl_ms is of all gaps between tokens: it must stand alone, in a promise of its own")
         return self
 
     @property
     def wanted(self) -> float:
-        """The share, 0 to 1."""
+        """The share of requests that must meet the limits, between 0 and 1."""
         return self.share if self.share is not None else (self.percentile or 0) / 100
 
     def limits(self) -> dict[str, float]:
-        """Metric → most milliseconds."""
-        found = {"ttft": self.ttft_ms, "tpot": self.tpot_ms, "itl": self.itl_ms, "e2el": self.e2el_ms}
-        return {metric: limit for metric, limit in found.items() if limit is not None}
+        """Metric (one of `PROMISED`) → its limit in milliseconds, for the limits that are given."""
+        found = {name: getattr(self, f"{name}_ms") for name in PROMISED}
+        return {name: limit for name, limit in found.items() if limit is not None}
 
     def __str__(self) -> str:
         limits = self.limits()
@@ -69,43 +89,41 @@ class Promise(Spec):
         of += f" of priority {self.priority}" if self.priority is not None else ""
         if len(limits) == 1:
             [(metric, limit)] = limits.items()
-            return f"p{100 * self.wanted:g} {METRICS[metric]}{of} ≤ {limit:g} ms"
-        told = " and ".join(f"{METRICS[metric]} ≤ {limit:g} ms" for metric, limit in limits.items())
+            return f"p{100 * self.wanted:g} {LATENCY[metric].label}{of} ≤ {limit:g} ms"
+        told = " and ".join(f"{LATENCY[metric].label} ≤ {limit:g} ms" for metric, limit in limits.items())
         return f"{100 * self.wanted:g} % of requests{of}: {told}"
 
 
 class Sample(NamedTuple):
-    """One run, as far as promises go. Lists of `BINS` values (B) in order of arrival, for each of J promises."""
+    """What one run says about J promises. Lists of B = `BINS` values run over the parts in order of arrival."""
 
-    starts_s: list[float]  # (B,) arrival of a bin's first request
-    end_s: float  # the last arrival
-    stay_s: float  # 99 of 100 requests (of sessions: from their start) were answered within so much time
-    severity: list[float]  # (B,) mean of the worst latency as a part of its limit, at most `CAP`
-    eligible: list[list[int]]  # (J, B) requests (gaps) that a promise is of
-    met: list[list[int]]  # (J, B) those that met its limits
-    figures: dict[str, float]  # percentiles and the like, for people to read
-    simulated_s: float
-    wall_s: float = 0.0
+    starts_s: list[float]  # (B,) arrival of each part's first request
+    end_s: float  # arrival of the last request
+    stay_s: float  # 99 % of the requests left within this time of their arrival (of their session's start, if in one)
+    severity: list[float]  # (B,) mean over a part's requests of the worst ratio of latency to limit, at most `CAP`
+    eligible: list[list[int]]  # (J, B) requests (for ITL: gaps between tokens) that the promise is about
+    met: list[list[int]]  # (J, B) those of them that met the promise's limits
+    figures: dict[str, float]  # percentiles in ms by name (``p99_ttft_ms``), for the answer's tables
+    simulated_s: float  # from the start to the last answer, on the replicas' clocks
+    wall_s: float = 0.0  # that the simulation took
 
 
 class Latency(NamedTuple):
-    """Columns of requests in order of arrival, shape (n,); seconds and ms. What was not served has infinite times."""
+    """Columns of a run's requests in order of arrival, shape (n,). A request that was not served has infinite times."""
 
     arrival_s: Floats
-    ttft: Floats
-    tpot: Floats  # 0 where there is one token only, as vLLM counts goodput
-    e2el: Floats
-    several: Bools  # has more than one token
+    ms: dict[str, Floats]  # by name of the latency; TPOT 0 for an answer of one token, as vLLM counts goodput
+    several: Bools  # whether the answer has more than one token
     tenant: npt.NDArray[Any] | None = None  # names
     priority: npt.NDArray[np.int64] | None = None
 
 
 class Gaps(NamedTuple):
-    """Gaps between tokens, shape (g,) each."""
+    """Gaps between consecutive tokens of an answer, equal ones of a step counted together; shape (g,) each."""
 
-    at_s: Floats
-    ms: Floats
-    often: npt.NDArray[np.int64]
+    at_s: Floats  # when the step began that ended them
+    ms: Floats  # length
+    often: npt.NDArray[np.int64]  # how many gaps of this length there are
 
 
 def sample_of(
@@ -115,7 +133,11 @@ def sample_of(
     wall_s: float = 0.0,
     since_s: Floats | None = None,
 ) -> Sample:
-    """``times`` in bins; at least `BINS` requests. ``since_s``: when the session of each started, if it has one."""
+    """The sample of a run with at least `BINS` requests.
+
+    ``gaps`` is needed where a promise limits ITL. ``since_s``, shape (n,), says when each request's session started; a
+    request without a session starts at its own arrival. None: there are no sessions.
+    """
     n = len(times.arrival_s)
     edges = np.linspace(0, n, BINS + 1).astype(np.int64)
     worst = np.zeros(n)
@@ -129,34 +151,43 @@ def sample_of(
             good = gaps.ms <= limits["itl"]
             eligible.append(np.bincount(bins, gaps.often, BINS).astype(np.int64).tolist())
             met.append(np.bincount(bins, gaps.often * good, BINS).astype(np.int64).tolist())
-            worst = np.maximum(worst, times.tpot / limits["itl"])  # by request there is but the mean gap
+            worst = np.maximum(worst, times.ms["tpot"] / limits["itl"])  # by request there is only a mean gap
             continue
         which = _which(promise, times)
         good = np.ones(n, dtype=bool)
         for metric, limit in limits.items():
-            values = getattr(times, metric)
+            values = times.ms[metric]
             good &= values <= limit
             worst = np.maximum(worst, np.where(which, values / limit, 0))
         eligible.append(np.add.reduceat(which.astype(np.int64), edges[:-1]).tolist())
         met.append(np.add.reduceat((which & good).astype(np.int64), edges[:-1]).tolist())
-    done = np.isfinite(times.e2el)
-    served = times.e2el[done] / 1e3
+    done = np.isfinite(times.ms["e2el"])
+    served = times.ms["e2el"][done] / 1e3
+    longest = float(served.max()) if len(served) else 0.0
     if since_s is not None:
         served = served + (times.arrival_s - since_s)[done]
     stay = float(np.percentile(served, 99)) if len(served) else 0.0
     end = float(times.arrival_s[-1])
     severity = np.add.reduceat(np.minimum(worst, CAP), edges[:-1]) / np.diff(edges)
     figures = _figures(promises, times, gaps, stay, end)
-    last = end + (float(times.e2el[done].max()) / 1e3 if len(served) else 0.0)
     return Sample(
-        times.arrival_s[edges[:-1]].tolist(), end, stay, severity.tolist(), eligible, met, figures, last, wall_s
+        times.arrival_s[edges[:-1]].tolist(),
+        end,
+        stay,
+        severity.tolist(),
+        eligible,
+        met,
+        figures,
+        end + longest,
+        wall_s,
     )
 
 
 def _which(promise: Promise, times: Latency) -> Bools:
+    """Which requests a promise is about, shape (n,)."""
     which = np.ones(len(times.arrival_s), dtype=bool)
     if list(promise.limits()) == ["tpot"]:
-        which &= times.several  # as percentiles of TPOT are
+        which &= times.several  # a percentile of TPOT is over answers that have one
     if promise.tenant is not None and times.tenant is not None:
         which &= times.tenant == promise.tenant
     if promise.priority is not None and times.priority is not None:
@@ -167,67 +198,70 @@ def _which(promise: Promise, times: Latency) -> Bools:
 def _figures(
     promises: Sequence[Promise], times: Latency, gaps: Gaps | None, stay: float, end: float
 ) -> dict[str, float]:
-    """The percentiles that were promised, over the middle of the run, and p50 and p99 of all metrics."""
+    """Percentiles by name over the middle of the run: those that were promised, and p50 and p99 of `TOLD`."""
     begin, close = window(float(times.arrival_s[0]), end, stay)
     middle = (times.arrival_s >= begin) & (times.arrival_s <= close)
-    wanted = {(metric, q) for metric in ("ttft", "tpot", "e2el") for q in (50.0, 99.0)}
-    wanted |= {(metric, 100 * p.wanted) for p in promises if len(p.limits()) == 1 for metric in p.limits()}
-    found = {}
-    for metric, q in sorted(wanted):
-        if metric == "itl":
-            continue
-        values = getattr(times, metric)[middle & times.several if metric == "tpot" else middle]
+    wanted: dict[str, set[float]] = {metric: {50.0, 99.0} for metric in TOLD}
+    for promise in promises:
+        if len(promise.limits()) == 1:
+            [metric] = promise.limits()
+            wanted.setdefault(metric, set()).add(100 * promise.wanted)
+    found: dict[str, float] = {}
+    for metric in sorted(wanted.keys() - {"itl"}):
+        values = times.ms[metric][middle & times.several if metric == "tpot" else middle]
         if len(values):
-            value = float(np.percentile(values, q, method="lower" if not np.isfinite(values).all() else "linear"))
-            found[f"p{q:g}_{metric}_ms"] = value if np.isfinite(value) else 1e12
+            levels = sorted(wanted[metric])
+            method: Literal["linear", "lower"] = (
+                "linear" if np.isfinite(values).all() else "lower"
+            )  # there is no line to an infinite latency
+            for q, value in zip(levels, np.percentile(values, levels, method=method).tolist(), strict=True):
+                found[f"p{q:g}_{metric}_ms"] = value if np.isfinite(value) else 1e12
     if gaps is not None and len(gaps.ms):
         order = np.argsort(gaps.ms)
         below = np.cumsum(gaps.often[order])
-        for q in sorted({50.0, 99.0} | {q for metric, q in wanted if metric == "itl"}):
+        for q in sorted(wanted["itl"]):
             at = min(int(np.searchsorted(below, q / 100 * below[-1])), len(order) - 1)
             found[f"p{q:g}_itl_ms"] = float(gaps.ms[order[at]])
     return found
 
 
 def window(begin: float, end: float, stay: float) -> tuple[float, float]:
-    """Arrivals between these times met a system that the first requests had left, and further arrivals behind them.
+    """From when to when (s) a run of arrivals from ``begin`` to ``end`` shows the system under its lasting load.
 
-    At most a quarter of the run is cut off at either end.
+    Before it the first requests had not yet left, so the system was still filling up; after it no further requests
+    came behind those that were measured. Either cut is ``stay`` long, and at most a quarter of the run.
     """
     cut = min(stay, (end - begin) / 4)
     return begin + cut, end - cut
 
 
 def measured(promises: Sequence[Promise], requests: RequestRecords, runs: list[RunRecords], wall_s: float) -> Sample:
-    """The sample of a simulated run."""
+    """The sample of a simulated run: ``runs`` has the records of each replica."""
     columns = requests.columns()
-    arrival, first, last = (np.asarray(columns[c]) for c in ("arrival_ps", "first_token_ps", "finished_ps"))
-    outputs = np.asarray(columns["output_tokens"]).astype(np.int64)
+    arrival = np.asarray(columns["arrival_ps"])
     done = np.asarray(columns["status"]) == Status.FINISHED
-    ttft = np.where(done, (first - arrival) / PS_PER_MS, np.inf)
-    e2el = np.where(done, (last - arrival) / PS_PER_MS, np.inf)
-    several = outputs > 1
-    tpot = np.where(several & done, (last - first) / PS_PER_MS / np.maximum(outputs - 1, 1), 0.0)
-    tpot = np.where(done, tpot, np.inf)
+    several = np.asarray(columns["output_tokens"]) > 1
     trace = requests.trace
     order = np.argsort(arrival, kind="stable")
     tenant = None if trace.tenant is None else np.array(trace.tenants)[trace.tenant][order]
     priority = None if trace.priority is None else trace.priority[order].astype(np.int64)
-    times = Latency(arrival[order] / PS_PER_S, ttft[order], tpot[order], e2el[order], several[order], tenant, priority)
+    found = {name: np.where(done, np.nan_to_num(ms), np.inf)[order] for name, ms in request_latencies(requests).items()}
+    times = Latency(arrival[order] / PS_PER_S, found, several[order], tenant, priority)
     gaps = _gaps(runs) if any("itl" in promise.limits() for promise in promises) else None
     since = None
     if trace.follows is not None:
         root = np.arange(len(trace))
         for i in np.flatnonzero(trace.follows >= 0).tolist():
-            root[i] = root[trace.follows[i]]  # an earlier row
+            root[i] = root[trace.follows[i]]  # a request follows an earlier row, whose root is known by now
         since = (arrival[root] / PS_PER_S)[order]
     return sample_of(promises, times, gaps, wall_s, since)
 
 
 def _gaps(runs: list[RunRecords]) -> Gaps:
-    """All gaps between tokens with the time of the run of steps they fell into, replica by replica.
+    """All gaps between tokens, replica by replica, at the time when the run of steps began that they fell into.
 
-    Gaps that no run shows carry no time; they come in order of time, and are put at equal distances.
+    The records keep those gaps apart that no run of steps shows, in order of time but without the time itself. Each
+    replica's are spread evenly from the start to its last run.
     """
     parts = []
     for each in runs:
@@ -239,6 +273,6 @@ def _gaps(runs: list[RunRecords]) -> Gaps:
         late = each.gaps()["count"]
         last = float(starts[-1]) if len(starts) else 0.0
         at = np.concatenate([starts, np.repeat(starts, more), np.linspace(0, last, len(late))])
-        at = at[np.concatenate([*weights, late]) > 0]  # `inter_token_gaps` leaves out what never occurs
+        at = at[np.concatenate([*weights, late]) > 0]  # as `inter_token_gaps`, which leaves out gaps that never occur
         parts.append(Gaps(at, ms, count))
     return Gaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -1,4 +1,4 @@
-"""A plan's answer on the terminal, as JSON and as Parquet."""
+"""A plan's answer in tables on the terminal, as ``plan.json`` and as ``plan.parquet``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rich.table import Table
 
 from chairlift.sim.atomic import replacing
 from chairlift.sim.plan.answer import Answer
+from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Entry, Race
-from chairlift.sim.plan.file import Candidate
-from chairlift.sim.plan.promises import METRICS
 from chairlift.sim.plan.verdict import Verdict
+from chairlift.sim.results.catalogue import LATENCY
 
-SHOWN = 12  # lines of a race
-REASONS = 6
+SHOWN = 12  # systems of a race on the terminal
+REASONS = 6  # kinds of reasons why systems are excluded
 
 
 def show(out: Console, answer: Answer) -> None:
@@ -53,7 +53,7 @@ def show(out: Console, answer: Answer) -> None:
 
 
 def interval(capacity: Capacity) -> str:
-    """``12.3 [12.1, 12.5]``."""
+    """A capacity in words: ``12.3 [12.1, 12.5]``, or ``none``."""
     if not capacity.reached:
         return "none"
     high = f"{capacity.high:.4g}" if math.isfinite(capacity.high) else "∞"
@@ -61,13 +61,13 @@ def interval(capacity: Capacity) -> str:
 
 
 def latency_name(figure: str) -> str:
-    """``p99 of TTFT`` for ``p99_ttft_ms``."""
+    """A figure's name in words: ``p99 of TTFT`` for ``p99_ttft_ms``."""
     quantile, metric, _ = figure.split("_")
-    return f"{quantile} of {METRICS[metric]}"
+    return f"{quantile} of {LATENCY[metric].label}"
 
 
 def said_of(candidate: Candidate, capacity: Capacity) -> Iterator[str]:
-    """What a reader must know of one capacity besides the interval."""
+    """What a reader must know of a capacity besides its interval, a line each."""
     if not capacity.reached and capacity.limiting is not None:
         verdict = capacity.verdicts[0]
         found = ", ".join(f"{n.removesuffix('_ms')} {v[0]:,.4g} ms" for n, v in verdict.figures.items())
@@ -146,7 +146,7 @@ def _show_race(out: Console, race: Race) -> None:
 
 
 def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:
-    """The last that were cheaper than the winner and failed, and what will do."""
+    """The systems next to the answer: the dearest of those that cost no more and failed, and those that will do."""
     if race.winner is None:
         return sorted(simulated, key=lambda e: e.verdict.gap if e.verdict else math.inf)[:SHOWN]
     price = race.winner.candidate.usd_per_hour
@@ -156,13 +156,14 @@ def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:
 
 
 def _kind(why: str) -> str:
+    """Which kind of bound excluded a system, by `Entry.why`."""
     if "cannot serve more" in why:
         return "too little throughput"
     return "too slow even alone" if "even by a request that is alone" in why else "does not fit"
 
 
 def feasible(race: Race) -> Iterator[str]:
-    """What would make it feasible, where nothing is."""
+    """What would help where no system keeps the promises, a line each."""
     tried = [entry for entry in race.entries if entry.verdict is not None]
     if tried:
         best = min(tried, key=lambda e: e.verdict.gap if e.verdict else math.inf)
@@ -195,7 +196,7 @@ def _front(answer: Answer) -> Table:
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
-    """All of it; what is not finite is null."""
+    """All of the answer, as ``plan.json`` has it; a number that is not finite is null."""
     return {
         "name": answer.plan.name,
         "question": answer.plan.spec.question or "",
@@ -240,7 +241,7 @@ def _system(candidate: Candidate) -> dict[str, Any]:
     return {
         "system": candidate.name,
         "axes": candidate.labels,
-        "gpus": candidate.gpus or None,  # of a system that cannot be
+        "gpus": candidate.gpus or None,  # None for a system that cannot be
         "usd_per_hour": candidate.usd_per_hour or None,
         "priced_by": candidate.backend,
     }
@@ -289,6 +290,7 @@ def write(answer: Answer, folder: Path) -> None:
 
 
 def _rows(answer: Answer) -> Iterator[dict[str, Any]]:
+    """The rows of ``plan.parquet``."""
     looks: list[tuple[str, Candidate, Verdict, str]] = []
     looks += [("capacity", c, v, "") for c, capacity in answer.capacities for v in capacity.verdicts]
     if answer.plan.today is not None:

@@ -1,9 +1,17 @@
-"""Whether promises are kept in the long run: independent runs judged together, without their warm-up.
+"""Whether promises are kept in the long run: independent runs at one load judged together, without their warm-up.
 
-The runs of one judgement are replications: equal but for their seed, and so independent. The warm-up is found on
-their mean by MSER (White, Simulation 69(6), 1997): cut where the standard error of what is left is least. A share is
-a ratio of sums over replications, its error that of the residuals (Law, Simulation Modeling and Analysis, 5th ed.,
-9.3), its interval Student's t on the logit, since a share near 1 is skewed.
+The runs of one verdict are replications: equal but for their seed, and so independent of one another.
+
+- Warm-up. The mean of the replications' severities is cut by MSER (White, Simulation 69(6), 1997): at the part from
+  which on the standard error of the mean of what is left is least.
+- Share. The share of requests that miss a promise is a ratio of sums over replications. Its standard error is that of
+  the residuals, failed − share · eligible (Law, Simulation Modeling and Analysis, 5th ed., 9.3).
+- Interval. Student's t on the logit of that share, since a share near 0 is skewed.
+
+Worked example: two replications of 1000 requests miss "p99 TTFT ≤ 500 ms" 15 and 25 times. The share that misses is
+40 / 2000 = 2 %, where 1 % is allowed. The residuals are 15 − 20 and 25 − 20; the standard error is √(50 / 1 / 2) / 1000
+= 0.5 %, on the logit 0.005 / (0.02 · 0.98) = 0.255. Student's t at 97.5 % with one degree of freedom is 12.7, so the
+interval of the logit is −3.89 ± 3.24, that of the share 0.08 % to 34 %: too close to say, with two replications.
 """
 
 from __future__ import annotations
@@ -20,81 +28,85 @@ from chairlift.sim.sweep.statistics import student
 
 Floats = npt.NDArray[np.float64]
 
-# Where none of n requests failed (or all did), 3 / n bounds the share at 95 % if they are independent (the rule of
-# three). Requests of a run are not: they count as if they failed in clusters of some 30, so 100 / n bounds it.
+# Where none of n independent requests failed (or all did), 3 / n bounds the share at 95 % (the rule of three). Requests
+# of one run are not independent: a queue makes neighbours fail together. They count here as if they failed in clusters
+# of some 30, so that 100 / n bounds the share.
 FEW = 100
-MOST_CUT = BINS // 2  # of the warm-up
-LONG_STAY = 0.3  # of a run
-DRIFT_T = 3.5  # Student's t beyond which a second half is worse than the first
-DRIFT = 0.02  # and by so much, as a part of the limit
+MOST_CUT = BINS // 2  # parts that the warm-up can take at most
+LONG_STAY = 0.3  # of a run: requests that stay longer make it too short to show a long run
+DRIFT_T = 3.5  # a run drifts if its second half is worse than its first by this many standard errors,
+DRIFT = 0.02  # and by this much of the limit
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One promise: the share that met it."""
+    """What became of one promise at one load."""
 
-    share: float
-    low: float  # of its interval
+    share: float  # of the requests (for ITL: of the gaps) that met the limits
+    low: float  # the interval of that share
     high: float
-    logit_gap: float  # log odds of a failure over those allowed: above 0 it is broken
-    logit_se: float  # its standard error
-    proof: int  # 1: kept, -1: broken, 0: too close to say
+    logit_gap: float  # logit of the share that missed less logit of the share that may: above 0 the promise is broken
+    logit_se: float  # standard error of `logit_gap`
+    proof: int  # 1: proven kept, -1: proven broken, 0: too close to say
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """All promises at one load."""
+    """What became of all promises at one load."""
 
     rate_per_s: float
     requests: int  # a replication
     replications: int
-    kept: tuple[Kept, ...]
-    warm_up: int  # bins cut off at the start
-    cool_down: int  # and at the end
-    drifting: bool  # the second half is still worse than the first
-    worsening: float  # by how much, as a part of the limit
-    figures: dict[str, tuple[float, float, float]]  # percentile → mean over replications, its interval
-    simulated_s: float
+    kept: tuple[Kept, ...]  # one a promise
+    warm_up: int  # parts of `BINS` that were left out at the start
+    cool_down: int  # parts that were left out at the end
+    drifting: bool  # after the warm-up, the second half of the runs is still worse than the first
+    worsening: float  # by how much, as a fraction of the limit
+    figures: dict[str, tuple[float, float, float]]  # name → mean over replications, low and high of its interval
+    simulated_s: float  # of all replications
     wall_s: float
-    fleeting: bool = False  # requests, or sessions, stayed for much of a run: it shows no long run
-    overloaded: bool = False  # it worsened for as long as one was ready to look
+    fleeting: bool = False  # requests or sessions stayed for more than `LONG_STAY` of a run
+    overloaded: bool = False  # runs were still drifting at the greatest length that the search may simulate
 
     @property
     def gap(self) -> float:
-        """The worst promise's: above 0 it is broken."""
+        """The greatest `Kept.logit_gap`: above 0, at least one promise seems broken. At least 1 if overloaded."""
         worst = max(kept.logit_gap for kept in self.kept)
         return max(worst, 1.0) if self.overloaded else worst
 
     @property
     def gap_se(self) -> float:
-        """Standard error of `gap`."""
+        """Standard error of the greatest `Kept.logit_gap`."""
         return max(self.kept, key=lambda kept: kept.logit_gap).logit_se
 
     @property
     def proof(self) -> int:
-        """1: all promises are kept, -1: one is broken, 0: too close to say."""
+        """1: all promises are proven kept, -1: at least one is proven broken, 0: too close to say."""
         return -1 if self.overloaded else min(kept.proof for kept in self.kept)
 
     @property
     def is_short(self) -> bool:
-        """Whether most of it was warm-up, or it has not settled."""
+        """Whether longer runs are needed: most of a run was cut off, or the runs have not settled."""
         return self.drifting or self.fleeting or self.warm_up + self.cool_down > 0.6 * BINS
 
     @property
     def holds(self) -> bool:
-        """The best guess: all promises are kept."""
+        """Whether all promises seem kept: the best guess, which need not be proven."""
         return self.gap <= 0
 
 
 def judge(
     promises: Sequence[Promise], samples: Sequence[Sample], rate_per_s: float, requests: int, confidence: float = 0.95
 ) -> Verdict:
-    """``samples``: at least two replications of ``requests`` each."""
+    """The verdict on at least two replications of ``requests`` requests each.
+
+    The intervals of all promises together hold the true shares with probability ``confidence`` or more.
+    """
     severity = np.array([sample.severity for sample in samples])
     warm = max(_mser(severity.mean(axis=0)), _first_generation(samples))
     cool = _last_generation(samples)
     tail = slice(warm, max(warm + 2, BINS - cool))
-    level = 1 - (1 - confidence) / 2 / len(promises)  # Bonferroni: any of them may be the one that binds
+    level = 1 - (1 - confidence) / 2 / len(promises)  # of one bound, after Bonferroni
     kept = tuple(
         _kept(
             promise.wanted,
@@ -131,17 +143,17 @@ def judge(
 
 
 def _mser(series: Floats) -> int:
-    """How many of the first values to leave out, at most `MOST_CUT`."""
+    """How many of the first values MSER leaves out, at most `MOST_CUT`."""
     values = series[::-1]
     count = np.arange(1, len(values) + 1)
     mean = np.cumsum(values) / count
     spread = np.maximum(np.cumsum(values**2) / count - mean**2, 0)
-    error = (spread / count)[::-1]  # of what is left after leaving out the first d
+    error = (spread / count)[::-1]  # at d: squared standard error of the mean of all values but the first d
     return int(np.argmin(error[: MOST_CUT + 1]))
 
 
 def _first_generation(samples: Sequence[Sample]) -> int:
-    """Bins that began before nearly all of the first requests had left: until then the system was filling up."""
+    """How many parts began before 99 % of the first requests had left: until then the system was filling up."""
     cut = 0
     for sample in samples:
         begin, _ = window(sample.starts_s[0], sample.end_s, sample.stay_s)
@@ -150,7 +162,7 @@ def _first_generation(samples: Sequence[Sample]) -> int:
 
 
 def _last_generation(samples: Sequence[Sample]) -> int:
-    """Bins whose requests stayed when none came any more."""
+    """How many parts, at the end, have requests that stayed on after the last arrival."""
     cut = 0
     for sample in samples:
         _, close = window(sample.starts_s[0], sample.end_s, sample.stay_s)
@@ -160,10 +172,13 @@ def _last_generation(samples: Sequence[Sample]) -> int:
 
 
 def _kept(wanted: float, eligible: npt.NDArray[np.int64], met: npt.NDArray[np.int64], level: float) -> Kept:
-    """Ratio estimate of a share over replications; shape (R,) each."""
+    """One promise judged on what R replications counted after the warm-up; ``eligible`` and ``met`` of shape (R,).
+
+    ``level`` is that of a one-sided bound on the share. The module's docstring has a worked example.
+    """
     total, failed = int(eligible.sum()), int((eligible - met).sum())
     allowed = 1 - wanted
-    if total == 0:  # nobody to promise to
+    if total == 0:  # no request is concerned: the promise holds of all of them
         return Kept(1.0, 1.0, 1.0, -math.inf, 0.0, 1)
     share = failed / total
     clipped = min(max(share, 0.5 / total), 1 - 0.5 / total)
@@ -184,7 +199,7 @@ def _kept(wanted: float, eligible: npt.NDArray[np.int64], met: npt.NDArray[np.in
 
 
 def _drift(severity: Floats) -> tuple[bool, float]:
-    """Whether the second half is worse than the first; shape (replications, bins)."""
+    """Whether the second half is worse than the first, and by how much; ``severity`` of shape (replications, parts)."""
     middle = severity.shape[1] // 2
     worse = severity[:, -middle:].mean(axis=1) - severity[:, :middle].mean(axis=1)
     mean, spread = float(worse.mean()), float(worse.std(ddof=1)) / math.sqrt(len(worse))

@@ -1,4 +1,4 @@
-"""The command line that starts vLLM with the settings that were simulated."""
+"""The command lines that start vLLM with the settings that were simulated."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ UTILIZATION = 0.9  # vLLM's own default
 
 
 def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
-    """``vllm serve …`` for each group of replicas; a line that begins with # says what is not in it.
+    """A line ``vllm serve …`` for each group of replicas, with flags of vLLM 0.23.
 
-    Flags are those of vLLM 0.23. ``utilization``: share of the memory, as the KV pool was worked out.
+    A line that begins with # says what the command does not: how often to run it, what to add by hand. ``utilization``:
+    share of the GPU's memory that vLLM may take, as the size of the KV pool was worked out.
     """
     found = []
     for group in setup.groups:
@@ -30,6 +31,7 @@ def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
 
 
 def _serve(setup: Setup, group: ReplicaGroup, utilization: float) -> list[str]:
+    """The words of one command."""
     policy = group.make_scheduler()
     assert isinstance(policy, Vllm)
     repository, found, _ = setup.model.source.partition(" config.json")

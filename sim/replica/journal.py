@@ -14,7 +14,6 @@ those of the clock, which there is the wall clock.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from struct import Struct
 from typing import Any
 
@@ -23,26 +22,10 @@ from chairlift.sim.replica.executing import Executing
 from chairlift.sim.replica.request import HELD, Live
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
-from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Status
+from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Kind, Status
 
 PACK_EVENT = Struct(f"{len(EVENT_COLUMNS)}q").pack
 DENIALS = 8  # written of one plan; a policy may try its whole queue
-
-
-class Kind(IntEnum):
-    """What happened, and what ``other`` and ``value`` then say."""
-
-    ARRIVE = 0  # it is handed to the replica; value: requests waiting there before it
-    DENY = 1  # no room in the pool when a policy asked; other: blocks that were free; value: blocks it lacks
-    ADMIT = 2  # value: tokens found in the prefix cache or loaded; other: known tokens left to compute
-    CHUNK = 3  # value: tokens computed in this run
-    PARK = 4  # it decodes, but not in this run and those after it
-    JOIN = 5  # it decodes again
-    PREEMPT = 6  # other: for whose tokens, -1: for all decodes; value: tokens of KV it loses
-    DONE = 7  # it has its answer and keeps its slot (static batching)
-    END = 8  # it is gone for good; value: its `Status`
-    HANDOVER = 9  # its prompt is done, its KV goes to a decode replica
-    LOST = 10  # its replica failed
 
 
 class JournalStep(ReplicaStep):

@@ -1,8 +1,9 @@
-"""The life of one request in words: when it queued and why, its chunks, who preempted it, how it decoded.
+"""The life of one request in words: when it queued and why, its chunks, what preempted it, how it decoded.
 
-What it says follows from the journal, the runs of engine steps and the limits of the policy. Why a request waits at a
-boundary is the first of these that holds: no room in the KV pool for it, or for one that the policy asked for before
-it; a batch that must return first; a batch that is full; a step whose tokens are spent; a preemption in this plan.
+Everything told follows from the journal, the runs of engine steps and the limits of the policy. The reason why a
+request waits at a boundary is the first of these that holds: the KV pool has no room for the request; a batch must
+return first; the pool has no room for a request that the policy asked for earlier; the batch is full; the tokens of the
+step are spent; the plan has just preempted a request.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.replica.journal import Kind
-from chairlift.sim.report.headlines import text
+from chairlift.sim.report.timeline import TIMES
+from chairlift.sim.results.catalogue import LATENCY, text
+from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import Kind, Status
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 STEP_COLUMNS = (
@@ -26,9 +28,8 @@ STEP_COLUMNS = (
 )
 FACTS = (
     *("arrival_ps", "prompt_tokens", "output_tokens", "status", "admitted_ps", "first_token_ps", "finished_ps"),
-    *("emitted_tokens", "preemptions", "ttft_ms", "tpot_ms", "e2el_ms"),
+    *("emitted_tokens", "preemptions", *(f"{name}_ms" for name in TIMES)),
 )
-RANKINGS = {"e2el": "e2el_ms", "ttft": "ttft_ms", "tpot": "tpot_ms"}
 CHUNKS = 6  # told one by one
 
 
@@ -42,7 +43,7 @@ class Moment:
 
 @dataclass
 class Life:
-    """What became of one request."""
+    """One request: its row of ``requests.parquet``, and what happened to it in order."""
 
     request: int
     facts: dict[str, Any]
@@ -50,30 +51,33 @@ class Life:
 
     @property
     def headline(self) -> str:
-        """What it was and how long it took, in one line."""
+        """Lengths, end and latencies of the request, in one line."""
         f = self.facts
         parts = [
             f"prompt {f['prompt_tokens']:,}, answer {f['output_tokens']:,} tokens",
             Status(f["status"]).name.lower(),
         ]
-        for label, key in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms"), ("E2E", "e2el_ms")):
-            if not np.isnan(f[key]):
-                parts.append(f"{label} {_span(f[key] * PS_PER_MS)}")
+        for name in TIMES:
+            if not np.isnan(f[f"{name}_ms"]):
+                parts.append(f"{LATENCY[name].label} {_span(f[f'{name}_ms'] * PS_PER_MS)}")
         if f["preemptions"]:
             parts.append(f"preempted {_times(f['preemptions'])}")
         return " · ".join(parts)
 
 
 def slowest(run: RunResults, count: int, by: str) -> list[int]:
-    """The ``count`` finished requests with the largest ``by`` (a key of `RANKINGS`), the slowest first."""
-    values = run.requests(RANKINGS[by])[RANKINGS[by]]
+    """The ``count`` finished requests with the largest ``by`` (one of `TIMES`), the slowest first."""
+    values = run.requests(f"{by}_ms")[f"{by}_ms"]
     values = np.where(np.isnan(values), -1.0, values)
     order = np.argsort(-values, kind="stable")[:count]
     return [int(i) for i in order if values[i] >= 0]
 
 
 def explain(run: RunResults, requests: list[int]) -> list[Life]:
-    """The lives of ``requests`` (rows of the trace), in that order. Raises `BadInput` without a journal of the run."""
+    """The lives of ``requests`` (rows of the trace), in that order.
+
+    Raises `BadInput` where the run kept no journal, or has no such row.
+    """
     if not run.has_events:
         raise BadInput(Problem("kept no journal of its requests: run it again with --events", file=run.label or "it"))
     columns = run.requests(*FACTS)
@@ -114,20 +118,19 @@ def _end(life: Life) -> None:
 
 
 class _Teller:
-    """What happened on one replica."""
+    """Tells what happened to requests on one replica."""
 
     def __init__(self, replica: Replica, steps: Columns, events: Columns) -> None:
         self.replica = replica
         self.steps = steps
         self.events = events
-        count = steps["steps"]
         self.start = steps["start_ps"]
-        self.end = self.start + count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) // 2)
+        self.end = ends_ps(steps)
         denied = np.flatnonzero(events["kind"] == Kind.DENY)
         self._denied = dict(zip(events["run"][denied][::-1].tolist(), denied[::-1].tolist(), strict=True))  # the first
 
     def tell(self, life: Life) -> Iterator[Moment]:
-        """The lines of one request's stay here."""
+        """The lines of one request's stay on the replica."""
         events = self.events
         mine = np.flatnonzero(events["request"] == life.request)
         mine = mine[np.argsort(events["run"][mine], kind="stable")]
@@ -250,7 +253,7 @@ class _Teller:
         return f", beside {' and '.join(parts)}" if parts else ""
 
     def _decode(self, first: int, end: int, parked: list[tuple[int, bool]]) -> Iterator[Moment]:
-        """Decoding in the rows ``first`` … ``end``, told at its start."""
+        """The line that tells of decoding in the rows ``first`` … ``end``."""
         end = min(end, len(self.start))
         if end <= first:
             return

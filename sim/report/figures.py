@@ -1,6 +1,6 @@
 """The curves and bars of a report as Plotly figures: plain dictionaries, drawn by the plotly.js in the page.
 
-Colours are CSS variables, ``var(--decode)``, which the page puts in: so a figure follows light and dark.
+Colours are CSS variables such as ``var(--decode)``, which the page replaces: a figure follows light and dark.
 """
 
 from __future__ import annotations
@@ -12,20 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chairlift.sim.report.html import INK, MUTED, Figure, dash, hue, note
 from chairlift.sim.report.timeline import Timeline, cdf
+from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.results.reader import RunResults
 
-Figure = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 Part = tuple[str, str, Sequence[float], Sequence[str]]  # label, colour, a share a bar, more words a bar
 
-HUES = 8  # var(--v0) … var(--v7), told apart by the colour-blind too; dashes beyond
-DASHES = ("solid", "dash", "dot", "dashdot")
 WIDE = 50  # times from a distribution's 1st to its 99th percentile from which on the axis is logarithmic
 ROW = 20  # pixels of a bar
 LONG = 0.6  # of the longest bar: from there on its text stands inside it
-INK, MUTED = "var(--ink)", "var(--muted)"
-LATENCY_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 STATES = {  # what a slot does → how it is named
     "decoding": ("decode", "decode"),
     "prefilling": ("prefill", "prefill"),
@@ -34,18 +31,13 @@ STATES = {  # what a slot does → how it is named
 }
 
 
-def hue(i: int) -> str:
-    """The colour of the i-th variant."""
-    return f"var(--v{i % HUES})"
-
-
 def rounded(values: npt.NDArray[Any]) -> list[float]:
     """Five digits: more than a screen shows."""
     return [float(f"{v:.5g}") for v in values.tolist()]
 
 
 def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None) -> Figure:
-    """Cumulative shares of one latency, a curve a run, given (name, ms), with its SLO as a line."""
+    """Cumulative shares of one latency: a curve for each (name, ms) of ``runs``, and the SLO ``limit`` as a line."""
     curves = [(name, *cdf(values)) for name, values in runs]
     drawn = [values for _, values, _ in curves if len(values)]
     longest = max((float(v[-1]) for v in drawn), default=0.0)
@@ -64,7 +56,7 @@ def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None
                 "name": name,
                 "x": rounded(values[keep] / scale),
                 "y": rounded(shares[keep]),
-                "line": {"color": hue(i), "width": 2, "dash": DASHES[i // HUES % len(DASHES)], "shape": "hv"},
+                "line": {"color": hue(i), "width": 2, "dash": dash(i), "shape": "hv"},
                 "hovertemplate": f"%{{y:.1%}} ≤ %{{x:.4g}} {unit}<extra>{escape(name)}</extra>",
             }
         )
@@ -76,8 +68,8 @@ def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None
         if len(runs) == 1 and len(runs[0][1]):
             good = runs[0][1][~np.isnan(runs[0][1])]
             met = f": {np.mean(good <= limit):.1%}" if len(good) else ""
-        notes.append(_note(f"SLO {limit:g} ms{met}", np.log10(x) if logarithmic else x, 1.0, "left"))
-    axis: Figure = {"title": {"text": f"{LATENCY_NAMES[metric]}, {unit}"}, "type": "log" if logarithmic else "linear"}
+        notes.append(note(f"SLO {limit:g} ms{met}", float(np.log10(x)) if logarithmic else x, 1.0))
+    axis: Figure = {"title": {"text": f"{LATENCY[metric].label}, {unit}"}, "type": "log" if logarithmic else "linear"}
     if logarithmic:
         axis["dtick"] = 1
     else:
@@ -168,9 +160,7 @@ def waterfall(runs: Sequence[RunResults], rungs: Sequence[dict[str, str]]) -> Fi
     return {"data": [bar], "layout": layout}
 
 
-def shares(
-    names: Sequence[str], parts: Sequence[tuple[str, str, Sequence[float], Sequence[str]]], title: str
-) -> Figure:
+def shares(names: Sequence[str], parts: Sequence[Part], title: str) -> Figure:
     """Stacked bars to 100 %."""
     traces = [
         {
@@ -284,18 +274,4 @@ def _line(at: float, axis: str) -> Figure:
         "y0": 0,
         "y1": 1,
         "line": {"color": INK, "width": 1.2, "dash": "dash"},
-    }
-
-
-def _note(text: str, x: float, y: float, anchor: str) -> Figure:
-    return {
-        "text": text,
-        "x": float(x),
-        "y": y,
-        "xref": "x",
-        "yref": "paper",
-        "xanchor": anchor,
-        "yanchor": "bottom",
-        "showarrow": False,
-        "font": {"size": 11, "color": MUTED},
     }

@@ -15,10 +15,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.slots import Cell, Slots, seat
+from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Results, RunResults
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import Kind, Status
 from chairlift.sim.units import PS_PER_S, PS_PER_US
 from chairlift.sim.workload.trace import LATEST_PS
 
@@ -63,7 +63,7 @@ def _run(run: RunResults, process: int, low: int, high: int) -> Iterator[Event]:
         role = "" if replica.role == "mixed" else f" {replica.role}"
         yield _meta("process_name", pid, 0, f"replica {replica.index}{role}{label}")
         yield _meta("thread_name", pid, STEPS_TRACK, "steps")
-        within = slice(*(int(i) for i in np.searchsorted(_ends(steps), (low, high))))
+        within = slice(*(int(i) for i in np.searchsorted(ends_ps(steps), (low, high))))
         yield from _steps({name: column[within] for name, column in steps.items()}, pid)
         if events is not None:
             yield from _slots(seat(events, steps), steps, within, pid, flows)
@@ -81,13 +81,8 @@ def _requests(run: RunResults, pid: int, low: int, high: int) -> Iterator[Event]
         yield {"ph": "e", "ts": finished / PS_PER_US, **same}
 
 
-def _ends(steps: Columns) -> Any:
-    count = steps["steps"]
-    return steps["start_ps"] + count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) // 2)
-
-
 def _steps(steps: Columns, pid: int) -> Iterator[Event]:
-    ends = _ends(steps).tolist()
+    ends = ends_ps(steps).tolist()
     names = [name for name in COLUMNS if name not in ("first_ps", "slope_ps")]
     rows = list(zip(*(steps[name].tolist() for name in names), strict=True))
     for k, row in enumerate(rows):
@@ -110,7 +105,7 @@ def _steps(steps: Columns, pid: int) -> Iterator[Event]:
 def _slots(slots: Slots, steps: Columns, within: slice, pid: int, flows: _Flows) -> Iterator[Event]:
     for slot in range(slots.count):
         yield _meta("thread_name", pid, slot + 1, f"slot {slot}")
-    starts, ends = steps["start_ps"], _ends(steps)
+    starts, ends = steps["start_ps"], ends_ps(steps)
     seated = (slots.end > slots.begin) & (slots.end > within.start) & (slots.begin < within.stop)
     for stay in np.flatnonzero(seated).tolist():
         begin, end = int(slots.begin[stay]), int(slots.end[stay])

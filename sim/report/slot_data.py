@@ -1,4 +1,7 @@
-"""Slot diagrams as data for the page: every step where there is room, a stretch of them and the whole binned if not."""
+"""Slot diagrams as data for the page.
+
+A page holds every step of a short run. Of a long one it holds a stretch step by step, and the whole in bins of time.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.report.slots import Cell, Slots, seat
+from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.units import PS_PER_NS, PS_PER_S
 
-ROWS = 100_000  # rows of runs on a page, all diagrams together: some 3 MB of a page
+ROWS = 100_000  # rows of runs that all diagrams of a page hold together: some 3 MB
 BINS = 600  # of the whole, where it is more than a diagram holds
 STEP_COLUMNS = ("start_ps", "first_ps", "slope_ps", "steps", "decodes", "waiting")
 
@@ -24,7 +28,7 @@ class Window:
 
     begin: int
     end: int
-    rows: int  # that there are
+    rows: int  # how many the replica has
 
 
 def diagrams(run: RunResults, rows: int, span_s: tuple[float, float] | None = None) -> Iterator[dict[str, Any]]:
@@ -40,12 +44,12 @@ def diagrams(run: RunResults, rows: int, span_s: tuple[float, float] | None = No
 
 
 def window(steps: Columns, rows: int, span_s: tuple[float, float] | None) -> Window:
-    """All rows if there is room; else those around the longest queue, or the first within ``span_s``."""
+    """All rows if there is room; else the rows around the longest queue, or the first ones within ``span_s``."""
     n = len(steps["steps"])
     begin, end = 0, n
     if span_s is not None:
         begin, end = (int(i) for i in np.searchsorted(steps["start_ps"], np.array(span_s) * 1e12))
-        begin = max(0, begin - 1)  # the run under way at that time
+        begin = max(0, begin - 1)  # the run of steps that is under way at that time
         end = max(end, begin + 1)
     if end - begin > rows:
         if span_s is None:
@@ -105,14 +109,12 @@ def diagram(replica: Replica, slots: Slots, steps: Columns, shown: Window) -> di
 
 
 def overview(slots: Slots, steps: Columns) -> dict[str, Any]:
-    """The whole run in `BINS` bins of time: for each slot a string of `Cell` numbers, what lasted longest in each.
+    """The whole run in `BINS` bins of time: a string of `Cell` numbers a slot, of what lasted longest in each bin.
 
     A stay counts as prefill until its prompt is done, then as decoding: steps in which it stalls are not told apart.
     """
     start = steps["start_ps"].astype(np.float64)
-    count = steps["steps"].astype(np.float64)
-    end = start + count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) / 2)
-    at = np.append(start, end[-1])  # where a row begins; the last entry ends the run
+    at = np.append(start, float(ends_ps(steps)[-1]))  # where a row begins; the last entry ends the run
     origin, width = at[0], (at[-1] - at[0]) / BINS
     seated = np.flatnonzero(slots.end > slots.begin)
     slot = slots.slot[seated]

@@ -1,8 +1,8 @@
-"""Who sat on which slot of the batch in which step: the picture of continuous batching, from a replica's journal.
+"""Which request was on which slot of the batch in which step: the picture of continuous batching.
 
-An engine has no slots; here a request takes the lowest free one when it is admitted and keeps it until it leaves, as
-vLLM's persistent batch fills its holes. Nothing else is added: every cell follows from the journal and the runs, and
-counting cells gives back the columns of ``steps.parquet`` (a test does).
+An engine has no slots. In the picture a request takes the lowest free slot when it is admitted and keeps the slot until
+it leaves, as vLLM's persistent batch fills its holes. Every cell follows from the replica's journal and its runs of
+steps, so counting cells gives back the columns of ``steps.parquet`` (a test does).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.sim.replica.journal import Kind
+from chairlift.sim.results.records import Kind
 
 Ints = npt.NDArray[np.int64]
 LEAVING = (Kind.END, Kind.PREEMPT, Kind.HANDOVER, Kind.LOST)
@@ -25,10 +25,10 @@ LEAVING = (Kind.END, Kind.PREEMPT, Kind.HANDOVER, Kind.LOST)
 class Cell(IntEnum):
     """What a slot is used for in one step."""
 
-    IDLE = 0  # nobody is on it
+    IDLE = 0  # no request is on it
     PREFILL = 1  # prompt tokens, or tokens computed again
     DECODE = 2  # one token from earlier ones
-    STALLED = 3  # somebody is on it, and nothing is computed for them in this step
+    STALLED = 3  # a request is on it, and nothing is computed for the request in this step
     PADDING = 4  # the answer is complete; the slot is paid for until the batch returns
 
 
@@ -37,9 +37,10 @@ GLYPHS = ".PD~#"  # of `Cell`, in text
 
 @dataclass
 class Slots:
-    """The slots of one replica. A *stay* is one request's time on one slot; rows are those of its runs.
+    """The slots of one replica.
 
-    ``first_step`` counts engine steps before each row, with one entry more for the total.
+    A *stay* is the time of one request on one slot. Rows are those of the replica's runs of steps. ``first_step``
+    counts the engine steps before each row, with one entry more for the total.
     """
 
     first_step: Ints  # Shape: (rows + 1,)
@@ -50,7 +51,7 @@ class Slots:
     end: Ints  # row after the last
     done: Ints  # row from which on the answer is complete, `end` unless the slot was held
     ready: Ints  # row from which on it decodes, `end` if its prompt never got done
-    why: Ints  # `Kind` that ended it, -1: it is there at the end of the journal
+    why: Ints  # the `Kind` of event that ended the stay, -1 where the journal ends before
     chunk_stay: Ints  # Shape: (chunks,), by stay, then by row
     chunk_row: Ints
     chunk_tokens: Ints
@@ -114,7 +115,7 @@ def seat(events: dict[str, npt.NDArray[Any]], runs: dict[str, npt.NDArray[Any]])
 
 
 class _Seating:
-    """Stays under way."""
+    """Gives slots to requests, event by event."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -127,7 +128,7 @@ class _Seating:
         self._parks = array("q")
         self._free: list[int] = []
         self._slots = 0
-        self._entering: list[int] = []  # stays without a slot yet: others may leave at the same boundary
+        self._entering: list[int] = []  # stays without a slot yet: slots may become free at the same boundary
         self._row = 0
 
     def enter(self, run: int, request: int, left: int) -> None:
@@ -147,7 +148,7 @@ class _Seating:
     def chunk(self, run: int, request: int, tokens: int) -> None:
         stay = self.stays.get(request)
         if stay is None:
-            return  # in flight when it was preempted or its client gave up
+            return  # the chunk was in flight when the request was preempted or its client gave up
         self._chunks.extend((stay, run, tokens))
         self._left[stay] -= tokens
         if self._left[stay] <= 0:
@@ -174,11 +175,11 @@ class _Seating:
             self._parks.extend((self.stays[request], since, run))
 
     def _sit(self, run: int) -> None:
-        """Everybody who has come before ``run`` gets a slot."""
+        """Give a slot to each stay that began before row ``run``."""
         slots = self._slot
         for stay in self._entering:
             if self._end[stay] <= self._begin[stay]:
-                continue  # it was preempted in the very plan
+                continue  # preempted by the plan that admitted it
             if self._free:
                 slots[stay] = heappop(self._free)
             else:

@@ -10,13 +10,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from chairlift.sim.cli.terminal import inside, sparkline
-from chairlift.sim.results import claims
+from chairlift.sim.report.sparkline import inside, sparkline
+from chairlift.sim.results.catalogue import LATENCIES, LATENCY, REPLICAS, SERVED, SIMULATION, Metric, has_latency, shown
+from chairlift.sim.results.claims import checked as checked_claims
 from chairlift.sim.results.fairness import by_tenant
-from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.results.metrics import Latencies, request_latencies
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.study import Study
 
+COMPARED = ("ttft", "tpot", "itl", "e2el")  # latencies that fit beside one another into 80 columns
 CDF_PERCENT = (5, 10, 25, 50, 75, 90, 95, 99, 100)
 
 
@@ -50,44 +52,34 @@ def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[Renderabl
         if "cdf" in study.tables:
             yield cdf(study, outcomes)
         if study.claims:
-            yield claims.table(study, outcomes)
+            yield claims(study, outcomes)
     yield assumptions(outcomes)
 
 
 def single(study: Study, outcome: Outcome) -> Table:
-    """All that one run came to."""
-    s = outcome.summary
+    """All metrics of the catalogue that one run has."""
+    summary = outcome.summary
     table = Table(title=study.name, title_justify="left", show_header=False, box=box.SIMPLE)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    lost = [f"{s[key]:,} {key.replace('_', ' ')}" for key in ("rejected", "timed_out", "failed") if s[key]]
-    table.add_row("completed", f"{s['completed']:,}" + (f" ({', '.join(lost)})" if lost else ""))
-    table.add_row("duration", f"{s['duration']:,.2f} s")
-    table.add_row("requests inside, over that time", _load(outcome))
-    table.add_row("requests/s", f"{s['request_throughput']:,.3f}")
-    if s["request_goodput"] is not None:
-        table.add_row("goodput, requests/s", f"{s['request_goodput']:,.3f}")
-    table.add_row("output tokens/s", f"{s['output_throughput']:,.1f}")
-    table.add_row("tokens/s, prompts counted", f"{s['total_token_throughput']:,.1f}")
+    for metric in SERVED:
+        _add(table, metric, summary)
+        if metric.name == "duration":
+            table.add_row("requests inside, over that time", _load(outcome))
     table.add_section()
-    for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E")):
-        table.add_row(f"{label} p50 / p90 / p99", _percentiles(s, name))
-    table.add_row("E2E per output token p50 / p90 / p99", _percentiles(s, "normalized_latency"))
-    table.add_section()
-    table.add_row("running, mean / peak", f"{s['mean_running']:.2f} / {s['peak_running']}")
-    table.add_row("KV used", f"{s['kv_utilization']:.1%}")
-    table.add_row("KV reserved / internal / free", _waste(s))
-    if s["prefix_hit_rate"]:
-        table.add_row("prompt tokens found in the prefix cache", f"{s['prefix_hit_rate']:.1%}")
-    if s.get("median_transfer_ms") is not None:
-        table.add_row("KV transfer p50 / p90 / p99", _percentiles(s, "transfer"))
-    table.add_row("replica hours, busy", f"{s['replica_hours']:.2f}, {s['utilization']:.0%}")
-    swapped = f" ({s['swaps']:,} swapped, {s['swapped_tokens']:,} tokens moved)" if s["swaps"] else ""
-    table.add_row("preemptions", f"{s['preemptions']:,}{swapped}")
-    leap = f" ({1 - s['runs'] / s['steps']:.0%} leapt)" if s["steps"] else ""
-    table.add_row("engine steps", f"{s['steps']:,}{leap}")
-    table.add_row("simulated in", f"{s['wall_s']:.2f} s ({s['requests_per_wall_s']:,.0f} requests/s)")
+    for metric in LATENCIES:
+        if has_latency(summary, metric.name):
+            table.add_row(f"{metric.label} p50 / p90 / p99", _percentiles(summary, metric.name))
+    for part in (REPLICAS, SIMULATION):
+        table.add_section()
+        for metric in part:
+            _add(table, metric, summary)
     return table
+
+
+def _add(table: Table, metric: Metric, summary: dict[str, float | None]) -> None:
+    if shown(metric, summary):
+        table.add_row(metric.label, metric.text(summary[metric.name]))
 
 
 def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
@@ -143,15 +135,15 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
     goodput = any(o.summary["request_goodput"] is not None for o in outcomes)
     table = _table(f"{study.name}: latency, p50 / p99")
     table.add_column("", overflow="fold")
-    for label in ("TTFT", "TPOT", "ITL", "E2E"):
-        table.add_column(label, justify="right", no_wrap=True)
+    for name in COMPARED:
+        table.add_column(LATENCY[name].label, justify="right", no_wrap=True)
     table.add_column("req/s", justify="right", no_wrap=True)
     if goodput:
         table.add_column("good/s", justify="right", no_wrap=True)
     for members in _sections(table, outcomes):
         for outcome in members:
             s = outcome.summary
-            row = [_percentiles(s, name, ("median", "p99")) for name in ("ttft", "tpot", "itl", "e2el")]
+            row = [_percentiles(s, name, ("median", "p99")) for name in COMPARED]
             row.append(f"{s['request_throughput']:,.2f}")
             if goodput:
                 row.append("" if s["request_goodput"] is None else f"{s['request_goodput']:,.2f}")
@@ -187,10 +179,12 @@ def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
     for members in _sections(table, outcomes):
         for outcome in members:
             ratio = outcome.summary.get("service_ratio")
-            for i, (name, count, ttft, e2el, rate) in enumerate(by_tenant(outcome.requests)):
+            for i, served in enumerate(by_tenant(outcome.requests, request_latencies(outcome.requests))):
                 mine = (outcome.setup.variant, "–" if ratio is None else f"{ratio:.2f}") if i == 0 else ("", "")
-                numbers = (f"{count:,}", f"{_number(ttft)} ms", f"{_number(e2el)} ms", f"{rate:,.0f}")
-                table.add_row(mine[0], name, *numbers, mine[1])
+                times = (f"{_number(ms)} ms" for ms in (served.ttft_ms, served.e2el_ms))
+                table.add_row(
+                    mine[0], served.tenant, f"{served.completed:,}", *times, f"{served.service_rate:,.0f}", mine[1]
+                )
     return table
 
 
@@ -202,10 +196,39 @@ def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
         table.add_column(f"{percent}%", justify="right")
     for members in _sections(table, outcomes):
         for outcome in members:
-            values = Latencies(outcome.requests).e2el
+            values = Latencies(outcome.requests).of("e2el")
             row = [f"{v / 1000:.1f}" for v in np.percentile(values, CDF_PERCENT)] if len(values) else []
             table.add_row(outcome.setup.variant, *row)
     return table
+
+
+def claims(study: Study, outcomes: Sequence[Outcome]) -> Table:
+    """What was published, what came out here, and why the two differ."""
+    found = Table(title=f"{study.name}: published and simulated", title_justify="left", box=box.SIMPLE_HEAD)
+    found.add_column("")
+    for label in ("published", "simulated", "ratio"):
+        found.add_column(label, justify="right", no_wrap=True)
+    for claim in checked_claims(study.claims, outcomes):
+        published, value = claim["published"], claim["simulated"]
+        said = f"{published:g}" if isinstance(published, float) else f"{published[0]:g}–{published[1]:g}"
+        sign = {"at least": "≥ ", "at most": "≤ ", "about": "~ "}.get(claim["bound"], "")
+        ours = "–" if value is None else f"{sign}{value:.3g}"
+        found.add_row(Text(claim["says"]), said, ours, _beside(published, value))
+        if claim["because"]:
+            found.add_row(Text(claim["because"], style="dim"))
+    return found
+
+
+def _beside(published: float | tuple[float, float], value: float | None) -> str:
+    """Simulated over published; of a range, over its nearer end, and a word inside it."""
+    if value is None:
+        return "–"
+    if isinstance(published, float):
+        return f"{value / published:.2f}" if published else "–"
+    low, high = published
+    if low <= value <= high:
+        return "inside"
+    return f"{value / (low if value < low else high):.2f}"
 
 
 def assumptions(outcomes: Sequence[Outcome]) -> Group:
@@ -273,7 +296,3 @@ def _ratio(rate: float, base: float, digits: int) -> str:
 def _number(value: float) -> str:
     """About three digits."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _waste(summary: dict[str, float]) -> str:
-    return " / ".join(f"{summary[key]:.1%}" for key in ("kv_reserved", "kv_internal", "kv_free"))

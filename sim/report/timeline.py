@@ -1,7 +1,7 @@
-"""What a run did over time and in what order of size: the numbers behind the curves of a report, binned.
+"""What a run did over time, and how its latencies are distributed: the numbers behind the curves of a report.
 
-Nothing is dropped by binning: a bin holds the average over its time of what the runs of engine steps say, so the
-area under a curve is the total.
+Time is cut into `BINS`. A bin holds the average over its time of what the runs of engine steps say, so the area under
+a curve is the total: nothing is lost by binning.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chairlift.sim.results.metrics import durations_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Status
 from chairlift.sim.units import PS_PER_S
@@ -24,15 +25,16 @@ STEP_COLUMNS = (
     *("start_ps", "first_ps", "slope_ps", "steps", "chunks", "prefill_tokens", "decodes", "padded"),
     *("running", "waiting", "held_blocks", "kv_tokens", "preempted"),
 )
+TIMES = ("ttft", "tpot", "e2el")  # latencies that have a column in ``requests.parquet``
 REQUEST_COLUMNS = (
     *("arrival_ps", "prompt_tokens", "output_tokens", "status", "replica", "admitted_ps", "first_token_ps"),
-    *("finished_ps", "emitted_tokens", "preemptions", "cached_tokens", "ttft_ms", "tpot_ms", "e2el_ms"),
+    *("finished_ps", "emitted_tokens", "preemptions", "cached_tokens", *(f"{name}_ms" for name in TIMES)),
 )
 
 
 @dataclass
 class ReplicaTotals:
-    """What one replica came to."""
+    """Totals and averages of one replica over the run."""
 
     replica: Replica
     busy_s: float
@@ -65,7 +67,7 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
     for replica, steps in zip(run.replicas, run.steps(*STEP_COLUMNS), strict=True):
         count = steps["steps"].astype(np.float64)
         start = steps["start_ps"].astype(np.float64)
-        time = count * steps["first_ps"] + steps["slope_ps"] * (count * (count - 1) / 2)
+        time = durations_ps(steps).astype(np.float64)
         tokens = steps["kv_tokens"] + steps["decodes"] * (count - 1) / 2
         padding = np.where(steps["chunks"] > 0, 0, steps["padded"])  # beside a chunk it is the prompts' padding
         bins = _Binner(start, time, edges)
@@ -104,7 +106,7 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
 
 
 class _Binner:
-    """Sums over bins of amounts that are spread evenly over each row's time."""
+    """Spreads an amount of each row evenly over the row's time, and sums what falls into each bin."""
 
     def __init__(self, start: Floats, time: Floats, edges: Floats) -> None:
         self._edges = edges
@@ -113,7 +115,7 @@ class _Binner:
         self._ends[1::2] = start + time
 
     def spread(self, amounts: npt.NDArray[Any]) -> Floats:
-        """The part of ``amounts``, one a row, that falls into each bin."""
+        """What of ``amounts``, one a row, falls into each bin; shape (bins,)."""
         if len(amounts) == 0:
             return np.zeros(len(self._edges) - 1)
         so_far = np.cumsum(amounts, dtype=np.float64)
@@ -123,7 +125,7 @@ class _Binner:
         return np.diff(np.interp(self._edges, self._ends, sums, left=0.0, right=so_far[-1]))
 
     def idle(self, integral: tuple[Floats, Floats], edges: Floats) -> Floats:
-        """What falls into the gaps between rows of a curve, given its ``integral`` as (times, values)."""
+        """What of a curve falls into the gaps between rows, given its ``integral`` as (times, values), by bin."""
         times, values = integral
         at = np.interp(self._ends, times, values)
         if len(at) == 0:
@@ -149,7 +151,7 @@ def _queue(requests: Columns, here: npt.NDArray[np.bool_], edges: Floats) -> tup
 
 
 def cdf(values: Floats) -> tuple[Floats, Floats]:
-    """(values, shares from 0 to 1) of the distribution of ``values``, NaN left out, in at most some 250 points."""
+    """The distribution of ``values`` without NaN as (values, shares from 0 to 1), in at most some 250 points."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return values, values
@@ -160,12 +162,17 @@ def cdf(values: Floats) -> tuple[Floats, Floats]:
 
 
 def work(run: RunResults, requests: Columns, totals: list[ReplicaTotals]) -> dict[str, int]:
-    """Tokens computed: for prompts, again after they were lost, for answers, and for nothing."""
+    """Tokens computed, by what they were computed for.
+
+    ``prompts`` is the first computation of prompts, ``again`` repeats what a preemption or failure lost, ``answers``
+    are decodes, ``padding`` is computed for nothing.
+    """
     admitted = requests["admitted_ps"] >= 0
     asked = int((requests["prompt_tokens"] - requests["cached_tokens"])[admitted].sum())
     moved = int((run.requests("taken_over_ps")["taken_over_ps"] >= 0).sum()) if run.has_column("taken_over_ps") else 0
     prefill = sum(each.computed_prefill for each in totals)
-    decode = sum(each.computed_decode for each in totals) + moved  # a decode replica takes a request in with one token
+    # a decode replica computes one token to take a request in
+    decode = sum(each.computed_decode for each in totals) + moved
     again = max(0, prefill - moved - asked)
     return {
         "prompts": prefill - moved - again,

@@ -1,19 +1,19 @@
 """How evenly a run served its tenants.
 
-Service is counted as in Sheng et al. (VTC), OSDI 2024: a prompt token 1, when it is admitted, an output token 2. A
-request's output tokens are taken to come evenly from its first to its last.
+Service is counted as in Sheng et al. (VTC), OSDI 2024: a prompt token counts 1 when its request is admitted, an output
+token counts 2. The output tokens of a request are taken to come evenly between its first and its last token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.results.records import RequestRecords, Status
-from chairlift.sim.units import PS_PER_MS, PS_PER_S
+from chairlift.sim.units import PS_PER_S
 
 PROMPT, OUTPUT = 1, 2  # the paper's w_p and w_q
 
@@ -22,10 +22,10 @@ Ints = npt.NDArray[np.int64]
 
 
 def between_tenants(requests: RequestRecords) -> dict[str, Any]:
-    """Over the longest time in which every tenant has requests waiting, and nothing without two tenants.
+    """``service_gap`` and ``service_ratio`` of the catalogue; an empty mapping without two tenants.
 
-    ``service_gap``: weighted tokens by which the tenant served most is ahead of the one served least;
-    ``service_ratio``: the two as a ratio. None if there is no such time, or somebody got nothing.
+    Both compare tenants over the longest time in which every tenant has requests waiting, and are None where there is
+    no such time. The ratio is None too where a tenant got nothing.
     """
     tenants = _tenants(requests)
     if len(tenants) < 2:
@@ -42,7 +42,7 @@ def between_tenants(requests: RequestRecords) -> dict[str, Any]:
 
 
 def service(requests: RequestRecords, rows: Ints, at: int) -> float:
-    """Weighted tokens that the requests ``rows`` have got by time ``at``, ps."""
+    """Weighted tokens that the requests in ``rows`` have got by the time ``at``, ps."""
     columns = requests.columns()
     admitted, first, last = (
         np.asarray(columns[c], dtype=np.int64)[rows] for c in ("admitted_ps", "first_token_ps", "finished_ps")
@@ -56,19 +56,26 @@ def service(requests: RequestRecords, rows: Ints, at: int) -> float:
     return float(PROMPT * prompt[(admitted >= 0) & (admitted <= at)].sum() + OUTPUT * tokens.sum())
 
 
-def by_tenant(requests: RequestRecords) -> Iterator[tuple[str, int, float, float, float]]:
-    """Name, finished requests, median TTFT and E2EL in ms, weighted tokens a second of the whole run."""
+class Served(NamedTuple):
+    """What one tenant got of a run."""
+
+    tenant: str
+    completed: int
+    ttft_ms: float  # median; 0 where nothing was completed, as the next
+    e2el_ms: float
+    service_rate: float  # weighted tokens a second of the whole run
+
+
+def by_tenant(requests: RequestRecords, latencies: Mapping[str, Floats]) -> Iterator[Served]:
+    """What each tenant got; ``latencies`` are those of `sim.results.metrics.request_latencies`."""
     columns = requests.columns()
-    arrival, first, last = (
-        np.asarray(columns[c], dtype=np.int64) for c in ("arrival_ps", "first_token_ps", "finished_ps")
-    )
-    finished = np.asarray(columns["status"]) == Status.FINISHED
-    span_s = max(1, int(last.max() - arrival.min())) / PS_PER_S
+    begin, end = (np.asarray(columns[c], dtype=np.int64) for c in ("arrival_ps", "finished_ps"))
+    span_s = max(1, int(end.max() - begin.min())) / PS_PER_S
     for tenant, rows in _tenants(requests).items():
-        done = rows[finished[rows]]
-        waits = (first - arrival)[done] / PS_PER_MS, (last - arrival)[done] / PS_PER_MS
-        ttft, e2el = (float(np.median(ms)) if len(ms) else 0.0 for ms in waits)
-        yield requests.trace.tenants[tenant], len(done), ttft, e2el, service(requests, rows, int(last.max())) / span_s
+        done = rows[np.asarray(columns["status"])[rows] == Status.FINISHED]
+        ttft, e2el = (float(np.median(latencies[name][done])) if len(done) else 0.0 for name in ("ttft", "e2el"))
+        rate = service(requests, rows, int(end.max())) / span_s
+        yield Served(requests.trace.tenants[tenant], len(done), ttft, e2el, rate)
 
 
 def _tenants(requests: RequestRecords) -> dict[int, Ints]:
@@ -80,7 +87,10 @@ def _tenants(requests: RequestRecords) -> dict[int, Ints]:
 
 
 def _longest_common(waits: list[tuple[Ints, Ints]]) -> tuple[int, int]:
-    """The longest time in which of each pair of arrays, begins and ends, one interval at least is open."""
+    """The longest time, as (begin, end), in which every tenant has at least one interval open.
+
+    ``waits`` holds two arrays a tenant: when its intervals begin, and when they end.
+    """
     times = np.unique(np.concatenate([edge for pair in waits for edge in pair]))
     everybody = np.ones(len(times), dtype=bool)
     for begins, ends in waits:

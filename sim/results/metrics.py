@@ -1,18 +1,19 @@
-"""What a run comes to, computed from its records. Names and definitions are those of vLLM's serving benchmark.
+"""What a run comes to, computed from its records. `sim.results.catalogue` names and explains every metric.
 
-TTFT is first token − arrival, E2EL last token − arrival (a static batch: its return), TPOT (E2EL − TTFT) ÷
-(output − 1) over requests of more than one token, ITL every gap between two tokens of a request, pooled; goodput
-the requests per second that meet all of the SLO. ``duration`` runs from the first arrival to the last answer.
-Source: `vllm/benchmarks/serve.py`, vLLM 0.23.
+Definitions are those of vLLM's serving benchmark (`vllm/benchmarks/serve.py`, vLLM 0.23), each written once, here:
+`REQUEST_LATENCIES` and `per_output_token` (TTFT, TPOT, E2E), `inter_token_gaps` (ITL), `Latencies.good` (goodput),
+`durations_ps` and `ends_ps` (how long a run of steps took).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from chairlift.sim.results.catalogue import LATENCIES, PERCENTILES, STATISTICS, fields
 from chairlift.sim.results.fairness import between_tenants
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
@@ -21,58 +22,120 @@ if TYPE_CHECKING:
     from chairlift.sim.study import Slo
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Series = tuple[Floats, Ints | None]  # values, and how often each occurs; None: once
 
-QUANTILES = (50, 90, 95, 99)
+
+def per_output_token(span: Floats, output_tokens: Ints) -> Floats:
+    """TPOT: ``span`` from first to last token ÷ (output tokens − 1), in the unit of ``span``; shape (n,) each.
+
+    An answer of one token has no TPOT, and gets NaN.
+    """
+    return np.where(output_tokens > 1, span / np.maximum(output_tokens - 1, 1), np.nan)
+
+
+class Moments(NamedTuple):
+    """When things happened to each request, ps, and its output tokens; shape (n,) each. -1 where it did not happen."""
+
+    arrival: Ints
+    admitted: Ints
+    first_token: Ints
+    last_token: Ints
+    output_tokens: Ints
+
+
+# Latencies of a request in ms, by their name in the catalogue. Their values of unfinished requests are thrown away.
+REQUEST_LATENCIES: dict[str, Callable[[Moments], Floats]] = {
+    "ttft": lambda m: (m.first_token - m.arrival) / PS_PER_MS,
+    "tpot": lambda m: per_output_token((m.last_token - m.first_token) / PS_PER_MS, m.output_tokens),
+    "e2el": lambda m: (m.last_token - m.arrival) / PS_PER_MS,
+    "normalized_latency": lambda m: (m.last_token - m.arrival) / PS_PER_MS / m.output_tokens,
+}
+
+
+def request_latencies(requests: RequestRecords) -> dict[str, Floats]:
+    """`REQUEST_LATENCIES` of every request, ms, shape (n,), in the order of the trace.
+
+    NaN where a request has none: all latencies of one that did not finish, TPOT of an answer of one token.
+    """
+    columns = requests.columns()
+    names = ("arrival_ps", "admitted_ps", "first_token_ps", "finished_ps", "output_tokens")
+    moments = Moments(*(np.asarray(columns[name]).astype(np.int64) for name in names))
+    finished = np.asarray(columns["status"]) == Status.FINISHED
+    return {name: np.where(finished, of(moments), np.nan) for name, of in REQUEST_LATENCIES.items()}
 
 
 class Latencies:
-    """Milliseconds of the finished requests, one value a request, in order of arrival."""
+    """What the finished requests waited, ms, one value a request, in the order of the trace.
+
+    `values` holds shape (finished,) by name of the latency, with NaN for the TPOT of an answer of one token.
+    """
 
     def __init__(self, requests: RequestRecords) -> None:
         columns = requests.columns()
-        self.done = columns["status"] == Status.FINISHED
-        arrival = np.asarray(columns["arrival_ps"])[self.done]
+        self.done = np.asarray(columns["status"]) == Status.FINISHED
         self.outputs = np.asarray(columns["output_tokens"])[self.done].astype(np.int64)
         self.prompts = np.asarray(columns["prompt_tokens"])[self.done].astype(np.int64)
-        first = np.asarray(columns["first_token_ps"])[self.done]
+        self.values = {name: values[self.done] for name, values in request_latencies(requests).items()}
         finished = np.asarray(columns["finished_ps"])[self.done]
-        self.ttft: Floats = (first - arrival) / PS_PER_MS
-        self.e2el: Floats = (finished - arrival) / PS_PER_MS
-        several = self.outputs > 1
-        self.tpot_all: Floats = np.zeros(len(self.ttft))  # 0 where there is one token only, as vLLM counts goodput
-        self.tpot_all[several] = (finished - first)[several] / PS_PER_MS / (self.outputs[several] - 1)
-        self.tpot: Floats = self.tpot_all[several]
-        self.normalized: Floats = self.e2el / self.outputs
         self.span_s = float(finished.max() - requests.arrival[0]) / PS_PER_S if len(finished) else 0.0
 
+    def __len__(self) -> int:
+        """Finished requests."""
+        return len(self.outputs)
+
+    def of(self, name: str) -> Floats:
+        """The latency ``name`` of the requests that have it."""
+        values = self.values[name]
+        found: Floats = values[~np.isnan(values)]
+        return found
+
     def good(self, slo: Slo) -> npt.NDArray[np.bool_]:
-        """Which finished requests meet all of ``slo``."""
-        good = np.ones(len(self.ttft), dtype=bool)
-        for limit, values in (
-            (slo.ttft_ms, self.ttft),
-            (slo.tpot_ms, self.tpot_all),
-            (slo.e2el_ms, self.e2el),
-        ):
-            if limit is not None:
-                good &= values <= limit
+        """Which finished requests meet all of ``slo``. An answer of one token meets any TPOT, as in vLLM's goodput."""
+        good = np.ones(len(self), dtype=bool)
+        for name, limit in limits(slo).items():
+            good &= ~(self.values[name] > limit)
         return good
+
+
+def limits(slo: Slo) -> dict[str, float]:
+    """Name of a latency → the most ms that ``slo`` allows; without those that it leaves open."""
+    return {name.removesuffix("_ms"): limit for name, limit in slo.model_dump().items() if limit is not None}
+
+
+def durations_ps(runs: Mapping[str, Ints]) -> Ints:
+    """How long each run of steps took, ps, from columns of `RunRecords.runs`; shape (rows,).
+
+    A run of n steps takes n · first + slope · n (n − 1) / 2, since each step takes ``slope_ps`` longer than the one
+    before: 3 steps with a first of 100 and a slope of 2 take 100 + 102 + 104 = 306.
+    """
+    steps = runs["steps"]
+    found: Ints = steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
+    return found
+
+
+def ends_ps(runs: Mapping[str, Ints]) -> Ints:
+    """When each run of steps ended, ps; shape (rows,)."""
+    found: Ints = runs["start_ps"] + durations_ps(runs)
+    return found
 
 
 def summarise(
     requests: RequestRecords, runs: list[RunRecords], pools: list[tuple[int, int]], slo: Slo, wall_s: float
 ) -> dict[str, Any]:
-    """``summary.json`` of one run.
+    """``summary.json`` of one run: a field for each metric of the catalogue that the run has.
 
-    ``pools`` holds (blocks, tokens a block) of each replica, in the order of ``runs``. Shares are of the KV pool,
-    averaged over the time in which a replica runs steps.
+    ``runs`` holds the records of each replica, ``pools`` its (blocks, tokens a block) in the same order. ``wall_s`` is
+    how long the simulation took.
     """
     times = Latencies(requests)
-    n = len(times.ttft)
+    n = len(times)
     span = times.span_s
     status = np.frombuffer(requests.status, dtype=np.uint8)
     prompts, outputs = int(times.prompts.sum()), int(times.outputs.sum())
-    given = slo.ttft_ms is not None or slo.tpot_ms is not None or slo.e2el_ms is not None
     rate = 1 / span if span > 0 else 0.0
+    good = int(times.good(slo).sum()) if limits(slo) else None
+    arrivals_s = requests.trace.duration_s
     summary: dict[str, Any] = {
         "completed": n,
         **{
@@ -82,23 +145,19 @@ def summarise(
         "duration": span,
         "total_input_tokens": prompts,
         "total_output_tokens": outputs,
+        "offered_rate": (len(status) - 1) / arrivals_s if arrivals_s else None,
         "request_throughput": n * rate,
-        "request_goodput": int(times.good(slo).sum()) * rate if given else None,
+        "request_goodput": None if good is None else good * rate,
+        "slo_missed": 1 - good / n if good is not None and n else None,
         "output_throughput": outputs * rate,
         "total_token_throughput": (prompts + outputs) * rate,
     }
-    series = {
-        "ttft": times.ttft,
-        "tpot": times.tpot,
-        "e2el": times.e2el,
-        "normalized_latency": times.normalized,
-    }
-    for name, values in series.items():
-        summary.update(_describe(name, values))
-    summary.update(_describe_weighted("itl", *inter_token_gaps(runs)))
+    series: dict[str, Series] = {name: (times.of(name), None) for name in times.values}
+    series |= {"itl": inter_token_gaps(runs), **_transfers(requests)}
+    for name in (latency.name for latency in LATENCIES if latency.name in series):
+        summary.update(zip(fields(name), _statistics(*series[name]), strict=True))
     summary.update(occupancy(runs, pools))
     summary["prefix_hit_rate"] = _hit_rate(requests)
-    summary.update(_transfers(requests))
     summary.update(between_tenants(requests))
     summary["preemptions"] = int(sum(requests.preemptions))
     summary["swaps"], summary["swapped_tokens"] = sum(requests.swaps), sum(requests.swapped_tokens)
@@ -120,17 +179,21 @@ def _hit_rate(requests: RequestRecords) -> float:
     return sum(requests.cached_tokens) / prompts if prompts else 0.0
 
 
-def _transfers(requests: RequestRecords) -> dict[str, float | None]:
-    """From the end of the prompt on its prefill replica until its KV lies ready at the decode side, ms."""
+def _transfers(requests: RequestRecords) -> dict[str, Series]:
+    """The latency ``transfer`` of the requests that were handed over; nothing where no replica hands over."""
     if "taken_over_ps" not in requests.extra:
         return {}
     sent, come = (np.frombuffer(requests.extra[c], dtype=np.int64) for c in ("handed_over_ps", "taken_over_ps"))
     done = come >= 0
-    return _describe("transfer", (come[done] - sent[done]) / PS_PER_MS)
+    return {"transfer": ((come[done] - sent[done]) / PS_PER_MS, None)}
 
 
 def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Every gap between two tokens, ms, with how often it occurs; shape (gaps,) each, in no order."""
+    """ITL: every gap between two tokens, ms, and how often it occurs; shape (gaps,) each, in no order.
+
+    A run of 3 steps with a first of 100 ps, a slope of 2 ps, 5 decodes and 1 late decode has the gaps 100 (4 times,
+    for the late decode's first gap stands in `RunRecords.gaps`), 102 (5 times) and 104 (5 times).
+    """
     values: list[npt.NDArray[np.int64]] = []
     weights: list[npt.NDArray[np.int64]] = []
     for each in runs:
@@ -153,7 +216,7 @@ def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.int
 
 
 def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str, Any]:
-    """How full replicas were while they ran steps: requests, and KV split into useful and wasted."""
+    """How full replicas were, averaged over the time in which they ran steps; ``pools`` as for `summarise`."""
     busy = total_steps = total_runs = 0.0
     running = useful = held = promised = capacity = 0.0
     peak = 0
@@ -162,7 +225,7 @@ def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str,
         steps = table["steps"].astype(np.float64)
         if len(steps) == 0:
             continue
-        time = steps * table["first_ps"] + table["slope_ps"] * (steps * (steps - 1) / 2)
+        time = durations_ps(table).astype(np.float64)
         growth = table["decodes"] * (steps - 1) / 2  # tokens stored on average beyond the first step
         tokens = table["kv_tokens"] + growth
         busy += float(time.sum())
@@ -191,31 +254,28 @@ def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str,
     }
 
 
-def _describe(name: str, values: Floats) -> dict[str, float | None]:
+def _statistics(values: Floats, often: Ints | None = None) -> list[float | None]:
+    """The `STATISTICS` of ``values``, which occur ``often`` times each; None each where there are no values.
+
+    Percentiles are linear between ranks, as NumPy's.
+    """
     if len(values) == 0:
-        return dict.fromkeys(_names(name))
-    numbers = [values.mean(), np.median(values), values.std(), *np.percentile(values, QUANTILES[1:])]
-    return dict(zip(_names(name), map(float, numbers), strict=True))
-
-
-def _describe_weighted(name: str, values: Floats, weights: npt.NDArray[np.int64]) -> dict[str, float | None]:
-    """As `_describe`, for values that occur ``weights`` times each; percentiles as NumPy's, linear between ranks."""
-    total = int(weights.sum())
-    if total == 0:
-        return dict.fromkeys(_names(name))
-    mean = float((values * weights).sum() / total)
-    std = float(np.sqrt(max(0.0, ((values - mean) ** 2 * weights).sum() / total)))
-    order = np.argsort(values)
-    values = values[order]
-    last = np.cumsum(weights[order]) - 1  # rank of the last copy of each value
-    found = []
-    for q in QUANTILES:
-        rank = q / 100 * (total - 1)
-        low = int(rank)
-        below, above = (values[np.searchsorted(last, r)] for r in (low, min(low + 1, total - 1)))
-        found.append(float(below + (above - below) * (rank - low)))
-    return dict(zip(_names(name), [mean, found[0], std, *found[1:]], strict=True))
-
-
-def _names(name: str) -> list[str]:
-    return [f"{what}_{name}_ms" for what in ("mean", "median", "std", *(f"p{q}" for q in QUANTILES[1:]))]
+        return [None] * len(STATISTICS)
+    if often is None:
+        mean, std = float(values.mean()), float(values.std())
+        ranked = [float(np.median(values)), *np.percentile(values, list(PERCENTILES.values())[1:]).tolist()]
+    else:
+        total = int(often.sum())
+        mean = float((values * often).sum() / total)
+        std = float(np.sqrt(max(0.0, ((values - mean) ** 2 * often).sum() / total)))
+        order = np.argsort(values)
+        values = values[order]
+        last = np.cumsum(often[order]) - 1  # rank of the last copy of each value
+        ranked = []
+        for percent in PERCENTILES.values():
+            rank = percent / 100 * (total - 1)
+            low = int(rank)
+            below, above = (values[np.searchsorted(last, r)] for r in (low, min(low + 1, total - 1)))
+            ranked.append(float(below + (above - below) * (rank - low)))
+    known = {"mean": mean, "std": std, **dict(zip(PERCENTILES, ranked, strict=True))}
+    return [known[statistic] for statistic in STATISTICS]

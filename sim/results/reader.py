@@ -1,13 +1,14 @@
-"""A results folder read back: what `chairlift report`, `explain` and Perfetto traces are made from.
+"""A results folder read back, for `chairlift report`, `explain` and Perfetto traces.
 
-``study.json`` says what the tables do not: the question, what the runs are compared to, and of every run its SLO, the
-sizes of its replicas and the limits of their policies.
+``study.json`` says what the tables do not: the question, what the runs are compared to, and for every run its SLO, the
+sizes of its replicas and the limits of their policies. `sim.results.writer` writes the folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,67 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.replica.journal import Kind
-from chairlift.sim.results.outcome import Outcome
-from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Status
-from chairlift.sim.study import ReplicaGroup, Setup, Study
+from chairlift.sim.results.records import EVENT_COLUMNS, Kind, Status
 
 Columns = dict[str, npt.NDArray[Any]]
 
-SEQUENCE_LIMITS = ("max_num_seqs", "max_running_requests", "max_batch", "max_batch_size", "batch")  # policies' names
-CODES = {"status": [s.name.lower() for s in Status], "kind": [k.name.lower() for k in Kind]}  # text → number
-
-
-def study_facts(study: Study) -> dict[str, Any]:
-    """The head of ``study.json``; its ``runs`` come one by one."""
-    return {
-        "name": study.name,
-        "question": study.question.strip(),
-        "baseline": study.baseline,
-        "waterfall": [{"variant": rung.variant, "because": rung.because} for rung in study.waterfall],
-        "compares": len(study.setups) > 1,
-        "runs": [],
-    }
-
-
-def run_facts(outcome: Outcome) -> dict[str, Any]:
-    """What ``study.json`` says of one run."""
-    setup = outcome.setup
-    slo = {name: value for name, value in setup.slo.model_dump().items() if value is not None}
-    return {
-        "case": setup.case,
-        "variant": setup.variant,
-        "note": setup.note,
-        "published": setup.published,
-        "model": setup.model.name,
-        "seed": setup.seed,
-        "rows": {
-            "requests": len(setup.trace),
-            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in outcome.runs),
-            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in outcome.runs),
-        },
-        "slo": slo,
-        "tenants": list(setup.trace.tenants),
-        "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
-    }
-
-
-def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
-    policy = group.make_scheduler()
-    named = (getattr(policy, name, None) for name in SEQUENCE_LIMITS)
-    facts = {
-        "role": group.role,
-        "gpu": group.gpu.name,
-        "tensor_parallel": group.tensor_parallel,
-        "policy": type(policy).__name__,
-        "kv_blocks": group.blocks,
-        "block_size": group.block_size,
-        "token_limit": policy.token_limit,
-        "sequence_limit": next((limit for limit in named if isinstance(limit, int)), None),
-        "batch_synchronous": policy.batch_synchronous,
-        "asynchronous": policy.asynchronous,
-    }
-    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
+ANOTHER_VERSION = "of another version of Chairlift: run the scenario again"
+CODES = {
+    "status": [s.name.lower() for s in Status],
+    "kind": [k.name.lower() for k in Kind],
+}  # a number's text, by column
 
 
 @dataclass(frozen=True)
@@ -104,11 +53,59 @@ class Replica:
         return self.kv_blocks * self.block_size
 
 
+class Tables:
+    """The Parquet tables of a folder. Where a file keeps what is read once, the rows of a run when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, pq.FileMetaData] = {}
+
+    def columns(self, name: str) -> list[str]:
+        """The columns of table ``name``. Raises `BadInput` if the file cannot be read."""
+        with self._reading(name):
+            names: list[str] = self._metadata(name).schema.names
+            return names
+
+    def rows(self, name: str, first: int, count: int, columns: Sequence[str]) -> pa.Table:
+        """The ``count`` rows of table ``name`` from row ``first`` on, which begins a row group.
+
+        Raises `BadInput` if the file cannot be read, lacks a column, or ends before.
+        """
+        path = self._path(name)
+        if absent := [column for column in columns if column not in self.columns(name)]:
+            raise BadInput(Problem(f"is {ANOTHER_VERSION} (it has no column {absent[0]})", file=str(path)))
+        with self._reading(name):
+            metadata = self._metadata(name)
+            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            begins = np.cumsum([0, *sizes])[:-1]
+            wanted = np.flatnonzero((begins >= first) & (begins < first + count)).tolist()
+            with pq.ParquetFile(path, metadata=metadata) as file:
+                table = file.read_row_groups(wanted, list(dict.fromkeys(columns)))
+        if len(table) != count:
+            raise BadInput(Problem(f"holds {len(table):,} of the {count:,} rows of this run", file=str(path)))
+        return table
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.parquet"
+
+    def _metadata(self, name: str) -> pq.FileMetaData:
+        if name not in self._known:
+            self._known[name] = pq.read_metadata(self._path(name))
+        return self._known[name]
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise BadInput(Problem(f"cannot be read: {error}", file=str(self._path(name)))) from None
+
+
 class RunResults:
-    """One run of a folder. Tables are read when asked for, and not kept."""
+    """One run of a folder. Its rows are read when asked for, and not kept."""
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], summary: dict[str, Any], rows: dict[str, tuple[int, int]]
+        self, tables: Tables, facts: dict[str, Any], summary: dict[str, Any], rows: dict[str, tuple[int, int]]
     ) -> None:
         self.summary = summary
         self.case: str = facts["case"]
@@ -119,7 +116,7 @@ class RunResults:
         self.slo: dict[str, float] = facts["slo"]
         self.tenants: list[str] = facts["tenants"]
         self.replicas = [Replica(i, **each) for i, each in enumerate(facts["replicas"])]
-        self._folder = folder
+        self._tables = tables
         self.rows = {name: count for name, (_, count) in rows.items()}
         self._rows = rows  # of each table: its first row there, and how many
 
@@ -134,7 +131,7 @@ class RunResults:
 
     def has_column(self, name: str) -> bool:
         """Whether ``requests.parquet`` has a column of that name."""
-        return name in pq.read_schema(self._folder / "requests.parquet").names
+        return name in self._tables.columns("requests")
 
     def steps(self, *columns: str) -> Iterator[Columns]:
         """Columns of ``steps.parquet``, replica by replica."""
@@ -158,21 +155,7 @@ class RunResults:
             yield _columns(table.slice(low, high - low).select(columns))
 
     def _table(self, name: str, columns: tuple[str, ...]) -> pa.Table:
-        first, count = self._rows[name]
-        path = self._folder / f"{name}.parquet"
-        try:
-            with pq.ParquetFile(path) as file:
-                wanted, before = [], 0
-                for i in range(file.num_row_groups):
-                    if first <= before < first + count:  # a run begins a row group
-                        wanted.append(i)
-                    before += file.metadata.row_group(i).num_rows
-                table = file.read_row_groups(wanted, list(dict.fromkeys(columns)))
-            if len(table) != count:
-                raise BadInput(Problem(f"holds {len(table):,} of the {count:,} rows of this run", file=str(path)))
-            return table
-        except (OSError, pa.ArrowException) as error:
-            raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
+        return self._tables.rows(name, *self._rows[name], columns)
 
 
 @dataclass
@@ -222,12 +205,12 @@ def read(folder: Path) -> Results:
     try:
         return _results(folder, facts)
     except (KeyError, TypeError):
-        rule = "is of another version of Chairlift: run the scenario again"
-        raise BadInput(Problem(rule, file=str(folder / "study.json"))) from None
+        raise BadInput(Problem(f"is {ANOTHER_VERSION}", file=str(folder / "study.json"))) from None
 
 
 def _results(folder: Path, facts: dict[str, Any]) -> Results:
     runs = facts["runs"]
+    tables = Tables(folder)
     summaries = _json(folder, "comparison.json") if facts["compares"] else [_json(folder, "summary.json")]
     places: list[dict[str, tuple[int, int]]] = []
     for each in runs:
@@ -240,7 +223,7 @@ def _results(folder: Path, facts: dict[str, Any]) -> Results:
         baseline=facts["baseline"],
         waterfall=facts["waterfall"],
         runs=[
-            RunResults(folder, *parts) for parts in zip(runs, summaries, places, strict=False)
+            RunResults(tables, *parts) for parts in zip(runs, summaries, places, strict=False)
         ],  # one may be cut short
     )
 
@@ -250,8 +233,13 @@ def _json(folder: Path, name: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = "" if folder.is_dir() else ", there is no such folder"
-        raise BadInput(Problem(f"has no {name}: not a results folder{known}", file=str(folder))) from None
+        if not folder.is_dir():
+            rule = f"has no {name}: not a results folder, there is no such folder"
+        elif (folder / "summary.json").exists():
+            rule = f"has no {name}: it is {ANOTHER_VERSION}"
+        else:
+            rule = f"has no {name}: not a results folder"
+        raise BadInput(Problem(rule, file=str(folder))) from None
     except (OSError, ValueError) as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
 

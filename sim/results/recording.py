@@ -1,7 +1,8 @@
 """What an executed run measured, as a recording: the files that `chairlift calibrate` and `validate` read.
 
-For a model ``m``: ``m_requests.csv.gz`` (a row a request), ``m_steps.csv.gz`` (a row a step), ``m_summary.json``; times
-in seconds from the start of the experiment, which is one run of a study. Recordings of vLLM have the same format.
+The recording of a model ``m`` is ``m_requests.csv.gz`` (a row a request), ``m_steps.csv.gz`` (a row a step) and
+``m_summary.json``. Each run of a study is one experiment of it; times are seconds from the start of the experiment.
+Recordings of vLLM have the same format.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _step_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
 
 
 def _seconds(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[str]:
-    """To the microsecond; empty where there is none."""
+    """Text to the microsecond; empty where the value is NaN."""
     return ["" if np.isnan(v) else f"{v:.6f}" for v in values.tolist()]
 
 

@@ -27,6 +27,22 @@ class Status(IntEnum):
     FAILED = 4  # its replica failed and nobody took it over
 
 
+class Kind(IntEnum):
+    """What happened to a request (an event of a journal), and what its ``other`` and ``value`` then say."""
+
+    ARRIVE = 0  # it is handed to the replica; value: requests waiting there before it
+    DENY = 1  # the pool had no room when a policy asked; other: blocks that were free; value: blocks too few
+    ADMIT = 2  # value: tokens found in the prefix cache or loaded; other: known tokens left to compute
+    CHUNK = 3  # value: tokens computed in this run
+    PARK = 4  # it decodes, but not in this run and those after it
+    JOIN = 5  # it decodes again
+    PREEMPT = 6  # other: the request whose tokens took the room, -1: all decodes; value: tokens of KV that it loses
+    DONE = 7  # it has its answer and keeps its slot (static batching)
+    END = 8  # it is gone for good; value: its `Status`
+    HANDOVER = 9  # its prompt is done, its KV goes to a decode replica
+    LOST = 10  # its replica failed
+
+
 RUN_COLUMNS = (
     "start_ps",  # a row is `steps` engine steps of the same members, one after the other
     "first_ps",  # boundary to boundary of the first of them, pauses and host work included

@@ -22,22 +22,19 @@ import yaml
 
 from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.replica.journal import Kind
 from chairlift.sim.results import claims
-from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.results.metrics import Latencies, limits, request_latencies
 from chairlift.sim.results.outcome import Outcome
-from chairlift.sim.results.reader import run_facts, study_facts
+from chairlift.sim.results.reader import CODES
 from chairlift.sim.results.recording import Recorder
-from chairlift.sim.results.records import HANDOVER_COLUMNS, RunRecords, Status
-from chairlift.sim.study import Setup, Study
-from chairlift.sim.units import PS_PER_MS
+from chairlift.sim.results.records import EVENT_COLUMNS, HANDOVER_COLUMNS, RUN_COLUMNS, RunRecords
+from chairlift.sim.study import ReplicaGroup, Setup, Study
 
-KINDS = [kind.name.lower() for kind in Kind]
-STATUS = [status.name.lower() for status in Status]
+CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
 
 
 class Writer:
-    """Writes a study's folder as its runs finish; what is finished is on disk if the rest never is.
+    """Writes the folder of a study, run by run: a finished run is on disk even if the next is interrupted.
 
     Raises `BadInput` if the folder cannot be written.
     """
@@ -50,7 +47,7 @@ class Writer:
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._recorders: dict[str, Recorder] = {}
-        self._facts = study_facts(study)
+        self._facts = _study_facts(study)
         self._columns = [c for c in ("tenant", "session", "priority") if any(_of_trace(s, c) for s in study.setups)]
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
         with _writing(folder):
@@ -81,7 +78,7 @@ class Writer:
             "assumptions": outcome.assumptions,
         }
         self._summaries.append(summary)
-        self._facts["runs"].append(run_facts(outcome))
+        self._facts["runs"].append(_run_facts(outcome))
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if self._compares:
             _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
@@ -107,14 +104,65 @@ class Writer:
     def _write_cdf(self, outcomes: Sequence[Outcome]) -> None:
         with (self.folder / "cdf.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
-            rows.writerow(["case", "variant", "share", "ttft_ms", "e2el_ms", "normalized_latency_ms"])
+            rows.writerow(["case", "variant", "share", *(f"{name}_ms" for name in CDFS)])
             for outcome in outcomes:
                 times = Latencies(outcome.requests)
-                n = len(times.ttft)
-                columns = (np.sort(times.ttft), np.sort(times.e2el), np.sort(times.normalized))
+                columns = (np.sort(times.of(name)) for name in CDFS)
                 for i, values in enumerate(zip(*columns, strict=True)):
                     numbers = [f"{v:.6f}" for v in values]
-                    rows.writerow([outcome.setup.case, outcome.setup.variant, f"{(i + 1) / n:.6f}", *numbers])
+                    share = f"{(i + 1) / len(times):.6f}"
+                    rows.writerow([outcome.setup.case, outcome.setup.variant, share, *numbers])
+
+
+def _study_facts(study: Study) -> dict[str, Any]:
+    """The head of ``study.json``; ``runs`` is filled as runs finish."""
+    return {
+        "name": study.name,
+        "question": study.question.strip(),
+        "baseline": study.baseline,
+        "waterfall": [{"variant": rung.variant, "because": rung.because} for rung in study.waterfall],
+        "compares": len(study.setups) > 1,
+        "runs": [],
+    }
+
+
+def _run_facts(outcome: Outcome) -> dict[str, Any]:
+    """What ``study.json`` says of one run."""
+    setup = outcome.setup
+    slo = {f"{name}_ms": limit for name, limit in limits(setup.slo).items()}
+    return {
+        "case": setup.case,
+        "variant": setup.variant,
+        "note": setup.note,
+        "published": setup.published,
+        "model": setup.model.name,
+        "seed": setup.seed,
+        "rows": {
+            "requests": len(setup.trace),
+            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in outcome.runs),
+            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in outcome.runs),
+        },
+        "slo": slo,
+        "tenants": list(setup.trace.tenants),
+        "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
+    }
+
+
+def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
+    policy = group.make_scheduler()
+    facts = {
+        "role": group.role,
+        "gpu": group.gpu.name,
+        "tensor_parallel": group.tensor_parallel,
+        "policy": type(policy).__name__,
+        "kv_blocks": group.blocks,
+        "block_size": group.block_size,
+        "token_limit": policy.token_limit,
+        "sequence_limit": policy.sequence_limit,
+        "batch_synchronous": policy.batch_synchronous,
+        "asynchronous": policy.asynchronous,
+    }
+    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
 
 
 def _of_trace(setup: Setup, column: str) -> bool:
@@ -122,9 +170,10 @@ def _of_trace(setup: Setup, column: str) -> bool:
 
 
 def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()) -> pa.Table:
-    """A row a request: the trace's columns, times in ps (null where it did not happen), latencies in ms.
+    """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
 
-    ``moves``: with the columns of a hand-over of KV, also where there was none; ``also``: with these of the trace.
+    ``label`` says which run of a comparison the rows belong to. ``moves`` adds the columns of a hand-over of KV, empty
+    in a run without one. ``also`` names further columns of the trace to add: tenant, session or priority.
     """
     columns = outcome.requests.columns()
     for name in also:
@@ -133,22 +182,17 @@ def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, 
     if moves:
         none = np.full(len(outcome.requests.status), -1, dtype=np.int64)
         columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
-    done = columns["status"] == Status.FINISHED
-    arrays: dict[str, Any] = _labels(label, len(done))
+    arrays: dict[str, Any] = _labels(label, len(columns["status"]))
     for name, values in columns.items():
         if name == "status":
-            arrays[name] = pa.array(STATUS).take(pa.array(values)).dictionary_encode()
+            arrays[name] = pa.array(CODES[name]).take(pa.array(values)).dictionary_encode()
         elif name.endswith("_ps") or name == "prefill_replica":
             arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
         else:
             arrays[name] = pa.array(values)
-    arrival, first, last = (
-        np.asarray(columns[c], dtype=np.int64) for c in ("arrival_ps", "first_token_ps", "finished_ps")
-    )
-    more = np.asarray(columns["output_tokens"], dtype=np.int64) - 1
-    arrays["ttft_ms"] = pa.array((first - arrival) / PS_PER_MS, mask=~done)
-    arrays["tpot_ms"] = pa.array((last - first) / PS_PER_MS / np.maximum(more, 1), mask=~(done & (more > 0)))
-    arrays["e2el_ms"] = pa.array((last - arrival) / PS_PER_MS, mask=~done)
+    for name, values in request_latencies(outcome.requests).items():
+        if name != "normalized_latency":  # E2E ÷ output tokens, which stand in the same row
+            arrays[f"{name}_ms"] = pa.array(values, mask=np.isnan(values))
     return pa.table(arrays)
 
 
@@ -163,9 +207,8 @@ def replica_table(
         arrays = _labels(label, n)
         arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
         for name, values in columns.items():
-            arrays[name] = (
-                pa.array(KINDS).take(pa.array(values)) if name == "kind" else pa.array(np.ascontiguousarray(values))
-            )
+            made = pa.array(np.ascontiguousarray(values))
+            arrays[name] = pa.array(CODES[name]).take(made) if name in CODES else made
         tables.append(pa.table(arrays))
     return pa.concat_tables(tables).combine_chunks()
 
@@ -189,14 +232,18 @@ def _replace(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _provenance(study: Study) -> dict[str, Any]:
+def made_by() -> str:
+    """Chairlift and its version."""
     try:
-        made_by = f"chairlift {version('chairlift')}"
+        return f"chairlift {version('chairlift')}"
     except PackageNotFoundError:
-        made_by = "chairlift (not installed)"
+        return "chairlift (not installed)"
+
+
+def _provenance(study: Study) -> dict[str, Any]:
     traces = {s.case or "workload": "; ".join((s.trace.source, *s.trace.notes)) for s in study.setups}
     pools = {
         " / ".join(filter(None, (s.case, s.variant))) or "kv": "; ".join(g.kv_source for g in s.groups)
         for s in study.setups
     }
-    return {**study.resolved, "provenance": {"made_by": made_by, "traces": traces, "kv": pools}}
+    return {**study.resolved, "provenance": {"made_by": made_by(), "traces": traces, "kv": pools}}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.results import claims
+from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
@@ -149,7 +149,28 @@ def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
     for at, name in wanted:
         if name not in names:
             problems.append(document.problem(at, f"no such variant{did_you_mean(name, names)}", name))
-    return problems + claims.wrong_names(document, scenario)
+    return problems + _wrong_claims(document, scenario)
+
+
+def _wrong_claims(document: Document, scenario: Scenario) -> list[Problem]:
+    """Claims about variants, cases or metrics that there are not."""
+    variants = [variant.name for variant in scenario.compare]
+    cases = [case.name for case in scenario.cases]
+    metrics = list(catalogue.FIELDS)
+    problems = []
+    for i, claim in enumerate(scenario.claims):
+        looked_up: list[tuple[str, str | None, list[str], str]] = [
+            ("of", claim.of, variants, "variant"),
+            ("over", claim.over, variants, "variant"),
+            ("case", claim.case, cases, "case"),
+            ("metric", claim.metric, metrics, "metric"),
+            *(("within", metric, metrics, "metric") for metric in claim.within),
+        ]
+        for key, name, known, kind in looked_up:
+            if name is not None and name not in known:
+                rule = f"no such {kind}{did_you_mean(name, known)}"
+                problems.append(document.problem(("claims", i, key), rule, name))
+    return problems
 
 
 class _Resolver(Lookup):

@@ -131,14 +131,14 @@ def kv_pool(
     """
     if getattr(policy, "preemption", "") == "swap":
         gpu.needed("host_gb_per_s", "swapping KV")
-    block_size = getattr(policy, "block_size", None) or kv.block_size
-    own = getattr(policy, "num_gpu_blocks", None)
+    block_size = policy.pool_block_size or kv.block_size
+    own = policy.pool_blocks
     if kv.blocks is not None and kv.tokens is not None:
         raise ValueError("give blocks or tokens, not both")
     if own is not None:
-        blocks, source = own - 1, f"policy.num_gpu_blocks {own}, one of them vLLM's null block"
+        blocks, source = own, f"a setting of policy {type(policy).__name__}"
         if blocks < 1:
-            raise ValueError(f"num_gpu_blocks must be at least 2: one is vLLM's null block (got {own})")
+            raise ValueError(f"policy {type(policy).__name__} must have at least one block of KV (got {blocks})")
     elif kv.blocks is not None:
         blocks, source = kv.blocks, "given"
     elif kv.tokens is not None:

@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.sweep.statistics import Interval, interval, sign
+from chairlift.sim.results.catalogue import sign
+from chairlift.sim.sweep.statistics import Interval, interval, undominated
 from chairlift.sim.sweep.table import Results
 
 METRICS = ("p99_ttft_ms", "p99_tpot_ms", "mean_e2el_ms", "request_throughput", "request_goodput")  # if none is named
@@ -143,11 +144,7 @@ class Comparison:
             for system in self.systems
             if all(system in column for column in columns)
         }
-        return [
-            system
-            for system, point in points.items()
-            if not any(all(map(_at_least, other, point)) and other != point for other in points.values())
-        ]
+        return [system for system, best in zip(points, undominated(list(points.values())), strict=True) if best]
 
     def _means(self, setting: Setting, metric: str) -> dict[System, float]:
         """Means over the seeds that all systems with any result share; without such seeds, over each one's own."""
@@ -199,10 +196,6 @@ class Comparison:
 
 def _named(axes: Sequence[str], values: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(axes, values, strict=True))
-
-
-def _at_least(a: float, b: float) -> bool:
-    return a >= b
 
 
 def _known(number: float) -> float | None:

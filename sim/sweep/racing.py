@@ -16,9 +16,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.results.catalogue import sign
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run
-from chairlift.sim.sweep.statistics import sign, surely_below
+from chairlift.sim.sweep.statistics import surely_below
 
 RISK = 0.01
 AFTER = 3  # seeds before the first decision

@@ -1,4 +1,4 @@
-"""Paired differences between two systems that met the same random numbers, and which of two figures is the better.
+"""Paired differences between two systems that met the same random numbers.
 
 With common random numbers both systems serve the same requests at each seed, so the difference within a seed varies
 far less than either figure (Law, *Simulation Modeling and Analysis*, 5th ed., section 11.2). The interval is Student's
@@ -14,24 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chairlift.sim.bad_input import BadInput, Problem
-
-_HIGHER = (
-    *("completed", "request_throughput", "request_goodput", "output_throughput", "total_token_throughput"),
-    *("prefix_hit_rate", "kv_utilization", "mean_leap"),
-)
-_LOWER = (
-    "rejected",
-    "timed_out",
-    "failed",
-    "preemptions",
-    "duration",
-    "replica_hours",
-    "busy_s",
-    "kv_internal",
-    "steps",
-)
-
 
 class Interval(NamedTuple):
     """An estimate and where its mean lies with the confidence asked for; NaN bounds: one seed tells nothing of it."""
@@ -40,15 +22,6 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
-
-
-def sign(metric: str) -> int:
-    """1 if more of ``metric`` is better, -1 if less is. Raises `BadInput` if there is no telling."""
-    if metric in _HIGHER:
-        return 1
-    if metric.endswith("_ms") or metric in _LOWER:
-        return -1
-    raise BadInput(Problem("neither more nor less of it is better: choose another", path="metric", value=metric))
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -74,6 +47,17 @@ def surely_below(a: Sequence[float], b: Sequence[float], risk: float) -> bool:
     if spread == 0:
         return mean < 0
     return mean + student(1 - risk, n - 1) * spread / math.sqrt(n) < 0
+
+
+def undominated(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Of each point whether it is on the Pareto front: no other is at least as great in all numbers and another point.
+
+    Equal points are both on it: of (1, 2), (2, 1), (2, 1) and (1, 1) all but the last.
+    """
+    return [
+        not any(all(x >= y for x, y in zip(other, point, strict=True)) and other != point for other in points)
+        for point in points
+    ]
 
 
 @lru_cache(maxsize=256)

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ("base", "routers", "vllm"),
     ),
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
-    "sweep": (("sweep", "simulate", "scenario", "results", "workload", *SPINE), (), ("base",)),
+    "sweep": (("sweep", "simulate", "scenario", "report.html", "results", "workload", *SPINE), (), ("base",)),
     "calibration": (
         ("calibration", "simulate", "results", "study", "workload", *SPINE),
         ALL,
@@ -55,8 +55,8 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     ),
     "plan": (
         (
-            *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "results", "study", "workload"),
-            *SPINE,
+            *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "report.html", "results", "study"),
+            *("workload", *SPINE),
         ),
         ("base", "specs", "shapes", "calibrated.profile"),
         ("base", "vllm"),

@@ -9,9 +9,8 @@ import numpy as np
 
 from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.sim.replica.engine import Engine
-from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.slots import Cell, Slots, seat
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import Kind, Status
 
 Columns = dict[str, Any]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from heapq import heapreplace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,6 @@ import numpy.typing as npt
 from chairlift.sim.plan.promises import Latency, Promise, Sample, sample_of
 
 Floats = npt.NDArray[np.float64]
-MOST = 1 << 18
 
 
 class Queue:
@@ -25,19 +25,16 @@ class Queue:
         self.promises, self.seed, self.servers, self.service = promises, seed, servers, service
         self.served = 0
 
-    def draws(self, replication: int, n: int) -> tuple[Floats, Floats]:
-        return _draws(self.seed, replication, n, self.service)
-
-    def waits(self, arrivals: Floats, services: Floats) -> Floats:
-        if self.servers == 1:  # Lindley, in closed form: the largest excursion so far
-            walk = np.concatenate([[0.0], np.cumsum(services[:-1] - np.diff(arrivals))])
+    def waits(self, arrivals: Floats, services: Floats, work: Floats) -> Floats:
+        """Seconds that each customer waits, shape (n,); ``work``: the services of all who came before, added up."""
+        if self.servers == 1:  # Lindley, in closed form: how far the walk is above its lowest point so far
+            walk = work - arrivals
             return walk - np.minimum.accumulate(walk)
-        free = [0.0] * self.servers
+        free = [0.0] * self.servers  # a heap of the times when servers become free
         waits = []
         for arrival, service in zip(arrivals.tolist(), services.tolist(), strict=True):
-            at = min(range(self.servers), key=free.__getitem__)
-            start = max(arrival, free[at])
-            free[at] = start + service
+            start = max(arrival, free[0])
+            heapreplace(free, start + service)
             waits.append(start - arrival)
         return np.array(waits)
 
@@ -45,20 +42,23 @@ class Queue:
         found = []
         self.served += requests * replications
         for r in range(replications):
-            gaps, services = self.draws(r, requests)
-            arrivals = np.cumsum(gaps) / rate
-            waits = self.waits(arrivals, services)
+            since, services, work = _draws(self.seed, r, requests, self.service)
+            arrivals = since / rate
+            waits = self.waits(arrivals, services, work)
             stays = 1e3 * (waits + services)
-            times = Latency(arrivals, 1e3 * waits, np.zeros(requests), stays, np.zeros(requests, dtype=bool))
+            ms = {"ttft": 1e3 * waits, "tpot": np.zeros(requests), "e2el": stays}
+            times = Latency(arrivals, ms, np.zeros(requests, dtype=bool))
             found.append(sample_of(self.promises, times))
         return found
 
 
 @lru_cache(maxsize=64)
-def _draws(seed: int, replication: int, n: int, service: str) -> tuple[Floats, Floats]:
+def _draws(seed: int, replication: int, n: int, service: str) -> tuple[Floats, Floats, Floats]:
+    """Arrivals at rate 1, services, and the services of all who came before, added up; shape (n,) each."""
     streams = np.random.default_rng([seed, replication]).spawn(2)
     gaps = np.ones(n) if service == "all constant" else streams[0].exponential(size=n)
-    return gaps, streams[1].exponential(size=n) if service == "exponential" else np.ones(n)
+    services = streams[1].exponential(size=n) if service == "exponential" else np.ones(n)
+    return np.cumsum(gaps), services, np.cumsum(services) - services
 
 
 def root(below: Callable[[float], bool], low: float, high: float) -> float:

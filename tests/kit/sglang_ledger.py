@@ -13,7 +13,7 @@ from chairlift.policies.sglang import Sglang
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.radix_pool import RadixPool, Streams
-from chairlift.sim.replica.request import Live, When
+from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.workload.trace import Trace
@@ -162,8 +162,10 @@ class Replay:
         engine, policy = self.engine, self.policy
         policy.turn, policy.retracted = step, []
         here = set(engine.state.admitted)
-        start = self.flight.when if self.flight is not None else When(step)
+        start = self.flight.when if self.flight is not None else at(step)
         plan = engine._plan = engine.ask(step, start)
+        if plan is not None:
+            plan.when.ps = step + 1
         if self.flight is not None:
             engine.lose()
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}

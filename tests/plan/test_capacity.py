@@ -93,7 +93,8 @@ def test_a_second_stretch_of_kept_promises_is_told() -> None:
         def __call__(self, rate: float, requests: int, replications: int) -> list:  # type: ignore[type-arg]
             return super().__call__(0.9 if 0.3 < rate < 0.45 else rate, requests, replications)
 
-    capacity = find(Odd([promise], 1), [promise], 0.5, math.inf, Effort())
+    effort = Effort(precision=0.03, most_requests=32_000)  # enough where queues settle, which at 0.9 takes longer
+    capacity = find(Odd([promise], 1), [promise], 0.5, math.inf, effort)
 
     assert capacity.low <= 0.3 <= capacity.high
     assert capacity.islands

@@ -22,7 +22,7 @@ from chairlift.sim.conformance.policy import check_policy
 from chairlift.sim.results.records import Status
 from chairlift.sim.scenario import plugins
 from kit.by_hand import PS_IN_MS, Row, finished, first, rows, serve
-from kit.worlds import World, sync_vllm
+from kit.worlds import World, play, sync_vllm, trace_of
 
 # static batching
 
@@ -873,6 +873,48 @@ def test_every_policy_keeps_its_promises(cls: type[Scheduler], chosen: dict[str,
     assert found.broken == []
     assert found.refused == 0
     assert {v.promise.name for v in found if v.state == "unchecked"} <= {"blind"}
+
+
+def most_in_a_step(world: World) -> int:
+    """Requests that the fullest step of any replica computed for."""
+    runs = [engine.records.runs() for engine in world.engines]
+    return max(int((each["chunks"] + each["decodes"]).max()) for each in runs)
+
+
+LIMITED: dict[str, list[dict[str, Any]]] = {  # settings that let three requests into a step
+    **{name: [{"max_batch": 3}, {"budget": 3}] for name in ("Sarathi", "Sjf", "Srpt", "Priority", "Slo", "Fair")},
+    "Deadline": [{"max_batch": 3}, {"budget": 3}],
+    "Mlfq": [{"max_batch": 3}],
+    "Orca": [{"max_batch": 3}],
+    "Sglang": [{"max_running_requests": 3}],
+    "Static": [{"batch": 3}],
+    "Vllm": [{"max_num_seqs": 3}],
+    "VllmV0": [{"max_num_seqs": 3}],
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "chosen"),
+    [
+        pytest.param(cls, chosen, id=f"{cls.__name__}-{next(iter(chosen))}")
+        for cls in plugins.shipped(plugins.POLICY).values()
+        for chosen in LIMITED.get(cls.__name__, [])
+    ],
+)
+def test_a_policy_fills_its_steps_up_to_the_limit_that_it_says(cls: type[Scheduler], chosen: dict[str, Any]) -> None:
+    crowd = trace_of([(0, 1, 5)] * 12, max_tokens=[5] * 12)
+    world = play(crowd, lambda: cls(**chosen), max_model_len=120)
+
+    assert cls(**chosen).sequence_limit == 3
+    assert most_in_a_step(world) == 3
+
+
+def test_every_policy_but_tgi_limits_the_requests_of_a_step() -> None:
+    """TGI's limit is of tokens alone: prompts and declared outputs of the whole batch."""
+    known = plugins.shipped(plugins.POLICY).values()
+
+    assert [cls.__name__ for cls in known if cls().sequence_limit is None] == ["Tgi"]
+    assert set(LIMITED) == {cls.__name__ for cls in known} - {"Tgi"}
 
 
 @dataclass

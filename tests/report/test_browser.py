@@ -11,7 +11,7 @@ import pytest
 
 from chairlift.sim.report.slots import seat
 from chairlift.sim.results import reader as results
-from kit.command import chairlift
+from kit.command import SCENARIO, chairlift
 from kit.places import ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -114,9 +114,9 @@ def opened(browser: Any, path: Path, width: int = 1240, scheme: str = "light") -
     return page, said
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_the_flagship_is_whole_in_every_look(flagship: Path, browser: Any, tmp_path: Path, look: str) -> None:
-    page, said = opened(browser, flagship / "report.html", *LOOKS[look])
+def check_whole(browser: Any, path: Path, look: str, figures: int) -> None:
+    """A page of so many figures that are drawn, with nothing that overlaps or is cut off."""
+    page, said = opened(browser, path, *LOOKS[look])
 
     assert said == []
     assert page.evaluate("document.documentElement.scrollWidth") <= LOOKS[look][0]
@@ -124,14 +124,72 @@ def test_the_flagship_is_whole_in_every_look(flagship: Path, browser: Any, tmp_p
     assert page.evaluate(OUTSIDE) == []
     assert page.evaluate(LABELS) == []
     assert page.evaluate(CLIPPED) == []
-    figures = page.evaluate(FIGURES)
-    assert len(figures) == 9
-    assert [f for f in figures if f["marks"] == 0 or abs(f["width"] - f["room"]) > 2] == []
-    picture = page.screenshot(full_page=True, path=tmp_path / f"{look}.png")
-    assert len(picture) > 100_000
+    found = page.evaluate(FIGURES)
+    assert len(found) == figures
+    assert [f for f in found if f["marks"] == 0 or abs(f["width"] - f["room"]) > 2] == []
+    assert len(page.screenshot(full_page=True)) > 40_000
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background[4:-1].split(","))) < 150) == (look == "dark")
     page.context.close()
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_flagship_is_whole_in_every_look(flagship: Path, browser: Any, look: str) -> None:
+    check_whole(browser, flagship / "report.html", look, figures=9)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a comparison, three metrics and a Pareto plane."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "s.yaml").write_text(SCENARIO)
+    (folder / "w.yaml").write_text(
+        "base: s.yaml\nseeds: 3\naxes:\n  policy: {named: {<vllm>: vllm, b: {name: static, batch: 4}, c: sarathi}}\n"
+        "  workload.arrivals.poisson.rate_per_s: [1, 2, 4]\n"
+    )
+    assert chairlift("sweep", str(folder / "w.yaml"), "-j1", "-q", "--out", str(folder / "w")).status == 0
+    metrics = [f"--metric={name}" for name in ("p99_ttft_ms", "median_e2el_ms", "output_throughput")]
+    fronts = ["--pareto=p99_ttft_ms", "--pareto=output_throughput"]
+    page = str(folder / "page.html")
+    assert chairlift("compare", str(folder / "w"), *metrics, *fronts, "--html", page, "--json").status == 0
+    return Path(page)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_comparison_is_whole_in_every_look(compared: Path, browser: Any, look: str) -> None:
+    assert "&lt;vllm&gt;</li>" in compared.read_text(encoding="utf-8")
+    check_whole(browser, compared, look, figures=7)
+
+
+PLAN = """\
+question: Which is <cheapest> & good?
+base:
+  model: opt-13b
+  backend: roofline
+  policy: vllm
+  workload: {arrivals: {poisson: {rate_per_s: 1}}, prompt_tokens: 100, output_tokens: 20}
+slo: [{percentile: 90, ttft_ms: 800}]
+rate_per_s: [8, 24]
+axes: {gpu: [a100-40gb, h100], replicas: [1, 2]}
+search: {requests: 300, most_requests: 600, precision: 0.2}
+front: true
+"""
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a plan with two rates and a front."""
+    folder = tmp_path_factory.mktemp("planned")
+    (folder / "p.yaml").write_text(PLAN)
+    result = chairlift("plan", str(folder / "p.yaml"), "-j1", "-q", "--out", str(folder / "out"))
+    assert (result.status, result.err) == (0, "")
+    return folder / "out" / "plan.html"
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_plan_is_whole_in_every_look(planned: Path, browser: Any, look: str) -> None:
+    assert "<p>Which is &lt;cheapest&gt; &amp; good?</p>" in planned.read_text(encoding="utf-8")
+    check_whole(browser, planned, look, figures=2)
 
 
 def test_every_case_and_variant_can_be_chosen(flagship: Path, browser: Any) -> None:

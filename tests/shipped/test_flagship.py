@@ -136,7 +136,7 @@ LATENCY = {
 def test_latency(case: str, variant: str) -> None:
     _, outcomes = ran("anyscale_latency")
     (outcome,) = (o for o in outcomes if (o.setup.case, o.setup.variant) == (case, variant))
-    seconds = Latencies(outcome.requests).e2el / 1000
+    seconds = Latencies(outcome.requests).of("e2el") / 1000
 
     assert len(seconds) == 100
     assert np.percentile(seconds, (50, 90, 99)) == pytest.approx(LATENCY[case, variant], rel=0.15)

@@ -105,7 +105,11 @@ def test_what_fails_is_out() -> None:
 
 @pytest.mark.parametrize(
     ("metric", "over", "rule"),
-    [("seed", "policy", "neither more nor less"), ("p99_ttft_ms", "polic", "did you mean 'policy'")],
+    [
+        ("kv_free", "policy", "neither more nor less"),
+        ("seed", "policy", "no such metric"),
+        ("p99_ttft_ms", "polic", "did you mean 'policy'"),
+    ],
 )
 def test_wrong_races_are_refused(metric: str, over: str, rule: str) -> None:
     with pytest.raises(BadInput, match=rule):

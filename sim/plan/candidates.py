@@ -1,0 +1,169 @@
+"""The systems that a plan chooses from: each a scenario, with what it costs and how its steps are priced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from chairlift.backend import specs
+from chairlift.backend.calibrated import profile
+from chairlift.sim.bad_input import BadInput
+from chairlift.sim.plan.pacing import sampled
+from chairlift.sim.scenario import load
+from chairlift.sim.scenario.yaml_document import Document
+from chairlift.sim.study import Setup
+from chairlift.sim.sweep.axes import Scalar, Value, label_of
+from chairlift.sim.sweep.file import scenario_at
+from chairlift.sim.workload.strict import Spec
+
+
+class Price(Spec):
+    """What a GPU costs."""
+
+    usd_per_gpu_hour: Annotated[float, Field(gt=0)] = Field(description="Dollars an hour.")
+    date: str = Field(default="", description="When that was seen.")
+    source: str = Field(default="", description="Where.")
+
+
+Prices = dict[str, Price]  # by any name of a GPU
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A system that one could run."""
+
+    labels: dict[str, Scalar]  # axis → what tables call its value
+    document: Document  # the scenario; the rate it names is never used, see `sim.plan.pacing`
+    folder: Path  # where the scenario's relative paths start
+    trust: bool  # whether policy files may run their code
+    setup: Setup | None  # with the workload of `sampled`; None: this system cannot be
+    misfit: str = ""  # why it cannot be
+    gpus: int = 0
+    usd_per_hour: float = 0.0
+    backend: str = ""  # how its steps are priced, in words
+
+    @property
+    def name(self) -> str:
+        """What tables call it: ``gpu h100, replicas 4``."""
+        return self._said()
+
+    @property
+    def system(self) -> str:
+        """The name without the number of replicas."""
+        return self._said(but="replicas")
+
+    def _said(self, but: str = "") -> str:
+        words = [f"{axis.rpartition('.')[2]} {value}" for axis, value in self.labels.items() if axis != but]
+        return ", ".join(words) or "the base"
+
+
+def scenario_of(base: Document, point: dict[str, Value], plan: Document) -> Document:
+    """The scenario of the system at ``point``: ``base`` with the keys of ``point`` changed.
+
+    Where nothing says how steps are priced, a calibrated profile does if one fits.
+    """
+    one = scenario_at(base, point, 0, plan)
+    one.data.pop("question", None)
+    one.data.pop("name", None)
+    if one.data.get("backend") is None and (fitting := _profile(one)) is not None:
+        one.put("backend", fitting, "the profile chosen")
+    return one
+
+
+def _profile(document: Document) -> str | None:
+    """The name of the shipped profile that fits the scenario's model and tensor parallelism; None: none does.
+
+    Profiles of vLLM come first, since a plan ends in vLLM's command line; then those of the scenario's own GPU, since
+    the profile of another GPU has to be scaled.
+    """
+    model = document.data.get("model")
+    if not isinstance(model, str):
+        return None
+    groups = document.data.get("replicas")
+    groups = groups if isinstance(groups, list) else [{}]
+    system = document.data
+    degrees = {g.get("tensor_parallel", system.get("tensor_parallel", 1)) for g in groups if isinstance(g, dict)}
+    gpus = {str(g.get("gpu", system.get("gpu"))) for g in groups if isinstance(g, dict)}
+    try:
+        name = specs.model(model).name
+        known = {specs.gpu(gpu).name for gpu in gpus}
+    except LookupError:
+        return None
+    fitting = [p for p in _shipped() if p.model == name and {p.tensor_parallel} == degrees]
+    fitting.sort(key=lambda p: (not p.engine.startswith("vllm"), known != {p.gpu}))
+    return fitting[0].name if fitting else None
+
+
+@cache
+def _shipped() -> tuple[profile.Profile, ...]:
+    """All shipped profiles, read once."""
+    return tuple(map(profile.load, profile.shipped()))
+
+
+def candidate(
+    document: Document, point: dict[str, Value], folder: Path, trust: bool, prices: Prices, plan: Document
+) -> Candidate:
+    """The system that ``document`` describes. Raises `BadInput` for a bad workload, or a GPU without a price.
+
+    A system that cannot be, such as a model that does not fit the GPU's memory, is a candidate without a setup.
+    """
+    labels = {key: _label(key, value) for key, value in point.items() if value.value is not None}
+    try:
+        setup = load.prepare(sampled(document), folder, trust)
+    except BadInput as error:
+        if any(p.path.startswith("workload") for p in error.problems):
+            raise
+        return Candidate(labels, document, folder, trust, None, "; ".join(p.rule for p in error.problems))
+    usd, gpus = 0.0, 0
+    for group in setup.groups:
+        price = price_of(prices, group.gpu.name)
+        if price is None:
+            known = specs.GPUS.get(group.gpu.name)
+            hint = (
+                f"; Chairlift's own table says {known.usd_per_gpu_hour:g} (seen {known.price_date})"
+                if known and known.usd_per_gpu_hour
+                else ""
+            )
+            rule = f"has no price for {group.gpu.name}: add {group.gpu.name}: {{usd_per_gpu_hour: …}}{hint}"
+            raise BadInput(plan.problem(("prices",), rule))
+        gpus += group.count * group.tensor_parallel
+        usd += group.count * group.tensor_parallel * price.usd_per_gpu_hour
+    return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup))
+
+
+def _label(key: str, value: Value) -> Scalar:
+    """What tables call a value; groups of replicas are told in words, ``2 prefill + 6 decode``."""
+    groups = value.value
+    if key != "replicas" or not isinstance(groups, list) or value.label != label_of(groups):
+        return value.label
+    kinds = [(g.get("count", 1), g.get("gpu"), g.get("role", "mixed")) for g in groups]
+    return " + ".join(" ".join(str(part) for part in kind if part is not None) for kind in kinds)
+
+
+def price_of(prices: Prices, gpu: str) -> Price | None:
+    """The price of a GPU, by whichever of its names ``prices`` has it; None: it has none."""
+    return next((price for name, price in prices.items() if name == gpu or _same(name, gpu)), None)
+
+
+def _same(name: str, gpu: str) -> bool:
+    try:
+        return specs.gpu(name).name == gpu
+    except LookupError:
+        return False
+
+
+def _priced_by(setup: Setup) -> str:
+    """How the steps of each group of replicas are priced, in words."""
+    kinds = []
+    for group in setup.groups:
+        backend = group.make_backend(setup.model)
+        calibrated = getattr(backend, "profile", None)
+        if calibrated is None:
+            kinds.append(f"{backend.name}, assumed efficiencies")
+        else:
+            kinds.append("profile, scaled" if calibrated.scaled else "profile, measured")
+    return " + ".join(dict.fromkeys(kinds))
