@@ -407,7 +407,7 @@ class Scheduler(ABC):
         """
 
     def allowed(self, request: Request, max_model_len: int, pool_tokens: int) -> int:
-        """Output tokens that a request which comes may have: at most those that it asks for."""
+        """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
         return request.max_tokens
 
     def ended(self, request: Request) -> None:

@@ -31,6 +31,7 @@ from chairlift.policies.base import (
 
 CLIP = 4096  # tokens of answer that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
 FIRST_RATIO, LEAST_SHARE, DECAY_STEPS = 0.7, 0.14, 600  # of the guess: at first, its floor as a share of that, steps
+SPARE_INPUT = 5  # tokens that a prompt must leave of what a request may have
 RETRACT_STEPS = 20  # steps of room that a retraction makes
 SORT_LIMIT = 128  # waiting requests beyond which no order looks at prefixes
 SHARED_OPENING = 32  # tokens that a request shares with one before it in the queue, to wait for that one's prefix
@@ -183,15 +184,17 @@ class Sglang(Scheduler):
         return RadixCache(unified="unified radix cache" in self._rules)
 
     @property
-    def token_limit(self) -> int | None:
-        """None: a step is as long as SGLang's rules make it."""
-        return None
+    def sequence_limit(self) -> int | None:
+        """As `max_running_requests` says; None: by the pool."""
+        return self.max_running_requests
 
     def allowed(self, request: Request, max_model_len: int, pool_tokens: int) -> int:
-        """As SGLang clips max_new_tokens when a request comes."""
+        """As SGLang clips max_new_tokens when a request comes, and refuses prompts that are too long."""
         prompt, page = request.prompt_tokens, self.page_size
-        most = min(max_model_len - 1, pool_tokens - 1) - prompt - 1
-        return max(0, min(request.max_tokens, most, pool_tokens - -(-prompt // page) * page - page - 1))
+        most = min(max_model_len - 1, pool_tokens - 1)
+        if prompt >= most - SPARE_INPUT:
+            return 0
+        return max(0, min(request.max_tokens, most - prompt - 1, pool_tokens - -(-prompt // page) * page - page - 1))
 
     def ended(self, request: Request) -> None:
         """Remember it until the next turn."""
@@ -215,6 +218,7 @@ class Sglang(Scheduler):
         """One turn: prompts if any can go on or start, else a step of decodes."""
         if not self._slots:
             self._slots = _slots(step.total_blocks * step.block_size, step.max_model_len)
+        before = len(self._running), self._full, self._defer
         self._catch_up(step)
         self._merge(step)
         self._batches = ([], self._batches[0])
@@ -232,8 +236,10 @@ class Sglang(Scheduler):
         if batch:
             return vouched
         self._flying = set()
-        if step.running or step.waiting or (self._batches[1] and self.asynchronous):
+        if step.running or (self._batches[1] and self.asynchronous):
             return 0
+        if step.waiting:  # a request that nothing will ever make room for waits for others: SGLang spins
+            return int(before == (len(self._running), self._full, self._defer))
         self._idle = True
         return 1
 
@@ -414,7 +420,7 @@ class Sglang(Scheduler):
         self._flying = None if self.asynchronous else set()
         batch = list(running.values())
         waits = self._preempts or not self._full
-        lasting = not (retracted or self._defer or (waits and step.waiting))
+        lasting = not (retracted or self._defer or self._cut or (waits and step.waiting))
         return batch, FOREVER if lasting else 1
 
     def _retract(self, step: Step) -> None:

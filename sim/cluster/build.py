@@ -27,6 +27,7 @@ from chairlift.sim.replica.executing import Executing
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.replica.journal import JournalEngine, JournalExecuting
 from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import ReplicaGroup, Setup
@@ -174,6 +175,11 @@ def make_pool(
     """
     if not scheduler.prefix_caching:
         return CountingPool(blocks, block_size)
+    if (tree := scheduler.radix) is not None:
+        known = {} if identities is None else identities
+        if block_size not in known:
+            known[block_size] = Identity(trace, block_size)
+        return RadixPool(blocks, block_size, known[block_size], tree.unified)
     if identities is None:
         return StandInPool(blocks, block_size)
     if block_size not in identities:

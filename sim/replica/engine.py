@@ -30,6 +30,7 @@ from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, RunRecords, Status
 
+PATIENCE = 1_000  # plans in a row that run nothing and want another
 _SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
@@ -218,10 +219,11 @@ class Engine(Planner):
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
-        while True:
+        for _ in range(PATIENCE):
             plan = self.ask(now, self._latest if self._latest.ps == now else _SILENCE)
             if plan is not None or not (self.state.rejected or self.state.preempted or self._again):
                 return plan
+        self._fail(f"nothing runs at {now} ps, however often it is asked")
 
     def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
         """See when the step in flight lands and the GPU is done with the one after it, ``plan`` being what follows.

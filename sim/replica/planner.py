@@ -74,10 +74,10 @@ class Planner:
         self._requests.replica[request.id] = self.index
         allowed = self.scheduler.allowed(request, self.max_model_len, self._room)
         if allowed < request.max_tokens:
-            request.max_tokens = max(1, allowed)
-            self._ends.shorten(request.id, request.max_tokens)
+            request.max_tokens = allowed
+            self._ends.shorten(request.id, allowed)
         final = request.prompt_tokens + self._ends.outputs[request.id]
-        if final > self.max_model_len or final - 1 > self._room:
+        if allowed < 1 or final > self.max_model_len or final - 1 > self._room:
             self.end_request(request, now, Status.REJECTED)
             return False
         if request.phase is AWAY:
