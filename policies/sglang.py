@@ -12,8 +12,9 @@ Not modelled, and refused as settings: what `Sglang.not_modelled` lists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import ClassVar, Literal
 
 from chairlift.policies.base import (
@@ -120,6 +121,8 @@ class Sglang(Scheduler):
     drops_flight: ClassVar[bool] = True
 
     _running: dict[int, Request] = field(default_factory=dict, init=False, repr=False)  # the running batch, in order
+    _by_ratio: _Answers = field(default_factory=lambda: _Answers(), init=False, repr=False)  # of the running batch
+    _whole: _Answers = field(default_factory=lambda: _Answers(), init=False, repr=False)  # those that count whole
     _joining: list[Request] | None = field(default=None, init=False, repr=False)  # of the last step, if it extended
     _joining_tokens: int = field(default=0, init=False, repr=False)  # tokens of that step
     _cut: Request | None = field(default=None, init=False, repr=False)
@@ -290,6 +293,7 @@ class Sglang(Scheduler):
                     self._running = running = joining
                     self._extended = self._joining_tokens
                     self._full = False
+                self._reckon(joining.values())
             self._joining = None
         if done:
             for i in done:
@@ -301,10 +305,23 @@ class Sglang(Scheduler):
     def _drop_done(self) -> None:
         """Those that have ended leave the running batch."""
         running = self._running
-        for i in self._done:
-            if running.pop(i, None) is not None:
-                self._full = False
+        gone = [running.pop(i) for i in self._done if i in running]
+        if gone:
+            self._full = False
+            self._forget(gone)
         self._done = {}
+
+    def _reckon(self, requests: Iterable[Request]) -> None:
+        """Requests have joined the running batch."""
+        for request in requests:
+            answers = self._whole if request.ignore_eos and self._counts_whole else self._by_ratio
+            answers.add(request, self._steps)
+
+    def _forget(self, requests: Iterable[Request]) -> None:
+        """Requests have left the running batch."""
+        for request in requests:
+            self._by_ratio.remove(request)
+            self._whole.remove(request)
 
     def _places(self, step: Step, held: int, new: int) -> int:
         """Requests that may still start; ``held`` slots are the batch's own already, ``new`` it has taken since."""
@@ -372,6 +389,7 @@ class Sglang(Scheduler):
                         self._looked[request.id] = request.prompt_tokens + self._out(request), 0
                 flying |= self._running.keys()
                 batch = [*batch, *self._running.values()]
+                self._forget(self._running.values())
                 self._running = {}
                 self._extended = 0
                 self._steps += 1
@@ -385,11 +403,12 @@ class Sglang(Scheduler):
         running = self._running
         if step.decodes == len(running) or not self.asynchronous:
             return 0
-        ending = [i for i, r in running.items() if r.remaining == 0 and i not in self._done]
-        for i in ending:
-            del running[i]
+        ending = [r for i, r in running.items() if r.remaining == 0 and i not in self._done]
+        for request in ending:
+            del running[request.id]
         if ending:
             self._full = False
+            self._forget(ending)
         return len(ending)
 
     def _decode(self, step: Step) -> tuple[list[Request], int]:
@@ -446,7 +465,9 @@ class Sglang(Scheduler):
                 break
         seen, most = sum(map(self._out, keep)), sum(r.max_tokens for r in keep)
         self.ratio = min(1.0, (seen + RETRACT_STEPS * len(keep)) / (most + 1))
+        self._forget(self._running.values())
         self._running = {r.id: r for r in keep}
+        self._reckon(keep)
         self._full = False
 
     def _requeue(self, step: Step, request: Request, rest: int, taken: int) -> None:
@@ -518,6 +539,54 @@ class Sglang(Scheduler):
         step.reorder(waiting)
 
 
+class _Answers:
+    """What the answers of some requests may still take: the sum of min(tokens left, CLIP), as decode steps go by.
+
+    Tokens in flight count as seen. Each request gets one token a step, so what is left of it is a number that stays
+    less the steps.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[int, int] = {}  # request → tokens left, and steps, when it came
+        self._long: set[int] = set()  # of those: with more than CLIP tokens left
+        self._heap: list[tuple[int, int]] = []  # those, by when that ends; and stale entries
+        self._sum = 0  # of the ends of the others
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, request: Request, steps: int) -> None:
+        """A request has come."""
+        left = request.max_tokens - request.emitted
+        self._ends[request.id] = end = left + steps
+        if left > CLIP:
+            self._long.add(request.id)
+            heappush(self._heap, (end, request.id))
+        else:
+            self._sum += end
+
+    def remove(self, request: Request) -> None:
+        """A request has left, if it was here."""
+        end = self._ends.pop(request.id, None)
+        if end is None:
+            return
+        if request.id in self._long:
+            self._long.discard(request.id)
+        else:
+            self._sum -= end
+
+    def total(self, steps: int) -> int:
+        """The sum after so many steps."""
+        heap = self._heap
+        while heap and heap[0][0] - steps <= CLIP:
+            end, i = heappop(heap)
+            if i in self._long and self._ends[i] == end:
+                self._long.discard(i)
+                self._sum += end
+        long = len(self._long)
+        return self._sum - (len(self._ends) - long) * steps + long * CLIP
+
+
 STOP, FULL, GO = "stop", "full", "go"  # why admission ends: a step's budget is spent, memory is; or it goes on
 
 
@@ -536,8 +605,17 @@ class _Adder:
         mixed = len(policy._running) if policy._mixes else 0
         self._inputs = policy.max_prefill_tokens - mixed
         self._chunk = None if policy._chunk is None else policy._chunk - mixed
-        self._later = mixed + sum(map(policy._left, policy._running.values()))
-        self._now = mixed
+        by_ratio, whole = policy._by_ratio, policy._whole
+        n, steps = len(policy._running), policy._steps
+        # what `_later` is between, as a rule enough to know: nobody has more than one token in flight
+        self._least = mixed + whole.total(steps) + by_ratio.total(steps) * policy.ratio - 1
+        self._most = self._least + len(whole) + len(by_ratio) * policy.ratio + 2
+        if not policy._leaves_at_once:  # tokens that those who have ended did not get
+            self._least, self._most = self._least - n, self._most + 3 * n
+        self._exact = False  # whether `_later` is known
+        self._later = 0.0  # tokens that the running and the batch will take
+        self._charged = 0  # of those: the batch's
+        self._now = self._mixed = mixed
 
     def _up(self, tokens: int) -> int:
         return -(-tokens // self.page) * self.page
@@ -547,19 +625,38 @@ class _Adder:
         """Tokens that nobody holds, as before this step took any."""
         return (self.step.free_blocks + self.taken) * self.page
 
+    def _count(self) -> None:
+        """Count what the running will take."""
+        if not self._exact:
+            self._exact = True
+            self._later = self._mixed + sum(map(self.policy._left, self.policy._running.values())) + self._charged
+
+    def _exceeds(self, tokens: int) -> bool:
+        """Whether more room than ``tokens`` tokens is left, with what the running and the batch will take."""
+        room = self._room
+        if not self._exact:
+            spare = room - self._charged - tokens
+            if spare > self._most:
+                return True
+            if spare <= self._least:
+                return False
+            self._count()
+        return room - self._later > tokens
+
     def spent(self) -> bool:
         """Whether the step's tokens are spent, and memory is not."""
         return self._verdict() == STOP
 
     def _verdict(self) -> str:
-        room = self._room
-        if room <= self._later or room <= self._now:
+        if self._room <= self._now or not self._exceeds(0):
             return FULL
         return STOP if self._inputs <= 0 or (self._chunk is not None and self._chunk <= 0) else GO
 
     def _charge(self, tokens: int, answer: int) -> None:
         pages = self._up(tokens)
-        self._later += pages + self.page + answer
+        self._charged += pages + self.page + answer
+        if self._exact:
+            self._later += pages + self.page + answer
         self._now += pages + self.page
         self._inputs -= pages
         if self._chunk is not None:
@@ -573,9 +670,11 @@ class _Adder:
     def go_on(self, request: Request) -> bool:
         """Compute more of the cut prompt; whether that completes it."""
         assert self._chunk is not None
-        room = min(self._chunk, int(self._room - self._later))
-        if room <= 0:
-            room = self._chunk
+        room = self._chunk
+        if not self._exceeds(room):
+            room = min(room, int(self._room - self._later))
+            if room <= 0:
+                room = self._chunk
         want = request.remaining
         tokens = min(want, room)
         start = request.computed
@@ -599,13 +698,11 @@ class _Adder:
             return self._add_exactly(request, known)
         want = known - hit
         need = want + min(max(request.max_tokens - request.emitted, 0), CLIP) + self.page
-        total = self._room - self._later
-        # its own prefix cannot be dropped for it
-        total_locked = total - step.need(request, hit) * self.page
         beyond = self._chunk is None and bool(self.batch) and self._up(want) >= self._inputs
-        if beyond and need < total and "a spent budget ends admission before a look-up" not in policy._rules:
+        if beyond and self._exceeds(need) and "a spent budget ends admission before a look-up" not in policy._rules:
             return STOP
-        if need >= total_locked:
+        # its own prefix cannot be dropped for it
+        if not self._exceeds(need + (step.need(request, hit) * self.page if hit else 0)):
             return FULL
         if beyond:
             return STOP
@@ -632,6 +729,7 @@ class _Adder:
         if "a page a request in the exact test" in policy._rules:
             paged += self.page
         room = self._room
+        self._count()
         if paged > min(room - self._now, room - self._later):
             return FULL
 
@@ -663,6 +761,7 @@ class _Adder:
     def preempt(self, request: Request) -> bool:
         """Make room for a request by those of less priority, the least first; False if they are too few."""
         policy, running, sign = self.policy, self.policy._running, self.policy._sign
+        self._count()
         known, hit = policy._looked.get(request.id, (0, 0))
         need = known - hit + min(request.max_tokens, CLIP) - (self._room - self._later)
         victims: set[int] = set()
@@ -682,6 +781,7 @@ class _Adder:
             rest -= 1
             policy._requeue(self.step, other, rest, self.taken)
             del running[other.id]
+            policy._forget([other])
         self._preempted |= victims
         return True
 
