@@ -754,7 +754,7 @@ class _Adder:
             have += occupied
         if self._chunk is None or want <= self._chunk:
             return self._take(request, 0, want, min(request.max_tokens, CLIP), False)
-        if self._chunk <= 0:
+        if self._chunk <= 0 or self.cut is not None:  # SGLang forgets a prompt cut before: it never computes the rest
             return STOP
         return self._take(request, 0, self._chunk, 0, True)
 
