@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.kit import sglang_ledger
+from kit import sglang_ledger
 from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import CountingPool

@@ -179,7 +179,7 @@ def make_pool(
         known = {} if identities is None else identities
         if block_size not in known:
             known[block_size] = Identity(trace, block_size)
-        return RadixPool(blocks, block_size, known[block_size], tree.unified)
+        return RadixPool(blocks, block_size, known[block_size], tree.unified, numbered=executes)
     if identities is None:
         return StandInPool(blocks, block_size)
     if block_size not in identities:

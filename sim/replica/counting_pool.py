@@ -103,8 +103,12 @@ class CountingPool:
     def evict(self, blocks: int) -> None:
         """Forget what is cached and not held until ``blocks`` blocks are neither; a pool may do so when it likes."""
 
-    def landed(self, request: Live) -> None:
-        """The step that computed a request's tokens so far is done, or its next is planned: they can be kept."""
+    def landed(self, request: Live) -> bool:
+        """The step that computed a request's tokens so far is done, or its next is planned: they can be kept.
+
+        Whether the request has other blocks now for some of them.
+        """
+        return False
 
     def table(self, request: int) -> list[int] | None:
         """The blocks of a request, in order, not to be changed; None from a pool that only counts them."""

@@ -301,6 +301,7 @@ class Engine(Planner):
             if self._flies(request):
                 self._unsay(request)
                 self._miss(request)
+                self.backend.drop(request.id)
 
     def _miss(self, request: Live) -> None:
         """The token in flight of a request goes to nobody."""

@@ -267,7 +267,7 @@ class Planner:
             if request.id in last:
                 self._finish_one(request, now, behind)
             else:
-                self.pool.landed(request)
+                self.state.keep(request)
         return [r for r in requests if r.id in last]
 
     def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
@@ -279,6 +279,7 @@ class Planner:
             again = behind is not None and behind.decoding
             if again:
                 behind.undelivered += 1
+                self.backend.drop(request.id)
             state.vacate(request, AWAY, again)
         else:
             if self._ahead and self.pool.tracks:

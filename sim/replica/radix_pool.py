@@ -31,7 +31,7 @@ class Contents(Protocol):
 class Node:
     """A node of the tree: the tokens from its parent's ``stop`` to its own, which lie on ``streams``."""
 
-    __slots__ = ("children", "head", "locks", "parent", "queued", "start", "stop", "streams", "time")
+    __slots__ = ("children", "head", "locks", "pages", "parent", "queued", "start", "stop", "streams", "time")
 
     def __init__(self, streams: Streams, start: int, stop: int, parent: Node | None, head: Hashable, time: int) -> None:
         self.streams = streams
@@ -43,6 +43,7 @@ class Node:
         self.locks = 0  # running requests whose prefix ends here or below
         self.children: dict[Hashable, Node] = {}
         self.queued = False  # whether the queue of leaves has it
+        self.pages: list[int] = []  # their numbers, where the pool has numbers for them
 
 
 def opening(streams: Streams, at: int, tokens: int) -> Hashable:
@@ -87,17 +88,24 @@ class RadixPool(CountingPool):
 
     With ``unified`` a prompt ends a node, and of a path that is used its end counts as used last; so SGLang does it
     since it has `UnifiedRadixCache`.
+
+    With ``numbered`` each page has a number, for steps that really run. Tables are filled when they are asked for: by
+    then a plan has evicted what it needs.
     """
 
     tracks = keeps = True
 
     __slots__ = (
-        *("_contents", "_dropping", "_found", "_given", "_leaves", "_locked", "_owned", "_pushes", "_root", "_streams"),
-        *("_time", "_unified", "cached"),
+        *("_contents", "_dropping", "_found", "_given", "_leaves", "_locked", "_owned", "_pushes", "_root", "_spare"),
+        *("_streams", "_tables", "_time", "_unified", "cached"),
     )
 
-    def __init__(self, total: int, block_size: int, contents: Contents, unified: bool = True) -> None:
+    def __init__(
+        self, total: int, block_size: int, contents: Contents, unified: bool = True, numbered: bool = False
+    ) -> None:
         super().__init__(total, block_size)
+        self._tables: dict[int, list[int]] | None = {} if numbered else None  # request → its pages
+        self._spare = list(range(total)) if numbered else []  # pages that nobody holds and that are not cached
         self.cached = 0  # pages of the tree that nobody holds
         self._contents = contents
         self._unified = unified
@@ -112,9 +120,11 @@ class RadixPool(CountingPool):
         self._leaves: list[tuple[int, int, Node]] = []  # unlocked leaves by time, as it was; and stale entries
         self._pushes = 0
 
-    # what the step asks
+    @property
+    def by_phase(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`, as all below
+        return self._tables is not None
 
-    def hit(self, request: Live) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
+    def hit(self, request: Live) -> int:  # noqa: D102
         found = self._look_up(request, False)
         return max(request.loaded, found[3])
 
@@ -141,10 +151,14 @@ class RadixPool(CountingPool):
         self._locked[number] = node
         self._lock(node)
         self.free -= pages - owned
+        if self._tables is not None:
+            self._tables[number] = self._path(node)
+            self._streams[number] = self._contents.streams(number)
 
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
         self.evict(need)
         self.free -= need
+        self._given[request.id] += need
 
     def decode_all(self, group: Decodes, steps: range) -> None:
         """The group does these steps; there is room. Before each a page for every member is neither held nor cached."""
@@ -160,9 +174,23 @@ class RadixPool(CountingPool):
             need = group.blocks_needed(upto)
             self.free -= need - taken
             done, taken = upto, need
+        if group.members is not None:
+            for step in range(group.steps + steps.start, group.steps + last):
+                for request in group.members[-step % self.block_size]:
+                    self._given[request] += 1
 
-    def landed(self, request: Live) -> None:  # noqa: D102
-        self._store(request, request.computed)
+    def landed(self, request: Live) -> bool:  # noqa: D102
+        return self._store(request, request.computed)
+
+    def table(self, request: int) -> list[int] | None:  # noqa: D102
+        if self._tables is None:
+            return None
+        table = self._tables[request]
+        more = self._given[request] - len(table)
+        if more > 0:
+            table += self._spare[-more:]
+            del self._spare[-more:]
+        return table
 
     def evict(self, blocks: int) -> None:  # noqa: D102
         leaves, size = self._leaves, self.block_size
@@ -180,6 +208,7 @@ class RadixPool(CountingPool):
                 assert parent is not None
                 del parent.children[node.head]
                 self.cached -= (node.stop - node.start) // size
+                self._spare += node.pages
                 self._found = None
                 if not (parent.locks or parent.children):
                     self._enqueue(parent)
@@ -193,8 +222,11 @@ class RadixPool(CountingPool):
         if not dropped:
             self._store(request, tokens, done=True)
         del self._given[number]
-        self.free += -(-tokens // self.block_size) - self._owned.pop(number)
+        owned = self._owned.pop(number)
+        self.free += -(-tokens // self.block_size) - owned
         self._unlock(self._locked.pop(number))
+        if self._tables is not None:
+            self._spare += self._tables.pop(number)[owned:]
         if not dropped:
             del self._streams[number]
 
@@ -203,13 +235,15 @@ class RadixPool(CountingPool):
     def _streams_of(self, number: int) -> Streams:
         streams = self._streams.get(number)
         if streams is None:
-            self._streams[number] = streams = self._contents.streams(number)
+            streams = self._contents.streams(number)
+            if self._tables is None:  # else what is known of them may change until they start
+                self._streams[number] = streams
         return streams
 
     def _look_up(self, request: Live, whole: bool) -> tuple[int, bool, Node, int]:
         """Where a waiting request's known tokens leave the tree; but for ``whole`` the last one is computed anyhow."""
         found = self._found
-        if found is None or found[0] != request.id or found[1] is not whole:
+        if found is None or found[0] != request.id or found[1] is not whole or self._tables is not None:
             known = request.prompt_tokens + request.produced
             node = self._match(self._streams_of(request.id), known if whole else known - 1)
             self._found = found = (request.id, whole, node, node.stop)
@@ -277,31 +311,56 @@ class RadixPool(CountingPool):
         node.head = opening(node.streams, at, self.block_size)
         node.start, node.parent = at, top
         top.children[node.head] = node
+        if node.pages:
+            pages = (at - top.start) // self.block_size
+            top.pages, node.pages = node.pages[:pages], node.pages[pages:]
         if self._unified:
             self._time += _TICK
             node.time = self._time
         return top
 
-    def _store(self, request: Live, tokens: int, done: bool = False) -> None:
-        """Put what a request has computed into the tree: it then holds a lock on it instead of the pages."""
+    def _path(self, node: Node) -> list[int]:
+        """The pages from the root to a node."""
+        parts = []
+        walk: Node | None = node
+        while walk is not None:
+            parts.append(walk.pages)
+            walk = walk.parent
+        return [page for part in reversed(parts) for page in part]
+
+    def _store(self, request: Live, tokens: int, done: bool = False) -> bool:
+        """Put what a request has computed into the tree: it then holds a lock on it instead of the pages.
+
+        Whether some of its pages are others now: two had computed the same.
+        """
         number, size = request.id, self.block_size
         streams = self._streams_of(number)
         end = min(tokens, request.prompt_tokens + request.emitted) // size * size
         found, node = self._insert(streams, end)
+        pages, owned, before = end // size, self._owned[number], found // size
+        table = self.table(number)
+        if table is not None:
+            if before > owned:
+                self._spare += table[owned:before]
+                found_there = node if before == pages else node.parent
+                assert found_there is not None
+                table[:before] = self._path(found_there)
+            if before < pages:
+                node.pages = table[before:pages]
         if self._unified:
             prompt = request.prompt_tokens // size * size
             if 0 < prompt < end:
                 self._insert(streams, prompt)  # a node ends where the answer begins
         elif not done:
             self._match(streams, end)
-        pages, owned = end // size, self._owned[number]
-        self.free += max(0, found // size - owned)  # they were computed twice
+        self.free += max(0, before - owned)  # they were computed twice
         self._owned[number] = pages
-        before = self._locked[number]
+        last = self._locked[number]
         self._locked[number] = node
         self._lock(node)
-        self._unlock(before)
+        self._unlock(last)
         self._found = None
+        return before > owned
 
     def _lock(self, node: Node) -> None:
         size = self.block_size

@@ -148,7 +148,12 @@ class ReplicaStep(Step):
     def publish(self, request: Live) -> None:  # noqa: D102
         if request.phase is not PREFILLING:
             self._fail(f"publish of {request}, which computes no prompt")
-        self.pool.landed(request)
+        self.keep(request)
+
+    def keep(self, request: Live) -> None:
+        """What has been computed of a request can be found by others from here on."""
+        if self.pool.landed(request) and (table := self.pool.table(request.id)) is not None:
+            self.backend.retable(request.id, table)
 
     def evict(self, blocks: int) -> None:  # noqa: D102
         self.pool.evict(blocks)
