@@ -104,6 +104,11 @@ class Model:
     bytes_per_param: Positive = 2
     kv_bytes_per_element: Positive = 2
     bytes_per_activation: Positive = 2  # of what the layers hand on, which tensor parallelism adds up
+    experts: Annotated[int, Ge(0)] = 0  # in a layer; 0: all layers are dense
+    experts_per_token: Annotated[int, Ge(0)] = 0
+    expert_ffn: Annotated[int, Ge(0)] = 0  # width inside one expert
+    shared_ffn: Annotated[int, Ge(0)] = 0
+    dense_layers: Annotated[int, Ge(0)] = 0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -122,7 +127,7 @@ class Model:
         for keys, what in _NOT_MODELLED:
             if found := [key for key in keys if config.get(key)]:
                 raise ValueError(f"{name}: {what} not modelled (key {found[0]})")
-        if kind not in ("llama", "mistral", "qwen2", "qwen3", "opt"):
+        if kind not in ("llama", "mistral", "qwen2", "qwen3", "opt", "qwen3_moe", "mixtral"):
             raise ValueError(
                 f"{name}: model_type {kind!r} is not modelled – modelled: llama, mistral, opt, qwen2, qwen3"
             )
@@ -164,14 +169,19 @@ class Model:
             hidden=hidden,
             heads=heads,
             kv_heads=heads if opt else size("num_key_value_heads", heads),
-            head_size=size("head_dim", 128 if kind == "qwen3" else hidden // heads),
+            head_size=size("head_dim", 128 if kind in ("qwen3", "qwen3_moe") else hidden // heads),
+            experts=int(str(config.get("num_experts") or config.get("num_local_experts") or 0)),
+            experts_per_token=int(str(config.get("num_experts_per_tok") or 0)),
+            expert_ffn=int(str(config.get("moe_intermediate_size") or config["intermediate_size"]))
+            if kind in ("qwen3_moe", "mixtral")
+            else 0,
             ffn=size(ffn),
             vocab=size("vocab_size"),
             max_model_len=positions,
             gated_mlp=not opt,
             tied_embeddings=bool(config.get("tie_word_embeddings", opt)),
             biases=biases,
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
             learned_positions=positions + 2 if opt else 0,
             bytes_per_param=_DTYPE_BYTES[dtype],
             kv_bytes_per_element=_DTYPE_BYTES[dtype],
@@ -187,7 +197,12 @@ class Model:
         """
         query, kv = self.heads * self.head_size, self.kv_heads * self.head_size
         attention = self.hidden * (2 * query + 2 * kv)  # q and o, k and v
-        return self.layers * (attention + (3 if self.gated_mlp else 2) * self.hidden * self.ffn)
+        mlp = (
+            3 * self.hidden * self.expert_ffn * self.experts
+            if self.experts
+            else (3 if self.gated_mlp else 2) * self.hidden * self.ffn
+        )
+        return self.layers * (attention + mlp)
 
     @property
     def head_parameters(self) -> int:
@@ -247,7 +262,7 @@ class Model:
 
 
 _NOT_MODELLED = (
-    (("num_local_experts", "num_experts", "n_routed_experts"), "mixture of experts is"),
+    (("n_routed_experts",), "mixture of experts is"),
     (("kv_lora_rank",), "latent attention (MLA) is"),
     (("quantization_config",), "quantised weights are"),
     (("mlp_bias",), "MLP biases are"),

@@ -5,9 +5,10 @@ What a script or a policy file needs is here::
     from chairlift import load, simulate            # run a scenario
     from chairlift import Scheduler, Step, Request  # write a policy
 
-``load(path, sets=())`` reads a scenario file into a `Study`; ``simulate(setup)`` runs one of its `Setup` objects and
-returns an `Outcome`. `BadInput` says what is wrong with a file. `Scheduler`, `Router` and `Backend` are the contracts
-of policies, routers and cost models; `Step`, `Request`, `Batch` and `StepCost` are what those are given and return.
+``load(path, assignments=())`` reads a scenario file into a `Study`; ``simulate(setup)`` runs one of its `Setup` objects
+and returns an `Outcome`. `BadInput` says what is wrong with a file. `Scheduler`, `Router` and `Backend` are the
+contracts of policies, routers and cost models; `Step`, `Request`, `Batch` and `StepCost` are what those are given and
+return.
 """
 
 from __future__ import annotations

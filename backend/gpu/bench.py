@@ -187,9 +187,15 @@ class Floor:
     def __call__(self, rows: int, sampled: int, kv: int, pairs: int = 0) -> float:
         """Milliseconds for so many rows and sampled rows, tokens of KV read, and query-key pairs of chunks."""
         m = self._model
-        moved = self._width * m.matmul_parameters + 2 * m.head_parameters + kv * m.kv_bytes_per_token
+        read = multiplied = m.matmul_parameters
+        if m.experts:  # of which a step touches some, each token a few
+            experts = m.layers * 3 * m.hidden * m.expert_ffn  # one in each layer
+            touched = m.experts * (1 - (1 - m.experts_per_token / m.experts) ** rows)
+            read -= round(experts * (m.experts - touched))
+            multiplied -= experts * (m.experts - m.experts_per_token)
+        moved = self._width * read + 2 * m.head_parameters + kv * m.kv_bytes_per_token
         flops = 2 * sampled * m.head_parameters + 4 * m.layers * m.heads * m.head_size * pairs
-        took = flops / self._rate + 2 * rows * m.matmul_parameters / self._layers_rate
+        took = flops / self._rate + 2 * rows * multiplied / self._layers_rate
         floor: float = max(moved / self._copy, took) * 1e3
         return floor
 

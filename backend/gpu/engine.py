@@ -98,7 +98,7 @@ class TorchEngine(Executor):
         self._sequences = Sequences(batch, blocks, self._block, max_model_len, named)
         self._tables = torch.zeros(self._sequences.table.shape, **integer)
         self._last = torch.zeros(batch + 1, **integer)  # each row's latest token
-        self._staged = torch.zeros((6, batch + 1), **integer)  # of the decodes, see `Sequences.decode`
+        self._staged = torch.zeros((7, batch + 1), **integer)  # of the decodes, see `Sequences.decode`; how many
         # in turn: the copies of one step may still be under way while the next is prepared
         self._pinned = [self._host(self._staged.numel()).view(self._staged.shape) for _ in range(TURNS)]
         self._large = [self._host(1 << 16) for _ in range(TURNS)]  # of steps too large for a graph
@@ -167,7 +167,8 @@ class TorchEngine(Executor):
             n = len(requests)
             self._turn = (self._turn + 1) % TURNS
             staged = self._pinned[self._turn]
-            self._sequences.decode([*members.decodes, *members.dead], members, staged.numpy())
+            self._sequences.decode([*members.decodes, *members.dead], members, staged.numpy()[:6])
+            staged[6, 0] = n
             if members.prompts:
                 sampled = self._with_prompts(members, n, requests)
             else:
@@ -267,7 +268,7 @@ class TorchEngine(Executor):
         rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 3, 4, 5))
         self._tables.view(-1)[cells] = blocks
         tokens = self._last[rows]
-        step = Tokens(tokens, positions, self._paging(size), None, None, None)
+        step = Tokens(tokens, positions, self._paging(size), live=self._staged[6, :1])
         sampled = self._sample(self._net.forward(step, self._cache))
         self._last[rows] = sampled
         return sampled

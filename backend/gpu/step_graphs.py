@@ -75,7 +75,8 @@ class StepGraphs:
         cuda = net.device.type == "cuda"
         self._spans_at = 7 * LIMIT
         self._sampled_at = self._spans_at + SPAN * 2 * most  # each prompt may have padding, a span of its own
-        count = self._sampled_at + 2 * most
+        self._counts_at = self._sampled_at + 2 * most  # how many rows, and sampled ones, are somebody's
+        count = self._counts_at + 2
         self._whole = torch.zeros(count, dtype=torch.int32, device=net.device)
         self._host = [torch.zeros(count, dtype=torch.int32, pin_memory=cuda) for _ in range(4)]  # in turn
         self._turn = 0
@@ -119,19 +120,22 @@ class StepGraphs:
         spans = to[self._spans_at : self._sampled_at]
         spans[: flat.spans.size] = flat.spans.reshape(-1)
         spans[flat.spans.size :] = 0
-        sampled, takers = to[self._sampled_at :].reshape(2, -1)
+        sampled, takers = to[self._sampled_at : self._counts_at].reshape(2, -1)
+        to[self._counts_at :] = n, wanted
         sampled[:wanted], takers[:wanted] = flat.sampled, flat.takers
         sampled[wanted:tail], takers[wanted:tail] = 0, self._nobody
 
     def _up_to_attention(self, size: int) -> None:
         rows = self._whole[: self._spans_at].view(7, LIMIT)[:, :size]
         spans = Spans(self._whole[self._spans_at : self._sampled_at].view(-1, SPAN), self._world.tables)
-        step = tokens_of(self._world, rows, spans, size)
+        live = self._whole[self._counts_at : self._counts_at + 1]
+        step = tokens_of(self._world, rows, spans, size)._replace(live=live)
         self._attended[:size], self._residual[:size] = self._world.net.attended(step, self._world.cache)
 
     def _rest(self, size: int) -> Tensor:
-        sampled, takers = self._whole[self._sampled_at :].view(2, -1)[:, :size]
-        tokens = self._world.sample(self._world.net.leave(self._attended, self._residual, sampled))
+        sampled, takers = self._whole[self._sampled_at : self._counts_at].view(2, -1)[:, :size]
+        live = self._whole[self._counts_at + 1 :]
+        tokens = self._world.sample(self._world.net.leave(self._attended, self._residual, sampled, live))
         self._world.last[takers] = tokens
         return tokens
 

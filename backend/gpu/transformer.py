@@ -1,4 +1,5 @@
-"""Decoder-only transformers for the GPU engine: the Llama family (Llama, Mistral, Qwen2, Qwen3) and OPT.
+"""Decoder-only transformers for the GPU engine: the Llama family (Llama, Mistral, Qwen2, Qwen3), dense or with experts
+(Qwen3-MoE, Mixtral), and OPT.
 
 One forward pass takes a flat batch of tokens, decodes first and chunks of prompts after them, as in Orca's selective
 batching (Yu et al., OSDI 2022): everything but attention sees a matrix of tokens. Shapes are `backend.shapes.Model`s;
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from chairlift.backend.gpu.kernels.experts import Experts, mixture
 from chairlift.backend.gpu.kernels.layers import (
     Eights,
     Product,
@@ -42,6 +44,9 @@ class Arithmetic:
         None  # factor, low and high frequency factor, old context
     )
     linear_scaling: float = 1.0
+    mixture_name: str = "mlp"  # of a layer's experts; what one's matrices are called: gates, ups, downs
+    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    expert_norm: bool = True  # the weights of a token's experts add up to 1
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], longest: int = 0) -> Arithmetic:
@@ -59,6 +64,9 @@ class Arithmetic:
         window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
         if window and window < longest:
             raise ValueError(f"sliding_window {window} is not built; a max_model_len of up to {window} needs none")
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise ValueError("layers without experts among those with them are not built")
+        mixtral = config.get("model_type") == "mixtral"
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind not in ("default", "llama3", "linear"):
@@ -72,6 +80,9 @@ class Arithmetic:
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
             llama3_scaling=llama3,
             linear_scaling=float(rope["factor"]) if kind == "linear" else 1.0,
+            mixture_name="block_sparse_moe" if mixtral else "mlp",
+            expert_names=("w1", "w3", "w2") if mixtral else cls.expert_names,
+            expert_norm=mixtral or bool(config.get("norm_topk_prob", False)),
         )
 
     def rotation(self, positions: int, size: int, device: torch.device) -> Tensor:
@@ -101,10 +112,11 @@ class Layer:
     out_bias: Tensor | None
     mlp_norm: Tensor
     mlp_norm_bias: Tensor | None
-    up: Tensor | Eights  # gated: gates first
+    up: Tensor | Eights | None  # gated: gates first; None where there are experts
     up_bias: Tensor | None
-    down: Tensor | Eights
+    down: Tensor | Eights | None
     down_bias: Tensor | None
+    experts: Experts | None = None
 
 
 class Tokens(NamedTuple):
@@ -116,6 +128,8 @@ class Tokens(NamedTuple):
     slots: Tensor | None = None  # [rows]: where keys and values of chunks go, `NOWHERE`, or `UNTOUCHED` of decodes
     spans: Spans | None = None  # which rows are whose chunks
     sampled: Tensor | None = None  # rows whose next token is wanted; None: all
+    live: Tensor | None = None  # [1] int32: rows that are somebody's, the first ones; None: all
+    live_sampled: Tensor | None = None  # likewise of the sampled ones
 
 
 class Transformer:
@@ -132,14 +146,21 @@ class Transformer:
         max_batch: int,
         max_positions: int,
         eights: bool = False,
+        skew: float | None = None,
     ) -> None:
         """``weight(name, *shape)`` gives each tensor, named as in `transformers`.
 
         With ``eights`` the layers' matrices are 8-bit floats with a scale a row, and so are their inputs, scaled anew
-        each step; embedding, head and attention are not. Raises as `PagedAttention`, and where that is not built.
+        each step; embedding, head and attention are not. ``skew`` is as in `Experts`. Raises as `PagedAttention`, and
+        for layers that are not built.
         """
-        if eights and not model.gated_mlp:
-            raise ValueError(f"{model.name}: weights in FP8 are built for gated models (Llama, Mistral, Qwen)")
+        if eights and (not model.gated_mlp or model.experts):
+            raise ValueError(f"{model.name}: weights in FP8 are built for dense gated models (Llama, Mistral, Qwen)")
+        if model.experts > 256 or model.experts_per_token > 16 or model.shared_ffn or model.dense_layers:
+            raise ValueError(
+                f"{model.name}: built are up to 256 experts a layer, 16 of them a token, none shared by all"
+            )
+        self._arithmetic, self._skew = arithmetic, skew
         self.model = model
         self.heads = heads = Heads(model.heads, model.kv_heads, model.head_size)
         self.dtype = dtype
@@ -154,7 +175,7 @@ class Transformer:
         self.embedding = weight(root + "embed_tokens.weight", model.vocab, hidden)
         self.positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
         build = self._opt_layer if self._opt else self._llama_layer
-        self.layers = [build(weight, f"{root}layers.{i}.") for i in range(model.layers)]
+        self.layers = [build(weight, f"{root}layers.{i}.", i) for i in range(model.layers)]
         for layer in self.layers if eights else ():
             for name in ("qkv", "out", "up", "down"):
                 setattr(layer, name, quantised(getattr(layer, name)))
@@ -163,11 +184,13 @@ class Transformer:
         self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
         self.head = self.embedding if model.tied_embeddings else weight("lm_head.weight", model.vocab, hidden)
 
-    def _llama_layer(self, weight: Callable[..., Tensor], at: str) -> Layer:
+    def _llama_layer(self, weight: Callable[..., Tensor], at: str, i: int) -> Layer:
         m, heads = self.model, self.heads
         query, kv = heads.query * heads.size, heads.kv * heads.size
         parts = (("q_proj", query), ("k_proj", kv), ("v_proj", kv))
         biased = m.biases in ("qkv", "attention")
+        dense = not m.experts
+        names = ("gate_proj", "up_proj")
         return Layer(
             norm=weight(at + "input_layernorm.weight", m.hidden),
             norm_bias=None,
@@ -179,13 +202,26 @@ class Transformer:
             out_bias=weight(at + "self_attn.o_proj.bias", m.hidden) if m.biases == "attention" else None,
             mlp_norm=weight(at + "post_attention_layernorm.weight", m.hidden),
             mlp_norm_bias=None,
-            up=torch.cat([weight(f"{at}mlp.{name}.weight", m.ffn, m.hidden) for name in ("gate_proj", "up_proj")]),
+            up=torch.cat([weight(f"{at}mlp.{name}.weight", m.ffn, m.hidden) for name in names]) if dense else None,
             up_bias=None,
-            down=weight(at + "mlp.down_proj.weight", m.hidden, m.ffn),
+            down=weight(at + "mlp.down_proj.weight", m.hidden, m.ffn) if dense else None,
             down_bias=None,
+            experts=None if dense else self._experts(weight, at + self._arithmetic.mixture_name, i),
         )
 
-    def _opt_layer(self, weight: Callable[..., Tensor], at: str) -> Layer:
+    def _experts(self, weight: Callable[..., Tensor], at: str, layer: int) -> Experts:
+        m = self.model
+        gate, up, down = self._arithmetic.expert_names
+        ups = torch.empty((m.experts, 2 * m.expert_ffn, m.hidden), dtype=self.dtype, device=self.device)
+        downs = torch.empty((m.experts, m.hidden, m.expert_ffn), dtype=self.dtype, device=self.device)
+        for i in range(m.experts):
+            ups[i, : m.expert_ffn] = weight(f"{at}.experts.{i}.{gate}.weight", m.expert_ffn, m.hidden)
+            ups[i, m.expert_ffn :] = weight(f"{at}.experts.{i}.{up}.weight", m.expert_ffn, m.hidden)
+            downs[i] = weight(f"{at}.experts.{i}.{down}.weight", m.hidden, m.expert_ffn)
+        router = weight(f"{at}.gate.weight", m.experts, m.hidden)
+        return Experts(router, ups, downs, m.experts_per_token, self._arithmetic.expert_norm, layer, self._skew)
+
+    def _opt_layer(self, weight: Callable[..., Tensor], at: str, _: int) -> Layer:
         m = self.model
         names = ("q_proj", "k_proj", "v_proj")
 
@@ -213,7 +249,8 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, step: Tokens, cache: Tensor) -> Tensor:
         """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards."""
-        return self.leave(*self.attended(step, cache), step.sampled)
+        live = step.live if step.sampled is None else step.live_sampled
+        return self.leave(*self.attended(step, cache), step.sampled, live)
 
     def attended(self, step: Tokens, cache: Tensor) -> tuple[Tensor, Tensor]:
         """All of a step up to the last layer's attention: what that gives and the residual, for `leave`.
@@ -229,7 +266,7 @@ class Transformer:
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
         for i, layer in enumerate(cache):
             if i:
-                qkv = self._project(i, self._rest(self.layers[i - 1], y, residual), residual)
+                qkv = self._project(i, self._rest(self.layers[i - 1], y, residual, step.live), residual)
             if step.slots is not None:
                 attention.rotate_and_store(qkv, layer, step.positions, step.slots)
             if step.paging is not None:
@@ -246,13 +283,13 @@ class Transformer:
             residual += functional.embedding(positions + 2, self.positions)  # OPT keeps two rows for padding
         return residual
 
-    def leave(self, y: Tensor, residual: Tensor, sampled: Tensor | None) -> Tensor:
-        """Logits of the ``sampled`` rows (None: all) from what the last layer attended to."""
+    def leave(self, y: Tensor, residual: Tensor, sampled: Tensor | None, live: Tensor | None = None) -> Tensor:
+        """Logits of the ``sampled`` rows (None: all) from what the last layer attended to; ``live`` of them matter."""
         if sampled is not None:  # of the others only keys and values are needed
             y, residual = y[sampled], residual[sampled]
             if not len(y):
                 return y.new_empty((0, self.model.vocab))
-        x = self._rest(self.layers[-1], y, residual)
+        x = self._rest(self.layers[-1], y, residual, live)
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
     def _project(self, i: int, x: Tensor | Product | None, residual: Tensor) -> Tensor:
@@ -267,7 +304,7 @@ class Transformer:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv
 
-    def _rest(self, layer: Layer, y: Tensor, residual: Tensor) -> Tensor | Product:
+    def _rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product:
         """What follows a layer's attention, but for adding it to the residual."""
         norm = (residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
         if isinstance(layer.out, Eights):
@@ -275,7 +312,9 @@ class Transformer:
             assert isinstance(layer.down, Eights)
             up = product(residual_norm_e4m3(product(quantised(y), layer.out, self.dtype), *norm), layer.up, self.dtype)
             return product(gated_e4m3(up), layer.down, self.dtype)
+        x = residual_norm(linear(y, layer.out, layer.out_bias), *norm)
+        if layer.experts is not None:
+            return mixture(x, layer.experts, live)
         assert isinstance(layer.up, Tensor)
         assert isinstance(layer.down, Tensor)
-        x = residual_norm(linear(y, layer.out, layer.out_bias), *norm)
         return linear(linear(x, layer.up, layer.up_bias, self._activation), layer.down, layer.down_bias)

@@ -50,9 +50,9 @@ def _load(
                 raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
         arithmetic = Arithmetic.from_hf_config(config, max_model_len)
         weight = saved_weights(folder, dtype, device)
-    eights = options.quantization == "fp8"
+    built = (options.max_batch + 1, max_model_len, options.quantization == "fp8", options.routing_skew)
     check_room(device, round(model.parameters * dtype.itemsize), f"{model.name}'s weights")
-    return Transformer(model, arithmetic, dtype, device, weight, block, options.max_batch + 1, max_model_len, eights)
+    return Transformer(model, arithmetic, dtype, device, weight, block, *built)
 
 
 def check_room(device: torch.device, need: int, what: str) -> None:

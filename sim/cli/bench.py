@@ -1,4 +1,4 @@
-"""How fast the simulator is: ``make bench``, or ``python -m sim.cli.bench [--quick] [--out bench.json]``.
+"""How fast the simulator is: ``make bench``, or ``python -m chairlift.sim.cli.bench [--quick] [--out bench.json]``.
 
 Runs ``scenarios/million.yaml`` at several sizes, each in a process of its own, beside as many bare SimPy timeouts as
 the largest has requests, timed in the same minute: machines differ and are noisy, the ratio less so. Results are

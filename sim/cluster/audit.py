@@ -18,6 +18,7 @@ def audit(cluster: Cluster) -> None:
     columns = cluster.requests.columns()
     _littles_law(columns, cluster.request_time)
     _a_gap_for_each_token(columns, cluster.engines)
+    _gaps_add_up(cluster.requests.spoken_ps, cluster.engines)
     for engine in cluster.engines:
         _one_step_at_a_time(engine)
         _nothing_left(engine)
@@ -41,6 +42,21 @@ def _a_gap_for_each_token(columns: Columns, engines: list[Engine]) -> None:
         runs, more = engine.records.runs(), engine.records.gaps()
         gaps += int((runs["decodes"] * runs["steps"] - runs["late_decodes"]).sum() + more["count"].sum())
     assert gaps == tokens - firsts, f"{tokens} tokens, {firsts} of them first ones, {gaps} gaps"
+
+
+def _gaps_add_up(spoken_ps: int, engines: list[Engine]) -> None:
+    """The gaps between tokens, all together, are the times from requests' first tokens to their latest.
+
+    In three tokens: they come at 100, 130 and 190 ps; their gaps are 30 and 60 ps, and 30 + 60 = 190 - 100.
+    """
+    gaps = 0
+    for engine in engines:
+        runs, more = engine.records.runs(), engine.records.gaps()
+        steps, decodes = runs["steps"], runs["decodes"]
+        lasted = steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
+        for times in (decodes * lasted, -runs["late_decodes"] * runs["first_ps"], more["gap_ps"] * more["count"]):
+            gaps += int((times >> 32).sum()) * (1 << 32) + int((times & 0xFFFFFFFF).sum())  # it may outgrow 64 bits
+    assert gaps == spoken_ps, f"gaps of {gaps} ps in all, {spoken_ps} ps from first tokens to latest"
 
 
 def _one_step_at_a_time(engine: Engine) -> None:

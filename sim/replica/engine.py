@@ -206,13 +206,15 @@ class Engine(Planner):
             self._strike(request, now)
         state.release()
         self._answer_batch(now)
+        flight = self._flight
         lost = [*state.admitted.values(), *state.waiting]
         for request in lost:
             flying = self._flies(request)
             if request.group is not None:
                 state.part(request, AWAY)
             if flying:
-                self._unsay(request)
+                assert flight is not None
+                self._unsay(flight, request)
             request.depart()
         self.end = self._flight = self._plan = None
         return lost
@@ -297,27 +299,25 @@ class Engine(Planner):
 
     def lose(self) -> None:
         """Those whom the plan at hand has preempted lose their tokens in flight (`Scheduler.drops_flight`)."""
-        for request in self.state.evicted:
-            if self._flies(request):
-                self._unsay(request)
-                self._miss(request)
-                self.backend.drop(request.id)
-
-    def _miss(self, request: Live) -> None:
-        """The token in flight of a request goes to nobody."""
         flight = self._flight
         assert flight is not None
+        for request in self.state.evicted:
+            if self._flies(request):
+                self._unsay(flight, request)
+                self._miss(flight, request)
+                self.backend.drop(request.id)
+
+    def _miss(self, flight: Plan, request: Live) -> None:
+        """The token in flight of a request goes to nobody."""
         if request in flight.emitting:
             flight.emitting.remove(request)
         else:
-            flight.undelivered += 1
+            flight.lose_gap(request.last.ps)
         if request in flight.ending:
             flight.ending.remove(request)
 
-    def _unsay(self, request: Live) -> None:
+    def _unsay(self, flight: Plan, request: Live) -> None:
         """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
-        flight = self._flight
-        assert flight is not None
         own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
         request.unsay(request.before if own else flight.decoded_before)
 
@@ -336,6 +336,7 @@ class Engine(Planner):
                 request
             )  # one that is held pays for its slot until the others of its batch have their answers
         if flying:
-            self._unsay(request)
-            self._miss(request)
+            assert flight is not None
+            self._unsay(flight, request)
+            self._miss(flight, request)
         self.end_request(request, now, Status.TIMED_OUT)

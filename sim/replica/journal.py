@@ -70,11 +70,12 @@ class JournalStep(ReplicaStep):
     def decode_all(self) -> bool:  # noqa: D102
         back = list(self.parked)
         granted = super().decode_all()
-        for i in back:
-            self.write(self.now, self.row(), Kind.JOIN, i, -1, 0)
         if not granted:
             self._needy = -1
-        return granted
+            return False
+        for i in back:
+            self.write(self.now, self.row(), Kind.JOIN, i, -1, 0)
+        return True
 
     def arrange(self) -> None:
         """Write down who is left out of the decodes, and who is taken in again."""

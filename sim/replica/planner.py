@@ -303,7 +303,7 @@ class Planner:
             return
         if self.handover is not None and status is Status.FINISHED and self.handover(request):
             return
-        records.end(request, now, status)
+        records.end(request, now, status, request.last.ps)
         if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
             self.backend.release(request.id)
         if self._finish is not None:

@@ -176,19 +176,21 @@ class ReplicaStep(Step):
     # what a policy does
 
     def decode_all(self) -> bool:  # noqa: D102
-        if self.parked:
-            for request in self.parked.values():
-                self.join(request)
-            self.rejoined += self.parked.values()
-            self.parked = {}
-        group = self.group
+        group, parked = self.group, self.parked
         if self.ran or self.whole:
             self._fail("decode_all after decodes were chosen already")
-        if group.live == 0 and group.dead == 0:
-            return True
         need = group.phases[-group.steps % group.block_size] if group.growing else 0
+        if parked:
+            need += sum(map(self._next_block, parked.values()))
         if need > self.pool.free:
             return False
+        if parked:
+            for request in parked.values():
+                self.join(request)
+            self.rejoined += parked.values()
+            self.parked = {}
+        elif group.live == 0 and group.dead == 0:
+            return True
         self.tokens += group.live
         if self.pool.tracks:
             self.pool.decode_all(group, range(1))

@@ -86,3 +86,15 @@ class Plan:
         self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it
+
+    def lose_gap(self, last_ps: int) -> None:
+        """A decode of its last step does not reach its client, who got the token before at ``last_ps``.
+
+        Of a late decode the gap stands in ``late_gaps``; all others have the duration of the step as their gap.
+        """
+        late = self.late_gaps
+        for i in range(0, len(late), 2):
+            if late[i] == last_ps:
+                late[i + 1] -= 1
+                return
+        self.undelivered += 1

@@ -171,16 +171,17 @@ def has_latency(summary: Mapping[str, Any], latency: str) -> bool:
     return fields(latency)[0] in summary
 
 
-def sign(name: str) -> int:
-    """1 if more of the field ``name`` is better, -1 if less is.
+def sign(name: str, option: str = "") -> int:
+    """1 if more of the field ``name``, said by the command's ``option``, is better, -1 if less is.
 
     Raises `BadInput` where neither is, or where the catalogue has no such field.
     """
+    path = "" if option else "metric"
     if name not in FIELDS:
-        raise BadInput(Problem(f"no such metric{did_you_mean(name, list(FIELDS))}", path="metric", value=name))
+        raise BadInput(Problem(f"no such metric{did_you_mean(name, list(FIELDS))}", option, path=path, value=name))
     better = FIELDS[name].better
     if not better:
-        raise BadInput(Problem("neither more nor less of it is better: choose another", path="metric", value=name))
+        raise BadInput(Problem("neither more nor less of it is better: choose another", option, path=path, value=name))
     return 1 if better == "more" else -1
 
 

@@ -109,6 +109,7 @@ class RequestRecords:
         self.cached_tokens = array("i", [0]) * n
         self.swaps = array("i", [0]) * n  # preemptions whose KV went to host memory
         self.swapped_tokens = array("q", [0]) * n  # tokens whose KV was moved there or back
+        self.spoken_ps = 0  # from first to latest token, summed over the requests that have ended
         self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
 
     def moved(self, request: Request, tokens: int, out: bool = False) -> None:
@@ -116,9 +117,12 @@ class RequestRecords:
         self.swaps[request.id] += out
         self.swapped_tokens[request.id] += tokens
 
-    def end(self, request: Request, now: int, status: Status) -> None:
-        """Write down what became of ``request``, once."""
+    def end(self, request: Request, now: int, status: Status, latest_ps: int) -> None:
+        """Write down what became of ``request``, once; ``latest_ps``: when its client got its latest token, if any."""
         i = request.id
+        first = self.first_token[i]
+        if first >= 0:
+            self.spoken_ps += latest_ps - first
         self.status[i] = status
         self.finished[i] = now
         self.emitted[i] = request.emitted

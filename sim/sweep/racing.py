@@ -39,7 +39,7 @@ class Race:
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
-            sign(metric)
+            sign(metric, "--race")
         known = list(dict.fromkeys(key for point in self.labels for key in point))
         for axis in self.over:
             if axis not in known:

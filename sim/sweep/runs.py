@@ -35,7 +35,7 @@ ROWS = 1  # raised when the meaning of a row's figures changes
 _PACKAGES = ("backend", "policies", "sim")
 # Folders and files whose code shows rows, fits profiles or is evidence: no run loads it, so no row depends on it.
 _SHAPES_NO_ROW = (
-    *("sim/cli/", "sim/report/", "sim/calibration/", "sim/sweep/compare.py", "sim/sweep/plots.py"),
+    *("sim/cli/", "sim/report/", "sim/calibration/", "sim/conformance/", "sim/sweep/compare.py", "sim/sweep/plots.py"),
     "backend/gpu/measured/",
 )
 _WALL_CLOCK = ("wall_s", "requests_per_wall_s")  # figures of a summary that tell of this machine, not of the run

@@ -161,7 +161,7 @@ def test_a_dead_sequence_stops_at_the_longest_and_may_overwrite_itself() -> None
         found.cover(2, 17, pool)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(["start", "decode", "end"]), st.integers(0, 5)), max_size=80))
 def test_no_block_is_ever_shared_and_all_are_given_back(actions: list[tuple[str, int]]) -> None:
     found = sequences()

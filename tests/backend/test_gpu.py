@@ -14,6 +14,7 @@ pytest.importorskip("cupy")
 from chairlift.backend import specs  # noqa: E402
 from chairlift.backend.base import Batch, Prompt  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
+from chairlift.backend.gpu.kernels.experts import Experts, mixture  # noqa: E402
 from chairlift.backend.gpu.kernels.layers import (  # noqa: E402
     Eights,
     Product,
@@ -285,6 +286,36 @@ def test_head_norm_equals_double_precision() -> None:
     head_norm(qkv, query, key, 4, 2, 1e-6)
 
     assert error(qkv, wanted.flatten(1)) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33, 700, 3000])
+@pytest.mark.parametrize(
+    ("experts", "top", "hidden", "width"), [(128, 8, 2048, 768), (8, 2, 512, 1792), (60, 4, 256, 32)]
+)
+def test_experts_equal_double_precision(rows: int, experts: int, top: int, hidden: int, width: int) -> None:
+    x = torch.randn((rows, hidden), dtype=torch.bfloat16, device=DEVICE)
+    router = torch.randn((experts, hidden), dtype=torch.bfloat16, device=DEVICE) / hidden**0.5
+    up = torch.randn((experts, 2 * width, hidden), dtype=torch.bfloat16, device=DEVICE) / hidden**0.5
+    down = torch.randn((experts, hidden, width), dtype=torch.bfloat16, device=DEVICE) / width**0.5
+    live = max(1, rows * 3 // 4)
+    for norm in (True, False):
+        given = Experts(router, up, down, top, norm, 0, None)
+        for count in (None, torch.tensor([live], dtype=torch.int32, device=DEVICE)) if rows <= 1024 else (None,):
+            found = mixture(x, given, count).double()
+            n = rows if count is None else live
+            logits = torch.nn.functional.linear(x, router).double()[:n]
+            shares, chosen = logits.topk(top, -1)
+            weights = shares.softmax(-1) if norm else logits.softmax(-1).gather(1, chosen)
+            wanted = torch.zeros((n, hidden), dtype=torch.float64, device=DEVICE)
+            for e in range(experts):
+                at, which = (chosen == e).nonzero(as_tuple=True)
+                gate, ups = (x[at].double() @ up[e].double().T).chunk(2, -1)
+                made = (torch.nn.functional.silu(gate) * ups) @ down[e].double().T
+                wanted.index_add_(0, at, made * weights[at, which, None])
+            ties = (logits.topk(top + 1, -1).values.diff().abs()[:, -1] < 1e-6).nonzero()[:, 0]
+            keep = torch.ones(n, dtype=torch.bool, device=DEVICE).index_fill(0, ties, False)
+            assert error(found[:n][keep], wanted[keep]) < 1e-2
+            assert not found[n:].any()
 
 
 SMALL = Model("small", 2, 256, 4, 2, 64, 512, 1024, 4096)

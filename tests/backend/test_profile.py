@@ -100,7 +100,7 @@ def test_the_largest_graph_follows_from_the_limits(seqs: int, tokens: int, limit
     assert graph_limit({"max_num_seqs": seqs, "max_num_batched_tokens": tokens}) == limit
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 @given(
     table=st.lists(
         st.tuples(st.integers(0, 200).map(lambda ms: ms * MS), st.integers(1, 3000), st.integers(1, 200)),

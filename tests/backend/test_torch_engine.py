@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import given as given_
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from kit.command import Result, chairlift
@@ -85,7 +85,7 @@ def test_every_token_of_the_plain_forward_pass_depends_on_all_before_it() -> Non
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given_(
     rows=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 90), st.integers(1, 40)), min_size=2, max_size=5),
     size=st.integers(2, 4),
@@ -375,7 +375,7 @@ def test_a_turn_that_comes_before_the_answer_it_repeats(folder: Path, given: dic
     check_greedy(got, given=[given[i] for i in range(3)])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given_(
     rows=st.lists(
         st.tuples(st.integers(0, 60), st.integers(1, 30), st.integers(1, 30), st.integers(-1, 1)),
@@ -413,7 +413,7 @@ def test_turns_of_sessions_have_the_tokens_of_a_plain_forward_pass(
     check_greedy(got, given=[given.get(i, []) for i in range(len(rows))])
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given_(
     rows=st.lists(st.tuples(st.sampled_from([0, 9]), st.integers(1, 90), st.integers(1, 20)), min_size=3, max_size=7),
     prefix=st.integers(16, 90),

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the models are made of torch tensors")
 transformers = pytest.importorskip("transformers", reason="the models are held to those of transformers")
 
+from chairlift.backend.gpu.kernels.experts import Experts, mixture  # noqa: E402
 from chairlift.backend.gpu.paged_attention import Heads, Paging, Spans, new_cache  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from chairlift.backend.gpu.transformer import Arithmetic, Tokens, Transformer  # noqa: E402
@@ -62,6 +63,13 @@ FAMILIES = {
     "qwen2, tied": family("Qwen2", tie_word_embeddings=True),
     "qwen3": family("Qwen3"),
     "qwen3, tied": family("Qwen3", tie_word_embeddings=True, head_dim=32),
+    "qwen3 moe": family(
+        "Qwen3Moe", num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "qwen3 moe, weights as they are": family(
+        "Qwen3Moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=False
+    ),
+    "mixtral": family("Mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "opt": lambda: transformers.OPTConfig(
         hidden_size=48,
         num_hidden_layers=2,
@@ -322,6 +330,28 @@ def test_safetensors_that_are_none(folder: Path) -> None:
         prepared(folder)
 
 
+def test_drawn_experts_are_as_even_as_asked_for_and_rows_of_nobody_are_zero() -> None:
+    rng = torch.Generator().manual_seed(3)
+    router = torch.randn((16, 24), generator=rng)
+    up, down = torch.randn((16, 20, 24), generator=rng), torch.randn((16, 24, 10), generator=rng)
+    x = torch.randn((4000, 24), generator=rng)
+    counts = {}
+    for skew in (0.0, 1.5):
+        seen = torch.zeros(16)
+        for i in range(16):  # only expert i gives anything
+            only = torch.zeros_like(down)
+            only[i] = down[i]
+            made = mixture(x, Experts(router, up, only, 2, True, 0, skew), None)
+            seen[i] = (made.abs().amax(-1) > 0).sum()
+        counts[skew] = seen.sort(descending=True).values
+        assert seen.sum() == 2 * len(x)
+    assert counts[0.0][0] / counts[0.0][-1] < 1.25  # 500 each, give or take 4 standard deviations
+    assert counts[1.5][0] / counts[1.5][-1] > 10
+    some = mixture(x[:9], Experts(router, up, down, 2, True, 0, None), torch.tensor([5]))
+    assert torch.equal(some[:5], mixture(x[:5], Experts(router, up, down, 2, True, 0, None), None))
+    assert not some[5:].any()
+
+
 def test_weights_in_8_bit_floats_change_logits_by_what_their_rounding_costs(tmp_path: Path) -> None:
     """Against a plain pass of the rounded weights: what is left is the rounding of the products' inputs."""
     saved(FAMILIES["llama"](), tmp_path)
@@ -346,7 +376,7 @@ def test_weights_in_8_bit_floats_change_logits_by_what_their_rounding_costs(tmp_
 def test_weights_in_8_bit_floats_are_not_built_for_opt(tmp_path: Path) -> None:
     saved(FAMILIES["opt"](), tmp_path)
     config, weight = read_config(tmp_path), saved_weights(tmp_path, torch.float32, CPU)
-    with pytest.raises(ValueError, match="FP8 are built for gated models"):
+    with pytest.raises(ValueError, match="FP8 are built for dense gated models"):
         Transformer(
             *(Model.from_hf_config(config, "tiny"), Arithmetic.from_hf_config(config), torch.float32, CPU, weight),
             *(16, 2, LONGEST, True),

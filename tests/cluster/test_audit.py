@@ -32,6 +32,11 @@ def a_step_too_long(cluster: Cluster) -> None:
     cluster.replicas[0].records.rows[RUN_COLUMNS.index("first_ps")] += 10**6
 
 
+def a_last_step_too_long(cluster: Cluster) -> None:
+    rows = cluster.replicas[0].records.rows
+    rows[len(rows) - len(RUN_COLUMNS) + RUN_COLUMNS.index("first_ps")] += 1
+
+
 def a_block_kept(cluster: Cluster) -> None:
     cluster.engines[1].pool.free -= 1
 
@@ -45,6 +50,7 @@ def a_swapped_block_kept(cluster: Cluster) -> None:
     [
         (too_long_inside, "Little's law: .* ps by the records, .* ps by the clock"),
         (a_token_too_many, "35 tokens, 4 of them first ones, 30 gaps"),
+        (a_last_step_too_long, "gaps of .* ps in all, .* ps from first tokens to latest"),
         (a_step_too_long, "replica 0: two steps at once"),
         (a_block_kept, "replica 1: blocks are left behind"),
         (a_swapped_block_kept, "replica 1: swapped blocks are left behind"),

@@ -227,7 +227,7 @@ def batched(setup: Setup) -> bool:
     return any(g.scheduler.batch_synchronous for g in setup.groups)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(clusters())
 def test_leap_equals_step_and_every_request_ends_once(setup: Setup) -> None:
     leapt, stepped = serve(setup), serve(setup, leap=False)
@@ -244,7 +244,7 @@ def test_leap_equals_step_and_every_request_ends_once(setup: Setup) -> None:
             check_gap_time(served)
 
 
-@settings(max_examples=max(20, EXAMPLES // 10), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(20, EXAMPLES // 10), suppress_health_check=list(HealthCheck))
 @given(clusters())
 def test_same_seed_same_bytes(setup: Setup) -> None:
     one, other = serve(setup), serve(setup)
@@ -257,7 +257,7 @@ def test_same_seed_same_bytes(setup: Setup) -> None:
         assert mine.records.gap_rows.tobytes() == theirs.records.gap_rows.tobytes()
 
 
-@settings(max_examples=max(50, EXAMPLES // 3), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(50, EXAMPLES // 3), suppress_health_check=list(HealthCheck))
 @given(
     rows=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20),
     replicas=st.tuples(st.integers(1, 2), st.integers(1, 2)),

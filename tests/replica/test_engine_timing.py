@@ -108,7 +108,7 @@ class Asked(Vllm):
         return answer
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     table=st.lists(st.tuples(st.integers(0, 60_000), st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=12),
     fixed=st.sampled_from([300, 1000]),

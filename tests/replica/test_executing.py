@@ -23,7 +23,7 @@ from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica import executing
 from chairlift.sim.results.records import RUN_COLUMNS, Status
-from chairlift.sim.scenario import resolve as lookup
+from chairlift.sim.scenario import plugins
 from chairlift.sim.study import Limits, Setup
 from kit.clusters import (
     Served,
@@ -220,7 +220,7 @@ seconds = st.one_of(st.none(), st.integers(1_000, 60_000).map(lambda ns: s(ns * 
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     table=st.lists(st.tuples(arrivals, st.integers(1, 50), st.integers(1, 30)), min_size=1, max_size=12),
     cost=st.builds(Modelled, fixed=st.sampled_from([1, 1000, 997]), token=st.sampled_from([0, 10])),
@@ -500,7 +500,7 @@ class Made:
 
 def test_a_row_a_step_with_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executing, "time", None)  # put back afterwards
-    monkeypatch.setitem(lookup.BACKENDS, "made-up", Made)
+    monkeypatch.setitem(plugins.BACKENDS, "made-up", Made)
     file = tmp_path / "s.yaml"
     file.write_text(replaced("policy: {name: vllm}", "policy: {name: vllm}\nbackend: made-up"))
     result = chairlift("run", str(file), "--quiet", "--out", str(tmp_path / "out"))

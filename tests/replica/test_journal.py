@@ -164,7 +164,7 @@ def test_without_a_journal_there_is_none() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     table=rows,
     backend=backends,

@@ -38,7 +38,7 @@ def both(
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     table=rows,
     backend=backends,

@@ -82,7 +82,7 @@ def check_pool(world: World) -> None:
 
 @pytest.mark.parametrize("kind", [grouped, in_sessions], ids=["groups", "sessions"])
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     table=rows,
     size=st.integers(1, 6),

@@ -269,7 +269,7 @@ def test_an_axis_that_every_variant_would_hide_is_refused(tmp_path: Path) -> Non
     ("options", "rule"),
     [
         (("--race", "p99_ttf_ms"), "--race: no such metric – did you mean 'p99_ttft_ms'"),
-        (("--race", "seed"), "neither more nor less"),
+        (("--race", "mean_running"), "--race: neither more nor less"),
         (("--race", "p99_ttft_ms", "--race-over", "polic"), "--race-over: no such axis – did you mean 'policy'"),
         (("--race-over", "policy"), "must not be given without --race"),
         (("--address", "localhost:1"), "must not be given without --executor ray"),

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chairlift.sim.bad_input import BadInput
@@ -77,7 +77,7 @@ def traces(draw):
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.parquet"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(trace=traces())
 def test_what_is_saved_is_loaded_back_exactly(tmp_path, name, trace):
     save(trace, tmp_path / name)

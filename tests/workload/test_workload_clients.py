@@ -110,7 +110,7 @@ def test_a_ramp_sorts_rows_by_client():
     assert made.follows.tolist() == [-1, 0, 1, -1, 3, -1, 5]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 60), st.integers(1, 80), st.sampled_from([0.0, 1e-12, 3e-12, 0.5, 9e6]), st.integers(0, 99))
 def test_clients_have_one_request_at_a_time_and_keep_their_requests(n, concurrency, ramp_s, seed):
     think = {"exponential": {"mean_s": 3}}
@@ -223,7 +223,7 @@ def test_the_rate_of_a_named_workload_is_that_of_its_sessions():
     assert made.duration_s == pytest.approx(10_000 / 4, rel=0.05)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n=st.integers(1, 80),
     turns=st.sampled_from([1, 4, {"uniform": {"low": 1, "high": 6}}, {"exponential": {"mean": 3}}]),
@@ -311,7 +311,7 @@ def test_stretching_keeps_what_follows_together(folder):
     assert scaled.follows.tolist() == rated.follows.tolist() == [-1, 0, -1, 1, -1, 4]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_reordering_keeps_every_request_with_its_columns_and_its_predecessor(data):
     n = data.draw(st.integers(1, 12))

@@ -71,7 +71,7 @@ def test_rescaling_on_off_stretches_the_whole_picture():
     np.testing.assert_allclose(after, before / 2, atol=1, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["constant", "poisson", "gamma", "weibull", "on_off"]),
     st.floats(1e-3, 1e6),
