@@ -153,6 +153,12 @@ class Backend(ABC):
     def release(self, request_id: int) -> None:  # noqa: B027 - a hook; cost models hold nothing
         """Drop what is kept for a request whose KV is gone: the request has left the replica, or was preempted."""
 
+    def drop(self, request_id: int) -> None:  # noqa: B027 - likewise
+        """Keep no token of a request that is under way: it is to be generated again, or nobody's."""
+
+    def retable(self, request_id: int, table: Sequence[int]) -> None:  # noqa: B027 - likewise
+        """Use other blocks for a running request from here on, those of ``table``; they hold the same."""
+
     def close(self) -> None:  # noqa: B027 - likewise
         """Give back what the run needed: it is over."""
 

@@ -30,7 +30,7 @@ There is no prefill phase and no decode phase: a plan is a number of tokens per 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Reversible, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Reversible, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -65,6 +65,33 @@ class Predictor:
     accuracy: float = 1.0
 
 
+@dataclass(frozen=True)
+class RadixCache:
+    """Prefixes are kept in a radix tree over whole pages, as SGLang does it: answers too, evicted by whole nodes.
+
+    ``unified``: as `UnifiedRadixCache` does it, which starts a node where an answer starts and counts the tail of a
+    prefix as used after its head; as `RadixCache` before it did, if False.
+    """
+
+    unified: bool = True
+
+
+class PrefixNode(Protocol):
+    """A node of the radix tree: tokens that follow those of its parent. Not to be changed."""
+
+    @property
+    def parent(self) -> PrefixNode | None:
+        """The node before it; None of the root, which has no tokens."""
+
+    @property
+    def children(self) -> Mapping[Hashable, PrefixNode]:
+        """The nodes that follow it, in the order of their making."""
+
+    @property
+    def stop(self) -> int:
+        """Tokens from the root to its end."""
+
+
 class Request(ABC):
     """One request as a policy sees it. A policy reads these properties, and changes nothing of a request.
 
@@ -92,6 +119,11 @@ class Request(ABC):
     @abstractmethod
     def max_tokens(self) -> int:
         """Output cap that the client declared; what the model has room for if the client declared none."""
+
+    @property
+    @abstractmethod
+    def ignore_eos(self) -> bool:
+        """Whether its client asked for `max_tokens` tokens whatever they are: what benchmarks do."""
 
     @property
     @abstractmethod
@@ -234,6 +266,33 @@ class Step(ABC):
         """Leading tokens of a waiting request that need no computing: in the prefix cache, or swapped out."""
 
     @abstractmethod
+    def need(self, request: Request, tokens: int) -> int:
+        """Blocks that a waiting request's first ``tokens`` tokens take out of `free_blocks`.
+
+        Cached blocks that nobody holds are among them: the request then holds them.
+        """
+
+    @abstractmethod
+    def prefix(self, request: Request) -> PrefixNode:
+        """Where a waiting request's known tokens leave the radix tree; the path there is now the latest used."""
+
+    @abstractmethod
+    def opening(self, request: Request, tokens: int) -> Hashable:
+        """Equal for two requests if their first ``tokens`` tokens are; both know that many."""
+
+    @abstractmethod
+    def publish(self, request: Request) -> None:
+        """Put what has been computed of a running request's prompt into the radix tree, before all of it is."""
+
+    @abstractmethod
+    def evict(self, blocks: int) -> None:
+        """Forget the least recently used of the radix tree until ``blocks`` blocks are neither held nor cached."""
+
+    @abstractmethod
+    def reorder(self, requests: Sequence[Request]) -> None:
+        """Put the waiting requests, all of them, into another order for good."""
+
+    @abstractmethod
     def fits(self, request: Request, tokens: int, spare: int = 0) -> bool:
         """Whether the first ``tokens`` tokens of a waiting request have room now, its cached ones counted.
 
@@ -264,6 +323,8 @@ class Step(ABC):
     @abstractmethod
     def preempt(self, request: Request, how: Preemption = "recompute") -> None:
         """Take a running request's blocks and put it at the head of the queue; it keeps its emitted tokens.
+
+        At the end of the queue, if `Scheduler.requeues_last`; less the one in flight, if `Scheduler.drops_flight`.
 
         ``recompute``: all known tokens are computed again. ``swap``: its KV moves to host memory, and back when it is
         admitted again; both moves take time (`overlaps_swaps`). Where host memory has no room it is computed again.
@@ -299,11 +360,21 @@ class Scheduler(ABC):
     overlaps_swaps: ClassVar[bool] = False  # swapped KV moves beside the steps, not between them
     batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
+    requeues_last: ClassVar[bool] = False  # a preempted request goes to the end of the queue
+    drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
     @property
     def asynchronous(self) -> bool:
         """Whether step n+1 is planned before step n's output is in; then arrivals and finishes show a step late."""
         return False
+
+    @property
+    def overshoots(self) -> Literal["never", "eos", "always"]:
+        """Who decodes once more before its end is seen, for nothing, where steps are planned ahead.
+
+        ``eos``: those that end before `Request.max_tokens`; whoever reaches that is known to end.
+        """
+        return "never"
 
     @property
     def prefix_caching(self) -> bool:
@@ -314,6 +385,11 @@ class Scheduler(ABC):
     def uncached_first(self) -> bool:
         """With prefix caching: whether freed blocks whose content is not kept are the first to be reused."""
         return False
+
+    @property
+    def radix(self) -> RadixCache | None:
+        """The radix tree that keeps the prefixes, if `prefix_caching` is by one; None: block by block."""
+        return None
 
     @property
     def predictor(self) -> Predictor | None:
@@ -347,6 +423,7 @@ class Scheduler(ABC):
 
         Returns for how many steps the same answer stays right if nothing arrives, finishes or fails; 1 if unsure.
         `FOREVER` is for an answer that only such an event can change. Steps with a chunk count as one anyhow.
+        0: nothing runs in this turn, but ask again at once.
         """
 
     @classmethod
@@ -378,6 +455,17 @@ class Scheduler(ABC):
         ``unfinished``: requests here, waiting or running. ``prompt_tokens``: of those without a first token.
         """
         return False
+
+    def allowed(self, request: Request, max_model_len: int, pool_tokens: int) -> int:
+        """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
+        return request.max_tokens
+
+    def ended(self, request: Request) -> None:  # noqa: B027 - most policies have nothing to do
+        """An admitted request has left for good: it has its answer, or its client has given up."""
+
+    def landing(self, requests: list[Request]) -> list[Request]:
+        """The order in which requests that got a token from one step give back or keep what they hold."""
+        return requests
 
     def heeds_arrival(self, step: Step) -> bool:
         """Whether an arrival now could change the plan under way. True is always right, False is faster.

@@ -1,56 +1,182 @@
-"""SGLang's scheduler: prompts before decodes, the longest cached prefix first, a running guess of memory, retraction.
+"""SGLang's scheduler, decision for decision: prompts before decodes, a radix tree, a guess of memory, retraction.
 
-Source: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS 2024, for the order;
-`python/sglang/srt/managers/{scheduler,schedule_batch,schedule_policy}.py` of SGLang 0.4 for the rest. Not modelled:
-overlap scheduling, in-batch prefix priority, prefixes shorter than the scenario's ``kv.block_size`` (its page size).
+Equal to SGLang 0.5.23's scheduler and 0.5.17's, with and without overlap (`tests/ledger.py` replays their ledgers).
+Sources: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS 2024, for the tree
+and the order by prefix; `python/sglang/srt/managers/{scheduler,schedule_batch,schedule_policy}.py` for the order of it.
+
+Words of SGLang's: a *turn* is one pass of its event loop, and at most one step; the *running batch* is who decodes; a
+step *extends* (computes prompts), decodes, or is *mixed*; a *cut* prompt goes on in the next step.
+
+Not modelled, and refused as settings: what `Sglang.not_modelled` lists.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import ClassVar, Literal
 
-from chairlift.policies.base import FOREVER, NotNegativeFloat, Positive, Request, Scheduler, Step
+from chairlift.policies.base import (
+    FOREVER,
+    NotNegative,
+    NotNegativeFloat,
+    PolicyError,
+    Positive,
+    PrefixNode,
+    RadixCache,
+    Request,
+    Scheduler,
+    Step,
+)
 
-CLIP = 4096  # output tokens that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
+CLIP = 4096  # tokens of answer that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
 FIRST_RATIO, LEAST_SHARE, DECAY_STEPS = 0.7, 0.14, 600  # of the guess: at first, its floor as a share of that, steps
+SPARE_INPUT = 5  # tokens that a prompt must leave of what a request may have
 RETRACT_STEPS = 20  # steps of room that a retraction makes
-LPM_LIMIT = 128  # waiting requests beyond which the order is first come, first served
+SORT_LIMIT = 128  # waiting requests beyond which no order looks at prefixes
+SHARED_OPENING = 32  # tokens that a request shares with one before it in the queue, to wait for that one's prefix
+TOUCH_EVERY = 32  # sorts of an order that looks at no prefixes, from one refreshing of waiting prefixes to the next
+
+# Rules that 0.5.17 has not. Nobody looked at which release between the two each came with.
+RULES = {
+    "a request that ignores EOS is reckoned with its whole answer": "0.5.23",
+    "finished requests leave the running batch at once": "0.5.23",  # before, with the next decode
+    "an empty running batch is not full": "0.5.23",
+    "a spent budget ends admission before a look-up": "0.5.23",
+    "no room for anybody does not fill an empty batch": "0.5.23",
+    "a cut prompt's slot counts as a place": "0.5.23",
+    "who ends by length is left out of the next decode": "0.5.23",  # with overlap
+    "waiting prefixes are refreshed": "0.5.23",
+    "a page a request in the exact test": "0.5.23",
+    "prefill_decode_interval": "0.5.23",
+    "hrrn": "0.5.23",
+    "unified radix cache": "0.5.23",
+}
+VERSIONS = ("0.5.17", "0.5.23")
+Order = Literal["fcfs", "lpm", "dfs-weight", "lof", "hrrn"]
 
 
 @dataclass
 class Sglang(Scheduler):
-    """Prefill first, in chunks, those with the longest prefix in the cache before others; decode when nobody can start.
+    """Prefill first, in chunks, then decode; start requests while a guess of what answers will take has room.
 
-    Requests start while a share of the output that they may still produce has room, a share that falls as long as the
-    guess holds. It gives up the gaps between tokens to prompts, and fairness to requests whose prefix is not cached.
+    The guess falls with every decode step and rises when requests had to be retracted. Prefixes, answers among them,
+    are kept in a radix tree. It gives up the gaps between tokens to prompts. Settings bear SGLang's names and, but for
+    those that it sizes by the GPU, its defaults.
     """
 
     not_modelled: ClassVar[dict[str, str]] = {
-        "page_size": "page_size here: it is the scenario's kv.block_size",
         "mem_fraction_static": "memory here: it is kv.memory_utilization",
-        "disable_overlap_schedule": "overlap scheduling: steps are planned one after the other",
+        "max_total_tokens": "memory here: it is kv.tokens",
+        "context_length": "the model's length here: it is the scenario's max_model_len",
+        "tp_size": "parallelism here: it is the scenario's tensor_parallel",
+        "pp_size": "pipeline parallelism",
+        "dp_size": "data parallelism: use replicas",
+        "enable_dp_attention": "data parallelism of attention",
+        "ep_size": "expert parallelism",
+        "kv_cache_dtype": "quantised KV: give the model's kv_bytes_per_element instead",
         "speculative_algorithm": "speculative decoding",
+        "speculative_num_steps": "speculative decoding",
+        "speculative_num_draft_tokens": "speculative decoding",
         "enable_hierarchical_cache": "cache tiers",
+        "hicache_ratio": "cache tiers",
+        "enable_lora": "LoRA adapters",
+        "max_loras_per_batch": "LoRA adapters",
+        "disaggregation_mode": "disaggregation here: it is the cluster's prefill and decode roles",
+        "radix_eviction_policy": "an eviction order other than SGLang's default, least recently used",
+        "swa_full_tokens_ratio": "sliding windows, Mamba and other layers without full attention",
+        "disable_chunked_prefix_cache": "kernels: a matter of the cost model, not of the scheduler",
+        "disable_cuda_graph": "CUDA graphs: a matter of the cost model, not of the scheduler",
+        "cuda_graph_max_bs": "CUDA graphs: a matter of the cost model, not of the scheduler",
+        "enable_two_batch_overlap": "two batches at once",
+        "enable_dynamic_chunking": "chunks sized by a predictor (pipeline parallelism)",
+        "max_queued_requests": "a full queue here: it is the scenario's limits.queue",
+        "abort_on_priority_when_disabled": "answers to wrong requests",
+        "default_priority_value": "a priority of requests without one: give all of them one",
+        "stream_interval": "streaming: a client sees each token",
+        "num_continuous_decode_steps": "several decode steps a turn",
+        "grammar_backend": "structured outputs",
     }
 
-    schedule_policy: Literal["lpm", "fcfs"] = "lpm"
+    version: Literal["0.5.17", "0.5.23"] = "0.5.23"
+    schedule_policy: Order = "fcfs"
     schedule_conservativeness: NotNegativeFloat = 1.0
-    chunked_prefill_size: Positive = 8192  # tokens of prompts a step
-    max_prefill_tokens: Positive = 16384  # a second limit of the same, for whole prompts
-    max_running_requests: Positive = 256
+    page_size: Positive = 1
+    chunked_prefill_size: int | None = None  # tokens of prompts a step; -1: whole prompts; None: 8192
+    max_prefill_tokens: Positive = 16384  # tokens of prompts a step, beyond the first where prompts are whole
+    max_running_requests: Positive | None = None  # None: by the pool, as SGLang does
+    prefill_max_requests: Positive | None = None  # requests a step that extends
+    prefill_decode_interval: NotNegative = 0  # turns without prompts after each step with some
     enable_mixed_chunk: bool = False  # decodes go along with prompts
     disable_radix_cache: bool = False
+    disable_overlap_schedule: bool = False  # plan a step when the output of the one before is in
+    enable_priority_scheduling: bool = False
+    schedule_low_priority_values_first: bool = False
+    priority_scheduling_preemption_threshold: int = 10
+    disable_priority_preemption: bool = False
+    retraction_policy: Literal["length", "priority"] = "length"
 
+    requeues_last: ClassVar[bool] = True
+    drops_flight: ClassVar[bool] = True
+
+    _running: dict[int, Request] = field(default_factory=dict, init=False, repr=False)  # the running batch, in order
+    _by_ratio: _Answers = field(default_factory=lambda: _Answers(), init=False, repr=False)  # of the running batch
+    _whole: _Answers = field(default_factory=lambda: _Answers(), init=False, repr=False)  # those that count whole
+    _joining: list[Request] | None = field(default=None, init=False, repr=False)  # of the last step, if it extended
+    _joining_tokens: int = field(default=0, init=False, repr=False)  # tokens of that step
+    _cut: Request | None = field(default=None, init=False, repr=False)
+    _published: int = field(default=-1, init=False, repr=False)  # tokens of the cut prompt that are in the tree
     _full: bool = field(default=False, init=False, repr=False)  # nobody more fits until somebody leaves
-    _running: int = field(default=0, init=False, repr=False)  # at the last plan
-    _ratio_from: float = field(default=0.0, init=False, repr=False)
-    _ratio_at: int = field(default=0, init=False, repr=False)  # decode step at which it was that
+    _idle: bool = field(default=False, init=False, repr=False)  # the last turn had nothing to do
+    _defer: int = field(default=0, init=False, repr=False)  # turns without prompts to come
+    _done: dict[int, Request] = field(default_factory=dict, init=False, repr=False)  # ended since the last turn
+    _batches: tuple[list[Request], list[Request]] = field(default=([], []), init=False, repr=False)  # last, and before
+    _flying: set[int] | None = field(default_factory=set, init=False, repr=False)  # with a token in flight; None: all
+    _steps: int = field(default=0, init=False, repr=False)  # decode steps that the ratio has seen
+    _sorts: int = field(default=0, init=False, repr=False)
+    _extended: int = field(default=0, init=False, repr=False)  # tokens of the prompts that the running batch began as
+    _processed: int = field(default=0, init=False, repr=False)
+    _entered: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)  # when, tokens processed
+    _entries: int = field(default=0, init=False, repr=False)
+    _looked: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)  # known tokens, found
 
     def __post_init__(self) -> None:
-        self._ratio_from = min(1.0, FIRST_RATIO * self.schedule_conservativeness)
-        self._least = self._ratio_from * LEAST_SHARE
-        self._decay = (self._ratio_from - self._least) / DECAY_STEPS
+        self._rules = frozenset(
+            r for r, since in RULES.items() if VERSIONS.index(self.version) >= VERSIONS.index(since)
+        )
+        self._counts_whole = "a request that ignores EOS is reckoned with its whole answer" in self._rules
+        self._leaves_at_once = "finished requests leave the running batch at once" in self._rules
+        self._first = min(1.0, FIRST_RATIO * self.schedule_conservativeness)
+        self._least = min(1.0, self._first * LEAST_SHARE)
+        self._fall = (self._first - self._least) / DECAY_STEPS
+        self.ratio = self._first  # share of the answers still allowed to the running that is reckoned with
+        size = 8192 if self.chunked_prefill_size is None else self.chunked_prefill_size
+        self._chunk = size if size > 0 else None
+        self._mixes = self.enable_mixed_chunk and self._chunk is not None
+        self._sign = 1 if self.schedule_low_priority_values_first else -1
+        self._preempts = self.enable_priority_scheduling and not self.disable_priority_preemption
+        by_prefix = self.schedule_policy in ("lpm", "dfs-weight", "hrrn")
+        self._order: Order = "fcfs" if self.disable_radix_cache and by_prefix else self.schedule_policy
+        self._stamps = self.enable_priority_scheduling or self._order == "hrrn"
+        self._slots = self.max_running_requests or 0
+
+    # what the replica asks
+
+    @property
+    def block_tokens(self) -> int:  # type: ignore[override]
+        """Tokens a page."""
+        return self.page_size
+
+    @property
+    def asynchronous(self) -> bool:
+        """Unless `disable_overlap_schedule`."""
+        return not self.disable_overlap_schedule
+
+    @property
+    def overshoots(self) -> Literal["never", "eos", "always"]:
+        """With overlap: whoever ends by EOS, and in 0.5.17 everybody."""
+        return "eos" if "who ends by length is left out of the next decode" in self._rules else "always"
 
     @property
     def prefix_caching(self) -> bool:
@@ -58,86 +184,639 @@ class Sglang(Scheduler):
         return not self.disable_radix_cache
 
     @property
-    def sequence_limit(self) -> int:
-        """As `max_running_requests` says."""
+    def radix(self) -> RadixCache:
+        """SGLang's tree."""
+        return RadixCache(unified="unified radix cache" in self._rules)
+
+    @property
+    def sequence_limit(self) -> int | None:
+        """As `max_running_requests` says; None: by the pool."""
         return self.max_running_requests
 
-    def schedule(self, step: Step) -> int:
-        """A step of prompts if any can go on or start, else one of decodes."""
-        if len(step.running) < self._running:
-            self._full = False
-        if self._prefill(step):
-            if self.enable_mixed_chunk:
-                self._decode(step)
-            vouched = 1
-        else:
-            vouched = 1 if self._decode(step) else FOREVER
-        self._running = len(step.running)
-        return vouched
+    def allowed(self, request: Request, max_model_len: int, pool_tokens: int) -> int:
+        """As SGLang clips max_new_tokens when a request comes, and refuses prompts that are too long."""
+        prompt, page = request.prompt_tokens, self.page_size
+        most = min(max_model_len - 1, pool_tokens - 1)
+        if prompt >= most - SPARE_INPUT:
+            return 0
+        return max(0, min(request.max_tokens, most - prompt - 1, pool_tokens - -(-prompt // page) * page - page - 1))
+
+    def ended(self, request: Request) -> None:
+        """Remember it until the next turn."""
+        self._done[request.id] = request
+
+    def landing(self, requests: list[Request]) -> list[Request]:
+        """In the order of the step's batch."""
+        batch = self._batches[self.asynchronous]
+        place = {r.id: i for i, r in enumerate(batch)}
+        return sorted(requests, key=lambda r: place[r.id])
 
     def heeds_arrival(self, step: Step) -> bool:
-        """A full batch hears nothing."""
-        return not self._full and len(step.running) < self.max_running_requests
+        """A full batch hears nothing, unless priorities can make room, or the order counts what waits have seen."""
+        if self._preempts or self._order == "hrrn":
+            return True
+        return not self._full and self._places(step, 0, 0) > 0
 
-    def _ratio(self, step: Step) -> float:
-        """Share of the output still allowed to the running that is reckoned with."""
-        return max(self._least, self._ratio_from - self._decay * (step.decode_steps - self._ratio_at))
+    # a turn
 
-    def _prefill(self, step: Step) -> bool:
-        """Go on with the prompt cut off last, then start others; whether anything was planned."""
-        room = min(self.chunked_prefill_size, self.max_prefill_tokens)
-        planned = False
-        for request in step.prefilling:
-            tokens = min(request.remaining, room)
-            if tokens and step.run(request, tokens):
-                room -= tokens
-                planned = True
-        if self._full or not step.waiting or len(step.running) >= self.max_running_requests:
-            return planned
-        ratio = self._ratio(step)
-        tokens_left = step.free_blocks * step.block_size
-        left = tokens_left - sum(ratio * min(r.max_tokens - r.emitted, CLIP) for r in step.running)
-        for request in self._ordered(step):
-            known, cached = request.remaining, step.cached_tokens(request)
-            total = known - cached + min(max(0, request.max_tokens - request.emitted), CLIP)
-            alone = not step.running
-            if (total >= left and not alone) or len(step.running) >= self.max_running_requests:
+    def schedule(self, step: Step) -> int:
+        """One turn: prompts if any can go on or start, else a step of decodes."""
+        if not self._slots:
+            self._slots = _slots(step.total_blocks * step.block_size, step.max_model_len)
+        before = len(self._running), self._full, self._defer
+        self._catch_up(step)
+        self._merge(step)
+        self._batches = ([], self._batches[0])
+        batch: list[Request] = []
+        if self._defer:
+            self._defer -= 1
+        else:
+            batch = self._prefill(step)
+        if batch:
+            self._defer = self.prefill_decode_interval
+            vouched = 1
+        else:
+            batch, vouched = self._decode(step)
+        self._batches = (batch, self._batches[1])
+        if batch:
+            return vouched
+        self._flying = set()
+        if step.running or (self._batches[1] and self.asynchronous):
+            return 0
+        if step.waiting:  # a request that nothing will ever make room for waits for others: SGLang spins
+            return int(before == (len(self._running), self._full, self._defer))
+        self._idle = True
+        return 1
+
+    def _catch_up(self, step: Step) -> None:
+        """Take in what has happened since the last turn: decode steps that it vouched for, and arrivals."""
+        if self._idle:
+            self._idle = False
+            self.ratio = self._first
+        more = step.decode_steps - self._steps
+        if more:
+            self._steps += more
+            self._processed += more * self._extended
+            while more and self.ratio != self._least:
+                self.ratio = max(self.ratio - self._fall, self._least)
+                more -= 1
+        if self._stamps:
+            new = []
+            for request in reversed(step.waiting):
+                if request.id in self._entered:
+                    break
+                new.append(request)
+            for request in reversed(new):
+                self._enter(request)
+
+    def _enter(self, request: Request) -> None:
+        """A request joins the queue."""
+        if self._stamps:
+            self._entries += 1
+            self._entered[request.id] = self._entries, self._processed
+
+    def _merge(self, step: Step) -> None:
+        """The last step's prompts join the running batch; those that have ended leave it."""
+        done, running = self._done, self._running
+        cut = self._cut
+        if cut is not None and (cut.id in done or cut.computed == 0):
+            self._cut = cut = None
+        if cut is not None and cut.computed > self._published:
+            step.publish(cut)
+            self._published = cut.computed
+        if self._joining is not None:
+            joining = {r.id: r for r in self._joining if r.id not in done and r is not cut}
+            if len(joining) < len(self._joining):
+                self._full = False
+            if joining:
+                if running:
+                    running.update(joining)
+                else:
+                    self._running = running = joining
+                    self._extended = self._joining_tokens
+                    self._full = False
+                self._reckon(joining.values())
+            self._joining = None
+        if done:
+            for i in done:
+                self._entered.pop(i, None)
+                self._looked.pop(i, None)
+            if self._leaves_at_once or not running:
+                self._drop_done()
+
+    def _drop_done(self) -> None:
+        """Those that have ended leave the running batch."""
+        running = self._running
+        gone = [running.pop(i) for i in self._done if i in running]
+        if gone:
+            self._full = False
+            self._forget(gone)
+        self._done = {}
+
+    def _reckon(self, requests: Iterable[Request]) -> None:
+        """Requests have joined the running batch."""
+        for request in requests:
+            answers = self._whole if request.ignore_eos and self._counts_whole else self._by_ratio
+            answers.add(request, self._steps)
+
+    def _forget(self, requests: Iterable[Request]) -> None:
+        """Requests have left the running batch."""
+        for request in requests:
+            self._by_ratio.remove(request)
+            self._whole.remove(request)
+
+    def _places(self, step: Step, held: int, new: int) -> int:
+        """Requests that may still start; ``held`` slots are the batch's own already, ``new`` it has taken since."""
+        free = self._slots - len(step.running) + new
+        if "a cut prompt's slot counts as a place" in self._rules:
+            free += held
+        return min(self._slots - len(self._running), free)
+
+    def _out(self, request: Request) -> int:
+        """Tokens of its answer that have been seen."""
+        if request.id in self._done:
+            return request.emitted
+        return request.emitted - (self._flying is None or request.id in self._flying)
+
+    def _left(self, request: Request) -> float:
+        """Tokens of its answer that a running request is reckoned with."""
+        left = min(request.max_tokens - self._out(request), CLIP)
+        return left * (1.0 if request.ignore_eos and self._counts_whole else self.ratio)
+
+    def _prefill(self, step: Step) -> list[Request]:
+        """Plan a step of prompts; its batch in order, empty if there is none."""
+        if self._preempts or (not self._running and "an empty running batch is not full" in self._rules):
+            self._full = False
+        cut = self._cut
+        if (self._full or not step.waiting) and cut is None:
+            return []
+        if cut is None and not self._preempts and self._places(step, 0, 0) <= 0:
+            self._full = True
+            return []
+        self._sort(step)
+        adder = _Adder(self, step)
+        if cut is not None and adder.go_on(cut):
+            self._cut = None
+        for request in list(step.waiting):
+            if adder.spent() and "a spent budget ends admission before a look-up" in self._rules:
+                break
+            if len(adder.batch) >= self._places(step, cut is not None, len(adder.new)):
                 self._full = True
+            if self._full and not (self._preempts and adder.preempt(request)):
                 break
-            tokens = min(known - cached, room)
-            if tokens < 1:
+            verdict = adder.add(request)
+            if verdict != GO:
+                if verdict == FULL:
+                    roomy = "no room for anybody does not fill an empty batch" in self._rules
+                    self._full = not roomy or bool(adder.batch) or bool(self._running)
                 break
-            if not step.fits(request, known) or not step.admit(request, tokens, reserve=known):
-                self._full = bool(step.running)
-                break
-            room -= tokens
-            left -= total
-            planned = True
-        return planned
+        batch = adder.batch
+        if not batch:
+            return []
+        if adder.cut is not None:
+            self._cut, self._published = adder.cut, -1
+        pages = -(-adder.tokens // self.page_size) + (len(batch) if self.page_size > 1 else 0)
+        step.evict(pages - adder.taken)
+        flying = {r.id for r in batch if r is not self._cut}
+        tokens = adder.tokens
+        if self._mixes and self._running:
+            self._drop_ending(step)
+            full = self._full
+            self._drop_done()
+            self._full = full  # to drop them here tells nobody
+            if self._running and step.decode_all():
+                tokens += len(self._running)
+                for request in self._running.values():
+                    if self._preempts:
+                        self._looked[request.id] = request.prompt_tokens + self._out(request), 0
+                flying |= self._running.keys()
+                batch = [*batch, *self._running.values()]
+                self._forget(self._running.values())
+                self._running = {}
+                self._extended = 0
+                self._steps += 1
+        self._processed += tokens
+        self._joining, self._joining_tokens = batch, tokens
+        self._flying = flying if self.asynchronous else set()
+        return batch
 
-    def _ordered(self, step: Step) -> list[Request]:
-        waiting = list(step.waiting)
-        if self.schedule_policy == "fcfs" or not self.prefix_caching or len(waiting) > LPM_LIMIT:
-            return waiting
-        return sorted(waiting, key=lambda r: -step.cached_tokens(r))
+    def _drop_ending(self, step: Step) -> int:
+        """Those whose last token is in flight, by their limit, leave the running batch; how many."""
+        running = self._running
+        if step.decodes == len(running) or not self.asynchronous:
+            return 0
+        ending = [r for i, r in running.items() if r.remaining == 0 and i not in self._done]
+        for request in ending:
+            del running[request.id]
+        if ending:
+            self._full = False
+            self._forget(ending)
+        return len(ending)
 
-    def _decode(self, step: Step) -> bool:
-        """Decode everyone; if that has no room, retract until some steps have; whether anybody was retracted."""
+    def _decode(self, step: Step) -> tuple[list[Request], int]:
+        """Plan a decode step, after retracting whom it has no room for; its batch, and for how many steps it holds."""
+        if not self._running:
+            return [], 1
+        ending = self._drop_ending(step)
+        self._drop_done()
+        running = self._running
+        if not running:
+            self._full = False
+            return [], 1
+        retracted = False
         if step.decode_all():
-            return False
-        # the fewest tokens of answer go first, and of equals the longest prompt
-        keep = sorted(
-            (r for r in step.running if r.decoding), key=lambda r: (r.emitted, -r.prompt_tokens), reverse=True
-        )
-        first = True
-        while len(keep) > 1 and (first or step.free_blocks * step.block_size < len(keep) * RETRACT_STEPS):
-            first = False
-            step.preempt(keep.pop())
-        while not step.decode_all():
-            step.preempt(keep.pop())
-        emitted = sum(r.emitted for r in keep)
-        allowed = max(1, sum(r.max_tokens for r in keep))
-        self._ratio_from = min(1.0, (emitted + RETRACT_STEPS * len(keep)) / allowed)
-        self._ratio_at = step.decode_steps
+            self.ratio = max(self.ratio - self._fall, self._least)
+        elif ending:
+            step.evict(FOREVER)
+            self._full = False
+            return [], 1
+        else:
+            self._retract(step)
+            running = self._running
+            retracted = True
+            if not step.decode_all():
+                raise PolicyError("policy Sglang: the last running request has no room left")
+        self._steps += 1
+        self._processed += self._extended
+        self._flying = None if self.asynchronous else set()
+        batch = list(running.values())
+        waits = self._preempts or not self._full
+        lasting = not (retracted or self._defer or self._cut or (waits and step.waiting))
+        return batch, FOREVER if lasting else 1
+
+    def _retract(self, step: Step) -> None:
+        """Preempt the shortest answers, of equals the longest prompts, until the rest has room for a step."""
+        size = step.block_size
+
+        def fits(keep: Sequence[Request]) -> bool:
+            need = sum(r.computed % size == 0 for r in keep)
+            step.evict(need)
+            return need <= step.free_blocks
+
+        def length(request: Request) -> tuple[int, int]:
+            return self._out(request), -request.prompt_tokens
+
+        if self.retraction_policy == "length":
+            keep = sorted(self._running.values(), key=length, reverse=True)
+        else:
+            keep = sorted(self._running.values(), key=lambda r: (r.priority * -self._sign, *length(r)), reverse=True)
+        fits(keep)
+        while len(keep) > 1:
+            self._requeue(step, keep.pop(), len(keep), 0)
+            if fits(keep):
+                break
+        seen, most = sum(map(self._out, keep)), sum(r.max_tokens for r in keep)
+        self.ratio = min(1.0, (seen + RETRACT_STEPS * len(keep)) / (most + 1))
+        self._forget(self._running.values())
+        self._running = {r.id: r for r in keep}
+        self._reckon(keep)
         self._full = False
+
+    def _requeue(self, step: Step, request: Request, rest: int, taken: int) -> None:
+        """Take a running request's pages, and make room for some steps of the ``rest`` that stay."""
+        if self._preempts:
+            self._looked[request.id] = self._looked[request.id][0], 0
+        step.preempt(request)
+        step.evict(-(-rest * RETRACT_STEPS // step.block_size) - taken)
+        self._enter(request)
+
+    # the order of the queue
+
+    def _sort(self, step: Step) -> None:
+        """Put the queue in order, for good."""
+        waiting = list(step.waiting)
+        order = self._order
+        if order in ("lpm", "hrrn") and len(waiting) > SORT_LIMIT:
+            order = "fcfs"
+        if order in ("lpm", "dfs-weight", "hrrn"):
+            self._sort_by_prefix(step, waiting, order)
+            return
+        sign = self._sign
+        if self._order == "fcfs" and self.enable_priority_scheduling:
+            waiting.sort(key=lambda r: r.priority * sign)
+            step.reorder(waiting)
+        elif order == "lof":
+            if self.enable_priority_scheduling:
+                waiting.sort(key=lambda r: (r.priority * sign, -r.max_tokens))
+            else:
+                waiting.sort(key=lambda r: -r.max_tokens)
+            step.reorder(waiting)
+        if waiting and not self.disable_radix_cache and "waiting prefixes are refreshed" in self._rules:
+            if self._sorts % TOUCH_EVERY == 0:
+                for request in reversed(waiting[:SORT_LIMIT]):
+                    step.prefix(request)
+            self._sorts += 1
+
+    def _sort_by_prefix(self, step: Step, waiting: list[Request], order: Order) -> None:
+        """The orders that look at prefixes; whoever shares its opening with one before it goes last."""
+        hits: dict[int, int] = {}
+        nodes: dict[int, PrefixNode] = {}
+        later: set[int] = set()
+        openings = set()
+        for request in waiting:
+            known = request.prompt_tokens + request.emitted
+            nodes[request.id] = node = step.prefix(request)
+            hits[request.id] = min(node.stop, known - 1)
+            if node.stop <= SHARED_OPENING <= known:
+                opening = step.opening(request, SHARED_OPENING)
+                if opening in openings:
+                    later.add(request.id)
+                else:
+                    openings.add(opening)
+        last = float("inf")
+        if order == "lpm":
+            waiting.sort(key=lambda r: last if r.id in later else -hits[r.id])
+        elif order == "hrrn":
+
+            def ratio(request: Request) -> tuple[float, str]:
+                if request.id in later:
+                    return last, str(request.id)
+                todo = max(0, request.prompt_tokens - hits[request.id])
+                waited = max(0, self._processed - self._entered[request.id][1])
+                return (-last if todo <= 0 else -waited / todo), str(request.id)
+
+            waiting.sort(key=ratio)
+        else:
+            waiting = _by_subtree(waiting, nodes)
+        step.reorder(waiting)
+
+
+class _Answers:
+    """What the answers of some requests may still take: the sum of min(tokens left, CLIP), as decode steps go by.
+
+    Tokens in flight count as seen. Each request gets one token a step, so what is left of it is a number that stays
+    less the steps.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[int, int] = {}  # request → tokens left, and steps, when it came
+        self._long: set[int] = set()  # of those: with more than CLIP tokens left
+        self._heap: list[tuple[int, int]] = []  # those, by when that ends; and stale entries
+        self._sum = 0  # of the ends of the others
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, request: Request, steps: int) -> None:
+        """A request has come."""
+        left = request.max_tokens - request.emitted
+        self._ends[request.id] = end = left + steps
+        if left > CLIP:
+            self._long.add(request.id)
+            heappush(self._heap, (end, request.id))
+        else:
+            self._sum += end
+
+    def remove(self, request: Request) -> None:
+        """A request has left, if it was here."""
+        end = self._ends.pop(request.id, None)
+        if end is None:
+            return
+        if request.id in self._long:
+            self._long.discard(request.id)
+        else:
+            self._sum -= end
+
+    def total(self, steps: int) -> int:
+        """The sum after so many steps."""
+        heap = self._heap
+        while heap and heap[0][0] - steps <= CLIP:
+            end, i = heappop(heap)
+            if i in self._long and self._ends[i] == end:
+                self._long.discard(i)
+                self._sum += end
+        long = len(self._long)
+        return self._sum - (len(self._ends) - long) * steps + long * CLIP
+
+
+STOP, FULL, GO = "stop", "full", "go"  # why admission ends: a step's budget is spent, memory is; or it goes on
+
+
+class _Adder:
+    """What one step of prompts may still take: tokens of the step, and memory now and later (SGLang's PrefillAdder)."""
+
+    def __init__(self, policy: Sglang, step: Step) -> None:
+        self.policy, self.step, self.page = policy, step, policy.page_size
+        self.batch: list[Request] = []
+        self.new: list[Request] = []  # of the batch: those from the queue
+        self.cut: Request | None = None
+        self.tokens = 0
+        self.taken = 0  # pages taken for the batch so far; SGLang takes them at the end
+        self._preempted: set[int] = set()
+        self._states: list[tuple[float, int]] | None = None
+        mixed = len(policy._running) if policy._mixes else 0
+        self._inputs = policy.max_prefill_tokens - mixed
+        self._chunk = None if policy._chunk is None else policy._chunk - mixed
+        by_ratio, whole = policy._by_ratio, policy._whole
+        n, steps = len(policy._running), policy._steps
+        # what `_later` is between, as a rule enough to know: nobody has more than one token in flight
+        self._least = mixed + whole.total(steps) + by_ratio.total(steps) * policy.ratio - 1
+        self._most = self._least + len(whole) + len(by_ratio) * policy.ratio + 2
+        if not policy._leaves_at_once:  # tokens that those who have ended did not get
+            self._least, self._most = self._least - n, self._most + 3 * n
+        self._exact = False  # whether `_later` is known
+        self._later = 0.0  # tokens that the running and the batch will take
+        self._charged = 0  # of those: the batch's
+        self._now = self._mixed = mixed
+
+    def _up(self, tokens: int) -> int:
+        return -(-tokens // self.page) * self.page
+
+    @property
+    def _room(self) -> int:
+        """Tokens that nobody holds, as before this step took any."""
+        return (self.step.free_blocks + self.taken) * self.page
+
+    def _count(self) -> None:
+        """Count what the running will take."""
+        if not self._exact:
+            self._exact = True
+            self._later = self._mixed + sum(map(self.policy._left, self.policy._running.values())) + self._charged
+
+    def _exceeds(self, tokens: int) -> bool:
+        """Whether more room than ``tokens`` tokens is left, with what the running and the batch will take."""
+        room = self._room
+        if not self._exact:
+            spare = room - self._charged - tokens
+            if spare > self._most:
+                return True
+            if spare <= self._least:
+                return False
+            self._count()
+        return room - self._later > tokens
+
+    def spent(self) -> bool:
+        """Whether the step's tokens are spent, and memory is not."""
+        return self._verdict() == STOP
+
+    def _verdict(self) -> str:
+        if self._room <= self._now or not self._exceeds(0):
+            return FULL
+        return STOP if self._inputs <= 0 or (self._chunk is not None and self._chunk <= 0) else GO
+
+    def _charge(self, tokens: int, answer: int) -> None:
+        pages = self._up(tokens)
+        self._charged += pages + self.page + answer
+        if self._exact:
+            self._later += pages + self.page + answer
+        self._now += pages + self.page
+        self._inputs -= pages
+        if self._chunk is not None:
+            self._chunk -= pages
+
+    def _plan(self, request: Request, start: int, tokens: int) -> None:
+        self.batch.append(request)
+        self.tokens += tokens
+        self.taken += (self._up(start + tokens) - self._up(start)) // self.page
+
+    def go_on(self, request: Request) -> bool:
+        """Compute more of the cut prompt; whether that completes it."""
+        assert self._chunk is not None
+        room = self._chunk
+        if not self._exceeds(room):
+            room = min(room, int(self._room - self._later))
+            if room <= 0:
+                room = self._chunk
+        want = request.remaining
+        tokens = min(want, room)
+        start = request.computed
+        if not self.step.run(request, tokens):
+            raise PolicyError(f"policy Sglang: no room for {tokens} tokens more of {request}")
+        self._plan(request, start, tokens)
+        self._charge(tokens, min(request.max_tokens, CLIP) if want <= room else 0)
+        return want <= room
+
+    def add(self, request: Request) -> str:
+        """Start a waiting request if there is room; whether admission goes on."""
+        policy, step = self.policy, self.step
+        most = policy.prefill_max_requests
+        known = request.prompt_tokens + request.emitted
+        hit = step.cached_tokens(request)
+        if policy._preempts:
+            policy._looked[request.id] = known, hit
+        if most is not None and len(self.batch) >= most:
+            return STOP
+        if request.ignore_eos and policy.disable_radix_cache:
+            return self._add_exactly(request, known)
+        want = known - hit
+        need = want + min(max(request.max_tokens - request.emitted, 0), CLIP) + self.page
+        beyond = self._chunk is None and bool(self.batch) and self._up(want) >= self._inputs
+        if beyond and self._exceeds(need) and "a spent budget ends admission before a look-up" not in policy._rules:
+            return STOP
+        # its own prefix cannot be dropped for it
+        if not self._exceeds(need + (step.need(request, hit) * self.page if hit else 0)):
+            return FULL
+        if beyond:
+            return STOP
+        if self._chunk is not None and self._up(want) > self._chunk:
+            page = self.page
+            tokens = (hit + self._chunk // page * page) // page * page - hit
+            return STOP if tokens <= 0 else self._take(request, hit, tokens, 0, True)
+        return self._take(request, hit, want, min(request.max_tokens, CLIP), False)
+
+    def _take(self, request: Request, hit: int, tokens: int, answer: int, cut: bool) -> str:
+        if not self.step.admit(request, tokens):
+            raise PolicyError(f"policy Sglang: no room for {tokens} tokens of {request}")
+        self._plan(request, hit, tokens)
+        self.new.append(request)
+        if cut:
+            self.cut = request
+        self._charge(tokens, answer)
+        return self._verdict()
+
+    def _add_exactly(self, request: Request, want: int) -> str:
+        """Without the cache, and where the answers' lengths are known: whether all can end, the shortest first."""
+        policy = self.policy
+        paged = self._up(want)
+        if "a page a request in the exact test" in policy._rules:
+            paged += self.page
+        room = self._room
+        self._count()
+        if paged > min(room - self._now, room - self._later):
+            return FULL
+
+        def state(other: Request) -> tuple[float, int]:
+            out = policy._out(other) if other.id in policy._running else other.emitted
+            return other.max_tokens * (1.0 if other.ignore_eos else policy.ratio) - out, other.prompt_tokens + out
+
+        states = self._states
+        if states is None:
+            found = map(state, [request, *policy._running.values(), *self.batch])
+            self._states = states = sorted((s for s in found if s[0] > 0), key=lambda s: s[0])
+        else:
+            own = state(request)
+            if own[0] > 0:  # the longest goes before the last
+                at = next((i for i, s in enumerate(states) if own[0] <= s[0]), max(0, len(states) - 1))
+                states.insert(at, own)
+        have = room - self._now - paged
+        for i, (left, occupied) in enumerate(states):
+            n = len(states) - i
+            if have - left * n <= n:
+                return FULL
+            have += occupied
+        if self._chunk is None or want <= self._chunk:
+            return self._take(request, 0, want, min(request.max_tokens, CLIP), False)
+        if self._chunk <= 0 or self.cut is not None:  # SGLang forgets a prompt cut before: it never computes the rest
+            return STOP
+        return self._take(request, 0, self._chunk, 0, True)
+
+    def preempt(self, request: Request) -> bool:
+        """Make room for a request by those of less priority, the least first; False if they are too few."""
+        policy, running, sign = self.policy, self.policy._running, self.policy._sign
+        self._count()
+        known, hit = policy._looked.get(request.id, (0, 0))
+        need = known - hit + min(request.max_tokens, CLIP) - (self._room - self._later)
+        victims: set[int] = set()
+        candidates = [r for i, r in running.items() if i not in self._preempted and i not in policy._done]
+        for other in sorted(candidates, key=lambda r: (r.priority * -sign, -policy._entered[r.id][0])):
+            if (request.priority - other.priority) * -sign <= policy.priority_scheduling_preemption_threshold:
+                break
+            victims.add(other.id)
+            need -= policy._left(other)
+            if need <= 0:
+                break
+        if not victims or need > 0:
+            return False
+        rest = len(running)
+        for other in [r for i, r in running.items() if i in victims]:
+            self._later -= policy._left(other)
+            rest -= 1
+            policy._requeue(self.step, other, rest, self.taken)
+            del running[other.id]
+            policy._forget([other])
+        self._preempted |= victims
         return True
+
+
+def _slots(pool_tokens: int, context: int) -> int:
+    """SGLang's `max_running_requests` if none is given."""
+    return max(1, min(max(2048, min(int(pool_tokens / context * 512), 4096)), pool_tokens // 2))
+
+
+def _by_subtree(waiting: list[Request], nodes: dict[int, PrefixNode]) -> list[Request]:
+    """The waiting requests in a walk of the radix tree, the subtree with most of them first, a node's own last."""
+    if not waiting:
+        return []
+    at: dict[int, list[Request]] = {}
+    for request in waiting:
+        at.setdefault(id(nodes[request.id]), []).append(request)
+    root = nodes[waiting[0].id]
+    while root.parent is not None:
+        root = root.parent
+    weight: dict[int, int] = {}
+    walk = [root]
+    for node in walk:
+        walk.extend(node.children.values())
+    for node in reversed(walk):
+        weight[id(node)] = len(at.get(id(node), ())) + sum(weight[id(child)] for child in node.children.values())
+    order: list[Request] = []
+    stack = [(root, False)]
+    while stack:
+        node, left = stack.pop()
+        if left:
+            order.extend(at.get(id(node), ()))
+            continue
+        stack.append((node, True))
+        children = sorted(node.children.values(), key=lambda child: -weight[id(child)])
+        stack.extend((child, False) for child in reversed(children))
+    return order

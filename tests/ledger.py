@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit import vllm_replay
+from kit import sglang_ledger, vllm_replay
 
 
 class Engine(NamedTuple):
@@ -31,13 +31,13 @@ class Engine(NamedTuple):
 
 
 ENGINES = {"vllm": Engine(vllm_replay.COLUMNS, vllm_replay.PAIRS, vllm_replay.rows)}
-NAMED = re.compile(rf"({'|'.join(ENGINES)})-(\d+(?:\.\d+)+)")
+NAMED = re.compile(rf"({'|'.join([*ENGINES, 'sglang'])})-(\d+(?:\.\d+)+)")
 
 
 def engine_of(case: dict[str, Any], path: Path, said: str = "") -> tuple[str, str]:
     """The engine and the version whose ledger a case has. Raises ValueError where nothing says it."""
     if not said:
-        for engine in ENGINES:
+        for engine in (*ENGINES, "sglang"):
             if engine in case:
                 return engine, str(case[engine])
     found = NAMED.match(said or path.name)
@@ -52,6 +52,8 @@ def difference(case: dict[str, Any], engine: str, version: str) -> str | None:
 
     Raises ValueError or KeyError for settings that ours cannot have, such as a version that it does not know.
     """
+    if engine == "sglang":  # its rows leave out what did not change
+        return sglang_ledger.difference(case | {"sglang": version})
     columns, pairs, rows = ENGINES[engine]
     replayed = rows(case, version)
     theirs = case["ledger"]

@@ -94,6 +94,18 @@ class Sequences:
         first = row * self.columns
         return list(range(first + done, first + upto)), more
 
+    def renamed(self, request: int, table: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Let a request's table be ``table`` as far as it goes: cells that change, blocks that go there."""
+        row = self.row.get(request)
+        if row is None:
+            return [], []
+        padding = int(self.first[row]) // self.block
+        done = self._synced[row]
+        new = np.array(table[: max(0, done - padding)], dtype=np.int32)
+        changed = np.flatnonzero(self.table[row, padding:done] != new) + padding
+        self.table[row, padding:done] = new
+        return (row * self.columns + changed).tolist(), self.table[row, changed].tolist()
+
     def _borrowed(self, count: int) -> list[int]:
         """Blocks for cells of padding: others each time, so that reading them is not made cheap by a cache."""
         found = [(self._padding + i) % self._blocks for i in range(count)]

@@ -211,6 +211,15 @@ class TorchEngine(Executor):
     def release(self, request_id: int) -> None:  # noqa: D102
         self._sequences.release(request_id)
 
+    def drop(self, request_id: int) -> None:  # noqa: D102
+        for flight in self._flights:
+            flight.requests[:] = [-1 if request == request_id else request for request in flight.requests]
+
+    def retable(self, request_id: int, table: Sequence[int]) -> None:  # noqa: D102
+        cells, blocks = self._sequences.renamed(request_id, table)
+        if cells:  # steps under way read and write the blocks before, which nobody else gets until they are done
+            self._do("change", cells, blocks)
+
     def answer(self, request_id: int) -> Sequence[int]:  # noqa: D102
         return self.generated.get(request_id, ())
 

@@ -28,6 +28,7 @@ from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.replica.journal import JournalEngine, JournalExecuting
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
+from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import ReplicaGroup, Setup
@@ -175,6 +176,11 @@ def make_pool(
     """
     if not scheduler.prefix_caching:
         return CountingPool(blocks, block_size)
+    if (tree := scheduler.radix) is not None:
+        known = {} if identities is None else identities
+        if block_size not in known:
+            known[block_size] = Identity(trace, block_size)
+        return RadixPool(blocks, block_size, known[block_size], tree.unified, numbered=executes)
     if identities is None:
         return StandInPool(blocks, block_size)
     if block_size not in identities:

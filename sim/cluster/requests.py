@@ -35,6 +35,7 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
     if predictor is not None:
         guesses = predicted_lengths.predictions(trace.output_tokens, predictor, setup.seed).tolist()
     caps = None if trace.max_tokens is None else trace.max_tokens.tolist()
+    going_on = None if trace.ignore_eos is None else trace.ignore_eos.tolist()
     priorities = None if trace.priority is None else trace.priority.tolist()
     hashes = trace.hash_ids
     ends = None if hashes is not None or identities is None else _ends(trace, identities)
@@ -54,6 +55,8 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
             tenants[i] if tenants is not None else 0,
             sessions[i] if sessions is not None else -1,
         )
+        if going_on is not None:
+            request.ignore_eos = bool(going_on[i])
         if guesses is not None:
             request.predicted_tokens = guesses[i]
         if hashes is not None:

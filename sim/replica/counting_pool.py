@@ -6,16 +6,27 @@ matter, and O(1) for any number of steps. `sim.replica.prefix_pool` has the pool
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 
-from chairlift.policies.base import FOREVER
+from chairlift.policies.base import FOREVER, PrefixNode
 from chairlift.sim.replica.request import DECODING, HELD, Live, Phase, When
 
 
 def admission(request: Live) -> int:
     """A sort key: the order of running."""
     return request.rank
+
+
+class _Root:
+    """The root of a radix tree without anything in it."""
+
+    parent = None
+    children: Mapping[Hashable, PrefixNode] = {}
+    stop = 0
+
+
+NO_PREFIX: PrefixNode = _Root()
 
 
 class CountingPool:
@@ -28,6 +39,7 @@ class CountingPool:
     tracks = False  # whether it must be told who computes what
     follows = False  # whether it must be told which members of the decode group start a block
     publishes = False  # whether decoding can make blocks that others find
+    keeps = False  # whether it wants to know which prompts a step has computed: `landed`
 
     __slots__ = ("_given", "block_size", "free", "total")
 
@@ -79,6 +91,24 @@ class CountingPool:
 
     def computed(self, request: Live, tokens: int) -> None:
         """The request's first ``tokens`` tokens are known and will be in its blocks when this step has run."""
+
+    def prefix(self, request: Live) -> PrefixNode:
+        """Where a waiting request's known tokens leave the radix tree."""
+        return NO_PREFIX
+
+    def opening(self, request: Live, tokens: int) -> Hashable:
+        """Equal for two requests if their first ``tokens`` tokens are."""
+        return request.id
+
+    def evict(self, blocks: int) -> None:
+        """Forget what is cached and not held until ``blocks`` blocks are neither; a pool may do so when it likes."""
+
+    def landed(self, request: Live) -> bool:
+        """The step that computed a request's tokens so far is done, or its next is planned: they can be kept.
+
+        Whether the request has other blocks now for some of them.
+        """
+        return False
 
     def table(self, request: int) -> list[int] | None:
         """The blocks of a request, in order, not to be changed; None from a pool that only counts them."""
@@ -253,12 +283,20 @@ class Ends:
     another: who leaves the group and stays admitted misses a step, and so joins with another offset.
     """
 
-    __slots__ = ("_group", "heap", "outputs")
+    __slots__ = ("_group", "_own", "heap", "outputs")
 
     def __init__(self, group: Decodes, outputs: Sequence[int]) -> None:
         self.outputs = outputs
+        self._own = False  # whether nobody else reads `outputs`
         self._group = group
         self.heap: list[tuple[int, int, int, int, Live]] = []  # steps of the group, request; rank, offset, the request
+
+    def shorten(self, request: int, tokens: int) -> None:
+        """A request may not have more than so many tokens of answer."""
+        if self.outputs[request] > tokens:
+            if not self._own:
+                self.outputs, self._own = list(self.outputs), True
+            self.outputs[request] = tokens  # type: ignore[index]
 
     def add(self, request: Live) -> None:
         """A request has joined the group."""

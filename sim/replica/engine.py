@@ -30,6 +30,7 @@ from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, RunRecords, Status
 
+PATIENCE = 1_000  # plans in a row that run nothing and want another
 _SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
@@ -90,6 +91,8 @@ class Engine(Planner):
         flight = self._flight
         assert flight is not None
         plan = self._plan = self.ask(now, flight.when)
+        if self.state.evicted and self.scheduler.drops_flight:
+            self.lose()
         alike = True
         if plan is None or plan.host is not NO_HOST or flight.host is not NO_HOST or plan.intake:
             alike = self._overlap(flight, plan, now)
@@ -135,7 +138,7 @@ class Engine(Planner):
             plan.when.ps = now
             self._latest = plan.when
             self._deliver(plan, now)
-            done = self.complete(plan, now) if plan.ending else NOBODY
+            done = self.complete(plan, now) if plan.ending or (plan.emitting and self.pool.keeps) else NOBODY
         else:
             flight, state = self._flight, self.state
             assert flight is not None
@@ -148,7 +151,10 @@ class Engine(Planner):
                 self.records.rows.frombytes(PACK_RUN(start, landing - start, 0, 1, *row))
             if flight.emitting:
                 self._deliver(flight, landing)
-            done = self.complete(flight, landing) if flight.ending or state.parked else NOBODY
+            if flight.ending or state.parked or (flight.emitting and self.pool.keeps):
+                done = self.complete(flight, landing, plan)
+            else:
+                done = NOBODY
             self._flight = None
             self._latest = flight.when
             if plan is not None:
@@ -215,10 +221,11 @@ class Engine(Planner):
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
-        while True:
+        for _ in range(PATIENCE):
             plan = self.ask(now, self._latest if self._latest.ps == now else _SILENCE)
-            if plan is not None or not (self.state.rejected or self.state.preempted):
+            if plan is not None or not (self.state.rejected or self.state.preempted or self._again):
                 return plan
+        self._fail(f"nothing runs at {now} ps, however often it is asked")
 
     def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
         """See when the step in flight lands and the GPU is done with the one after it, ``plan`` being what follows.
@@ -290,6 +297,25 @@ class Engine(Planner):
             return request.id not in self.state.fresh
         return request.last is flight.when  # parked or preempted by the plan under way
 
+    def lose(self) -> None:
+        """Those whom the plan at hand has preempted lose their tokens in flight (`Scheduler.drops_flight`)."""
+        flight = self._flight
+        assert flight is not None
+        for request in self.state.evicted:
+            if self._flies(request):
+                self._unsay(flight, request)
+                self._miss(flight, request)
+                self.backend.drop(request.id)
+
+    def _miss(self, flight: Plan, request: Live) -> None:
+        """The token in flight of a request goes to nobody."""
+        if request in flight.emitting:
+            flight.emitting.remove(request)
+        else:
+            flight.lose_gap(request.last.ps)
+        if request in flight.ending:
+            flight.ending.remove(request)
+
     def _unsay(self, flight: Plan, request: Live) -> None:
         """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
         own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
@@ -304,6 +330,7 @@ class Engine(Planner):
         if request.id in state.admitted:
             del state.admitted[request.id]
             state.vacate(request, AWAY)
+            self.scheduler.ended(request)
         elif request.phase is not HELD and request.phase is not AWAY:
             state.withdraw(
                 request
@@ -311,10 +338,5 @@ class Engine(Planner):
         if flying:
             assert flight is not None
             self._unsay(flight, request)
-            if request in flight.emitting:
-                flight.emitting.remove(request)
-            else:
-                flight.lose_gap(request.last.ps)
-            if request in flight.ending:
-                flight.ending.remove(request)
+            self._miss(flight, request)
         self.end_request(request, now, Status.TIMED_OUT)

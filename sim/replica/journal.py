@@ -163,13 +163,13 @@ class JournalEngine(Engine):
         kind = Kind.HANDOVER if became == Status.PENDING else Kind.END
         self.write(at, row, kind, request.id, -1, became)
 
-    def complete(self, plan: Plan, now: int) -> list[Live]:
+    def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:
         """As `Planner.complete`."""
         if self.scheduler.batch_synchronous:
             row = self._row()
             for request in plan.ending:
                 self.write(now, row, Kind.DONE, request.id, -1, 0)
-        return super().complete(plan, now)
+        return super().complete(plan, now, behind)
 
 
 class JournalExecuting(JournalEngine, Executing):

@@ -23,9 +23,20 @@ class Planner:
     """
 
     __slots__ = (  # beyond thirty attributes a dict is slow
-        *("_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_ends", "_finish", "_holds", "_intake", "_left"),
-        *("_promised", "_requests", "_room", "backend", "handover", "index", "leap", "max_model_len", "pool"),
-        *("scheduler", "state"),
+        *(
+            "_again",
+            "_ahead",
+            "_arrival",
+            "_arrival_token",
+            "_budget",
+            "_cost",
+            "_ends",
+            "_finish",
+            "_holds",
+            "_intake",
+        ),
+        *("_left", "_overshoots", "_promised", "_requests", "_room", "backend", "handover", "index", "leap"),
+        *("max_model_len", "pool", "scheduler", "state"),
     )
     step_type: ClassVar[type[ReplicaStep]] = ReplicaStep
 
@@ -53,6 +64,8 @@ class Planner:
         self.state = self.step_type(scheduler, backend, pool, max_model_len, host)
         self._ahead = scheduler.asynchronous
         self._holds = scheduler.batch_synchronous  # finished requests keep their slot
+        self._again = False  # the policy wants to be asked again though nothing runs
+        self._overshoots = scheduler.overshoots if self._ahead else "never"
         self._requests = requests
         self._ends = Ends(self.state.group, outputs)
         self._promised = 0  # reserved tokens that will be filled
@@ -71,8 +84,12 @@ class Planner:
         The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
         """
         self._requests.replica[request.id] = self.index
+        allowed = self.scheduler.allowed(request, self.max_model_len, self._room)
+        if allowed < request.max_tokens:
+            request.max_tokens = allowed
+            self._ends.shorten(request.id, allowed)
         final = request.prompt_tokens + self._ends.outputs[request.id]
-        if final > self.max_model_len or final - 1 > self._room or self._turned_away(now):
+        if allowed < 1 or final > self.max_model_len or final - 1 > self._room or self._turned_away(now):
             self.end_request(request, now, Status.REJECTED)
             return False
         if request.phase is AWAY:
@@ -110,7 +127,8 @@ class Planner:
         state.open(now)
         intake, self._intake = self._intake, 0
         vouched = self.scheduler.schedule(state)
-        if not isinstance(vouched, int) or vouched < 1:
+        self._again = vouched == 0
+        if not isinstance(vouched, int) or vouched < 0:
             self._fail(f"vouched for {vouched} steps")
         if state.tokens > self._budget:
             self._fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
@@ -141,6 +159,8 @@ class Planner:
             state.rejoined = []
         if not decoding and not chunks:
             return None
+        if self._again:
+            self._fail("vouched for 0 steps of a plan that runs something")
         if decoding:
             decodes, context, dead = group.live, group.context, group.dead
         else:
@@ -210,7 +230,7 @@ class Planner:
                     ending.append(due)
                     if self._holds:
                         due.end(when)  # its slot is paid for until its batch returns
-                    else:
+                    elif self._overshoots == "never" or not self._goes_on(due):
                         group.leave(due, DRAINING, when)
         if plan.chunks:
             emitting: list[Live] = []
@@ -230,36 +250,80 @@ class Planner:
                 ending.append(request)
                 if self._holds:
                     group.join(request)
+                elif self._overshoots != "never" and self._goes_on(request):
+                    group.join(request)
+                    state.fresh[request.id] = request
+                    continue
                 request.drain()
             plan.emitting = emitting
         if ending:
             plan.ending = ending
 
-    def complete(self, plan: Plan, now: int) -> list[Live]:
-        """The last committed step of ``plan`` is done: the requests whose last token it brought leave."""
+    def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:
+        """The last committed step of ``plan`` is done: the requests whose last token it brought leave.
+
+        ``behind``: what runs after it, planned before its output is in.
+        """
         state = self.state
         if state.parked and self._ahead:
             for request in state.parked.values():
                 self.pool.computed(request, request.stored)
         ending = plan.ending
+        if self.pool.keeps:
+            return self._land(plan, now, behind)
         if not ending:
             return ending
         if len(ending) > 1:
             ending.sort(key=admission)  # the order in which vLLM frees them, and so reuses their blocks
+            ending = self.scheduler.landing(ending)  # type: ignore[arg-type, assignment]
         if self._holds:
             for request in ending:
                 state.hold(request)
             return []
-        ahead = self._ahead and self.pool.tracks
         for request in ending:
-            if state.admitted.pop(request.id, None) is not None:
-                if ahead:
-                    self.pool.computed(request, request.stored)
-                state.dismiss(request)
-            else:  # preempted while its last token was in flight
-                state.withdraw(request)
-            self.end_request(request, now, Status.FINISHED)
+            self._finish_one(request, now, behind)
         return ending
+
+    def _land(self, plan: Plan, now: int, behind: Plan | None) -> list[Live]:
+        """As `complete`: one by one the requests leave, or the pool keeps the prompt that was computed."""
+        ending = plan.ending
+        requests = ending
+        if plan.emitting:
+            last = {r.id for r in plan.emitting}
+            requests = [*plan.emitting, *(r for r in ending if r.id not in last)]
+        if len(requests) > 1:
+            requests = self.scheduler.landing(requests)  # type: ignore[arg-type, assignment]
+        last = {r.id for r in ending}
+        for request in requests:
+            if request.id in last:
+                self._finish_one(request, now, behind)
+            else:
+                self.state.keep(request)
+        return [r for r in requests if r.id in last]
+
+    def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
+        """A request has its answer, and leaves."""
+        state = self.state
+        if state.admitted.pop(request.id, None) is None:  # preempted while its last token was in flight
+            state.withdraw(request)
+        elif request.group is not None:  # it decodes once more, for nothing
+            again = behind if behind is not None and behind.decoding else None
+            if again is not None:
+                again.undelivered += 1
+                self.backend.drop(request.id)
+            state.vacate(request, AWAY, again is not None)
+        else:
+            if self._ahead and self.pool.tracks:
+                self.pool.computed(request, request.stored)
+            state.dismiss(request)
+        self.scheduler.ended(request)
+        self.end_request(request, now, Status.FINISHED)
+
+    def _goes_on(self, request: Live) -> bool:
+        """Whether a request whose last token is planned decodes once more, until that token is seen."""
+        if self._overshoots == "never":
+            return False
+        return self._overshoots == "always" or self._ends.outputs[request.id] < request.max_tokens
 
     def end_request(self, request: Live, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from chairlift.policies.base import FOREVER
 from chairlift.sim.workload.trace import Trace
 
 OWN, GROUP, SESSION, HASHED = range(4)
@@ -50,6 +51,26 @@ class Identity:
     def answers_too(self) -> bool:
         """Whether blocks with generated tokens can be shared: only sessions do so."""
         return self._stream is not None
+
+    def streams(self, request: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A request's tokens, prompt and answer, as streams and where each stops: as (1, 2), (512, 4096).
+
+        Two requests have the same token at a place if they are on the same stream there. The last stream has no end.
+        """
+        size = self.block_size
+        streams, stops = [], []
+        named = self._hashed[request] * size
+        for at in range(0, named, self._hash_block):
+            streams.append(self._hashes[self._offsets[request] + at // self._hash_block] << 2 | HASHED)
+            stops.append(min(at + self._hash_block, named))
+        shared = self.shareable[request] * size
+        if shared > named:
+            stream = -1 if self._stream is None else self._stream[request]
+            streams.append(stream << 2 | SESSION if stream >= 0 else self._group[request] << 2 | GROUP)
+            stops.append(shared)
+        streams.append(request << 2 | OWN)
+        stops.append(FOREVER)
+        return tuple(streams), tuple(stops)
 
     @staticmethod
     def shares(trace: Trace) -> bool:

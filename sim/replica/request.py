@@ -75,7 +75,8 @@ class Live(Request):
     """
 
     __slots__ = (
-        *("arrival", "hash_ids", "id", "max_tokens", "output_tokens", "pad", "predicted_tokens", "preemptions"),
+        *("arrival", "hash_ids", "id", "ignore_eos", "max_tokens", "output_tokens", "pad", "predicted_tokens"),
+        "preemptions",
         *("priority", "prompt_tokens", "session", "swapped", "tenant"),
         *("at", "before", "group", "last", "loaded", "offset", "phase", "produced", "rank", "reserved", "stored"),
     )
@@ -83,6 +84,7 @@ class Live(Request):
     arrival: int
     prompt_tokens: int
     max_tokens: int
+    ignore_eos: bool
     output_tokens: int | None
     priority: int
     tenant: int
@@ -112,6 +114,7 @@ class Live(Request):
         self.priority = priority
         self.tenant = tenant
         self.session = session
+        self.ignore_eos = False
         self.hash_ids = ()
         self.predicted_tokens = None
         self.preemptions = 0
@@ -196,6 +199,8 @@ class Live(Request):
         """Its latest token was in flight, and will not come; the one before came at ``last``."""
         self.produced -= 1
         self.last = last
+        if self.phase is DRAINING:  # that was its last token
+            self.phase = WAITING
 
     def swap_out(self, tokens: int) -> None:
         """The KV of its first ``tokens`` tokens goes to host memory."""

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NoReturn
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.policies.base import PolicyError, Preemption, Running, Scheduler, Step
+from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Step
 from chairlift.sim.replica.counting_pool import CountingPool, Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
@@ -135,6 +135,33 @@ class ReplicaStep(Step):
 
     def cached_tokens(self, request: Live) -> int:  # noqa: D102 - see `__init__`
         return self.pool.hit(request)
+
+    def need(self, request: Live, tokens: int) -> int:  # noqa: D102
+        return self.pool.need(request, tokens)
+
+    def prefix(self, request: Live) -> PrefixNode:  # noqa: D102
+        return self.pool.prefix(request)
+
+    def opening(self, request: Live, tokens: int) -> Hashable:  # noqa: D102
+        return self.pool.opening(request, tokens)
+
+    def publish(self, request: Live) -> None:  # noqa: D102
+        if request.phase is not PREFILLING:
+            self._fail(f"publish of {request}, which computes no prompt")
+        self.keep(request)
+
+    def keep(self, request: Live) -> None:
+        """What has been computed of a request can be found by others from here on."""
+        if self.pool.landed(request) and (table := self.pool.table(request.id)) is not None:
+            self.backend.retable(request.id, table)
+
+    def evict(self, blocks: int) -> None:  # noqa: D102
+        self.pool.evict(blocks)
+
+    def reorder(self, requests: Sequence[Live]) -> None:  # noqa: D102
+        if len(requests) != len(self.waiting) or isinstance(self.waiting, OrderedQueue):
+            self._fail(f"reorder of {len(requests)} requests, where {len(self.waiting)} wait")
+        self.waiting = deque(requests)
 
     def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
         return self.pool.need(request, tokens) + spare <= self.pool.free
@@ -264,7 +291,10 @@ class ReplicaStep(Step):
         if self.releases:
             self.backend.release(request.id)
         self.preempted += 1
-        self.waiting.appendleft(request)
+        if self.scheduler.requeues_last:
+            self.waiting.append(request)
+        else:
+            self.waiting.appendleft(request)
 
     def reject(self, request: Live) -> None:  # noqa: D102
         self._leave_queue(request)

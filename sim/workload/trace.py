@@ -26,6 +26,7 @@ COLUMNS: dict[str, tuple[type[np.integer[Any]], int | None]] = {
     "prompt_tokens": (np.int32, 1),
     "output_tokens": (np.int32, 1),
     "max_tokens": (np.int32, 1),
+    "ignore_eos": (np.int8, 0),
     "priority": (np.int32, None),
     "tenant": (np.int32, 0),
     "session": (np.int64, -1),
@@ -104,6 +105,9 @@ class Trace:
     prompt_tokens: TokenArray  # int32, >= 1
     output_tokens: TokenArray  # int32, >= 1: what the request will really generate
     max_tokens: TokenArray | None = None  # int32, >= output_tokens: the cap the client declares
+    ignore_eos: npt.NDArray[np.int8] | None = (
+        None  # int8; 1: the client asked for max_tokens, whatever they are; else 0
+    )
     priority: TokenArray | None = None  # int32; what it means is the policy's business
     tenant: TokenArray | None = None  # int32 index into `tenants`
     tenants: tuple[str, ...] = ()
@@ -216,6 +220,10 @@ def faults(
         cap = columns["max_tokens"]
         short = (cap >= 1) & (cap < columns["output_tokens"])
         refuse("max_tokens", short, "must be at least the row's output tokens")
+    if "ignore_eos" in columns:
+        goes_on, exact = columns["ignore_eos"], columns.get("max_tokens", 0) == columns["output_tokens"]
+        refuse("ignore_eos", goes_on > 1, "must be 0 or 1")
+        refuse("ignore_eos", (goes_on == 1) & ~exact, "must be 0 where max_tokens is not the row's output tokens")
     if "tenant" in columns:
         refuse("tenant", columns["tenant"] >= tenants, f"must be below the {tenants} tenants named")
     if "prefix_tokens" in columns:

@@ -48,7 +48,7 @@ def made(rows: Rows, groups: int = 0, prefix: int = 0, **columns: Any) -> Trace:
     if groups:
         columns["prefix_group"] = [i % groups for i in range(len(rows))]
         columns["prefix_tokens"] = [min(prefix, prompt) for _, prompt, _ in rows]
-    return trace_of(rows, max_tokens=[output for _, _, output in rows], **columns)
+    return trace_of(rows, **{"max_tokens": [output for _, _, output in rows], **columns})
 
 
 def many(count: int, seed: int) -> Rows:

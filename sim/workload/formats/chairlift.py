@@ -2,8 +2,8 @@
 
 Columns: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted,
 
-- ``max_tokens``, ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``, ``prefix_tokens``: see `Trace`; an
-  empty cell of the last four says that the request has none;
+- ``max_tokens``, ``ignore_eos`` (0 or 1), ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``,
+  ``prefix_tokens``: see `Trace`; an empty cell of the last four says that the request has none;
 - ``follows``, the row, from 0, of the request whose end is waited for (else -1), together with ``think_s``;
 - ``hash_ids``, in CSV with spaces between, in Parquet a list;
 - ``hash_block``, the tokens that an id covers, the same on all rows (else 512).
