@@ -26,6 +26,7 @@ from chairlift.sim.results.writer import Writer
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
 from chairlift.sim.scenario.policy_files import blame
+from chairlift.sim.scenario.resolved import relocated
 from chairlift.sim.scenario.yaml_document import read as read_document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
@@ -128,6 +129,7 @@ def run(
         return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust, router or [])
 
     folder = out_dir or Path("runs") / study.name
+    study.resolved = relocated(study.resolved, folder)
     writer = Writer(folder, study)
     outcomes: list[Outcome] = []
     try:

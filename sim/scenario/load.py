@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
+from chairlift.sim.scenario.resolved import named_systems, resolved
 from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
@@ -46,8 +46,9 @@ def load(
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise BadInput(Problem("is given twice", file=option, value=twice[0]))
     document = read(path)
-    resolved = copy.deepcopy(document)
-    resolved.set(assignments)
+    of_cases = [text for text in assignments if text.partition("=")[0].strip().partition(".")[0] == "cases"]
+    document.set(of_cases)
+    assignments = [text for text in assignments if text not in of_cases]
     setups: list[Setup] = []
     scenario: Scenario | None = None
     problems: list[Problem] = []
@@ -79,7 +80,7 @@ def load(
         waterfall=scenario.waterfall,
         claims=scenario.claims,
         tables=list(scenario.tables),
-        resolved=resolved.data,
+        resolved=resolved(document, path, assignments, policies, routers, backend),
     )
 
 
@@ -196,13 +197,11 @@ class _Resolver(Lookup):
         trace = self._try((), lambda: self._trace(scenario))
         found: list[Setup | None] = []
         if self._policies or self._routers:
-            for policy, router in itertools.product(self._policies or (None,), self._routers or (None,)):
-                for key, name in (("policy", policy), ("router", router)):
-                    if name is not None:
-                        self._document.put(key, name, f"--{key} {name}")
-                label = " ".join(filter(None, (policy, router)))
-                variant = Variant(name=label, policy=policy, router=router)
-                found.append(self._setup(scenario, case, trace, variant, None))
+            for chosen in named_systems(self._policies, self._routers):
+                for key in ("policy", "router"):
+                    if key in chosen:
+                        self._document.put(key, chosen[key], f"--{key} {chosen[key]}")
+                found.append(self._setup(scenario, case, trace, Variant(**chosen), None))
             if len(found) == 1 and found[0] is not None:
                 found[0].variant = ""
         elif scenario.compare:

@@ -38,7 +38,16 @@ def shipped_file(name: str, folder: Path, what: str) -> Path:
 Seed = Annotated[int, Field(ge=0)]
 
 _NAMED = ("model", "gpu", "policy", "router", "backend")  # a name, or a mapping with `name` and settings
-_SAID = ("name", "question", "compare", "cases", "baseline", "waterfall", "tables")  # of a scenario, not of a run
+_SAID = (
+    "name",
+    "question",
+    "compare",
+    "cases",
+    "baseline",
+    "waterfall",
+    "tables",
+    "provenance",
+)  # of a scenario, not of a run
 _VARIANT = ("name", "note", "published")
 
 
