@@ -15,6 +15,12 @@ from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.study import Setup
 from chairlift.sim.units import PS_PER_US
 
+_LOOPS = {
+    "synchronous": "synchronous: a step is planned once the step before has ended",
+    "asynchronous": "asynchronous: a step is planned while the step before runs, as vLLM does by default",
+    "mixed": "asynchronous on some replicas, synchronous on others",
+}
+
 
 def simulate(
     setup: Setup, leap: bool = True, progress: Callable[[int], None] | None = None, journal: bool = False
@@ -51,6 +57,7 @@ def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:
     for group in setup.groups:
         what = "KV pool" if len(setup.groups) == 1 else f"KV pool, {group.count} × {group.gpu.name} {group.role}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+    lines["engine loop"] = _LOOPS[setup.loop]
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)
     if swaps:

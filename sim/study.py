@@ -6,6 +6,7 @@ very words that a run needs (SLO, limits, link, failures, …) are pydantic mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -174,6 +175,7 @@ class ReplicaGroup:
     kv_source: str  # where that number comes from
     host_gib: float = 4  # a GPU's share of host memory for swapped KV
     host_link: float = 0.8  # share of the host link's line rate that swapping reaches
+    loop_is_said: bool = False  # the settings given for the policy say whether it plans a step ahead
 
     def make_scheduler(self) -> Scheduler:
         """A fresh policy object, for one replica."""
@@ -182,6 +184,12 @@ class ReplicaGroup:
     def make_backend(self, model: specs.Model) -> Backend:
         """A fresh backend, for one replica."""
         return self.backend.build(model, self.gpu, self.tensor_parallel)
+
+
+def loop_of(asynchronous: Iterable[bool]) -> str:
+    """``synchronous``, ``asynchronous`` (each step is planned while the one before runs), or ``mixed``."""
+    found = set(asynchronous)
+    return "mixed" if len(found) > 1 else "asynchronous" if True in found else "synchronous"
 
 
 @dataclass
@@ -211,6 +219,11 @@ class Setup:
     def executes(self) -> bool:
         """Whether steps really run instead of being priced."""
         return any(getattr(group.backend, "executes", False) for group in self.groups)
+
+    @property
+    def loop(self) -> str:
+        """The engine loop of its replicas, as `loop_of` names it."""
+        return loop_of(group.make_scheduler().asynchronous for group in self.groups)
 
     def make_router(self) -> Router:
         """A fresh router."""

@@ -83,6 +83,10 @@ def compare(
         names = ", ".join(comparison.called(system) for system in front)
         out.print(f"Pareto front of {' and '.join(fronts)}{escape(where)}: [bold]{escape(names)}[/bold]")
     out.print(f"{confidence:.0%} intervals, each for its pair alone (Student's t over seeds).", style="dim")
+    if len(comparison.loops) == 1:
+        out.print(f"All ran the {comparison.loops[0]} engine loop.", style="dim")
+    if comparison.warning:
+        out.print(f"warning: {escape(comparison.warning)}", style="yellow")
     if comparison.failed:
         out.print(f"{comparison.failed} runs failed and are left out.", style="yellow")
     if html is not None:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from chairlift.policies.base import Scheduler
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
+from chairlift.sim.scenario.loops import is_said, same_loop
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
@@ -72,6 +74,7 @@ def load(
     if problems or scenario is None:
         once = {str(p): p for p in problems}.values()
         raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
+    same_loop(setups)
     return Study(
         name=scenario.name or path.stem,
         question=scenario.question or "",
@@ -82,6 +85,16 @@ def load(
         tables=list(scenario.tables),
         resolved=resolved(document, path, assignments, policies, routers, backend),
     )
+
+
+def policies_of(document: Document, folder: Path, trust: Trust = False) -> list[tuple[type[Scheduler], dict[str, Any]]]:
+    """Policies that a document without ``cases`` and ``compare`` names, with their settings; wrong ones left out."""
+    groups = document.data.get("replicas")
+    own = [group.get("policy") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [None]
+    lookup = _Resolver(document, folder, trust)
+    choices = [choice if choice is not None else document.data.get("policy") for choice in own]
+    found = [lookup._find("policy", choice, ("policy",)) for choice in choices if isinstance(choice, str | dict)]
+    return [policy for policy in found if policy is not None]
 
 
 def prepare(document: Document, folder: Path, trust: Trust = False) -> Setup:
@@ -345,6 +358,7 @@ class _Resolver(Lookup):
             kv_source=fit[2],
             host_gib=(kv or Kv()).host_gib,
             host_link=(kv or Kv()).host_link,
+            loop_is_said=is_said(choice),
         )
 
     def _check_executes(self, group: Group, at: KeyPath, pick: Pick) -> None:

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.scenario import load
-from chairlift.sim.scenario.policy_files import file_and_class
+from chairlift.sim.scenario.loops import may_differ
+from chairlift.sim.scenario.policy_files import Trust, file_and_class
 from chairlift.sim.scenario.schema import Case
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Grid, Scalar, Value
@@ -121,6 +122,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
             rule = f"each variant that the base compares says its own {key}; leave them out with set: {{compare: []}}"
             raise BadInput(document.problem(("axes", key), rule))
     plan = Plan(spec.name or path.stem, spec.question or "", keys, seeds, [], [], document.data)
+    documents: list[Document] = []  # of each point, with the first seed
     problems: list[Problem] = []
     for labels, system in _systems(
         base, [(key, spec.set[key], origin_of(document, ("set", key))) for key in spec.set], assignments
@@ -134,10 +136,20 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         for point in points:
             names: dict[str, Scalar] = {**labels, **{key: value.label for key, value in point.items()}}
             plan.points.append(names)
-            plan.runs.append([Run(scenario_at(system, point, s, document), folder, names, s, allowed) for s in seeds])
+            at_seeds = [scenario_at(system, point, seed, document) for seed in seeds]
+            documents.append(at_seeds[0])
+            plan.runs.append([Run(d, folder, names, s, allowed) for s, d in zip(seeds, at_seeds, strict=True)])
     if problems:
         raise BadInput({str(p): p for p in problems}.values())
+    if _loops_differ(documents, folder, allowed):
+        plan.runs = [[replace(run, synchronous=True) for run in runs] for runs in plan.runs]
     return plan
+
+
+def _loops_differ(documents: list[Document], folder: Path, trust: Trust) -> bool:
+    """Whether policies that plan a step ahead are compared with policies that do not."""
+    distinct = {json.dumps([d.data.get("policy"), d.data.get("replicas")], sort_keys=True): d for d in documents}
+    return may_differ([policy for d in distinct.values() for policy in load.policies_of(d, folder, trust)])
 
 
 def base_of(document: Document, spec: Based, path: Path) -> tuple[Document, Path]:
