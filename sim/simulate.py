@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from chairlift.backend.base import Executor
 from chairlift.sim.cluster import predicted_lengths
@@ -47,15 +48,23 @@ def simulate(
     summary.update(fleet(summary, [replica.up_ps for replica in cluster.replicas]))
     backend = engines[0].backend
     facts = backend.facts() if isinstance(backend, Executor) else {}
-    return Outcome(setup, cluster.requests, runs, summary, _assumptions(setup, engines[0], summary["swaps"]), facts)
+    return Outcome(setup, cluster.requests, runs, summary, _assumptions(setup, engines, summary["swaps"]), facts)
 
 
-def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:
-    """What a reader of the results must know, by subject; ``engine`` is the first replica's."""
+def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[str, str]:
+    """What a reader of the results must know, by subject. ``engines`` are all replicas', group by group."""
+    engine = engines[0]
     lines = {"workload": "; ".join((setup.trace.source, *setup.trace.notes))}
-    lines.update(engine.backend.assumptions())
-    for group in setup.groups:
-        what = "KV pool" if len(setup.groups) == 1 else f"KV pool, {group.count} × {group.gpu.name} {group.role}"
+    firsts = itertools.accumulate((group.count for group in setup.groups[:-1]), initial=0)
+    costs = [engines[first].backend.assumptions() for first in firsts]
+    for what in dict.fromkeys(itertools.chain.from_iterable(costs)):
+        told = [each.get(what) for each in costs]
+        if len(set(told)) == 1:
+            lines[what] = costs[0][what]
+        else:
+            lines |= {f"{what}{_of(setup, i)}": text for i, text in enumerate(told) if text is not None}
+    for i, group in enumerate(setup.groups):
+        what = f"KV pool{_of(setup, i)}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
     lines["engine loop"] = _LOOPS[setup.loop]
     if (predictor := engine.scheduler.predictor) is not None:
@@ -69,3 +78,9 @@ def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:
     elif setup.trace.max_tokens is not None and (setup.trace.max_tokens == setup.trace.output_tokens).all():
         lines["declared lengths"] = "clients declare their exact output lengths (max_tokens)"
     return lines
+
+
+def _of(setup: Setup, group: int) -> str:
+    """Of which group of replicas something is said; nothing where there is one."""
+    one = setup.groups[group]
+    return "" if len(setup.groups) == 1 else f", {one.count} × {one.gpu.name} {one.role}"

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cli.terminal import console
-from chairlift.sim.results.catalogue import sign
+from chairlift.sim.results.catalogue import FIELDS, sign
+from chairlift.sim.results.catalogue import title as heading
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
 from chairlift.sim.sweep.table import read
 
@@ -95,7 +96,7 @@ def compare(
 
 def _metric_table(c: Comparison, metric: str, differences: list[Difference]) -> Table:
     """Rows: settings. Columns: the baseline's mean, and every other system's difference in percent."""
-    title = f"[bold]{metric}[/bold]"
+    title = f"[bold]{escape(heading(metric))}[/bold] [dim]{escape(metric)}[/dim]"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for axis in c.aside:
         table.add_column(axis, justify="right", overflow="fold")
@@ -118,7 +119,7 @@ def _long_table(c: Comparison, differences: list[Difference], fronts: dict[Setti
         "; ★ on the Pareto front" if fronts else ""
     )
     table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
-    for axis in (*c.aside, *c.over, *c.metrics, "mean rank"):
+    for axis in (*c.aside, *c.over, *map(heading, c.metrics), "mean rank"):
         table.add_column(axis, justify="right", overflow="fold")
     verdicts = {(d.setting, d.system, d.metric): d.verdict for d in differences}
     ranks = c.ranks()
@@ -156,7 +157,7 @@ def _rank_table(c: Comparison) -> Table:
     table.pad_edge = False
     table.add_column("system")
     for metric in c.metrics:
-        table.add_column(metric, justify="right")
+        table.add_column(FIELDS[metric].label if metric in FIELDS else metric, justify="right")
     for system, ranks in c.ranks().items():
         table.add_row(escape(c.called(system)), *(f"{rank:.2f}" for rank in ranks.values()))
     return table

@@ -159,7 +159,7 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
     moved = any("median_transfer_ms" in o.summary for o in outcomes)
     table = _table(f"{study.name}: replica hours, prefix hits, what became of the requests")
     table.add_column("", overflow="fold")
-    labels = ["hours", "busy", "hits", "done", "refused", "timed out", "failed", "preempt."]
+    labels = ["hours", "in steps", "hits", "done", "refused", "timed out", "failed", "preempt."]
     for label in (*labels, *(["KV transfer"] * moved)):
         table.add_column(label, justify="right")
     for members in _sections(table, outcomes):

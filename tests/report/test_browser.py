@@ -39,7 +39,8 @@ OUTSIDE = """() => [...document.querySelectorAll('.cards dd, .cards dt, h3, .leg
     const card = e.closest('.card, main').getBoundingClientRect(), box = e.getBoundingClientRect();
     return box.right > card.right + 1 || box.left < card.left - 1;
   }).map((e) => e.textContent)"""
-FIGURES = """() => [...document.querySelectorAll('.figure')].filter((e) => e.offsetParent).map((e) => ({
+FIGURES = """() => [...document.querySelectorAll('.figure')].filter((e) => e.offsetParent)"
+        ".map((e) => ({
   name: e.dataset.figure || 'slots',
   marks: e.querySelectorAll('.trace path, .points path, .heatmaplayer image, .barlayer path').length,
   width: e.querySelector('.main-svg') ? e.querySelector('.main-svg').getBoundingClientRect().width : 0,
@@ -246,3 +247,18 @@ def test_it_prints_in_light_with_its_figures(flagship: Path, browser: Any, tmp_p
     assert said == []
     assert (tmp_path / "report.pdf").stat().st_size > 50_000
     page.context.close()
+
+
+def test_a_table_that_goes_on_beyond_the_edge_says_so(browser: Any, flagship: Path) -> None:
+    going_on = (
+        "[...document.querySelectorAll('.scroll')].filter((e) => e.offsetParent)"
+        ".map((e) => [e.classList.contains('more'), e.scrollWidth > e.clientWidth + 2])"
+    )
+    narrow, _ = opened(browser, flagship / "report.html", 400)
+    found = narrow.evaluate(going_on)
+    assert [True, True] in found
+    assert all(said == cut for said, cut in found)
+
+    narrow.evaluate("document.querySelectorAll('.scroll').forEach((e) => { e.scrollLeft = 1e6; })")
+    narrow.wait_for_timeout(100)
+    assert not any(said for said, _ in narrow.evaluate(going_on))
