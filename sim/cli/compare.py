@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cli.terminal import console
+from chairlift.sim.cli.terminal import console, run_folder
 from chairlift.sim.results.catalogue import FIELDS, sign
 from chairlift.sim.results.catalogue import title as heading
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
@@ -61,8 +61,7 @@ def compare(
         raise BadInput(Problem("needs at least two metrics: give it twice", file="--pareto", value=fronts[0]))
     if x is not None and html is None:
         raise BadInput(Problem("must not be given without --html", file="--x", value=x))
-    named = Path("runs") / results
-    table = read(named if not results.exists() and len(results.parts) == 1 and named.exists() else results)
+    table = read(run_folder(results))
     comparison = Comparison(table, over or [], metric or [], baseline, confidence)
     found = comparison.fronts(fronts) if fronts else {}
     if html is not None:

@@ -18,6 +18,7 @@ from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
 from chairlift.sim.cli import agree, calibrate, check, compare, plan, report, sweep
+from chairlift.sim.cli.shipped import SCENARIOS, find_scenario, new, shipped, show
 from chairlift.sim.cli.terminal import console, progress, status
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
@@ -45,7 +46,6 @@ app = typer.Typer(
 trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
 
-SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
 SCENARIO_KINDS = (
     *("policies", "models", "gpus", "scenarios", "backends", "workloads", "formats", "routers", "sweeps", "plans"),
 )
@@ -209,30 +209,6 @@ app.command()(calibrate.calibrate)
 app.command("validate")(calibrate.validate_)
 
 
-def find_scenario(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped scenario with or without its folder. Raises `BadInput`."""
-    path = Path(name)
-    shipped = _shipped()
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
-        return path
-    if name in shipped:
-        return shipped[name]
-    if named := [file for full, file in shipped.items() if full.rpartition("/")[2] == name]:
-        return named[0]
-    if len(path.parts) > 1 and path.parts[0] not in {full.partition("/")[0] for full in shipped}:
-        return path
-    known = {*shipped, *(full.rpartition("/")[2] for full in shipped)}
-    rule = f"no such file, and no scenario of that name{did_you_mean(name, sorted(known))}"
-    raise BadInput(Problem(rule, value=name))
-
-
-def _shipped() -> dict[str, Path]:
-    """The file of each shipped scenario by name. Names in folders, such as ``research/policy_zoo``, come last."""
-    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(sweep.SWEEPS.rglob("*")) - set(plan.PLANS.rglob("*")))
-    files.sort(key=lambda file: (len(file.parts), file))
-    return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
-
-
 def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> Iterator[Outcome]:
     done = 0
     with progress(study, err, silent) as advance:
@@ -251,8 +227,9 @@ def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> 
 
 
 def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
-    if kind in ("policies", "routers"):
-        for name, (each, origin) in _named(plugins.POLICY if kind == "policies" else plugins.ROUTER):
+    kinds = {"policies": plugins.POLICY, "routers": plugins.ROUTER, "backends": plugins.BACKEND}
+    if kind in kinds:
+        for name, (each, origin) in _named(kinds[kind]):
             yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
             for field, (kind_of, default) in plugins.fields(each).items():
                 given = "" if default is ... else f" = {default!r}"
@@ -286,14 +263,11 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
             peaks = (g.bf16_tflops, g.hbm_gb_per_s, g.memory_gib, g.nvlink_gb_per_s, g.usd_per_gpu_hour)
             yield (name, *("–" if n is None else f"{n:g}" for n in peaks), f"{g.price_date}: {g.price_source}")
     elif kind == "scenarios":
-        for name, path in _shipped().items():
+        for name, path in shipped().items():
             yield name, _question(path)
     elif kind in ("sweeps", "plans"):
         for path in sorted((SCENARIOS / kind).glob("*.yaml")):
             yield path.stem, _question(path)
-    elif kind == "backends":
-        for name, (each, origin) in _named(plugins.BACKEND):
-            yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
     elif kind == "formats":
         for name in formats.names():
             yield name, formats.summary(name)
@@ -322,6 +296,8 @@ app.command("check")(check.check)
 app.command()(report.report)
 app.command()(report.explain)
 app.command("plan")(plan.plan)
+app.command()(show)
+app.command()(new)
 
 
 def main() -> None:

@@ -21,12 +21,11 @@ from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
 from chairlift.sim.scenario.resolved import named_systems, resolved
 from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
-from chairlift.sim.scenario.yaml_document import Document, read
+from chairlift.sim.scenario.yaml_document import NAMING, Document, read
 from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
 from chairlift.sim.workload.workload import build
 
-_NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 Pick = Callable[..., tuple[Any, KeyPath]]
 
 
@@ -49,6 +48,10 @@ def load(
             raise BadInput(Problem("is given twice", file=option, value=twice[0]))
     document = read(path)
     of_cases = [text for text in assignments if text.partition("=")[0].strip().partition(".")[0] == "cases"]
+    if "base" in document.data and "workload" not in document.data:
+        verb = "plan" if "slo" in document.data else "sweep"
+        rule = f"is a key of sweeps and plans, not of scenarios: run this file with chairlift {verb}"
+        raise BadInput(document.problem(("base",), rule))
     document.set(of_cases)
     assignments = [text for text in assignments if text not in of_cases]
     setups: list[Setup] = []
@@ -233,7 +236,7 @@ class _Resolver(Lookup):
         if isinstance(variants := data.get("compare"), list):
             systems += [(("compare", i), variant) for i, variant in enumerate(variants)]
         for at, system in systems:
-            for key in _NAMING:
+            for key in NAMING:
                 if (key == "policy" and self._policies) or (key == "router" and self._routers):
                     continue  # the command line names others
                 if isinstance(system, dict) and isinstance(choice := system.get(key), str | dict):

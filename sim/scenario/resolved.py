@@ -71,6 +71,11 @@ def resolved(
     return found if found.get("name") else {"name": path.stem, **found}
 
 
+def each_case(document: Document) -> list[Document]:
+    """The document as it is in each of its cases; one, as it stands, where it has none."""
+    return [_at_case(document, i, (), {}) for i in _cases(document)]
+
+
 def _same(short: Document, ran: Sequence[Document]) -> bool:
     """Whether the cases of ``short`` are those that ``ran``."""
     try:

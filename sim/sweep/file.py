@@ -38,7 +38,6 @@ def shipped_file(name: str, folder: Path, what: str) -> Path:
 
 Seed = Annotated[int, Field(ge=0)]
 
-_NAMED = ("model", "gpu", "policy", "router", "backend")  # a name, or a mapping with `name` and settings
 _SAID = (
     "name",
     "question",
@@ -229,9 +228,6 @@ def scenario_at(system: Document, point: dict[str, Value], seed: int, document: 
     """The scenario of one run: ``system`` with the keys of ``point`` changed, shorter keys first."""
     one = copied(system)
     for key in sorted(point, key=lambda key: key.count(".")):
-        head = key.partition(".")[0]
-        if head != key and head in _NAMED and isinstance(one.data.get(head), str):
-            one.data[head] = {"name": one.data[head]}  # a name makes room for settings
         one.assign(key, point[key].value, point[key].origin or _place(document, key))
     one.data["seed"] = seed
     return one
