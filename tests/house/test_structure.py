@@ -13,10 +13,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from chairlift.sim.scenario import load
 from kit.places import IMPORTS, ROOT
 
+HERE = Path(__file__)
 PACKAGES = ("sim", "backend", "policies")
 GPU_LIBRARIES = {"torch", "cupy", "triton", "flashinfer", "flash_attn"}
 TOP_LEVEL = {
@@ -263,3 +265,11 @@ def test_shipped_scenario_loads(path: Path) -> None:
 
 def test_there_are_shipped_scenarios() -> None:
     assert {"anyscale_23x", "anyscale_latency"} <= {path.stem for path in SHIPPED}
+
+
+def test_no_property_test_has_a_deadline() -> None:
+    assert settings.default is not None
+    assert settings.default.deadline is None
+    assert [
+        file for file in (ROOT / "tests").rglob("test_*.py") if "deadline=" in file.read_text() and file != HERE
+    ] == []
