@@ -17,8 +17,9 @@ from chairlift.backend import specs
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
-from chairlift.sim.cli import agree, calibrate, check, compare, plan, report, sweep
-from chairlift.sim.cli.shipped import SCENARIOS, find_scenario, new, shipped, show
+from chairlift.sim.cli import agree, calibrate, check, compare, completion, plan, report, sweep
+from chairlift.sim.cli.doctor import doctor
+from chairlift.sim.cli.shipped import SCENARIOS, complete, find_scenario, new, shipped, show
 from chairlift.sim.cli.terminal import console, progress, status
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
@@ -40,7 +41,6 @@ app = typer.Typer(
     name="chairlift",
     help="Replay LLM request traces against swappable serving schedulers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 trace_app = typer.Typer(help="Look at request traces.", no_args_is_help=True)
@@ -74,16 +74,24 @@ def _options(
 
 @app.command()
 def run(
-    scenario: Annotated[str, typer.Argument(help="A scenario file, or the name of a shipped one.")],
+    scenario: Annotated[
+        str, typer.Argument(help="A scenario file, or the name of a shipped one.", autocompletion=complete)
+    ],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set compare.0.policy.batch=8. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key: --set compare.0.policy.batch=8. Repeatable.",
+            autocompletion=completion.keys,
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
             metavar="P",
             help="Run this policy instead of the file's: a name, or file.py[:Class]. Twice: compare.",
+            autocompletion=completion.policies,
         ),
     ] = None,
     router: Annotated[
@@ -91,9 +99,12 @@ def run(
         typer.Option(
             metavar="R",
             help="Route by this router instead of the file's: a name, or file.py[:Class]. Twice: compare.",
+            autocompletion=completion.routers,
         ),
     ] = None,
-    backend: Annotated[str | None, typer.Option(metavar="B", help="Price steps with this backend.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="B", help="Price steps with this backend.", autocompletion=completion.backends)
+    ] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where results go; default runs/<scenario>.")
     ] = None,
@@ -298,6 +309,7 @@ app.command()(report.explain)
 app.command("plan")(plan.plan)
 app.command()(show)
 app.command()(new)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -22,7 +22,9 @@ SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
 out = console()
 
 
-def show(name: Annotated[str, typer.Argument(help="A shipped scenario, sweep or plan.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A shipped scenario, sweep or plan.", autocompletion=complete)],
+) -> None:
     """Print a shipped scenario, sweep or plan, with its comments.
 
     [bold]chairlift show policy_zoo[/bold]
@@ -53,6 +55,13 @@ def new(
         raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(file))) from None
     verb = {sweep.SWEEPS: "sweep", plan.PLANS: "plan"}.get(source.parent, "run")
     out.print(f"{escape(str(file))} is yours to change; next: chairlift {verb} {escape(str(file))}", soft_wrap=True)
+
+
+def complete(begun: str) -> list[str]:
+    """Shipped scenarios, sweeps and plans whose name begins so, with or without their folder; for shells."""
+    known = _by_name(sorted(SCENARIOS.rglob("*.yaml")))
+    names = dict.fromkeys(name for full in known for name in (full, full.rpartition("/")[2]))
+    return [name for name in names if name.startswith(begun)]
 
 
 def find_scenario(name: str) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from chairlift.sim.cli.shipped import SCENARIOS, shipped
+from chairlift.sim.cli import completion
+from chairlift.sim.cli.shipped import SCENARIOS, complete, shipped
 from chairlift.sim.scenario.load import load
+from chairlift.sim.simulate import simulate
 from kit.command import SCENARIO, chairlift
 
 
@@ -96,3 +99,34 @@ def test_a_run_without_a_journal_is_named() -> None:
     chairlift("run", "small.yaml", "-q", "--no-events")
 
     assert "the run: kept no journal" in chairlift("explain", "1", "--in", "small").err
+
+
+def test_names_and_keys_are_completed() -> None:
+    assert complete("policy_z") == ["policy_zoo"]
+    assert completion.policies("vl") == ["vllm", "vllm_v0"]
+    assert completion.routers("round") == ["round_robin"]
+    assert "h200-llama-3.1-8b-vllm-0.23" in completion.backends("h200")
+    assert completion.keys("workload.rate") == ["workload.rate_per_s="]
+    assert completion.keys("slo.t") == ["slo.ttft_ms=", "slo.tpot_ms="]
+
+
+def test_doctor_says_what_there_is_and_checks_it() -> None:
+    told = chairlift("doctor")
+
+    assert told.status == 0
+    for words in ("chairlift", "python", "numpy", "torch", "GPUs", "check passed: 2,000 requests"):
+        assert words in told.out
+
+
+def test_doctor_notices_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(setup: Any, leap: bool = True) -> Any:
+        outcome = simulate(setup, leap=leap)
+        if not leap:
+            outcome.requests.finished[3] += 1
+        return outcome
+
+    monkeypatch.setattr("chairlift.sim.cli.doctor.simulate", other)
+    told = chairlift("doctor")
+
+    assert told.status == 1
+    assert "differ in finished_ps" in told.out
