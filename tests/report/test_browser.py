@@ -39,8 +39,7 @@ OUTSIDE = """() => [...document.querySelectorAll('.cards dd, .cards dt, h3, .leg
     const card = e.closest('.card, main').getBoundingClientRect(), box = e.getBoundingClientRect();
     return box.right > card.right + 1 || box.left < card.left - 1;
   }).map((e) => e.textContent)"""
-FIGURES = """() => [...document.querySelectorAll('.figure')].filter((e) => e.offsetParent)"
-        ".map((e) => ({
+FIGURES = """() => [...document.querySelectorAll('.figure')].filter((e) => e.offsetParent).map((e) => ({
   name: e.dataset.figure || 'slots',
   marks: e.querySelectorAll('.trace path, .points path, .heatmaplayer image, .barlayer path').length,
   width: e.querySelector('.main-svg') ? e.querySelector('.main-svg').getBoundingClientRect().width : 0,
