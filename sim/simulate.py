@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from chairlift.backend.base import Executor
 from chairlift.sim.cluster import predicted_lengths
@@ -16,6 +17,12 @@ from chairlift.sim.results.refusals import refusals
 from chairlift.sim.results.token_gaps import gaps_of_finished
 from chairlift.sim.study import Setup
 from chairlift.sim.units import PS_PER_US
+
+_LOOPS = {
+    "synchronous": "synchronous: a step is planned once the step before has ended",
+    "asynchronous": "asynchronous: a step is planned while the step before runs, as vLLM does by default",
+    "mixed": "asynchronous on some replicas, synchronous on others",
+}
 
 
 def simulate(
@@ -41,7 +48,7 @@ def simulate(
     pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
     summary = summarise(cluster.requests, runs, pools, setup.slo, wall)
     summary.update(fleet(summary, [replica.up_ps for replica in cluster.replicas]))
-    assumptions = _assumptions(setup, engines[0], summary["swaps"])
+    assumptions = _assumptions(setup, engines, summary["swaps"])
     if cluster.notes:
         assumptions["outages"] = "; ".join(cluster.notes)
     if refused := refusals(setup, cluster.requests):
@@ -54,14 +61,23 @@ def simulate(
     return Outcome(setup, cluster.requests, runs, summary, assumptions, facts)
 
 
-def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:
-    """What a reader of the results must know, by subject; ``engine`` is the first replica's."""
+def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[str, str]:
+    """What a reader of the results must know, by subject. ``engines`` are all replicas', group by group."""
+    engine = engines[0]
     lines = {"workload": "; ".join((setup.trace.source, *setup.trace.notes))}
-    lines.update(engine.backend.assumptions())
-    for group in setup.groups:
-        whose = "" if len(setup.groups) == 1 else f", {group.count} × {group.gpu.name} {group.role}"
-        lines.update({f"{what}{whose}": line for what, line in group.make_scheduler().assumptions().items()})
-        lines[f"KV pool{whose}"] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+    firsts = itertools.accumulate((group.count for group in setup.groups[:-1]), initial=0)
+    costs = [engines[first].backend.assumptions() for first in firsts]
+    for what in dict.fromkeys(itertools.chain.from_iterable(costs)):
+        told = [each.get(what) for each in costs]
+        if len(set(told)) == 1:
+            lines[what] = costs[0][what]
+        else:
+            lines |= {f"{what}{_of(setup, i)}": text for i, text in enumerate(told) if text is not None}
+    for i, group in enumerate(setup.groups):
+        lines |= {f"{what}{_of(setup, i)}": line for what, line in group.make_scheduler().assumptions().items()}
+        what = f"KV pool{_of(setup, i)}"
+        lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+    lines["engine loop"] = _LOOPS[setup.loop]
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)
     if swaps:
@@ -73,3 +89,9 @@ def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:
     elif setup.trace.max_tokens is not None and (setup.trace.max_tokens == setup.trace.output_tokens).all():
         lines["declared lengths"] = "clients declare their exact output lengths (max_tokens)"
     return lines
+
+
+def _of(setup: Setup, group: int) -> str:
+    """Of which group of replicas something is said; nothing where there is one."""
+    one = setup.groups[group]
+    return "" if len(setup.groups) == 1 else f", {one.count} × {one.gpu.name} {one.role}"

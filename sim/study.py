@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -206,6 +207,7 @@ class ReplicaGroup:
     kv_source: str  # where that number comes from
     host_gib: float = 4  # a GPU's share of host memory for swapped KV
     host_link: float = 0.8  # share of the host link's line rate that swapping reaches
+    loop_is_said: bool = False  # the settings given for the policy say whether it plans a step ahead
 
     def make_scheduler(self) -> Scheduler:
         """A fresh policy object, for one replica."""
@@ -214,6 +216,12 @@ class ReplicaGroup:
     def make_backend(self, model: specs.Model) -> Backend:
         """A fresh backend, for one replica."""
         return self.backend.build(model, self.gpu, self.parallel)
+
+
+def loop_of(asynchronous: Iterable[bool]) -> str:
+    """``synchronous``, ``asynchronous`` (each step is planned while the one before runs), or ``mixed``."""
+    found = set(asynchronous)
+    return "mixed" if len(found) > 1 else "asynchronous" if True in found else "synchronous"
 
 
 @dataclass
@@ -243,6 +251,11 @@ class Setup:
     def executes(self) -> bool:
         """Whether steps really run instead of being priced."""
         return any(getattr(group.backend, "executes", False) for group in self.groups)
+
+    @property
+    def loop(self) -> str:
+        """The engine loop of its replicas, as `loop_of` names it."""
+        return loop_of(group.make_scheduler().asynchronous for group in self.groups)
 
     def make_router(self) -> Router:
         """A fresh router."""

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cli.terminal import console
-from chairlift.sim.results.catalogue import sign
+from chairlift.sim.cli.terminal import console, run_folder
+from chairlift.sim.results.catalogue import FIELDS, sign
+from chairlift.sim.results.catalogue import title as heading
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
 from chairlift.sim.sweep.table import read
 
@@ -60,8 +61,7 @@ def compare(
         raise BadInput(Problem("needs at least two metrics: give it twice", file="--pareto", value=fronts[0]))
     if x is not None and html is None:
         raise BadInput(Problem("must not be given without --html", file="--x", value=x))
-    named = Path("runs") / results
-    table = read(named if not results.exists() and len(results.parts) == 1 and named.exists() else results)
+    table = read(run_folder(results))
     comparison = Comparison(table, over or [], metric or [], baseline, confidence)
     found = comparison.fronts(fronts) if fronts else {}
     if html is not None:
@@ -83,6 +83,10 @@ def compare(
         names = ", ".join(comparison.called(system) for system in front)
         out.print(f"Pareto front of {' and '.join(fronts)}{escape(where)}: [bold]{escape(names)}[/bold]")
     out.print(f"{confidence:.0%} intervals, each for its pair alone (Student's t over seeds).", style="dim")
+    if len(comparison.loops) == 1:
+        out.print(f"All ran the {comparison.loops[0]} engine loop.", style="dim")
+    if comparison.warning:
+        out.print(f"warning: {escape(comparison.warning)}", style="yellow")
     if comparison.failed:
         out.print(f"{comparison.failed} runs failed and are left out.", style="yellow")
     if html is not None:
@@ -91,7 +95,7 @@ def compare(
 
 def _metric_table(c: Comparison, metric: str, differences: list[Difference]) -> Table:
     """Rows: settings. Columns: the baseline's mean, and every other system's difference in percent."""
-    title = f"[bold]{metric}[/bold]"
+    title = f"[bold]{escape(heading(metric))}[/bold] [dim]{escape(metric)}[/dim]"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for axis in c.aside:
         table.add_column(axis, justify="right", overflow="fold")
@@ -114,7 +118,7 @@ def _long_table(c: Comparison, differences: list[Difference], fronts: dict[Setti
         "; ★ on the Pareto front" if fronts else ""
     )
     table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
-    for axis in (*c.aside, *c.over, *c.metrics, "mean rank"):
+    for axis in (*c.aside, *c.over, *map(heading, c.metrics), "mean rank"):
         table.add_column(axis, justify="right", overflow="fold")
     verdicts = {(d.setting, d.system, d.metric): d.verdict for d in differences}
     ranks = c.ranks()
@@ -152,7 +156,7 @@ def _rank_table(c: Comparison) -> Table:
     table.pad_edge = False
     table.add_column("system")
     for metric in c.metrics:
-        table.add_column(metric, justify="right")
+        table.add_column(FIELDS[metric].label if metric in FIELDS else metric, justify="right")
     for system, ranks in c.ranks().items():
         table.add_row(escape(c.called(system)), *(f"{rank:.2f}" for rank in ranks.values()))
     return table

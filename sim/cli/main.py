@@ -17,7 +17,9 @@ from chairlift.backend import specs
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
-from chairlift.sim.cli import agree, calibrate, check, compare, costs, plan, report, sweep, trace
+from chairlift.sim.cli import agree, calibrate, check, compare, completion, costs, plan, report, sweep, trace
+from chairlift.sim.cli.doctor import doctor
+from chairlift.sim.cli.shipped import SCENARIOS, complete, find_scenario, new, shipped, show
 from chairlift.sim.cli.terminal import console, progress, status
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
@@ -26,6 +28,7 @@ from chairlift.sim.results.writer import Writer
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
 from chairlift.sim.scenario.policy_files import blame
+from chairlift.sim.scenario.resolved import relocated
 from chairlift.sim.scenario.yaml_document import read as read_document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Study
@@ -37,12 +40,10 @@ app = typer.Typer(
     name="chairlift",
     help="Replay LLM request traces against swappable serving schedulers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(trace.app, name="trace")
 
-SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
 SCENARIO_KINDS = (
     *("policies", "models", "gpus", "scenarios", "backends", "workloads", "formats", "routers", "sweeps", "plans"),
 )
@@ -71,16 +72,24 @@ def _options(
 
 @app.command()
 def run(
-    scenario: Annotated[str, typer.Argument(help="A scenario file, or the name of a shipped one.")],
+    scenario: Annotated[
+        str, typer.Argument(help="A scenario file, or the name of a shipped one.", autocompletion=complete)
+    ],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set compare.0.policy.batch=8. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key: --set compare.0.policy.batch=8. Repeatable.",
+            autocompletion=completion.keys,
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
             metavar="P",
             help="Run this policy instead of the file's: a name, or file.py[:Class]. Twice: compare.",
+            autocompletion=completion.policies,
         ),
     ] = None,
     router: Annotated[
@@ -88,9 +97,12 @@ def run(
         typer.Option(
             metavar="R",
             help="Route by this router instead of the file's: a name, or file.py[:Class]. Twice: compare.",
+            autocompletion=completion.routers,
         ),
     ] = None,
-    backend: Annotated[str | None, typer.Option(metavar="B", help="Price steps with this backend.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(metavar="B", help="Price steps with this backend.", autocompletion=completion.backends)
+    ] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where results go; default runs/<scenario>.")
     ] = None,
@@ -128,6 +140,7 @@ def run(
     if draws:
         uncertainty.check(study)
     folder = out_dir or Path("runs") / study.name
+    study.resolved = relocated(study.resolved, folder)
     writer = Writer(folder, study)
     outcomes: list[Outcome] = []
     try:
@@ -187,30 +200,6 @@ app.command()(calibrate.calibrate)
 app.command("validate")(calibrate.validate_)
 
 
-def find_scenario(name: str) -> Path:
-    """The file that ``name`` means: a path, or a shipped scenario with or without its folder. Raises `BadInput`."""
-    path = Path(name)
-    shipped = _shipped()
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
-        return path
-    if name in shipped:
-        return shipped[name]
-    if named := [file for full, file in shipped.items() if full.rpartition("/")[2] == name]:
-        return named[0]
-    if len(path.parts) > 1 and path.parts[0] not in {full.partition("/")[0] for full in shipped}:
-        return path
-    known = {*shipped, *(full.rpartition("/")[2] for full in shipped)}
-    rule = f"no such file, and no scenario of that name{did_you_mean(name, sorted(known))}"
-    raise BadInput(Problem(rule, value=name))
-
-
-def _shipped() -> dict[str, Path]:
-    """The file of each shipped scenario by name. Names in folders, such as ``research/policy_zoo``, come last."""
-    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(sweep.SWEEPS.rglob("*")) - set(plan.PLANS.rglob("*")))
-    files.sort(key=lambda file: (len(file.parts), file))
-    return {file.relative_to(SCENARIOS).with_suffix("").as_posix(): file for file in files}
-
-
 def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> Iterator[Outcome]:
     done = 0
     with progress(study, err, silent) as advance:
@@ -229,8 +218,9 @@ def _simulated(study: Study, leap: bool, silent: bool, journal: bool | None) -> 
 
 
 def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
-    if kind in ("policies", "routers"):
-        for name, (each, origin) in _named(plugins.POLICY if kind == "policies" else plugins.ROUTER):
+    kinds = {"policies": plugins.POLICY, "routers": plugins.ROUTER, "backends": plugins.BACKEND}
+    if kind in kinds:
+        for name, (each, origin) in _named(kinds[kind]):
             yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
             for field, (kind_of, default) in plugins.fields(each).items():
                 given = "" if default is ... else f" = {default!r}"
@@ -270,14 +260,11 @@ def _rows(kind: str, table: Table) -> Iterator[tuple[str, ...]]:
                 f"{g.price_date}: {g.price_source}" if g.price_date else "",
             )
     elif kind == "scenarios":
-        for name, path in _shipped().items():
+        for name, path in shipped().items():
             yield name, _question(path)
     elif kind in ("sweeps", "plans"):
         for path in sorted((SCENARIOS / kind).glob("*.yaml")):
             yield path.stem, _question(path)
-    elif kind == "backends":
-        for name, (each, origin) in _named(plugins.BACKEND):
-            yield name, plugins.summary(each) + (f" ({origin})" if origin else "")
     elif kind == "formats":
         for name in formats.names():
             yield name, formats.summary(name)
@@ -308,6 +295,9 @@ app.command()(report.explain)
 app.command("plan")(plan.plan)
 app.command("explain-cost")(costs.explain_cost)
 app.command("fit-check")(costs.fit_check)
+app.command()(show)
+app.command()(new)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.cli import terminal as progress
+from chairlift.sim.cli.terminal import run_folder
 from chairlift.sim.results.reader import Results, RunResults, read
 
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that chairlift run has written.", show_default=False)
+    Path, typer.Argument(metavar="DIR", help="A run's folder, or the name of a run from here.", show_default=False)
 ]
 Case = Annotated[str | None, typer.Option("--case", help="Which case, of a study with several; default: the last.")]
 Variant = Annotated[str | None, typer.Option("--variant", help="Which variant of a comparison.")]
@@ -46,6 +47,7 @@ def report(
     does both in one go. Runs of more than 20,000 requests need --events for their slot diagram. With --perfetto the
     steps, slots and requests become a trace instead; --case and --variant choose the runs in it.
     """
+    folder = run_folder(folder)
     results = read(folder)
     span = _span(begin, end)
     if perfetto:
@@ -72,7 +74,8 @@ def explain(
         int | None, typer.Argument(metavar="[REQUEST_ID]", help="Row of the trace, from 0.", show_default=False)
     ] = None,
     folder: Annotated[
-        Path, typer.Option("--in", metavar="DIR", help="A folder that chairlift run has written.", show_default=False)
+        Path,
+        typer.Option("--in", metavar="DIR", help="A run's folder, or the name of a run from here.", show_default=False),
     ] = Path("."),
     slowest: Annotated[
         int | None, typer.Option("--slowest", metavar="N", min=1, help="Explain the N slowest requests instead.")
@@ -95,7 +98,7 @@ def explain(
         raise BadInput(Problem(f"no such order{did_you_mean(by, list(TIMES))}", file="--by", value=by))
     if (request is None) == (slowest is None):
         raise BadInput(Problem("give a request's number, or --slowest N", file="explain"))
-    run = read(folder).pick(case, variant)
+    run = read(run_folder(folder)).pick(case, variant)
     chosen = lives.slowest(run, slowest, by) if slowest is not None else [request or 0]
     told = lives.explain(run, chosen)
     if as_json:

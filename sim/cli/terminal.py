@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +27,12 @@ def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Co
     if not made.is_terminal:
         made.width = max(made.width, least)
     return made
+
+
+def run_folder(name: Path) -> Path:
+    """The folder that ``name`` means: a path, or ``runs/NAME`` below the current folder for a bare name."""
+    folder = Path("runs") / name
+    return folder if len(name.parts) == 1 and not name.exists() and folder.exists() else name
 
 
 @contextmanager

@@ -131,4 +131,4 @@ def _said(verdict: Verdict, promises: Sequence[Promise]) -> tuple[str, str]:
     if verdict.is_short and verdict.proof >= 0:
         return "open", f"waits had not settled after {verdict.requests:,} requests"
     outcome = {1: "kept", -1: "broken", 0: "open"}[verdict.proof]
-    return outcome, f"{promises[worst]}: {share} of {100 * promises[worst].wanted:g} %"
+    return outcome, f"{promises[worst]}: {share} met it, {100 * promises[worst].wanted:g} % wanted"

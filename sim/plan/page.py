@@ -14,7 +14,7 @@ from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Race
 from chairlift.sim.plan.promises import Promise
-from chairlift.sim.plan.tables import feasible, interval, latency_name, said_of
+from chairlift.sim.plan.tables import OUTCOMES, feasible, interval, latency_name, said_of
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, note
 
@@ -43,6 +43,7 @@ def write(answer: Answer, path: Path) -> None:
         prices=_prices(answer),
         front=_front(answer) if answer.front else None,
         assumptions=answer.assumptions,
+        outcomes=OUTCOMES,
         commands=answer.commands if not answer.failed else [],
     )
 

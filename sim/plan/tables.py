@@ -24,6 +24,10 @@ from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.results.catalogue import LATENCY
 
 SHOWN = 12  # systems of a race on the terminal
+OUTCOMES = (
+    "kept: the whole interval meets what is wanted; broken: the whole interval misses it; "
+    "open: the interval holds what is wanted, so these requests cannot tell"
+)
 REASONS = 6  # kinds of reasons why systems are excluded
 
 
@@ -131,8 +135,10 @@ def _show_race(out: Console, race: Race) -> None:
         )
     if len(simulated) > len(shown):
         table.caption = f"and {len(simulated) - len(shown)} more, in plan.html"
+        table.caption_justify = "left"
     if simulated:
         out.print(table)
+        out.print(OUTCOMES, style="dim")
     counts: dict[str, list[Entry]] = {}
     for entry in race.of("excluded"):
         counts.setdefault(_kind(entry.why), []).append(entry)

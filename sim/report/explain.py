@@ -80,7 +80,9 @@ def explain(run: RunResults, requests: list[int]) -> list[Life]:
     Raises `BadInput` where the run kept no journal, or has no such row.
     """
     if not run.has_events:
-        raise BadInput(Problem("kept no journal of its requests: run it again with --events", file=run.label or "it"))
+        raise BadInput(
+            Problem("kept no journal of its requests: run it again with --events", file=run.label or "the run")
+        )
     columns = run.requests(*FACTS)
     total = len(columns["status"])
     lives = {}

@@ -17,8 +17,10 @@ from chairlift.sim.report.figures import Floats
 from chairlift.sim.report.html import Figure, Page, hue
 from chairlift.sim.report.tenants import tenant_rows
 from chairlift.sim.report.timeline import REQUEST_COLUMNS, TIMES, ReplicaTotals, timeline, work
+from chairlift.sim.results import loops
 from chairlift.sim.results.catalogue import FIELDS, LATENCY, REPLICAS, SERVED, SIMULATION, Metric
 from chairlift.sim.results.reader import Columns, Results, RunResults
+from chairlift.sim.study import loop_of
 
 COMPARED = ("request_throughput", "request_goodput", "total_token_throughput")
 COMPARED_LATENCIES = ("ttft", "tpot")
@@ -107,11 +109,14 @@ def _comparison(results: Results, case: str, known: Sequence[_Run]) -> dict[str,
     runs = [one.results for _, one in members]
     names = [run.variant for run in runs]
     baseline = results.baseline[0] if results.baseline else names[0]
+    ran = [(run.variant or run.case, loop_of(replica.asynchronous for replica in run.replicas)) for run in runs]
     published = " In brackets: as published." if any(run.published is not None for run in runs) else ""
     return {
         "case": case,
         "choices": [(str(i), one.results.variant) for i, one in members],
         "columns": _columns(runs),
+        "warning": loops.warning(ran),
+        "loop": ran[0][1] if len({loop for _, loop in ran}) == 1 else "",
         "rows": [(run.variant, run.summary) for run in runs],
         "throughput": figures.throughput(runs, baseline),
         "multiples": f"Multiples of {baseline}.{published}",

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chairlift.sim.report.sparkline import inside, sparkline
+from chairlift.sim.results import loops
 from chairlift.sim.results.catalogue import LATENCIES, LATENCY, REPLICAS, SERVED, SIMULATION, Metric, has_latency, shown
 from chairlift.sim.results.claims import checked as checked_claims
 from chairlift.sim.results.fairness import by_tenant
@@ -54,6 +55,8 @@ def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[Renderabl
         if study.claims:
             yield claims(study, outcomes)
     yield assumptions(outcomes)
+    if warning := loops.warning([(_called(o), o.setup.loop) for o in outcomes]):
+        yield Text(f"warning: {warning}", style="yellow")
 
 
 def single(study: Study, outcome: Outcome) -> Table:
@@ -156,7 +159,7 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
     moved = any("median_transfer_ms" in o.summary for o in outcomes)
     table = _table(f"{study.name}: replica hours, prefix hits, what became of the requests")
     table.add_column("", overflow="fold")
-    labels = ["hours", "busy", "hits", "done", "refused", "timed out", "failed", "preempt."]
+    labels = ["hours", "in steps", "hits", "done", "refused", "timed out", "failed", "preempt."]
     for label in (*labels, *(["KV transfer"] * moved)):
         table.add_column(label, justify="right")
     for members in _sections(table, outcomes):
@@ -251,6 +254,11 @@ def _whose(members: Sequence[Outcome], outcomes: Sequence[Outcome]) -> str:
         if len(here) < len(set(map(pick, outcomes))):
             said.append(", ".join(here))
     return f" [{'; '.join(said)}]" if said else ""
+
+
+def _called(outcome: Outcome) -> str:
+    """The variant, or the case where no variants are compared."""
+    return outcome.setup.variant or outcome.setup.case
 
 
 def _load(outcome: Outcome) -> str:

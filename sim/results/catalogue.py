@@ -110,7 +110,14 @@ REPLICAS = (  # what replicas did for it
     Metric("preemptions", "preemptions", "", "less", "Times that a running request lost its KV to make room."),
     Metric("swaps", "swapped", "", "less", "Preemptions whose KV went to host memory.", True),
     Metric("swapped_tokens", "tokens swapped", "", "less", "Tokens whose KV moved to host memory or back.", True),
-    Metric("utilization", "replicas busy", "%", "", "Time in which replicas ran steps ÷ time in which they were up."),
+    Metric(
+        "utilization",
+        "time in steps",
+        "%",
+        "",
+        "Time in which replicas ran steps ÷ time in which they were up. No measure of load: a step for one request "
+        "counts like a full one. Running requests and KV used say how full the steps were.",
+    ),
     Metric("busy_s", "busy time", "s", "less", "Time in which replicas ran steps, summed over replicas."),
     Metric("replica_hours", "replica hours", "h", "less", "Hours in which replicas were up, summed over replicas."),
     Metric("steps", "engine steps", "", "less", "Forward passes of all replicas."),

@@ -63,8 +63,11 @@ def _of_system(system: Mapping[str, Any], at: KeyPath, folder: Path) -> Iterator
             choice, place = choice.get("name"), (*place, "name")
         if isinstance(choice, str) and (own := file_and_class(choice)) is not None:
             yield place, _named(folder / own[0], rest=choice[len(own[0]) :])
-    if isinstance(model := system.get("model"), str) and model.endswith(".json"):
-        yield (*at, "model"), _named(folder / model, names=2)  # a model is called as the folder of its file
+    model, place = system.get("model"), (*at, "model")
+    if isinstance(model, Mapping):
+        model, place = model.get("name"), (*place, "name")
+    if isinstance(model, str) and model.endswith(".json"):
+        yield place, _named(folder / model, names=2)  # a model is called as the folder of its file
     backend, place = system.get("backend"), (*at, "backend")
     settings = backend if isinstance(backend, Mapping) else {}
     profiles = {place: backend, (*place, "profile"): settings.get("profile")}

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from chairlift.backend.parallel import Parallel
-from chairlift.policies.base import Deployment
+from chairlift.policies.base import Deployment, Scheduler
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
+from chairlift.sim.scenario.loops import is_said, same_loop
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
+from chairlift.sim.scenario.resolved import named_systems, resolved
 from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
-from chairlift.sim.scenario.yaml_document import Document, read
+from chairlift.sim.scenario.yaml_document import NAMING, Document, read
 from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
 from chairlift.sim.workload.workload import build
 
-_NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 Pick = Callable[..., tuple[Any, KeyPath]]
 
 
@@ -49,8 +49,13 @@ def load(
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise BadInput(Problem("is given twice", file=option, value=twice[0]))
     document = read(path)
-    resolved = copy.deepcopy(document)
-    resolved.set(assignments)
+    of_cases = [text for text in assignments if text.partition("=")[0].strip().partition(".")[0] == "cases"]
+    if "base" in document.data and "workload" not in document.data:
+        verb = "plan" if "slo" in document.data else "sweep"
+        rule = f"is a key of sweeps and plans, not of scenarios: run this file with chairlift {verb}"
+        raise BadInput(document.problem(("base",), rule))
+    document.set(of_cases)
+    assignments = [text for text in assignments if text not in of_cases]
     setups: list[Setup] = []
     scenario: Scenario | None = None
     problems: list[Problem] = []
@@ -74,6 +79,7 @@ def load(
     if problems or scenario is None:
         once = {str(p): p for p in problems}.values()
         raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
+    same_loop(setups)
     return Study(
         name=scenario.name or path.stem,
         question=scenario.question or "",
@@ -82,8 +88,18 @@ def load(
         waterfall=scenario.waterfall,
         claims=scenario.claims,
         tables=list(scenario.tables),
-        resolved=resolved.data,
+        resolved=resolved(document, path, assignments, policies, routers, backend),
     )
+
+
+def policies_of(document: Document, folder: Path, trust: Trust = False) -> list[tuple[type[Scheduler], dict[str, Any]]]:
+    """Policies that a document without ``cases`` and ``compare`` names, with their settings; wrong ones left out."""
+    groups = document.data.get("replicas")
+    own = [group.get("policy") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [None]
+    lookup = _Resolver(document, folder, trust)
+    choices = [choice if choice is not None else document.data.get("policy") for choice in own]
+    found = [lookup._find("policy", choice, ("policy",)) for choice in choices if isinstance(choice, str | dict)]
+    return [policy for policy in found if policy is not None]
 
 
 def prepare(document: Document, folder: Path, trust: Trust = False) -> Setup:
@@ -199,13 +215,11 @@ class _Resolver(Lookup):
         trace = self._try((), lambda: self._trace(scenario))
         found: list[Setup | None] = []
         if self._policies or self._routers:
-            for policy, router in itertools.product(self._policies or (None,), self._routers or (None,)):
-                for key, name in (("policy", policy), ("router", router)):
-                    if name is not None:
-                        self._document.put(key, name, f"--{key} {name}")
-                label = " ".join(filter(None, (policy, router)))
-                variant = Variant(name=label, policy=policy, router=router)
-                found.append(self._setup(scenario, case, trace, variant, None))
+            for chosen in named_systems(self._policies, self._routers):
+                for key in ("policy", "router"):
+                    if key in chosen:
+                        self._document.put(key, chosen[key], f"--{key} {chosen[key]}")
+                found.append(self._setup(scenario, case, trace, Variant(**chosen), None))
             if len(found) == 1 and found[0] is not None:
                 found[0].variant = ""
         elif scenario.compare:
@@ -224,7 +238,7 @@ class _Resolver(Lookup):
         if isinstance(variants := data.get("compare"), list):
             systems += [(("compare", i), variant) for i, variant in enumerate(variants)]
         for at, system in systems:
-            for key in _NAMING:
+            for key in NAMING:
                 if (key == "policy" and self._policies) or (key == "router" and self._routers):
                     continue  # the command line names others
                 if isinstance(system, dict) and isinstance(choice := system.get(key), str | dict):
@@ -360,6 +374,7 @@ class _Resolver(Lookup):
             kv_source=fit[2],
             host_gib=(kv or Kv()).host_gib,
             host_link=(kv or Kv()).host_link,
+            loop_is_said=is_said(choice),
         )
 
     def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:

@@ -98,3 +98,6 @@ class Scenario(System):
     waterfall: list[Rung] = Field(default_factory=list, description="Variants, each a step on from the one before.")
     claims: list[Claim] = Field(default_factory=list, description="Published numbers to show ours beside.")
     cases: list[Case] = Field(default_factory=list, description="Other settings of the whole scenario, side by side.")
+    provenance: dict[str, Any] | None = Field(
+        None, description="What a run noted of its inputs when it wrote this file; not read."
+    )

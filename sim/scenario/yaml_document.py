@@ -23,6 +23,7 @@ from chairlift.sim.scenario.messages import Path, complaints
 
 T = TypeVar("T")
 
+NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 MAX_NODES = 200_000  # values in a document, aliases counted as often as used: a bound against "billion laughs"
 
 
@@ -113,7 +114,10 @@ class Document:
         for name in names[:-1]:
             part = _part(here, name, at)
             at += (part,)
-            if isinstance(here, dict) and here.get(part) is None:
+            if part in NAMING and isinstance(here, dict) and isinstance(here.get(part), str):
+                here[part] = {"name": here[part]}  # a name makes room for settings
+                self._overwrite(at, origin)
+            elif isinstance(here, dict) and here.get(part) is None:
                 here[part] = {}
                 self._overwrite(at, origin)
             here = here[part]

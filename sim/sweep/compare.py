@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.results import loops
 from chairlift.sim.results.catalogue import sign
 from chairlift.sim.sweep.statistics import Interval, interval, undominated
 from chairlift.sim.sweep.table import Results
@@ -86,6 +87,10 @@ class Comparison:
             raise BadInput(Problem(rule, results.file, value=self.called(self.systems[0]) if self.systems else "none"))
         names = {self.called(system): system for system in self.systems}
         self.baseline = self.systems[0] if baseline is None else names[results.known(baseline, list(names), "system")]
+        ran = ((self.called(tuple(row[axis] for axis in self.over)), row.get("loop") or "") for row in results.rows)
+        told = dict.fromkeys(ran)
+        self.loops = list(dict.fromkeys(loop for _, loop in told if loop))  # that the engines ran
+        self.warning = loops.warning(told)  # where they are not one and the same
         self.failed = sum(1 for row in results.rows if row["error"])
 
     def called(self, values: tuple[Any, ...]) -> str:
@@ -163,6 +168,8 @@ class Comparison:
             "baseline": _named(self.over, self.baseline),
             "confidence": self.confidence,
             "failed_runs": self.failed,
+            "loops": self.loops,
+            "warning": self.warning,
             "differences": [
                 {
                     "setting": _named(self.aside, d.setting),

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.scenario import load
-from chairlift.sim.scenario.policy_files import file_and_class
+from chairlift.sim.scenario.loops import may_differ
+from chairlift.sim.scenario.policy_files import Trust, file_and_class
 from chairlift.sim.scenario.schema import Case
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Grid, Scalar, Value
@@ -37,8 +38,16 @@ def shipped_file(name: str, folder: Path, what: str) -> Path:
 
 Seed = Annotated[int, Field(ge=0)]
 
-_NAMED = ("model", "gpu", "policy", "router", "backend")  # a name, or a mapping with `name` and settings
-_SAID = ("name", "question", "compare", "cases", "baseline", "waterfall", "tables")  # of a scenario, not of a run
+_SAID = (
+    "name",
+    "question",
+    "compare",
+    "cases",
+    "baseline",
+    "waterfall",
+    "tables",
+    "provenance",
+)  # of a scenario, not of a run
 _VARIANT = ("name", "note", "published")
 
 
@@ -112,6 +121,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
             rule = f"each variant that the base compares says its own {key}; leave them out with set: {{compare: []}}"
             raise BadInput(document.problem(("axes", key), rule))
     plan = Plan(spec.name or path.stem, spec.question or "", keys, seeds, [], [], document.data)
+    documents: list[Document] = []  # of each point, with the first seed
     problems: list[Problem] = []
     for labels, system in _systems(
         base, [(key, spec.set[key], origin_of(document, ("set", key))) for key in spec.set], assignments
@@ -125,10 +135,20 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         for point in points:
             names: dict[str, Scalar] = {**labels, **{key: value.label for key, value in point.items()}}
             plan.points.append(names)
-            plan.runs.append([Run(scenario_at(system, point, s, document), folder, names, s, allowed) for s in seeds])
+            at_seeds = [scenario_at(system, point, seed, document) for seed in seeds]
+            documents.append(at_seeds[0])
+            plan.runs.append([Run(d, folder, names, s, allowed) for s, d in zip(seeds, at_seeds, strict=True)])
     if problems:
         raise BadInput({str(p): p for p in problems}.values())
+    if _loops_differ(documents, folder, allowed):
+        plan.runs = [[replace(run, synchronous=True) for run in runs] for runs in plan.runs]
     return plan
+
+
+def _loops_differ(documents: list[Document], folder: Path, trust: Trust) -> bool:
+    """Whether policies that plan a step ahead are compared with policies that do not."""
+    distinct = {json.dumps([d.data.get("policy"), d.data.get("replicas")], sort_keys=True): d for d in documents}
+    return may_differ([policy for d in distinct.values() for policy in load.policies_of(d, folder, trust)])
 
 
 def base_of(document: Document, spec: Based, path: Path) -> tuple[Document, Path]:
@@ -208,9 +228,6 @@ def scenario_at(system: Document, point: dict[str, Value], seed: int, document: 
     """The scenario of one run: ``system`` with the keys of ``point`` changed, shorter keys first."""
     one = copied(system)
     for key in sorted(point, key=lambda key: key.count(".")):
-        head = key.partition(".")[0]
-        if head != key and head in _NAMED and isinstance(one.data.get(head), str):
-            one.data[head] = {"name": one.data[head]}  # a name makes room for settings
         one.assign(key, point[key].value, point[key].origin or _place(document, key))
     one.data["seed"] = seed
     return one

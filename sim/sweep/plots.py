@@ -45,6 +45,7 @@ def write(path: Path, comparison: Comparison, pareto: Sequence[str], x: str | No
             systems=[(hue(i), comparison.called(system)) for i, system in enumerate(comparison.systems)],
             groups=told,
             pareto=" and ".join(_label(metric) for metric in pareto),
+            warning=comparison.warning,
             left_out=max(0, len(groups) - MOST_GROUPS),
         )
     except OSError as error:
@@ -57,6 +58,7 @@ def _said(c: Comparison) -> str:
         f"{len(c.systems)} systems ({', '.join(c.over)}) in {len(c.settings)} settings, {seeds} seeds; baseline "
         f"{c.called(c.baseline)}. Bars: {c.confidence:.0%} intervals (Student's t over seeds); differences "
         "are paired by seed, for all systems meet the same random numbers."
+        + (f" All ran the {c.loops[0]} engine loop." if len(c.loops) == 1 else "")
     )
 
 

@@ -24,6 +24,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.load import prepare
+from chairlift.sim.scenario.loops import synchronous
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.simulate import simulate
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     metrics: dict[str, float | int | None]  # the numbers of `summary.json`, wall-clock times left out
     wall_s: float  # wall-clock time of the simulation
     run_s: float  # of all: reading the scenario, making the workload, simulating, summing up
+    loop: str = ""  # that its engines ran, see `Setup.loop`; "" where the run failed before
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +62,11 @@ class Run:
     labels: dict[str, Scalar] = field(default_factory=dict)  # axis → value, of the point that the run belongs to
     seed: int = 0
     trust: Trust = False  # policy files may run their code
+    synchronous: bool = field(default=False, kw_only=True)  # compared with policies that are (`sim.scenario.loops`)
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of the scenario, of the files that the run reads, and of `made_by`.
+        """SHA-256 of the scenario, of the files that the run reads, of its loop if that is set, and of `made_by`.
 
         Each text that names a file is replaced by the file's name and the digest of its content: with
         ``policy: lab/mine.py:Fair``, the key is made of ``policy: mine.py 5feceb…:Fair``. So the folder may move, and
@@ -71,7 +74,8 @@ class Run:
         """
         contents = {place: _content(named) for place, named in files_read(self.document, self.folder).items()}
         text = json.dumps(with_texts(self.document.data, contents), sort_keys=True)
-        return hashlib.sha256(f"{ROWS} {made_by()} {text}".encode()).hexdigest()
+        loop = " synchronous" if self.synchronous else ""
+        return hashlib.sha256(f"{ROWS} {made_by()} {text}{loop}".encode()).hexdigest()
 
 
 class Executor(Protocol):
@@ -124,15 +128,19 @@ def known(run: Run, journal: Journal) -> Row | None:
 def run_one(run: Run) -> Row:
     """Simulate ``run``. An exception becomes the row's error."""
     started = time.perf_counter()
-    wall, error = 0.0, ""
+    wall, error, loop = 0.0, "", ""
     metrics: dict[str, float | int | None] = {}
     try:
-        summary = simulate(prepare(run.document, run.folder, run.trust)).summary
+        setup = prepare(run.document, run.folder, run.trust)
+        if run.synchronous:
+            synchronous(setup)
+        loop = setup.loop
+        summary = simulate(setup).summary
         wall = summary["wall_s"]
         metrics = {name: value for name, value in _numbers(summary) if name not in _WALL_CLOCK}
     except Exception as wrong:
         error = failure(wrong)
-    return Row(run.key, error, metrics, wall, time.perf_counter() - started)
+    return Row(run.key, error, metrics, wall, time.perf_counter() - started, loop)
 
 
 def failure(wrong: Exception) -> str:

@@ -18,21 +18,22 @@ from chairlift.sim.sweep.runs import Row, Run, made_by
 
 TIMES = ("wall_s", "run_s")  # the only columns that differ between two sweeps of the same file
 _META = b"chairlift"
-_LAST = ("key", "version", *TIMES)
+_LAST = ("loop", "key", "version", *TIMES)
 
 
 def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, Row]]) -> None:
     """Write ``rows`` in their order. Equal runs give equal columns, except for those of `TIMES`.
 
     Columns: the axes, ``seed``, ``error`` ("" where all went well), the metrics of ``summary.json`` (null where a run
-    has none), ``key`` (the run's content address), ``version`` of Chairlift, and ``wall_s`` of simulation in
-    ``run_s`` of all. Raises `BadInput` if the file cannot be written.
+    has none), ``loop`` that the engines ran, ``key`` (the run's content address), ``version`` of Chairlift, and
+    ``wall_s`` of simulation in ``run_s`` of all. Raises `BadInput` if the file cannot be written.
     """
     columns: dict[str, Any] = {axis: _labels([run.labels.get(axis) for run, _ in rows]) for axis in axes}
     columns["seed"] = pa.array([run.seed for run, _ in rows], pa.int64())
     columns["error"] = pa.array([row.error for _, row in rows], pa.string())
     for metric in dict.fromkeys(metric for _, row in rows for metric in row.metrics):
         columns[metric] = _numbers([row.metrics.get(metric) for _, row in rows])
+    columns["loop"] = pa.array([row.loop for _, row in rows], pa.string())
     columns["key"] = pa.array([row.key for _, row in rows], pa.string())
     columns["version"] = pa.array([made_by()] * len(rows), pa.string())
     columns["wall_s"] = pa.array([row.wall_s for _, row in rows], pa.float64())

@@ -246,3 +246,18 @@ def test_it_prints_in_light_with_its_figures(flagship: Path, browser: Any, tmp_p
     assert said == []
     assert (tmp_path / "report.pdf").stat().st_size > 50_000
     page.context.close()
+
+
+def test_a_table_that_goes_on_beyond_the_edge_says_so(browser: Any, flagship: Path) -> None:
+    going_on = (
+        "[...document.querySelectorAll('.scroll')].filter((e) => e.offsetParent)"
+        ".map((e) => [e.classList.contains('more'), e.scrollWidth > e.clientWidth + 2])"
+    )
+    narrow, _ = opened(browser, flagship / "report.html", 400)
+    found = narrow.evaluate(going_on)
+    assert [True, True] in found
+    assert all(said == cut for said, cut in found)
+
+    narrow.evaluate("document.querySelectorAll('.scroll').forEach((e) => { e.scrollLeft = 1e6; })")
+    narrow.wait_for_timeout(100)
+    assert not any(said for said, _ in narrow.evaluate(going_on))

@@ -36,7 +36,8 @@ def test_a_row_is_what_chairlift_run_gives_at_that_point(tmp_path: Path) -> None
 
     assert len(rows) == 12
     for row, (policy, rate, seed) in zip(rows, points, strict=True):
-        changed = [f"policy={policy}", f"workload.arrivals.poisson.rate_per_s={rate}", f"seed={seed}"]
+        said = "{name: vllm, async_scheduling: false}" if policy == "vllm" else policy  # the loop of the other, orca
+        changed = [f"policy={said}", f"workload.arrivals.poisson.rate_per_s={rate}", f"seed={seed}"]
         [setup] = load(tmp_path / "base.yaml", changed).setups
         summary = simulate(setup).summary
         assert row["policy"] == ("vllm" if policy == "vllm" else "orca reserve=max")

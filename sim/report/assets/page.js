@@ -137,3 +137,16 @@ start().catch((error) => {
   document.getElementById("trouble").hidden = false;
   console.error(error);
 });
+
+// ---- tables that go on beyond the edge say so ----
+
+function hint(table) {
+  table.classList.toggle("more", table.scrollLeft + table.clientWidth < table.scrollWidth - 2);
+}
+
+const tables = new ResizeObserver((seen) => seen.forEach((each) => hint(each.target)));  // also when one is unhidden
+for (const table of document.querySelectorAll(".scroll")) {
+  table.tabIndex = 0;  // so that the arrow keys scroll it
+  table.addEventListener("scroll", () => hint(table), { passive: true });
+  tables.observe(table);
+}
