@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chairlift.sim.bad_input import BadInput
@@ -117,7 +117,7 @@ def test_the_documents_themselves_are_right(document: dict[str, Any], tmp_path: 
     assert refusals(document, tmp_path) == []
 
 
-@settings(suppress_health_check=list(HealthCheck), max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(PLACES),
     st.text(st.characters(categories=["Ll", "Lu", "Nd"], max_codepoint=0x17F), min_size=2, max_size=12),

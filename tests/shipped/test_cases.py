@@ -1,4 +1,4 @@
-"""Inputs made from public reports, each with what must come of it (`tests/data/cases`).
+"""Inputs made from public reports, each with what must come of it (`tests/data/case_*`).
 
 The comment at the head of each scenario says what was reported. The expectations are worked out by hand from the
 inputs, or are what the engine's own benchmark says.
@@ -22,16 +22,15 @@ from chairlift.sim.workload.formats.read import load as read_trace
 from kit.command import chairlift
 from kit.places import TESTS
 
-CASES = TESTS / "data" / "cases"
+DATA = TESTS / "data"
 
 
-def case(number: str) -> Path:
-    [folder] = CASES.glob(f"{number}_*")
-    return folder
+def case(number: str, name: str = "scenario.yaml") -> Path:
+    return DATA / f"case_{number}_{name}"
 
 
 def served(number: str, *assignments: str, policy: str | None = None) -> list[Outcome]:
-    study = load(case(number) / "scenario.yaml", assignments, [policy] if policy else [])
+    study = load(case(number), assignments, [policy] if policy else [])
     return [simulate(setup) for setup in study.setups]
 
 
@@ -40,7 +39,7 @@ def table(outcome: Outcome) -> dict[str, Any]:
 
 
 def test_01_an_empty_session_is_no_session() -> None:
-    [blank], [distinct] = served("01"), served("01", "workload.file=distinct.csv")
+    [blank], [distinct] = served("01"), served("01", "workload.file=case_01_distinct.csv")
 
     assert blank.summary["prefix_hit_rate"] == 0
     assert set(np.unique(np.array(blank.requests.replica)).tolist()) == {0, 1, 2, 3}
@@ -86,7 +85,7 @@ def test_15_itl_is_of_completed_requests() -> None:
 @pytest.mark.parametrize("policy", ["vllm", "mlfq", "fair"])
 def test_25_a_request_costs_no_more_in_a_long_queue(policy: str) -> None:
     def cost(requests: int) -> float:
-        [setup] = load(case("25") / "scenario.yaml", [f"workload.requests={requests}"], [policy]).setups
+        [setup] = load(case("25"), [f"workload.requests={requests}"], [policy]).setups
         begin = time.process_time()
         simulate(setup)
         return (time.process_time() - begin) / requests
@@ -100,7 +99,7 @@ def test_26_images_are_said_not_to_be_used_and_turns_wait() -> None:
     [outcome] = served("26")
     assert "columns not used: NumImages" in outcome.assumptions["workload"]
 
-    trace = read_trace(case("26") / "aiperf2.jsonl")
+    trace = read_trace(case("26", "aiperf2.jsonl"))
     assert trace.follows is not None
     assert trace.think_ps is not None
     assert trace.follows.tolist() == [-1, 0, -1]
@@ -110,7 +109,7 @@ def test_26_images_are_said_not_to_be_used_and_turns_wait() -> None:
 
 
 def test_37_a_refused_request_says_why(tmp_path: Path) -> None:
-    result = chairlift("run", str(case("37") / "scenario.yaml"), "--out", str(tmp_path / "out"))
+    result = chairlift("run", str(case("37")), "--out", str(tmp_path / "out"))
 
     assert result.status == 0
     assert "refused: 3 longer than the model's 131,072 tokens" in " ".join(result.out.split())
@@ -119,7 +118,7 @@ def test_37_a_refused_request_says_why(tmp_path: Path) -> None:
 
 
 def test_39_what_is_known_before_a_run_is_checked_before_it(tmp_path: Path) -> None:
-    shutil.copy(case("39") / "scenario.yaml", tmp_path)
+    shutil.copy(case("39"), tmp_path / "scenario.yaml")
     begin = time.process_time()
     result = chairlift("run", str(tmp_path / "scenario.yaml"), "--uncertainty", "2", "--out", str(tmp_path / "out"))
 

@@ -14,7 +14,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chairlift.sim.bad_input import BadInput
@@ -98,7 +98,7 @@ def mutated(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     return data
 
 
-@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES)
 @given(mutated(TRACES), st.sampled_from([None, *names()]), st.booleans())
 def test_a_mutated_trace_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, format: str | None, times: bool
@@ -142,7 +142,7 @@ SCENARIOS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES)
 @given(mutated(SCENARIOS))
 def test_a_mutated_scenario_is_loaded_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     if b"9999999" in data:
