@@ -18,7 +18,7 @@ from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
-from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
+from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant, results_name
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
@@ -72,7 +72,7 @@ def load(
         once = {str(p): p for p in problems}.values()
         raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
     return Study(
-        name=scenario.name or path.stem,
+        name=results_name(scenario.name, path),
         question=scenario.question or "",
         setups=setups,
         baseline=scenario.baseline,
