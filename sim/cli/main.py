@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -18,7 +19,15 @@ from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
 from chairlift.sim.cli import agree, calibrate, check, compare, plan, report, sweep
-from chairlift.sim.cli.terminal import console, progress, status
+from chairlift.sim.cli.terminal import (
+    Interruptible,
+    console,
+    forgive_encodings,
+    on_terminate,
+    progress,
+    status,
+    stopped,
+)
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.reader import read
@@ -36,6 +45,7 @@ from chairlift.sim.workload.formats import read as formats
 
 app = typer.Typer(
     name="chairlift",
+    cls=Interruptible,
     help="Replay LLM request traces against swappable serving schedulers.",
     no_args_is_help=True,
     add_completion=False,
@@ -128,21 +138,20 @@ def run(
         return load(path, [*(set_ or []), f"seed={seed}"], policy or [], backend, trust, router or [])
 
     folder = out_dir or Path("runs") / study.name
-    writer = Writer(folder, study)
     outcomes: list[Outcome] = []
     try:
         journal = True if report_ and events is None else events
-        for outcome in _simulated(study, not no_leap, quiet or as_json, journal):
-            outcomes.append(outcome)
-            writer.add(outcome)
-        if draws:
-            with status(quiet or as_json) as told:
-                spread = uncertainty.repeat(study, again, draws, folder, told)
-    except KeyboardInterrupt:
-        err.print(f"interrupted: {len(outcomes)} of {len(study.setups)} runs are in {escape(str(folder))}")
-        raise typer.Exit(130) from None
-    finally:
-        writer.close(outcomes)
+        with Writer(folder, study) as writer:
+            for outcome in _simulated(study, not no_leap, quiet or as_json, journal):
+                writer.add(outcome)
+                outcomes.append(outcome)
+            if draws:
+                with status(quiet or as_json) as told:
+                    spread = uncertainty.repeat(study, again, draws, writer.folder, told)
+    except KeyboardInterrupt as stop:
+        kept = f"{len(outcomes)} of {len(study.setups)} runs are in" if outcomes else "nothing is written to"
+        err.print(f"interrupted: {kept} {escape(str(folder))}")
+        raise typer.Exit(stopped(stop)) from None
     drawn = report.draw(read(folder), folder / "report.html") if report_ else ""
     if as_json:
         name = "comparison.json" if len(study.setups) > 1 else "summary.json"
@@ -324,6 +333,8 @@ app.command("plan")(plan.plan)
 
 def main() -> None:
     """The console script: bad input is one message and exit status 2, never a traceback."""
+    on_terminate()
+    forgive_encodings()
     try:
         app(standalone_mode=True)
     except BadInput as error:
@@ -334,11 +345,22 @@ def main() -> None:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:
-        blamed = blame(error)
+        blamed = blame(error) or _of_the_machine(error)
         if blamed is None:
             raise
+        if isinstance(error, OSError):  # perhaps of the output, which Python would flush once more at its end
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
         err.print(f"[red]error:[/red] {escape(str(blamed))}", soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _of_the_machine(error: Exception) -> Problem | None:
+    """What the system refused: a file, the output, memory. None for a defect of Chairlift's own."""
+    if isinstance(error, MemoryError):
+        return Problem(f"not enough memory{f': {error}' if str(error) else ''}")
+    if isinstance(error, OSError):
+        return Problem(f"cannot be used: {error.strerror or error}", file=str(error.filename or "output"))
+    return None
 
 
 __all__ = ["app", "main"]
