@@ -33,6 +33,9 @@ class Settings:
         if profile.tensor_parallel != tensor_parallel:
             raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {tensor_parallel}")
         if profile.gpu != gpu.name:
+            if profile.scaled:
+                rule = "itself scaled, and must not be scaled again: name a measured profile"
+                raise ProfileError(f"profile {profile.name} is {rule}")
             profile = scaled(profile, gpu)
         if self.draw:
             return Resampled(profile, self.graph_tokens, self.draw)

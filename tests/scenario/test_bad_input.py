@@ -476,7 +476,7 @@ def test_unwritable_folder_for_results() -> None:
     Path("s.yaml").write_text(SCENARIO)
 
     refused(chairlift("run", "s.yaml", "--out", "file"), "file: cannot be written: Not a directory")
-    refused(chairlift("run", "s.yaml", "--out", "file/below"), "file/below: cannot be written: Not a directory")
+    refused(chairlift("run", "s.yaml", "--out", "file/below"), "file/below: cannot be written: File exists")
     result = chairlift("run", "s.yaml", "--out", "out")
     assert result.status == 2
     assert result.err.startswith("error: out: cannot be written: ")
