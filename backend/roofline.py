@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Interval, Le
 
 from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Host, StepCost, new
 from chairlift.backend.shapes import GPU, Model
@@ -31,7 +31,7 @@ class Efficiency:
     link: Share = 0.70  # of one direction of the links, all-reduce
     mixed_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.5  # of the shorter of prompt and decode work
     floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter, because the host cannot launch faster
-    overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
+    overhead_ms: Annotated[float, Ge(0), Le(1e6)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
 
     def build(self, model: Model, gpu: GPU, tensor_parallel: int) -> Roofline:

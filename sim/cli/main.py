@@ -60,6 +60,7 @@ SCENARIO_KINDS = (
 )
 
 FEW = 20_000  # requests up to which a run keeps a journal unasked; a journal costs a fifth of the time, 200 B a request
+ENDS = ("rejected", "timed_out", "failed")  # of requests that are not completed
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
 out = console(least=WIDTH)
@@ -165,6 +166,14 @@ def run(
         out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
         if drawn:
             out.print(drawn, soft_wrap=True)
+    if nothing := [o for o in outcomes if not o.summary["completed"]]:
+        for outcome in nothing:
+            told = ", ".join(
+                f"{outcome.summary[key]:,} {key.replace('_', ' ')}" for key in ENDS if outcome.summary[key]
+            )
+            label = " ".join(filter(None, (outcome.setup.case, outcome.setup.variant))) or study.name
+            err.print(escape(f"{label}: no request was completed: {told}"), soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command("list")

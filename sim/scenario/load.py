@@ -25,6 +25,8 @@ from chairlift.sim.workload.trace import Trace
 from chairlift.sim.workload.workload import build
 
 _NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
+MOST_REQUESTS = 10**8
+_BYTES = 8 * 10  # of a request's records: ten columns of numbers of 8 bytes, `RequestRecords`
 Pick = Callable[..., tuple[Any, KeyPath]]
 
 
@@ -229,6 +231,10 @@ class _Resolver(Lookup):
         return self._problems
 
     def _trace(self, scenario: Scenario) -> Trace:
+        if (count := scenario.workload.requests or 0) > MOST_REQUESTS:
+            gib = count * _BYTES / 2**30
+            rule = f"must be at most {MOST_REQUESTS:,}: their records alone would take {gib:,.0f} GiB of memory"
+            raise BadInput(self._document.problem(("workload", "requests"), rule, count))
         try:
             return build(scenario.workload, scenario.seed, self._folder)
         except BadInput as error:

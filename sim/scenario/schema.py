@@ -13,6 +13,8 @@ from chairlift.sim.study import (
     Autoscale,
     Claim,
     Failures,
+    Fleet,
+    Gpus,
     Kv,
     Limits,
     Link,
@@ -60,12 +62,12 @@ def results_name(given: str | None, path: Path) -> str:
 class Group(Spec):
     """Some equal replicas of a mixed cluster; what it does not say is the scenario's."""
 
-    count: Positive = Field(1, description="How many of them.")
+    count: Fleet = Field(1, description="How many of them.")
     role: Literal["mixed", "prefill", "decode"] = Field(
         "mixed", description="All work, or prompts only with a hand-over of KV, or what comes after the first token."
     )
     gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
-    tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica.")
+    tensor_parallel: Gpus | None = Field(None, description="GPUs that share one replica.")
     policy: Choice | None = Field(None, description="The scheduler.")
     backend: Choice | None = Field(None, description="What a step costs.")
     kv: Kv | None = Field(None, description="The KV pool.")
@@ -76,9 +78,9 @@ class System(Spec):
 
     model: Choice | None = Field(None, description="A model's name, a config.json, or a shape of its own.")
     gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
-    tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica (default 1).")
+    tensor_parallel: Gpus | None = Field(None, description="GPUs that share one replica (default 1).")
     max_model_len: Positive | None = Field(None, description="Longest sequence; default: the model's own.")
-    replicas: Positive | list[Group] | None = Field(
+    replicas: Fleet | list[Group] | None = Field(
         None, description="Replicas behind the router (default 1): how many equal ones, or groups that differ."
     )
     router: Choice | None = Field(None, description="Which replica gets a request (default round_robin).")
