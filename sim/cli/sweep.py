@@ -87,7 +87,7 @@ def sweep(
     if not quiet:
         axes = ", ".join(f"{axis} ({len({str(p.get(axis)) for p in plan.points})})" for axis in plan.axes)
         what = f"{len(plan.points):,} points × {len(plan.seeds)} seeds = {total:,} runs"
-        err.print(f"{plan.name}: {what}; axes: {escape(axes) or 'none'}")
+        err.print(f"{escape(plan.name)}: {what}; axes: {escape(axes) or 'none'}")
     if dry_run:
         return
     with Journal(folder) as journal:

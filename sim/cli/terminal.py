@@ -90,7 +90,11 @@ def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Co
     With ``soft_wrap`` it breaks no line itself.
     """
     made = _Console(
-        stderr=stderr, highlight=False, soft_wrap=soft_wrap, no_color=True if os.environ.get("CI") else None
+        emoji=False,
+        stderr=stderr,
+        highlight=False,
+        soft_wrap=soft_wrap,
+        no_color=True if os.environ.get("CI") else None,
     )
     if not made.is_terminal:
         made.width = max(made.width, least)
@@ -125,7 +129,7 @@ def progress(study: Study, to: Console, silent: bool) -> Iterator[Advance]:
         yield lambda _count, _label, _now: None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.completed:,}/{task.total:,} requests"),
         _Rate(),
