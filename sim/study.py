@@ -70,7 +70,7 @@ class Link(Spec):
     KV is staged in the memory of the decode replica's host, so that no transfer waits for room in its pool.
     """
 
-    gb_per_s: Annotated[float, Field(ge=1e-3, le=1e6)] = Field(description="Bandwidth, 1e9 bytes a second.")
+    gb_per_s: Annotated[float, Field(ge=1e-3, le=1e12)] = Field(description="Bandwidth, 1e9 bytes a second.")
     latency_us: Seconds = Field(10, description="Added to every transfer, microseconds.")
     shared: bool = Field(False, description="One link for all prefill replicas, instead of one each.")
 
@@ -86,12 +86,10 @@ class Outage(Spec):
 class Failures(Spec):
     """Replicas that fail and come back; what they held is lost with their KV."""
 
-    mtbf_s: Annotated[float, Field(ge=1, le=1e9)] | None = Field(
+    mtbf_s: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
         None, description="Mean time between failures of a replica, exponential."
     )
-    mttr_s: Annotated[float, Field(ge=1e-3, le=1e7)] | None = Field(
-        None, description="Mean time to repair, exponential."
-    )
+    mttr_s: PositiveSeconds | None = Field(None, description="Mean time to repair, exponential.")
     schedule: list[Outage] = Field(default_factory=list, description="Failures at set times.")
     on_failure: Literal["retry", "fail"] = Field(
         "retry",
@@ -117,7 +115,7 @@ class Autoscale(Spec):
 
     min: Fleet = Field(1, description="At least so many.")
     max: Fleet = Field(description="At most so many.")
-    every_s: Annotated[float, Field(ge=1e-3, le=1e7)] = Field(15, description="Time between two looks.")
+    every_s: PositiveSeconds = Field(15, description="Time between two looks.")
     provision_s: Seconds = Field(60, description="Time from asking for a replica to having it.")
     target_outstanding: PositiveNumber | None = Field(None, description="Requests a replica should have.")
     target_waiting: PositiveNumber | None = Field(None, description="Requests that may wait at a replica.")

@@ -26,6 +26,8 @@ from chairlift.sim.workload.workload import build
 
 _NAMING = ("model", "gpu", "policy", "router", "backend")  # keys whose value is a name, perhaps with settings
 MOST_REQUESTS = 10**8
+LEAST_MTBF_S = 1.0  # mean seconds between two failures of a replica
+LEAST_LOOK_S = 1e-3  # between two looks of an autoscaler
 _BYTES = 8 * 10  # of a request's records: ten columns of numbers of 8 bytes, `RequestRecords`
 Pick = Callable[..., tuple[Any, KeyPath]]
 
@@ -382,6 +384,13 @@ class _Resolver(Lookup):
         elif roles == {"mixed"} and link is not None:
             self._problems.append(problem(link_at, "must not be given without prefill and decode replicas"))
         scale, scale_at = pick("autoscale")
+        failures, failures_at = pick("failures")
+        if failures is not None and (failures.mtbf_s or LEAST_MTBF_S) < LEAST_MTBF_S:
+            rule = f"must be at least {LEAST_MTBF_S:g}: a replica that fails sooner answers nobody"
+            self._problems.append(problem((*failures_at, "mtbf_s"), rule, failures.mtbf_s))
+        if scale is not None and scale.every_s < LEAST_LOOK_S:
+            rule = f"must be at least {LEAST_LOOK_S:g}: each look is an event of its own"
+            self._problems.append(problem((*scale_at, "every_s"), rule, scale.every_s))
         if scale is not None:
             total = sum(group.count for group in replicas) if isinstance(replicas, list) else replicas
             if roles != {"mixed"} or (isinstance(replicas, list) and len(replicas) > 1):

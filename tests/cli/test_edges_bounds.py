@@ -23,7 +23,10 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["replicas=1000000000"], "must be at most 10000"),
         (["replicas=100000"], "must be at most 10000"),
         (["kv={blocks: 1000000000000000}"], "kv.blocks: must be at most 1000000000 "),
-        (["failures={mtbf_s: 0.001, mttr_s: 1}", "replicas=2"], "failures.mtbf_s: must be at least 1 (got 0.001)"),
+        (
+            ["failures={mtbf_s: 0.001, mttr_s: 1}", "replicas=2"],
+            "failures.mtbf_s: must be at least 1: a replica that fails sooner answers nobody (got 0.001)",
+        ),
         (["failures={mtbf_s: 1e-9, mttr_s: 1e-9}", "replicas=2"], "failures.mtbf_s: must be at least 1"),
         (
             ["autoscale={min: 1, max: 2, every_s: 1e-9, provision_s: 60, target_outstanding: 60}"],
