@@ -172,7 +172,7 @@ def run(
                 f"{outcome.summary[key]:,} {key.replace('_', ' ')}" for key in ENDS if outcome.summary[key]
             )
             label = " ".join(filter(None, (outcome.setup.case, outcome.setup.variant))) or study.name
-            err.print(escape(f"{label}: no request was completed: {told}"), soft_wrap=True)
+            err.print(escape(f"{label}: no request was completed: {ends}"), soft_wrap=True)
         raise typer.Exit(1)
 
 
