@@ -168,9 +168,8 @@ def run(
             out.print(drawn, soft_wrap=True)
     if nothing := [o for o in outcomes if not o.summary["completed"]]:
         for outcome in nothing:
-            told = ", ".join(
-                f"{outcome.summary[key]:,} {key.replace('_', ' ')}" for key in ENDS if outcome.summary[key]
-            )
+            counts = {key.replace("_", " "): outcome.summary[key] for key in ENDS}
+            ends = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
             label = " ".join(filter(None, (outcome.setup.case, outcome.setup.variant))) or study.name
             err.print(escape(f"{label}: no request was completed: {ends}"), soft_wrap=True)
         raise typer.Exit(1)
