@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Interval, Le
 
 Share = Annotated[float, Interval(gt=0, le=1)]
 
@@ -19,7 +19,7 @@ class Shares:
     link: Share = 0.70  # of one direction of the links, all-reduce
     mixed_overlap: Annotated[float, Interval(ge=0, le=1)] = 0.5  # of the shorter of prompt and decode work
     floor_ms: Annotated[float, Ge(0)] = 0.0  # no step is shorter, because the host cannot launch faster
-    overhead_ms: Annotated[float, Ge(0)] = 0.0  # host time added to every step
+    overhead_ms: Annotated[float, Ge(0), Le(1e6)] = 0.0  # host time added to every step
     allreduce_us: Annotated[float, Ge(0)] = 8.0  # latency of one all-reduce, tensor parallelism only
     by_part: bool | None = (
         None  # None: but for a dense model of one width on one GPU; false: or on several, if it can be

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 
 class Running(Collection["Request"], Reversible["Request"], Protocol):
@@ -46,8 +46,8 @@ FOREVER = 1 << 60  # "until something changes": more steps than any run has
 
 Positive = Annotated[int, Gt(0)]
 NotNegative = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NotNegativeFloat = Annotated[float, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0), Le(1e9)]
+NotNegativeFloat = Annotated[float, Ge(0), Le(1e9)]
 Preemption = Literal["recompute", "swap"]
 
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+_ESCAPED = {"\n": " ", "\r": "", "\t": " "}  # a problem is one line, whatever a file or a library puts into it
 NOTHING = object()  # a problem without a value to show
 
 
@@ -22,7 +23,8 @@ class Problem(NamedTuple):
         where = self.file + (f":{self.line}" if self.line is not None else "")
         head = ": ".join(part for part in (where, self.path) if part)
         got = "" if self.value is NOTHING else f" (got {_short(self.value)})"
-        return f"{head}: {self.rule}{got}" if head else f"{self.rule}{got}"
+        said = f"{head}: {self.rule}{got}" if head else f"{self.rule}{got}"
+        return "".join(c if c.isprintable() else _ESCAPED.get(c, repr(c)[1:-1]) for c in said.strip())
 
 
 class BadInput(Exception):

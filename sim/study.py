@@ -20,12 +20,16 @@ from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Router, Scheduler
 from chairlift.sim.workload.trace import Trace
 
-Positive = Annotated[int, Field(ge=1)]
+# Bounds keep a slip of the pen from taking hours or all memory; each is far beyond what anybody has built.
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Fleet = Annotated[int, Field(ge=1, le=10_000)]  # replicas; each is an engine with a KV pool of its own
+Gpus = Annotated[int, Field(ge=1, le=1024)]  # that share one replica
 Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
-PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveMs = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+PositiveMs = Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)]
+Gib = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
 class Spec(BaseModel):
@@ -49,12 +53,10 @@ class Kv(Spec):
     tokens: Positive | None = Field(None, description="Token slots, instead of blocks.")
     block_size: Positive = Field(16, description="Tokens a block.")
     memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of the memory in use.")
-    reserve_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+    reserve_gib: Gib | None = Field(
         None, description="GiB a GPU keeps besides weights and KV; default: worked out, 1.9 at least."
     )
-    host_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        4, description="Host memory for swapped KV, GiB a GPU (vLLM's swap_space)."
-    )
+    host_gib: Gib = Field(4, description="Host memory for swapped KV, GiB a GPU (vLLM's swap_space).")
     host_link: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="Share of the host link's line rate that swapping reaches (an assumption)."
     )
@@ -74,7 +76,7 @@ class Link(Spec):
     KV is staged in the memory of the decode replica's host, so that no transfer waits for room in its pool.
     """
 
-    gb_per_s: PositiveNumber = Field(description="Bandwidth, 1e9 bytes a second.")
+    gb_per_s: Annotated[float, Field(ge=1e-3, le=1e12)] = Field(description="Bandwidth, 1e9 bytes a second.")
     latency_us: Seconds = Field(10, description="Added to every transfer, microseconds.")
     shared: bool = Field(False, description="One link for all prefill replicas, instead of one each.")
 
@@ -90,7 +92,9 @@ class Outage(Spec):
 class Failures(Spec):
     """Replicas that fail and come back; what they held is lost with their KV."""
 
-    mtbf_s: PositiveSeconds | None = Field(None, description="Mean time between failures of a replica, exponential.")
+    mtbf_s: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        None, description="Mean time between failures of a replica, exponential."
+    )
     mttr_s: PositiveSeconds | None = Field(None, description="Mean time to repair, exponential.")
     schedule: list[Outage] = Field(default_factory=list, description="Failures at set times.")
     on_failure: Literal["retry", "fail"] = Field(
@@ -125,14 +129,14 @@ class Planned(Spec):
     """From a time on, so many replicas."""
 
     at_s: Seconds = Field(description="From when on.")
-    replicas: Positive = Field(description="How many.")
+    replicas: Fleet = Field(description="How many.")
 
 
 class Autoscale(Spec):
     """How many of the replicas are up; they start with `replicas`. Exactly one of the targets and the schedule."""
 
-    min: Positive = Field(1, description="At least so many.")
-    max: Positive = Field(description="At most so many.")
+    min: Fleet = Field(1, description="At least so many.")
+    max: Fleet = Field(description="At most so many.")
     every_s: PositiveSeconds = Field(15, description="Time between two looks.")
     provision_s: Seconds = Field(60, description="Time from asking for a replica to having it.")
     target_outstanding: PositiveNumber | None = Field(None, description="Requests a replica should have.")

@@ -92,8 +92,12 @@ class Calibrated(Backend):
         lines = {"cost model": f"profile {profile.name} ({profile.digest}): {profile.engine}, {profile.model}"}
         if profile.scaled:
             lines["scaled, not measured"] = profile.scaled
-        for key, what in (("gpu", "GPU time"), ("steps", "step, launches included")):
-            if found := profile.errors.get(key):
+        errors = profile.errors
+        for found, what in (
+            (errors.get("gpu"), "GPU time"),
+            (errors.get("steps"), "step, launches included"),
+        ):
+            if found:
                 told = ", ".join(f"{regime} {100 * e['median']:.1f} %" for regime, e in found.items())
                 lines[f"held-out error, {what}"] = f"{told} (median{', before scaling' if profile.scaled else ''})"
         for i, note in enumerate(profile.notes):

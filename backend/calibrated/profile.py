@@ -16,13 +16,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import from_json
+from typing_extensions import TypedDict
 
+from chairlift.backend.checked import wrong
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.names import hint
 
@@ -31,7 +36,30 @@ FORMAT = 1
 REGIMES = ("decode-only", "chunk-only", "mixed")  # kinds of steps, each with errors of its own
 QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)  # of a `Spread`'s ``steps``
 Floats = npt.NDArray[np.float64]
-Knots = tuple[tuple[int, float], ...]  # (tokens, factor), ascending
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _rising(knots: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    if any(after[0] <= before[0] for before, after in pairwise(knots)):
+        raise ValueError("must list its tokens in rising order")
+    return knots
+
+
+def _sorted(quantiles: list[float]) -> list[float]:
+    if quantiles != sorted(quantiles):
+        raise ValueError("must be quantiles, in rising order")
+    return quantiles
+
+
+Seconds = Annotated[float, Field(ge=0, le=100)]  # of a step's part: the longest step ever recorded took under a second
+Some = Annotated[float, Field(ge=1e-15, le=100)]  # seconds of what cannot be free
+Sharpness = Annotated[float, Field(ge=1, le=100)]  # 1: both bounds add up; ∞: the larger one alone
+Factor = Annotated[float, Field(ge=0.01, le=100)]
+Tokens = Annotated[int, Field(ge=1, le=10**9)]
+Knots = Annotated[tuple[tuple[Tokens, Factor], ...], Field(min_length=1), AfterValidator(_rising)]  # tokens, ascending
+Text = Annotated[str, Field(max_length=1000)]
+Relative = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class ProfileError(ValueError):
@@ -45,19 +73,20 @@ def between(residual: Knots, at: Floats) -> Floats:
     return found
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True)
 class GpuTime:
     """The coefficients of GPU time, seconds; the module's docstring has the form."""
 
-    weights_s: float  # to read the weights once
-    token_s: float  # a token's matmuls where they are compute-bound
-    sharpness: float  # p: how abruptly one bound takes over from the other
-    sequence_s: float  # LM head and sampler, each sequence
-    kv_s: float  # each token of context, in steps of decodes alone
-    kv_mixed_s: float  # the same in steps with chunks
-    pair_s: float  # each pair of a query and a key of a chunk
-    chunk_s: float  # once in a step with chunks
-    request_s: float  # each chunk
+    weights_s: Some  # to read the weights once
+    token_s: Some  # a token's matmuls where they are compute-bound
+    sharpness: Sharpness  # p: how abruptly one bound takes over from the other
+    sequence_s: Seconds  # LM head and sampler, each sequence
+    kv_s: Seconds  # each token of context, in steps of decodes alone
+    kv_mixed_s: Seconds  # the same in steps with chunks
+    pair_s: Seconds  # each pair of a query and a key of a chunk
+    chunk_s: Seconds  # once in a step with chunks
+    request_s: Seconds  # each chunk
     decode_residual: Knots = ((1, 1.0),)
     chunk_residual: Knots = ((1, 1.0),)
     kv_residual: Knots = ((1, 1.0),)  # by decodes, decode-only steps
@@ -82,53 +111,83 @@ class GpuTime:
         )
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True)
 class HostTime:
     """The coefficients of host time, seconds."""
 
-    schedule_s: float
-    schedule_request_s: float  # each running request
-    schedule_token_s: float  # each prompt token
-    update_s: float
-    update_request_s: float
-    arrival_s: float  # taking a request in
-    arrival_token_s: float  # each token of its prompt
-    graph_s: float  # launch of one whole CUDA graph
-    piecewise_s: float  # launch of a step with chunks that fits the captured graphs
-    eager_s: float  # launch of a larger step, kernel by kernel
-    tail_s: float  # GPU work left once such a launch has ended, however short the step
+    schedule_s: Seconds
+    schedule_request_s: Seconds  # each running request
+    schedule_token_s: Seconds  # each prompt token
+    update_s: Seconds
+    update_request_s: Seconds
+    arrival_s: Seconds  # taking a request in
+    arrival_token_s: Seconds  # each token of its prompt
+    graph_s: Seconds  # launch of one whole CUDA graph
+    piecewise_s: Seconds  # launch of a step with chunks that fits the captured graphs
+    eager_s: Seconds  # launch of a larger step, kernel by kernel
+    tail_s: Seconds  # GPU work left once such a launch has ended, however short the step
 
 
+@with_config(_STRICT)
 class Spread(TypedDict):
     """By how much steps of one regime and length were off, in runs left out of the fit.
 
     Off is the logarithm of recorded ÷ predicted: of a run's total time, and of single steps relative to their run's.
     """
 
-    upto_s: float | None  # steps predicted to take at most so many seconds; None: the longest steps
-    runs: int  # how many runs had such steps
-    rms: float  # root mean square of the runs' logarithms
-    steps: list[float]  # quantiles of the steps' logarithms, at `QUANTILES`
+    upto_s: Seconds | None  # steps predicted to take at most so many seconds; None: the longest steps
+    runs: Annotated[int, Field(ge=1, le=10**6)]  # how many runs had such steps
+    rms: Annotated[float, Field(ge=0, le=10)]  # root mean square of the runs' logarithms
+    steps: Annotated[  # quantiles of the steps' logarithms, at `QUANTILES`
+        list[Annotated[float, Field(ge=-10, le=10)]],
+        Field(min_length=len(QUANTILES), max_length=len(QUANTILES)),
+        AfterValidator(_sorted),
+    ]
 
 
+@with_config(_STRICT)
+class Off(TypedDict):
+    """How far off single steps of one regime were, in runs left out of the fit; relative to what was recorded."""
+
+    steps: Annotated[int, Field(ge=0, le=10**12)]  # how many were predicted
+    median: Relative  # of the errors' sizes
+    p95: Relative
+    total: Relative  # of the sum of all steps
+
+
+Regime = Annotated[str, Field(pattern=f"^({'|'.join(REGIMES)})$")]
+
+
+@with_config(_STRICT)
+class Errors(TypedDict, total=False):
+    """How far off a profile was where it was left out of the fit; nothing if that was not looked at."""
+
+    steps: dict[Regime, Off]  # launches included
+    gpu: dict[Regime, Off]  # GPU time
+    runs: dict[str, dict[str, Relative]]  # end to end: experiment → metric → relative error
+
+
+@with_config(_STRICT)
 @dataclass(frozen=True)
 class Profile:
     """A calibrated cost model: its coefficients, where they come from, and how far off it was."""
 
-    name: str
-    model: str
-    gpu: str
-    engine: str
+    name: Text
+    model: Text
+    gpu: Text
+    engine: Text
     gpu_time: GpuTime
     host: HostTime
-    graph_tokens: int = GRAPH_TOKENS  # tokens of the largest captured CUDA graph
+    graph_tokens: Tokens = GRAPH_TOKENS  # tokens of the largest captured CUDA graph
     piecewise: bool = True  # whether small steps with chunks replay graphs too, and so are padded to a captured size
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     provenance: dict[str, Any] = field(default_factory=dict)
-    errors: dict[str, Any] = field(default_factory=dict)  # relative, left out of the fit: by regime, and by experiment
-    spread: dict[str, list[Spread]] = field(default_factory=dict)  # by regime; the shortest steps first
-    scaled: str = ""  # how the numbers were derived from a measured profile's; "" if they were measured
-    notes: tuple[str, ...] = ()
+    errors: Errors = field(default_factory=Errors)  # relative, left out of the fit
+    spread: dict[Regime, list[Spread]] = field(default_factory=dict)  # the shortest steps first
+    scaled: Text = ""  # how the numbers were derived from a measured profile's; "" if they were measured
+    notes: tuple[Text, ...] = ()
+    errors_of: Text = ""  # `numbers` of the profile whose errors these are
 
     def to_json(self) -> str:
         """The profile's file."""
@@ -137,7 +196,16 @@ class Profile:
     @property
     def digest(self) -> str:
         """Twelve hex digits of a hash of the file, which results quote: it changes with any number."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        said = {"format": FORMAT, **asdict(self)}
+        del said["errors_of"]  # says nothing that the rest does not
+        return hashlib.sha256((json.dumps(said, indent=1) + "\n").encode()).hexdigest()[:12]
+
+    @property
+    def numbers(self) -> str:
+        """Twelve hex digits of a hash of all that prices depend on."""
+        priced = ("model", "gpu", "gpu_time", "host", "graph_tokens", "piecewise", "tensor_parallel")
+        said = asdict(self)
+        return hashlib.sha256(json.dumps([said[name] for name in priced]).encode()).hexdigest()[:12]
 
 
 def load(choice: str) -> Profile:
@@ -148,8 +216,10 @@ def load(choice: str) -> Profile:
             raise ProfileError(f"{path}: no such file")
         raise ProfileError(f"no profile {choice!r} – {hint(choice, shipped())}")
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: not a profile: {error}") from None
+    except ProfileError as error:
         raise ProfileError(f"{path}: not a profile: {error}") from None
 
 
@@ -158,27 +228,29 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
-def parse(data: Any) -> Profile:
-    """The profile in decoded JSON ``data``, which is used up. Raises ValueError or TypeError, one sentence."""
+_PROFILE = TypeAdapter(Profile)
+
+
+def parse(text: str) -> Profile:
+    """The profile in the JSON ``text``. Raises `ProfileError`, one sentence.
+
+    Errors that the file holds of other numbers than its own are left out, and a note says so.
+    """
+    try:
+        data = from_json(text)
+    except ValueError as error:
+        raise ProfileError(f"not JSON: {error}") from None
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise ProfileError(f"format must be {FORMAT}")
-    parts = {"gpu_time": GpuTime, "host": HostTime}
-    for key, kind in (*parts.items(), ("", Profile)):
-        given = data.get(key) if key else data
-        known = [f.name for f in fields(kind)]
-        if not isinstance(given, dict):
-            raise ProfileError(f"{key} must be an object")
-        for name in given.keys() - known:
-            raise ProfileError(f"{key + '.' if key else ''}{name} is unknown")
-        for name, value in given.items():
-            if key and not name.endswith("residual") and not (isinstance(value, int | float) and 0 <= value < 1e6):
-                raise ProfileError(f"{key}.{name} must be a number, at least 0 (got {value!r})")
-    gpu_time = dict(data["gpu_time"])
-    for name in ("decode_residual", "chunk_residual", "kv_residual"):
-        gpu_time[name] = tuple((int(at), float(factor)) for at, factor in gpu_time.get(name, [(1, 1.0)]))
-    data = {**data, "gpu_time": GpuTime(**gpu_time), "host": HostTime(**data["host"])}
-    for each in [each for lengths in data.get("spread", {}).values() for each in lengths]:
-        if each.keys() != Spread.__annotations__.keys():
-            raise ProfileError(f"spread must list {', '.join(Spread.__annotations__)} (got {', '.join(each)})")
-    data["notes"] = tuple(data.get("notes", ()))
-    return Profile(**data)
+    try:
+        made = _PROFILE.validate_json(json.dumps(data))  # as JSON, in which lists may become tuples
+    except ValidationError as error:
+        raise ProfileError(wrong(error)) from None
+    for regime, lengths in made.spread.items():
+        ends = [each["upto_s"] for each in lengths[:-1]]
+        if None in ends or ends != sorted(ends, key=lambda end: end or 0.0):
+            raise ProfileError(f"spread.{regime} must list steps by length, the shortest first")
+    if (made.errors or made.spread) and made.errors_of != made.numbers:
+        note = "the errors in its file are not of these numbers, so left out: chairlift calibrate measures them"
+        return replace(made, errors=Errors(), spread={}, notes=(*made.notes, note))
+    return made

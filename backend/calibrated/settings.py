@@ -35,6 +35,9 @@ class Settings:
             asked = parallel.tensor if parallel.only_tensor else f"{parallel.gpus} ({parallel})"
             raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {asked}")
         if profile.gpu != gpu.name:
+            if profile.scaled:
+                rule = "itself scaled, and must not be scaled again: name a measured profile"
+                raise ProfileError(f"profile {profile.name} is {rule}")
             profile = scaled(profile, gpu)
         if self.draw:
             return Resampled(profile, self.graph_tokens, self.draw)

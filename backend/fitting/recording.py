@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ STEP_COLUMNS = (
     "waiting",
     "preempted",
 )
+MOST = 1e12  # of any number in a recording: tokens, or seconds (30,000 years)
 LIMITS = ("num_gpu_blocks", "max_num_batched_tokens", "max_num_seqs", "block_size")
 
 
@@ -122,6 +125,12 @@ def read(folder: Path, model: str) -> Recording:
         missing = [k for k in LIMITS if not isinstance(limits.get(k), int)]
         if missing:
             raise RecordingError(f"{at}.engine: {name} lacks {', '.join(missing)}")
+        for key in LIMITS:
+            least = 2 if key == "num_gpu_blocks" else 1  # vLLM counts its null block among them
+            if isinstance(limits[key], bool) or not least <= limits[key] <= MOST:
+                raise RecordingError(f"{at}.engine.{key}: must be at least {least} (got {limits[key]!r})")
+        if name in experiments:
+            raise RecordingError(f"{at}: a second experiment {name!r}")
         own = [
             {c: column[table["experiment"] == name] for c, column in table.items() if c != "experiment"}
             for table in (requests, steps)
@@ -134,7 +143,7 @@ def read(folder: Path, model: str) -> Recording:
 def _summary(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordingError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("engine"), dict):
         raise RecordingError(f"{path}: needs an object `engine`, what was recorded on what")
@@ -154,6 +163,8 @@ def _table(path: Path, columns: tuple[str, ...]) -> Table:
     missing = [name for name in ("experiment", *columns) if name not in table.column_names]
     if missing:
         raise RecordingError(f"{path}: lacks the columns {', '.join(missing)}")
+    if not len(table):
+        raise RecordingError(f"{path}: holds no rows, only the names of its columns")
     found: Table = {}
     for name in table.column_names:
         column = table[name].to_numpy()
@@ -161,6 +172,9 @@ def _table(path: Path, columns: tuple[str, ...]) -> Table:
             if column.dtype.kind not in "iuf" or not np.isfinite(column.astype(float)).all():
                 bad = next(i for i, v in enumerate(table[name].to_pylist()) if not _is_number(v))
                 raise RecordingError(f"{path}:{bad + 2}: {name} must be a number (got {table[name][bad].as_py()!r})")
+            if np.abs(column.astype(float)).max() > MOST:
+                bad = int(np.argmax(np.abs(column.astype(float))))
+                raise RecordingError(f"{path}:{bad + 2}: {name} must be at most {MOST:g} (got {column[bad]:g})")
             if name != "prefix_group" and column.size and column.min() < 0:
                 bad = int(np.argmin(column))
                 raise RecordingError(f"{path}:{bad + 2}: {name} must be at least 0 (got {column[bad]:g})")
@@ -180,9 +194,13 @@ def _gaps(path: Path) -> Table:
         return {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name].astype(np.float64) for name in arrays.files}
-    except (OSError, ValueError, EOFError) as error:
+            gaps = {name: arrays[name].astype(np.float64) for name in arrays.files}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise RecordingError(f"{path}: not readable as an .npz file: {error}") from None
+    for name, seconds in gaps.items():
+        if seconds.ndim != 1 or not ((seconds >= 0) & (seconds <= MOST)).all():
+            raise RecordingError(f"{path}: {name} must be a list of seconds, each at least 0")
+    return gaps
 
 
 def _check(name: str, requests: Table, steps: Table, folder: Path) -> None:
@@ -192,6 +210,9 @@ def _check(name: str, requests: Table, steps: Table, folder: Path) -> None:
         raise RecordingError(f"{at}: has no requests or no steps")
     if (np.diff(steps["done_s"]) < 0).any():
         raise RecordingError(f"{at}: done_s runs back at step {int(np.argmin(np.diff(steps['done_s']))) + 1}")
+    again = (np.diff(steps["done_s"]) == 0) & (np.diff(steps["schedule_s"]) == 0)
+    if again.any():
+        raise RecordingError(f"{at}: step {int(np.argmax(again)) + 1} is scheduled and done when the one before is")
     if (steps["schedule_s"] > steps["done_s"]).any():
         raise RecordingError(f"{at}: a step is done before it is scheduled")
     if (requests["prompt_tokens"] < 1).any() or (requests["output_tokens"] < 1).any():

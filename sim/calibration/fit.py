@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from chairlift.backend import specs
-from chairlift.backend.calibrated.profile import Profile
+from chairlift.backend.calibrated.profile import Errors, Profile
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
@@ -110,17 +110,20 @@ def with_errors(profile: Profile, held: Held) -> Profile:
         name: {c.metric: round(c.relative_error, 4) for c in cells if c.relative_error is not None}
         for name, cells in held.cells.items()
     }
-    return replace(
+    cut = replace(
         profile,
         gpu_time=replace(profile.gpu_time, **_cut(vars(profile.gpu_time))),
         host=replace(profile.host, **_cut(vars(profile.host))),
-        errors={
-            "steps": residuals.summary(foreseen),
-            "gpu": residuals.summary(list(held.gpu.values())),
-            "runs": runs,
-        }
-        if foreseen
-        else {},
+    )
+    return replace(
+        cut,
+        errors_of=cut.numbers,
+        errors=cast(
+            "Errors",
+            {"steps": residuals.summary(foreseen), "gpu": residuals.summary(list(held.gpu.values())), "runs": runs}
+            if foreseen
+            else {},
+        ),
         spread=residuals.spread(foreseen),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from chairlift.sim.atomic import replacing
@@ -97,7 +98,7 @@ def _rows(found: Sequence[tuple[Setup, Runs]]) -> Iterator[tuple[str, ...]]:
         label = " ".join(filter(None, (setup.case, setup.variant)))
         for metric in SHOWN:
             if metric in known:
-                yield (f"{label} {metric}".strip(), *(f"{known[metric][f'p{level}']:,.2f}" for level in LEVELS))
+                yield (escape(f"{label} {metric}".strip()), *(f"{known[metric][f'p{level}']:,.2f}" for level in LEVELS))
 
 
 def _write(found: Sequence[tuple[Setup, Runs]], folder: Path) -> None:

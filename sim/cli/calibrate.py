@@ -182,7 +182,7 @@ def _predicted(
 
 def _cells_table(experiment: Experiment, cells: Sequence[validate.Cell]) -> Table:
     burst = validate.is_burst(experiment)
-    table = Table(title=experiment.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(experiment.name), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     for label in ("predicted", "recorded", "error", "engine's own noise", ""):
         table.add_column(label, justify="right")

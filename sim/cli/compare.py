@@ -98,11 +98,11 @@ def _metric_table(c: Comparison, metric: str, differences: list[Difference]) -> 
     title = f"[bold]{escape(heading(metric))}[/bold] [dim]{escape(metric)}[/dim]"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for axis in c.aside:
-        table.add_column(axis, justify="right", overflow="fold")
+        table.add_column(escape(axis), justify="right", overflow="fold")
     others = [system for system in c.systems if system != c.baseline]
-    table.add_column(c.called(c.baseline), justify="right", overflow="fold")
+    table.add_column(escape(c.called(c.baseline)), justify="right", overflow="fold")
     for system in others:
-        table.add_column(c.called(system), justify="right", overflow="fold")
+        table.add_column(escape(c.called(system)), justify="right", overflow="fold")
     found = {(d.setting, d.system): d for d in differences}
     for setting in c.settings:
         own = c.mean(setting, c.baseline, metric)
@@ -119,7 +119,7 @@ def _long_table(c: Comparison, differences: list[Difference], fronts: dict[Setti
     )
     table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for axis in (*c.aside, *c.over, *map(heading, c.metrics), "mean rank"):
-        table.add_column(axis, justify="right", overflow="fold")
+        table.add_column(escape(axis), justify="right", overflow="fold")
     verdicts = {(d.setting, d.system, d.metric): d.verdict for d in differences}
     ranks = c.ranks()
     first = c.metrics[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -20,7 +21,15 @@ from chairlift.sim.calibration import uncertainty
 from chairlift.sim.cli import agree, calibrate, check, compare, completion, costs, plan, report, sweep, trace
 from chairlift.sim.cli.doctor import doctor
 from chairlift.sim.cli.shipped import SCENARIOS, complete, find_scenario, new, shipped, show
-from chairlift.sim.cli.terminal import console, progress, status
+from chairlift.sim.cli.terminal import (
+    Interruptible,
+    console,
+    forgive_encodings,
+    on_terminate,
+    progress,
+    status,
+    stopped,
+)
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.reader import read
@@ -38,6 +47,7 @@ from chairlift.sim.workload.formats import read as formats
 
 app = typer.Typer(
     name="chairlift",
+    cls=Interruptible,
     help="Replay LLM request traces against swappable serving schedulers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,6 +59,7 @@ SCENARIO_KINDS = (
 )
 
 FEW = 20_000  # requests up to which a run keeps a journal unasked; a journal costs a fifth of the time, 200 B a request
+ENDS = ("rejected", "timed_out", "failed")  # of requests that are not completed
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
 out = console(least=WIDTH)
@@ -141,21 +152,20 @@ def run(
         uncertainty.check(study)
     folder = out_dir or Path("runs") / study.name
     study.resolved = relocated(study.resolved, folder)
-    writer = Writer(folder, study)
     outcomes: list[Outcome] = []
     try:
         journal = True if report_ and events is None else events
-        for outcome in _simulated(study, not no_leap, quiet or as_json, journal):
-            outcomes.append(outcome)
-            writer.add(outcome)
-        if draws:
-            with status(quiet or as_json) as told:
-                spread = uncertainty.repeat(study, again, draws, folder, told)
-    except KeyboardInterrupt:
-        err.print(f"interrupted: {len(outcomes)} of {len(study.setups)} runs are in {escape(str(folder))}")
-        raise typer.Exit(130) from None
-    finally:
-        writer.close(outcomes)
+        with Writer(folder, study) as writer:
+            for outcome in _simulated(study, not no_leap, quiet or as_json, journal):
+                writer.add(outcome)
+                outcomes.append(outcome)
+            if draws:
+                with status(quiet or as_json) as told:
+                    spread = uncertainty.repeat(study, again, draws, writer.folder, told)
+    except KeyboardInterrupt as stop:
+        kept = f"{len(outcomes)} of {len(study.setups)} runs are in" if outcomes else "nothing is written to"
+        err.print(f"interrupted: {kept} {escape(str(folder))}")
+        raise typer.Exit(stopped(stop)) from None
     drawn = report.draw(read(folder), folder / "report.html") if report_ else ""
     if as_json:
         name = "comparison.json" if len(study.setups) > 1 else "summary.json"
@@ -169,6 +179,13 @@ def run(
         out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
         if drawn:
             out.print(drawn, soft_wrap=True)
+    if nothing := [o for o in outcomes if not o.summary["completed"]]:
+        for outcome in nothing:
+            counts = {key.replace("_", " "): outcome.summary[key] for key in ENDS}
+            ends = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+            label = " ".join(filter(None, (outcome.setup.case, outcome.setup.variant))) or study.name
+            err.print(escape(f"{label}: no request was completed: {ends}"), soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command("list")
@@ -302,6 +319,8 @@ app.command()(doctor)
 
 def main() -> None:
     """The console script: bad input is one message and exit status 2, never a traceback."""
+    on_terminate()
+    forgive_encodings()
     try:
         app(standalone_mode=True)
     except BadInput as error:
@@ -312,11 +331,22 @@ def main() -> None:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:
-        blamed = blame(error)
+        blamed = blame(error) or _of_the_machine(error)
         if blamed is None:
             raise
+        if isinstance(error, OSError):  # perhaps of the output, which Python would flush once more at its end
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
         err.print(f"[red]error:[/red] {escape(str(blamed))}", soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _of_the_machine(error: Exception) -> Problem | None:
+    """What the system refused: a file, the output, memory. None for a defect of Chairlift's own."""
+    if isinstance(error, MemoryError):
+        return Problem(f"not enough memory{f': {error}' if str(error) else ''}")
+    if isinstance(error, OSError):
+        return Problem(f"cannot be used: {error.strerror or error}", file=str(error.filename or "output"))
+    return None
 
 
 __all__ = ["app", "main"]

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cli.sweep import AddressOption, ExecutorOption, JobsOption, check_executor, executor_for
-from chairlift.sim.cli.terminal import console, status
+from chairlift.sim.cli.terminal import console, status, stopped
 from chairlift.sim.plan import page as plan_page
 from chairlift.sim.plan import tables as plan_tables
 from chairlift.sim.plan.answer import Answer, answers, cache_bounds
@@ -77,9 +77,9 @@ def plan(
             with status(quiet) as told:
                 for answer in answers(found, runs, told):
                     plan_tables.write(answer, folder)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             err.print(f"interrupted: what was found is in {escape(str(folder))}; the same command goes on")
-            raise typer.Exit(130) from None
+            raise typer.Exit(stopped(stop)) from None
         assert answer is not None
         try:
             plan_page.write(answer, folder / "plan.html")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cli.terminal import console
+from chairlift.sim.cli.terminal import console, stopped
 from chairlift.sim.sweep import table as sweep_table
 from chairlift.sim.sweep.file import SCENARIOS, Plan, read_sweep, shipped_file
 from chairlift.sim.sweep.journal import Journal
@@ -87,7 +87,7 @@ def sweep(
     if not quiet:
         axes = ", ".join(f"{axis} ({len({str(p.get(axis)) for p in plan.points})})" for axis in plan.axes)
         what = f"{len(plan.points):,} points × {len(plan.seeds)} seeds = {total:,} runs"
-        err.print(f"{plan.name}: {what}; axes: {escape(axes) or 'none'}")
+        err.print(f"{escape(plan.name)}: {what}; axes: {escape(axes) or 'none'}")
     if dry_run:
         return
     with Journal(folder) as journal:
@@ -99,7 +99,7 @@ def sweep(
         def runner(runs: Iterable[Run]) -> Generator[tuple[Run, Row], None, None]:
             return results(runs, journal, where, retry_failed)
 
-        interrupted = False
+        interrupted = 0
         found = contest.run(runner) if contest else runner(run for nth in zip(*plan.runs, strict=True) for run in nth)
         try:
             with _progress(total, quiet) as advance, closing(found):  # an interrupt ends the runs under way
@@ -108,8 +108,8 @@ def sweep(
                     rows[id(run)] = run, row
                     failures += bool(row.error)
                     advance(len(rows), failures)
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as stop:
+            interrupted = stopped(stop)
             rows = {id(run): (run, told) for runs in plan.runs for run in runs if (told := known(run, journal))}
         new = len(journal) - before
         ordered = [rows[id(run)] for runs in plan.runs for run in runs if id(run) in rows]
@@ -117,7 +117,7 @@ def sweep(
             sweep_table.write(folder / "results.parquet", plan.name, plan.axes, ordered)
     if interrupted:
         err.print(f"interrupted: {len(rows)} of {total} runs are in {escape(str(folder))}; the same command goes on")
-        raise typer.Exit(130)
+        raise typer.Exit(interrupted)
     failed = [row.error for _, row in ordered if row.error]
     if not quiet:
         _conclude(plan, contest, ordered, new, time.perf_counter() - started, folder)

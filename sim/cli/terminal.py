@@ -1,20 +1,87 @@
-"""What a terminal shows while a run is simulated."""
+"""What a terminal shows while a run is simulated, and how it ends one."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+from typer.core import TyperGroup
 
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.study import Study
 
 Advance = Callable[[int, str, float | None], None]  # requests arrived, what runs, simulated seconds
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in the same way as Ctrl-C (SIGINT)."""
+
+
+def on_terminate() -> None:
+    """From now on SIGTERM raises `Terminated` in the main thread."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def stopped(by: KeyboardInterrupt) -> int:
+    """The exit status of a command that a signal ended: 128 and the signal's number, as a shell has it."""
+    return 128 + (signal.SIGTERM if isinstance(by, Terminated) else signal.SIGINT)
+
+
+class Interruptible(TyperGroup):
+    """Commands that say in one line that they were interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt as stop:
+            console(stderr=True).print("interrupted")
+            raise SystemExit(stopped(stop)) from None
+        except BrokenPipeError as error:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it once more at its end
+            raise BadInput(Problem(f"cannot be written: {error.strerror}", file="standard output")) from None
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # what rich is handling; rich itself would end the program without a word
+
+
+_PLAIN = {"×": "x", "≤": "<=", "≥": ">=", "–": "-", "−": "-", "…": "...", "→": "->", "±": "+/-", "·": ".", "≈": "~"}
+
+
+def forgive_encodings() -> None:
+    """From now on the output shows a replacement for what its encoding lacks, ``x`` for ``×``, instead of failing."""
+
+    def replacement(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("chairlift", replacement)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="chairlift")
 
 
 def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Console:
@@ -23,7 +90,13 @@ def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Co
     It shows no colours in a pipe, in CI and where `NO_COLOR` is set. In a pipe it is at least ``least`` columns wide.
     With ``soft_wrap`` it breaks no line itself.
     """
-    made = Console(stderr=stderr, highlight=False, soft_wrap=soft_wrap, no_color=True if os.environ.get("CI") else None)
+    made = _Console(
+        emoji=False,
+        stderr=stderr,
+        highlight=False,
+        soft_wrap=soft_wrap,
+        no_color=True if os.environ.get("CI") else None,
+    )
     if not made.is_terminal:
         made.width = max(made.width, least)
     return made
@@ -63,7 +136,7 @@ def progress(study: Study, to: Console, silent: bool) -> Iterator[Advance]:
         yield lambda _count, _label, _now: None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.completed:,}/{task.total:,} requests"),
         _Rate(),

@@ -19,6 +19,7 @@ from chairlift.sim.plan.capacity import Effort
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.scenario import load
+from chairlift.sim.scenario.schema import results_name
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Value
 from chairlift.sim.sweep.file import Based, base_of, origin_of
@@ -161,7 +162,7 @@ def read_plan(
         today = candidates.pop()
         if today.setup is None:
             raise BadInput(document.problem(("today",), f"cannot be: {today.misfit}"))
-    return BuyingPlan(spec.name or path.stem, spec, document, candidates, today, prices)
+    return BuyingPlan(results_name(spec.name, path), spec, document, candidates, today, prices)
 
 
 def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:

@@ -84,8 +84,12 @@ class Simulations:
         waiting = []
         for run in runs:
             entry = self.journal.get(run.key)
-            if entry is not None and not entry["error"]:
-                found[run.key] = Sample(*entry["sample"])
+            if entry is not None and not entry.get("error"):
+                try:
+                    found[run.key] = Sample(*entry["sample"])
+                except (KeyError, TypeError):
+                    rule = "is damaged: an entry has no sample; move the file away to start anew"
+                    raise BadInput(Problem(rule, file=str(self.journal.path))) from None
                 self.known += requests if run.key not in self._counted else 0
             else:
                 waiting.append(run)

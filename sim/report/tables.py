@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -62,7 +63,7 @@ def renderables(study: Study, outcomes: Sequence[Outcome]) -> Iterator[Renderabl
 def single(study: Study, outcome: Outcome) -> Table:
     """All metrics of the catalogue that one run has."""
     summary = outcome.summary
-    table = Table(title=study.name, title_justify="left", show_header=False, box=box.SIMPLE)
+    table = Table(title=escape(study.name), title_justify="left", show_header=False, box=box.SIMPLE)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for metric in SERVED:
@@ -93,7 +94,7 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("tokens/s", justify="right")
     for name in baselines:
-        table.add_column(f"× {name}", justify="right")
+        table.add_column(f"× {escape(name)}", justify="right")
     if published:
         table.add_column("published", justify="right")
     for label in ("output/s", "running", "KV used", "preempt."):
@@ -103,7 +104,7 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
         for outcome in members:
             s = outcome.summary
             rate = s["total_token_throughput"]
-            row = [outcome.setup.variant, f"{rate:,.0f}"]
+            row = [escape(outcome.setup.variant), f"{rate:,.0f}"]
             row += [f"{rate / base[name]:.2f}" if base.get(name) else "–" for name in baselines]
             if published:
                 value = outcome.setup.published
@@ -125,11 +126,11 @@ def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
     table.add_column("because")
     for label in ("tokens/s", "engine steps", "factor", "so far"):
         table.add_column(label, justify="right")
-    table.add_row(names[0], "", f"{rate[names[0]]:,.0f}", f"{steps[names[0]]:,}", "", "1.00×")
+    table.add_row(escape(names[0]), "", f"{rate[names[0]]:,.0f}", f"{steps[names[0]]:,}", "", "1.00×")
     for before, rung in zip(names, study.waterfall[1:], strict=False):
         name = rung.variant
         factors = (_ratio(rate[name], rate[base], 2) for base in (before, names[0]))
-        table.add_row(f"→ {name}", rung.because, f"{rate[name]:,.0f}", f"{steps[name]:,}", *factors)
+        table.add_row(f"→ {escape(name)}", escape(rung.because), f"{rate[name]:,.0f}", f"{steps[name]:,}", *factors)
     return table
 
 
@@ -150,7 +151,7 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
             row.append(f"{s['request_throughput']:,.2f}")
             if goodput:
                 row.append("" if s["request_goodput"] is None else f"{s['request_goodput']:,.2f}")
-            table.add_row(outcome.setup.variant, *row)
+            table.add_row(escape(outcome.setup.variant), *row)
     return table
 
 
@@ -169,7 +170,7 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
             row += [f"{s[key]:,}" for key in ("completed", "rejected", "timed_out", "failed", "preemptions")]
             if moved:
                 row.append(_percentiles(s, "transfer", ("median", "p99")) if "median_transfer_ms" in s else "")
-            table.add_row(outcome.setup.variant, *row)
+            table.add_row(escape(outcome.setup.variant), *row)
     return table
 
 
@@ -183,10 +184,15 @@ def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
         for outcome in members:
             ratio = outcome.summary.get("service_ratio")
             for i, served in enumerate(by_tenant(outcome.requests, request_latencies(outcome.requests))):
-                mine = (outcome.setup.variant, "–" if ratio is None else f"{ratio:.2f}") if i == 0 else ("", "")
+                mine = (escape(outcome.setup.variant), "–" if ratio is None else f"{ratio:.2f}") if i == 0 else ("", "")
                 times = (f"{_number(ms)} ms" for ms in (served.ttft_ms, served.e2el_ms))
                 table.add_row(
-                    mine[0], served.tenant, f"{served.completed:,}", *times, f"{served.service_rate:,.0f}", mine[1]
+                    mine[0],
+                    escape(served.tenant),
+                    f"{served.completed:,}",
+                    *times,
+                    f"{served.service_rate:,.0f}",
+                    mine[1],
                 )
     return table
 
@@ -201,13 +207,13 @@ def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
         for outcome in members:
             values = Latencies(outcome.requests).of("e2el")
             row = [f"{v / 1000:.1f}" for v in np.percentile(values, CDF_PERCENT)] if len(values) else []
-            table.add_row(outcome.setup.variant, *row)
+            table.add_row(escape(outcome.setup.variant), *row)
     return table
 
 
 def claims(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """What was published, what came out here, and why the two differ."""
-    found = Table(title=f"{study.name}: published and simulated", title_justify="left", box=box.SIMPLE_HEAD)
+    found = Table(title=f"{escape(study.name)}: published and simulated", title_justify="left", box=box.SIMPLE_HEAD)
     found.add_column("")
     for label in ("published", "simulated", "ratio"):
         found.add_column(label, justify="right", no_wrap=True)
@@ -268,7 +274,7 @@ def _load(outcome: Outcome) -> str:
 
 def _table(title: str) -> Table:
     """An empty comparison that fits 80 columns as far as it can."""
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _sections(table: Table, outcomes: Sequence[Outcome]) -> Iterator[list[Outcome]]:

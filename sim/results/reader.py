@@ -6,19 +6,20 @@ sizes of its replicas and the limits of their policies. `sim.results.writer` wri
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
+from chairlift.backend.checked import wrong
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results.records import EVENT_COLUMNS, Kind, Status
 
@@ -31,28 +32,80 @@ CODES = {
 }  # a number's text, by column
 
 
+_STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)  # a later version may say more
+Count = Annotated[int, Field(ge=0, le=10**12)]
+AtLeastOne = Annotated[int, Field(ge=1, le=10**15)]
+
+
+@with_config(_STRICT)
 @dataclass(frozen=True)
 class Replica:
     """One replica as ``study.json`` describes it."""
 
-    index: int
     role: str
     gpu: str
-    tensor_parallel: int
+    tensor_parallel: AtLeastOne
     policy: str
-    kv_blocks: int
-    block_size: int  # tokens
-    token_limit: int | None  # tokens a step
-    sequence_limit: int | None  # requests a step
+    kv_blocks: AtLeastOne
+    block_size: AtLeastOne  # tokens
+    token_limit: AtLeastOne | None  # tokens a step
+    sequence_limit: AtLeastOne | None  # requests a step
     batch_synchronous: bool
     asynchronous: bool
-    gpus: int | None = None  # None: tensor_parallel
+    gpus: AtLeastOne | None = None  # None: tensor_parallel
     parallel: str = ""  # the degrees of parallelism, where there are others than tensor_parallel
+    index: Count = 0  # its place among the replicas of the run
 
     @property
     def kv_tokens(self) -> int:
         """Tokens that its pool holds."""
         return self.kv_blocks * self.block_size
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class _Rows:
+    """How many rows of each table are a run's."""
+
+    requests: Count
+    steps: Count
+    events: Count
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class _Run:
+    """One run as ``study.json`` describes it."""
+
+    case: str
+    variant: str
+    note: str
+    published: float | None
+    model: str
+    rows: _Rows
+    slo: dict[str, float]
+    tenants: list[str]
+    replicas: Annotated[list[Replica], Field(min_length=1)]
+    max_model_len: AtLeastOne | None = None
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class _Study:
+    """``study.json``."""
+
+    name: str
+    question: str
+    baseline: list[str]
+    waterfall: list[dict[str, str]]
+    compares: bool
+    runs: list[_Run]
+
+
+_STUDY = TypeAdapter(_Study)
+_SUMMARY = TypeAdapter(dict[str, Any])
+_SUMMARIES = TypeAdapter(list[dict[str, Any]])
+T = TypeVar("T")
 
 
 class Tables:
@@ -106,19 +159,17 @@ class Tables:
 class RunResults:
     """One run of a folder. Its rows are read when asked for, and not kept."""
 
-    def __init__(
-        self, tables: Tables, facts: dict[str, Any], summary: dict[str, Any], rows: dict[str, tuple[int, int]]
-    ) -> None:
+    def __init__(self, tables: Tables, facts: _Run, summary: dict[str, Any], rows: dict[str, tuple[int, int]]) -> None:
         self.summary = summary
-        self.max_model_len: int | None = facts.get("max_model_len")  # None in folders of older versions
-        self.case: str = facts["case"]
-        self.variant: str = facts["variant"]
-        self.note: str = facts["note"]
-        self.published: float | None = facts["published"]
-        self.model: str = facts["model"]
-        self.slo: dict[str, float] = facts["slo"]
-        self.tenants: list[str] = facts["tenants"]
-        self.replicas = [Replica(i, **each) for i, each in enumerate(facts["replicas"])]
+        self.max_model_len = facts.max_model_len  # None in folders of older versions
+        self.case = facts.case
+        self.variant = facts.variant
+        self.note = facts.note
+        self.published = facts.published
+        self.model = facts.model
+        self.slo = facts.slo
+        self.tenants = facts.tenants
+        self.replicas = [replace(each, index=i) for i, each in enumerate(facts.replicas)]
         self._tables = tables
         self.rows = {name: count for name, (_, count) in rows.items()}
         self._rows = rows  # of each table: its first row there, and how many
@@ -204,37 +255,33 @@ class Results:
 
 def read(folder: Path) -> Results:
     """The results in ``folder``. Raises `BadInput` if there are none, or only part of them."""
-    facts = _json(folder, "study.json")
-    try:
-        return _results(folder, facts)
-    except (KeyError, TypeError):
-        raise BadInput(Problem(f"is {ANOTHER_VERSION}", file=str(folder / "study.json"))) from None
-
-
-def _results(folder: Path, facts: dict[str, Any]) -> Results:
-    runs = facts["runs"]
+    facts = _json(folder, "study.json", _STUDY)
+    if facts.compares:
+        summaries = _json(folder, "comparison.json", _SUMMARIES)
+    else:
+        summaries = [_json(folder, "summary.json", _SUMMARY)]
+    if len(summaries) != len(facts.runs):
+        rule = f"tells of {len(facts.runs)} runs, but the summaries of {len(summaries)}: run the scenario again"
+        raise BadInput(Problem(rule, file=str(folder / "study.json"), path="runs"))
     tables = Tables(folder)
-    summaries = _json(folder, "comparison.json") if facts["compares"] else [_json(folder, "summary.json")]
     places: list[dict[str, tuple[int, int]]] = []
-    for each in runs:
+    for each in facts.runs:
         past = places[-1] if places else {}
-        places.append({name: (sum(past.get(name, (0, 0))), count) for name, count in each["rows"].items()})
+        places.append({name: (sum(past.get(name, (0, 0))), count) for name, count in vars(each.rows).items()})
     return Results(
         folder=folder,
-        name=facts["name"],
-        question=facts["question"],
-        baseline=facts["baseline"],
-        waterfall=facts["waterfall"],
-        runs=[
-            RunResults(tables, *parts) for parts in zip(runs, summaries, places, strict=False)
-        ],  # one may be cut short
+        name=facts.name,
+        question=facts.question,
+        baseline=facts.baseline,
+        waterfall=facts.waterfall,
+        runs=[RunResults(tables, *parts) for parts in zip(facts.runs, summaries, places, strict=True)],
     )
 
 
-def _json(folder: Path, name: str) -> Any:
+def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
     path = folder / name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return kind.validate_json(path.read_bytes())
     except FileNotFoundError:
         if not folder.is_dir():
             rule = f"has no {name}: not a results folder, there is no such folder"
@@ -243,7 +290,12 @@ def _json(folder: Path, name: str) -> Any:
         else:
             rule = f"has no {name}: not a results folder"
         raise BadInput(Problem(rule, file=str(folder))) from None
-    except (OSError, ValueError) as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "json_invalid":
+            raise BadInput(Problem(f"cannot be read: {first['ctx']['error']}", file=str(path))) from None
+        raise BadInput(Problem(f"is damaged, or {ANOTHER_VERSION}: {wrong(error)}", file=str(path))) from None
+    except OSError as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from chairlift.sim.atomic import replacing
+from chairlift.sim.atomic import NewFolder, replacing
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.results import claims
 from chairlift.sim.results.metrics import Latencies, limits, request_latencies
@@ -33,14 +33,24 @@ from chairlift.sim.study import ReplicaGroup, Setup, Study
 CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
 
 
-class Writer:
-    """Writes the folder of a study, run by run: a finished run is on disk even if the next is interrupted.
+_TABLES = tuple(f"{name}.parquet" for name in ("requests", "steps", "events"))
+_SAID = ("summary.json", "comparison.json", "study.json", "scenario.yaml", "claims.json", "cdf.csv", "uncertainty.json")
+MADE = frozenset((*_TABLES, *_SAID, "report.html", "trace.json", "recording"))  # the rest is somebody's own
+OF_MANY = ("journal.sqlite", "plan.json")  # what a folder of a sweep or a plan has
 
-    Raises `BadInput` if the folder cannot be written.
+
+class Writer:
+    """Writes the folder of a study, run by run, and puts it in place at the end: whole, or not at all.
+
+    Leaving the ``with`` block by an exception puts the runs in place that were finished; if there are none, or if they
+    could not be written, the folder stays as it was. Until then `folder` is where to write, a hidden folder beside.
+
+    Raises `BadInput` if the folder cannot be written, if another process writes it, or if it is a sweep's or a plan's.
     """
 
     def __init__(self, folder: Path, study: Study) -> None:
-        self.folder = folder
+        self._name = folder
+        self._outcomes: list[Outcome] = []
         self._study = study
         self._compares = len(study.setups) > 1
         self._moves = any(setup.link is not None for setup in study.setups)
@@ -50,16 +60,35 @@ class Writer:
         self._facts = _study_facts(study)
         self._columns = [c for c in ("tenant", "session", "priority") if any(_of_trace(s, c) for s in study.setups)]
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
+        self._whole = True
         with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for made in ("events.parquet", "report.html"):  # of an earlier run; this one may make none
-                (folder / made).unlink(missing_ok=True)
-            (folder / "scenario.yaml").write_text(text, encoding="utf-8")
+            for name in OF_MANY:
+                if (folder / name).exists():
+                    raise OSError(f"it holds {name}, of a sweep or a plan")
+            self._new = NewFolder(folder, MADE)
+            self.folder = self._new.path
+            try:
+                (self.folder / "scenario.yaml").write_text(text, encoding="utf-8")
+            except BaseException:
+                self._new.abandon()
+                raise
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None or (self._outcomes and self._whole):
+            self.close()
+        else:
+            self._new.abandon()
 
     def add(self, outcome: Outcome) -> None:
         """Write one run's rows and bring the summaries up to date."""
-        with _writing(self.folder):
+        self._whole = False
+        with _writing(self._name):
             self._add(outcome)
+        self._outcomes.append(outcome)
+        self._whole = True
 
     def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
@@ -84,17 +113,24 @@ class Writer:
             _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
         _replace(self.folder / "study.json", json.dumps(self._facts, indent=1, allow_nan=False) + "\n")
 
-    def close(self, outcomes: Sequence[Outcome]) -> None:
-        """Finish the tables."""
-        with _writing(self.folder):
-            for table in self._tables.values():
-                table.close()
-            self._tables = {}
-            if self._study.claims:
-                found = claims.checked(self._study.claims, outcomes)
-                _replace(self.folder / "claims.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-            if self._compares and "cdf" in self._study.tables:
-                self._write_cdf(outcomes)
+    def close(self) -> None:
+        """Finish the tables and put the folder in place."""
+        with _writing(self._name):
+            try:
+                self._finish()
+                self._new.commit()
+            finally:
+                self._new.abandon()
+
+    def _finish(self) -> None:
+        for table in self._tables.values():
+            table.close()
+        self._tables = {}
+        if self._study.claims:
+            found = claims.checked(self._study.claims, self._outcomes)
+            _replace(self.folder / "claims.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+        if self._compares and "cdf" in self._study.tables:
+            self._write_cdf(self._outcomes)
 
     def _append(self, name: str, table: pa.Table) -> None:
         if name not in self._tables:

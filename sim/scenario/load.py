@@ -22,12 +22,16 @@ from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
 from chairlift.sim.scenario.resolved import named_systems, resolved
-from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant
+from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant, results_name
 from chairlift.sim.scenario.yaml_document import NAMING, Document, read
 from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
 from chairlift.sim.workload.workload import build
 
+MOST_REQUESTS = 10**8
+LEAST_MTBF_S = 1.0  # mean seconds between two failures of a replica
+LEAST_LOOK_S = 1e-3  # between two looks of an autoscaler
+_BYTES = 8 * 10  # of a request's records: ten columns of numbers of 8 bytes, `RequestRecords`
 Pick = Callable[..., tuple[Any, KeyPath]]
 
 
@@ -81,7 +85,7 @@ def load(
         raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
     same_loop(setups)
     return Study(
-        name=scenario.name or path.stem,
+        name=results_name(scenario.name, path),
         question=scenario.question or "",
         setups=setups,
         baseline=scenario.baseline,
@@ -246,6 +250,10 @@ class _Resolver(Lookup):
         return self._problems
 
     def _trace(self, scenario: Scenario) -> Trace:
+        if (count := scenario.workload.requests or 0) > MOST_REQUESTS:
+            gib = count * _BYTES / 2**30
+            rule = f"must be at most {MOST_REQUESTS:,}: their records alone would take {gib:,.0f} GiB of memory"
+            raise BadInput(self._document.problem(("workload", "requests"), rule, count))
         try:
             return build(scenario.workload, scenario.seed, self._folder)
         except BadInput as error:
@@ -454,6 +462,13 @@ class _Resolver(Lookup):
         elif roles == {"mixed"} and link is not None:
             self._problems.append(problem(link_at, "must not be given without prefill and decode replicas"))
         scale, scale_at = pick("autoscale")
+        failures, failures_at = pick("failures")
+        if failures is not None and (failures.mtbf_s or LEAST_MTBF_S) < LEAST_MTBF_S:
+            rule = f"must be at least {LEAST_MTBF_S:g}: a replica that fails sooner answers nobody"
+            self._problems.append(problem((*failures_at, "mtbf_s"), rule, failures.mtbf_s))
+        if scale is not None and scale.every_s < LEAST_LOOK_S:
+            rule = f"must be at least {LEAST_LOOK_S:g}: each look is an event of its own"
+            self._problems.append(problem((*scale_at, "every_s"), rule, scale.every_s))
         if scale is not None:
             total = sum(group.count for group in replicas) if isinstance(replicas, list) else replicas
             if roles != {"mixed"} or (isinstance(replicas, list) and len(replicas) > 1):

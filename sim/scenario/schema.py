@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from chairlift.backend.parallel import Parallel
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.study import (
     Autoscale,
     Claim,
     Failures,
+    Fleet,
+    Gpus,
     Kv,
     Limits,
     Link,
@@ -26,16 +31,44 @@ from chairlift.sim.workload.spec import Workload
 TableName = Literal["throughput", "latency", "fleet", "tenants", "cdf"]
 Choice = str | dict[str, Any]  # a name, or a mapping with `name` and settings
 
+MOST_BYTES = 200  # of a folder's name; file systems take 255, and a name for the time of writing is longer
+
+
+def _folder_name(name: str) -> str:
+    """``name``, if ``runs/<name>`` is a folder in ``runs`` on every system. Raises ValueError with the rule broken."""
+    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:", name) or name != name.strip():
+        raise ValueError("must be a folder's name, without / or \\ or control characters: results go to runs/<name>")
+    if len(name.encode("utf-8", "replace")) > MOST_BYTES:
+        raise ValueError(f"must be at most {MOST_BYTES} bytes long: results go to runs/<name>")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+def results_name(given: str | None, path: Path) -> str:
+    """The name of the results of the file ``path``: the ``given`` one, or else the file's.
+
+    Raises `BadInput` if the file's own name, which no schema has checked, would lead out of ``runs``.
+    """
+    if given is not None:
+        return given
+    try:
+        return _folder_name(path.stem)
+    except ValueError as error:
+        rule = f"{error}; say name: in the file"
+        raise BadInput(Problem(rule, file=str(path), path="name", value=path.stem)) from None
+
 
 class Group(Spec):
     """Some equal replicas of a mixed cluster; what it does not say is the scenario's."""
 
-    count: Positive = Field(1, description="How many of them.")
+    count: Fleet = Field(1, description="How many of them.")
     role: Literal["mixed", "prefill", "decode"] = Field(
         "mixed", description="All work, or prompts only with a hand-over of KV, or what comes after the first token."
     )
     gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
-    tensor_parallel: Positive | None = Field(None, description="GPUs that share one replica: parallel.tensor alone.")
+    tensor_parallel: Gpus | None = Field(None, description="GPUs that share one replica: parallel.tensor alone.")
     parallel: Parallel | None = Field(None, description="How the GPUs of one replica share the model.")
     policy: Choice | None = Field(None, description="The scheduler.")
     backend: Choice | None = Field(None, description="What a step costs.")
@@ -47,12 +80,12 @@ class System(Spec):
 
     model: Choice | None = Field(None, description="A model's name, a config.json, or a shape of its own.")
     gpu: Choice | None = Field(None, description="A GPU's name, or numbers of its own.")
-    tensor_parallel: Positive | None = Field(
+    tensor_parallel: Gpus | None = Field(
         None, description="GPUs that share one replica (default 1): parallel.tensor alone."
     )
     parallel: Parallel | None = Field(None, description="How the GPUs of one replica share the model.")
     max_model_len: Positive | None = Field(None, description="Longest sequence; default: the model's own.")
-    replicas: Positive | list[Group] | None = Field(
+    replicas: Fleet | list[Group] | None = Field(
         None, description="Replicas behind the router (default 1): how many equal ones, or groups that differ."
     )
     router: Choice | None = Field(None, description="Which replica gets a request (default round_robin).")
@@ -86,7 +119,7 @@ class Case(Spec):
 class Scenario(System):
     """A scenario file."""
 
-    name: str | None = Field(None, description="Default: the file's name.")
+    name: FolderName | None = Field(None, description="Results go to runs/<name>. Default: the file's name.")
     question: str | None = Field(None, description="What this scenario answers, and what one should see.")
     workload: Workload = Field(description="What arrives; all variants share it.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Of everything random.")

@@ -16,7 +16,7 @@ from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.scenario import load
 from chairlift.sim.scenario.loops import may_differ
 from chairlift.sim.scenario.policy_files import Trust, file_and_class
-from chairlift.sim.scenario.schema import Case
+from chairlift.sim.scenario.schema import Case, FolderName, results_name
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Grid, Scalar, Value
 from chairlift.sim.sweep.runs import Run
@@ -54,7 +54,7 @@ _VARIANT = ("name", "note", "published")
 class Based(Grid):
     """Axes over a base scenario: what sweeps and plans have in common."""
 
-    name: str | None = Field(default=None, description="Default: the file's name.")
+    name: FolderName | None = Field(default=None, description="Results go to runs/<name>. Default: the file's name.")
     question: str | None = Field(default=None, description="What this answers.")
     base: str | dict[str, Any] = Field(
         description="A scenario file (a relative path starts at this file's folder), the name of a shipped one, or "
@@ -120,7 +120,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         if hidden and all(hidden):
             rule = f"each variant that the base compares says its own {key}; leave them out with set: {{compare: []}}"
             raise BadInput(document.problem(("axes", key), rule))
-    plan = Plan(spec.name or path.stem, spec.question or "", keys, seeds, [], [], document.data)
+    plan = Plan(results_name(spec.name, path), spec.question or "", keys, seeds, [], [], document.data)
     documents: list[Document] = []  # of each point, with the first seed
     problems: list[Problem] = []
     for labels, system in _systems(

@@ -90,7 +90,12 @@ class Journal:
         """What was written down under ``key``, the key with it; None: nothing."""
         with self._told():
             found = self._rows.execute("SELECT entry FROM results WHERE key = ?", (key,)).fetchone()
-        return None if found is None else {"key": key, **json.loads(found[0])}
+        if found is None:
+            return None
+        try:
+            return {"key": key, **json.loads(found[0])}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadInput(Problem(f"{_DAMAGED} ({error}){_ANEW}", str(self.path))) from None
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
         """Write ``entry`` down in place of what was there; it stays when this returns and the process is killed."""

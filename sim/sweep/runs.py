@@ -19,8 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from pydantic import TypeAdapter, ValidationError
+
+from chairlift.backend.checked import wrong
 from chairlift.policies.base import PolicyError
-from chairlift.sim.bad_input import BadInput
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.load import prepare
@@ -51,6 +54,9 @@ class Row(NamedTuple):
     wall_s: float  # wall-clock time of the simulation
     run_s: float  # of all: reading the scenario, making the workload, simulating, summing up
     loop: str = ""  # that its engines ran, see `Setup.loop`; "" where the run failed before
+
+
+_ROW = TypeAdapter(Row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +128,13 @@ def results(
 def known(run: Run, journal: Journal) -> Row | None:
     """The row of ``run`` if the journal has it."""
     entry = journal.get(run.key)
-    return None if entry is None else Row(**entry)
+    if entry is None:
+        return None
+    try:
+        return _ROW.validate_python(entry)
+    except ValidationError as error:
+        rule = f"is damaged: {wrong(error)}; move the file away to start anew"
+        raise BadInput(Problem(rule, file=str(journal.path))) from None
 
 
 def run_one(run: Run) -> Row:

@@ -10,13 +10,24 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
+from chairlift.backend.checked import wrong
 from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run, made_by
 
 TIMES = ("wall_s", "run_s")  # the only columns that differ between two sweeps of the same file
+
+
+class _About(TypedDict):
+    sweep: str
+    axes: list[str]
+
+
+_ABOUT = TypeAdapter(_About)
 _META = b"chairlift"
 _LAST = ("loop", "key", "version", *TIMES)
 
@@ -77,8 +88,13 @@ def read(path: Path) -> Results:
     about_it = (table.schema.metadata or {}).get(_META)
     if about_it is None:
         raise BadInput(Problem("holds no results of chairlift sweep", file=str(file)))
-    about = json.loads(about_it)
+    try:
+        about = _ABOUT.validate_json(about_it)
+    except ValidationError as error:
+        raise BadInput(Problem(f"is damaged: {wrong(error)}", file=str(file))) from None
     axes = about["axes"]
+    if absent := [name for name in (*axes, "seed", "error", *_LAST) if name not in table.column_names]:
+        raise BadInput(Problem(f"is damaged: it lacks the column {absent[0]}", file=str(file)))
     metrics = [name for name in table.column_names if name not in (*axes, "seed", "error", *_LAST)]
     return Results(str(file), about["sweep"], axes, metrics, table.to_pylist())
 

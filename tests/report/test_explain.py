@@ -31,7 +31,7 @@ def told(tmp_path: Path) -> Any:
         writer = Writer(tmp_path / "out", study)
         outcome = simulate(setup, journal=journal)
         writer.add(outcome)
-        writer.close([outcome])
+        writer.close()
         life = explain(results.read(tmp_path / "out").runs[0], [request])[0]
         return [(moment.time_ps, moment.words) for moment in life.moments]
 
