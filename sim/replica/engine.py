@@ -221,10 +221,13 @@ class Engine(Planner):
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
-        for _ in range(PATIENCE):
+        idle = 0  # asks that changed nothing, not even who waits
+        while idle < PATIENCE:
             plan = self.ask(now, self._latest if self._latest.ps == now else _SILENCE)
-            if plan is not None or not (self.state.rejected or self.state.preempted or self._again):
+            changed = bool(self.state.rejected or self.state.preempted)
+            if plan is not None or not (changed or self._again):
                 return plan
+            idle += not changed
         self._fail(f"nothing runs at {now} ps, however often it is asked")
 
     def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
