@@ -406,7 +406,7 @@ class Scheduler(ABC):
         0: nothing runs in this turn, but ask again at once.
         """
 
-    def allowed(self, request: Request, max_model_len: int, pool_tokens: int) -> int:
+    def allowed(self, request: Request, max_model_len: int, blocks: int, block_size: int) -> int:
         """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
         return request.max_tokens
 

@@ -184,7 +184,7 @@ class Replay:
             "retracted": policy.retracted,
             "preempted": policy.gone,
             "room": self._room(),
-            "ratio": round(policy.ratio, 6),
+            "ratio": round(policy._running.ratio, 6),
             "full": policy._full,
             "waiting": [r.id for r in engine.state.waiting],
         }

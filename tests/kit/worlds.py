@@ -128,7 +128,8 @@ def most(world: World, i: int) -> int:
     engine, trace = world.engines[world.requests.replica[i]], world.requests.trace
     prompt = int(trace.prompt_tokens[i])
     cap = engine.max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
-    return engine.scheduler.allowed(Live(i, 0, prompt, cap), engine.max_model_len, engine.pool.total * engine.pool.block_size)
+    pool = engine.pool
+    return engine.scheduler.allowed(Live(i, 0, prompt, cap), engine.max_model_len, pool.total, pool.block_size)
 
 
 def check_books(world: World) -> None:
