@@ -30,7 +30,7 @@ There is no prefill phase and no decode phase: a plan is a number of tokens per 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Mapping, Reversible, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Reversible, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -194,6 +194,17 @@ class Request(ABC):
         """Whether its latest token is all that it lacks: a decode, or what a preempted request has left to compute."""
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """What a policy is to serve with, as far as it is known before anything runs."""
+
+    gpu: str  # its name
+    gpu_bytes: int  # memory of one GPU
+    max_model_len: int  # tokens, prompt and output, that a request may have
+    model_len: int | None = None  # those that the model can hold by itself; None: unknown
+    pool_tokens: int | None = None  # those that the KV pool must hold of one request at least; None: not to be checked
+
+
 class PolicyError(Exception):
     """A policy asked for what cannot be; the message names the policy, the number and the limit."""
 
@@ -282,8 +293,11 @@ class Step(ABC):
         """Put the waiting requests, all of them, into another order for good."""
 
     @abstractmethod
-    def fits(self, request: Request, tokens: int) -> bool:
-        """Whether the first ``tokens`` tokens of a waiting request have room now, its cached ones counted."""
+    def fits(self, request: Request, tokens: int, spare: int = 0) -> bool:
+        """Whether the first ``tokens`` tokens of a waiting request have room now, its cached ones counted.
+
+        ``spare``: blocks that must be free beyond those.
+        """
 
     @abstractmethod
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:
@@ -341,6 +355,7 @@ class Scheduler(ABC):
     One object serves one replica; state between calls is its own (``field(init=False)``).
     """
 
+    not_modelled: ClassVar[dict[str, str]] = {}  # settings of the engine that are refused → what they would ask for
     oracle: bool = False  # it may read `Request.output_tokens`; reports carry the word
     overlaps_swaps: ClassVar[bool] = False  # swapped KV moves beside the steps, not between them
     batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
@@ -370,6 +385,11 @@ class Scheduler(ABC):
     def radix(self) -> RadixCache | None:
         """The radix tree that keeps the prefixes, if `prefix_caching` is by one; None: block by block."""
         return None
+
+    @property
+    def uncached_first(self) -> bool:
+        """With prefix caching: whether freed blocks whose content is not kept are the first to be reused."""
+        return False
 
     @property
     def predictor(self) -> Predictor | None:
@@ -417,9 +437,35 @@ class Scheduler(ABC):
         """The order in which requests that got a token from one step give back or keep what they hold."""
         return requests
 
-    def misfit(self, max_model_len: int) -> str | None:
-        """What is wrong with these settings for a model that takes ``max_model_len`` tokens; None if nothing."""
-        return None
+    @classmethod
+    def refused(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Of the settings ``given``, those that are known and not taken, and why."""
+        return {key: f"not modelled: {cls.not_modelled[key]}" for key in given if key in cls.not_modelled}
+
+    @classmethod
+    def sized(cls, given: Mapping[str, Any], deployment: Deployment) -> dict[str, Any]:
+        """The settings ``given``, and those that follow from the deployment. Raises ValueError, one sentence."""
+        return dict(given)
+
+    def misfits(self, deployment: Deployment) -> Iterable[tuple[str, str]]:
+        """What is wrong with these settings there: the setting (or ``max_model_len``), and the rule that it breaks."""
+        return ()
+
+    def assumptions(self) -> dict[str, str]:
+        """What results rest on with this policy: a word or two → one line. Reports print it."""
+        return {}
+
+    @property
+    def limits_arrivals(self) -> bool:
+        """Whether `turns_away` is to be asked."""
+        return False
+
+    def turns_away(self, unfinished: int, prompt_tokens: int) -> bool:
+        """Whether a request that arrives now is refused for good, as by HTTP 503.
+
+        ``unfinished``: requests here, waiting or running. ``prompt_tokens``: of those without a first token.
+        """
+        return False
 
     def heeds_arrival(self, step: Step) -> bool:
         """Whether an arrival now could change the plan under way. True is always right, False is faster.

@@ -12,13 +12,14 @@ Not modelled, and refused as settings: what `Sglang.not_modelled` lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from chairlift.policies.base import (
     FOREVER,
+    Deployment,
     NotNegative,
     NotNegativeFloat,
     PolicyError,
@@ -30,6 +31,8 @@ from chairlift.policies.base import (
     Step,
 )
 
+GIB = 1 << 30
+CHUNKS = ((35, 2048), (60, 4096), (160, 8192), (float("inf"), 16384))  # GPU memory below so many GiB, its default
 MOST_REQUESTS = 4096  # that run at once, if the pool has room for them
 CLIP = 4096  # tokens of answer that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
 FIRST_RATIO, LEAST_SHARE, DECAY_STEPS = 0.7, 0.14, 600  # of the guess: at first, its floor as a share of that, steps
@@ -104,7 +107,7 @@ class Sglang(Scheduler):
     schedule_policy: Order = "fcfs"
     schedule_conservativeness: NotNegativeFloat = 1.0
     page_size: Positive = 1
-    chunked_prefill_size: int | None = None  # tokens of prompts a step; -1: whole prompts; None: 8192
+    chunked_prefill_size: int | None = None  # tokens of prompts a step; -1: whole; None: by the GPU
     max_prefill_tokens: Positive = 16384  # tokens of prompts a step, beyond the first where prompts are whole
     max_running_requests: Positive | None = None  # None: by the pool, as SGLang does
     prefill_max_requests: Positive | None = None  # requests a step that extends
@@ -154,6 +157,38 @@ class Sglang(Scheduler):
         self._stamps = self.enable_priority_scheduling or self._order == "hrrn"
         self._slots = self.max_running_requests or 0
         self.block_tokens = self.page_size  # type: ignore[misc]  # of the object; the class fixes none
+
+    # what a scenario asks
+
+    @classmethod
+    def refused(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """What is not modelled, and what the version lacks."""
+        found = super().refused(given)
+        if given.get("version") == VERSIONS[0] and given.get("prefill_decode_interval"):
+            found["prefill_decode_interval"] = f"is not there in SGLang {VERSIONS[0]}"
+        return found
+
+    @classmethod
+    def sized(cls, given: Mapping[str, Any], deployment: Deployment) -> dict[str, Any]:
+        """Chunks as SGLang's server sets them by the memory of the GPU (`ServerArgs`)."""
+        gib = deployment.gpu_bytes / GIB
+        chunk = next(size for room, size in CHUNKS if gib < room)
+        return {"chunked_prefill_size": chunk, **given}
+
+    def misfits(self, deployment: Deployment) -> Iterator[tuple[str, str]]:
+        """SGLang's own checks, by which it does not start (`ServerArgs.check_server_args`)."""
+        if self._chunk is not None and self._chunk % self.page_size:
+            yield "chunked_prefill_size", f"must be a multiple of page_size, {self.page_size} (got {self._chunk})"
+        if self.enable_priority_scheduling and self.schedule_policy not in ("fcfs", "lof"):
+            yield "schedule_policy", f"must be fcfs or lof with priority scheduling (got {self.schedule_policy})"
+        if self.schedule_policy == "hrrn" and "hrrn" not in self._rules:
+            yield "schedule_policy", f"hrrn is not there in SGLang {self.version}"
+
+    def assumptions(self) -> dict[str, str]:
+        """The version, and the limits that its server sizes by the GPU."""
+        chunks = "whole prompts" if self._chunk is None else f"{self._chunk} tokens of prompts"
+        overlap = "without" if self.disable_overlap_schedule else "with"
+        return {"scheduler": f"SGLang {self.version}, {chunks} a step, pages of {self.page_size}, {overlap} overlap"}
 
     # what the replica asks
 

@@ -6,10 +6,11 @@ vLLM 0.6. Not modelled: sequence groups of more than one sequence, LoRA, chunked
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from chairlift.policies.base import Positive, Preemption, Request, Scheduler, Step
+from chairlift.policies.base import Deployment, Positive, Preemption, Request, Scheduler, Step
 from chairlift.policies.sarathi import Share
 
 
@@ -46,14 +47,11 @@ class VllmV0(Scheduler):
         """As `max_num_seqs` says."""
         return self.max_num_seqs
 
-    def misfit(self, max_model_len: int) -> str | None:
+    def misfits(self, deployment: Deployment) -> Iterator[tuple[str, str]]:
         """Prompts are computed whole, and a preempted request's tokens too."""
-        if self.max_num_batched_tokens is None or self.max_num_batched_tokens >= max_model_len:
-            return None
-        return (
-            f"max_num_batched_tokens must be at least the model's {max_model_len} tokens"
-            f" (got {self.max_num_batched_tokens})"
-        )
+        tokens, longest = self.max_num_batched_tokens, deployment.max_model_len
+        if tokens is not None and tokens < longest:
+            yield "max_num_batched_tokens", f"must be at least the model's {longest} tokens (got {tokens})"
 
     def schedule(self, step: Step) -> int:
         """New prompts alone, unless swapped requests wait; else decodes, then swapped ones if nobody was preempted."""

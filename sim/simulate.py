@@ -49,8 +49,9 @@ def _assumptions(setup: Setup, engine: Engine, swaps: int) -> dict[str, str]:
     lines = {"workload": "; ".join((setup.trace.source, *setup.trace.notes))}
     lines.update(engine.backend.assumptions())
     for group in setup.groups:
-        what = "KV pool" if len(setup.groups) == 1 else f"KV pool, {group.count} × {group.gpu.name} {group.role}"
-        lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+        whose = "" if len(setup.groups) == 1 else f", {group.count} × {group.gpu.name} {group.role}"
+        lines.update({f"{what}{whose}": line for what, line in group.make_scheduler().assumptions().items()})
+        lines[f"KV pool{whose}"] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)
     if swaps:

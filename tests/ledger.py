@@ -1,171 +1,86 @@
-"""Replay step ledgers of the real vLLM scheduler through ours: ``python tests/ledger.py FILE [FILE …]``.
+"""Replay step ledgers of real schedulers through ours: ``python tests/ledger.py [--engine vllm-0.33.0] FILE [FILE …]``.
 
-FILE is JSON lines, plain or gzip, one case a line: settings, requests and vLLM's own ledger. Prints the first
-difference of each failing case (step, request, theirs, ours), then ``N of M cases identical``; exit status 1 unless
-all are, 2 if a file cannot be read.
+FILE is JSON lines, plain or gzip, one case a line: settings, requests and the engine's own ledger. Which engine and
+version it was, the case itself says (``"sglang": "0.5.23"``), or else the file's name (``vllm-0.33.0.jsonl.gz``), or
+else ``--engine``, which overrides both. Prints the first difference of each failing case (step, request, theirs,
+ours), then ``N of M cases identical``; exit status 1 unless all are, 2 if a file cannot be read.
+
+An engine is a row of `ENGINES`; the file in ``kit/`` that it names makes our rows of a case.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from kit import sglang_ledger
-from chairlift.backend.base import Backend, Batch, StepCost
-from chairlift.policies.vllm import Vllm
-from chairlift.sim.replica.counting_pool import CountingPool
-from chairlift.sim.replica.engine import Engine
-from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
-from chairlift.sim.replica.request import Live, at
-from chairlift.sim.replica.step_plan import Plan
-from chairlift.sim.results.records import RequestRecords
-from chairlift.sim.workload.trace import Trace
-
-COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "finished")
-PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
+from kit import sglang_ledger, vllm_replay
 
 
-class Tick(Backend):
-    """Every step takes one unit of time."""
+class Engine(NamedTuple):
+    """How ledgers of an engine are replayed."""
 
-    def step(self, batch: Batch) -> StepCost:
-        return StepCost(1)
-
-
-class Replay:
-    """Our scheduler, driven as the ledger's driver drove vLLM's: one call of schedule() a step."""
-
-    def __init__(self, case: dict[str, Any]) -> None:
-        self.pending = sorted(case["requests"], key=lambda q: (q["arrival_step"], q["id"]))
-        n = max(q["id"] for q in case["requests"]) + 1
-        columns: dict[str, Any] = {name: np.zeros(n, np.int64) for name in ("prefix_group", "prefix_tokens")}
-        columns |= {name: np.ones(n, np.int64) for name in ("prompt_tokens", "output_tokens")}
-        for q in case["requests"]:
-            for name in columns:
-                columns[name][q["id"]] = q[name]
-        trace = Trace(arrival_ps=np.zeros(n, np.int64), **columns)
-        policy = Vllm(
-            max_num_batched_tokens=case["max_num_batched_tokens"],
-            max_num_seqs=case["max_num_seqs"],
-            block_size=case["block_size"],
-            num_gpu_blocks=case["num_blocks"],
-            long_prefill_token_threshold=case["long_prefill_token_threshold"],
-            scheduling_policy=case["policy"],
-            scheduler_reserve_full_isl=case["reserve_full_isl"],
-            enable_prefix_caching=case["prefix_caching"],
-            async_scheduling=case["async_scheduling"],
-        )
-        pool = CountingPool(case["num_blocks"] - 1, case["block_size"])
-        if policy.prefix_caching:
-            identity = Identity(trace, case["block_size"])
-            pool = PrefixPool(case["num_blocks"] - 1, case["block_size"], identity, policy.asynchronous)
-        outputs = trace.output_tokens.tolist()
-        self.engine = Engine(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
-        self.lag = int(policy.asynchronous)
-        self.left = len(self.pending)
-        self.flight: list[Plan | None] = []
-        self.just_finished = False
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The ledger of our scheduler."""
-        step = 0
-        while self.left:
-            self._arrive(step)
-            row: dict[str, Any] = {"step": step}
-            if self._has_requests():
-                row |= self._schedule(step)
-            row["finished"] = []
-            while len(self.flight) > self.lag or (self.flight and not self._has_requests()):
-                row["finished"] += self._update(step)
-            if "scheduled" in row or row["finished"]:
-                yield row
-            elif not self.pending and not self.flight and self.left:
-                raise RuntimeError(f"stuck at step {step}: {self.left} left")
-            step += 1
-            if not self._has_requests() and not self.flight and self.pending:
-                step = max(step, self.pending[0]["arrival_step"])
-
-    def _arrive(self, step: int) -> None:
-        while self.pending and self.pending[0]["arrival_step"] <= step:
-            q = self.pending.pop(0)
-            request = Live(q["id"], step, q["prompt_tokens"], q["output_tokens"], priority=q["priority"])
-            if not self.engine.submit(request, step):
-                raise RuntimeError(f"request {q['id']} can never fit")
-
-    def _has_requests(self) -> bool:
-        state = self.engine.state
-        return bool(state.waiting or state.admitted or self.just_finished)
-
-    def _schedule(self, step: int) -> dict[str, Any]:
-        state = self.engine.state
-        self.just_finished = False
-        before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
-        here = set(state.admitted)
-        plan = self.engine.ask(step, at(step))
-        chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
-        tokens = {
-            r.id: chunks.get(r.id, 1)
-            for r in state.admitted.values()
-            if r.id in chunks or (plan and plan.decoding and r.group is not None)
-        }
-        after = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
-        arrived = [r for r in state.admitted.values() if r.id not in here]
-        row = {
-            "scheduled": [[i, n] for i, n in tokens.items()],
-            "preempted": sorted(i for i in after if after[i] > before[i]),
-            "new": [[r.id, r.stored] for r in arrived if not r.preemptions],
-            "resumed": [[r.id, r.stored] for r in arrived if r.preemptions],
-            "free_blocks": self.engine.pool.free,
-        }
-        if plan is not None:
-            plan.when.ps = step + 1
-            self.engine.commit(plan, 1)
-        self.flight.append(plan)
-        return row
-
-    def _update(self, step: int) -> list[int]:
-        plan = self.flight.pop(0)
-        if plan is None:
-            return []
-        finished = sorted(r.id for r in self.engine.complete(plan, step))
-        self.left -= len(finished)
-        self.just_finished |= bool(finished)
-        return finished
+    columns: tuple[str, ...]  # that are compared, in order
+    pairs: Mapping[str, str]  # of those, the ones with pairs of a request and a number → what the number counts
+    rows: Callable[[dict[str, Any], str], Iterator[dict[str, Any]]]  # our rows of a case, for a version
 
 
-def difference(case: dict[str, Any]) -> str | None:
-    """The first difference between the engine's ledger and ours, in words; None if there is none."""
-    if "sglang" in case:
-        return sglang_ledger.difference(case)
+ENGINES = {
+    "sglang": Engine(sglang_ledger.COLUMNS, sglang_ledger.PAIRS, sglang_ledger.rows),
+    "vllm": Engine(vllm_replay.COLUMNS, vllm_replay.PAIRS, vllm_replay.rows),
+}
+NAMED = re.compile(rf"({'|'.join(ENGINES)})-(\d+(?:\.\d+)+)")
+
+
+def engine_of(case: dict[str, Any], path: Path, said: str = "") -> tuple[str, str]:
+    """The engine and the version whose ledger a case has. Raises ValueError where nothing says it."""
+    if not said:
+        for engine in ENGINES:
+            if engine in case:
+                return engine, str(case[engine])
+    found = NAMED.match(said or path.name)
+    if found is None:
+        told = f"{said} is none of {', '.join(ENGINES)}, dash, version" if said else "name it with --engine"
+        raise ValueError(f"whose ledger is this? {told}")
+    return found[1], found[2]
+
+
+def difference(case: dict[str, Any], engine: str, version: str) -> str | None:
+    """The first difference between the engine's ledger and ours, in words; None if there is none.
+
+    Raises ValueError or KeyError for settings that ours cannot have, such as a version that it does not know.
+    """
+    columns, pairs, rows = ENGINES[engine]
+    replayed = rows(case, version)
     theirs = case["ledger"]
     step = -1
     try:
-        for i, ours in enumerate(Replay(case).rows()):
+        for i, ours in enumerate(replayed):
             step = ours["step"]
             if i >= len(theirs):
                 return f"step {step}: theirs has ended, ours goes on: {ours}"
             if theirs[i]["step"] != step:
                 return f"step: theirs {theirs[i]['step']}, ours {step}"
-            for column in COLUMNS:
-                if theirs[i].get(column) != ours.get(column):
-                    return f"step {step}: {_compare(column, theirs[i].get(column), ours.get(column))}"
+            for column in columns:
+                a, b = theirs[i].get(column), ours.get(column)
+                if a != b:
+                    return f"step {step}: {_compare(column, pairs.get(column), a, b)}"
     except Exception as error:
         return f"after step {step}: {type(error).__name__}: {error}"
     return None if i + 1 == len(theirs) else f"ours ends after step {step}, theirs at step {theirs[-1]['step']}"
 
 
-def _compare(column: str, theirs: Any, ours: Any) -> str:
-    if column in PAIRS and isinstance(theirs, list) and isinstance(ours, list):
+def _compare(column: str, unit: str | None, theirs: Any, ours: Any) -> str:
+    if unit is not None and isinstance(theirs, list) and isinstance(ours, list):
         for a, b in zip([*theirs, None], [*ours, None], strict=False):
             if a != b:
                 request = (a or b)[0]
-                said = [f"request {x[0]} {x[1]} {PAIRS[column]}" if x else "nothing" for x in (a, b)]
+                said = [f"request {x[0]} {x[1]} {unit}" if x else "nothing" for x in (a, b)]
                 return f"request {request}: {column}: theirs {said[0]}, ours {said[1]}"
     return f"{column}: theirs {theirs}, ours {ours}"
 
@@ -180,20 +95,21 @@ def cases(path: Path) -> Iterator[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     """Replay all cases of the files named; the exit status."""
-    if not arguments:
-        sys.stderr.write(__doc__ or "")
-        return 2
+    parser = argparse.ArgumentParser(prog="ledger.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines, plain or gzip")
+    parser.add_argument("--engine", default="", help="whose ledger it is, such as vllm-0.33.0")
+    options = parser.parse_args(arguments)
     total = same = 0
-    for name in arguments:
+    for path in options.files:
         try:
-            for case in cases(Path(name)):
+            for case in cases(path):
                 total += 1
-                found = difference(case)
+                found = difference(case, *engine_of(case, path, options.engine))
                 same += found is None
                 if found is not None:
                     sys.stdout.write(f"case {case.get('seed', total)}: {found}\n")
         except (OSError, ValueError, KeyError, EOFError) as error:
-            sys.stderr.write(f"error: {name}: {type(error).__name__}: {error}\n")
+            sys.stderr.write(f"error: {path}: {type(error).__name__}: {error}\n")
             return 2
     sys.stdout.write(f"{same} of {total} cases identical\n")
     return 0 if same == total else 1

@@ -22,6 +22,7 @@ from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
+from chairlift.policies.vllm_versions import nearest
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps, per_output_token
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.simulate import simulate
@@ -126,7 +127,7 @@ def _rates(duration: float, requests: int, tokens: int) -> dict[str, float]:
 
 
 def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> Setup:
-    """The run that replays ``experiment``: one replica, under vLLM's policy with the recorded limits."""
+    """The run that replays ``experiment``: one replica, under vLLM's policy of the recorded version and limits."""
     limits = experiment.limits
     try:
         model = specs.model(recording.model)
@@ -134,6 +135,8 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
     known = {f.name for f in fields(Vllm) if f.init}
     settings = {key: value for key, value in limits.items() if key in known}
+    if "vllm" in recording.engine:
+        settings["version"] = nearest(recording.engine["vllm"])
     group = ReplicaGroup(
         count=1,
         role="mixed",

@@ -26,7 +26,7 @@ from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.executing import Executing
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.replica.journal import JournalEngine, JournalExecuting
-from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.prefix_pool import Identity, PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords
@@ -184,4 +184,5 @@ def make_pool(
         return StandInPool(blocks, block_size)
     if block_size not in identities:
         identities[block_size] = Identity(trace, block_size)
-    return PrefixPool(blocks, block_size, identities[block_size], scheduler.asynchronous, forgets=executes)
+    kind = TablePool if executes else PrefixPool
+    return kind(blocks, block_size, identities[block_size], scheduler.asynchronous, scheduler.uncached_first)

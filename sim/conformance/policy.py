@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from chairlift.policies.base import Scheduler
+from chairlift.policies.base import Deployment, Scheduler
 from chairlift.sim.conformance.cases import MODEL_LEN, POLICY_CASES, Case, Row
 from chairlift.sim.conformance.private_names import private_reads
 from chairlift.sim.conformance.promises import PUBLIC, RAISES, SETTINGS, Broken, Checklist, Promise, Stopped, shrunk
@@ -60,8 +60,9 @@ def check_policy(
             raise
         found.broke(unmakable(error, settings))
         return found
-    if misfit := sample.misfit(MODEL_LEN):
-        raise ValueError(misfit)
+    deployment = Deployment("any GPU", 80 * 2**30, MODEL_LEN, MODEL_LEN)
+    for setting, rule in sample.misfits(deployment):
+        raise ValueError(f"{setting} {rule}")
     if sample.oracle:
         found.leave(BLIND, "it says that it is an oracle")
     elif sample.predictor is not None:
@@ -69,7 +70,7 @@ def check_policy(
     found.keep(SETTINGS)
     for more in [{}, *(_variants(kind, settings) if variants else ())]:
         try:
-            if kind(**settings, **more).misfit(MODEL_LEN):
+            if any(kind(**settings, **more).misfits(deployment)):
                 continue
         except ValueError:  # these do not go together, and the policy says so
             continue

@@ -203,7 +203,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
             lines["rate"] = "sessions that start each second, not requests"
         for group in setup.groups:
             backend = group.make_backend(setup.model)
-            lines |= backend.assumptions()
+            lines |= backend.assumptions() | group.make_scheduler().assumptions()
             what = f"KV pool, {group.count} × {group.role}" if len(setup.groups) > 1 else "KV pool"
             lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
             price = price_of(plan.prices, group.gpu.name)

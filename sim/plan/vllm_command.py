@@ -7,11 +7,22 @@ import shlex
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.study import ReplicaGroup, Setup
 
-UTILIZATION = 0.9  # vLLM's own default
+UTILIZATION = 0.9  # as scenarios have it where they say nothing
+OPTIONAL = (  # settings whose flags are left out where they are vLLM's defaults
+    "scheduling_policy",
+    "long_prefill_token_threshold",
+    "long_prefill_token_threshold_adaptive",
+    "watermark",
+    "max_num_scheduled_tokens",
+    "max_num_active_seqs",
+    "prefill_schedule_interval",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+)
 
 
 def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
-    """A line ``vllm serve …`` for each group of replicas, with flags of vLLM 0.23.
+    """A line ``vllm serve … # vLLM 0.33`` for each group of replicas, with flags of the version that was simulated.
 
     A line that begins with # says what the command does not: how often to run it, what to add by hand. ``utilization``:
     share of the GPU's memory that vLLM may take, as the size of the KV pool was worked out.
@@ -26,17 +37,18 @@ def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
         if not issubclass(group.scheduler, Vllm):
             found.append(f"# policy {group.scheduler.__name__}: none of vLLM's")
             continue
-        found.append(shlex.join(_serve(setup, group, utilization)))
+        policy = group.make_scheduler()
+        assert isinstance(policy, Vllm)
+        found.append(f"{shlex.join(_serve(setup, group, policy, utilization))}  # vLLM {policy.version}")
     return found
 
 
-def _serve(setup: Setup, group: ReplicaGroup, utilization: float) -> list[str]:
-    """The words of one command."""
-    policy = group.make_scheduler()
-    assert isinstance(policy, Vllm)
+def _serve(setup: Setup, group: ReplicaGroup, policy: Vllm, utilization: float) -> list[str]:
+    """The words of one command. A length that no request can have in this pool is cut to the pool: vLLM insists."""
+    longest = min(setup.max_model_len, group.blocks * group.block_size)
     repository, found, _ = setup.model.source.partition(" config.json")
     line = ["vllm", "serve", repository if found and "/" in repository else setup.model.name]
-    line += ["--tensor-parallel-size", str(group.tensor_parallel), "--max-model-len", str(setup.max_model_len)]
+    line += ["--tensor-parallel-size", str(group.tensor_parallel), "--max-model-len", str(longest)]
     line += ["--max-num-batched-tokens", str(policy.max_num_batched_tokens), "--max-num-seqs", str(policy.max_num_seqs)]
     line += ["--gpu-memory-utilization", f"{utilization:g}", "--block-size", str(group.block_size)]
     if policy.num_gpu_blocks is not None:
@@ -47,8 +59,11 @@ def _serve(setup: Setup, group: ReplicaGroup, utilization: float) -> list[str]:
         (policy.async_scheduling, "async-scheduling"),
     ):
         line.append(f"--{'' if on else 'no-'}{flag}")
-    if policy.long_prefill_token_threshold:
-        line += ["--long-prefill-token-threshold", str(policy.long_prefill_token_threshold)]
-    if policy.scheduling_policy != "fcfs":
-        line += ["--scheduling-policy", policy.scheduling_policy]
+    if not policy.scheduler_reserve_full_isl:
+        line.append("--no-scheduler-reserve-full-isl")
+    for name in OPTIONAL:
+        if (value := getattr(policy, name)) != getattr(Vllm, name):
+            line.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                line.append(f"{value:g}" if isinstance(value, float) else str(value))
     return line

@@ -36,8 +36,8 @@ class CountingPool:
     counts: a request holds what it was given, or what its tokens need if that is more.
     """
 
-    tracks = False  # whether it keeps prefixes, and so wants to know what is computed
-    by_phase = False  # whether the decode group must know its members by phase
+    tracks = False  # whether it must be told who computes what
+    follows = False  # whether it must be told which members of the decode group start a block
     publishes = False  # whether decoding can make blocks that others find
     keeps = False  # whether it wants to know which prompts a step has computed: `landed`
 

@@ -45,10 +45,10 @@ class JournalStep(ReplicaStep):
         self._denied = 0
         self._needy = -1
 
-    def fits(self, request: Live, tokens: int) -> bool:  # noqa: D102 - documented in the contract, as all below
-        fits = super().fits(request, tokens)
+    def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102 - documented in the contract, as all below
+        fits = super().fits(request, tokens, spare)
         if not fits:
-            self._deny(request, tokens)
+            self._deny(request, tokens, spare)
         return fits
 
     def admit(self, request: Live, tokens: int, reserve: int | None = None, *more: Any, **named: Any) -> bool:  # noqa: D102
@@ -94,11 +94,12 @@ class JournalStep(ReplicaStep):
         super().preempt(request, *more, **named)
         self.write(self.now, self.row(), Kind.PREEMPT, request.id, self._needy, lost)
 
-    def _deny(self, request: Live, tokens: int) -> None:
+    def _deny(self, request: Live, tokens: int, spare: int = 0) -> None:
         self._denied += 1
         if self._denied <= DENIALS:
             free = self.pool.free
-            self.write(self.now, self.row(), Kind.DENY, request.id, free, self.pool.need(request, tokens) - free)
+            lack = self.pool.need(request, tokens) + spare - free
+            self.write(self.now, self.row(), Kind.DENY, request.id, free, lack)
 
 
 class JournalEngine(Engine):

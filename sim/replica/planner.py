@@ -24,8 +24,8 @@ class Planner:
 
     __slots__ = (  # beyond thirty attributes a dict is slow
         *("_again", "_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_ends", "_finish", "_holds", "_intake"),
-        *("_overshoots", "_promised", "_requests", "_room", "backend", "handover", "index", "leap", "max_model_len"),
-        *("pool", "scheduler", "state"),
+        *("_left", "_overshoots", "_promised", "_requests", "_room", "backend", "handover", "index", "leap"),
+        *("max_model_len", "pool", "scheduler", "state"),
     )
     step_type: ClassVar[type[ReplicaStep]] = ReplicaStep
 
@@ -63,11 +63,12 @@ class Planner:
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
         self._cost = backend.step
         self._arrival, self._arrival_token = backend.arrival, backend.arrival_token
+        self._left: list[tuple[int, Live]] = []  # who left at the latest such time, where the policy limits arrivals
         self._intake = 0  # ps of host time to take in those that have come
         self.handover: Callable[[Live], bool] | None = None  # takes a request over that has all its tokens from here
 
     def submit(self, request: Live, now: int) -> bool:
-        """Take a request in; False if it can never fit (it has then ended, rejected).
+        """Take a request in; False if it can never fit, or the policy turns it away (it has then ended, rejected).
 
         The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
         """
@@ -77,7 +78,7 @@ class Planner:
             request.max_tokens = allowed
             self._ends.shorten(request.id, allowed)
         final = request.prompt_tokens + self._ends.outputs[request.id]
-        if allowed < 1 or final > self.max_model_len or final - 1 > self._room:
+        if allowed < 1 or final > self.max_model_len or final - 1 > self._room or self._turned_away(now):
             self.end_request(request, now, Status.REJECTED)
             return False
         if request.phase is AWAY:
@@ -85,6 +86,25 @@ class Planner:
         self.state.waiting.append(request)
         self._intake += self._arrival + self._arrival_token * request.prompt_tokens
         return True
+
+    def _turned_away(self, now: int) -> bool:
+        """Whether the policy refuses who arrives now.
+
+        At the boundary of two steps the policy sees what was before: whether the boundary is settled first depends on
+        how the steps are grouped. So does whether a first token that has landed is written down already.
+        """
+        if not self.scheduler.limits_arrivals:
+            return False
+        state, first_token = self.state, self._requests.first_token
+        here = [*state.admitted.values(), *state.waiting, *(request for at, request in self._left if at == now)]
+        prompts = 0
+        for request in here:
+            first = first_token[request.id]
+            if first < 0 and request.emitted:
+                first = request.last.ps
+            if not 0 <= first < now:
+                prompts += request.prompt_tokens
+        return self.scheduler.turns_away(len(here), prompts)
 
     def ask(self, now: int, start: When) -> Plan | None:
         """What the policy wants of the steps that start at ``start``; None if nothing.
@@ -301,6 +321,9 @@ class Planner:
             if self.state.releases:  # it was cancelled while its batch was under way, and kept its slot until now
                 self.backend.release(request.id)
             return
+        if self.scheduler.limits_arrivals and status is not Status.REJECTED:
+            self._left = [(at, other) for at, other in self._left if at == now]
+            self._left.append((now, request))
         if self.handover is not None and status is Status.FINISHED and self.handover(request):
             return
         records.end(request, now, status, request.last.ps)

@@ -1,6 +1,7 @@
 """The KV pool that knows each block: a hash chain over full blocks, reference counts, and LRU reuse, as in vLLM V1.
 
-Source: vLLM 0.23.0, `vllm/v1/core/block_pool.py` and `kv_cache_manager.py`; `tests/ledger.py` holds it to that.
+Source: vLLM 0.23.0 to 0.33.0, `vllm/v1/core/block_pool.py` and `kv_cache_manager.py`; `tests/ledger.py` holds it to
+that.
 The null block is not here: of vLLM's ``num_gpu_blocks`` one is never usable.
 
 A trace has no token ids. What two blocks need to be equal, they and all before them, is told from what a trace does
@@ -11,7 +12,8 @@ and its answer. Every other block is its request's own, found again only by itse
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +53,7 @@ class Identity:
         if self._stream is not None:
             shareable = np.where(np.array(self._stream) >= 0, 1 << INDEX_BITS, shareable)
         self.shareable: list[int] = shareable.tolist()
+        self._common: dict[tuple[int, int], list[int]] = {}  # group or stream, which of them → its keys, from block 0
 
     @property
     def answers_too(self) -> bool:
@@ -126,59 +129,85 @@ class Identity:
             return (self._stream[request] << INDEX_BITS | block) << 2 | SESSION
         return (self._group[request] << INDEX_BITS | block) << 2 | GROUP
 
+    def keys(self, request: int, begin: int, end: int) -> Sequence[int]:
+        """`key` of a request's blocks ``begin`` to ``end - 1``; those of a group or session are worked out once."""
+        if self._hashed[request] or end > self.shareable[request]:
+            return [self.key(request, block) for block in range(begin, end)]
+        kind, number = GROUP, self._group[request]
+        if self._stream is not None and self._stream[request] >= 0:
+            kind, number = SESSION, self._stream[request]
+        common = self._common.setdefault((kind, number), [])
+        if end > len(common):
+            common.extend((number << INDEX_BITS | block) << 2 | kind for block in range(len(common), end))
+        return common[begin:end]
+
 
 class PrefixPool(CountingPool):
-    """``total`` blocks, each with its content's key, its users, and its place in the queue of free blocks.
+    """``total`` blocks: those that somebody could find one by one, with content, users and place in the queue.
 
-    Only blocks that somebody could find are looked after one by one: those that another request can share, and those
-    of a preempted request, for itself. All others pass from the queue to a request and back, whole tables at a time.
+    Those are the blocks that another request can share, and those of a preempted request, for itself. They come first
+    in a request's blocks. All others are only counted: a run of them in the queue of free blocks is one entry.
 
     ``late``: asynchronous scheduling knows the token of a step one step later, so a block that decoding fills can be
     found from the next step on.
 
+    ``uncached_first``: of what a request gives back, the blocks without a hash are reused before all others (vLLM since
+    0.24), and a cached block is lost only once no other is free. Else all queue up, a sequence's tail before its head.
+    A block has its hash once it is full and its tokens are known, whether or not another request could find it. In
+    three steps, with blocks of 4 tokens: A has computed 10 tokens, so its first two blocks have a hash and its third
+    has none; A ends; the third is the next to be reused, and the second and the first, in that order, are the last.
+
     Blocks can be found once the step that fills them is planned. If that plan is taken back (a request is preempted in
-    the very step) vLLM 0.23.0 leaves them in its cache all the same, though nothing was computed: `allocate_slots`
-    caches, `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before. With
-    ``forgets`` they are forgotten instead, and whoever was to find them in that plan (`leaning`) is preempted with it:
-    where steps really run, wrong tokens would come of it.
+    the very step) vLLM leaves them in its cache all the same, though nothing was computed: `allocate_slots` caches,
+    `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before.
     """
 
-    tracks = by_phase = True
+    tracks = True
 
     __slots__ = (
-        "_cached",
-        "_done",
-        "_forgets",
-        "_found",
-        "_identity",
-        "_keys",
-        "_late",
-        "_public",
-        "_queue",
-        "_stale",
-        "_tables",
-        "_users",
+        *(
+            "_cached",
+            "_copies",
+            "_done",
+            "_found",
+            "_front",
+            "_heads",
+            "_identity",
+            "_keys",
+            "_late",
+            "_queue",
+            "_stale",
+        ),
+        *("_uncached_first", "_unused", "_users"),
     )
 
     def __init__(
-        self, total: int, block_size: int, identity: Identity, late: bool = False, forgets: bool = False
+        self, total: int, block_size: int, identity: Identity, late: bool = False, uncached_first: bool = False
     ) -> None:
         super().__init__(total, block_size)
         self._identity = identity
         self._late = late
-        self._forgets = forgets
-        self._queue = deque(range(total))  # free blocks, the next to be reused first; and stale entries
-        self._stale: dict[int, int] = {}  # block → its first so many entries in the queue count no more
+        self._uncached_first = uncached_first
+        # Free blocks in the order of their reuse: `_front` of those that are only counted, then the queue's entries. An
+        # entry is a findable block, or the number of such as are only counted, negative.
+        self._front = total
+        self._queue: deque[int] = deque()
+        self._stale: dict[int, int] = {}  # findable block → its first so many entries in the queue count no more
+        self._unused = list(range(total))  # names that no findable block has
         self._keys: dict[int, int] = {}  # findable block → its content's key
-        self._users: dict[int, int] = {}  # findable block → requests that hold it
-        self._cached: dict[int, int | dict[int, None]] = {}  # key → the block, or blocks in order of caching
-        self._tables: dict[int, list[int]] = {}  # request → its blocks
-        self._done: dict[int, int] = {}  # request → full blocks at the head of its table, as far as it was told
-        self._public: dict[int, int] = {}  # request → findable blocks at the head of its table
+        self._users = [0] * total  # of each findable block: requests that hold it
+        self._cached: dict[int, int] = {}  # key → the block with that content, of several the first that was cached
+        self._copies: dict[int, dict[int, None]] = {}  # key → the others, in order of caching
+        self._heads: dict[int, list[int]] = {}  # request → its findable blocks
+        self._done: dict[int, int] = {}  # request → its full blocks, as far as the pool was told
         self._found: tuple[int, list[int], int] | None = None  # the latest look-up: request, blocks, how many are free
 
     @property
     def publishes(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`
+        return self._identity.answers_too
+
+    @property
+    def follows(self) -> bool:  # type: ignore[override]  # noqa: D102
         return self._identity.answers_too
 
     def hit(self, request: Live) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
@@ -189,51 +218,57 @@ class PrefixPool(CountingPool):
         return -(-tokens // self.block_size) - len(blocks) + free
 
     def open(self, request: Live, tokens: int) -> None:  # noqa: D102
-        table = self._look_up(request)[1]
-        users, stale = self._users, self._stale
-        for block in table:
-            if users[block] == 0:
-                stale[block] = stale.get(block, 0) + 1
-                self.free -= 1
-            users[block] += 1
         number = request.id
-        self._tables[number] = table
-        self._done[number] = self._public[number] = len(table)
-        self._take(table, -(-tokens // self.block_size) - len(table))
+        _, head, free = self._look_up(request)
+        self._found = None  # its list is the request's from here on
+        users, stale = self._users, self._stale
+        if free:
+            for block in head:
+                if not users[block]:
+                    stale[block] = stale.get(block, 0) + 1
+            self.free -= free
+        for block in head:
+            users[block] += 1
+        self._heads[number] = head
+        self._done[number] = len(head)
+        self._given[number] = blocks = -(-tokens // self.block_size)
+        self._take(blocks - len(head))
 
     def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
-        table = self._tables[request.id]
-        more = -(-tokens // self.block_size) - len(table)
-        if more > self.free:
-            return False
+        blocks = -(-tokens // self.block_size)
+        more = blocks - self._given[request.id]
         if more > 0:
-            self._take(table, more)
+            if more > self.free:
+                return False
+            self._take(more)
+            self._given[request.id] = blocks
         return True
 
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
-        computed = request.computed
         if need:
-            self._take(self._tables[request.id], 1)
+            self._take(need)
         if self._identity.answers_too:
-            self.computed(request, computed if self._late else computed + 1)
+            self.computed(request, request.computed if self._late else request.computed + 1)
 
     def decode_all(self, group: Decodes, steps: range) -> None:  # noqa: D102
-        members = group.members
-        assert members is not None
+        if group.members is None:
+            if group.growing:
+                first = group.blocks_needed(steps.start) if steps.start else 0
+                self._take(group.blocks_needed(steps.stop) - first)
+            return
         size = self.block_size
-        late = self._late
-        tables = self._tables
-        publish = self._identity.answers_too
         for step in range(group.steps + steps.start, group.steps + steps.stop):
-            starting = members[-step % size]  # their next token opens a block
+            starting = group.members[-step % size]  # their next token opens a block
             if starting:
-                order = sorted(starting.values(), key=admission) if len(starting) > 1 else starting.values()
-                for request in order:
-                    self._take(tables[request.id], 1)
-                    if late and publish:
-                        self.computed(request, request.offset + step)
-            if publish and not late:
-                filling = members[(-step - 1) % size]  # their next token fills one
+                self._take(len(starting))
+                self._started(starting)
+            if not self._identity.answers_too:
+                continue
+            if self._late:
+                for request in sorted(starting.values(), key=admission):
+                    self.computed(request, request.offset + step)
+            else:
+                filling = group.members[(-step - 1) % size]  # their next token fills one
                 for request in filling.values():
                     self.computed(request, request.offset + step + 1)
 
@@ -246,77 +281,58 @@ class PrefixPool(CountingPool):
             if shareable:
                 self._publish(number, min(full, shareable))
 
-    def leaning(self, request: Live, admitted: dict[int, Live]) -> Iterator[Live]:  # noqa: D102
-        number = request.id
-        begin, end = request.computed // self.block_size, self._public[number]
-        if self._forgets and begin < end:
-            tables = self._tables
-            for block in tables[number][begin:end]:
-                while self._users[block] > 1:
-                    yield next(r for r in reversed(admitted.values()) if block in tables[r.id])
-
     def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
         number = request.id
-        full = self._done[number]
-        if decoding:
-            full = max(full, (request.computed + planned - self._late) // self.block_size)
-        if self._forgets:
-            full = min(full, request.computed // self.block_size)
-            self._take_back(request, full)
+        self._done[number] = full = self._hashed(request, decoding, planned)
         self._publish(number, full)
 
-    def table(self, request: int) -> list[int]:  # noqa: D102
-        return self._tables[request]
+    def _hashed(self, request: Live, decoding: bool, planned: bool) -> int:
+        """Blocks of a request about to be preempted that have a hash."""
+        full = self._done[request.id]
+        if decoding:
+            full = max(full, (request.computed + planned - self._late) // self.block_size)
+        return full
 
     def close(self, request: Live, tokens: int) -> None:  # noqa: D102
         number = request.id
-        table = self._tables.pop(number)
-        public = self._public.pop(number)
-        del self._done[number]
-        queue = self._queue  # a sequence's tail is reused before its head
-        if public == 0:
-            queue.extend(reversed(table))
-            self.free += len(table)
-        else:
-            users = self._users
-            queue.extend(reversed(table[public:]))
-            self.free += len(table) - public
-            for block in reversed(table[:public]):
-                users[block] -= 1
-                if users[block] == 0:
+        head = self._heads.pop(number)
+        done = self._done.pop(number)
+        own = max(self._given.pop(number), -(-tokens // self.block_size)) - len(head)
+        self.free += own
+        if self._uncached_first:
+            hashed = max(done, (tokens - self._late) // self.block_size) - len(head)
+            self._front += own - hashed
+            own = hashed
+        if own:
+            self._queue.append(-own)
+        if head:
+            users, queue = self._users, self._queue
+            self._found = None
+            head.reverse()  # a sequence's tail is reused before its head
+            for block in head:
+                others = users[block] - 1
+                users[block] = others
+                if not others:
                     queue.append(block)
                     self.free += 1
-        self._found = None
 
     def _publish(self, number: int, upto: int) -> None:
         """Let the first ``upto`` blocks of a request be found from here on."""
-        public = self._public[number]
+        head = self._heads[number]
+        public = len(head)
         if upto <= public:
             return
-        table, keys, users, cached = self._tables[number], self._keys, self._users, self._cached
-        key_of = self._identity.key
-        for index in range(public, upto):
-            block, key = table[index], key_of(number, index)
+        keys, users, cached = self._keys, self._users, self._cached
+        for index, key in enumerate(self._identity.keys(number, public, upto), public):
+            block = self._name(number, index)
+            head.append(block)
             keys[block] = key
             users[block] = 1
-            others = cached.get(key)
-            if others is None:
-                cached[key] = block
-            elif isinstance(others, dict):
-                others[block] = None
+            if key in cached:
+                self._copies.setdefault(key, {})[block] = None
             else:
-                cached[key] = {others: None, block: None}
-        self._public[number] = upto
+                cached[key] = block
         self._found = None
-
-    def _take_back(self, request: Live, full: int) -> None:
-        """Let only the first ``full`` blocks of a request be found; the others will not be filled."""
-        number = request.id
-        for block in self._tables[number][full : self._public[number]]:
-            assert self._users[block] == 1
-            self._forget(block)
-            self._found = None
-        self._public[number] = min(self._public[number], full)
 
     def _look_up(self, request: Live) -> tuple[int, list[int], int]:
         """The blocks that hold a waiting request's leading tokens; the last known token is computed in any case."""
@@ -329,49 +345,138 @@ class PrefixPool(CountingPool):
         full = (request.prompt_tokens + request.produced - 1) // self.block_size
         if not request.preemptions:
             full = min(full, self._identity.shareable[number])
-        cached, key_of, users = self._cached, self._identity.key, self._users
-        for index in range(full):
-            block = cached.get(key_of(number, index))
-            if block is None:
-                break
-            if isinstance(block, dict):
-                block = next(iter(block))
-            blocks.append(block)
-            if users[block] == 0:
-                free += 1
+        cached = self._cached
+        if full and self._identity.key(number, 0) in cached:
+            found_or_none = [*map(cached.get, self._identity.keys(number, 0, full))]
+            end = found_or_none.index(None) if None in found_or_none else full
+            blocks = found_or_none[:end]  # type: ignore[assignment]  # None is not among them
+            users = self._users
+            free = [users[block] for block in blocks].count(0)
         self._found = found = (number, blocks, free)
         return found
 
-    def _take(self, table: list[int], count: int) -> None:
-        """Move ``count`` blocks from the head of the queue to ``table``; what they held is forgotten."""
+    def _take(self, count: int) -> None:
+        """Take ``count`` blocks from the head of the queue; what they held is forgotten."""
         self.free -= count
-        self._found = None
-        pop = self._queue.popleft
-        if not self._users:
-            table.extend([pop() for _ in range(count)])
-            return
-        stale, users = self._stale, self._users
-        while count:
-            block = pop()
-            if block in users:
-                if block in stale:
-                    stale[block] -= 1
-                    if not stale[block]:
-                        del stale[block]
-                    continue
-                self._forget(block)
-            table.append(block)
-            count -= 1
+        front = self._front
+        while count > front:
+            entry = self._queue.popleft()
+            if entry < 0:
+                front -= entry
+            elif entry in self._stale:
+                self._stale[entry] -= 1
+                if not self._stale[entry]:
+                    del self._stale[entry]
+            else:
+                self._forget(entry)
+                self._drop(entry)
+                front += 1
+        self._front = front - count
 
     def _forget(self, block: int) -> None:
-        del self._users[block]
+        """Nobody can find ``block`` from here on."""
+        self._found = None
         key = self._keys.pop(block)
-        others = self._cached[key]
-        if isinstance(others, dict):
-            del others[block]
-            if others:
-                return
-        del self._cached[key]
+        copies = self._copies.get(key)
+        if copies is None:
+            del self._cached[key]
+            return
+        if block in copies:
+            del copies[block]
+        else:
+            self._cached[key] = next(iter(copies))
+            del copies[self._cached[key]]
+        if not copies:
+            del self._copies[key]
+
+    # where blocks have numbers of their own, these know them
+
+    def _name(self, number: int, index: int) -> int:
+        """A name for block ``index`` of a request, which can be found from here on."""
+        return self._unused.pop()
+
+    def _drop(self, block: int) -> None:
+        """A free block can be found no more."""
+        self._unused.append(block)
+
+    def _started(self, starting: dict[int, Live]) -> None:
+        """Each of these members of the decode group has taken a block."""
+
+
+class TablePool(PrefixPool):
+    """Where steps really run: the pool that knows which block is whose.
+
+    The order in which blocks are reused is `PrefixPool`'s; which of the blocks that nobody can find a request gets is
+    all the same. In three steps, of 4 blocks: A takes two, 3 and 2, and B takes 1; A's first, 3, can be found; A ends,
+    so 2 is spare, beside 0, and 3 is findable until the queue reaches it.
+
+    Blocks of a plan that was taken back are forgotten, and whoever was to find them in that plan (`leaning`) is
+    preempted with it: wrong tokens would come of them.
+    """
+
+    follows = True
+
+    __slots__ = ("_spare", "_tables")
+
+    def __init__(self, *settings: Any, **more: Any) -> None:
+        super().__init__(*settings, **more)
+        self._spare = list(range(self.total))  # blocks that are free and cannot be found
+        self._tables: dict[int, list[int]] = {}  # request → its blocks
+
+    def open(self, request: Live, tokens: int) -> None:  # noqa: D102 - documented in `CountingPool`, as all below
+        super().open(request, tokens)
+        self._tables[request.id] = [*self._heads[request.id]]
+        self._cover(request.id)
+
+    def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
+        fits = super().extend(request, tokens)
+        self._cover(request.id)
+        return fits
+
+    def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
+        super().decode_one(request, need)
+        if need:
+            self._tables[request.id].append(self._spare.pop())
+
+    def leaning(self, request: Live, admitted: dict[int, Live]) -> Iterator[Live]:  # noqa: D102
+        heads = self._heads
+        for block in heads[request.id][request.computed // self.block_size :]:
+            while self._users[block] > 1:
+                yield next(r for r in reversed(admitted.values()) if block in heads[r.id])
+
+    def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
+        number = request.id
+        full = min(self._hashed(request, decoding, planned), request.computed // self.block_size)
+        head = self._heads[number]
+        for block in head[full:]:
+            assert self._users[block] == 1
+            self._forget(block)
+        del head[full:]
+        self._done[number] = full
+        self._publish(number, full)
+
+    def table(self, request: int) -> list[int]:  # noqa: D102
+        return self._tables[request]
+
+    def close(self, request: Live, tokens: int) -> None:  # noqa: D102
+        self._spare += self._tables.pop(request.id)[len(self._heads[request.id]) :]
+        super().close(request, tokens)
+
+    def _cover(self, number: int) -> None:
+        """Bring a request's table up to the blocks that it was given."""
+        table = self._tables[number]
+        while len(table) < self._given[number]:
+            table.append(self._spare.pop())
+
+    def _name(self, number: int, index: int) -> int:
+        return self._tables[number][index]
+
+    def _drop(self, block: int) -> None:
+        self._spare.append(block)
+
+    def _started(self, starting: dict[int, Live]) -> None:
+        for number in starting:
+            self._tables[number].append(self._spare.pop())
 
 
 def _repeats(column: np.ndarray[tuple[int], np.dtype[np.signedinteger]]) -> bool:

@@ -121,7 +121,7 @@ class RadixPool(CountingPool):
         self._pushes = 0
 
     @property
-    def by_phase(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`, as all below
+    def follows(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`, as all below
         return self._tables is not None
 
     def hit(self, request: Live) -> int:  # noqa: D102

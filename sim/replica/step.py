@@ -48,7 +48,7 @@ class ReplicaStep(Step):
         self.releases = type(backend).release is not Backend.release  # it wants to know who loses their KV
         self.pool = pool
         self.host = host or HostMemory()
-        self.group = Decodes(pool.block_size, pool.by_phase)
+        self.group = Decodes(pool.block_size, pool.follows)
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self.waiting: deque[Live] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self.now = 0
@@ -163,8 +163,8 @@ class ReplicaStep(Step):
             self._fail(f"reorder of {len(requests)} requests, where {len(self.waiting)} wait")
         self.waiting = deque(requests)
 
-    def fits(self, request: Live, tokens: int) -> bool:  # noqa: D102
-        return self.pool.need(request, tokens) <= self.pool.free
+    def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
+        return self.pool.need(request, tokens) + spare <= self.pool.free
 
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
         group = self.group

@@ -10,9 +10,11 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from chairlift.policies.base import Deployment
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.messages import Path as KeyPath
@@ -320,7 +322,10 @@ class _Resolver(Lookup):
         if len(self._problems) > before or not (model and gpu and policy and backend):
             return None
         scheduler, settings = policy
-        sample = self._try(policy_at, lambda: scheduler(**settings))
+        given = {key: settings[key] for key in choice if key in settings} if isinstance(choice, dict) else {}
+        deployment = Deployment(gpu.name, gpu.memory_bytes, longest, model.max_model_len)
+        settings = settings | (self._try(policy_at, lambda: scheduler.sized(given, deployment)) or {})
+        sample = self._try(policy_at, lambda: scheduler(**settings)) if len(self._problems) == before else None
         fit = None
         if sample is not None and self._try(tp_at, lambda: model.kv_bytes_per_token_on(tensor_parallel)):
             fit_at = gpu_at if kv is None else kv_at
@@ -329,8 +334,14 @@ class _Resolver(Lookup):
             self._check_executes(group, at, pick)
         elif fit is not None:
             self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, tensor_parallel))
-        if sample is not None and (misfit := sample.misfit(longest)):
-            self._problems.append(self._document.problem(policy_at, misfit))
+        if sample is not None:
+            asked, asked_at = pick("max_model_len")
+            if asked is not None and fit is not None:
+                deployment = replace(deployment, pool_tokens=fit[0] * fit[1])
+            for key, rule in sample.misfits(deployment):
+                problem = self._document.problem(asked_at if key == "max_model_len" else (*policy_at, key), rule)
+                if problem not in self._problems:  # another group may have it too
+                    self._problems.append(problem)
         if len(self._problems) > before or fit is None:
             return None
         return ReplicaGroup(

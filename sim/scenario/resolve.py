@@ -81,10 +81,10 @@ class Lookup:
         return None if settings is None else (found, settings)
 
     def _refused(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any]:
-        """``given`` without the settings that ``kind`` says it does not model; each of those is noted as a mistake."""
-        refused: dict[str, str] = getattr(kind, "not_modelled", {})
-        for key in sorted(given.keys() & refused.keys()):
-            self._problems.append(self._document.problem((*at, key), f"not modelled: {refused[key]}", given[key]))
+        """``given`` without the settings that ``kind`` says it does not take; each of those is noted as a mistake."""
+        refused: dict[str, str] = kind.refused(given) if issubclass(kind, Scheduler) else {}
+        for key, why in sorted(refused.items()):
+            self._problems.append(self._document.problem((*at, key), why, given[key]))
         return {key: value for key, value in given.items() if key not in refused}
 
     def _settings(self, kind: type[Any], given: dict[str, Any], at: KeyPath) -> dict[str, Any] | None:

@@ -46,6 +46,21 @@ POLICIES: dict[str, Callable[[int], Scheduler]] = {
     "vllm-eager": lambda n: Vllm(
         async_scheduling=False, enable_prefix_caching=False, max_num_batched_tokens=48, scheduler_reserve_full_isl=False
     ),
+    "vllm-turns-away": lambda n: Vllm(
+        max_num_batched_tokens=64, max_num_seqs=n, max_num_queued_reqs=3 * n, max_num_queued_tokens=90
+    ),
+    "vllm-cadence": lambda n: Vllm(
+        enable_prefix_caching=False, max_num_batched_tokens=20, prefill_schedule_interval=n, async_scheduling=n > 3
+    ),
+    "vllm-fair-share": lambda n: Vllm(
+        enable_prefix_caching=False,
+        max_num_batched_tokens=30,
+        long_prefill_token_threshold=n,
+        long_prefill_token_threshold_adaptive=True,
+        max_num_active_seqs=2 * n,
+        scheduler_reserve_full_isl=False,
+        watermark=0.05 * n,
+    ),
     "vllm-async": lambda n: Vllm(enable_prefix_caching=False, max_num_batched_tokens=64, max_num_seqs=n),
     "vllm-async-tight": lambda n: Vllm(
         enable_prefix_caching=False, max_num_batched_tokens=7, max_num_seqs=n * 4, long_prefill_token_threshold=5

@@ -849,8 +849,13 @@ SMALL: dict[str, list[dict[str, Any]]] = {  # settings that bind on the small wo
     ],
     "Vllm": [
         {"max_num_batched_tokens": 16, "max_num_seqs": 4},
-        {"max_num_batched_tokens": 9, "long_prefill_token_threshold": 5},
-        {"max_num_batched_tokens": 16, "scheduler_reserve_full_isl": False, "scheduling_policy": "priority"},
+        {"max_num_batched_tokens": 9, "max_num_seqs": 8, "long_prefill_token_threshold": 5},
+        {
+            "max_num_batched_tokens": 16,
+            "max_num_seqs": 8,
+            "scheduler_reserve_full_isl": False,
+            "scheduling_policy": "priority",
+        },
     ],
 }
 

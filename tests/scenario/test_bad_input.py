@@ -169,7 +169,7 @@ KEYS = {
     "settings that do not fit the model": (
         "{name: vllm}",
         "{name: vllm, enable_chunked_prefill: false, max_num_batched_tokens: 1000}",
-        "s.yaml:5: policy: without chunked prefill max_num_batched_tokens must be at least the model's 2048 tokens"
+        "s.yaml:5: policy.max_num_batched_tokens: must be at least the model's 2048 tokens without chunked prefill"
         " (got 1000)",
     ),
     "blocks and tokens": (
@@ -308,7 +308,8 @@ def test_a_mistake_that_every_case_shares_is_shown_once() -> None:
 
 def test_a_prompt_that_can_never_fit_is_rejected_and_counted() -> None:
     Path("t.csv").write_text(HEADER + "0,100,10\n1,4100,10\n2,100,10\n")
-    result = run(replaced("2048", "9000", UP_TO_WORKLOAD) + "workload: {file: t.csv}\n")
+    text = replaced("{name: vllm}", "sarathi", replaced("2048", "9000", UP_TO_WORKLOAD))  # vLLM would not start
+    result = run(text + "workload: {file: t.csv}\n")
 
     assert (result.status, result.err) == (0, "")
     assert (summary()["completed"], summary()["rejected"]) == (2, 1)

@@ -38,6 +38,7 @@ class Pinned(Scheduler):
 def pool(folder: Path, policy: str, kv: str = "{tokens: 4000}") -> tuple[int, int]:
     """Blocks, and tokens a block."""
     text = replaced("policy: {name: vllm}", f"policy: {policy}")
+    text = replaced("max_model_len: 2048\n", "", text)  # a pool that holds less would be refused
     (folder / "s.yaml").write_text(replaced("kv: {tokens: 4000}", f"kv: {kv}", text))
     [group] = load(folder / "s.yaml", trust=True).setups[0].groups
     return group.blocks, group.block_size

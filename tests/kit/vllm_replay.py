@@ -1,0 +1,138 @@
+"""A ledger's case of vLLM through our scheduler: settings and requests in, rows like vLLM's out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from chairlift.backend.base import Backend, Batch, StepCost
+from chairlift.policies.vllm import Vllm
+from chairlift.sim.cluster.build import make_pool
+from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.request import Live, at
+from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.results.records import RequestRecords
+from chairlift.sim.workload.trace import Trace
+
+COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "finished")
+PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
+LATER = (  # settings since 0.23, which only later ledgers have
+    "watermark",
+    "max_num_active_seqs",
+    "long_prefill_token_threshold_adaptive",
+    "prefill_schedule_interval",
+)
+
+
+def rows(case: dict[str, Any], version: str) -> Iterator[dict[str, Any]]:
+    """The ledger of our scheduler, as vLLM's of that version."""
+    return Replay(case, version).rows()
+
+
+class Tick(Backend):
+    """Every step takes one unit of time."""
+
+    def step(self, batch: Batch) -> StepCost:
+        return StepCost(1)
+
+
+class Replay:
+    """Our scheduler, driven as the ledger's driver drove vLLM's: one call of schedule() a step."""
+
+    def __init__(self, case: dict[str, Any], version: str) -> None:
+        self.pending = sorted(case["requests"], key=lambda q: (q["arrival_step"], q["id"]))
+        n = max(q["id"] for q in case["requests"]) + 1
+        columns: dict[str, Any] = {name: np.zeros(n, np.int64) for name in ("prefix_group", "prefix_tokens")}
+        columns |= {name: np.ones(n, np.int64) for name in ("prompt_tokens", "output_tokens")}
+        for q in case["requests"]:
+            for name in columns:
+                columns[name][q["id"]] = q[name]
+        trace = Trace(arrival_ps=np.zeros(n, np.int64), **columns)
+        policy = Vllm(
+            version=version,
+            max_num_batched_tokens=case["max_num_batched_tokens"],
+            max_num_seqs=case["max_num_seqs"],
+            block_size=case["block_size"],
+            num_gpu_blocks=case["num_blocks"],
+            long_prefill_token_threshold=case["long_prefill_token_threshold"],
+            scheduling_policy=case["policy"],
+            scheduler_reserve_full_isl=case["reserve_full_isl"],
+            enable_prefix_caching=case["prefix_caching"],
+            async_scheduling=case["async_scheduling"],
+            **{name: case[name] for name in LATER if name in case},
+        )
+        pool = make_pool(policy, trace, case["num_blocks"] - 1, case["block_size"], {})
+        outputs = trace.output_tokens.tolist()
+        self.engine = Engine(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
+        self.lag = int(policy.asynchronous)
+        self.left = len(self.pending)
+        self.flight: list[Plan | None] = []
+        self.just_finished = False
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The ledger of our scheduler."""
+        step = 0
+        while self.left:
+            self._arrive(step)
+            row: dict[str, Any] = {"step": step}
+            if self._has_requests():
+                row |= self._schedule(step)
+            row["finished"] = []
+            while len(self.flight) > self.lag or (self.flight and not self._has_requests()):
+                row["finished"] += self._update(step)
+            if "scheduled" in row or row["finished"]:
+                yield row
+            elif not self.pending and not self.flight and self.left:
+                raise RuntimeError(f"stuck at step {step}: {self.left} left")
+            step += 1
+            if not self._has_requests() and not self.flight and self.pending:
+                step = max(step, self.pending[0]["arrival_step"])
+
+    def _arrive(self, step: int) -> None:
+        while self.pending and self.pending[0]["arrival_step"] <= step:
+            q = self.pending.pop(0)
+            request = Live(q["id"], step, q["prompt_tokens"], q["output_tokens"], priority=q["priority"])
+            if not self.engine.submit(request, step):
+                raise RuntimeError(f"request {q['id']} can never fit")
+
+    def _has_requests(self) -> bool:
+        state = self.engine.state
+        return bool(state.waiting or state.admitted or self.just_finished)
+
+    def _schedule(self, step: int) -> dict[str, Any]:
+        state = self.engine.state
+        self.just_finished = False
+        before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
+        here = set(state.admitted)
+        plan = self.engine.ask(step, at(step))
+        chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
+        tokens = {
+            r.id: chunks.get(r.id, 1)
+            for r in state.admitted.values()
+            if r.id in chunks or (plan and plan.decoding and r.group is not None)
+        }
+        after = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
+        arrived = [r for r in state.admitted.values() if r.id not in here]
+        row = {
+            "scheduled": [[i, n] for i, n in tokens.items()],
+            "preempted": sorted(i for i in after if after[i] > before[i]),
+            "new": [[r.id, r.stored] for r in arrived if not r.preemptions],
+            "resumed": [[r.id, r.stored] for r in arrived if r.preemptions],
+            "free_blocks": self.engine.pool.free,
+        }
+        if plan is not None:
+            plan.when.ps = step + 1
+            self.engine.commit(plan, 1)
+        self.flight.append(plan)
+        return row
+
+    def _update(self, step: int) -> list[int]:
+        plan = self.flight.pop(0)
+        if plan is None:
+            return []
+        finished = sorted(r.id for r in self.engine.complete(plan, step))
+        self.left -= len(finished)
+        self.just_finished |= bool(finished)
+        return finished
