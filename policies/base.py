@@ -426,6 +426,17 @@ class Scheduler(ABC):
         0: nothing runs in this turn, but ask again at once.
         """
 
+    def allowed(self, request: Request, max_model_len: int, blocks: int, block_size: int) -> int:
+        """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
+        return request.max_tokens
+
+    def ended(self, request: Request) -> None:  # noqa: B027 - most policies have nothing to do
+        """An admitted request has left for good: it has its answer, or its client has given up."""
+
+    def landing(self, requests: list[Request]) -> list[Request]:
+        """The order in which requests that got a token from one step give back or keep what they hold."""
+        return requests
+
     @classmethod
     def refused(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """Of the settings ``given``, those that are known and not taken, and why."""
@@ -455,17 +466,6 @@ class Scheduler(ABC):
         ``unfinished``: requests here, waiting or running. ``prompt_tokens``: of those without a first token.
         """
         return False
-
-    def allowed(self, request: Request, max_model_len: int, pool_tokens: int) -> int:
-        """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
-        return request.max_tokens
-
-    def ended(self, request: Request) -> None:  # noqa: B027 - most policies have nothing to do
-        """An admitted request has left for good: it has its answer, or its client has given up."""
-
-    def landing(self, requests: list[Request]) -> list[Request]:
-        """The order in which requests that got a token from one step give back or keep what they hold."""
-        return requests
 
     def heeds_arrival(self, step: Step) -> bool:
         """Whether an arrival now could change the plan under way. True is always right, False is faster.

@@ -12,13 +12,14 @@ Not modelled, and refused as settings: what `Sglang.not_modelled` lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from chairlift.policies.base import (
     FOREVER,
+    Deployment,
     NotNegative,
     NotNegativeFloat,
     PolicyError,
@@ -30,6 +31,9 @@ from chairlift.policies.base import (
     Step,
 )
 
+GIB = 1 << 30
+CHUNKS = ((35, 2048), (60, 4096), (160, 8192), (float("inf"), 16384))  # GPU memory below so many GiB, its default
+MOST_REQUESTS = 4096  # that run at once, if the pool has room for them
 CLIP = 4096  # tokens of answer that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
 FIRST_RATIO, LEAST_SHARE, DECAY_STEPS = 0.7, 0.14, 600  # of the guess: at first, its floor as a share of that, steps
 SPARE_INPUT = 5  # tokens that a prompt must leave of what a request may have
@@ -103,7 +107,7 @@ class Sglang(Scheduler):
     schedule_policy: Order = "fcfs"
     schedule_conservativeness: NotNegativeFloat = 1.0
     page_size: Positive = 1
-    chunked_prefill_size: int | None = None  # tokens of prompts a step; -1: whole prompts; None: 8192
+    chunked_prefill_size: int | None = None  # tokens of prompts a step; -1: whole; None: by the GPU
     max_prefill_tokens: Positive = 16384  # tokens of prompts a step, beyond the first where prompts are whole
     max_running_requests: Positive | None = None  # None: by the pool, as SGLang does
     prefill_max_requests: Positive | None = None  # requests a step that extends
@@ -120,9 +124,6 @@ class Sglang(Scheduler):
     requeues_last: ClassVar[bool] = True
     drops_flight: ClassVar[bool] = True
 
-    _running: dict[int, Request] = field(default_factory=dict, init=False, repr=False)  # the running batch, in order
-    _by_ratio: _Answers = field(default_factory=lambda: _Answers(), init=False, repr=False)  # of the running batch
-    _whole: _Answers = field(default_factory=lambda: _Answers(), init=False, repr=False)  # those that count whole
     _joining: list[Request] | None = field(default=None, init=False, repr=False)  # of the last step, if it extended
     _joining_tokens: int = field(default=0, init=False, repr=False)  # tokens of that step
     _cut: Request | None = field(default=None, init=False, repr=False)
@@ -130,10 +131,7 @@ class Sglang(Scheduler):
     _full: bool = field(default=False, init=False, repr=False)  # nobody more fits until somebody leaves
     _idle: bool = field(default=False, init=False, repr=False)  # the last turn had nothing to do
     _defer: int = field(default=0, init=False, repr=False)  # turns without prompts to come
-    _done: dict[int, Request] = field(default_factory=dict, init=False, repr=False)  # ended since the last turn
     _batches: tuple[list[Request], list[Request]] = field(default=([], []), init=False, repr=False)  # last, and before
-    _flying: set[int] | None = field(default_factory=set, init=False, repr=False)  # with a token in flight; None: all
-    _steps: int = field(default=0, init=False, repr=False)  # decode steps that the ratio has seen
     _sorts: int = field(default=0, init=False, repr=False)
     _extended: int = field(default=0, init=False, repr=False)  # tokens of the prompts that the running batch began as
     _processed: int = field(default=0, init=False, repr=False)
@@ -145,12 +143,12 @@ class Sglang(Scheduler):
         self._rules = frozenset(
             r for r, since in RULES.items() if VERSIONS.index(self.version) >= VERSIONS.index(since)
         )
-        self._counts_whole = "a request that ignores EOS is reckoned with its whole answer" in self._rules
         self._leaves_at_once = "finished requests leave the running batch at once" in self._rules
         self._first = min(1.0, FIRST_RATIO * self.schedule_conservativeness)
         self._least = min(1.0, self._first * LEAST_SHARE)
         self._fall = (self._first - self._least) / DECAY_STEPS
-        self.ratio = self._first  # share of the answers still allowed to the running that is reckoned with
+        counts_whole = "a request that ignores EOS is reckoned with its whole answer" in self._rules
+        self._running = _RunningBatch(self._first, counts_whole, self._leaves_at_once)
         size = 8192 if self.chunked_prefill_size is None else self.chunked_prefill_size
         self._chunk = size if size > 0 else None
         self._mixes = self.enable_mixed_chunk and self._chunk is not None
@@ -160,13 +158,41 @@ class Sglang(Scheduler):
         self._order: Order = "fcfs" if self.disable_radix_cache and by_prefix else self.schedule_policy
         self._stamps = self.enable_priority_scheduling or self._order == "hrrn"
         self._slots = self.max_running_requests or 0
+        self.block_tokens = self.page_size  # type: ignore[misc]  # of the object; the class fixes none
+
+    # what a scenario asks
+
+    @classmethod
+    def refused(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """What is not modelled, and what the version lacks."""
+        found = super().refused(given)
+        if given.get("version") == VERSIONS[0] and given.get("prefill_decode_interval"):
+            found["prefill_decode_interval"] = f"is not there in SGLang {VERSIONS[0]}"
+        return found
+
+    @classmethod
+    def sized(cls, given: Mapping[str, Any], deployment: Deployment) -> dict[str, Any]:
+        """Chunks as SGLang's server sets them by the memory of the GPU (`ServerArgs`)."""
+        gib = deployment.gpu_bytes / GIB
+        chunk = next(size for room, size in CHUNKS if gib < room)
+        return {"chunked_prefill_size": chunk, **given}
+
+    def misfits(self, deployment: Deployment) -> Iterator[tuple[str, str]]:
+        """SGLang's own checks, by which it does not start (`ServerArgs.check_server_args`)."""
+        if self._chunk is not None and self._chunk % self.page_size:
+            yield "chunked_prefill_size", f"must be a multiple of page_size, {self.page_size} (got {self._chunk})"
+        if self.enable_priority_scheduling and self.schedule_policy not in ("fcfs", "lof"):
+            yield "schedule_policy", f"must be fcfs or lof with priority scheduling (got {self.schedule_policy})"
+        if self.schedule_policy == "hrrn" and "hrrn" not in self._rules:
+            yield "schedule_policy", f"hrrn is not there in SGLang {self.version}"
+
+    def assumptions(self) -> dict[str, str]:
+        """The version, and the limits that its server sizes by the GPU."""
+        chunks = "whole prompts" if self._chunk is None else f"{self._chunk} tokens of prompts"
+        overlap = "without" if self.disable_overlap_schedule else "with"
+        return {"scheduler": f"SGLang {self.version}, {chunks} a step, pages of {self.page_size}, {overlap} overlap"}
 
     # what the replica asks
-
-    @property
-    def block_tokens(self) -> int:  # type: ignore[override]
-        """Tokens a page."""
-        return self.page_size
 
     @property
     def asynchronous(self) -> bool:
@@ -189,21 +215,22 @@ class Sglang(Scheduler):
         return RadixCache(unified="unified radix cache" in self._rules)
 
     @property
-    def sequence_limit(self) -> int | None:
-        """As `max_running_requests` says; None: by the pool."""
-        return self.max_running_requests
+    def sequence_limit(self) -> int:
+        """As `max_running_requests` says, or what it is at most."""
+        return self.max_running_requests or MOST_REQUESTS
 
-    def allowed(self, request: Request, max_model_len: int, pool_tokens: int) -> int:
+    def allowed(self, request: Request, max_model_len: int, blocks: int, block_size: int) -> int:
         """As SGLang clips max_new_tokens when a request comes, and refuses prompts that are too long."""
-        prompt, page = request.prompt_tokens, self.page_size
-        most = min(max_model_len - 1, pool_tokens - 1)
+        prompt, pool = request.prompt_tokens, blocks * block_size
+        most = min(max_model_len, pool) - 1
         if prompt >= most - SPARE_INPUT:
             return 0
-        return max(0, min(request.max_tokens, most - prompt - 1, pool_tokens - -(-prompt // page) * page - page - 1))
+        pages = -(-prompt // block_size) + 1
+        return max(0, min(request.max_tokens, most - prompt - 1, pool - pages * block_size - 1))
 
     def ended(self, request: Request) -> None:
         """Remember it until the next turn."""
-        self._done[request.id] = request
+        self._running.done[request.id] = request
 
     def landing(self, requests: list[Request]) -> list[Request]:
         """In the order of the step's batch."""
@@ -223,7 +250,7 @@ class Sglang(Scheduler):
         """One turn: prompts if any can go on or start, else a step of decodes."""
         if not self._slots:
             self._slots = _slots(step.total_blocks * step.block_size, step.max_model_len)
-        before = len(self._running), self._full, self._defer
+        before = len(self._running.requests), self._full, self._defer
         self._catch_up(step)
         self._merge(step)
         self._batches = ([], self._batches[0])
@@ -240,25 +267,26 @@ class Sglang(Scheduler):
         self._batches = (batch, self._batches[1])
         if batch:
             return vouched
-        self._flying = set()
+        self._running.flying = set()
         if step.running or (self._batches[1] and self.asynchronous):
             return 0
         if step.waiting:  # a request that nothing will ever make room for waits for others: SGLang spins
-            return int(before == (len(self._running), self._full, self._defer))
+            return int(before == (len(self._running.requests), self._full, self._defer))
         self._idle = True
         return 1
 
     def _catch_up(self, step: Step) -> None:
         """Take in what has happened since the last turn: decode steps that it vouched for, and arrivals."""
+        running = self._running
         if self._idle:
             self._idle = False
-            self.ratio = self._first
-        more = step.decode_steps - self._steps
+            running.ratio = self._first
+        more = step.decode_steps - running.steps
         if more:
-            self._steps += more
+            running.steps += more
             self._processed += more * self._extended
-            while more and self.ratio != self._least:
-                self.ratio = max(self.ratio - self._fall, self._least)
+            while more and running.ratio != self._least:
+                running.ratio = max(running.ratio - self._fall, self._least)
                 more -= 1
         if self._stamps:
             new = []
@@ -277,75 +305,41 @@ class Sglang(Scheduler):
 
     def _merge(self, step: Step) -> None:
         """The last step's prompts join the running batch; those that have ended leave it."""
-        done, running = self._done, self._running
-        cut = self._cut
+        running, cut = self._running, self._cut
+        done = running.done
         if cut is not None and (cut.id in done or cut.computed == 0):
             self._cut = cut = None
         if cut is not None and cut.computed > self._published:
             step.publish(cut)
             self._published = cut.computed
         if self._joining is not None:
-            joining = {r.id: r for r in self._joining if r.id not in done and r is not cut}
+            joining = [r for r in self._joining if r.id not in done and r is not cut]
             if len(joining) < len(self._joining):
                 self._full = False
             if joining:
-                if running:
-                    running.update(joining)
-                else:
-                    self._running = running = joining
+                if not running.requests:
                     self._extended = self._joining_tokens
                     self._full = False
-                self._reckon(joining.values())
+                running.join(joining)
             self._joining = None
         if done:
             for i in done:
                 self._entered.pop(i, None)
                 self._looked.pop(i, None)
-            if self._leaves_at_once or not running:
-                self._drop_done()
-
-    def _drop_done(self) -> None:
-        """Those that have ended leave the running batch."""
-        running = self._running
-        gone = [running.pop(i) for i in self._done if i in running]
-        if gone:
-            self._full = False
-            self._forget(gone)
-        self._done = {}
-
-    def _reckon(self, requests: Iterable[Request]) -> None:
-        """Requests have joined the running batch."""
-        for request in requests:
-            answers = self._whole if request.ignore_eos and self._counts_whole else self._by_ratio
-            answers.add(request, self._steps)
-
-    def _forget(self, requests: Iterable[Request]) -> None:
-        """Requests have left the running batch."""
-        for request in requests:
-            self._by_ratio.remove(request)
-            self._whole.remove(request)
+            if self._leaves_at_once or not running.requests:
+                self._full = not running.drop_done() and self._full
 
     def _places(self, step: Step, held: int, new: int) -> int:
         """Requests that may still start; ``held`` slots are the batch's own already, ``new`` it has taken since."""
         free = self._slots - len(step.running) + new
         if "a cut prompt's slot counts as a place" in self._rules:
             free += held
-        return min(self._slots - len(self._running), free)
-
-    def _out(self, request: Request) -> int:
-        """Tokens of its answer that have been seen."""
-        if request.id in self._done:
-            return request.emitted
-        return request.emitted - (self._flying is None or request.id in self._flying)
-
-    def _left(self, request: Request) -> float:
-        """Tokens of its answer that a running request is reckoned with."""
-        left = min(request.max_tokens - self._out(request), CLIP)
-        return left * (1.0 if request.ignore_eos and self._counts_whole else self.ratio)
+        return min(self._slots - len(self._running.requests), free)
 
     def _prefill(self, step: Step) -> list[Request]:
         """Plan a step of prompts; its batch in order, empty if there is none."""
-        if self._preempts or (not self._running and "an empty running batch is not full" in self._rules):
+        running, rules = self._running, self._rules
+        if self._preempts or (not running.requests and "an empty running batch is not full" in rules):
             self._full = False
         cut = self._cut
         if (self._full or not step.waiting) and cut is None:
@@ -354,99 +348,100 @@ class Sglang(Scheduler):
             self._full = True
             return []
         self._sort(step)
-        adder = _Adder(self, step)
+        mixed = len(running.requests) if self._mixes else 0
+        adder = _Adder(step, running, rules, self._chunk, self.max_prefill_tokens, mixed, self.disable_radix_cache)
         if cut is not None and adder.go_on(cut):
             self._cut = None
+        victims: set[int] = set()
         for request in list(step.waiting):
-            if adder.spent() and "a spent budget ends admission before a look-up" in self._rules:
+            if adder.spent() and "a spent budget ends admission before a look-up" in rules:
                 break
             if len(adder.batch) >= self._places(step, cut is not None, len(adder.new)):
                 self._full = True
-            if self._full and not (self._preempts and adder.preempt(request)):
+            if self._full and not (self._preempts and self._make_room(step, adder, request, victims)):
                 break
-            verdict = adder.add(request)
+            known, hit = request.prompt_tokens + request.emitted, step.cached_tokens(request)
+            if self._preempts:
+                self._looked[request.id] = known, hit
+            if self.prefill_max_requests is not None and len(adder.batch) >= self.prefill_max_requests:
+                break
+            verdict = adder.add(request, known, hit)
             if verdict != GO:
                 if verdict == FULL:
-                    roomy = "no room for anybody does not fill an empty batch" in self._rules
-                    self._full = not roomy or bool(adder.batch) or bool(self._running)
+                    roomy = "no room for anybody does not fill an empty batch" in rules
+                    self._full = not roomy or bool(adder.batch) or bool(running.requests)
                 break
         batch = adder.batch
         if not batch:
             return []
         if adder.cut is not None:
             self._cut, self._published = adder.cut, -1
-        pages = -(-adder.tokens // self.page_size) + (len(batch) if self.page_size > 1 else 0)
-        step.evict(pages - adder.taken)
+        size = step.block_size
+        step.evict(-(-adder.tokens // size) + (len(batch) if size > 1 else 0) - adder.taken)
         flying = {r.id for r in batch if r is not self._cut}
         tokens = adder.tokens
-        if self._mixes and self._running:
+        if mixed:
             self._drop_ending(step)
-            full = self._full
-            self._drop_done()
-            self._full = full  # to drop them here tells nobody
-            if self._running and step.decode_all():
-                tokens += len(self._running)
-                for request in self._running.values():
-                    if self._preempts:
-                        self._looked[request.id] = request.prompt_tokens + self._out(request), 0
-                flying |= self._running.keys()
-                batch = [*batch, *self._running.values()]
-                self._forget(self._running.values())
-                self._running = {}
+            running.drop_done()
+            if running.requests and step.decode_all():
+                decodes = list(running.requests.values())
+                tokens += len(decodes)
+                if self._preempts:
+                    self._looked.update({r.id: (r.prompt_tokens + running.out(r), 0) for r in decodes})
+                flying |= running.requests.keys()
+                batch = [*batch, *decodes]
+                running.replace([])
+                running.steps += 1
                 self._extended = 0
-                self._steps += 1
         self._processed += tokens
         self._joining, self._joining_tokens = batch, tokens
-        self._flying = flying if self.asynchronous else set()
+        running.flying = flying if self.asynchronous else set()
         return batch
 
     def _drop_ending(self, step: Step) -> int:
         """Those whose last token is in flight, by their limit, leave the running batch; how many."""
         running = self._running
-        if step.decodes == len(running) or not self.asynchronous:
+        if step.decodes == len(running.requests) or not self.asynchronous:
             return 0
-        ending = [r for i, r in running.items() if r.remaining == 0 and i not in self._done]
-        for request in ending:
-            del running[request.id]
+        ending = [r for i, r in running.requests.items() if r.remaining == 0 and i not in running.done]
         if ending:
             self._full = False
-            self._forget(ending)
+            running.drop(ending)
         return len(ending)
 
     def _decode(self, step: Step) -> tuple[list[Request], int]:
         """Plan a decode step, after retracting whom it has no room for; its batch, and for how many steps it holds."""
-        if not self._running:
+        running = self._running
+        if not running.requests:
             return [], 1
         ending = self._drop_ending(step)
-        self._drop_done()
-        running = self._running
-        if not running:
+        if running.done and running.drop_done():
+            self._full = False
+        if not running.requests:
             self._full = False
             return [], 1
         retracted = False
         if step.decode_all():
-            self.ratio = max(self.ratio - self._fall, self._least)
+            running.ratio = max(running.ratio - self._fall, self._least)
         elif ending:
             step.evict(FOREVER)
             self._full = False
             return [], 1
         else:
             self._retract(step)
-            running = self._running
             retracted = True
             if not step.decode_all():
                 raise PolicyError("policy Sglang: the last running request has no room left")
-        self._steps += 1
+        running.steps += 1
+        running.flying = None if self.asynchronous else set()
         self._processed += self._extended
-        self._flying = None if self.asynchronous else set()
-        batch = list(running.values())
         waits = self._preempts or not self._full
         lasting = not (retracted or self._defer or self._cut or (waits and step.waiting))
-        return batch, FOREVER if lasting else 1
+        return list(running.requests.values()), FOREVER if lasting else 1
 
     def _retract(self, step: Step) -> None:
         """Preempt the shortest answers, of equals the longest prompts, until the rest has room for a step."""
-        size = step.block_size
+        running, size = self._running, step.block_size
 
         def fits(keep: Sequence[Request]) -> bool:
             need = sum(r.computed % size == 0 for r in keep)
@@ -454,22 +449,21 @@ class Sglang(Scheduler):
             return need <= step.free_blocks
 
         def length(request: Request) -> tuple[int, int]:
-            return self._out(request), -request.prompt_tokens
+            return running.out(request), -request.prompt_tokens
 
+        keep = list(running.requests.values())
         if self.retraction_policy == "length":
-            keep = sorted(self._running.values(), key=length, reverse=True)
+            keep.sort(key=length, reverse=True)
         else:
-            keep = sorted(self._running.values(), key=lambda r: (r.priority * -self._sign, *length(r)), reverse=True)
+            keep.sort(key=lambda r: (r.priority * -self._sign, *length(r)), reverse=True)
         fits(keep)
         while len(keep) > 1:
             self._requeue(step, keep.pop(), len(keep), 0)
             if fits(keep):
                 break
-        seen, most = sum(map(self._out, keep)), sum(r.max_tokens for r in keep)
-        self.ratio = min(1.0, (seen + RETRACT_STEPS * len(keep)) / (most + 1))
-        self._forget(self._running.values())
-        self._running = {r.id: r for r in keep}
-        self._reckon(keep)
+        seen, most = sum(map(running.out, keep)), sum(r.max_tokens for r in keep)
+        running.ratio = min(1.0, (seen + RETRACT_STEPS * len(keep)) / (most + 1))
+        running.replace(keep)
         self._full = False
 
     def _requeue(self, step: Step, request: Request, rest: int, taken: int) -> None:
@@ -479,6 +473,34 @@ class Sglang(Scheduler):
         step.preempt(request)
         step.evict(-(-rest * RETRACT_STEPS // step.block_size) - taken)
         self._enter(request)
+
+    def _make_room(self, step: Step, adder: _Adder, request: Request, before: set[int]) -> bool:
+        """Preempt those of less priority for a waiting request, the least first; False if they are too few.
+
+        ``before``: who was preempted in this turn.
+        """
+        running, sign = self._running, self._sign
+        known, hit = self._looked.get(request.id, (0, 0))
+        need = known - hit + min(request.max_tokens, CLIP) - adder.total()
+        victims: set[int] = set()
+        candidates = [r for i, r in running.requests.items() if i not in before and i not in running.done]
+        for other in sorted(candidates, key=lambda r: (r.priority * -sign, -self._entered[r.id][0])):
+            if (request.priority - other.priority) * -sign <= self.priority_scheduling_preemption_threshold:
+                break
+            victims.add(other.id)
+            need -= running.left(other)
+            if need <= 0:
+                break
+        if not victims or need > 0:
+            return False
+        rest = len(running.requests)
+        for other in [r for i, r in running.requests.items() if i in victims]:
+            adder.relieve(running.left(other))
+            rest -= 1
+            self._requeue(step, other, rest, adder.taken)
+            running.drop([other])
+        before |= victims
+        return True
 
     # the order of the queue
 
@@ -592,58 +614,131 @@ class _Answers:
 STOP, FULL, GO = "stop", "full", "go"  # why admission ends: a step's budget is spent, memory is; or it goes on
 
 
-class _Adder:
-    """What one step of prompts may still take: tokens of the step, and memory now and later (SGLang's PrefillAdder)."""
+class _RunningBatch:
+    """Who decodes, in order, and what SGLang knows of their answers."""
 
-    def __init__(self, policy: Sglang, step: Step) -> None:
-        self.policy, self.step, self.page = policy, step, policy.page_size
+    def __init__(self, ratio: float, counts_whole: bool, leaves_at_once: bool) -> None:
+        self.requests: dict[int, Request] = {}
+        self.ratio = ratio  # share of the answers still allowed that is reckoned with
+        self.flying: set[int] | None = set()  # requests with a token in flight; None: all that run
+        self.done: dict[int, Request] = {}  # ended since the last turn
+        self.steps = 0  # decode steps that all this has seen
+        self._counts_whole = counts_whole  # whether the whole answer counts of those that ignore EOS
+        self._leaves_at_once = leaves_at_once
+        self._by_ratio = _Answers()
+        self._whole = _Answers()
+
+    def join(self, requests: Iterable[Request]) -> None:
+        """These decode from here on."""
+        for request in requests:
+            self.requests[request.id] = request
+            answers = self._whole if request.ignore_eos and self._counts_whole else self._by_ratio
+            answers.add(request, self.steps)
+
+    def drop(self, requests: Iterable[Request]) -> None:
+        """These decode no more."""
+        for request in requests:
+            del self.requests[request.id]
+            self._by_ratio.remove(request)
+            self._whole.remove(request)
+
+    def replace(self, requests: list[Request]) -> None:
+        """These decode, in this order, and nobody else."""
+        self.drop(list(self.requests.values()))
+        self.join(requests)
+
+    def drop_done(self) -> bool:
+        """Those that have ended leave; whether there were any."""
+        gone = [r for i, r in self.done.items() if i in self.requests]
+        self.done = {}
+        self.drop(gone)
+        return bool(gone)
+
+    def out(self, request: Request) -> int:
+        """Tokens of its answer that have been seen."""
+        if request.id in self.done:
+            return request.emitted
+        return request.emitted - (self.flying is None or request.id in self.flying)
+
+    def left(self, request: Request) -> float:
+        """Tokens of its answer that a request is reckoned with."""
+        left = min(request.max_tokens - self.out(request), CLIP)
+        return left * (1.0 if request.ignore_eos and self._counts_whole else self.ratio)
+
+    def total(self) -> float:
+        """Tokens of all answers that are reckoned with."""
+        return sum(map(self.left, self.requests.values()))
+
+    def between(self) -> tuple[float, float]:
+        """What `total` is between, without looking at each: nobody has more than one token in flight."""
+        least = self._whole.total(self.steps) + self._by_ratio.total(self.steps) * self.ratio - 1
+        most = least + len(self._whole) + len(self._by_ratio) * self.ratio + 2
+        if not self._leaves_at_once:  # tokens that those who have ended did not get
+            return least - len(self.requests), most + 3 * len(self.requests)
+        return least, most
+
+
+class _Adder:
+    """What one step of prompts may still take: tokens of the step, and memory now and later (SGLang's PrefillAdder).
+
+    ``chunk``, ``inputs``: tokens that a step may hold; ``mixed``: decodes that go along.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        running: _RunningBatch,
+        rules: frozenset[str],
+        chunk: int | None,
+        inputs: int,
+        mixed: int,
+        no_cache: bool,
+    ) -> None:
         self.batch: list[Request] = []
         self.new: list[Request] = []  # of the batch: those from the queue
         self.cut: Request | None = None
         self.tokens = 0
         self.taken = 0  # pages taken for the batch so far; SGLang takes them at the end
-        self._preempted: set[int] = set()
+        self._step, self._running, self._rules, self._no_cache = step, running, rules, no_cache
+        self._page = step.block_size
         self._states: list[tuple[float, int]] | None = None
-        mixed = len(policy._running) if policy._mixes else 0
-        self._inputs = policy.max_prefill_tokens - mixed
-        self._chunk = None if policy._chunk is None else policy._chunk - mixed
-        by_ratio, whole = policy._by_ratio, policy._whole
-        n, steps = len(policy._running), policy._steps
-        # what `_later` is between, as a rule enough to know: nobody has more than one token in flight
-        self._least = mixed + whole.total(steps) + by_ratio.total(steps) * policy.ratio - 1
-        self._most = self._least + len(whole) + len(by_ratio) * policy.ratio + 2
-        if not policy._leaves_at_once:  # tokens that those who have ended did not get
-            self._least, self._most = self._least - n, self._most + 3 * n
+        self._inputs = inputs - mixed
+        self._chunk = None if chunk is None else chunk - mixed
+        least, most = running.between()
+        self._least, self._most = mixed + least, mixed + most  # what the running will take is between
         self._exact = False  # whether `_later` is known
         self._later = 0.0  # tokens that the running and the batch will take
         self._charged = 0  # of those: the batch's
         self._now = self._mixed = mixed
 
     def _up(self, tokens: int) -> int:
-        return -(-tokens // self.page) * self.page
+        return -(-tokens // self._page) * self._page
 
     @property
     def _room(self) -> int:
         """Tokens that nobody holds, as before this step took any."""
-        return (self.step.free_blocks + self.taken) * self.page
+        return (self._step.free_blocks + self.taken) * self._page
 
-    def _count(self) -> None:
-        """Count what the running will take."""
+    def total(self) -> float:
+        """Room that the running and the batch will leave."""
         if not self._exact:
             self._exact = True
-            self._later = self._mixed + sum(map(self.policy._left, self.policy._running.values())) + self._charged
+            self._later = self._mixed + self._running.total() + self._charged
+        return self._room - self._later
+
+    def relieve(self, tokens: float) -> None:
+        """A running request will not take these after all."""
+        self._later -= tokens
 
     def _exceeds(self, tokens: int) -> bool:
-        """Whether more room than ``tokens`` tokens is left, with what the running and the batch will take."""
-        room = self._room
+        """Whether `total` is more than ``tokens``."""
         if not self._exact:
-            spare = room - self._charged - tokens
+            spare = self._room - self._charged - tokens
             if spare > self._most:
                 return True
             if spare <= self._least:
                 return False
-            self._count()
-        return room - self._later > tokens
+        return self.total() > tokens
 
     def spent(self) -> bool:
         """Whether the step's tokens are spent, and memory is not."""
@@ -656,10 +751,9 @@ class _Adder:
 
     def _charge(self, tokens: int, answer: int) -> None:
         pages = self._up(tokens)
-        self._charged += pages + self.page + answer
-        if self._exact:
-            self._later += pages + self.page + answer
-        self._now += pages + self.page
+        self._charged += pages + self._page + answer
+        self._later += pages + self._page + answer
+        self._now += pages + self._page
         self._inputs -= pages
         if self._chunk is not None:
             self._chunk -= pages
@@ -667,55 +761,45 @@ class _Adder:
     def _plan(self, request: Request, start: int, tokens: int) -> None:
         self.batch.append(request)
         self.tokens += tokens
-        self.taken += (self._up(start + tokens) - self._up(start)) // self.page
+        self.taken += (self._up(start + tokens) - self._up(start)) // self._page
 
     def go_on(self, request: Request) -> bool:
         """Compute more of the cut prompt; whether that completes it."""
         assert self._chunk is not None
         room = self._chunk
         if not self._exceeds(room):
-            room = min(room, int(self._room - self._later))
+            room = min(room, int(self.total()))
             if room <= 0:
                 room = self._chunk
-        want = request.remaining
+        want, start = request.remaining, request.computed
         tokens = min(want, room)
-        start = request.computed
-        if not self.step.run(request, tokens):
+        if not self._step.run(request, tokens):
             raise PolicyError(f"policy Sglang: no room for {tokens} tokens more of {request}")
         self._plan(request, start, tokens)
         self._charge(tokens, min(request.max_tokens, CLIP) if want <= room else 0)
         return want <= room
 
-    def add(self, request: Request) -> str:
-        """Start a waiting request if there is room; whether admission goes on."""
-        policy, step = self.policy, self.step
-        most = policy.prefill_max_requests
-        known = request.prompt_tokens + request.emitted
-        hit = step.cached_tokens(request)
-        if policy._preempts:
-            policy._looked[request.id] = known, hit
-        if most is not None and len(self.batch) >= most:
-            return STOP
-        if request.ignore_eos and policy.disable_radix_cache:
+    def add(self, request: Request, known: int, hit: int) -> str:
+        """Start a waiting request if there is room, of whose ``known`` tokens ``hit`` are cached; how to go on."""
+        if request.ignore_eos and self._no_cache:
             return self._add_exactly(request, known)
-        want = known - hit
-        need = want + min(max(request.max_tokens - request.emitted, 0), CLIP) + self.page
+        page, want = self._page, known - hit
+        need = want + min(max(request.max_tokens - request.emitted, 0), CLIP) + page
         beyond = self._chunk is None and bool(self.batch) and self._up(want) >= self._inputs
-        if beyond and self._exceeds(need) and "a spent budget ends admission before a look-up" not in policy._rules:
+        if beyond and self._exceeds(need) and "a spent budget ends admission before a look-up" not in self._rules:
             return STOP
         # its own prefix cannot be dropped for it
-        if not self._exceeds(need + (step.need(request, hit) * self.page if hit else 0)):
+        if not self._exceeds(need + (self._step.need(request, hit) * page if hit else 0)):
             return FULL
         if beyond:
             return STOP
         if self._chunk is not None and self._up(want) > self._chunk:
-            page = self.page
             tokens = (hit + self._chunk // page * page) // page * page - hit
             return STOP if tokens <= 0 else self._take(request, hit, tokens, 0, True)
         return self._take(request, hit, want, min(request.max_tokens, CLIP), False)
 
     def _take(self, request: Request, hit: int, tokens: int, answer: int, cut: bool) -> str:
-        if not self.step.admit(request, tokens):
+        if not self._step.admit(request, tokens):
             raise PolicyError(f"policy Sglang: no room for {tokens} tokens of {request}")
         self._plan(request, hit, tokens)
         self.new.append(request)
@@ -726,29 +810,28 @@ class _Adder:
 
     def _add_exactly(self, request: Request, want: int) -> str:
         """Without the cache, and where the answers' lengths are known: whether all can end, the shortest first."""
-        policy = self.policy
+        running = self._running
         paged = self._up(want)
-        if "a page a request in the exact test" in policy._rules:
-            paged += self.page
-        room = self._room
-        self._count()
-        if paged > min(room - self._now, room - self._later):
+        if "a page a request in the exact test" in self._rules:
+            paged += self._page
+        now = self._room - self._now
+        if paged > min(now, self.total()):
             return FULL
 
         def state(other: Request) -> tuple[float, int]:
-            out = policy._out(other) if other.id in policy._running else other.emitted
-            return other.max_tokens * (1.0 if other.ignore_eos else policy.ratio) - out, other.prompt_tokens + out
+            out = running.out(other) if other.id in running.requests else other.emitted
+            return other.max_tokens * (1.0 if other.ignore_eos else running.ratio) - out, other.prompt_tokens + out
 
         states = self._states
         if states is None:
-            found = map(state, [request, *policy._running.values(), *self.batch])
+            found = map(state, [request, *running.requests.values(), *self.batch])
             self._states = states = sorted((s for s in found if s[0] > 0), key=lambda s: s[0])
         else:
             own = state(request)
             if own[0] > 0:  # the longest goes before the last
                 at = next((i for i, s in enumerate(states) if own[0] <= s[0]), max(0, len(states) - 1))
                 states.insert(at, own)
-        have = room - self._now - paged
+        have = now - paged
         for i, (left, occupied) in enumerate(states):
             n = len(states) - i
             if have - left * n <= n:
@@ -760,37 +843,10 @@ class _Adder:
             return STOP
         return self._take(request, 0, self._chunk, 0, True)
 
-    def preempt(self, request: Request) -> bool:
-        """Make room for a request by those of less priority, the least first; False if they are too few."""
-        policy, running, sign = self.policy, self.policy._running, self.policy._sign
-        self._count()
-        known, hit = policy._looked.get(request.id, (0, 0))
-        need = known - hit + min(request.max_tokens, CLIP) - (self._room - self._later)
-        victims: set[int] = set()
-        candidates = [r for i, r in running.items() if i not in self._preempted and i not in policy._done]
-        for other in sorted(candidates, key=lambda r: (r.priority * -sign, -policy._entered[r.id][0])):
-            if (request.priority - other.priority) * -sign <= policy.priority_scheduling_preemption_threshold:
-                break
-            victims.add(other.id)
-            need -= policy._left(other)
-            if need <= 0:
-                break
-        if not victims or need > 0:
-            return False
-        rest = len(running)
-        for other in [r for i, r in running.items() if i in victims]:
-            self._later -= policy._left(other)
-            rest -= 1
-            policy._requeue(self.step, other, rest, self.taken)
-            del running[other.id]
-            policy._forget([other])
-        self._preempted |= victims
-        return True
-
 
 def _slots(pool_tokens: int, context: int) -> int:
     """SGLang's `max_running_requests` if none is given."""
-    return max(1, min(max(2048, min(int(pool_tokens / context * 512), 4096)), pool_tokens // 2))
+    return max(1, min(max(2048, min(int(pool_tokens / context * 512), MOST_REQUESTS)), pool_tokens // 2))
 
 
 def _by_subtree(waiting: list[Request], nodes: dict[int, PrefixNode]) -> list[Request]:

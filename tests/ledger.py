@@ -30,14 +30,17 @@ class Engine(NamedTuple):
     rows: Callable[[dict[str, Any], str], Iterator[dict[str, Any]]]  # our rows of a case, for a version
 
 
-ENGINES = {"vllm": Engine(vllm_replay.COLUMNS, vllm_replay.PAIRS, vllm_replay.rows)}
-NAMED = re.compile(rf"({'|'.join([*ENGINES, 'sglang'])})-(\d+(?:\.\d+)+)")
+ENGINES = {
+    "sglang": Engine(sglang_ledger.COLUMNS, sglang_ledger.PAIRS, sglang_ledger.rows),
+    "vllm": Engine(vllm_replay.COLUMNS, vllm_replay.PAIRS, vllm_replay.rows),
+}
+NAMED = re.compile(rf"({'|'.join(ENGINES)})-(\d+(?:\.\d+)+)")
 
 
 def engine_of(case: dict[str, Any], path: Path, said: str = "") -> tuple[str, str]:
     """The engine and the version whose ledger a case has. Raises ValueError where nothing says it."""
     if not said:
-        for engine in (*ENGINES, "sglang"):
+        for engine in ENGINES:
             if engine in case:
                 return engine, str(case[engine])
     found = NAMED.match(said or path.name)
@@ -52,8 +55,6 @@ def difference(case: dict[str, Any], engine: str, version: str) -> str | None:
 
     Raises ValueError or KeyError for settings that ours cannot have, such as a version that it does not know.
     """
-    if engine == "sglang":  # its rows leave out what did not change
-        return sglang_ledger.difference(case | {"sglang": version})
     columns, pairs, rows = ENGINES[engine]
     replayed = rows(case, version)
     theirs = case["ledger"]

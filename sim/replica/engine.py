@@ -221,14 +221,17 @@ class Engine(Planner):
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `ask`, again for as long as all that the policy does is to refuse or to preempt."""
-        idle = 0  # asks that changed nothing, not even who waits
-        while idle < PATIENCE:
+        state, again = self.state, 0
+        while True:
             plan = self.ask(now, self._latest if self._latest.ps == now else _SILENCE)
-            changed = bool(self.state.rejected or self.state.preempted)
-            if plan is not None or not (changed or self._again):
+            if plan is not None:
                 return plan
-            idle += not changed
-        self._fail(f"nothing runs at {now} ps, however often it is asked")
+            if not (state.rejected or state.preempted):
+                again += 1
+                if not self._again:
+                    return None
+                if again > PATIENCE:
+                    self._fail("it runs nothing, however often it is asked")
 
     def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
         """See when the step in flight lands and the GPU is done with the one after it, ``plan`` being what follows.

@@ -84,7 +84,7 @@ class Planner:
         The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
         """
         self._requests.replica[request.id] = self.index
-        allowed = self.scheduler.allowed(request, self.max_model_len, self._room)
+        allowed = self.scheduler.allowed(request, self.max_model_len, self.pool.total, self.pool.block_size)
         if allowed < request.max_tokens:
             request.max_tokens = allowed
             self._ends.shorten(request.id, allowed)
@@ -160,7 +160,7 @@ class Planner:
         if not decoding and not chunks:
             return None
         if self._again:
-            self._fail("vouched for 0 steps of a plan that runs something")
+            self._fail("vouched for 0 steps")
         if decoding:
             decodes, context, dead = group.live, group.context, group.dead
         else:
