@@ -51,8 +51,8 @@ def group(
     """``count`` replicas; vLLM's policy is a step at a time and without a cache unless ``settings`` say otherwise."""
     if settings is None:
         settings = {"async_scheduling": False, "enable_prefix_caching": False} if scheduler is Vllm else {}
-    if scheduler.block_tokens == 1:
-        blocks, block_size = blocks * block_size, 1
+    if (own := scheduler(**settings).block_tokens) is not None:
+        blocks, block_size = blocks * block_size // own, own
     parts = (count, role, GPU, ONE, scheduler, settings, Efficiency(), blocks, block_size, "made up")
     return Group(*parts, *host_of(6, 1000, block_size), cost=cost or Affine())
 

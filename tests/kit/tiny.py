@@ -163,8 +163,8 @@ def system(
     **more: Any,
 ) -> Setup:
     """One replica of the tiny model; ``backend`` are its settings, modelled steps by default."""
-    if scheduler.block_tokens == 1:
-        blocks, block_size = blocks * block_size, 1
+    if (own := scheduler(**settings).block_tokens) is not None:
+        blocks, block_size = blocks * block_size // own, own
     settings = dict(settings)
     parts = (1, "mixed", GPU, ONE, scheduler, settings, backend or Efficiency(), blocks, block_size, "made up")
     return setup_of(trace, [ReplicaGroup(*parts)], **{"model": MODEL, "max_model_len": LONGEST, **more})
