@@ -202,7 +202,6 @@ class Deployment:
     gpu_bytes: int  # memory of one GPU
     max_model_len: int  # tokens, prompt and output, that a request may have
     model_len: int | None = None  # those that the model can hold by itself; None: unknown
-    pool_tokens: int | None = None  # those that the KV pool must hold of one request at least; None: not to be checked
 
 
 class PolicyError(Exception):

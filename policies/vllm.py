@@ -187,8 +187,6 @@ class Vllm(Scheduler):
             yield "long_prefill_token_threshold", f"must be at most max_model_len, {longest} (got {threshold})"
         if (own := deployment.model_len) is not None and longest > own:
             yield "max_model_len", f"must be at most the model's own {own} tokens (got {longest})"
-        if (pool := deployment.pool_tokens) is not None and longest > pool:
-            yield "max_model_len", f"must be at most the {pool} tokens that the KV pool holds (got {longest})"
 
     @property
     def limits_arrivals(self) -> bool:

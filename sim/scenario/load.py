@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,9 +359,7 @@ class _Resolver(Lookup):
         elif fit is not None:
             self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, parallel))
         if sample is not None:
-            asked, asked_at = pick("max_model_len")
-            if asked is not None and fit is not None:
-                deployment = replace(deployment, pool_tokens=fit[0] * fit[1])
+            asked_at = pick("max_model_len")[1]
             for key, rule in sample.misfits(deployment):
                 problem = self._document.problem(asked_at if key == "max_model_len" else (*policy_at, key), rule)
                 if problem not in self._problems:  # another group may have it too

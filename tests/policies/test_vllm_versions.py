@@ -143,11 +143,6 @@ def test_a_budget_is_no_larger_than_all_sequences_together(tmp_path: Path) -> No
             "max_model_len: 200000\n",
             "max_model_len: must be at most the model's own 131072 tokens (got 200000)",
         ),
-        (
-            "vllm",
-            "max_model_len: 131072\nkv: {blocks: 1000}\n",
-            "max_model_len: must be at most the 16000 tokens that the KV pool holds (got 131072)",
-        ),
     ],
 )
 def test_what_vllm_does_not_start_with_is_refused(tmp_path: Path, policy: str, more: str, said: str) -> None:
