@@ -367,7 +367,8 @@ def test_a_folder_of_another_version_is_named() -> None:
 
     assert (result.status, result.err) == (
         2,
-        "error: out/study.json: is damaged, or of another version of Chairlift: run the scenario again: question is required\n",
+        "error: out/study.json: is damaged, or of another version of Chairlift: run the scenario again: "
+        "question is required\n",
     )
 
 
