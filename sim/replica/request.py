@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from chairlift.policies.base import Request
 
-if TYPE_CHECKING:
-    from chairlift.sim.replica.counting_pool import Decodes
+
+class Counter(Protocol):
+    """The decode steps that a group has done."""
+
+    @property
+    def steps(self) -> int:
+        """How many."""
 
 
 class When:
@@ -116,7 +121,7 @@ class Live(Request):
         self.pad = 0
         self.phase = WAITING
         self.at = -1  # the replica that it is on
-        self.group: Decodes | None = None  # that it decodes with
+        self.group: Counter | None = None  # that it decodes with
         self.offset = 0  # while it decodes: tokens in KV less the steps of its group
         self.stored = 0  # while it does not: tokens in KV
         self.produced = 0  # while it does not: tokens emitted
