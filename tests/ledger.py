@@ -21,7 +21,8 @@ from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.engine import make_engine
 from chairlift.sim.replica.planner import Planner
-from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.prefix_identity import Identity
+from chairlift.sim.replica.prefix_pool import PrefixPool
 from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import RequestRecords

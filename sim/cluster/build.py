@@ -26,7 +26,8 @@ from chairlift.sim.replica.engine import Engine, make_engine
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.replica.planner import Planner
-from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.prefix_identity import Identity
+from chairlift.sim.replica.prefix_pool import PrefixPool
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import ReplicaGroup, Setup

@@ -8,7 +8,7 @@ from chairlift.sim.cluster.audit import audit
 from chairlift.sim.cluster.build import build
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.replica.counting_pool import PrefixCacheMatters
-from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.study import Setup
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from chairlift.backend.base import Backend, Batch, Chunk
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.promises import PROMISED, Promise
-from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.study import ReplicaGroup, Setup
 from chairlift.sim.units import PS_PER_MS, PS_PER_S

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from chairlift.backend.base import Batch, Executor, Host, Prompt, StepCost
 from chairlift.policies.base import PolicyError
 from chairlift.sim.replica.planner import Planner
-from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.session_prompts import Turns
 from chairlift.sim.replica.step import ReplicaStep

@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
 from chairlift.policies.base import FOREVER, PolicyError, Scheduler
-from chairlift.sim.replica.counting_pool import CountingPool, Ends, admission
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.decode_group import Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.journal import Journal
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When

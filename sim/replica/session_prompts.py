@@ -1,14 +1,15 @@
 """Prompts where steps really run: a turn of a session repeats the answers that its earlier turns were given.
 
-A trace has no tokens. `sim.replica.prefix_pool.Identity` makes numbers up that stand for them, equal where the trace
-says that prompts are equal. What an answer says only the engine knows that generates it, and a cached block holds it.
+A trace has no tokens. `sim.replica.prefix_identity.Identity` makes numbers up that stand for them, equal where the
+trace says that prompts are equal. What an answer says only the engine knows that generates it, and a cached block holds
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.results.records import Status
 
 

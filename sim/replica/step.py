@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from chairlift.backend.base import Backend, Batch, Chunk
 from chairlift.policies.base import PolicyError, Preemption, Running, Scheduler, Step
-from chairlift.sim.replica.counting_pool import CountingPool, Decodes
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.request import NEVER, PARKED, PREFILLING, WAITING, Live, Phase
 from chairlift.sim.replica.waiting_queue import OrderedQueue

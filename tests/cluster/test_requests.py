@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chairlift.sim.cluster.requests import ID_TOKENS, request_maker
-from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.workload.trace import HashIds, Trace
 from kit.clusters import group, setup_of
 from kit.worlds import trace_of

@@ -23,7 +23,7 @@ from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU as Gpu
 from chairlift.backend.shapes import Model
 from chairlift.policies.base import Scheduler
-from chairlift.sim.replica.prefix_pool import Identity
+from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.results.records import Status
 from chairlift.sim.study import ReplicaGroup, Setup
 from chairlift.sim.workload.trace import Trace

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from chairlift.policies.base import Scheduler
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import PrefixCacheMatters, StandInPool
-from chairlift.sim.replica.prefix_pool import Identity, PrefixPool
+from chairlift.sim.replica.prefix_identity import Identity
+from chairlift.sim.replica.prefix_pool import PrefixPool
 from chairlift.sim.replica.request import Live
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate

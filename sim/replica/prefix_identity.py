@@ -1,0 +1,129 @@
+"""Which blocks of a trace's requests are equal.
+
+A trace has no token ids. What two blocks need to be equal, they and all before them, is told from what a trace does
+say: ids of its own (Mooncake), a shared prefix of a group, or a session whose next prompt begins with the last one
+and its answer. Every other block is its request's own, found again only by itself after a preemption.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from chairlift.sim.workload.trace import Trace
+
+OWN, GROUP, SESSION, HASHED = range(4)
+INDEX_BITS = 24  # blocks a request can have
+
+
+class Identity:
+    """Which blocks of a trace's requests are equal: `key` gives equal ones, in equal places, the same integer.
+
+    The blocks that another request can have too come first in a request; ``shareable[i]`` counts those of row i.
+    """
+
+    def __init__(self, trace: Trace, block_size: int) -> None:
+        self.block_size = block_size
+        n = len(trace)
+        self._group: list[int] = [-1] * n if trace.prefix_group is None else trace.prefix_group.tolist()
+        self._stream = _streams(trace)
+        self._hash_block = trace.hash_block
+        self._hashes: list[int] = []
+        self._offsets: list[int] = [0] * (n + 1)
+        shareable = np.zeros(n, dtype=np.int64)
+        if trace.prefix_group is not None and trace.prefix_tokens is not None:
+            shareable = np.where(trace.prefix_group >= 0, trace.prefix_tokens, 0) // block_size
+        self._hashed: list[int] = [0] * n  # leading blocks that an id of the trace names
+        if trace.hash_ids is not None:
+            self._hashes = trace.hash_ids.values.tolist()
+            self._offsets = trace.hash_ids.offsets.tolist()
+            covered = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens) // block_size
+            self._hashed = covered.tolist()
+            shareable = np.maximum(shareable, covered)
+        if self._stream is not None:
+            shareable = np.where(np.array(self._stream) >= 0, 1 << INDEX_BITS, shareable)
+        self.shareable: list[int] = shareable.tolist()
+
+    @property
+    def answers_too(self) -> bool:
+        """Whether blocks with generated tokens can be shared: only sessions do so."""
+        return self._stream is not None
+
+    @staticmethod
+    def shares(trace: Trace) -> bool:
+        """Whether any two requests of ``trace`` can have a block in common."""
+        if trace.hash_ids is not None and len(np.unique(trace.hash_ids.values)) < len(trace.hash_ids.values):
+            return True
+        if trace.prefix_group is not None and _repeats(trace.prefix_group):
+            return True
+        return trace.session is not None and _repeats(trace.session)
+
+    def tokens(self, request: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Numbers for the first ``count`` tokens of a request: equal in two requests where their blocks' keys are."""
+        size = self.block_size
+        keys = np.array([self.key(request, block) for block in range(-(-count // size))], dtype=np.uint64)
+        each = (np.repeat(keys, size)[:count] << np.uint64(8)) + np.arange(count, dtype=np.uint64) % np.uint64(size)
+        each = (each ^ (each >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's mixing (Steele 2014)
+        each = (each ^ (each >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        numbers: np.ndarray[tuple[int], np.dtype[np.int64]] = (each >> np.uint64(1)).astype(np.int64)
+        return numbers
+
+    def named(self, request: int) -> int:
+        """Leading tokens of a request whose blocks ids of the trace name."""
+        return self._hashed[request] * self.block_size
+
+    def earlier_turns(self) -> dict[int, list[int]]:
+        """For each request whose prompt repeats earlier ones of its session and their answers: those, in order."""
+        found: dict[int, list[int]] = {}
+        latest: dict[int, int] = {}  # stream → its latest request
+        for request, stream in enumerate(self._stream or ()):
+            if stream >= 0:
+                if (before := latest.get(stream)) is not None:
+                    found[request] = [*found.get(before, ()), before]
+                latest[stream] = request
+        return found
+
+    def share(self, request: int, blocks: int) -> None:
+        """Let others have only the first ``blocks`` blocks of a request, and those that ids of the trace name."""
+        self.shareable[request] = max(blocks, self._hashed[request])
+
+    def key(self, request: int, block: int) -> int:
+        """An integer for block number ``block`` (from 0, full) of a request, its row in the trace."""
+        if block < self._hashed[request]:  # an id stands for all before it too
+            at = self._offsets[request] + ((block + 1) * self.block_size - 1) // self._hash_block
+            return (self._hashes[at] << INDEX_BITS | block) << 2 | HASHED
+        if block >= self.shareable[request]:
+            return (request << INDEX_BITS | block) << 2 | OWN
+        if self._stream is not None and self._stream[request] >= 0:
+            return (self._stream[request] << INDEX_BITS | block) << 2 | SESSION
+        return (self._group[request] << INDEX_BITS | block) << 2 | GROUP
+
+
+def _repeats(column: np.ndarray[tuple[int], np.dtype[np.signedinteger]]) -> bool:
+    given = column[column >= 0]
+    return len(np.unique(given)) < len(given)
+
+
+def _streams(trace: Trace) -> list[int] | None:
+    """For each request the number of the token stream it continues, -1 without a session.
+
+    A turn continues its session's stream if its prompt is at least as long as the last prompt and answer together;
+    else the session has dropped some of its context and starts a new one.
+    """
+    if trace.session is None:
+        return None
+    latest: dict[int, tuple[int, int]] = {}  # session → its stream and the tokens in it
+    streams = []
+    count = 0
+    for session, prompt, output in zip(
+        trace.session.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
+    ):
+        if session < 0:
+            streams.append(-1)
+            continue
+        stream, length = latest.get(session, (-1, 0))
+        if stream < 0 or prompt < length:
+            stream = count
+            count += 1
+        latest[session] = (stream, prompt + output)
+        streams.append(stream)
+    return streams
