@@ -334,7 +334,8 @@ def main() -> None:
         blamed = blame(error) or _of_the_machine(error)
         if blamed is None:
             raise
-        if isinstance(error, OSError):  # perhaps of the output, which Python would flush once more at its end
+        # the output itself cannot be written, and Python would flush it once more at its end
+        if isinstance(error, OSError) and error.filename is None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
         err.print(f"[red]error:[/red] {escape(str(blamed))}", soft_wrap=True)
         raise SystemExit(2) from None

@@ -68,7 +68,7 @@ def find_scenario(name: str) -> Path:
     """The file that ``name`` means: a path, or a shipped scenario with or without its folder. Raises `BadInput`."""
     path = Path(name)
     known = shipped()
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
+    if os.path.exists(path) or path.suffix in (".yaml", ".yml", ".json"):
         return path
     if (found := _named(name, known)) is not None:
         return found

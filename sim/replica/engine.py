@@ -134,10 +134,13 @@ class Engine(ABC):
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `Planner.ask`, again for as long as all that the policy does is to refuse or to preempt."""
-        for _ in range(PATIENCE):
+        idle = 0  # asks that changed nothing, not even who waits
+        while idle < PATIENCE:
             plan = self._ask(now, self._latest if self._latest.ps == now else _SILENCE)
-            if plan is not None or not (self.state.rejected or self.state.preempted or self.planner.again):
+            changed = bool(self.state.rejected or self.state.preempted)
+            if plan is not None or not (changed or self.planner.again):
                 return plan
+            idle += not changed
         self.planner.fail(f"nothing runs at {now} ps, however often it is asked")
 
     def _let_go(self, now: int) -> None:

@@ -79,7 +79,7 @@ def test_pages_that_two_requests_computed_are_given_back_once(folder: Path) -> N
     check_greedy(got)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given_(
     rows=st.lists(
         st.tuples(st.sampled_from([0, 9, 40]), st.integers(1, 90), st.integers(1, 30)), min_size=3, max_size=7

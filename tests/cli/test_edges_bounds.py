@@ -51,7 +51,7 @@ def test_a_number_out_of_bounds_is_refused(assignments: list[str], says: str) ->
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("change", ["max_model_len=1", "kv={blocks: 1}", "workload.prompt_tokens=200000"])
+@pytest.mark.parametrize("change", ["max_model_len=1", "workload.prompt_tokens=200000"])
 def test_a_run_that_completes_nothing_says_why_and_exits_with_1(change: str) -> None:
     result = chairlift("run", "s.yaml", "-q", "--set", change)
     assert (result.status, result.out) == (1, "")

@@ -54,7 +54,7 @@ def group(
     if scheduler.block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     parts = (count, role, GPU, ONE, scheduler, settings, Efficiency(), blocks, block_size, "made up")
-    return Group(*parts, *host_of(6, 1000, block_size), cost or Affine())
+    return Group(*parts, *host_of(6, 1000, block_size), cost=cost or Affine())
 
 
 def host_of(blocks: int, block_ps: int, block_size: int) -> tuple[float, float]:

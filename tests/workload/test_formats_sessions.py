@@ -209,7 +209,7 @@ def test_the_real_sessions_share_as_much_as_was_computed_elsewhere() -> None:
 @pytest.mark.parametrize("file", ["kvcachetester_sessions_first.jsonl.gz", "ragpulse_0_trace.jsonl.gz"])
 def test_real_files_run_and_find_their_prefixes(tmp_path: Path, file: str) -> None:
     (tmp_path / "s.yaml").write_text(
-        "model: llama-3.1-8b\ngpu: h200\nmax_model_len: 1000000\npolicy: {name: vllm, max_num_batched_tokens: 8192}\n"
+        "model: llama-3.1-8b\ngpu: h200\nmax_model_len: 131072\npolicy: {name: vllm, max_num_batched_tokens: 8192}\n"
         f"workload: {{file: {TRACES / file}, requests: 120, arrivals: {{poisson: {{rate_per_s: 0.2}}}}}}\n"
     )
     [setup] = load_scenario(tmp_path / "s.yaml").setups
