@@ -128,9 +128,9 @@ def most(world: World, i: int) -> int:
     """Tokens that the replica of a request lets it have."""
     engine, trace = world.engines[world.requests.replica[i]], world.requests.trace
     prompt = int(trace.prompt_tokens[i])
-    cap = engine.max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
+    cap = engine.state.max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
     return engine.scheduler.allowed(
-        Live(i, 0, prompt, cap), engine.max_model_len, engine.pool.total * engine.pool.block_size
+        Live(i, 0, prompt, cap), engine.state.max_model_len, engine.pool.total * engine.pool.block_size
     )
 
 
