@@ -58,8 +58,9 @@ def test_prefix_cache() -> None:
 
     assert few["sglang no cache"]["prefix_hit_rate"] == 0
     assert few["sglang lpm"]["prefix_hit_rate"] > 0.75
-    assert many["sglang fcfs"]["prefix_hit_rate"] + 0.1 < many["sglang lpm"]["prefix_hit_rate"]
-    assert many["sglang lpm"]["mean_e2el_ms"] < many["sglang fcfs"]["mean_e2el_ms"]
+    # SGLang orders by prefix only while at most 128 wait: with so many waiting, longest prefix first is first come
+    assert many["sglang fcfs"]["prefix_hit_rate"] <= many["sglang lpm"]["prefix_hit_rate"]
+    assert many["sglang lpm"]["mean_e2el_ms"] <= many["sglang fcfs"]["mean_e2el_ms"]
 
 
 def test_preemption() -> None:
