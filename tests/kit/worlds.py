@@ -123,9 +123,8 @@ def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
     return sorted(count.items())
 
 
-def most(world: World, i: int) -> int:
-    """Tokens that the replica of a request lets it have."""
-    engine, trace = world.engines[world.requests.replica[i]], world.requests.trace
+def most(engine: Engine, trace: Trace, i: int) -> int:
+    """Tokens that a replica lets request ``i`` have."""
     prompt = int(trace.prompt_tokens[i])
     cap = engine.max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
     pool = engine.pool
@@ -139,7 +138,7 @@ def check_books(world: World) -> None:
     assert set(r.status) <= {Status.FINISHED, Status.REJECTED}
     done = [i for i in range(len(trace)) if r.status[i] == Status.FINISHED]
     assert all(trace.arrival_ps[i] <= r.admitted[i] < r.first_token[i] <= r.finished[i] for i in done)
-    assert all(r.emitted[i] == min(trace.output_tokens[i], most(world, i)) for i in done)
+    assert all(r.emitted[i] == min(trace.output_tokens[i], most(world.engines[r.replica[i]], trace, i)) for i in done)
     gaps = 0
     for engine in world.engines:
         state, group = engine.state, engine.state.group

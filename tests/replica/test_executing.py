@@ -254,6 +254,8 @@ def test_hardware_that_takes_what_the_model_says_makes_the_modelled_run(
         **(prefixes if shares else {}),
     )
     limits = Limits(timeout_s=timeout, queue_timeout_s=queue_timeout)
+    if (own := POLICIES[name](size).block_tokens) is not None:
+        blocks, block_size = blocks * block_size // own, own
     parts = (trace, lambda: POLICIES[name](size), blocks, block_size, limits)
     modelled = serve(setup_on(cost, *parts), leap=False, journal=journal)
     with pytest.MonkeyPatch.context() as patch:
