@@ -299,8 +299,8 @@ class Planner:
             again = behind is not None and behind.decoding
             if again:
                 behind.undelivered += 1
-                self.backend.drop(request.id)
-            state.vacate(request, AWAY, again)
+                self.drop(request)
+            state.vacate(request, AWAY if again else DRAINING, again)
         else:
             if self._ahead and self.pool.tracks:
                 self.pool.computed(request, request.stored)
@@ -308,10 +308,12 @@ class Planner:
         self.scheduler.ended(request)
         self.end_request(request, now, Status.FINISHED)
 
+    def drop(self, request: Live) -> None:
+        """A token of a request that is under way is nobody's."""
+        self.backend.drop(request.id)
+
     def _goes_on(self, request: Live) -> bool:
         """Whether a request whose last token is planned decodes once more, until that token is seen."""
-        if self._overshoots == "never":
-            return False
         return self._overshoots == "always" or self._ends.outputs[request.id] < request.max_tokens
 
     def end_request(self, request: Live, now: int, status: Status) -> None:
