@@ -430,7 +430,7 @@ class Scheduler(ABC):
         """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
         return request.max_tokens
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: Request) -> None:  # noqa: B027 - a hook; most policies look at `Step.running`
         """An admitted request has left for good: it has its answer, or its client has given up."""
 
     def landing(self, requests: list[Request]) -> list[Request]:

@@ -1,8 +1,8 @@
 """SGLang's scheduler, decision for decision: prompts before decodes, a radix tree, a guess of memory, retraction.
 
 Equal to SGLang 0.5.23's scheduler and 0.5.17's, with and without overlap (`tests/ledger.py` replays their ledgers).
-Sources: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS 2024, for the tree and
-the order by prefix; `python/sglang/srt/managers/{scheduler,schedule_batch,schedule_policy}.py` for the order of things.
+Sources: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS 2024, for the tree
+and the order by prefix; `python/sglang/srt/managers/{scheduler,schedule_batch,schedule_policy}.py` for the rest.
 
 Words of SGLang's: a *turn* is one pass of its event loop, and at most one step; the *running batch* is who decodes; a
 step *extends* (computes prompts), decodes, or is *mixed*; a *cut* prompt goes on in the next step.
@@ -139,7 +139,9 @@ class Sglang(Scheduler):
     _looked: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)  # known tokens, found
 
     def __post_init__(self) -> None:
-        self._rules = frozenset(r for r, since in RULES.items() if VERSIONS.index(self.version) >= VERSIONS.index(since))
+        self._rules = frozenset(
+            r for r, since in RULES.items() if VERSIONS.index(self.version) >= VERSIONS.index(since)
+        )
         self._leaves_at_once = "finished requests leave the running batch at once" in self._rules
         self._first = min(1.0, FIRST_RATIO * self.schedule_conservativeness)
         self._least = min(1.0, self._first * LEAST_SHARE)

@@ -22,7 +22,7 @@ class _Root:
     """The root of a radix tree without anything in it."""
 
     parent = None
-    children: Mapping[Hashable, PrefixNode] = {}  # noqa: RUF012 - nobody writes it
+    children: Mapping[Hashable, PrefixNode] = {}
     stop = 0
 
 

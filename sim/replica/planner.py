@@ -23,7 +23,18 @@ class Planner:
     """
 
     __slots__ = (  # beyond thirty attributes a dict is slow
-        *("_again", "_ahead", "_arrival", "_arrival_token", "_budget", "_cost", "_ends", "_finish", "_holds", "_intake"),
+        *(
+            "_again",
+            "_ahead",
+            "_arrival",
+            "_arrival_token",
+            "_budget",
+            "_cost",
+            "_ends",
+            "_finish",
+            "_holds",
+            "_intake",
+        ),
         *("_left", "_overshoots", "_promised", "_requests", "_room", "backend", "handover", "index", "leap"),
         *("max_model_len", "pool", "scheduler", "state"),
     )
@@ -296,8 +307,9 @@ class Planner:
         if state.admitted.pop(request.id, None) is None:  # preempted while its last token was in flight
             state.withdraw(request)
         elif request.group is not None:  # it decodes once more, for nothing
-            again = behind is not None and behind.decoding
-            if again:
+            again = False
+            if behind is not None and behind.decoding:
+                again = True
                 behind.undelivered += 1
                 self.drop(request)
             state.vacate(request, AWAY if again else DRAINING, again)

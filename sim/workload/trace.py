@@ -105,7 +105,9 @@ class Trace:
     prompt_tokens: TokenArray  # int32, >= 1
     output_tokens: TokenArray  # int32, >= 1: what the request will really generate
     max_tokens: TokenArray | None = None  # int32, >= output_tokens: the cap the client declares
-    ignore_eos: npt.NDArray[np.int8] | None = None  # int8; 1: the client asked for max_tokens, whatever they are; else 0
+    ignore_eos: npt.NDArray[np.int8] | None = (
+        None  # int8; 1: the client asked for max_tokens, whatever they are; else 0
+    )
     priority: TokenArray | None = None  # int32; what it means is the policy's business
     tenant: TokenArray | None = None  # int32 index into `tenants`
     tenants: tuple[str, ...] = ()

@@ -71,13 +71,19 @@ def test_pages_that_two_requests_computed_are_given_back_once(folder: Path) -> N
 
     assert got.served.columns()["cached_tokens"] == [0, 0, 0, 48]
     held = got.served.engines[0].records.runs()["held_blocks"].tolist()
-    assert held[:3] == [4 + 4 + 5, 4 + 4 + 5, 4 + 4 + 5 - 3 - 3]  # with overlap the second is planned before the first lands
+    assert held[:3] == [
+        4 + 4 + 5,
+        4 + 4 + 5,
+        4 + 4 + 5 - 3 - 3,
+    ]  # with overlap the second is planned before the first lands
     check_greedy(got)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given_(
-    rows=st.lists(st.tuples(st.sampled_from([0, 9, 40]), st.integers(1, 90), st.integers(1, 30)), min_size=3, max_size=7),
+    rows=st.lists(
+        st.tuples(st.sampled_from([0, 9, 40]), st.integers(1, 90), st.integers(1, 30)), min_size=3, max_size=7
+    ),
     prefix=st.integers(0, 90),
     sessions=st.booleans(),
     pages=st.integers(13, 30),
@@ -122,6 +128,8 @@ def test_tokens_are_those_of_a_plain_forward_pass(
     else:
         trace = made(rows, 1, prefix, **more)
     blocks = pages * 16 // policy["page_size"]
-    got = answers(folder, trace, Sglang, policy, blocks=blocks, block_size=policy["page_size"], limits=Limits(timeout_s=timeout))
+    got = answers(
+        folder, trace, Sglang, policy, blocks=blocks, block_size=policy["page_size"], limits=Limits(timeout_s=timeout)
+    )
 
     check_greedy(got, given=[given.get(i, []) for i in range(len(trace))])

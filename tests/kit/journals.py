@@ -66,7 +66,8 @@ def check_lives(requests: Columns, runs: Columns, events: Columns, batches: bool
     gaps: Counter[int] = Counter()
     for i, status in enumerate(requests["status"]):
         facts = {name: column[i] for name, column in requests.items()}
-        mine = np.flatnonzero((of == i) & ~chunks & (kinds != Kind.DROP))  # which are written down when their step is done
+        # chunks are written down when their step is done, dropped tokens when the step before is
+        mine = np.flatnonzero((of == i) & ~chunks & (kinds != Kind.DROP))
         first, last = mine[0], mine[-1]
         own = kinds[mine].tolist()
         assert (own[0], own.count(Kind.ARRIVE), at[first]) == (Kind.ARRIVE, 1, facts["arrival_ps"])

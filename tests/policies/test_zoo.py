@@ -184,7 +184,7 @@ def test_sglang_keeps_answers_and_forgets_whole_nodes() -> None:
     # 40 slots. C's prompt begins with the 8 tokens with which A's does.
     #   0  A(10, 5): 110, 4 steps of 101 -> 514, and leaves 10 + 4 tokens, in two nodes
     # 600  B(20, 5): 120, 4 steps of 101 -> 1124, and leaves 20 + 4: 2 slots are free
-    # 1200 C(10, 3): 8 are cached, 2 take the last slots: 102. Its decodes want one each: the oldest leaf, A's answer, goes
+    # 1200 C(10, 3): 8 are cached, 2 take the last slots: 102. Its decodes want one each: A's answer goes
     columns = {"prefix_group": [0, -1, 0], "prefix_tokens": [8, 0, 8]}
     policy = lambda: Sglang(disable_overlap_schedule=True)  # noqa: E731
     world = serve([(0, 10, 5), (600, 20, 5), (1200, 10, 3)], policy, blocks=40, **columns)

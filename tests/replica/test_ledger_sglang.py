@@ -1,7 +1,7 @@
 """Our SGLang policy makes the decisions of the real scheduler, turn for turn, version by version.
 
-``data/sglang-*.jsonl.gz`` hold varied cases of SGLang's own event loop, driven on the CPU with made-up outputs: with and
-without overlap, pages of 1, 16 and 64 tokens, cut prompts, mixed steps, every order, priorities, preemption, retraction.
+``data/sglang-*.jsonl.gz`` hold varied cases of SGLang's own event loop, driven on the CPU with made-up outputs: with
+and without overlap, pages of 1, 16 and 64 tokens, cut prompts, mixed steps, every order, priorities, retraction.
 """
 
 from __future__ import annotations

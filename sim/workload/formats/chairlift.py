@@ -2,7 +2,8 @@
 
 Columns: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted,
 
-- ``max_tokens``, ``ignore_eos`` (0 or 1), ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``, ``prefix_tokens``: see `Trace`;
+- ``max_tokens``, ``ignore_eos`` (0 or 1), ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``,
+  ``prefix_tokens``: see `Trace`;
 - ``follows``, the row, from 0, of the request whose end is waited for (else -1), together with ``think_s``;
 - ``hash_ids``, in CSV with spaces between, in Parquet a list;
 - ``hash_block``, the tokens that an id covers, the same on all rows (else 512).
