@@ -429,7 +429,7 @@ class Scheduler(ABC):
         """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
         return request.max_tokens
 
-    def ended(self, request: Request) -> None:  # noqa: B027 - most policies have nothing to do
+    def ended(self, request: Request) -> None:  # noqa: B027 - a hook; most policies look at `Step.running`
         """An admitted request has left for good: it has its answer, or its client has given up."""
 
     def landing(self, requests: list[Request]) -> list[Request]:

@@ -2,7 +2,7 @@
 
 Equal to SGLang 0.5.23's scheduler and 0.5.17's, with and without overlap (`tests/ledger.py` replays their ledgers).
 Sources: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS 2024, for the tree
-and the order by prefix; `python/sglang/srt/managers/{scheduler,schedule_batch,schedule_policy}.py` for the order of it.
+and the order by prefix; `python/sglang/srt/managers/{scheduler,schedule_batch,schedule_policy}.py` for the rest.
 
 Words of SGLang's: a *turn* is one pass of its event loop, and at most one step; the *running batch* is who decodes; a
 step *extends* (computes prompts), decodes, or is *mixed*; a *cut* prompt goes on in the next step.
@@ -46,9 +46,8 @@ TOUCH_EVERY = 32  # sorts of an order that looks at no prefixes, from one refres
 RULES = {
     "a request that ignores EOS is reckoned with its whole answer": "0.5.23",
     "finished requests leave the running batch at once": "0.5.23",  # before, with the next decode
-    "an empty running batch is not full": "0.5.23",
+    "an empty running batch is not full": "0.5.23",  # no recorded case tells
     "a spent budget ends admission before a look-up": "0.5.23",
-    "no room for anybody does not fill an empty batch": "0.5.23",
     "a cut prompt's slot counts as a place": "0.5.23",
     "who ends by length is left out of the next decode": "0.5.23",  # with overlap
     "waiting prefixes are refreshed": "0.5.23",
@@ -350,8 +349,11 @@ class Sglang(Scheduler):
         self._sort(step)
         mixed = len(running.requests) if self._mixes else 0
         adder = _Adder(step, running, rules, self._chunk, self.max_prefill_tokens, mixed, self.disable_radix_cache)
-        if cut is not None and adder.go_on(cut):
-            self._cut = None
+        if cut is not None:
+            if adder.go_on(cut):
+                self._cut = None
+            elif not adder.batch:
+                return []
         victims: set[int] = set()
         for request in list(step.waiting):
             if adder.spent() and "a spent budget ends admission before a look-up" in rules:
@@ -368,7 +370,7 @@ class Sglang(Scheduler):
             verdict = adder.add(request, known, hit)
             if verdict != GO:
                 if verdict == FULL:
-                    roomy = "no room for anybody does not fill an empty batch" in rules
+                    roomy = "an empty running batch is not full" in rules
                     self._full = not roomy or bool(adder.batch) or bool(running.requests)
                 break
         batch = adder.batch
@@ -772,12 +774,11 @@ class _Adder:
             if room <= 0:
                 room = self._chunk
         want, start = request.remaining, request.computed
-        tokens = min(want, room)
-        if not self._step.run(request, tokens):
-            raise PolicyError(f"policy Sglang: no room for {tokens} tokens more of {request}")
-        self._plan(request, start, tokens)
-        self._charge(tokens, min(request.max_tokens, CLIP) if want <= room else 0)
-        return want <= room
+        tokens = min(want, room, self._room + self._up(start) - start)  # where memory is too short SGLang breaks down
+        if tokens > 0 and self._step.run(request, tokens):
+            self._plan(request, start, tokens)
+            self._charge(tokens, min(request.max_tokens, CLIP) if want == tokens else 0)
+        return want == tokens
 
     def add(self, request: Request, known: int, hit: int) -> str:
         """Start a waiting request if there is room, of whose ``known`` tokens ``hit`` are cached; how to go on."""

@@ -311,7 +311,7 @@ class Engine(Planner):
             if self._flies(request):
                 self._unsay(flight, request)
                 self._miss(flight, request)
-                self.backend.drop(request.id)
+                self.drop(request)
 
     def _miss(self, flight: Plan, request: Live) -> None:
         """The token in flight of a request goes to nobody."""

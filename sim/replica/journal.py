@@ -19,7 +19,7 @@ from typing import Any
 
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.executing import Executing
-from chairlift.sim.replica.request import HELD, Live
+from chairlift.sim.replica.request import AWAY, HELD, Live
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Kind, Status
@@ -158,10 +158,17 @@ class JournalEngine(Engine):
             return  # its client has given up, but its slot is paid for until its batch returns: then comes this again
         became = records.status[request.id]
         at = now if before == Status.PENDING else records.finished[request.id]
-        # a client that gives up while its step is in flight leaves with the step after it
-        row = self._row_to_come() if status is Status.TIMED_OUT else self._row()
+        # who has a step in flight when they end leaves with the step after it: a client that gives up, or who decodes
+        # once more for nothing
+        late = status is Status.TIMED_OUT or (status is Status.FINISHED and request.phase is AWAY)
+        row = self._row_to_come() if late else self._row()
         kind = Kind.HANDOVER if became == Status.PENDING else Kind.END
         self.write(at, row, kind, request.id, -1, became)
+
+    def drop(self, request: Live) -> None:
+        """As `Planner.drop`."""
+        super().drop(request)
+        self.write(self.state.now, self._row(), Kind.DROP, request.id, -1, 0)
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:
         """As `Planner.complete`."""

@@ -307,11 +307,12 @@ class Planner:
         if state.admitted.pop(request.id, None) is None:  # preempted while its last token was in flight
             state.withdraw(request)
         elif request.group is not None:  # it decodes once more, for nothing
-            again = behind if behind is not None and behind.decoding else None
-            if again is not None:
-                again.undelivered += 1
-                self.backend.drop(request.id)
-            state.vacate(request, AWAY, again is not None)
+            again = False
+            if behind is not None and behind.decoding:
+                again = True
+                behind.undelivered += 1
+                self.drop(request)
+            state.vacate(request, AWAY if again else DRAINING, again)
         else:
             if self._ahead and self.pool.tracks:
                 self.pool.computed(request, request.stored)
@@ -319,10 +320,12 @@ class Planner:
         self.scheduler.ended(request)
         self.end_request(request, now, Status.FINISHED)
 
+    def drop(self, request: Live) -> None:
+        """A token of a request that is under way is nobody's."""
+        self.backend.drop(request.id)
+
     def _goes_on(self, request: Live) -> bool:
         """Whether a request whose last token is planned decodes once more, until that token is seen."""
-        if self._overshoots == "never":
-            return False
         return self._overshoots == "always" or self._ends.outputs[request.id] < request.max_tokens
 
     def end_request(self, request: Live, now: int, status: Status) -> None:

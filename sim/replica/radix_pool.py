@@ -1,7 +1,7 @@
 """The KV pool whose prefixes lie in a radix tree, as SGLang has them: locks, and eviction by least recent whole nodes.
 
-Source: SGLang 0.5.23, `python/sglang/srt/mem_cache/unified_radix_cache`, for 0.5.17 `radix_cache.py`; `tests/ledger.py`
-holds it to both.
+Source: SGLang 0.5.23, `python/sglang/srt/mem_cache/unified_radix_cache` and, for 0.5.17, `radix_cache.py`;
+`tests/ledger.py` holds it to both.
 
 A trace has no token ids. `Identity.streams` says which stream each token of a request is on, and two tokens are equal
 if they are at the same place of the same stream. So to compare two prefixes costs O(streams), not O(tokens).
@@ -277,7 +277,7 @@ class RadixPool(CountingPool):
         return node
 
     def _insert(self, streams: Streams, end: int) -> tuple[int, Node]:
-        """Put the first ``end`` tokens, whole pages, into the tree: how many were there, and the node at their end."""
+        """Put the first ``end`` tokens, whole pages, into the tree: how many were there, and the last node."""
         size, node, at = self.block_size, self._root, 0
         self._time = now = self._time + _TICK
         while at < end:

@@ -96,5 +96,7 @@ class Plan:
         for i in range(0, len(late), 2):
             if late[i] == last_ps:
                 late[i + 1] -= 1
+                if not late[i + 1]:
+                    del late[i : i + 2]
                 return
         self.undelivered += 1

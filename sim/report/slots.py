@@ -93,7 +93,7 @@ class Slots:
 def seat(events: dict[str, npt.NDArray[Any]], runs: dict[str, npt.NDArray[Any]]) -> Slots:
     """The slots of a replica, from its ``events`` and the columns ``steps`` and ``decodes`` of its ``runs``."""
     rows = len(runs["steps"])
-    moves = np.flatnonzero((events["kind"] != Kind.ARRIVE) & (events["kind"] != Kind.DENY))
+    moves = np.flatnonzero(~np.isin(events["kind"], (Kind.ARRIVE, Kind.DENY, Kind.DROP)))
     # a plan is written down before the step in flight has ended
     order = moves[np.argsort(events["run"][moves], kind="stable")]
     columns = (events[name][order].tolist() for name in ("run", "kind", "request", "other", "value"))

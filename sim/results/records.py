@@ -41,6 +41,7 @@ class Kind(IntEnum):
     END = 8  # it is gone for good; value: its `Status`
     HANDOVER = 9  # its prompt is done, its KV goes to a decode replica
     LOST = 10  # its replica failed
+    DROP = 11  # the token that comes to it from this run is nobody's: it had ended, or generates it again
 
 
 RUN_COLUMNS = (

@@ -28,8 +28,9 @@ def story(events: Columns) -> list[tuple[int, ...]]:
 def token_times(runs: Columns, events: Columns) -> dict[int, list[int]]:
     """When each request got its tokens, by its journal and the steps' ends; every run is one step.
 
-    A client that gives up does not get the token that is under way.
+    A client that gives up does not get the token that is under way, nor anybody one that is nobody's.
     """
+    nobodys = {(request, run) for run, kind, request, _, _ in story(events) if kind == Kind.DROP}
     assert (runs["steps"] == 1).all()
     ends = (runs["start_ps"] + runs["first_ps"]).tolist()
     decoding = (runs["decodes"] > 0).tolist()
@@ -40,13 +41,13 @@ def token_times(runs: Columns, events: Columns) -> dict[int, list[int]]:
         got = times.setdefault(request, [])
         if kind in (Kind.PARK, Kind.PREEMPT, Kind.DONE, Kind.END):
             begin = since.pop(request, run)
-            got += [end for end, decodes in zip(ends[begin:run], decoding[begin:run], strict=True) if decodes]
+            got += [ends[i] for i in range(begin, run) if decoding[i] and (request, i) not in nobodys]
         elif kind == Kind.ADMIT:
             left[request] = other
         elif kind == Kind.CHUNK:
             left[request] -= value
             if not left[request]:
-                got.append(ends[run])
+                got += [ends[run]] if (request, run) not in nobodys else []
                 since[request] = run + 1
         elif kind == Kind.JOIN:
             since[request] = run
@@ -65,7 +66,8 @@ def check_lives(requests: Columns, runs: Columns, events: Columns, batches: bool
     gaps: Counter[int] = Counter()
     for i, status in enumerate(requests["status"]):
         facts = {name: column[i] for name, column in requests.items()}
-        mine = np.flatnonzero((of == i) & ~chunks)  # which are written down when their step is done
+        # chunks are written down when their step is done, dropped tokens when the step before is
+        mine = np.flatnonzero((of == i) & ~chunks & (kinds != Kind.DROP))
         first, last = mine[0], mine[-1]
         own = kinds[mine].tolist()
         assert (own[0], own.count(Kind.ARRIVE), at[first]) == (Kind.ARRIVE, 1, facts["arrival_ps"])

@@ -41,7 +41,7 @@ class Tick(Backend):
 
 
 class Tokens:
-    """A case's tokens as streams: equal numbers at equal places, where the driver's tokens are equal."""
+    """The tokens of a case's requests as streams: equal at equal places where the driver's tokens are equal."""
 
     def __init__(self, requests: list[dict[str, Any]]) -> None:
         self.requests = {q["id"]: q for q in requests}
@@ -195,7 +195,7 @@ class Replay:
 
 
 def rows(case: dict[str, Any], version: str) -> Iterator[dict[str, Any]]:
-    """Our rows of a case, as its driver writes them: ``waiting`` only if changed, no ``prefix`` where nothing runs.
+    """Our rows of a case as its driver writes them: ``waiting`` only if it changed, no ``prefix`` where nothing runs.
 
     A ratio is theirs where it is so to the last digit written but one: sums of floats, in another order.
     """

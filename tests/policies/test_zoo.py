@@ -22,6 +22,7 @@ from chairlift.policies.sglang import Sglang
 from chairlift.policies.sjf import Sjf, Srpt
 from chairlift.policies.slo import Slo
 from chairlift.policies.vllm_v0 import VllmV0
+from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.workload.random_streams import stream
 from kit.by_hand import PS_IN_MS, finished, first, rows, serve
 from kit.worlds import World, play, sorted_gaps, trace_of
@@ -59,10 +60,38 @@ def test_sglang_prefills_in_chunks_that_follow_one_another() -> None:
     # 213  4 of B and C    106 -> 319  B1 C1
     # 319  A2 B2           102 -> 421
     # 421  A3, A4          202 -> 623
-    world = serve(LONG_BEHIND_SHORT, lambda: Sglang(chunked_prefill_size=8))
+    world = serve(LONG_BEHIND_SHORT, lambda: Sglang(chunked_prefill_size=8, disable_overlap_schedule=True))
 
     assert first(world) == [105, 319, 319]
     assert finished(world) == [623, 421, 319]
+
+
+def test_sglang_plans_a_step_ahead_with_overlap() -> None:
+    # As above, but A2 is planned with A1 in flight, before B and C come.
+    #   0  A               105 -> 105  A1
+    # 105  A2              101 -> 206
+    # 206  8 of B          108 -> 314
+    # 314  4 of B and C    106 -> 420  B1 C1
+    # 420  A3 B2           102 -> 522
+    # 522  A4              101 -> 623
+    world = serve(LONG_BEHIND_SHORT, lambda: Sglang(chunked_prefill_size=8))
+
+    assert first(world) == [105, 420, 420]
+    assert finished(world) == [623, 522, 420]
+
+
+def test_sglang_decodes_once_more_for_whoever_ends_by_eos_with_overlap() -> None:
+    # One request of 3 tokens, of which the last is EOS (4 are allowed) or the last allowed.
+    def steps(allowed: int, version: Literal["0.5.17", "0.5.23"] = "0.5.23", overlap: bool = True) -> list[int]:
+        policy = lambda: Sglang(version=version, disable_overlap_schedule=not overlap)  # noqa: E731
+        world = serve([(0, 5, 3, allowed)], policy)
+        assert finished(world) == [105 + 2 * 101]
+        return [n for count, n in rows(world, "steps", "decodes") for _ in range(count)]
+
+    assert steps(3) == [0, 1, 1]
+    assert steps(4) == [0, 1, 1, 1]
+    assert steps(3, "0.5.17") == steps(4, "0.5.17") == [0, 1, 1, 1]
+    assert steps(4, overlap=False) == steps(3, "0.5.17", overlap=False) == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -141,29 +170,52 @@ def test_sglang_serves_the_longest_cached_prefix_first() -> None:
     # 209  B 9 tokens      109 -> 318
     columns = {"prefix_group": [0, 1, 0], "prefix_tokens": [8, 8, 8]}
     requests = [(0, 8, 1), (1, 9, 1), (2, 9, 1)]
-    lpm = serve(requests, lambda: Sglang(max_running_requests=1), block_size=4, **columns)
-    fcfs = serve(requests, lambda: Sglang(max_running_requests=1, schedule_policy="fcfs"), block_size=4, **columns)
 
-    assert finished(lpm) == [108, 318, 209]
-    assert finished(fcfs) == [108, 217, 318]
-    assert list(lpm.requests.cached_tokens) == [0, 0, 8]
+    def served(order: Literal["lpm", "fcfs"]) -> World:
+        policy = lambda: Sglang(max_running_requests=1, schedule_policy=order, disable_overlap_schedule=True)  # noqa: E731
+        return serve(requests, policy, **columns)
+
+    assert finished(served("lpm")) == [108, 318, 209]
+    assert finished(served("fcfs")) == [108, 217, 318]
+    assert list(served("lpm").requests.cached_tokens) == [0, 0, 8]
+
+
+def test_sglang_keeps_answers_and_forgets_whole_nodes() -> None:
+    # 40 slots. C's prompt begins with the 8 tokens with which A's does.
+    #   0  A(10, 5): 110, 4 steps of 101 -> 514, and leaves 10 + 4 tokens, in two nodes
+    # 600  B(20, 5): 120, 4 steps of 101 -> 1124, and leaves 20 + 4: 2 slots are free
+    # 1200 C(10, 3): 8 are cached, 2 take the last slots: 102. Its decodes want one each: A's answer goes
+    columns = {"prefix_group": [0, -1, 0], "prefix_tokens": [8, 0, 8]}
+    policy = lambda: Sglang(disable_overlap_schedule=True)  # noqa: E731
+    world = serve([(0, 10, 5), (600, 20, 5), (1200, 10, 3)], policy, blocks=40, **columns)
+
+    assert finished(world) == [514, 1124, 1200 + 102 + 2 * 101]
+    assert list(world.requests.cached_tokens) == [0, 0, 8]
+    [engine] = world.engines
+    assert isinstance(engine.pool, RadixPool)
+    # A's prompt, shared, 8; its own 2 tokens; B's prompt and answer, 20 and 4; C's 2 and 2 of its answer
+    assert engine.pool.cached == 8 + 2 + 20 + 4 + 2 + 2
 
 
 def test_sglang_retracts_who_has_the_shortest_answer_and_the_longest_prompt() -> None:
-    # 39 slots; the running count for nothing, a newcomer with its whole answer. D(8, 9) at 0, A(6, 9) B(5, 9) at 50.
-    #   0  D                       108 -> 108  D1, 8 slots
-    # 108  A B: 15 and 14 of 31    111 -> 219  A1 B1, 19 slots
-    # 219  six steps of three      618 -> 837  D7 A7 B7, 37 slots
-    # 837  no room for three. All have 7 tokens; D has the longest prompt and goes; 20 steps of two have no room either,
-    #      so A goes too.          101 -> 938  B8
-    # 938  of 27 slots one is B's; A's 13 + 2 have room, D's 15 + 2 beside it have none: 113 -> 1051  A8
-    # 1051 A9 B9                   102 -> 1153
-    # 1153 15 tokens of D          115 -> 1268  D8, 101 -> 1369  D9
-    requests = [(0, 8, 9), (50, 6, 9), (50, 5, 9)]
-    world = serve(requests, lambda: Sglang(schedule_conservativeness=0, disable_radix_cache=True), blocks=39)
+    # 33 slots; the running count for nothing, a newcomer with its whole answer and one slot more.
+    #   0  A(8, 9)                 108 -> 108  A1; 18 of 33
+    # 108  B(6, 9)                 106 -> 214  B1; 16 of 25
+    # 214  C(5, 9)                 105 -> 319  C1; 15 of 19
+    # 319  four steps of three     412 -> 731  A5 B5 C5: 12 + 10 + 9 slots
+    # 731  no room for three. All have 5 tokens; A has the longest prompt and goes, to the end of the queue. The ratio
+    #      is (10 + 20 · 2) / (18 + 1), at most 1: of 33 - 21 slots B and C may take 6, and A wants 13 + 4 + 1.
+    #      four steps of two       408 -> 1139 B9 C9
+    # 1139 13 tokens of A          113 -> 1252 A6, three steps 303 -> 1555
+    requests = [(0, 8, 9), (10, 6, 9), (115, 5, 9)]
+    policy = lambda: Sglang(  # noqa: E731
+        schedule_conservativeness=0, disable_radix_cache=True, disable_overlap_schedule=True
+    )
+    world = serve(requests, policy, blocks=33)
 
-    assert list(world.requests.preemptions) == [1, 1, 0]
-    assert finished(world) == [1369, 1153, 1153]
+    assert list(world.requests.preemptions) == [1, 0, 0]
+    assert first(world) == [108, 214, 319]
+    assert finished(world) == [1555, 1139, 1139]
 
 
 # shortest first

@@ -123,6 +123,10 @@ class Hardware(Executor):
         self.clock.now += self.releasing
         self.sequences.pop(request_id, None)
 
+    def drop(self, request_id: int) -> None:
+        assert self.flights
+        self.given[request_id] -= 1
+
     def close(self) -> None:
         assert not self.flights
         self.closed = True
