@@ -286,7 +286,9 @@ def test_the_padding_of_tgi_does_not_use_the_pool_up(folder: Path) -> None:
 def test_a_chunk_that_was_taken_back_is_not_in_the_cache(folder: Path, shared: bool) -> None:
     # Request 0 computes 32 tokens a step. In the third its chunk is planned (blocks 5 and 6 of 7), then request 1,
     # which is more urgent, needs a block: request 0 is preempted, and block 5 is never filled, so it must not be found.
+    # (Since vLLM 0.31 request 0 would not be held to 32 tokens while it is alone.)
     options = {"max_num_batched_tokens": 64, "long_prefill_token_threshold": 32, "scheduling_policy": "priority"}
+    options["version"] = "0.30"
     prefix = {"prefix_group": [0, -1], "prefix_tokens": [96, 0]} if shared else {}
     trace = made([(0, 100, 3), (1, 16, 2)], priority=[9, 0], **prefix)
     got = answers(folder, trace, Vllm, {**options, "async_scheduling": False}, blocks=7)
