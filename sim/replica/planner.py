@@ -481,8 +481,8 @@ class Planner:
         late = 0
         old = decodes
         for request in state.fresh.values():
-            if request.group is None:
-                continue  # preempted or parked since
+            if request.group is not state.group:
+                continue  # preempted, parked, or handed over to another replica since
             old -= 1
             if request.last is not start:
                 gaps += (request.last.ps, 1)
