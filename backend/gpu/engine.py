@@ -31,6 +31,7 @@ from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
 from chairlift.backend.gpu.step_graphs import Flat
+from chairlift.backend.gpu.weights import check_room
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model
@@ -87,6 +88,8 @@ class TorchEngine(Executor):
     # getting ready
 
     def prepare(self, blocks: int, block_size: int, max_model_len: int, named: bool) -> None:  # noqa: D102
+        if not self._cuda:  # whose memory all processes share
+            check_room(self.device, self.model.parameters * self.dtype.itemsize, f"{self.model.name}'s weights")
         batch = self.options.max_batch
         self._block = block_size if named else PAGE
         if self._block % TILE:
