@@ -54,9 +54,7 @@ class Runner:
         if self._cuda and (problem := unfit(heads, block)) is not None:
             raise ValueError(f"{model.name}: {problem}")
         self.net = loaded(model, options, device, dtype, block, max_model_len, ranks)
-        if device.type == "cuda":  # the pages of a host's memory are taken as they are written
-            need = blocks * block * model.kv_bytes_per_token_on(ranks.count)
-            check_room(device, need, f"a KV pool of {blocks:,} blocks")
+        check_room(device, blocks * block * model.kv_bytes_per_token_on(ranks.count), f"a KV pool of {blocks:,} blocks")
         integer: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self._cache = new_cache(model.layers, blocks, block, heads, dtype, device)
         self._tables = torch.zeros((batch + 1, columns), **integer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from chairlift.backend.shapes import GIB, Model
 
 STD = 0.02  # of random weights, as transformers initialises
 SPARE = 4 * GIB  # bytes of a GPU left for activations, graphs and libraries
-MEMINFO = Path("/proc/meminfo")
+MEMINFO = Path("/proc/meminfo")  # of Linux, proc(5)
 
 
 _latest: dict[Any, Transformer] = {}  # one at most
@@ -67,30 +66,35 @@ def _load(
         arithmetic = Arithmetic.from_hf_config(config, max_model_len)
         weight = saved_weights(folder, dtype, device)
     built = (options.max_batch + 1, max_model_len, options.quantization == "fp8", options.routing_skew, ranks)
-    if device.type == "cuda":
-        check_room(device, round(model.parameters * dtype.itemsize / ranks.count), f"{model.name}'s weights")
+    check_room(device, round(model.parameters * dtype.itemsize / ranks.count), f"{model.name}'s weights")
     return Transformer(model, arithmetic, dtype, device, weight, block, *built)
 
 
 def check_room(device: torch.device, need: int, what: str) -> None:
-    """Raise ValueError unless ``need`` bytes are free: of a GPU, with something to spare, or of this host's memory.
-
-    Linux alone tells how much memory of a host is free (`MemAvailable` of proc(5)); elsewhere a host has room.
-    """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] - SPARE
-        where = torch.cuda.get_device_name(device)
-        advice = "give kv.blocks or a smaller kv.memory_utilization, or another model"
-    else:
-        told = re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text() if MEMINFO.exists() else "", re.MULTILINE)
-        if told is None:
-            return
-        free = int(told[1]) * 1024
-        where, advice = "this host", "a CPU runs tiny models; give a smaller one"
+    """Raise ValueError unless ``need`` bytes and something to spare are free on a GPU."""
+    if device.type != "cuda":
+        return  # `check_memory` looks at the machine's, once for all processes
+    free = torch.cuda.mem_get_info(device)[0] - SPARE
     if need > free:
         raise ValueError(
-            f"{what}: {need / GIB:.1f} GiB are needed, and {max(0, free) / GIB:.1f} GiB of {where} are free: {advice}"
+            f"{what} needs {need / GIB:.1f} GiB; {max(0, free) / GIB:.1f} GiB of {torch.cuda.get_device_name(device)}"
+            " are free for it: give kv.blocks or a smaller kv.memory_utilization, or another model"
         )
+
+
+def check_memory(need: int, what: str) -> None:
+    """Raise ValueError unless the machine has ``need`` bytes to give. Where it does not say (macOS), nothing is known.
+
+    Linux hands out more memory than there is, and ends a process once that is used; so this looks beforehand.
+    """
+    try:
+        told = MEMINFO.read_text(encoding="ascii")
+        free = int(told.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return
+    if need > free:
+        rule = f"{what} needs {need / GIB:.1f} GiB, and the machine has {free / GIB:.1f} GiB to give"
+        raise ValueError(f"{rule}: device: cpu is for tiny models")
 
 
 def random_weights(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from chairlift.backend import specs
+from chairlift.backend.base import DeviceError
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
@@ -25,10 +26,10 @@ from chairlift.sim.cli.terminal import (
     Interruptible,
     console,
     forgive_encodings,
-    on_terminate,
     progress,
     status,
     stopped,
+    terminable,
 )
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
@@ -319,15 +320,15 @@ app.command()(doctor)
 
 def main() -> None:
     """The console script: bad input is one message and exit status 2, never a traceback."""
-    on_terminate()
     forgive_encodings()
     try:
-        app(standalone_mode=True)
+        with terminable():
+            app(standalone_mode=True)
     except BadInput as error:
         for problem in error.problems:
             err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
         raise SystemExit(2) from None
-    except (PolicyError, specs.BadTable) as error:
+    except (PolicyError, DeviceError, specs.BadTable) as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:

@@ -66,6 +66,7 @@ def test_the_nearest_place_says_how(tmp_path: Path) -> None:
         ({"parallel": {"expert": 2}}, r"expert must divide tensor × data, 1 \(got 2\)"),
         ({"parallel": {"tensor": 16}}, "tensor must be at most 8: all-reduces beyond one host"),
         ({"model": "llama-3.1-8b", "parallel": {"data": 2}}, "so its ranks are replicas"),
+        ({"model": "llama-3.1-8b", "backend": "torch", "parallel": {"pipeline": 2}}, "by tensors and experts only"),
         ({"model": "llama-3.1-8b", "backend": "h200-llama-3.1-8b-vllm-0.23", "parallel": {"pipeline": 2}}, "2 .PP 2."),
     ],
 )

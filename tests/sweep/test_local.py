@@ -16,7 +16,7 @@ import pytest
 
 from chairlift.sim.sweep import local
 from chairlift.sim.sweep.local import STRIKES, Local
-from kit.at_work import Done, Task, environment, lost, worked
+from kit.at_work import Done, Task, environment, lives, lost, worked
 from kit.command import replaced
 from kit.places import IMPORTS, TESTS
 from kit.sweeping import SWEEP, started, written
@@ -38,14 +38,6 @@ def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < until
         time.sleep(0.02)
-
-
-def lives(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def test_tasks_are_spread_over_the_processes_and_each_is_done_once(tmp_path: Path) -> None:
