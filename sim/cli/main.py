@@ -186,6 +186,8 @@ def run(
             counts = {key.replace("_", " "): outcome.summary[key] for key in ENDS}
             ends = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
             label = " ".join(filter(None, (outcome.setup.case, outcome.setup.variant))) or study.name
+            if why := outcome.assumptions.get("refused"):
+                ends += f" ({why})"
             err.print(escape(f"{label}: no request was completed: {ends}"), soft_wrap=True)
         raise typer.Exit(1)
 
@@ -211,6 +213,8 @@ def schema(
     """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
     from chairlift.sim.cli.schema import plan_schema, scenario_schema, sweep_schema
 
+    if sweep and plan:
+        raise BadInput(Problem("must not be given beside --sweep", file="--plan"))
     found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 

@@ -75,7 +75,8 @@ def sweep(
     """Run a scenario at every point of some axes, under several seeds: one row a run in DIR/results.parquet.
 
     Stop it whenever you like, even by kill -9: the same command goes on where it stopped and runs nothing twice.
-    A run that fails is a row with its error; exit status 1 says that there are such rows.
+    A run that fails is a row with its error; exit status 1 says that there are such rows, or that no run completed
+    any request.
 
     [bold]chairlift sweep chat_knee && chairlift compare chat_knee[/bold]
     """
@@ -119,11 +120,15 @@ def sweep(
         err.print(f"interrupted: {len(rows)} of {total} runs are in {escape(str(folder))}; the same command goes on")
         raise typer.Exit(interrupted)
     failed = [row.error for _, row in ordered if row.error]
+    empty = sum(1 for _, row in ordered if row.metrics.get("completed") == 0)
     if not quiet:
         _conclude(plan, contest, ordered, new, time.perf_counter() - started, folder)
+    if empty:
+        err.print(f"[yellow]no request was completed[/yellow] in {empty:,} of {len(ordered):,} runs", soft_wrap=True)
     if failed:
         for error, count in Counter(failed).most_common(5):
             err.print(f"[red]failed:[/red] {escape(error)} ({count} runs)", soft_wrap=True)
+    if failed or empty == len(ordered):
         raise typer.Exit(1)
 
 
