@@ -4,6 +4,7 @@ Columns: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted,
 
 - ``max_tokens``, ``ignore_eos`` (0 or 1), ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``,
   ``prefix_tokens``: see `Trace`; an empty cell of the last four says that the request has none;
+- ``session`` together with ``prefix_group``: sessions of a group begin alike, with their first row's ``prefix_tokens``;
 - ``follows``, the row, from 0, of the request whose end is waited for (else -1), together with ``think_s``;
 - ``hash_ids``, in CSV with spaces between, in Parquet a list;
 - ``hash_block``, the tokens that an id covers, the same on all rows (else 512).
