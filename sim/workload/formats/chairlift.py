@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.formats import foreign
 from chairlift.sim.workload.formats.columns import block_ids, tenant_codes, trace_of
 from chairlift.sim.workload.formats.text_tables import (
     Table,
@@ -58,7 +59,10 @@ def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -
     for name in table.header:
         if name not in _COLUMNS:
             table.refuse(f"no such column{did_you_mean(name, _COLUMNS)}", 1, "", name)
-    table.require("arrival_s", "prompt_tokens", "output_tokens")
+    needed = ("arrival_s", "prompt_tokens", "output_tokens")
+    if table.problems and not set(needed) <= set(table.header):
+        table.refuse(f"without Chairlift's own columns: {foreign.described(path, head(path))}", 1)
+    table.require(*needed)
     theirs = {name: column for name in COLUMNS if (column := _IN_SECONDS.get(name, name)) in table.header}
     columns: dict[str, Sequence[int]] = {
         name: table.parsed(theirs[name], _think_ps if name == "think_ps" else seconds_ps, 0)
