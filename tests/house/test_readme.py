@@ -52,6 +52,7 @@ LATER = {  # how a command begins → why it is not run here
 }
 SMALLER = {  # command → options that make it small enough to run here
     "run": ("--set", "workload.requests=40"),
+    "diff-engines": ("--set", "workload.requests=40"),
     "sweep": ("--set", "workload.requests=15", "-j1"),
     "plan": ("--dry-run",),
 }
