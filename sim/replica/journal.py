@@ -22,7 +22,7 @@ from chairlift.sim.replica.executing import Executing
 from chairlift.sim.replica.request import AWAY, HELD, Live
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
-from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Kind, Status
+from chairlift.sim.results.records import EVENT_COLUMNS, Kind, Status
 
 PACK_EVENT = Struct(f"{len(EVENT_COLUMNS)}q").pack
 DENIALS = 8  # written of one plan; a policy may try its whole queue
@@ -119,7 +119,7 @@ class JournalEngine(Engine):
 
     def _row(self) -> int:
         """The next row of this replica's runs."""
-        return len(self.records.rows) // len(RUN_COLUMNS)
+        return len(self.records.rows)
 
     def _row_to_come(self) -> int:
         """The row of what is planned now: a step in flight has the one before it."""
