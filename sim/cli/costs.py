@@ -114,6 +114,8 @@ def fit_check(
             sums.append(explained)
     out.print(table)
     out.print()
+    if gpu is None:  # of all GPUs that there are, the sums would hide the table
+        sums = [*(each for each in sums if each.startswith("no:")), "with --gpu NAME: the sum of each row"]
     for explained in dict.fromkeys(sums):
         out.print(explained, style="dim", markup=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from chairlift.backend.shapes import Model
 from chairlift.policies.vllm import Vllm
@@ -41,6 +42,8 @@ def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
         if 1 < group.parallel.expert < group.parallel.ranks:
             told = f"vLLM has {group.parallel.ranks} groups of experts, of which {group.parallel.expert} were simulated"
             found.append(f"# {told}")
+        if _repository(setup.model) is None and _folder(setup.model) is not None:
+            found.append(f"# the model is the folder of {Path(setup.model.name).name}: its weights must lie there")
         policy = group.make_scheduler()
         assert isinstance(policy, Vllm)
         found.append(f"{shlex.join(_serve(setup, group, policy, utilization))}  # vLLM {policy.version}")
@@ -53,6 +56,11 @@ def _repository(model: Model) -> str | None:
     return repository if found and "/" in repository else None
 
 
+def _folder(model: Model) -> str | None:
+    """The folder of a model that a config.json of the user's describes, where its weights should lie too."""
+    return Path(model.name).parent.as_posix() if model.name.endswith(".json") else None
+
+
 def _quantization(model: Model) -> str | None:
     """What vLLM must be told to quantise weights of 16 bits to; None if the weights themselves say it."""
     narrow = model.bytes_per_param == 1 or model.quantization == "fp8"
@@ -62,7 +70,7 @@ def _quantization(model: Model) -> str | None:
 def _serve(setup: Setup, group: ReplicaGroup, policy: Vllm, utilization: float) -> list[str]:
     """The words of one command. A length that no request can have in this pool is cut to the pool: vLLM insists."""
     longest = min(setup.max_model_len, group.blocks * group.block_size)
-    line = ["vllm", "serve", _repository(setup.model) or setup.model.name]
+    line = ["vllm", "serve", _repository(setup.model) or _folder(setup.model) or setup.model.name]
     line += ["--tensor-parallel-size", str(group.parallel.tensor), "--max-model-len", str(longest)]
     for degree, flag in ((group.parallel.pipeline, "pipeline"), (group.parallel.data, "data")):
         line += [f"--{flag}-parallel-size", str(degree)] if degree > 1 else []

@@ -7,6 +7,9 @@ why; of that, options and files are looked up all the same.
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import os
 import re
 import runpy
@@ -18,7 +21,9 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -30,7 +35,7 @@ from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from house.test_structure import MAY_IMPORT, SPINE
 from kit.command import SCENARIO, chairlift
-from kit.places import IMPORTS, ROOT
+from kit.places import IMPORTS, ROOT, TESTS
 from kit.synthetic import Planted, record, write
 
 FOLDERS = ("sim", "backend", "policies", "scenarios", "tests")
@@ -57,6 +62,30 @@ SMALLER = {  # command → options that make it small enough to run here
     "plan": ("--dry-run",),
 }
 WHOLE = ("anyscale_23x",)  # these are small enough
+
+
+QWEN_14B = {  # the sizes of Qwen2.5-14B (huggingface.co/Qwen/Qwen2.5-14B): a model that no table here has
+    **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": "bfloat16"},
+    **{"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40},
+    **{"num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False},
+}
+
+
+def bench_file() -> dict[str, Any]:
+    """What ``vllm bench serve --save-detailed`` leaves, made of vLLM's recorded run in `tests/recordings`."""
+    with gzip.open(TESTS / "recordings" / "burst" / "opt-13b_requests.csv.gz", "rt", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    start, first, last = (
+        np.array([float(r[f"{name}_s"]) for r in rows]) for name in ("arrival", "first_token", "last_token")
+    )
+    outputs = np.array([int(row["output_tokens"]) for row in rows])
+    ttft, tpot = 1e3 * (first - start), 1e3 * ((last - first)[outputs > 1] / (outputs[outputs > 1] - 1))
+    lists = {"start_times": (start + 353_399.7).tolist(), "input_lens": [int(row["prompt_tokens"]) for row in rows]}
+    found = {"backend": "vllm", "num_prompts": len(rows), "duration": float(last.max() - start.min()), **lists}
+    found |= {"output_lens": outputs.tolist(), "ttfts": (ttft / 1e3).tolist()}
+    for name, values in (("ttft", ttft), ("tpot", tpot)):
+        found |= {f"median_{name}_ms": float(np.median(values)), f"p99_{name}_ms": float(np.percentile(values, 99))}
+    return found
 
 
 def blocks(readme: str, *languages: str) -> list[str]:
@@ -101,6 +130,12 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("log.jsonl").write_text(log, encoding="utf-8")
     Path("azure_conv.csv.gz").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}", encoding="utf-8")
     write(tmp_path / "DIR", [record(Planted())])
+    benchmark = bench_file()
+    Path("bench.json").write_text(json.dumps(benchmark), encoding="utf-8")
+    rows = zip(*(benchmark[name] for name in ("start_times", "input_lens", "output_lens")), strict=True)
+    text = "".join(f"{start},{prompt},{output}\n" for start, prompt, output in rows)
+    Path("bench.trace.csv").write_text(f"arrival_s,prompt_tokens,output_tokens\n{text}", encoding="utf-8")
+    Path("config.json").write_text(json.dumps(QWEN_14B), encoding="utf-8")
     return tmp_path
 
 
@@ -109,8 +144,14 @@ def run(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "python":
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(IMPORTS), str(ROOT / "tests")])}
+        ours = Path(words[1]).exists()  # a script of a README; the others are the repository's
         done = subprocess.run(
-            [sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *words[1:]],
+            cwd=None if ours else ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, (command, done.stderr)
         return
