@@ -12,7 +12,7 @@ import numpy as np
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.units import picoseconds
 from chairlift.sim.workload import named
-from chairlift.sim.workload.arrivals import Arrivals
+from chairlift.sim.workload.arrivals import MOST_REQUESTS, Arrivals
 from chairlift.sim.workload.clients import restarted, starts, weighted
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.mix import merged
@@ -20,7 +20,6 @@ from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.spec import Workload
 from chairlift.sim.workload.trace import LATEST_PS, IntArray, Trace
 
-MOST_REQUESTS = 1 << 27  # that a duration may ask for
 _FIRST_DRAW = 256  # requests that are drawn at first where a duration says how many there are
 
 
@@ -90,7 +89,8 @@ def _drawn(workload: Workload, seed: int) -> Trace:
     if workload.requests is not None and len(trace) < workload.requests:
         told = f"{workload.requests:,} requests wanted, {len(trace):,} arrive in the time that is asked for"
         trace = dataclasses.replace(trace, notes=(*trace.notes, told))
-    trace = dataclasses.replace(trace, source=source, **_labels(workload, trace, seed))
+    notes = (*trace.notes, *(() if arrivals is None else arrivals.notes))
+    trace = dataclasses.replace(trace, source=source, notes=notes, **_labels(workload, trace, seed))
     return trace if workload.clients is None else workload.clients.loop(trace, seed)
 
 
@@ -176,7 +176,7 @@ def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
         notes.append(f"arrival times replaced by {workload.clients.concurrency} clients in a closed loop")
         return workload.clients.loop(dataclasses.replace(trace, notes=tuple(notes)), seed)
     if workload.arrivals is not None:
-        notes.append("arrival times replaced")
+        notes += ["arrival times replaced", *workload.arrivals.notes]
         trace = restarted(trace, workload.arrivals.times_ps(starts(trace), stream(seed, "arrivals")))
         kept = _until(trace, _end_s(workload, workload.arrivals))
         if workload.ends():

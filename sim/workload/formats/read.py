@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from collections.abc import Mapping
@@ -191,6 +192,7 @@ def _told(path: Path, start: bytes) -> Format:
         rule = f"may be of several trace formats ({', '.join(told)}); name it with format, for their units differ"
         raise BadInput(Problem(rule, file=str(path)))
     _refuse_unread(path, start)
+    _refuse_row(path, first_line(start))
     rule = f"not a trace format Chairlift knows ({', '.join(names())}); name it with format, or mend the header"
     raise BadInput([Problem(rule, file=str(path), line=1, value=first_line(start)), *unusable])
 
@@ -199,6 +201,20 @@ def _refuse_unread(path: Path, start: bytes) -> None:
     for pattern, what in _UNREAD:
         if re.match(pattern, start, re.DOTALL):
             raise BadInput(Problem(f"this is {what}: not a format Chairlift reads yet", file=str(path)))
+
+
+def _refuse_row(path: Path, line: str) -> None:
+    """Raise `BadInput` if the first line is meant to be a request in JSON, but is not JSON or lacks what all have."""
+    if not (line.startswith("{") and line.rstrip().endswith("}")):
+        return
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(Problem(f"not JSON: {error}", file=str(path), line=1, value=line)) from None
+    if any("length" in key or "tokens" in key for key in row):
+        return
+    rule = "a request must have the lengths of its prompt and output in tokens (input_length, output_length)"
+    raise BadInput(Problem(f"{rule}; this has {', '.join(row) or 'no keys'}", file=str(path), line=1))
 
 
 @cache
