@@ -228,7 +228,8 @@ def _members(kind: Any, data: object) -> list[Any]:
     if origin is not typing.Union and origin is not types.UnionType:
         return [kind]
     members = [member for arg in typing.get_args(kind) for member in _members(arg, data)]
-    return [member for member in members if _tagged(member, data)] or members
+    tagged = [member for member in members if _tagged(member, data)]
+    return tagged if any(map(_fields, tagged)) else members  # a tag that is wrong itself leaves out nobody
 
 
 def _tagged(kind: Any, data: object) -> bool:

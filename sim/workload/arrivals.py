@@ -26,6 +26,7 @@ from chairlift.sim.workload.trace import LATEST_PS, IntArray
 Rate = Annotated[float, Field(ge=1e-9, le=1e12)]  # requests (or starts of sessions) a second; at most one a ps
 Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # seconds
 
+MOST_REQUESTS = 1 << 27  # that a duration or a stage may ask for
 _ROUNDING = 1e-12  # relative; far below one request in a trace
 _HALVINGS = 60  # of a bracket of at most 1e9 s: what is left is far below a picosecond
 
@@ -224,13 +225,19 @@ class Stages(Spec):
     stage may also have ``to``, for a ramp. inference-perf waits 1 s between stages unless ``interval`` says otherwise;
     here the time between stages is 0 unless it does.
 
-    Example: ``[{rate: 1, duration: 30}, {rate: 1, to: 9, duration: 10}]``, with equal gaps, are 30 requests in the
-    first 30 s and 50 in the 10 s after these.
+    inference-perf's ``constant`` has no equal gaps: ``inference_perf/loadgen/load_timer.py`` draws exponential gaps,
+    and stretches them until the stage's whole number of requests fills it. That is ``spread`` here. A note tells so
+    whoever writes ``type: constant``.
+
+    Example: ``[{rate: 1, duration: 30}, {rate: 1, to: 9, duration: 10}]``, with equal gaps or spread, are 30 requests
+    in the first 30 s and 50 in the 10 s after these.
     """
 
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="The stages, in order.")
-    type: Literal["constant", "poisson"] = Field(
-        default="constant", description="Equal gaps, or gaps of a Poisson process, at the rate of the time."
+    type: Literal["constant", "poisson", "spread"] = Field(
+        default="constant",
+        description="Equal gaps; gaps of a Poisson process; or spread: as many requests as with equal gaps, at random "
+        "times (inference-perf's constant).",
     )
     interval: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=0.0, description="Seconds without requests between two stages."
@@ -240,6 +247,15 @@ class Stages(Spec):
     @classmethod
     def _list_is_stages(cls, value: object) -> object:
         return {"stages": value} if isinstance(value, list) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_loop(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("type") == "concurrent":
+            raise ValueError(
+                "type concurrent has no rates: in place of arrivals give clients, {concurrency: N}, and requests"
+            )
+        return value
 
     @model_validator(mode="after")
     def _some_rate(self) -> Stages:
@@ -259,6 +275,8 @@ class Stages(Spec):
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times; requests that no stage has room for come 1 s after the end of the last. Shape: ``(n,)``."""
+        if self.type == "spread":
+            return self._spread_ps(n, rng)
         gaps = rng.exponential(1.0, n) if self.type == "poisson" else np.ones(n)
         mass = np.cumsum(gaps)
         times = np.full(n, self.length_s + 1)
@@ -271,6 +289,31 @@ class Stages(Spec):
             done = full
             start += stage.duration + self.interval
         return _in_picoseconds(times)
+
+    def _spread_ps(self, n: int, rng: np.random.Generator) -> IntArray:
+        """As `times_ps`. Each stage has its whole number of requests, the last of them at its end."""
+        times = np.full(n, self.length_s + 1)
+        start, done = 0.0, 0
+        for stage in self.stages:
+            count = int(stage.mass * (1 + _ROUNDING))
+            if count > MOST_REQUESTS:
+                rule = f"more than {MOST_REQUESTS:,} requests in one stage: lower its rate"
+                raise BadInput(Problem(rule, path="arrivals.stages", value=stage.rate))
+            if count:
+                mass = np.cumsum(rng.exponential(1.0, count))
+                mass *= stage.mass / mass[-1]
+                inside = np.minimum(start + _time_of(stage, mass), start + stage.duration)[: max(0, n - done)]
+                times[done : done + len(inside)] = inside
+            done += count
+            start += stage.duration + self.interval
+        return _in_picoseconds(times)
+
+    @property
+    def note(self) -> str | None:
+        """What a reader of the results should know of this load."""
+        if self.type == "constant" and "type" in self.model_fields_set:
+            return "stages: constant has equal gaps; inference-perf's constant, of random ones, is type: spread"
+        return None
 
     def rescaled(self, rate_per_s: float) -> Stages:
         """The same stages at another mean rate, over all their time; they last as long as before."""
@@ -323,6 +366,11 @@ class Arrivals(OneOf):
     def mean_rate_per_s(self) -> float | None:
         """Arrivals per second over all their time: requests, or with sessions the starts of these. None: a burst."""
         return getattr(self.chosen, "mean_rate_per_s", None) or getattr(self.chosen, "rate_per_s", None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results should know of the process."""
+        return (self.stages.note,) if self.stages is not None and self.stages.note else ()
 
     def rescaled(self, rate_per_s: float) -> Arrivals:
         """The same process at another mean rate, in requests per second.

@@ -12,7 +12,7 @@ import numpy as np
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.units import picoseconds
 from chairlift.sim.workload import named
-from chairlift.sim.workload.arrivals import Arrivals
+from chairlift.sim.workload.arrivals import MOST_REQUESTS, Arrivals
 from chairlift.sim.workload.clients import restarted, starts, weighted
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.mix import merged
@@ -21,7 +21,6 @@ from chairlift.sim.workload.shared_prefix import first_of_session, with_prefixes
 from chairlift.sim.workload.spec import Workload
 from chairlift.sim.workload.trace import LATEST_PS, IntArray, Trace, shortened
 
-MOST_REQUESTS = 1 << 27  # that a duration may ask for
 _FIRST_DRAW = 256  # requests that are drawn at first where a duration says how many there are
 
 
@@ -93,7 +92,8 @@ def _drawn(workload: Workload, seed: int) -> Trace:
         trace = dataclasses.replace(trace, notes=(*trace.notes, told))
     if sessions is not None and arrivals is not None:
         source = f"{source}; {_said_of_sessions(trace, arrivals)}"
-    trace = _labelled(workload, dataclasses.replace(trace, source=source), seed)
+    notes = (*trace.notes, *(() if arrivals is None else arrivals.notes))
+    trace = _labelled(workload, dataclasses.replace(trace, source=source, notes=notes), seed)
     return trace if workload.clients is None else workload.clients.loop(trace, seed)
 
 
@@ -192,7 +192,7 @@ def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
         notes.append(f"arrival times replaced by {workload.clients.concurrency} clients in a closed loop")
         return workload.clients.loop(dataclasses.replace(trace, notes=tuple(notes)), seed)
     if workload.arrivals is not None:
-        notes.append("arrival times replaced")
+        notes += ["arrival times replaced", *workload.arrivals.notes]
         trace = restarted(trace, workload.arrivals.times_ps(starts(trace), stream(seed, "arrivals")))
         kept = _until(trace, _end_s(workload, workload.arrivals))
         if workload.ends():

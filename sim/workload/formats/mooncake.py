@@ -40,4 +40,4 @@ def read(
 ) -> Trace:
     """The trace. Raises `BadInput` with the line of all that is wrong."""
     rows = timed_rows.TimedRows("mooncake", unit="ms", block=BLOCK)
-    return rows.read(path, limit, time_unit, hash_block, drop_empty)
+    return rows.read(path, limit, times, time_unit, hash_block, drop_empty)

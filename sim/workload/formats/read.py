@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
@@ -185,6 +186,7 @@ def _told(path: Path, start: bytes) -> Format:
         rule = f"may be of several trace formats ({', '.join(told)}); name it with format, for their units differ"
         raise BadInput(Problem(rule, file=str(path)))
     _refuse_unread(path, start)
+    _refuse_broken(path, first_line(start))
     rule = f"not a trace format Chairlift knows (chairlift list formats): {foreign.described(path, start)}"
     raise BadInput([Problem(rule, file=str(path), line=1, value=first_line(start)), *unusable])
 
@@ -205,6 +207,15 @@ def _telling(start: bytes) -> tuple[dict[str, Format], list[Problem]]:
 def _refuse_unread(path: Path, start: bytes) -> None:
     if (what := foreign.kind(start)) is not None:
         raise BadInput(Problem(f"this is {what}: not a format Chairlift reads yet", file=str(path)))
+
+
+def _refuse_broken(path: Path, line: str) -> None:
+    """Raise `BadInput` if the first line is meant to be a request in JSON, but is not JSON."""
+    if line.startswith("{") and line.rstrip().endswith("}"):
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(Problem(f"not JSON: {error}", file=str(path), line=1, value=line)) from None
 
 
 @cache

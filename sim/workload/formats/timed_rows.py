@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.workload.formats.columns import block_ids, in_unit, trace_of, unit_note
 from chairlift.sim.workload.formats.text_tables import Table, first_line, read_json_table, whole
 from chairlift.sim.workload.trace import Trace
@@ -20,12 +21,16 @@ from chairlift.sim.workload.trace import Trace
 OPTIONS = ("time_unit", "hash_block", "drop_empty")
 THEIRS = {"arrival_ps": "timestamp", "prompt_tokens": "input_length", "output_tokens": "output_length"}
 
+NO_TIMES = "missing key: the file has lengths only, so the workload must say arrivals of its own"
+
 _OF_OTHERS = ("session_id", "delay", "chat_id", "parent_chat_id", "hash_id_scope")  # keys that tell another format
 _COMMON_BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def fits(head: bytes, block: int) -> bool:
     """Whether a file that begins with ``head`` has such rows, with ids for blocks of ``block`` tokens or without."""
+    if not re.search(r'"(timestamp|hash_ids)" *:', first_line(head)):
+        return has_shape(head) and block == 512  # lengths only: nothing in which the formats differ
     rows = _whole_rows(head)
     if not rows:  # the first row is longer than `head`
         return has_shape(head) and block == 512
@@ -69,13 +74,20 @@ class TimedRows:
     block: int  # tokens that a hash id covers
 
     def read(
-        self, path: Path, limit: int | None, time_unit: str | None, hash_block: int | None, drop_empty: bool
+        self,
+        path: Path,
+        limit: int | None,
+        times: bool,
+        time_unit: str | None,
+        hash_block: int | None,
+        drop_empty: bool,
     ) -> Trace:
         """The trace; ``time_unit`` and ``hash_block`` replace the format's own.
 
+        A file whose rows have no ``timestamp`` at all has lengths only, which is enough where ``times`` are not needed.
         Raises `BadInput` with the line of all that is wrong.
         """
-        table = read_json_table(path, limit, THEIRS.values(), ["hash_ids"])
+        table = read_json_table(path, limit, ("input_length", "output_length"), ["timestamp", "hash_ids"])
         if not table.rows:
             table.done()
         for key in sorted({"session_id", "delay"}.intersection(table.others)):
@@ -86,9 +98,15 @@ class TimedRows:
             rule = f"blocks of {block} tokens are not those of {self.name}, so time_unit must say the unit of timestamp"
             table.refuse(rule, None, "hash_block", block)
             table.done()
-        columns: dict[str, Sequence[int]] = {"arrival_ps": table.parsed("timestamp", in_unit(unit), 0)}
-        why = "as time_unit says" if time_unit else f"as the {self.name} format has them"
-        notes = [unit_note("timestamp", unit, why)]
+        columns: dict[str, Sequence[int]]
+        if table.has("timestamp"):
+            columns = {"arrival_ps": table.parsed("timestamp", in_unit(unit), 0)}
+            why = "as time_unit says" if time_unit else f"as the {self.name} format has them"
+            notes = [unit_note("timestamp", unit, why)]
+        elif times:
+            raise BadInput(Problem(NO_TIMES, str(path), 1, "timestamp"))
+        else:
+            columns, notes = {"arrival_ps": [0] * len(table.rows)}, ["the file has no arrival times"]
         columns["prompt_tokens"] = table.parsed("input_length", whole, 1)
         columns["output_tokens"] = table.parsed("output_length", whole, 1)
         ids = None
