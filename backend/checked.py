@@ -1,10 +1,33 @@
-"""The first thing that is wrong with a file, in one sentence: its field, the rule and the value."""
+"""Files that others wrote: whether one can be read to its end, and the first thing that is wrong with what it holds."""
 
 from __future__ import annotations
 
+import errno
+import stat
+from pathlib import Path
+
 from pydantic import ValidationError
 
+MOST_TEXT = 1 << 26  # bytes of a document that a person may have written; longer than any, and read in seconds
 _MOST = 60  # characters of a value that are shown
+
+
+def a_file(path: Path, most: int | None = None) -> Path:
+    """``path``, if reading it comes to an end: a file, of at most ``most`` bytes; folders are left to the caller.
+
+    A pipe that nobody writes to would keep its reader for ever, and /dev/zero fill all memory. Raises OSError, whose
+    ``strerror`` is one sentence.
+    """
+    try:
+        found = path.stat()
+    except ValueError:  # a NUL in the name
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from None
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
+    if most is not None and stat.S_ISREG(found.st_mode) and found.st_size > most:
+        rule = f"is {found.st_size:,} bytes long; such a file has at most {most:,}"
+        raise OSError(errno.EFBIG, rule, str(path))
+    return path
 
 
 def wrong(error: ValidationError) -> str:

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
-from chairlift.backend.checked import wrong
+from chairlift.backend.checked import MOST_TEXT, a_file, wrong
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.names import hint
 
@@ -216,7 +216,7 @@ def load(choice: str) -> Profile:
             raise ProfileError(f"{path}: no such file")
         raise ProfileError(f"no profile {choice!r} – {hint(choice, shipped())}")
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(a_file(path, MOST_TEXT).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: not a profile: {error}") from None
     except ProfileError as error:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv
 
+from chairlift.backend.checked import a_file
 from chairlift.backend.names import hint
 
 Column = npt.NDArray[Any]
@@ -142,7 +143,7 @@ def read(folder: Path, model: str) -> Recording:
 
 def _summary(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(a_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RecordingError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("engine"), dict):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chairlift.backend import hf_config
+from chairlift.backend.checked import MOST_TEXT, a_file
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.ranks import Ranks
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
@@ -125,7 +126,7 @@ def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Cal
     opened = {}
     for path in files:
         try:
-            opened[path] = safe_open(path, "pt")
+            opened[path] = safe_open(a_file(path), "pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
     where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -145,8 +146,8 @@ def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Cal
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a folder of weights. Raises ValueError, one sentence."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads(a_file(folder / "config.json", MOST_TEXT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} must be a mapping")

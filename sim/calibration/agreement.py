@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.results import catalogue
 
@@ -80,8 +81,8 @@ def agreements(measured: Path, predicted: Path, metrics: Sequence[str] = METRICS
 def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     path = folder if folder.suffix == ".json" else folder / "comparison.json"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows = json.loads(a_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "variant" in row for row in rows):
         raise BadInput(Problem("must be the comparison.json of a run that compares systems", file=str(path)))

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from chairlift.backend.checked import wrong
+from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results.records import EVENT_COLUMNS, Kind, Status
 
@@ -146,7 +146,7 @@ class Tables:
 
     def _metadata(self, name: str) -> pq.FileMetaData:
         if name not in self._known:
-            self._known[name] = pq.read_metadata(self._path(name))
+            self._known[name] = pq.read_metadata(a_file(self._path(name)))
         return self._known[name]
 
     @contextmanager
@@ -306,7 +306,7 @@ def of_run(tables: dict[str, pa.Table], facts: dict[str, Any], summary: dict[str
 def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
     path = folder / name
     try:
-        return kind.validate_json(path.read_bytes())
+        return kind.validate_json(a_file(path).read_bytes())
     except FileNotFoundError:
         if not folder.is_dir():
             rule = f"has no {name}: not a results folder, there is no such folder"

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from chairlift.backend.checked import MOST_TEXT, a_file
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.scenario.messages import Path, complaints
 
@@ -149,7 +150,7 @@ def read(path: FilePath) -> Document:
     """
     name = str(path)
     try:
-        raw = path.read_bytes()
+        raw = a_file(path, MOST_TEXT).read_bytes()
     except FileNotFoundError:
         raise BadInput(Problem("no such file", name)) from None
     except IsADirectoryError:

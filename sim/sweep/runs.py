@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from chairlift.backend.base import DeviceError
-from chairlift.backend.checked import wrong
+from chairlift.backend.checked import a_file, wrong
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario import plugins
@@ -248,7 +248,7 @@ def _content(named: Named) -> str:
     for path in named.files:
         name = path.relative_to(named.base).as_posix()
         try:
-            stat = path.stat()
+            stat = a_file(path).stat()
             told.append(f"{name} {_digested(path, stat.st_mtime_ns, stat.st_size)}")
         except OSError:
             told.append(f"{name} cannot be read")

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.random_streams import stream
@@ -34,7 +35,9 @@ from chairlift.sim.workload.trace import IntArray, Trace
 
 Floats = npt.NDArray[np.float64]
 
-_MEMBER = re.compile(r"(?:.*/)?(chunk-\d+)-(trace\.csv|dataset\.json)")
+MOST_MEMBERS = 1 << 30  # bytes of all clients' files: ServeGen's largest model has a tenth of that
+
+_MEMBER = re.compile(r"(?:.*/)?(chunk-\d{1,9})-(trace\.csv|dataset\.json)")
 _PAIR = re.compile(r"(\d+): *([0-9.eE+-]+)")
 _PROMPT = ("input_tokens", "text_tokens")  # fields of language models, of multimodal models
 _MEDIA = ("image", "audio", "video")
@@ -229,14 +232,18 @@ def _clients(path: Path, _mtime_ns: int, _size: int) -> list[Client]:
 
 def _members(path: Path) -> Iterator[tuple[str, str]]:
     """Name and text of each file of a client."""
+    left = MOST_MEMBERS
     if path.is_dir():
         for each in _files(path):
+            left -= a_file(each, left).stat().st_size
             yield each.name, each.read_text(encoding="utf-8")
         return
-    with tarfile.open(path) as archive:
+    with tarfile.open(a_file(path)) as archive:
         for member in archive:
             file = archive.extractfile(member) if _MEMBER.fullmatch(member.name) else None
             if file is not None:
+                if (left := left - member.size) < 0:
+                    raise OSError(f"its clients' files are longer than {MOST_MEMBERS:,} bytes")
                 yield member.name, file.read().decode("utf-8")
 
 

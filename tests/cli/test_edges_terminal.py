@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -64,3 +65,92 @@ def test_a_path_that_is_no_file_is_one_line(name: str) -> None:
         assert (result.status, result.err.count("\n")) == (2, 1), (arguments, result)
     result = chairlift("run", "s.yaml", "--out", "y" * 5000)
     assert (result.status, result.err.count("\n")) == (2, 1)
+
+
+READERS = {  # files of these names, and what reads them
+    "s.yaml": ("run", "s.yaml"),
+    "w.yaml": ("sweep", "w.yaml"),
+    "pl.yaml": ("plan", "pl.yaml"),
+    "config.json": ("run", "good.yaml", "--set", "model=config.json"),
+    "p.json": ("run", "good.yaml", "--backend", "p.json"),
+    "p.py": ("run", "good.yaml", "--policy", "p.py"),
+    "t.csv": ("run", "good.yaml", "--set", "workload={file: t.csv}"),
+    "t.jsonl": ("trace", "describe", "t.jsonl"),
+    "t.parquet": ("trace", "describe", "t.parquet"),
+    "t.tar": ("run", "good.yaml", "--set", "workload={servegen: {file: t.tar}, requests: 5}"),
+    "prices.yaml": ("plan", "good_plan.yaml", "--dry-run"),
+    "o/summary.json": ("report", "o"),
+    "o/requests.parquet": ("report", "o"),
+    "o/results.parquet": ("compare", "o"),
+    "o/journal.sqlite": ("sweep", "good_sweep.yaml", "--out", "o", "-j", "1", "-q"),
+    "o/comparison.json": ("agree", "o", "o"),
+    "r/x_summary.json": ("calibrate", "--recording", "r", "--model", "x", "--out", "made.json"),
+    "o/study.json": ("explain", "0", "--in", "o"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_or_a_device_in_place_of_a_file_is_one_line(name: str) -> None:
+    Path("good.yaml").write_text(SCENARIO)
+    Path("good_sweep.yaml").write_text("base: good.yaml\naxes: {policy.max_num_seqs: [1]}\n")
+    Path("unseeded.yaml").write_text(SCENARIO.replace("seed: 7\n", ""))
+    promise = "slo: [{percentile: 99, ttft_ms: 500}]\nrate_per_s: [1]\n"
+    Path("good_plan.yaml").write_text(f"base: unseeded.yaml\n{promise}axes: {{replicas: [1]}}\nprices: prices.yaml\n")
+    if name.startswith("o/") and name.split("/")[1] in ("summary.json", "requests.parquet", "study.json"):
+        assert chairlift("run", "good.yaml", "--out", "o", "-q").status == 0
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        result = chairlift(*READERS[name])
+        assert (result.status, result.err.count("\n")) == (2, 1), result
+        assert result.err.startswith("error: ")
+        path.unlink()
+        Path("made.json").unlink(missing_ok=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder in use cannot be removed")
+@pytest.mark.parametrize("words", ["run s.yaml", "run anyscale_latency", "list policies", "sweep w.yaml", "schema"])
+def test_a_working_directory_that_is_gone_is_one_line(words: str, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = ["bash", "-c", 'rmdir "$PWD"; exec "$@"', "-", sys.executable, "-m", "chairlift", *words.split()]
+    env = {**os.environ, "PYTHONPATH": str(IMPORTS)}
+    done = subprocess.run(command, cwd=gone, env=env, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    if words in ("list policies", "schema"):
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"arrival_s,prompt_tokens,output_tokens\n", "not CSV: field larger than field limit (134217728)"),
+        (
+            b'{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [1]}\n',
+            "is longer than 134,217,728 bytes",
+        ),
+    ],
+)
+def test_a_trace_whose_line_never_ends_is_one_line(head: bytes, says: str) -> None:
+    """A gzip file of 140 MB of zeros: no line of a trace is so long."""
+    with gzip.open("t.gz", "wb", compresslevel=1) as file:
+        file.write(head)
+        for _ in range(140):
+            file.write(b"0" * 1_000_000)
+    result = chairlift("trace", "describe", "t.gz", *(("--format", "mooncake") if head[:1] == b"{" else ()))
+    assert (result.status, result.err) == (2, f"error: t.gz:2: {says}\n")
+
+
+def test_a_document_that_nobody_wrote_by_hand_is_one_line() -> None:
+    with open("large.yaml", "wb") as file:
+        file.truncate(1 << 34)  # sparse: 16 GiB that take no room
+    result = chairlift("run", "large.yaml")
+    assert result.status == 2
+    assert result.err == (
+        "error: large.yaml: cannot be read: is 17,179,869,184 bytes long; such a file has at most 67,108,864\n"
+    )

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "bad_input": ((), (), ()),
     "units": ((), (), ()),
     "atomic": ((), (), ()),
-    "workload": (("workload", *SPINE), (), ()),
+    "workload": (("workload", *SPINE), ("checked",), ()),
     "study": (("workload", *SPINE), ("base", "parallel", "specs", "shapes"), ("base",)),
     "results": (("results", "study", "workload", *SPINE), ("base", "cuda_graphs", "checked"), ("base",)),
     "scenario": (("scenario", "study", "workload", "results.catalogue", *SPINE), ALL, ALL),

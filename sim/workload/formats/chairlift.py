@@ -19,6 +19,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
+from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats import foreign
@@ -98,7 +99,7 @@ def _read_parquet(path: Path, limit: int | None) -> Table:
 
     table = Table(path)
     try:
-        data = pq.read_table(path)
+        data = pq.read_table(a_file(path))
         data = data if limit is None else data.slice(0, limit)
         table.header = list(data.column_names)
         table.rows = list(zip(*(column.to_pylist() for column in data.columns), strict=True))

@@ -16,13 +16,16 @@ from itertools import compress
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
+from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean, nearest
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import shortened
 
 T = TypeVar("T")
 
-LONGEST_CELL = 1 << 28  # characters; the limit of csv itself, 131,072, is too short for the hash ids of a long prompt
+MOST_LINE = 1 << 27  # bytes, unpacked: a small gzip file may unpack to more than any memory holds
+MOST_DOCUMENT = 1 << 29  # bytes, unpacked, of a file that is one JSON document
+LONGEST_CELL = MOST_LINE  # characters; the limit of csv itself, 131,072, is too short for the hash ids of a long prompt
 _FINITE = 10**19  # larger numbers are refused before `int` writes out all their digits
 EPOCH_PS = date(1970, 1, 1).toordinal() * 86_400 * PS_PER_S  # of a Unix time of 0, on the clock of `stamp_ps`
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?(?:Z|([+-])(\d\d):?(\d\d))?", re.ASCII)
@@ -246,7 +249,9 @@ def read_json_document(path: Path) -> Any:
         BadInput: the file cannot be read, or is not JSON.
     """
     with opened(path) as file:
-        raw = file.read()
+        raw = file.read(MOST_DOCUMENT)
+    if len(raw) == MOST_DOCUMENT:
+        raise BadInput(Problem(f"is longer than {MOST_DOCUMENT:,} bytes, unpacked", file=str(path)))
     try:
         return json.loads(raw.decode("utf-8-sig"), parse_float=Decimal, parse_constant=Decimal)
     except UnicodeDecodeError as error:
@@ -266,8 +271,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     line = 0
     with opened(path) as file:
-        for raw in file:
+        while raw := file.readline(MOST_LINE):
             line += 1
+            if len(raw) == MOST_LINE:
+                raise BadInput(Problem(f"is longer than {MOST_LINE:,} bytes", str(path), line))
             try:
                 yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -285,7 +292,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         if path.is_dir():
             raise BadInput(Problem("is a folder, not a trace file", file=str(path)))
-        with path.open("rb") as raw:
+        with a_file(path).open("rb") as raw:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
             if not packed:
                 yield raw
