@@ -64,6 +64,8 @@ class Vllm(Scheduler):
         "tensor_parallel_size": "parallelism here: it is the scenario's tensor_parallel",
     }
 
+    needs_room: ClassVar[bool] = True
+
     version: str | float = NEWEST  # of vLLM, by whose rules it decides: 0.23 … 0.33
     max_num_batched_tokens: Positive = 2048  # tokens a step
     max_num_seqs: Positive = 256

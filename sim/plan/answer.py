@@ -16,6 +16,7 @@ from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.headroom import Headroom, headroom
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
+from chairlift.sim.plan.stretches import described
 from chairlift.sim.plan.vllm_command import commands
 from chairlift.sim.sweep.statistics import undominated
 
@@ -90,7 +91,7 @@ def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) ->
 def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
     """As `answers`, without what the answer rests on."""
     answer = Answer(plan)
-    spec, promises, effort = plan.spec, plan.spec.slo, plan.spec.search.effort()
+    spec, promises, effort = plan.spec, plan.spec.slo, plan.effort()
     bounds = cache_bounds(promises)
     fitting = [candidate for candidate in plan.candidates if candidate.setup is not None]
     if not fitting and plan.today is None:
@@ -160,7 +161,7 @@ def _point(
     """The point of a system that keeps the promises."""
     assert entry.verdict is not None
     rate = entry.verdict.rate_per_s
-    effort = plan.spec.search.effort(max(ROUGH, plan.spec.search.precision))
+    effort = plan.effort(max(ROUGH, plan.spec.search.precision))
     capacity = find(runs.of(entry.candidate), promises, rate, bounds(entry.candidate).rate_per_s, effort)
     name = latency_of(promises)
     mean = entry.verdict.figures.get(name, (math.inf, 0, 0))[0]
@@ -197,8 +198,9 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         setup = chosen.setup
         kv: Any = chosen.document.data.get("kv") or {}
         answer.commands = commands(setup, kv.get("memory_utilization", 0.9))
-        lines["system"] = chosen.name
-        lines["workload"] = "; ".join((setup.trace.source, *setup.trace.notes))
+        lines["system"] = "; ".join((chosen.name, *chosen.notes))
+        won = [race.rate_per_s for race in answer.races if race.winner is not None]
+        lines["workload"] = described(chosen.document, setup.trace, won[-1:] or plan.spec.rates)
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
         for group in setup.groups:
@@ -224,4 +226,13 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         f"{100 * plan.spec.search.confidence:g} %: at the low end all promises are proven kept, at the high end one is "
         "proven broken, by Student's t over independent replications; errors of step costs are not in it"
     )
+    verdicts = [race.winner.verdict for race in answer.races if race.winner is not None]
+    verdicts += [verdict for _, capacity in answer.capacities for verdict in capacity.verdicts]
+    shared = [verdict for verdict in verdicts if verdict is not None and verdict.worth < verdict.replications]
+    if shared:
+        last = max(shared, key=lambda verdict: verdict.replications)
+        lines["recorded file"] = (
+            f"its {plan.rows or 0:,} requests serve several times over: {last.replications} stretches of "
+            f"{last.requests:,} are worth {last.worth:.1f} independent ones, and intervals are as wide as for so many"
+        )
     answer.assumptions = lines

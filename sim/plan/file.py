@@ -18,6 +18,7 @@ from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, s
 from chairlift.sim.plan.capacity import Effort
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.stretches import FIRST_SHARE, LEAST, MOST_SHARE, recorded, rows_of
 from chairlift.sim.scenario import load
 from chairlift.sim.scenario.schema import results_name
 from chairlift.sim.scenario.yaml_document import Document, read
@@ -53,9 +54,16 @@ class Search(Spec):
             raise ValueError(f"most_requests must be at least requests, {self.requests} (got {self.most_requests})")
         return self
 
-    def effort(self, precision: float | None = None) -> Effort:
-        """What a search is told of this; ``precision``, if given, in place of the plan's."""
-        return Effort(precision or self.precision, self.confidence, self.requests, self.most_requests, self.budget)
+    def effort(self, precision: float | None = None, rows: int | None = None) -> Effort:
+        """What a search is told of this; ``precision``, if given, in place of the plan's.
+
+        ``rows``: of the recorded file whose stretches are the replications, `chairlift.sim.plan.stretches`.
+        """
+        requests, most = self.requests, self.most_requests
+        if rows is not None:
+            most = min(most, rows // MOST_SHARE)
+            requests = min(requests, most, max(LEAST, rows // FIRST_SHARE))
+        return Effort(precision or self.precision, self.confidence, requests, most, self.budget)
 
 
 class Stress(Spec):
@@ -113,6 +121,11 @@ class BuyingPlan:
     candidates: list[Candidate]  # one for each point of the axes
     today: Candidate | None  # the deployment there is, if the plan names one
     prices: Prices
+    rows: int | None = None  # of the shortest recorded file that a system serves; None: there is none
+
+    def effort(self, precision: float | None = None) -> Effort:
+        """How hard a search looks; ``precision``, if given, in place of the plan's."""
+        return self.spec.search.effort(precision, self.rows)
 
     @property
     def unit(self) -> str:
@@ -162,7 +175,24 @@ def read_plan(
         today = candidates.pop()
         if today.setup is None:
             raise BadInput(document.problem(("today",), f"cannot be: {today.misfit}"))
-    return BuyingPlan(results_name(spec.name, path), spec, document, candidates, today, prices)
+    rows = _rows([*candidates, *filter(None, [today])], document)
+    return BuyingPlan(results_name(spec.name, path), spec, document, candidates, today, prices, rows)
+
+
+def _rows(candidates: Sequence[Candidate], plan: Document) -> int | None:
+    """Rows of the shortest recorded file that a system serves, or None. Raises `BadInput` if those are too few."""
+    files = [(c.document, c.folder) for c in candidates if c.setup is not None and recorded(c.document)]
+    if not files:
+        return None
+    rows = min(rows_of(*each) for each in files)
+    if rows < LEAST * MOST_SHARE:
+        rule = (
+            f"has {rows:,} requests, and so short a file proves nothing however often it goes round: "
+            f"{LEAST * MOST_SHARE} are needed, {MOST_SHARE} stretches of {LEAST}. Or say what requests are like: "
+            "prompt_tokens and output_tokens as quantiles, with arrivals"
+        )
+        raise BadInput(plan.problem(("base", "workload", "file"), rule))
+    return rows
 
 
 def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:
