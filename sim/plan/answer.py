@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.plan.bounds import Bound, bound
 from chairlift.sim.plan.candidates import Candidate, price_of
 from chairlift.sim.plan.capacity import Capacity, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
+from chairlift.sim.plan.emit import shell
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.headroom import Headroom, headroom
+from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.stretches import described
-from chairlift.sim.plan.vllm_command import commands
 from chairlift.sim.sweep.statistics import undominated
 
 MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
@@ -46,7 +46,13 @@ class Answer:
     headroom: list[Headroom] = field(default_factory=list)
     front: list[Point] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
-    commands: list[str] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)  # of the chosen system
+    beside: list[str] = field(default_factory=list)  # what has to be set up beside its engines
+
+    @property
+    def commands(self) -> list[str]:
+        """The lines that start the chosen system; what they do not say begins with #."""
+        return shell(self.launches, self.beside)
 
     @property
     def chosen(self) -> Candidate | None:
@@ -196,8 +202,8 @@ def conclude(answer: Answer, runs: Simulations) -> None:
     lines: dict[str, str] = {f"promise {j + 1}": str(p) for j, p in enumerate(plan.spec.slo)}
     if chosen is not None and chosen.setup is not None:
         setup = chosen.setup
-        kv: Any = chosen.document.data.get("kv") or {}
-        answer.commands = commands(setup, kv.get("memory_utilization", 0.9))
+        answer.launches = launches(setup, kv_of(chosen.document, len(setup.groups)))
+        answer.beside = beside(setup)
         lines["system"] = "; ".join((chosen.name, *chosen.notes))
         won = [race.rate_per_s for race in answer.races if race.winner is not None]
         lines["workload"] = described(chosen.document, setup.trace, won[-1:] or plan.spec.rates)
