@@ -24,6 +24,7 @@ from chairlift.sim.sweep.journal import Journal
 
 PLANS = SCENARIOS / "plans"
 WIDTH = 120  # columns of tables in a pipe
+EVERY_S = 10.0  # between lines about progress where there is no terminal
 
 out = console(least=WIDTH)
 err = console(stderr=True)
@@ -79,7 +80,7 @@ def plan(
         spec = found.spec
         runs = Simulations(journal, executor_for(executor, jobs, address), tuple(spec.slo), spec.search.seed)
         try:
-            with status(quiet) as told:
+            with status(quiet, EVERY_S) as told:
                 for answer in answers(found, runs, told):
                     plan_tables.write(answer, folder)
         except KeyboardInterrupt as stop:
@@ -97,7 +98,7 @@ def plan(
         scale = answer.chosen.setup.autoscale
         sys.stdout.write(emitted(emit, found.name, answer.launches, answer.beside, scale))
     elif as_json:
-        sys.stdout.write(json.dumps(plan_tables.as_json(answer), indent=2, allow_nan=False, default=str) + "\n")
+        sys.stdout.write(json.dumps(plan_tables.as_json(answer, folder), indent=2, allow_nan=False, default=str) + "\n")
     elif not quiet:
         plan_tables.show(out, answer)
         out.print(f"\nresults in {escape(str(folder))}: plan.html, plan.json, plan.parquet", style="dim")

@@ -11,13 +11,15 @@ from chairlift.sim.plan.bounds import Bound, bound
 from chairlift.sim.plan.candidates import Candidate, price_of
 from chairlift.sim.plan.capacity import Capacity, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
+from chairlift.sim.plan.costs import tokens_of
 from chairlift.sim.plan.emit import shell
 from chairlift.sim.plan.file import BuyingPlan
-from chairlift.sim.plan.headroom import Headroom, headroom
+from chairlift.sim.plan.headroom import Headroom, Margin, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.stretches import described
+from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.statistics import undominated
 
 MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
@@ -43,6 +45,7 @@ class Answer:
     plan: BuyingPlan
     capacities: list[tuple[Candidate, Capacity]] = field(default_factory=list)
     races: list[Race] = field(default_factory=list)
+    margins: dict[float, Margin] = field(default_factory=dict)  # rate → of the cheapest system for it
     headroom: list[Headroom] = field(default_factory=list)
     front: list[Point] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
@@ -132,6 +135,10 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
         found = race(plan.candidates, bounds, runs.of, promises, rate, effort, spec.front, told=told)
         answer.races.append(found)
         yield answer
+        if (best := found.winner) is not None:
+            told(f"{rate:g}/s: how much more {best.candidate.name} takes")
+            answer.margins[rate] = margin(best.candidate, rate, promises, bounds, runs.of, effort)
+            yield answer
     if spec.front and answer.races[-1].winner is not None:
         for entry in answer.races[-1].of("kept")[:MOST_ON_FRONT]:
             told(f"front: {entry.candidate.name}")
@@ -142,12 +149,13 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
 
 def cache_bounds(promises: list[Promise]) -> Callable[[Candidate], Bound]:
     """A function that gives each candidate's `bound`, worked out once."""
-    known: dict[int, Bound] = {}
+    known: dict[int, tuple[Document, Bound]] = {}  # the document too, so that no other one gets its id
 
     def bounds(candidate: Candidate) -> Bound:
-        if id(candidate.document) not in known:
-            known[id(candidate.document)] = bound(candidate, promises)
-        return known[id(candidate.document)]
+        document = candidate.document
+        if id(document) not in known:
+            known[id(document)] = document, bound(candidate, promises)
+        return known[id(document)][1]
 
     return bounds
 
@@ -220,6 +228,11 @@ def conclude(answer: Answer, runs: Simulations) -> None:
                 lines[f"price of {group.gpu.name}"] = f"${price.usd_per_gpu_hour:g} a GPU-hour" + (
                     f" ({seen})" * bool(seen)
                 )
+        each = tokens_of(chosen)
+        lines["cost"] = (
+            f"the hour's price over the tokens served, {each.into:,.0f} in and {each.out:,.0f} out a "
+            f"{plan.unit.removesuffix('s')}; in and out by the least time that prompts and answers take"
+        )
     kinds = {candidate.backend for candidate in plan.candidates if candidate.setup is not None}
     if len(kinds) > 1:
         lines["cost models differ"] = f"{'; '.join(sorted(kinds))}: systems of different ones compare less surely"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from chairlift.backend import specs
-from chairlift.backend.calibrated import profile
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.stretches import recorded, whole
@@ -68,46 +66,14 @@ class Candidate:
 def scenario_of(base: Document, point: dict[str, Value], plan: Document) -> Document:
     """The scenario of the system at ``point``: ``base`` with the keys of ``point`` changed.
 
-    Where nothing says how steps are priced, a calibrated profile does if one fits.
+    Where nothing says how steps are priced, ``backend: auto`` does.
     """
     one = scenario_at(base, point, 0, plan)
     one.data.pop("question", None)
     one.data.pop("name", None)
-    if one.data.get("backend") is None and (fitting := _profile(one)) is not None:
-        one.put("backend", fitting, "the profile chosen")
+    if one.data.get("backend") is None:
+        one.put("backend", "auto", "a plan's default")
     return one
-
-
-def _profile(document: Document) -> str | None:
-    """The name of the shipped profile that fits the scenario's model and tensor parallelism; None: none does.
-
-    Profiles of vLLM come first, since a plan ends in vLLM's command line; then those of the scenario's own GPU, since
-    the profile of another GPU has to be scaled.
-    """
-    model = document.data.get("model")
-    if not isinstance(model, str):
-        return None
-    groups = document.data.get("replicas")
-    groups = groups if isinstance(groups, list) else [{}]
-    system = document.data
-    if any("parallel" in each for each in (system, *groups) if isinstance(each, dict)):
-        return None
-    degrees = {g.get("tensor_parallel", system.get("tensor_parallel", 1)) for g in groups if isinstance(g, dict)}
-    gpus = {str(g.get("gpu", system.get("gpu"))) for g in groups if isinstance(g, dict)}
-    try:
-        name = specs.model(model).name
-        known = {specs.gpu(gpu).name for gpu in gpus}
-    except LookupError:
-        return None
-    fitting = [p for p in _shipped() if p.model == name and {p.tensor_parallel} == degrees]
-    fitting.sort(key=lambda p: (not p.engine.startswith("vllm"), known != {p.gpu}))
-    return fitting[0].name if fitting else None
-
-
-@cache
-def _shipped() -> tuple[profile.Profile, ...]:
-    """All shipped profiles, read once."""
-    return tuple(map(profile.load, profile.shipped()))
 
 
 def candidate(

@@ -306,6 +306,7 @@ class _Search:
     def can_grow(self) -> bool:
         """Whether the search may put more work into a verdict than it does now."""
         more = self.replications < MOST or self.requests < self.effort.most_requests
+        more = more and not any(verdict.is_used_up for verdict in self.seen.values())
         return more and self.spent < self.effort.budget
 
     def grow(self, factor: float) -> bool:
@@ -330,7 +331,11 @@ class _Search:
         islands = [verdict.rate_per_s for verdict in self.trusted() if verdict.rate_per_s > high and verdict.holds]
         if high - low > 2 * self.effort.precision * max(rate, 1e-12) * 1.01:
             rows = any(verdict.worth < verdict.replications for verdict in self.seen.values())
-            why = "the recorded file has no more rows" if rows else "search.budget or search.most_requests was reached"
+            why = (
+                "the recorded file has no more rows"
+                if rows
+                else "search.budget_requests or search.most_requests was reached"
+            )
             self.notes.append(f"the interval is wider than asked for: {why}")
         return Capacity(rate, low, high, self.ordered(), limiting, islands, [*self.notes, *self.unsettled(rate)])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ class Search(Spec):
     most_requests: Annotated[int, Field(ge=200, le=10**7)] = Field(
         default=32_000, description="Of a replication, at most."
     )
-    budget: Annotated[int, Field(ge=1000, le=10**10)] = Field(
+    budget_requests: Annotated[int, Field(ge=1000, le=10**10)] = Field(
         default=1_500_000, description="Requests for one capacity, in all; its interval stays as wide as it is then."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the first replication; the others follow.")
@@ -63,7 +64,7 @@ class Search(Spec):
         if rows is not None:
             most = min(most, rows // MOST_SHARE)
             requests = min(requests, most, max(LEAST, rows // FIRST_SHARE))
-        return Effort(precision or self.precision, self.confidence, requests, most, self.budget)
+        return Effort(precision or self.precision, self.confidence, requests, most, self.budget_requests)
 
 
 class Stress(Spec):
@@ -122,6 +123,16 @@ class BuyingPlan:
     today: Candidate | None  # the deployment there is, if the plan names one
     prices: Prices
     rows: int | None = None  # of the shortest recorded file that a system serves; None: there is none
+
+    @cached_property
+    def systems(self) -> list[Candidate]:
+        """All systems in order of price, as tables and ``plan.json`` number them from 1; today's is the last."""
+        ordered = sorted(self.candidates, key=lambda c: (c.usd_per_hour, c.name))
+        return [*ordered, *filter(None, [self.today])]
+
+    def number(self, candidate: Candidate) -> int:
+        """The number of a system."""
+        return next(i for i, each in enumerate(self.systems, 1) if each is candidate)
 
     def effort(self, precision: float | None = None) -> Effort:
         """How hard a search looks; ``precision``, if given, in place of the plan's."""

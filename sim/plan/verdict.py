@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,7 @@ class Verdict:
     wall_s: float
     worth: float = math.inf  # independent replications that these stand for: fewer where stretches of a file overlap
     fleeting: bool = False  # requests or sessions stayed for more than `LONG_STAY` of a run
+    first: dict[str, float] = field(default_factory=dict)  # `figures` of the first replication alone
     overloaded: bool = False  # runs were still drifting at the greatest length that the search may simulate
 
     @property
@@ -94,6 +95,11 @@ class Verdict:
     def freedom(self) -> float:
         """Degrees of freedom of its standard errors."""
         return min(self.replications, self.worth) - 1
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether replications share so much of a recorded file that more of them would say nothing new."""
+        return self.worth < self.replications / 2
 
     @property
     def is_short(self) -> bool:
@@ -152,6 +158,7 @@ def judge(
         sum(s.wall_s for s in samples),
         known,
         any(s.stay_s > LONG_STAY * (s.end_s - s.starts_s[0]) for s in samples),
+        dict(samples[0].figures),
     )
 
 
