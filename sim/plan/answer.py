@@ -214,7 +214,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         answer.beside = beside(setup)
         lines["system"] = "; ".join((chosen.name, *chosen.notes))
         won = [race.rate_per_s for race in answer.races if race.winner is not None]
-        lines["workload"] = described(chosen.document, setup.trace, won[-1:] or plan.spec.rates)
+        lines["workload"] = described(chosen.document, setup.trace, won[-1:] or plan.spec.rates, plan.unit)
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
         for group in setup.groups:

@@ -128,6 +128,7 @@ def _weights(setup: Setup) -> tuple[str, list[str], list[str]]:
         notes.append(f"weights in {asked}: name such a checkpoint instead of {repository}")
     if not found or "/" not in repository:
         repository = model.name.partition(" (")[0]
+        flags = ["--quantization", "fp8"] if model.bytes_per_param == 1 or model.quantization == "fp8" else []
         notes.append(f"no published checkpoint is known for {model.name}: name yours instead of {repository}")
     if model.kv_bytes_per_element == 1:
         flags += ["--kv-cache-dtype", "fp8_e4m3"]

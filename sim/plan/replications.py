@@ -21,7 +21,7 @@ from chairlift.sim.scenario.load import prepare
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.journal import Journal
-from chairlift.sim.sweep.runs import Executor, Row, Run, failure
+from chairlift.sim.sweep.runs import OF_THE_MACHINE, Executor, Row, Run, failure
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ def prepared(run: Replication) -> tuple[Setup, list[Stretch]]:
 
 
 def replicate(run: Run) -> Result:
-    """Simulate one `Replication`. An error is in the result, not raised."""
+    """Simulate one `Replication`. An error is in the result, not raised, but for those of `OF_THE_MACHINE`."""
     assert isinstance(run, Replication)
     started = time.perf_counter()
     try:
@@ -132,6 +132,8 @@ def replicate(run: Run) -> Result:
         outcome = simulate(setup)
         sample = measured(run.promises, outcome.requests, outcome.runs, time.perf_counter() - started)
         return Result(run.key, "", sample._replace(stretches=[list(part) for part in parts]))
+    except OF_THE_MACHINE:
+        raise
     except Exception as wrong:
         return Result(run.key, failure(wrong), None)
 

@@ -65,10 +65,13 @@ def whole(document: Document, folder: Path) -> Trace | None:
     return None if workload.get("mix") is not None else _whole(_text(workload), folder)
 
 
-def described(document: Document, trace: Trace, rates: Sequence[float]) -> str:
-    """A scenario's workload in words, as a plan serves it at ``rates``; ``trace`` is a sample, or the whole file."""
+def described(document: Document, trace: Trace, rates: Sequence[float], unit: str) -> str:
+    """A scenario's workload in words, as a plan serves it at ``rates``; ``trace`` is a sample, or the whole file.
+
+    ``unit``: what rates count, ``requests`` or ``sessions``.
+    """
     workload = document.data["workload"]
-    at = f"{' and '.join(f'{rate:g}' for rate in rates)} requests/s" if rates else "each rate that is looked at"
+    at = f"{' and '.join(f'{rate:g}' for rate in rates)} {unit}/s" if rates else "each rate that is looked at"
     words = [trace.source]
     if not recorded(document):
         words += [note for note in trace.notes if not note.startswith("arrival times stretched")]

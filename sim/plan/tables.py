@@ -123,7 +123,11 @@ def _headroom(answer: Answer) -> Table:
     rate = answer.plan.spec.rates[0]
     times = list(answer.headroom[0].growth)
     table = _table(
-        f"headroom over today's {rate:g}/s", "under", "rate [interval]", "× today", *(f"× {t:g}" for t in times)
+        f"headroom over today's {rate:g} {answer.plan.unit}/s",
+        "under",
+        "rate [interval]",
+        "× today",
+        *(f"× {t:g}" for t in times),
     )
     for each in answer.headroom:
         factor = f"{each.capacity.rate_per_s / rate:.2f}"
@@ -133,14 +137,16 @@ def _headroom(answer: Answer) -> Table:
 
 def _show_race(out: Console, race: Race, answer: Answer) -> None:
     plan = answer.plan
+    unit = plan.unit
     if race.winner is None:
-        out.print(f"\n[bold]No system keeps the promises at {race.rate_per_s:g}/s.[/bold]")
+        out.print(f"\n[bold]No system keeps the promises at {race.rate_per_s:g} {unit}/s.[/bold]")
         for line in feasible(race):
             out.print(f"  {escape(line)}")
     else:
         best = race.winner.candidate
+        price = f"${best.usd_per_hour:,.2f}/h"
         out.print(
-            f"\n[bold]Cheapest for {race.rate_per_s:g}/s: {escape(best.name)}, ${best.usd_per_hour:,.2f}/h[/bold]"
+            f"\n[bold]Cheapest for {race.rate_per_s:g} {unit}/s: {escape(best.name)}, {price}[/bold]"
             f" ({best.gpus} GPU{'s' * (best.gpus > 1)}; {escape(best.backend)}); {escape(race.winner.why)}"
         )
         for line in bought(answer, race):
@@ -236,6 +242,7 @@ def as_json(answer: Answer, folder: Path) -> dict[str, Any]:
     return {
         "name": plan.name,
         "question": plan.spec.question or "",
+        "rates_are": f"{plan.unit}/s",
         "slo": [str(promise) for promise in plan.spec.slo],
         "promises": [promise.model_dump(exclude_none=True) for promise in plan.spec.slo],
         "seed": plan.spec.search.seed,
