@@ -360,6 +360,7 @@ class Scheduler(ABC):
     batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
     requeues_last: ClassVar[bool] = False  # a preempted request goes to the end of the queue
+    needs_room: ClassVar[bool] = False  # its engine starts only if the pool has room for a request of max_model_len
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
     @property

@@ -64,6 +64,7 @@ class Vllm(Scheduler):
         "tensor_parallel_size": "parallelism here: it is the scenario's tensor_parallel",
     }
 
+    needs_room: ClassVar[bool] = True
     switched: ClassVar[Mapping[str, bool]] = {}  # rules of `RULES` that hold, or not, whatever the version
 
     version: str | float = NEWEST  # of vLLM, by whose rules it decides: 0.23 … 0.33

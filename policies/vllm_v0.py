@@ -31,6 +31,8 @@ class VllmV0(Scheduler):
         "enable_lora": "LoRA adapters",
     }
 
+    needs_room: ClassVar[bool] = True
+
     max_num_batched_tokens: Positive | None = None  # of a prefill step; None: the model's length, 2048 at least
     max_num_seqs: Positive = 256
     watermark: Share = 0.01  # of the blocks stay free when a request is admitted

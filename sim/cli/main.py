@@ -32,6 +32,8 @@ from chairlift.sim.cli.terminal import (
     stopped,
     terminable,
 )
+from chairlift.sim.plan import tables as plan_tables
+from chairlift.sim.plan.replay import Replay, is_plan, replayed
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.reader import read
@@ -138,13 +140,31 @@ def run(
         ),
     ] = None,
     report_: Annotated[bool, typer.Option("--report", help="Write report.html too: pictures of the run.")] = False,
+    system: Annotated[
+        int | None, typer.Option("--system", metavar="N", min=1, help="Of a plan.json: run this system of the plan.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", metavar="R", min=1e-9, help="With --system: at this load, requests/s.")
+    ] = None,
 ) -> None:
     """Simulate a scenario: a table here, and summary.json, requests.parquet, steps.parquet in DIR.
 
     [bold]chairlift run anyscale_23x[/bold] replays the continuous-batching post.
     """
     path = find_scenario(scenario)
-    study = load(path, set_ or [], policy or [], backend, trust, router or [])
+    again_of_plan: Replay | None = None
+    if system is not None or is_plan(path):
+        options = {"--set": set_, "--policy": policy, "--router": router, "--backend": backend, "--uncertainty": draws}
+        if given := [option for option, value in options.items() if value]:
+            raise BadInput(Problem("must not be given with a plan.json, whose system runs as it is", file=given[0]))
+        if system is None:
+            raise BadInput(Problem("is the result of a plan: say which of its systems, --system N", file=str(path)))
+        again_of_plan = replayed(path, system, rate, trust)
+        study = again_of_plan.study
+    elif rate is not None:
+        raise BadInput(Problem("must not be given without --system and a plan.json", file="--rate"))
+    else:
+        study = load(path, set_ or [], policy or [], backend, trust, router or [])
 
     def again(draw: int) -> Study:
         seed = study.setups[0].seed + draw
@@ -181,6 +201,8 @@ def run(
         out.print(f"\n{count:,} requests simulated in {wall:.2f} s; results in {escape(str(folder))}", style="dim")
         if drawn:
             out.print(drawn, soft_wrap=True)
+        if again_of_plan is not None:
+            _compare(again_of_plan, outcomes[0])
     if nothing := [o for o in outcomes if not o.summary["completed"]]:
         for outcome in nothing:
             counts = {key.replace("_", " "): outcome.summary[key] for key in ENDS}
@@ -190,6 +212,19 @@ def run(
                 ends += f" ({why})"
             err.print(escape(f"{label}: no request was completed: {ends}"), soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _compare(replay: Replay, outcome: Outcome) -> None:
+    """Print the figures of a plan's first replication beside those of its run."""
+    found = replay.compared(outcome)
+    if not found:
+        out.print(f"the plan did not simulate {escape(replay.system)} at {replay.rate_per_s:g}/s")
+        return
+    other = [(name, there, here) for name, there, here in found if there != here]
+    told = ", ".join(f"{plan_tables.latency_name(name)} {here:,.4g} ms" for name, _, here in found)
+    out.print(f"{told}: {'as in the plan, its first replication' if not other else 'not as in the plan'}")
+    for name, there, here in other:
+        out.print(f"  {plan_tables.latency_name(name)}: {there!r} ms there, {here!r} ms here")
 
 
 @app.command("list")

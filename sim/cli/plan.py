@@ -16,6 +16,7 @@ from chairlift.sim.cli.terminal import console, status, stopped
 from chairlift.sim.plan import page as plan_page
 from chairlift.sim.plan import tables as plan_tables
 from chairlift.sim.plan.answer import Answer, answers, cache_bounds
+from chairlift.sim.plan.emit import Target, emitted
 from chairlift.sim.plan.file import BuyingPlan, read_plan
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.sweep.file import SCENARIOS, shipped_file
@@ -23,6 +24,7 @@ from chairlift.sim.sweep.journal import Journal
 
 PLANS = SCENARIOS / "plans"
 WIDTH = 120  # columns of tables in a pipe
+EVERY_S = 10.0  # between lines about progress where there is no terminal
 
 out = console(least=WIDTH)
 err = console(stderr=True)
@@ -51,6 +53,10 @@ def plan(
         bool, typer.Option("--trust", help="Let policy and router files named in the YAML run their code.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead.")] = False,
+    emit: Annotated[
+        Target | None,
+        typer.Option("--emit", help="Print only how the answer is started: for a shell, Docker or Kubernetes."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """What do I buy, and how do I run it, so that this load meets this SLO? With intervals, and what they rest on.
@@ -74,7 +80,7 @@ def plan(
         spec = found.spec
         runs = Simulations(journal, executor_for(executor, jobs, address), tuple(spec.slo), spec.search.seed)
         try:
-            with status(quiet) as told:
+            with status(quiet, EVERY_S) as told:
                 for answer in answers(found, runs, told):
                     plan_tables.write(answer, folder)
         except KeyboardInterrupt as stop:
@@ -85,8 +91,14 @@ def plan(
             plan_page.write(answer, folder / "plan.html")
         except OSError as error:
             raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(folder))) from None
-    if as_json:
-        sys.stdout.write(json.dumps(plan_tables.as_json(answer), indent=2, allow_nan=False, default=str) + "\n")
+    if emit is not None:
+        if answer.failed or answer.chosen is None or answer.chosen.setup is None:
+            err.print("nothing in the space will do: there is nothing to start")
+            raise typer.Exit(1)
+        scale = answer.chosen.setup.autoscale
+        sys.stdout.write(emitted(emit, found.name, answer.launches, answer.beside, scale))
+    elif as_json:
+        sys.stdout.write(json.dumps(plan_tables.as_json(answer, folder), indent=2, allow_nan=False, default=str) + "\n")
     elif not quiet:
         plan_tables.show(out, answer)
         out.print(f"\nresults in {escape(str(folder))}: plan.html, plan.json, plan.parquet", style="dim")

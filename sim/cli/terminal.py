@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,11 +119,25 @@ def run_folder(name: Path) -> Path:
 
 
 @contextmanager
-def status(silent: bool) -> Iterator[Callable[[str], None]]:
-    """A function that shows on a terminal what is being done. In a pipe, or if ``silent``, it shows nothing."""
+def status(silent: bool, every_s: float = math.inf) -> Iterator[Callable[[str], None]]:
+    """A function that shows on a terminal what is being done; if ``silent``, it shows nothing.
+
+    Where there is no terminal it prints a line now and then, at most one in ``every_s`` seconds.
+    """
     err = console(stderr=True)
-    if silent or not err.is_terminal:
+    if silent:
         yield lambda _what: None
+        return
+    if not err.is_terminal:
+        last = time.monotonic()
+
+        def line(what: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= every_s:
+                last = time.monotonic()
+                err.print(escape(what), soft_wrap=True)
+
+        yield line
         return
     with err.status("") as shown:
         yield lambda what: shown.update(escape(what))

@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.plan.bounds import Bound, bound
 from chairlift.sim.plan.candidates import Candidate, price_of
 from chairlift.sim.plan.capacity import Capacity, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
+from chairlift.sim.plan.costs import tokens_of
+from chairlift.sim.plan.emit import shell
 from chairlift.sim.plan.file import BuyingPlan
-from chairlift.sim.plan.headroom import Headroom, headroom
-from chairlift.sim.plan.pacing import SAMPLE, paced
+from chairlift.sim.plan.headroom import Headroom, Margin, headroom, margin
+from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
-from chairlift.sim.plan.vllm_command import commands
-from chairlift.sim.scenario.load import prepare
+from chairlift.sim.plan.stretches import described
+from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.statistics import undominated
-from chairlift.sim.workload.trace import Trace
 
 MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
 ROUGH = 0.05  # precision of the capacities of a front's systems
@@ -45,10 +45,17 @@ class Answer:
     plan: BuyingPlan
     capacities: list[tuple[Candidate, Capacity]] = field(default_factory=list)
     races: list[Race] = field(default_factory=list)
+    margins: dict[float, Margin] = field(default_factory=dict)  # rate → of the cheapest system for it
     headroom: list[Headroom] = field(default_factory=list)
     front: list[Point] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
-    commands: list[str] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)  # of the chosen system
+    beside: list[str] = field(default_factory=list)  # what has to be set up beside its engines
+
+    @property
+    def commands(self) -> list[str]:
+        """The lines that start the chosen system; what they do not say begins with #."""
+        return shell(self.launches, self.beside)
 
     @property
     def chosen(self) -> Candidate | None:
@@ -93,7 +100,7 @@ def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) ->
 def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
     """As `answers`, without what the answer rests on."""
     answer = Answer(plan)
-    spec, promises, effort = plan.spec, plan.spec.slo, plan.spec.search.effort()
+    spec, promises, effort = plan.spec, plan.spec.slo, plan.effort()
     bounds = cache_bounds(promises)
     fitting = [candidate for candidate in plan.candidates if candidate.setup is not None]
     if not fitting and plan.today is None:
@@ -128,6 +135,10 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
         found = race(plan.candidates, bounds, runs.of, promises, rate, effort, spec.front, told=told)
         answer.races.append(found)
         yield answer
+        if (best := found.winner) is not None:
+            told(f"{rate:g}/s: how much more {best.candidate.name} takes")
+            answer.margins[rate] = margin(best.candidate, rate, promises, bounds, runs.of, effort)
+            yield answer
     if spec.front and answer.races[-1].winner is not None:
         for entry in answer.races[-1].of("kept")[:MOST_ON_FRONT]:
             told(f"front: {entry.candidate.name}")
@@ -138,12 +149,13 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
 
 def cache_bounds(promises: list[Promise]) -> Callable[[Candidate], Bound]:
     """A function that gives each candidate's `bound`, worked out once."""
-    known: dict[int, Bound] = {}
+    known: dict[int, tuple[Document, Bound]] = {}  # the document too, so that no other one gets its id
 
     def bounds(candidate: Candidate) -> Bound:
-        if id(candidate.document) not in known:
-            known[id(candidate.document)] = bound(candidate, promises)
-        return known[id(candidate.document)]
+        document = candidate.document
+        if id(document) not in known:
+            known[id(document)] = document, bound(candidate, promises)
+        return known[id(document)][1]
 
     return bounds
 
@@ -163,7 +175,7 @@ def _point(
     """The point of a system that keeps the promises."""
     assert entry.verdict is not None
     rate = entry.verdict.rate_per_s
-    effort = plan.spec.search.effort(max(ROUGH, plan.spec.search.precision))
+    effort = plan.effort(max(ROUGH, plan.spec.search.precision))
     capacity = find(runs.of(entry.candidate), promises, rate, bounds(entry.candidate).rate_per_s, effort)
     name = latency_of(promises)
     mean = entry.verdict.figures.get(name, (math.inf, 0, 0))[0]
@@ -192,30 +204,17 @@ def nowhere(plan: BuyingPlan) -> list[Problem]:
     return [head, *(Problem(reason, file=plan.document.path) for reason in list(reasons)[:6])]
 
 
-def _rate_of(answer: Answer) -> float:
-    """The rate that the chosen system is for: what it was bought for, or else what it sustains."""
-    won = [race.rate_per_s for race in answer.races if race.winner is not None]
-    sustained = [capacity.rate_per_s for _, capacity in answer.capacities if capacity.reached]
-    rates = won or answer.plan.spec.rates or [float(f"{rate:.4g}") for rate in sustained]
-    return rates[-1 if won else 0] if rates else 1.0
-
-
-def _workload_at(candidate: Candidate, rate: float) -> Trace:
-    """The beginning of the workload at ``rate``, for what is to be said of it."""
-    return prepare(paced(candidate.document, rate, SAMPLE), candidate.folder, candidate.trust).trace
-
-
 def conclude(answer: Answer, runs: Simulations) -> None:
     """Fill in the commands that start the chosen system, and the assumptions that the answer rests on."""
     plan, chosen = answer.plan, answer.chosen
     lines: dict[str, str] = {f"promise {j + 1}": str(p) for j, p in enumerate(plan.spec.slo)}
     if chosen is not None and chosen.setup is not None:
         setup = chosen.setup
-        kv: Any = chosen.document.data.get("kv") or {}
-        answer.commands = commands(setup, kv.get("memory_utilization", 0.9))
-        lines["system"] = chosen.name
-        trace = _workload_at(chosen, _rate_of(answer))
-        lines["workload"] = "; ".join((trace.source, *trace.notes))
+        answer.launches = launches(setup, kv_of(chosen.document, len(setup.groups)))
+        answer.beside = beside(setup)
+        lines["system"] = "; ".join((chosen.name, *chosen.notes))
+        won = [race.rate_per_s for race in answer.races if race.winner is not None]
+        lines["workload"] = described(chosen.document, setup.trace, won[-1:] or plan.spec.rates, plan.unit)
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
         for group in setup.groups:
@@ -229,6 +228,11 @@ def conclude(answer: Answer, runs: Simulations) -> None:
                 lines[f"price of {group.gpu.name}"] = f"${price.usd_per_gpu_hour:g} a GPU-hour" + (
                     f" ({seen})" * bool(seen)
                 )
+        each = tokens_of(chosen)
+        lines["cost"] = (
+            f"the hour's price over the tokens served, {each.into:,.0f} in and {each.out:,.0f} out a "
+            f"{plan.unit.removesuffix('s')}; in and out by the least time that prompts and answers take"
+        )
     kinds = {candidate.backend for candidate in plan.candidates if candidate.setup is not None}
     if len(kinds) > 1:
         lines["cost models differ"] = f"{'; '.join(sorted(kinds))}: systems of different ones compare less surely"
@@ -241,4 +245,13 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         f"{100 * plan.spec.search.confidence:g} %: at the low end all promises are proven kept, at the high end one is "
         "proven broken, by Student's t over independent replications; errors of step costs are not in it"
     )
+    verdicts = [race.winner.verdict for race in answer.races if race.winner is not None]
+    verdicts += [verdict for _, capacity in answer.capacities for verdict in capacity.verdicts]
+    shared = [verdict for verdict in verdicts if verdict is not None and verdict.worth < verdict.replications]
+    if shared:
+        last = max(shared, key=lambda verdict: verdict.replications)
+        lines["recorded file"] = (
+            f"its {plan.rows or 0:,} requests serve several times over: {last.replications} stretches of "
+            f"{last.requests:,} are worth {last.worth:.1f} independent ones, and intervals are as wide as for so many"
+        )
     answer.assumptions = lines

@@ -61,6 +61,12 @@ def bound(candidate: Candidate, promises: Sequence[Promise]) -> Bound:
     return Bound(float(min(rates.values())) / per_start, _impossible(setup, promises, reuse))
 
 
+def work_of(setup: Setup, group: ReplicaGroup) -> tuple[float, float]:
+    """Least seconds that one replica of ``group`` needs for the prompt of an average request, and for its decodes."""
+    trace = setup.trace
+    return _seconds(setup, group, trace.prompt_tokens.astype(np.float64), trace.output_tokens.astype(np.float64) - 1)
+
+
 def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats) -> tuple[float, float]:
     """Least seconds that one replica of ``group`` needs for the prompt of an average request, and for its decodes.
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from chairlift.backend import specs
-from chairlift.backend.calibrated import profile
-from chairlift.sim.bad_input import BadInput
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.pacing import sampled
+from chairlift.sim.plan.stretches import recorded, whole
 from chairlift.sim.scenario import load
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.axes import Scalar, Value, label_of
 from chairlift.sim.sweep.file import scenario_at
 from chairlift.sim.workload.strict import Spec
+
+POOL_ERROR = 0.02  # of a KV pool that is worked out: of nine recorded engines, one had 1.2 % less than predicted
 
 
 class Price(Spec):
@@ -40,11 +41,12 @@ class Candidate:
     document: Document  # the scenario; the rate it names is never used, see `sim.plan.pacing`
     folder: Path  # where the scenario's relative paths start
     trust: bool  # whether policy files may run their code
-    setup: Setup | None  # with the workload of `sampled`; None: this system cannot be
+    setup: Setup | None  # with the workload of `sampled`, or a whole recorded file; None: this system cannot be
     misfit: str = ""  # why it cannot be
     gpus: int = 0
     usd_per_hour: float = 0.0
     backend: str = ""  # how its steps are priced, in words
+    notes: tuple[str, ...] = ()  # what was changed so that its engines start
 
     @property
     def name(self) -> str:
@@ -64,46 +66,14 @@ class Candidate:
 def scenario_of(base: Document, point: dict[str, Value], plan: Document) -> Document:
     """The scenario of the system at ``point``: ``base`` with the keys of ``point`` changed.
 
-    Where nothing says how steps are priced, a calibrated profile does if one fits.
+    Where nothing says how steps are priced, ``backend: auto`` does.
     """
     one = scenario_at(base, point, 0, plan)
     one.data.pop("question", None)
     one.data.pop("name", None)
-    if one.data.get("backend") is None and (fitting := _profile(one)) is not None:
-        one.put("backend", fitting, "the profile chosen")
+    if one.data.get("backend") is None:
+        one.put("backend", "auto", "a plan's default")
     return one
-
-
-def _profile(document: Document) -> str | None:
-    """The name of the shipped profile that fits the scenario's model and tensor parallelism; None: none does.
-
-    Profiles of vLLM come first, since a plan ends in vLLM's command line; then those of the scenario's own GPU, since
-    the profile of another GPU has to be scaled.
-    """
-    model = document.data.get("model")
-    if not isinstance(model, str):
-        return None
-    groups = document.data.get("replicas")
-    groups = groups if isinstance(groups, list) else [{}]
-    system = document.data
-    if any("parallel" in each for each in (system, *groups) if isinstance(each, dict)):
-        return None
-    degrees = {g.get("tensor_parallel", system.get("tensor_parallel", 1)) for g in groups if isinstance(g, dict)}
-    gpus = {str(g.get("gpu", system.get("gpu"))) for g in groups if isinstance(g, dict)}
-    try:
-        name = specs.model(model).name
-        known = {specs.gpu(gpu).name for gpu in gpus}
-    except LookupError:
-        return None
-    fitting = [p for p in _shipped() if p.model == name and {p.tensor_parallel} == degrees]
-    fitting.sort(key=lambda p: (not p.engine.startswith("vllm"), known != {p.gpu}))
-    return fitting[0].name if fitting else None
-
-
-@cache
-def _shipped() -> tuple[profile.Profile, ...]:
-    """All shipped profiles, read once."""
-    return tuple(map(profile.load, profile.shipped()))
 
 
 def candidate(
@@ -114,12 +84,20 @@ def candidate(
     A system that cannot be, such as a model that does not fit the GPU's memory, is a candidate without a setup.
     """
     labels = {key: _label(key, value) for key, value in point.items() if value.value is not None}
+    notes: tuple[str, ...] = ()
     try:
         setup = load.prepare(sampled(document), folder, trust)
+        if (room := _room(setup)) is not None:
+            notes = (f"max_model_len cut from {setup.max_model_len:,} to {room:,}, for which the KV pool has room",)
+            document = document.copy()
+            document.put("max_model_len", room, "cut to the KV pool")
+            setup = load.prepare(sampled(document), folder, trust)
+        if recorded(document) and (trace := whole(document, folder)) is not None:
+            setup = replace(setup, trace=trace)
     except BadInput as error:
         if any(p.path.startswith("workload") for p in error.problems):
             raise
-        return Candidate(labels, document, folder, trust, None, "; ".join(p.rule for p in error.problems))
+        return Candidate(labels, document, folder, trust, None, "; ".join(map(_short, error.problems)))
     usd, gpus = 0.0, 0
     for group in setup.groups:
         price = price_of(prices, group.gpu.name)
@@ -134,7 +112,24 @@ def candidate(
             raise BadInput(plan.problem(("prices",), rule))
         gpus += group.count * group.parallel.gpus
         usd += group.count * group.parallel.gpus * price.usd_per_gpu_hour
-    return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup))
+    return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup), notes)
+
+
+def _room(setup: Setup) -> int | None:
+    """The longest request with which engines of ``setup`` start that need room for it; None: they start as they are."""
+    rooms = []
+    for group in setup.groups:
+        if group.scheduler.needs_room:
+            blocks = group.blocks // group.parallel.data
+            if blocks * group.block_size < setup.max_model_len:
+                given = group.kv_source.startswith("given") or group.make_scheduler().pool_blocks is not None
+                rooms.append(int(blocks * (1 if given else 1 - POOL_ERROR)) * group.block_size)
+    return max(1, min(rooms)) if rooms else None
+
+
+def _short(problem: Problem) -> str:
+    """A problem without its file and line: ``policy.max_num_batched_tokens: must be …``."""
+    return ": ".join(filter(None, (problem.path, problem.rule)))
 
 
 def _label(key: str, value: Value) -> Scalar:

@@ -237,7 +237,7 @@ class _Search:
         while self.looks < begun + 2 * LOOKS:
             slope = self.slope()
             centre = self.look(self.centre, self.replications)
-            half = student(1 - (1 - self.effort.confidence) / 2 / len(self.promises), self.replications - 1)
+            half = student(1 - (1 - self.effort.confidence) / 2 / len(self.promises), max(centre.freedom, 0.5))
             half *= centre.gap_se / slope
             self.bracket()
             if centre.gap_se == 0 and 0 < self.below < self.above < math.inf:  # a jump: halve the bracket
@@ -306,6 +306,7 @@ class _Search:
     def can_grow(self) -> bool:
         """Whether the search may put more work into a verdict than it does now."""
         more = self.replications < MOST or self.requests < self.effort.most_requests
+        more = more and not any(verdict.is_used_up for verdict in self.seen.values())
         return more and self.spent < self.effort.budget
 
     def grow(self, factor: float) -> bool:
@@ -329,7 +330,13 @@ class _Search:
         limiting = _worst(self.seen[self.above], self.promises) if math.isfinite(self.above) else None
         islands = [verdict.rate_per_s for verdict in self.trusted() if verdict.rate_per_s > high and verdict.holds]
         if high - low > 2 * self.effort.precision * max(rate, 1e-12) * 1.01:
-            self.notes.append("the interval is wider than asked for: search.budget or search.most_requests was reached")
+            rows = any(verdict.worth < verdict.replications for verdict in self.seen.values())
+            why = (
+                "the recorded file has no more rows"
+                if rows
+                else "search.budget_requests or search.most_requests was reached"
+            )
+            self.notes.append(f"the interval is wider than asked for: {why}")
         return Capacity(rate, low, high, self.ordered(), limiting, islands, [*self.notes, *self.unsettled(rate)])
 
     def unsettled(self, near: float) -> Iterator[str]:

@@ -12,6 +12,8 @@ A100s at $3.60 are dearer and are not looked at.
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -52,12 +54,15 @@ def decide(measure: Measure, promises: Sequence[Promise], rate: float, effort: E
     """The verdict on ``rate``, from as many requests as it takes to prove it either way, within limits.
 
     Replications grow in number up to `MOST`, then in length; in length first if they are too short to have settled.
+    Where they are stretches of a recorded file, they grow no further once the file has nothing new to say.
     """
     requests, replications = effort.requests, SCREEN
     most = min(effort.most_requests, LONGER * effort.requests)
     while True:
         verdict = judge(promises, measure(rate, requests, replications), rate, requests, effort.confidence)
         if verdict.proof < 0 or (verdict.proof > 0 and replications >= FIRST and not verdict.is_short):
+            return verdict
+        if verdict.is_used_up and not verdict.is_short:
             return verdict
         if verdict.is_short and requests < most and replications >= FIRST:
             requests = min(most, requests * 2)
@@ -89,6 +94,7 @@ def race(
     entries: list[Entry] = []
     winner: Entry | None = None
     served: set[str] = set()
+    started, raced = time.monotonic(), 0
     for _, tier in groupby(ordered, key=lambda c: c.usd_per_hour):
         kept: list[Entry] = []
         for candidate in tier:
@@ -99,8 +105,9 @@ def race(
                 elif candidate.system in served:
                     entry = Entry(candidate, "dearer", "fewer replicas of it will do")
             if entry is None:
-                told(f"{candidate.name}, ${candidate.usd_per_hour:,.2f}/h")
+                told(_progress(rate, candidate, entries, len(ordered), raced, time.monotonic() - started))
                 verdict = decide(measure(candidate), promises, rate, effort)
+                raced += 1
                 entry = Entry(candidate, *_said(verdict, promises), verdict)
             entries.append(entry)
             if entry.outcome == "kept":
@@ -109,6 +116,20 @@ def race(
         if winner is None and kept:  # of those of equal price, the one furthest from breaking a promise
             winner = min(kept, key=lambda e: e.verdict.gap if e.verdict else math.inf)
     return Race(rate, winner, entries)
+
+
+def _progress(
+    rate: float, candidate: Candidate, entries: Sequence[Entry], systems: int, raced: int, spent_s: float
+) -> str:
+    """A line about a race under way: which system is simulated, how many are done with, and the time left at most."""
+    counts = Counter(entry.outcome for entry in entries)
+    excluded, left = counts["excluded"], systems - len(entries)
+    line = f"{rate:g}/s: {candidate.name}, ${candidate.usd_per_hour:,.2f}/h: {raced} raced, {excluded} excluded, "
+    line += f"{left} of {systems} left"
+    if raced:  # the others are excluded as often as those so far, and take as long
+        most_s = spent_s / raced * left * raced / (raced + excluded)
+        line += f", {most_s:,.0f} s at most"
+    return line
 
 
 def _excluded(candidate: Candidate, bounds: Callable[[Candidate], Bound], rate: float) -> Entry | None:

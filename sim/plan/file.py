@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, s
 from chairlift.sim.plan.capacity import Effort
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.stretches import FIRST_SHARE, LEAST, MOST_SHARE, recorded, rows_of
 from chairlift.sim.scenario import load
 from chairlift.sim.scenario.schema import results_name
 from chairlift.sim.scenario.yaml_document import Document, read
@@ -49,7 +51,7 @@ class Search(Spec):
     most_requests: Annotated[int, Field(ge=200, le=10**7)] = Field(
         default=32_000, description="Of a replication, at most."
     )
-    budget: Annotated[int, Field(ge=1000, le=10**10)] = Field(
+    budget_requests: Annotated[int, Field(ge=1000, le=10**10)] = Field(
         default=1_500_000, description="Requests for one capacity, in all; its interval stays as wide as it is then."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the first replication; the others follow.")
@@ -60,9 +62,16 @@ class Search(Spec):
             raise ValueError(f"most_requests must be at least requests, {self.requests} (got {self.most_requests})")
         return self
 
-    def effort(self, precision: float | None = None) -> Effort:
-        """What a search is told of this; ``precision``, if given, in place of the plan's."""
-        return Effort(precision or self.precision, self.confidence, self.requests, self.most_requests, self.budget)
+    def effort(self, precision: float | None = None, rows: int | None = None) -> Effort:
+        """What a search is told of this; ``precision``, if given, in place of the plan's.
+
+        ``rows``: of the recorded file whose stretches are the replications, `chairlift.sim.plan.stretches`.
+        """
+        requests, most = self.requests, self.most_requests
+        if rows is not None:
+            most = min(most, rows // MOST_SHARE)
+            requests = min(requests, most, max(LEAST, rows // FIRST_SHARE))
+        return Effort(precision or self.precision, self.confidence, requests, most, self.budget_requests)
 
 
 class Stress(Spec):
@@ -121,6 +130,21 @@ class BuyingPlan:
     candidates: list[Candidate]  # one for each point of the axes
     today: Candidate | None  # the deployment there is, if the plan names one
     prices: Prices
+    rows: int | None = None  # of the shortest recorded file that a system serves; None: there is none
+
+    @cached_property
+    def systems(self) -> list[Candidate]:
+        """All systems in order of price, as tables and ``plan.json`` number them from 1; today's is the last."""
+        ordered = sorted(self.candidates, key=lambda c: (c.usd_per_hour, c.name))
+        return [*ordered, *filter(None, [self.today])]
+
+    def number(self, candidate: Candidate) -> int:
+        """The number of a system."""
+        return next(i for i, each in enumerate(self.systems, 1) if each is candidate)
+
+    def effort(self, precision: float | None = None) -> Effort:
+        """How hard a search looks; ``precision``, if given, in place of the plan's."""
+        return self.spec.search.effort(precision, self.rows)
 
     @property
     def unit(self) -> str:
@@ -176,7 +200,24 @@ def read_plan(
         today = candidates.pop()
         if today.setup is None:
             raise BadInput(document.problem(("today",), f"cannot be: {today.misfit}"))
-    return BuyingPlan(results_name(spec.name, path), spec, document, candidates, today, prices)
+    rows = _rows([*candidates, *filter(None, [today])], document)
+    return BuyingPlan(results_name(spec.name, path), spec, document, candidates, today, prices, rows)
+
+
+def _rows(candidates: Sequence[Candidate], plan: Document) -> int | None:
+    """Rows of the shortest recorded file that a system serves, or None. Raises `BadInput` if those are too few."""
+    files = [(c.document, c.folder) for c in candidates if c.setup is not None and recorded(c.document)]
+    if not files:
+        return None
+    rows = min(rows_of(*each) for each in files)
+    if rows < LEAST * MOST_SHARE:
+        rule = (
+            f"has {rows:,} requests, and so short a file proves nothing however often it goes round: "
+            f"{LEAST * MOST_SHARE} are needed, {MOST_SHARE} stretches of {LEAST}. Or say what requests are like: "
+            "prompt_tokens and output_tokens as quantiles, with arrivals"
+        )
+        raise BadInput(plan.problem(("base", "workload", "file"), rule))
+    return rows
 
 
 def _ours(key: str) -> str:

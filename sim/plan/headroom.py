@@ -1,8 +1,13 @@
-"""How much more load a deployment can take: its capacity as it is, with replicas failed, and under bursts."""
+"""How much more load a deployment can take: its capacity as it is, with replicas failed, and under bursts.
+
+Of the cheapest system a `Margin` is told, which costs a few verdicts instead of whole capacities: up to which of
+`STEPS` above the load the promises are kept, and what becomes of them with a replica gone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +15,13 @@ from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Capacity, Effort, Measure, find
+from chairlift.sim.plan.cheapest import decide
 from chairlift.sim.plan.file import Stress
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.scenario import load
+
+STEPS = (1.1, 1.25, 1.5, 2.0)  # multiples of the load that a margin tells apart
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,60 @@ class Headroom:
         if rate <= capacity.low:
             return "kept"
         return "broken" if rate >= capacity.high else "too close to say"
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What a system that keeps the promises at a load could take beyond it."""
+
+    kept: float  # the largest multiple of the load proven to be kept, 1 at least
+    broken: float  # the smallest multiple proven to break a promise; inf if none was
+    one_less: str  # "kept", "broken" or "too close to say" at the load with a replica gone; "" where none is left
+
+    def __str__(self) -> str:
+        if math.isinf(self.broken):
+            told = f"at {self.kept:g} × the load the promises are still kept"
+        elif self.kept == 1:
+            told = f"{self.broken:g} × the load would break a promise"
+        else:
+            told = f"{self.kept:g} × the load is kept, {self.broken:g} × would break a promise"
+        less = f"with a replica gone at this load: {self.one_less}" if self.one_less else "without its replica: nothing"
+        return f"{told}; {less}"
+
+
+def margin(
+    candidate: Candidate,
+    rate: float,
+    promises: Sequence[Promise],
+    bounds: Callable[[Candidate], Bound],
+    measure: Callable[[Candidate], Measure],
+    effort: Effort,
+) -> Margin:
+    """The margin of a candidate that keeps the promises at ``rate``, by halving `STEPS`."""
+    kept, broken = 0, len(STEPS)  # STEPS[kept - 1] is kept, STEPS[broken] is broken
+    unsure = len(STEPS)  # from here on nothing was proven
+    while kept < min(broken, unsure):
+        at = (kept + min(broken, unsure)) // 2
+        more = rate * STEPS[at]
+        verdict = None if bounds(candidate).rate_per_s < more else decide(measure(candidate), promises, more, effort)
+        proof = -1 if verdict is None else verdict.proof
+        if proof > 0:
+            kept = at + 1
+        elif proof < 0:
+            broken = at
+        else:
+            unsure = at
+    replicas = sum(group.count for group in candidate.setup.groups) if candidate.setup else 1
+    less = ""
+    if replicas > 1:
+        try:
+            smaller = fewer(candidate, 1)
+        except BadInput:  # the only one of its role
+            smaller = None
+        if smaller is not None:
+            verdict = None if bounds(smaller).rate_per_s < rate else decide(measure(smaller), promises, rate, effort)
+            less = {1: "kept", -1: "broken", 0: "too close to say"}[-1 if verdict is None else verdict.proof]
+    return Margin(STEPS[kept - 1] if kept else 1.0, STEPS[broken] if broken < len(STEPS) else math.inf, less)
 
 
 def fewer(candidate: Candidate, failed: int) -> Candidate:

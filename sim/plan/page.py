@@ -13,8 +13,9 @@ from typing import Any
 from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Race
+from chairlift.sim.plan.costs import cost_of
 from chairlift.sim.plan.promises import Promise
-from chairlift.sim.plan.tables import OUTCOMES, feasible, interval, latency_name, said_of
+from chairlift.sim.plan.tables import OUTCOMES, bought, feasible, interval, latency_name, said_of
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, note
 
@@ -58,7 +59,7 @@ def _headlines(answer: Answer) -> Iterator[dict[str, Any]]:
         else:
             best = race.winner.candidate
             after = f", ${best.usd_per_hour:,.2f} an hour ({best.gpus} GPU{'s' * (best.gpus > 1)})"
-            lines = [f"{race.winner.why}; steps: {best.backend}"]
+            lines = [f"{race.winner.why}; steps: {best.backend}", *bought(answer, race)]
             yield {"good": True, "before": f"{rate}: ", "main": best.name, "after": after, "lines": lines}
     for candidate, capacity in answer.capacities[:3]:
         yield {
@@ -72,9 +73,22 @@ def _headlines(answer: Answer) -> Iterator[dict[str, Any]]:
 
 def _capacities(answer: Answer) -> dict[str, Any]:
     return {
-        "head": ("system", f"rate [interval], {answer.plan.unit}/s", "$/h", "hours simulated", "limited by"),
+        "head": (
+            *(
+                "system",
+                f"rate [interval], {answer.plan.unit}/s",
+                "$/h",
+                "$ per million tokens",
+                "hours simulated",
+                "limited by",
+            ),
+        ),
         "rows": [
-            (c.name, interval(k), f"{c.usd_per_hour:,.2f}", f"{k.simulated_s / 3600:,.1f}", str(k.limiting or ""))
+            (
+                *(c.name, interval(k), f"{c.usd_per_hour:,.2f}"),
+                f"{cost_of(c, k.rate_per_s, answer.plan.prices).all:,.3g}" if k.reached else "–",
+                *(f"{k.simulated_s / 3600:,.1f}", str(k.limiting or "")),
+            )
             for c, k in answer.capacities
         ],
         "figures": list(
@@ -201,12 +215,16 @@ def _front(answer: Answer) -> dict[str, Any]:
     rows: Sequence[tuple[str, ...]] = [
         (
             *(p.candidate.name, "yes" if p.is_best else "", f"{p.candidate.usd_per_hour:,.2f}"),
+            *(f"{usd:,.3g}" for usd in cost_of(p.candidate, answer.races[-1].rate_per_s, answer.plan.prices)),
             *(f"{p.latency_ms:,.4g}", interval(p.capacity)),
         )
         for p in points
     ]
     return {
-        "head": ("system", "on the front", "$/h", f"{name}, ms", f"rate [interval], {answer.plan.unit}/s"),
+        "head": (
+            *("system", "on the front", "$/h", "$ per million tokens", "in", "out"),
+            *(f"{name}, ms", f"rate [interval], {answer.plan.unit}/s"),
+        ),
         "rows": rows,
         "figures": [(title, _figure([trace], "$ an hour", "ms"), [])],
     }

@@ -14,10 +14,12 @@ from typing import NamedTuple, cast
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Measure
-from chairlift.sim.plan.pacing import paced, replayed, replays, turned
-from chairlift.sim.plan.promises import Promise, Sample, measured
+from chairlift.sim.plan.pacing import paced, unloaded
+from chairlift.sim.plan.promises import BINS, Promise, Sample, measured
+from chairlift.sim.plan.stretches import Stretch, recorded, stretched
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.simulate import simulate
+from chairlift.sim.study import Setup
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.runs import OF_THE_MACHINE, Executor, Row, Run, failure
 
@@ -29,13 +31,12 @@ class Replication(Run):
     promises: tuple[Promise, ...] = ()
     rate_per_s: float = 1.0
     requests: int = 0
-    replay: bool = False  # whether the workload is a recorded file with its own times, to be `turned`
 
     @cached_property
     def key(self) -> str:
         """The run's content address: as `Run.key`, with the promises, rate, number of requests and seed in it."""
         wanted = [promise.model_dump() for promise in self.promises]
-        text = json.dumps([super().key, wanted, self.rate_per_s, self.requests, self.replay, self.seed])
+        text = json.dumps([super().key, wanted, self.rate_per_s, self.requests, self.seed])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -71,12 +72,10 @@ class Simulations:
 
     def _replication(self, candidate: Candidate, rate: float, requests: int, i: int, cv: float | None) -> Replication:
         """The replication with the ``i``-th seed."""
-        seed, base = self.seed + i, candidate.document
-        replay = replays(base) and cv is None
-        document = replayed(base, seed) if replay else paced(base, rate, requests, cv, seed)
-        return Replication(
-            document, candidate.folder, candidate.labels, seed, candidate.trust, self.promises, rate, requests, replay
-        )
+        seed = self.seed + i
+        document = paced(candidate.document, rate, requests, cv, seed)
+        folder, labels, trust = candidate.folder, candidate.labels, candidate.trust
+        return Replication(document, folder, labels, seed, trust, self.promises, rate, requests)
 
     def _samples(self, candidate: Candidate, runs: list[Replication], requests: int) -> list[Sample]:
         """The sample of each of ``runs``; what the journal lacks is simulated. Raises `BadInput` if that fails."""
@@ -106,17 +105,33 @@ class Simulations:
         return [found[run.key] for run in runs]
 
 
+def prepared(run: Replication) -> tuple[Setup, list[Stretch]]:
+    """The system and the requests of a replication, and the stretches of recorded files that those requests are.
+
+    Raises `BadInput` where there are too few requests to judge.
+    """
+    parts: list[Stretch] = []
+    if recorded(run.document):
+        setup = prepare(unloaded(run.document), run.folder, run.trust)
+        trace, parts = stretched(run.document, run.folder, run.seed)
+        setup = dataclasses.replace(setup, trace=trace)
+    else:
+        setup = prepare(run.document, run.folder, run.trust)
+    if len(setup.trace) < BINS:
+        rule = f"makes {len(setup.trace)} requests, of {run.requests} wanted: a plan needs {BINS} at least"
+        raise BadInput(Problem(rule, path="workload"))
+    return setup, parts
+
+
 def replicate(run: Run) -> Result:
     """Simulate one `Replication`. An error is in the result, not raised, but for those of `OF_THE_MACHINE`."""
     assert isinstance(run, Replication)
     started = time.perf_counter()
     try:
-        setup = prepare(run.document, run.folder, run.trust)
-        if run.replay:
-            setup = dataclasses.replace(setup, trace=turned(setup.trace, run.seed, run.requests, run.rate_per_s))
+        setup, parts = prepared(run)
         outcome = simulate(setup)
-        wall = time.perf_counter() - started
-        return Result(run.key, "", measured(run.promises, outcome.requests, outcome.runs, wall))
+        sample = measured(run.promises, outcome.requests, outcome.runs, time.perf_counter() - started)
+        return Result(run.key, "", sample._replace(stretches=[list(part) for part in parts]))
     except OF_THE_MACHINE:
         raise
     except Exception as wrong:

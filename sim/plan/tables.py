@@ -20,8 +20,12 @@ from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Entry, Race
+from chairlift.sim.plan.costs import cost_of
+from chairlift.sim.plan.file import BuyingPlan
+from chairlift.sim.plan.headroom import Margin
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.results.catalogue import LATENCY
+from chairlift.sim.scenario.resolved import relocated, resolved
 
 SHOWN = 12  # systems of a race on the terminal
 OUTCOMES = (
@@ -44,7 +48,7 @@ def show(out: Console, answer: Answer) -> None:
     if answer.headroom:
         out.print(_headroom(answer))
     for each in answer.races:
-        _show_race(out, each, answer.plan.unit)
+        _show_race(out, each, answer)
     if answer.front:
         out.print(_front(answer))
     out.print("\n[bold]What this rests on[/bold]")
@@ -62,6 +66,14 @@ def interval(capacity: Capacity) -> str:
         return "none"
     high = f"{capacity.high:.4g}" if math.isfinite(capacity.high) else "∞"
     return f"{capacity.rate_per_s:.4g} [{capacity.low:.4g}, {high}]"
+
+
+def bought(answer: Answer, race: Race) -> Iterator[str]:
+    """What a reader must know of the cheapest system of a race, a line each: its cost by tokens, and its margin."""
+    assert race.winner is not None
+    yield f"{cost_of(race.winner.candidate, race.rate_per_s, answer.plan.prices)}"
+    if (spare := answer.margins.get(race.rate_per_s)) is not None:
+        yield str(spare)
 
 
 def latency_name(figure: str) -> str:
@@ -94,12 +106,16 @@ def _table(title: str, *columns: str) -> Table:
 def _capacities(answer: Answer) -> Table:
     unit = answer.plan.unit
     title = f"max sustainable rate, {unit}/s"
-    table = _table(title, "system", "rate [interval]", "$/h", f"$ per 1,000 {unit}", "limited by")
+    columns = ("system", "#", "rate [interval]", "$/h", f"$ per 1,000 {unit}", "$/M tokens", "in", "out", "limited by")
+    table = _table(title, *columns)
     for candidate, capacity in answer.capacities:
+        usd = cost_of(candidate, capacity.rate_per_s, answer.plan.prices) if capacity.reached else ()
+        by_token = [f"{each:,.3g}" for each in usd] or ["–"] * 3
         cost = candidate.usd_per_hour / 3.6 / capacity.rate_per_s if capacity.reached else math.inf
         limit = str(capacity.limiting) if capacity.limiting else ""
         cost_text = f"{cost:,.4f}" if capacity.reached else "–"
-        table.add_row(escape(candidate.name), interval(capacity), f"{candidate.usd_per_hour:,.2f}", cost_text, limit)
+        row = (interval(capacity), f"{candidate.usd_per_hour:,.2f}", cost_text, *by_token, limit)
+        table.add_row(escape(candidate.name), str(answer.plan.number(candidate)), *row)
     return table
 
 
@@ -119,7 +135,9 @@ def _headroom(answer: Answer) -> Table:
     return table
 
 
-def _show_race(out: Console, race: Race, unit: str) -> None:
+def _show_race(out: Console, race: Race, answer: Answer) -> None:
+    plan = answer.plan
+    unit = plan.unit
     if race.winner is None:
         out.print(f"\n[bold]No system keeps the promises at {race.rate_per_s:g} {unit}/s.[/bold]")
         for line in feasible(race):
@@ -131,13 +149,14 @@ def _show_race(out: Console, race: Race, unit: str) -> None:
             f"\n[bold]Cheapest for {race.rate_per_s:g} {unit}/s: {escape(best.name)}, {price}[/bold]"
             f" ({best.gpus} GPU{'s' * (best.gpus > 1)}; {escape(best.backend)}); {escape(race.winner.why)}"
         )
-    table = _table("simulated, cheapest first", "system", "$/h", "outcome", "share that met it [interval]")
+        for line in bought(answer, race):
+            out.print(escape(line))
+    table = _table("simulated, cheapest first", "system", "#", "$/h", "outcome", "share that met it [interval]")
     simulated = [entry for entry in race.entries if entry.verdict is not None]
     shown = _worth_showing(race, simulated)
     for entry in shown:
-        table.add_row(
-            escape(entry.candidate.name), f"{entry.candidate.usd_per_hour:,.2f}", entry.outcome, escape(entry.why)
-        )
+        row = (f"{entry.candidate.usd_per_hour:,.2f}", entry.outcome, escape(entry.why))
+        table.add_row(escape(entry.candidate.name), str(plan.number(entry.candidate)), *row)
     if len(simulated) > len(shown):
         table.caption = f"and {len(simulated) - len(shown)} more, in plan.html"
         table.caption_justify = "left"
@@ -196,24 +215,45 @@ def feasible(race: Race) -> Iterator[str]:
 
 
 def _front(answer: Answer) -> Table:
-    name = latency_name(answer.front[0].latency_name)
-    table = _table(
-        "front of price × latency × capacity (• on it)", "", "system", "$/h", f"{name}, ms", "rate [interval]"
-    )
+    name, rate = latency_name(answer.front[0].latency_name), answer.races[-1].rate_per_s
+    columns = ("", "system", "$/h", "$/M tokens", "in", "out", f"{name}, ms", "rate [interval]")
+    table = _table("front of price × latency × capacity (• on it)", *columns)
     for point in answer.front:
-        row = (escape(point.candidate.name), f"{point.candidate.usd_per_hour:,.2f}", f"{point.latency_ms:,.4g}")
-        table.add_row("•" if point.is_best else "", *row, interval(point.capacity))
+        row = [escape(point.candidate.name), f"{point.candidate.usd_per_hour:,.2f}"]
+        row += [f"{usd:,.3g}" for usd in cost_of(point.candidate, rate, answer.plan.prices)]
+        table.add_row("•" if point.is_best else "", *row, f"{point.latency_ms:,.4g}", interval(point.capacity))
     return table
 
 
-def as_json(answer: Answer) -> dict[str, Any]:
-    """All of the answer, as ``plan.json`` has it; a number that is not finite is null."""
+def as_json(answer: Answer, folder: Path) -> dict[str, Any]:
+    """All of the answer, as ``plan.json`` in ``folder`` has it; a number that is not finite is null."""
+    plan = answer.plan
+
+    def _system(candidate: Candidate) -> dict[str, Any]:
+        return {
+            "number": plan.number(candidate),
+            "system": candidate.name,
+            "axes": candidate.labels,
+            "gpus": candidate.gpus or None,  # None for a system that cannot be
+            "usd_per_hour": candidate.usd_per_hour or None,
+            "priced_by": candidate.backend,
+        }
+
     return {
-        "name": answer.plan.name,
-        "question": answer.plan.spec.question or "",
-        "rates_are": f"{answer.plan.unit}/s",
-        "slo": [str(promise) for promise in answer.plan.spec.slo],
-        "capacities": [{**_system(c), **_of_capacity(capacity)} for c, capacity in answer.capacities],
+        "name": plan.name,
+        "question": plan.spec.question or "",
+        "rates_are": f"{plan.unit}/s",
+        "slo": [str(promise) for promise in plan.spec.slo],
+        "promises": [promise.model_dump(exclude_none=True) for promise in plan.spec.slo],
+        "seed": plan.spec.search.seed,
+        "requests": plan.effort().requests,
+        "systems": [
+            {**_system(each), "notes": each.notes, "scenario": _scenario(each, folder)} for each in plan.systems
+        ],
+        "capacities": [
+            {**_system(c), **_cost(c, capacity.rate_per_s, plan), **_of_capacity(capacity)}
+            for c, capacity in answer.capacities
+        ],
         "headroom": [
             {"under": h.stress, **_of_capacity(h.capacity), "growth": {f"{k:g}": v for k, v in h.growth.items()}}
             for h in answer.headroom
@@ -221,7 +261,13 @@ def as_json(answer: Answer) -> dict[str, Any]:
         "cheapest": [
             {
                 "rate_per_s": race.rate_per_s,
-                "winner": None if race.winner is None else _system(race.winner.candidate),
+                "winner": None
+                if race.winner is None
+                else {
+                    **_system(race.winner.candidate),
+                    **_cost(race.winner.candidate, race.rate_per_s, plan),
+                    "margin": _margin(answer.margins.get(race.rate_per_s)),
+                },
                 "would_help": list(feasible(race)) if race.winner is None else [],
                 "systems": [
                     {
@@ -239,6 +285,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
             {
                 **_system(p.candidate),
                 p.latency_name: _finite(p.latency_ms),
+                **_cost(p.candidate, answer.races[-1].rate_per_s, plan),
                 **_of_capacity(p.capacity),
                 "on_it": p.is_best,
             }
@@ -249,14 +296,23 @@ def as_json(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _system(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "system": candidate.name,
-        "axes": candidate.labels,
-        "gpus": candidate.gpus or None,  # None for a system that cannot be
-        "usd_per_hour": candidate.usd_per_hour or None,
-        "priced_by": candidate.backend,
-    }
+def _scenario(candidate: Candidate, folder: Path) -> dict[str, Any]:
+    """The scenario of a system, its files named as they are seen from ``folder``; its load is not the plan's."""
+    data = resolved(candidate.document, candidate.folder / "base.yaml", [], [], [], None)
+    return {key: value for key, value in relocated(data, folder).items() if key not in ("name", "question")}
+
+
+def _cost(candidate: Candidate, rate_per_s: float, plan: BuyingPlan) -> dict[str, Any]:
+    """Dollars a million tokens of a load; None where nothing is served."""
+    cost = cost_of(candidate, rate_per_s, plan.prices) if rate_per_s > 0 else None
+    told = None if cost is None else {"all": cost.all, "in": cost.into, "out": cost.out}
+    return {"usd_per_million_tokens": told}
+
+
+def _margin(margin: Margin | None) -> dict[str, Any] | None:
+    if margin is None:
+        return None
+    return {"kept": margin.kept, "broken": _finite(margin.broken), "one_less": margin.one_less or None}
 
 
 def _of_capacity(capacity: Capacity) -> dict[str, Any]:
@@ -279,6 +335,7 @@ def _of_verdict(verdict: Verdict) -> dict[str, Any]:
         "proof": verdict.proof,
         "warm_up_percent": verdict.warm_up,
         "shares": [{"share": k.share, "low": k.low, "high": k.high} for k in verdict.kept],
+        "first": {name: _finite(value) for name, value in verdict.first.items()},
         "figures": {name: {"mean": m, "low": low, "high": high} for name, (m, low, high) in verdict.figures.items()},
         "simulated_s": verdict.simulated_s,
     }
@@ -291,7 +348,7 @@ def _finite(number: float) -> float | None:
 def write(answer: Answer, folder: Path) -> None:
     """``plan.json`` and, a row for each system and rate looked at, ``plan.parquet`` in ``folder``. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(as_json(answer), indent=2, allow_nan=False, default=str) + "\n"
+    text = json.dumps(as_json(answer, folder), indent=2, allow_nan=False, default=str) + "\n"
     with replacing(folder / "plan.json") as partial:
         partial.write_text(text, encoding="utf-8")
     rows = list(_rows(answer))

@@ -7,6 +7,9 @@ The runs of one verdict are replications: equal but for their seed, and so indep
 - Share. The share of requests that miss a promise is a ratio of sums over replications. Its standard error is that of
   the residuals, failed − share · eligible (Law, Simulation Modeling and Analysis, 5th ed., 9.3).
 - Interval. Student's t on the logit of that share, since a share near 0 is skewed.
+- Recorded files. Replications that are overlapping stretches of one file count as the k independent ones that they are
+  `worth`. Of R equally correlated values the spread shows only what is not common to them, and R − 1 becomes k − 1:
+  the squared standard error of the mean is Σ residual² / R / (k − 1), that of R independent ones where k = R.
 
 Worked example: two replications of 1000 requests miss "p99 TTFT ≤ 500 ms" 15 and 25 times. The share that misses is
 40 / 2000 = 2 %, where 1 % is allowed. The residuals are 15 − 20 and 25 − 20; the standard error is √(50 / 1 / 2) / 1000
@@ -18,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.plan.promises import BINS, Promise, Sample, window
+from chairlift.sim.plan.stretches import Stretch, worth
 from chairlift.sim.sweep.statistics import student
 
 Floats = npt.NDArray[np.float64]
@@ -32,6 +36,7 @@ Floats = npt.NDArray[np.float64]
 # of one run are not independent: a queue makes neighbours fail together. They count here as if they failed in clusters
 # of some 30, so that 100 / n bounds the share.
 FEW = 100
+LEAST_WORTH = 1.5  # independent replications: of fewer, Student's t says next to nothing
 MOST_CUT = BINS // 2  # parts that the warm-up can take at most
 LONG_STAY = 0.3  # of a run: requests that stay longer make it too short to show a long run
 DRIFT_T = 3.5  # a run drifts if its second half is worse than its first by this many standard errors,
@@ -65,7 +70,9 @@ class Verdict:
     figures: dict[str, tuple[float, float, float]]  # name → mean over replications, low and high of its interval
     simulated_s: float  # of all replications
     wall_s: float
+    worth: float = math.inf  # independent replications that these stand for: fewer where stretches of a file overlap
     fleeting: bool = False  # requests or sessions stayed for more than `LONG_STAY` of a run
+    first: dict[str, float] = field(default_factory=dict)  # `figures` of the first replication alone
     overloaded: bool = False  # runs were still drifting at the greatest length that the search may simulate
 
     @property
@@ -83,6 +90,16 @@ class Verdict:
     def proof(self) -> int:
         """1: all promises are proven kept, -1: at least one is proven broken, 0: too close to say."""
         return -1 if self.overloaded else min(kept.proof for kept in self.kept)
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of its standard errors."""
+        return min(self.replications, self.worth) - 1
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether replications share so much of a recorded file that more of them would say nothing new."""
+        return self.worth < self.replications / 2
 
     @property
     def is_short(self) -> bool:
@@ -107,24 +124,25 @@ def judge(
     cool = _last_generation(samples)
     tail = slice(warm, max(warm + 2, BINS - cool))
     level = 1 - (1 - confidence) / 2 / len(promises)  # of one bound, after Bonferroni
+    known = _worth(samples)
     kept = tuple(
         _kept(
             promise.wanted,
             np.array([s.eligible[j][tail] for s in samples]).sum(axis=1),
             np.array([s.met[j][tail] for s in samples]).sum(axis=1),
             level,
+            known,
         )
         for j, promise in enumerate(promises)
     )
-    drifting, worsening = _drift(severity[:, tail])
+    drifting, worsening = _drift(severity[:, tail], known)
     figures = {}
     for name in samples[0].figures:
         values = np.array([s.figures[name] for s in samples if name in s.figures])
+        each = min(known, len(values))
         half = 0.0
         if len(values) > 1:
-            half = (
-                student(1 - (1 - confidence) / 2, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
-            )
+            half = student(1 - (1 - confidence) / 2, each - 1) * _error(values - values.mean(), each)
         figures[name] = (float(values.mean()), float(values.mean()) - half, float(values.mean()) + half)
     return Verdict(
         rate_per_s,
@@ -138,7 +156,9 @@ def judge(
         figures,
         sum(s.simulated_s for s in samples),
         sum(s.wall_s for s in samples),
+        known,
         any(s.stay_s > LONG_STAY * (s.end_s - s.starts_s[0]) for s in samples),
+        dict(samples[0].figures),
     )
 
 
@@ -171,10 +191,29 @@ def _last_generation(samples: Sequence[Sample]) -> int:
     return min(cut, BINS // 4)
 
 
-def _kept(wanted: float, eligible: npt.NDArray[np.int64], met: npt.NDArray[np.int64], level: float) -> Kept:
+def _worth(samples: Sequence[Sample]) -> float:
+    """How many independent replications the samples stand for: of several recorded files, by the one worth least."""
+    files = zip(*(sample.stretches for sample in samples), strict=True)
+    return min([len(samples), *(worth([Stretch(*part) for part in parts]) for parts in files)])
+
+
+def _error(residuals: Floats, known: float) -> float:
+    """Standard error of the mean of R values that stand for ``known`` independent ones; inf for one or fewer.
+
+    ``residuals``: the values less their mean, shape (R,).
+    """
+    if known <= LEAST_WORTH:
+        return math.inf
+    return math.sqrt(float((residuals**2).mean()) / (known - 1))
+
+
+def _kept(
+    wanted: float, eligible: npt.NDArray[np.int64], met: npt.NDArray[np.int64], level: float, known: float
+) -> Kept:
     """One promise judged on what R replications counted after the warm-up; ``eligible`` and ``met`` of shape (R,).
 
-    ``level`` is that of a one-sided bound on the share. The module's docstring has a worked example.
+    ``level`` is that of a one-sided bound on the share, ``known`` how many independent replications there are. The
+    module's docstring has a worked example.
     """
     total, failed = int(eligible.sum()), int((eligible - met).sum())
     allowed = 1 - wanted
@@ -184,25 +223,25 @@ def _kept(wanted: float, eligible: npt.NDArray[np.int64], met: npt.NDArray[np.in
     clipped = min(max(share, 0.5 / total), 1 - 0.5 / total)
     gap = _logit(clipped) - _logit(allowed)
     if failed == 0 or failed == total:
-        unseen = min(1.0, FEW / total)
+        unseen = min(1.0, FEW / (total * known / len(eligible)))
         low, high = (0.0, unseen) if failed == 0 else (1 - unseen, 1.0)
         proof = 1 if high <= allowed else -1 if low > allowed else 0
         return Kept(1 - share, 1 - high, 1 - low, gap, 0.0 if proof else math.inf, proof)
-    replications = len(eligible)
-    residual = (eligible - met) - share * eligible
-    se = float(np.sqrt((residual**2).sum() / (replications - 1) / replications)) / (total / replications)
+    se = _error((eligible - met) - share * eligible, known) / (total / len(eligible))
     logit_se = se / (share * (1 - share))
-    half = student(level, replications - 1) * logit_se
+    if math.isinf(logit_se):
+        return Kept(1 - share, 0.0, 1.0, gap, math.inf, 0)
+    half = student(level, known - 1) * logit_se
     low, high = _share(_logit(share) - half), _share(_logit(share) + half)
     proof = 1 if high <= allowed else -1 if low > allowed else 0
     return Kept(1 - share, 1 - high, 1 - low, gap, logit_se, proof)
 
 
-def _drift(severity: Floats) -> tuple[bool, float]:
+def _drift(severity: Floats, known: float) -> tuple[bool, float]:
     """Whether the second half is worse than the first, and by how much; ``severity`` of shape (replications, parts)."""
     middle = severity.shape[1] // 2
     worse = severity[:, -middle:].mean(axis=1) - severity[:, :middle].mean(axis=1)
-    mean, spread = float(worse.mean()), float(worse.std(ddof=1)) / math.sqrt(len(worse))
+    mean, spread = float(worse.mean()), _error(worse - worse.mean(), known)
     return mean > DRIFT and mean > DRIFT_T * spread, mean
 
 

@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 from pydantic import BaseModel, ConfigDict, create_model
 
 from chairlift import policies
+from chairlift.backend.automatic import Auto
 from chairlift.backend.base import Settings
 from chairlift.backend.calibrated.settings import Settings as ProfileSettings
 from chairlift.backend.gpu.settings import Torch
@@ -39,7 +40,7 @@ from chairlift.policies.base import Router, Scheduler
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.scenario import policy_files
 
-BACKENDS: dict[str, type[Settings]] = {"roofline": Efficiency, "profile": ProfileSettings, "torch": Torch}
+BACKENDS: dict[str, type[Settings]] = {"auto": Auto, "roofline": Efficiency, "profile": ProfileSettings, "torch": Torch}
 
 
 class Kind(NamedTuple):

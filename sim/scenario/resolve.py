@@ -142,7 +142,8 @@ def kv_pool(
 ) -> tuple[int, int, str]:
     """The KV pool of one replica: usable blocks, tokens a block, and where these numbers come from, in words.
 
-    The words also name the settings of ``kv`` that are given and have no effect.
+    The words also name the settings of ``kv`` that are given and have no effect, and say where the engine would not
+    start for want of room.
 
     Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
     swaps KV over a link of unknown speed.
@@ -171,6 +172,8 @@ def kv_pool(
         blocks, source = fit.blocks, fit.explain()
     if idle := _without_effect(kv, policy, block_size):
         source += f"; not used: {', '.join(idle)}"
+    if policy.needs_room and blocks // parallel.data * block_size < max_model_len:
+        source += f"; the engine does not start so, max_model_len {max_model_len:,} exceeds the pool"
     if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
         if own is None and kv.tokens is not None:
             return kv.tokens // policy.block_tokens, policy.block_tokens, source

@@ -61,7 +61,7 @@ def undominated(points: Sequence[Sequence[float]]) -> list[bool]:
 
 
 @lru_cache(maxsize=256)
-def student(level: float, freedom: int) -> float:
+def student(level: float, freedom: float) -> float:
     """Quantile of Student's t with ``freedom`` degrees of freedom: ``level`` 0.975 for a two-sided interval of 95 %."""
     from scipy.special import stdtrit  # here: costs a second to import
 

@@ -54,6 +54,7 @@ LATER = {  # how a command begins → why it is not run here
     "chairlift run hardware_23x": "needs a GPU",
     "chairlift run hardware_policies": "needs a GPU",
     "chairlift agree runs/hardware_policies": "compares what was measured on a GPU",
+    "chairlift run runs/my_plan/plan.json": "needs the plan's results, which take a minute",
 }
 SMALLER = {  # command → options that make it small enough to run here
     "run": ("--set", "workload.requests=40"),

@@ -64,8 +64,8 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
             *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "report.html", "results", "study"),
             *("workload", *SPINE),
         ),
-        ("base", "specs", "shapes", "calibrated.profile"),
-        ("base", "vllm"),
+        ("base", "memory", "specs", "shapes", "calibrated.profile"),
+        ("base", "routers", "sglang", "vllm"),
     ),
     "cli": (ALL, ALL, ALL),
 }

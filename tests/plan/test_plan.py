@@ -21,7 +21,6 @@ from chairlift.sim.plan.pacing import paced
 from chairlift.sim.plan.promises import BINS, Latency, Promise, sample_of
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.verdict import judge
-from chairlift.sim.plan.vllm_command import commands
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.journal import Journal
@@ -29,6 +28,7 @@ from chairlift.sim.sweep.local import Local
 from kit.command import Result, chairlift
 from kit.pages import Page
 from kit.places import ROOT
+from kit.serving import serve_line
 from kit.sweeping import started, stopped, written_down
 
 PLANS = sorted((ROOT / "scenarios" / "plans").glob("*.yaml"))
@@ -140,7 +140,7 @@ def test_today_has_a_capacity_and_headroom(tmp_path: Path) -> None:
         ("axes:\n  gpu: [h100, a100-80gb, l4]\n  replicas: [1, 2, 3, 4]\n", "today: {replicas: 2}\n"),
         ("rate_per_s: 60", "rate_per_s: 80\nheadroom: {growth: [1.2, 4], burst_cvs: [2]}"),
         ("{uniform: {low: 100, high: 900}}", "{uniform: {low: 50, high: 450}}"),
-        ("most_requests: 1600, precision: 0.05", "most_requests: 800, precision: 0.2, budget: 50000"),
+        ("most_requests: 1600, precision: 0.05", "most_requests: 800, precision: 0.2, budget_requests: 50000"),
     )
     out = tmp_path / "out"
     result = chairlift("plan", plan, "--out", str(out), "--jobs", "1", "--quiet")
@@ -165,7 +165,7 @@ def test_the_best_system_comes_first_and_sessions_are_called_so(tmp_path: Path) 
         tmp_path,
         ("rate_per_s: 60\n", ""),
         ("  gpu: [h100, a100-80gb, l4]\n  replicas: [1, 2, 3, 4]\n", "  gpu: [l4, h100]\n"),
-        ("most_requests: 1600, precision: 0.05", "most_requests: 400, precision: 0.5, budget: 20000"),
+        ("most_requests: 1600, precision: 0.05", "most_requests: 400, precision: 0.5, budget_requests: 20000"),
         ("    prompt_tokens: {uniform: {low: 100, high: 900}}", f"    sessions: {turns}\n    prompt_tokens: {short}"),
         ("policy: vllm", "policy: {name: vllm, enable_prefix_caching: false}"),
     )
@@ -191,7 +191,9 @@ def test_recorded_loads_that_met_the_promise_are_said_to(tmp_path: Path) -> None
     [candidate] = read.candidates
 
     assert candidate.backend == "profile, measured"
-    assert candidate.document.data["backend"] == "h200-llama-3.1-8b-vllm-0.23"  # not our own engine's
+    assert candidate.setup is not None
+    told = candidate.setup.groups[0].make_backend(candidate.setup.model).assumptions()
+    assert told["cost model"].startswith("profile h200-llama-3.1-8b-vllm-0.23")  # not our own engine's
     with Journal(tmp_path) as journal:
         measure = Simulations(journal, Local(1), tuple(read.spec.slo)).of(candidate)
         for rate, proof in ((6, 1), (20, 1), (40, -1)):
@@ -424,7 +426,7 @@ def test_the_command_says_how_weights_and_kv_are_quantised(tmp_path: Path) -> No
         system = {"model": model, "gpu": "h200", "parallel": {"tensor": 8}, "policy": "vllm", "max_model_len": 4096}
         workload = plan["base"]["workload"]
         setup = prepare(Document({**system, "workload": {**workload, "requests": 9}}, {}, "test"), Path())
-        [line] = commands(setup)
+        line = serve_line(setup)
         told = [flag for flag in ("--quantization fp8", "--kv-cache-dtype fp8") if flag in line]
         assert told == flags
         assert "--quantization" not in line or "--quantization fp8" in flags

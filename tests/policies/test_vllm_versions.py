@@ -10,11 +10,11 @@ import pytest
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_versions import NEWEST, RULES, VERSIONS, named, nearest
 from chairlift.sim.bad_input import BadInput
-from chairlift.sim.plan.vllm_command import commands
 from chairlift.sim.results.records import Status
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
+from kit.serving import serve_line
 from kit.worlds import Affine, play, trace_of
 
 BASE = """\
@@ -153,7 +153,7 @@ def test_a_length_that_nobody_asked_for_may_exceed_the_pool(tmp_path: Path) -> N
     found = setup(tmp_path, "vllm", "gpu: h100\nkv: {blocks: 1000}\n")
 
     assert found.max_model_len == 131072
-    assert "--max-model-len 16000 " in commands(found)[0]
+    assert "--max-model-len 16000 " in serve_line(found)
 
 
 def test_python_is_told_too() -> None:
@@ -164,7 +164,7 @@ def test_python_is_told_too() -> None:
 def test_results_and_commands_say_the_version(tmp_path: Path) -> None:
     policy = "{name: vllm, version: 0.31, watermark: 0.05, max_num_active_seqs: 7, scheduler_reserve_full_isl: false}"
     found = setup(tmp_path, policy)
-    [line] = commands(found)
+    line = serve_line(found)
 
     assert simulate(found).assumptions["scheduler"] == "vLLM 0.31, at most 8192 tokens and 7 requests a step"
     assert line.endswith("  # vLLM 0.31")

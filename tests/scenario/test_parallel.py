@@ -14,13 +14,13 @@ from chairlift.backend.parallel import Parallel
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.plan.bounds import bound
 from chairlift.sim.plan.file import read_plan
-from chairlift.sim.plan.vllm_command import commands
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
 from chairlift.sim.units import PS_PER_S
 from kit.command import chairlift
+from kit.serving import commands, serve_line
 
 WORKLOAD = {
     "requests": 60,
@@ -133,7 +133,7 @@ def test_plans_count_and_price_every_gpu_of_a_replica(tmp_path: Path) -> None:
 def test_the_command_says_the_degrees_and_the_limits_of_a_rank(tmp_path: Path) -> None:
     policy = {"name": "vllm", "max_num_batched_tokens": 16384, "max_num_seqs": 512}
     parallel = {"tensor": 2, "data": 4, "expert": 8}
-    [line] = commands(ready(model="qwen3-30b-a3b", policy=policy, parallel=parallel))
+    line = serve_line(ready(model="qwen3-30b-a3b", policy=policy, parallel=parallel))
     for flags in (
         *("--tensor-parallel-size 2", "--data-parallel-size 4", "--enable-expert-parallel"),
         *("--max-num-batched-tokens 4096", "--max-num-seqs 128"),

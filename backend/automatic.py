@@ -1,0 +1,54 @@
+"""The price of a step where nobody names one: a profile that fits, else one of another GPU, else the roofline.
+
+Runs and plans price alike by it (``backend: auto``, which is a plan's default), and results say what was chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated
+
+from annotated_types import Ge
+
+from chairlift.backend.base import Backend
+from chairlift.backend.calibrated import profile
+from chairlift.backend.calibrated.settings import Settings
+from chairlift.backend.parallel import Parallel
+from chairlift.backend.roofline import Efficiency
+from chairlift.backend.shapes import GPU, Model
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The profile measured on this GPU, else one scaled from another, else the roofline; results say which."""
+
+    draw: Annotated[int, Ge(0)] = 0  # which draw of a profile's errors to add; 0: none
+
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
+        """The backend of `chosen`. Raises `ProfileError` for a draw of the errors of the roofline, which knows none."""
+        name = chosen(model, gpu, parallel)
+        if name is not None:
+            return Settings(name, draw=self.draw).build(model, gpu, parallel)
+        if self.draw:
+            raise profile.ProfileError(f"no profile fits {model.name} on {gpu.name}, and the roofline knows no errors")
+        return Efficiency().build(model, gpu, parallel)
+
+
+def chosen(model: Model, gpu: GPU, parallel: Parallel) -> str | None:
+    """The name of the shipped profile that prices a replica's steps; None: none fits.
+
+    A profile fits a model by its name, and a replica by its tensor parallelism alone. Profiles of vLLM come first, and
+    among them those of the GPU itself.
+    """
+    if not parallel.only_tensor:
+        return None
+    fitting = [p for p in _shipped() if p.model == model.name and p.tensor_parallel == parallel.tensor]
+    fitting.sort(key=lambda p: (not p.engine.startswith("vllm"), p.gpu != gpu.name))
+    return fitting[0].name if fitting else None
+
+
+@cache
+def _shipped() -> tuple[profile.Profile, ...]:
+    """All shipped profiles, read once."""
+    return tuple(map(profile.load, profile.shipped()))
