@@ -507,8 +507,8 @@ def _as_decodes(chunks: list[tuple[Live, int]], batch: Batch) -> Batch:
     """``batch`` as a kernel sees it: a chunk of one token that a client already has is a decode.
 
     In three steps: a request with a prompt of 10 has 4 tokens of answer when it is preempted. Computed again, its 14
-    tokens come in chunks of 13 and 1. The last chunk reads 14 tokens of KV, its own included, and brings the fifth token
-    of the answer, as a decode does.
+    tokens come in chunks of 13 and 1. The last chunk reads 14 tokens of KV, its own included, and brings the fifth
+    token of the answer, as a decode does.
     """
     last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
     prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
