@@ -79,7 +79,7 @@ class Execution:
         return passed
 
     def land(self, flight: Plan, now: int) -> int:
-        """Wait for the step in flight, and date its tokens; a time for the one launched behind it, later than that."""
+        """Wait for the step in flight and date its tokens; a later time, for the step that was launched behind it."""
         landing = max(now + 1, now + flight.gpu + self.wait(flight))  # `gpu`: what the policy paused
         flight.when.ps = landing
         return landing + 1

@@ -326,13 +326,13 @@ class Planner:
         self.end_request(request, now, Status.FINISHED)
 
     def drop(self, request: Live) -> None:
-        """A token of a request that is under way is nobody's."""
+        """The token of a request that is under way is nobody's: the request has ended, or will generate it again."""
         self.backend.drop(request.id)
         if self.journal is not None:
             self.journal.write(self.state.now, self.journal.row, Kind.DROP, request.id, -1, 0)
 
     def _goes_on(self, request: Live) -> bool:
-        """Whether a request whose last token is planned decodes once more, until that token is seen."""
+        """Whether a request whose last token is planned is planned once more, since that token is not seen yet."""
         return self._overshoots == "always" or self._ends.outputs[request.id] < request.max_tokens
 
     def end_request(self, request: Live, now: int, status: Status) -> None:
@@ -455,7 +455,7 @@ class Planner:
         return request.last is flight.when  # parked or preempted by the plan under way
 
     def _settle(self) -> None:
-        """Draw what verbs only wrote down: whose KV moves, and how many reserved tokens will be filled."""
+        """Take in what the policy's verbs have only noted: moves of KV, and reservations made and given up."""
         state = self.state
         for request, tokens, out in state.moved:
             self.requests.moved(request, tokens, out)
@@ -476,7 +476,12 @@ class Planner:
             self.end_request(request, now, Status.FINISHED)
 
     def _late(self, start: When, decodes: int) -> tuple[int, list[int]]:
-        """How many decodes did not emit at ``start``; when they last did, and how many of them, as flat rows."""
+        """How many of ``decodes`` have their latest token from elsewhere than ``start``: they are late.
+
+        Beside it flat rows of when such tokens came and how many they were. In three steps: 5 requests decode until
+        100 ps, the policy runs a prompt alone until 180, and all 5 decode from there. At ``start``, 180 ps, 5 are
+        late, and the row is (100, 5).
+        """
         state = self.state
         gaps: list[int] = []
         late = 0
@@ -499,7 +504,12 @@ class Planner:
 
 
 def _as_decodes(chunks: list[tuple[Live, int]], batch: Batch) -> Batch:
-    """``batch`` with those as decodes who lack one token, the latest that they emitted: what a kernel sees of them."""
+    """``batch`` as a kernel sees it: a chunk of one token that a client already has is a decode.
+
+    In three steps: a request with a prompt of 10 has 4 tokens of answer when it is preempted. Computed again, its 14
+    tokens come in chunks of 13 and 1. The last chunk reads 14 tokens of KV, its own included, and brings the fifth
+    token of the answer, as a decode does.
+    """
     last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
     prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
     starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]

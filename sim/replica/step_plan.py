@@ -83,20 +83,21 @@ class Plan:
         self.when = When()  # its last step brings its tokens; known once that step is done, or the one after it planned
         self.decoded_before = NEVER  # when the group emitted before its last step
         self.fresh = NOBODY_ELSE  # decodes of its last step that had joined the group since then
-        self.undelivered = 0  # decodes of its last step whose client has given up
+        self.undelivered = 0  # decodes of its last step whose token is nobody's: the client gave up, or has all
         self.begun: int  # ps, when its last step began; of a step in flight
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it
 
     def leave_to_last(self, before: When, steps: int) -> None:
-        """It stands for its last step alone, the ``steps`` steps before it being done at ``before``."""
+        """The plan is from here on its last step alone: the ``steps`` steps before that one were done at ``before``."""
         self.decoded_before, self.fresh = before, NOBODY_ELSE
         self.row = row_after(self.row, steps)
 
     def lose_gap(self, last_ps: int) -> None:
-        """A decode of its last step does not reach its client, who got the token before at ``last_ps``.
+        """A token of the plan's last step reaches no client; the client got the token before that one at ``last_ps``.
 
-        Of a late decode the gap stands in ``late_gaps``; all others have the duration of the step as their gap.
+        So the step ends one gap less. The gap of a late decode stands in ``late_gaps``, and is taken out there; every
+        other decode has the step's duration as its gap, and is counted as ``undelivered``.
         """
         late = self.late_gaps
         for i in range(0, len(late), 2):
