@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 GIB = 2**30
+MEMINFO = Path("/proc/meminfo")  # of Linux, proc(5)
 
 
 def memory_to_give() -> int | None:
     """Bytes that new work may take, as Linux estimates them (``MemAvailable``); None where nothing says so."""
     try:
-        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        told = MEMINFO.read_text(encoding="ascii")
         return int(told.partition("MemAvailable:")[2].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return None

@@ -20,6 +20,7 @@ from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
 from chairlift.sim.cli import agree, calibrate, check, compare, completion, costs, effort, plan, report, sweep, trace
+from chairlift.sim.cli.diff_engines import diff_engines
 from chairlift.sim.cli.doctor import doctor
 from chairlift.sim.cli.shipped import SCENARIOS, complete, find_scenario, new, shipped, show
 from chairlift.sim.cli.terminal import (
@@ -312,6 +313,7 @@ def _question(path: Path) -> str:
 
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
+app.command("diff-engines")(diff_engines)
 app.command("agree")(agree.agree)
 app.command("check")(check.check)
 app.command()(report.report)

@@ -83,7 +83,8 @@ class PlanFile(Based):
 
     slo: Annotated[list[Promise], Field(min_length=1)] = Field(description="Promises, all of which are to be kept.")
     rate_per_s: Rate | Annotated[list[Rate], Field(min_length=1)] | None = Field(
-        default=None, description="The load to buy for (or each of several): mean requests per second."
+        default=None,
+        description="The load to buy for (or each of several): mean requests/s; with sessions, sessions/s.",
     )
     today: dict[str, Any] | None = Field(
         default=None, description="Dotted key → value: the deployment there is, for capacity and headroom."

@@ -116,7 +116,7 @@ def test_a_plan_is_answered_and_resumed(tmp_path: Path, answered: tuple[Path, Re
     before = written_down(out)
     second = chairlift("plan", written(tmp_path), "--out", str(out), "--jobs", "1", "--json")
 
-    assert "Cheapest for 60/s" in first.out
+    assert "Cheapest for 60 requests/s" in first.out
     assert "vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 1 --max-model-len 4096" in first.out
     assert "--max-num-batched-tokens 8192" in first.out  # the server's default on this GPU
     assert written_down(out) == before
@@ -301,7 +301,7 @@ def test_a_promise_that_nothing_keeps_is_told_with_what_would_help(tmp_path: Pat
 
     assert result.status == 1
     text = " ".join(result.out.split())
-    assert "No system keeps the promises at 60/s" in text
+    assert "No system keeps the promises at 60 requests/s" in text
     assert "cannot be kept even by a request that is alone: p95 TTFT is at least" in text
     assert "raise the limit" in text
     assert "vllm serve" not in text

@@ -144,8 +144,9 @@ def test_the_command_says_the_degrees_and_the_limits_of_a_rank(tmp_path: Path) -
 
 
 def test_pools_are_those_of_the_policys_step() -> None:
-    small = ready(model="llama-3.1-8b", policy={"name": "vllm", "max_num_batched_tokens": 2048}).groups[0]
-    large = ready(model="llama-3.1-8b", policy={"name": "vllm", "max_num_batched_tokens": 65536}).groups[0]
+    few = {"name": "vllm", "max_num_seqs": 256}  # whose sampling needs less than the reserve that always stays
+    small = ready(model="llama-3.1-8b", policy={**few, "max_num_batched_tokens": 2048}).groups[0]
+    large = ready(model="llama-3.1-8b", policy={**few, "max_num_batched_tokens": 65536}).groups[0]
     given = ready(model="llama-3.1-8b", kv={"reserve_gib": 3}).groups[0]
     assert small.blocks > large.blocks
     assert "1.90 reserve = " in small.kv_source
