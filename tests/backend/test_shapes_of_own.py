@@ -17,7 +17,7 @@ from chairlift.backend.calibrated import settings
 from chairlift.backend.parallel import ONE
 from chairlift.backend.roofline import Roofline
 from kit.command import chairlift
-from kit.places import IMPORTS, ROOT
+from kit.places import IMPORTS, copied
 
 OWN = {"bf16_tflops": 400, "hbm_gb_per_s": 2000, "memory_gib": 48}  # all that a GPU needs
 LLAMA = {
@@ -63,9 +63,7 @@ smollm2-1.7b:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package, copied, with a row more for a GPU and for a model."""
     folder = tmp_path_factory.mktemp("copy")
-    for name in ("sim", "backend", "policies", "scenarios"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(IMPORTS, folder / IMPORTS.name, symlinks=True)
+    copied(folder)
     for file, row in (("gpus.yaml", GPU_ROW), ("models.yaml", MODEL_ROW)):
         with (folder / "backend" / file).open("a", encoding="utf-8") as table:
             table.write(row)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from chairlift.backend import specs
 from chairlift.backend.base import Backend
 from chairlift.backend.parallel import ONE
 from chairlift.backend.roofline import Efficiency
-from chairlift.policies.base import Router, Scheduler
-from chairlift.policies.routers import RoundRobin
+from chairlift.policies.base import Scheduler
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.cluster.replica import Replica
@@ -21,22 +18,10 @@ from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.cluster.run import run
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.results.records import RequestRecords, Status
-from chairlift.sim.study import Limits, Link, ReplicaGroup, Setup, Slo
-from chairlift.sim.workload.trace import Trace
-from kit.worlds import Affine, most, sorted_gaps
-
-MODEL = specs.model("opt-13b")
-GPU = specs.gpu("a100-40gb")
-
-
-@dataclass
-class Group(ReplicaGroup):
-    """Equal replicas with a made-up cost."""
-
-    cost: Backend = field(default_factory=Affine)
-
-    def make_backend(self, model: specs.Model) -> Backend:
-        return self.cost
+from chairlift.sim.study import Link, Setup
+from kit.worlds import GPU as GPU  # for those who build clusters
+from kit.worlds import MODEL, Affine, Group, host_of, most, sorted_gaps
+from kit.worlds import setup_of as setup_of  # likewise
 
 
 def group(
@@ -55,28 +40,6 @@ def group(
         blocks, block_size = blocks * block_size // own, own
     parts = (count, role, GPU, ONE, scheduler, settings, Efficiency(), blocks, block_size, "made up")
     return Group(*parts, *host_of(6, 1000, block_size), cost=cost or Affine())
-
-
-def host_of(blocks: int, block_ps: int, block_size: int) -> tuple[float, float]:
-    """`ReplicaGroup.host_gib` and ``host_link`` for so many blocks of host memory that take ``block_ps`` to move."""
-    size = MODEL.kv_bytes_per_token_on(1) * block_size
-    return blocks * size / 2**30, size * 1000 / block_ps / GPU.host_gb_per_s
-
-
-def setup_of(trace: Trace, groups: Sequence[ReplicaGroup], router: type[Router] = RoundRobin, **more: Any) -> Setup:
-    """``groups`` serving ``trace``; ``more`` are fields of `Setup`."""
-    fields: dict[str, Any] = {
-        "variant": "",
-        "case": "",
-        "model": MODEL,
-        "max_model_len": 2000,
-        "router_settings": {},
-        "slo": Slo(),
-        "seed": 0,
-        "limits": Limits(),
-        **more,
-    }
-    return Setup(trace=trace, groups=list(groups), router=router, **fields)
 
 
 def s(ps: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -10,3 +11,10 @@ TESTS = ROOT / "tests"
 SHARED = ROOT.parent / "shared"
 TRACES = SHARED / "traces"
 TRUTH = SHARED / "truth"
+
+
+def copied(folder: Path) -> Path:
+    """Copies the package into ``folder``, which need not exist, to be changed there; what to put on ``PYTHONPATH``."""
+    for name in (IMPORTS.name, "sim", "backend", "policies", "scenarios"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / IMPORTS.name

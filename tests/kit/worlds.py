@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from random import Random
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from chairlift.backend import specs
 from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.policies.base import Scheduler
+from chairlift.backend.parallel import ONE
+from chairlift.backend.roofline import Efficiency
+from chairlift.policies.base import Router, Scheduler
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.cluster.build import make_pool
-from chairlift.sim.cluster.cluster import Cluster
-from chairlift.sim.cluster.predicted_lengths import predictions
-from chairlift.sim.cluster.replica import Replica
-from chairlift.sim.cluster.replica_pool import ReplicaPool
-from chairlift.sim.replica.engine import Engine, make_engine
-from chairlift.sim.replica.host_memory import HostMemory
-from chairlift.sim.replica.planner import Planner
+from chairlift.sim.cluster.audit import audit
+from chairlift.sim.cluster.build import build
+from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords, Status
+from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo
 from chairlift.sim.workload.trace import Trace
+
+MODEL = specs.model("opt-13b")
+GPU = specs.gpu("a100-40gb")
 
 
 @dataclass
@@ -83,7 +84,6 @@ class World:
 
     requests: RequestRecords
     engines: list[Engine]
-    order: list[int] = field(default_factory=list)
 
     def outcome(self) -> tuple[object, ...]:
         """All that may not depend on how the steps were grouped."""
@@ -153,6 +153,42 @@ def check_books(world: World) -> None:
     assert gaps == sum(r.emitted) - sum(first >= 0 for first in r.first_token)  # a token, a gap; but for first ones
 
 
+@dataclass
+class Group(ReplicaGroup):
+    """Equal replicas with a made-up cost: one backend for all of them, or what makes one for each."""
+
+    cost: Backend | Callable[[], Backend] = Affine
+    policy: Callable[[], Scheduler] | None = None  # makes a replica's policy; None: ``scheduler`` with its settings
+
+    def make_scheduler(self) -> Scheduler:
+        return super().make_scheduler() if self.policy is None else self.policy()
+
+    def make_backend(self, model: specs.Model) -> Backend:
+        return self.cost if isinstance(self.cost, Backend) else self.cost()
+
+
+def host_of(blocks: int, block_ps: int, block_size: int) -> tuple[float, float]:
+    """`ReplicaGroup.host_gib` and ``host_link`` for so many blocks of host memory that take ``block_ps`` to move."""
+    size = MODEL.kv_bytes_per_token_on(1) * block_size
+    return blocks * size / 2**30, size * 1000 / block_ps / GPU.host_gb_per_s
+
+
+def setup_of(trace: Trace, groups: Sequence[ReplicaGroup], router: type[Router] = RoundRobin, **more: Any) -> Setup:
+    """``groups`` serving ``trace``; ``more`` are fields of `Setup`."""
+    fields: dict[str, Any] = {
+        "variant": "",
+        "case": "",
+        "model": MODEL,
+        "max_model_len": 2000,
+        "router_settings": {},
+        "slo": Slo(),
+        "seed": 0,
+        "limits": Limits(),
+        **more,
+    }
+    return Setup(trace=trace, groups=list(groups), router=router, **fields)
+
+
 def play(
     trace: Trace,
     scheduler: Callable[[], Scheduler],
@@ -162,57 +198,18 @@ def play(
     replicas: int = 1,
     leap: bool = True,
     max_model_len: int = 1 << 20,
-    host: tuple[int, int] = (0, 0),
+    host: tuple[int, int] = (0, 1),
     journal: bool = False,
 ) -> World:
-    """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one."""
-    requests = RequestRecords(trace)
-    outputs = trace.output_tokens.tolist()
+    """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
+
+    Each block of a prefix cache is known, whether the trace shares prefixes or not.
+    """
     sample = scheduler()
-    oracle = sample.oracle
-    guesses = None if sample.predictor is None else predictions(outputs, sample.predictor, 0).tolist()
-
-    def make(i: int) -> Live:
-        prompt = int(trace.prompt_tokens[i])
-        cap = max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
-        priority = 0 if trace.priority is None else int(trace.priority[i])
-        tenant = 0 if trace.tenant is None else int(trace.tenant[i])
-        request = Live(i, int(trace.arrival_ps[i]), prompt, cap, outputs[i] if oracle else None, priority, tenant)
-        request.ignore_eos = trace.ignore_eos is not None and bool(trace.ignore_eos[i])
-        request.predicted_tokens = guesses[i] if guesses else None
-        return request
-
-    cluster = Cluster(requests, make)
-    cluster.front = ReplicaPool(cluster.clock, requests, RoundRobin(), Random(0), cluster.refuse)
-    cluster.pools.append(cluster.front)
-
-    def build(replica: Replica) -> Engine:
-        policy = scheduler()
-        pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identities={})
-
-        def finish(request: Live, now: int) -> None:
-            replica.left(request)
-            cluster.ended(request, now)
-
-        planner = Planner(
-            policy,
-            backend(),
-            pool,
-            requests,
-            outputs,
-            max_model_len,
-            index=replica.index,
-            leap=leap,
-            finish=finish,
-            host=HostMemory(*host, pool.block_size, policy.overlaps_swaps),
-            journal=journal,
-        )
-        return make_engine(planner)
-
-    for index in range(replicas):
-        replica = Replica(cluster.clock, index, build)
-        cluster.replicas.append(replica)
-        cluster.front.open(replica)
+    block_size = sample.block_tokens or block_size
+    parts = (replicas, "mixed", GPU, ONE, type(sample), {}, Efficiency(), blocks, block_size, "made up")
+    group = Group(*parts, *host_of(*host, block_size), cost=backend, policy=scheduler)
+    cluster = build(setup_of(trace, [group], max_model_len=max_model_len), leap, journal=journal)
     cluster.run()
-    engines = [replica.engine for replica in cluster.replicas]
-    return World(requests, engines)
+    audit(cluster)
+    return World(cluster.requests, cluster.engines)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +35,8 @@ from chairlift.sim.replica.request import Live
 from chairlift.sim.study import Failures, Outage
 from chairlift.sim.workload.trace import HashIds
 from kit.clusters import check_endings, check_nothing_left, group, s, serve, setup_of
+from kit.command import ROUTER, SCENARIO
+from kit.places import copied
 from kit.worlds import Affine, trace_of
 
 ALL = [cls for _, cls in inspect.getmembers(routers, inspect.isclass) if issubclass(cls, Router) and cls is not Router]
@@ -369,3 +376,26 @@ def test_tokens_outstanding_are_those_of_whom_a_replica_has_not_answered() -> No
     served = serve(setup_of(trace, [group(count=2)], LeastTokens))
 
     assert served.columns()["replica"] == [0, 1, 1, 1, 1, 0]
+
+
+def test_a_router_is_one_file_of_the_package(tmp_path: Path) -> None:
+    imports = copied(tmp_path)
+    (tmp_path / "policies" / "last.py").write_text(ROUTER)
+    (tmp_path / "s.yaml").write_text(SCENARIO + "replicas: 3\nrouter: {name: last, step: 2}\n")
+    (tmp_path / "both.py").write_text(
+        "import sys\n"
+        "from chairlift.sim.cli.main import main\n"
+        "for command in (['list', 'routers'], ['run', 's.yaml', '--quiet', '--out', 'out']):\n"
+        "    sys.argv[1:] = command\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(imports), "COLUMNS": "200"}
+    command = [sys.executable, "both.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "The last replica, whatever its load." in done.stdout
+    assert set(pq.read_table(tmp_path / "out/requests.parquet")["replica"].to_pylist()) == {1}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from chairlift.policies.base import Scheduler
 from chairlift.policies.vllm import Vllm
+from chairlift.sim.cluster import build
 from chairlift.sim.replica.counting_pool import PrefixCacheMatters, StandInPool
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool
@@ -21,7 +22,6 @@ from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.trace import HashIds, Trace
-from kit import worlds
 from kit.places import TRACES
 from kit.worlds import Affine, World, check_books, play, trace_of
 
@@ -177,8 +177,8 @@ def test_blocks_of_a_plan_that_was_taken_back_stay_in_the_cache_of_vllm(
     # Seven blocks of 16. A computes 32 tokens a step; B, more urgent, comes in the second. In the third A's last two
     # blocks are planned, then B's first decode needs one: A is preempted, and its tail is what B takes. A's fifth
     # block, never filled, is found (80 tokens, 20 to compute) unless it is forgotten (64 tokens; 32 and 4).
-    make = worlds.make_pool
-    monkeypatch.setattr(worlds, "make_pool", lambda *parts, **more: make(*parts, **more, executes=forgets))
+    make = build.make_pool
+    monkeypatch.setattr(build, "make_pool", lambda *parts: make(*parts[:-1], executes=forgets))
     policy = Vllm(
         version="0.23",  # since 0.31 A would not be held to 32 tokens while it is alone
         max_num_batched_tokens=64,

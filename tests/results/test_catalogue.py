@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.results.catalogue import FIELDS, LATENCIES, sign, title
 from kit.command import SCENARIO, chairlift
 from kit.pages import Page
-from kit.places import IMPORTS, ROOT
+from kit.places import IMPORTS, copied
 
 COUNT = '    Metric("odd", "odd prompts", "", "more", "Completed requests with an odd number of prompt tokens."),\n'
 DELAY = '    Metric("delay", "delay", "ms", "less", "Arrival → admission."),\n'
@@ -34,11 +33,8 @@ def inserted(text: str, before: str, more: str) -> str:
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the package that has a count and a latency more."""
     folder = tmp_path_factory.mktemp("extended")
-    for name in ("sim", "backend", "policies", "scenarios"):
-        shutil.copytree(ROOT / name, folder / "chairlift" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("__init__.py", "__main__.py"):
-        shutil.copy(IMPORTS / "chairlift" / name, folder / "chairlift" / name)
-    catalogue, metrics = (folder / f"chairlift/sim/results/{name}.py" for name in ("catalogue", "metrics"))
+    copied(folder)
+    catalogue, metrics = (folder / f"sim/results/{name}.py" for name in ("catalogue", "metrics"))
     rows = inserted(catalogue.read_text(), ")\nREPLICAS = (", COUNT)
     catalogue.write_text(inserted(rows, ")\nSTATISTICS = ", DELAY))
     code = inserted(
@@ -51,7 +47,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_extended(folder: Path, *arguments: str) -> str:
     """What ``chairlift ARGUMENTS`` of the copy prints."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(folder / IMPORTS.name), "COLUMNS": "200"}
     command = [sys.executable, "-m", "chairlift", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False

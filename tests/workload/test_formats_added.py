@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,7 +19,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.workload import build, files_of
 from kit.made import SYNTHETIC, needs_traces, workload
-from kit.places import IMPORTS, ROOT, TRACES
+from kit.places import IMPORTS, TRACES, copied
 
 # Pairs of lengths after a first line `PAIRS`; the file `NAME.gaps` beside it says the seconds between two requests.
 PAIRS = '''\
@@ -119,12 +118,10 @@ def reads_pairs(imports: Path, also: Path, folder: Path) -> str:
 
 
 def test_a_format_is_one_file_of_the_package(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    for name in (".package", "sim", "backend", "policies", "scenarios"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "sim" / "workload" / "formats" / "pairs.py").write_text(PAIRS)
+    imports = copied(tmp_path / "copy")
+    (tmp_path / "copy" / "sim" / "workload" / "formats" / "pairs.py").write_text(PAIRS)
 
-    assert "Pairs of prompt and output lengths, a line each." in reads_pairs(copy / ".package", tmp_path, tmp_path)
+    assert "Pairs of prompt and output lengths, a line each." in reads_pairs(imports, tmp_path, tmp_path)
 
 
 def distribution(folder: Path, points: str, **modules: str) -> Path:
