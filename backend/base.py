@@ -185,7 +185,7 @@ class Executor(Backend):
     def prepare(self, blocks: int, block_size: int, max_model_len: int, named: bool) -> None:
         """Get ready to serve a KV pool of this size, whose blocks are ``named`` by the pool, or else only counted.
 
-        Raises ValueError, one sentence, if that does not fit the device.
+        Raises ValueError, one sentence, if that does not fit the device, and MemoryError if it does not fit the host.
         """
 
     @abstractmethod

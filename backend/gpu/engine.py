@@ -31,7 +31,7 @@ from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
 from chairlift.backend.gpu.step_graphs import Flat
-from chairlift.backend.gpu.weights import check_memory
+from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model

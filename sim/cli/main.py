@@ -19,7 +19,7 @@ from chairlift.backend.base import DeviceError
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
-from chairlift.sim.cli import agree, calibrate, check, compare, completion, costs, plan, report, sweep, trace
+from chairlift.sim.cli import agree, calibrate, check, compare, completion, costs, effort, plan, report, sweep, trace
 from chairlift.sim.cli.diff_engines import diff_engines
 from chairlift.sim.cli.doctor import doctor
 from chairlift.sim.cli.shipped import SCENARIOS, complete, find_scenario, new, shipped, show
@@ -174,6 +174,8 @@ def run(
         uncertainty.check(study)
     folder = out_dir or Path("runs") / study.name
     study.resolved = relocated(study.resolved, folder)
+    if not quiet and (long := effort.said(study.setups, 1 + draws)):
+        err.print(f"{long}; Ctrl-C keeps the runs that are finished", soft_wrap=True)
     outcomes: list[Outcome] = []
     try:
         journal = True if report_ and events is None else events

@@ -29,6 +29,7 @@ from chairlift.sim.sweep.file import Based, base_of, origin_of
 from chairlift.sim.workload.arrivals import Rate
 from chairlift.sim.workload.strict import Spec
 
+MOST_SYSTEMS = 10_000  # some minutes, until all of them are checked and bounded
 COMPARING = ("compare", "cases")  # keys of a scenario that make it several systems
 _OURS = (  # keys of a scenario that a plan says itself, and where
     (r"slo(\..*)?", "slo"),
@@ -184,6 +185,9 @@ def read_plan(
     given += [(key, Problem("", f"--set {text}")) for text in assignments for key in [text.partition("=")[0].strip()]]
     if problems := [found._replace(rule=rule) for key, found in given if (rule := _ours(key))]:
         raise BadInput(problems)
+    if (size := spec.size()) > MOST_SYSTEMS:
+        rule = f"must make at most {MOST_SYSTEMS:,} systems: each is looked at before any is simulated (got {size:,})"
+        raise BadInput(document.problem(("axes",), rule))
     points = spec.points()
     for point in spec.each_alone():
         load.check(sampled(scenario_of(base, point, document)), folder, trust)

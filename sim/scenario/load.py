@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Deployment, Scheduler
 from chairlift.sim.bad_input import MOST_TOLD, BadInput, Problem, did_you_mean
@@ -337,6 +338,7 @@ class _Resolver(Lookup):
             gib = count * _BYTES / 2**30
             rule = f"must be at most {MOST_REQUESTS:,}: their records alone would take {gib:,.0f} GiB of memory"
             raise BadInput(self._document.problem(("workload", "requests"), rule, count))
+        check_memory(count * _BYTES, f"the records of {count:,} requests")
         try:
             return build(scenario.workload, scenario.seed, self._folder)
         except BadInput as error:

@@ -126,7 +126,7 @@ def test_a_model_that_the_machine_has_no_memory_for_is_refused_before_any_is_tak
     large = replace(DENSE, layers=1000, hidden=1 << 16, ffn=1 << 18)  # 2.8 PiB
     for gpus in (1, 2):
         engine = TorchEngine(large, GPU, OPTIONS, gpus)
-        with pytest.raises(ValueError, match=r"^dense with a KV pool of .* needs .* GiB, and the machine has "):
+        with pytest.raises(MemoryError, match=r"^dense with a KV pool of .* take some .* GiB, and this machine has "):
             engine.prepare(600, 1, 160, named=False)
 
 

@@ -26,7 +26,7 @@ from kit.places import IMPORTS
 
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 
-from chairlift.backend.gpu import weights  # noqa: E402
+from chairlift.backend import machine  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from chairlift.backend.parallel import ONE  # noqa: E402
@@ -568,9 +568,12 @@ def test_what_the_engine_cannot_serve(assignments: list[str], words: list[str]) 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_weights_beyond_the_memory_of_the_host_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("meminfo").write_text("MemTotal:         2048 kB\nMemAvailable:        1 kB\n")
-    monkeypatch.setattr(weights, "MEMINFO", Path("meminfo"))
+    monkeypatch.setattr(machine, "MEMINFO", Path("meminfo"))
 
-    refused(run(), "tiny with a KV pool of 40 blocks needs 0.0 GiB, and the machine has 0.0 GiB to give: device: cpu")
+    refused(run(), "not enough memory: 4 requests and 40 blocks of a prefix cache would take some")
+    Path("meminfo").write_text("MemTotal:         2048 kB\nMemAvailable:       60 kB\n")
+
+    refused(run(), "not enough memory: tiny with a KV pool of 40 blocks would take some")
 
 
 @in_a_folder_of_its_own

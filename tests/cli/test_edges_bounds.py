@@ -6,7 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from chairlift.backend import machine
+from chairlift.sim.cli import effort
+from chairlift.sim.scenario.load import prepare
+from chairlift.sim.scenario.yaml_document import Document
 from kit.command import SCENARIO, chairlift
 
 LONGEST = r"\(prompt and output; the longest ([\d,]+) \+ ([\d,]+) = ([\d,]+)\)"
@@ -97,3 +102,77 @@ def test_what_would_be_done_twice_or_not_at_all_is_refused(words: str, says: str
     Path("w.yaml").write_text("base: s.yaml\naxes: {policy: [vllm, tgi]}\n")
     result = chairlift(*words.split())
     assert (result.status, result.out, result.err) == (2, "", f"error: {says}\n")
+
+
+def test_what_takes_long_says_so_first() -> None:
+    def told(**changes: object) -> str:
+        data = {**yaml.safe_load(SCENARIO), **changes}
+        setup = prepare(Document(data, {}, "test"), Path())
+        return effort.said([setup], 2)
+
+    def busy(requests: int, rate: float) -> dict[str, object]:
+        arrivals = {"poisson": {"rate_per_s": rate}}
+        return {"requests": requests, "arrivals": arrivals, "prompt_tokens": 10, "output_tokens": 10}
+
+    assert told() == ""
+    assert told(workload=busy(200_000, 1000)) == ""
+    assert told(workload=busy(10_000_000, 1000)) == "some 17 minutes: 2 runs, 20,000,000 requests"
+    scale = {"min": 1, "max": 2, "every_s": 0.001, "target_outstanding": 60}
+    assert told(workload=busy(1000, 0.001), autoscale=scale).startswith("some 1.")
+    failing = {"mtbf_s": 1, "mttr_s": 1}
+    assert told(workload=busy(1000, 0.001), failures=failing, replicas=100).endswith("hours: 2 runs, 2,000 requests")
+
+
+@pytest.mark.skipif(machine.memory_to_give() is None, reason="the machine does not say what memory it has")
+def test_what_takes_more_memory_than_there_is_says_so_before_it_takes_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1 GiB; with what this machine has the same numbers might fit."""
+    monkeypatch.setattr(machine, "memory_to_give", lambda: 2**30)
+    cases = [
+        (["workload.requests=50000000"], "the records of 50,000,000 requests would take some 3.73 GiB"),
+        (
+            ["workload.requests=5000000", "workload.arrivals={poisson: {rate_per_s: 1000}}"],
+            "5,000,000 requests would take",
+        ),
+        (
+            ["kv={blocks: 100000000}", "workload.prefix={groups: 2, tokens: 10}"],
+            "30 requests and 100,000,000 blocks of a prefix cache would take some 4.47 GiB",
+        ),
+        (
+            ["kv={blocks: 100000}", "replicas=1000", "workload.prefix={groups: 2, tokens: 10}"],
+            "30 requests and 100,000,000 blocks of a prefix cache would take some 4.47 GiB",
+        ),
+    ]
+    for assignments, says in cases:
+        given = [word for text in assignments for word in ("--set", text)]
+        result = chairlift("run", "s.yaml", "-q", *given)
+        assert (result.status, result.out) == (2, ""), result
+        assert result.err.startswith(f"error: not enough memory: {says}")
+        assert result.err.endswith("this machine has 1 to give\n")
+        assert list(Path("runs").rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "seeds: 1000\naxes: {max_model_len: {linear: {low: 1, high: 2000, points: 2000, whole: true}}}\n",
+            "2,000,000",
+        ),
+        ("seeds: 100000\naxes: {policy: [vllm, orca], max_model_len: [1, 2, 3, 4, 5, 6]}\n", "1,200,000"),
+    ],
+)
+def test_more_runs_than_anybody_waits_for_are_refused(text: str, says: str) -> None:
+    Path("w.yaml").write_text("base: s.yaml\n" + text)
+    result = chairlift("sweep", "w.yaml", "--dry-run")
+    assert (result.status, result.out) == (2, "")
+    assert result.err == f"error: w.yaml: at most 1,000,000 runs: its points, seeds, variants and cases make {says}\n"
+
+
+def test_more_systems_than_a_plan_can_look_at_are_refused() -> None:
+    Path("s.yaml").write_text(SCENARIO.replace("seed: 7\n", ""))
+    plan = "base: s.yaml\nslo: [{percentile: 99, ttft_ms: 500}]\nrate_per_s: 1\n"
+    lengths = "{linear: {low: 1, high: 2000, points: 2000, whole: true}}"
+    Path("p.yaml").write_text(f"{plan}axes: {{max_model_len: {lengths}, replicas: [1, 2, 3, 4, 5, 6]}}\n")
+    result = chairlift("plan", "p.yaml", "--dry-run")
+    assert (result.status, result.out) == (2, "")
+    assert "axes: must make at most 10,000 systems" in result.err

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "results": (("results", "study", "workload", *SPINE), ("base", "cuda_graphs", "checked"), ("base",)),
     "scenario": (("scenario", "study", "workload", "results.catalogue", *SPINE), ALL, ALL),
     "replica": (("replica", "results.records", "workload.trace"), ("base",), ("base",)),
-    "cluster": (("cluster", "replica", "results", "study", "workload", *SPINE), ("base",), ("base",)),
+    "cluster": (("cluster", "replica", "results", "study", "workload", *SPINE), ("base", "machine"), ("base",)),
     "simulate": (("cluster", "replica", "results", "study", *SPINE), ("base",), ()),
     "conformance": (
         ("conformance", "cluster", "simulate", "replica", "results", "study", "workload", *SPINE),
@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
     "sweep": (
         ("sweep", "simulate", "scenario", "report.html", "results", "workload", *SPINE),
-        ("base", "checked"),
+        ("base", "checked", "machine"),
         ("base",),
     ),
     "calibration": (
