@@ -18,7 +18,9 @@ from chairlift.sim.plan.pacing import SAMPLE, paced
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.vllm_command import commands
+from chairlift.sim.results import loops
 from chairlift.sim.scenario.load import prepare
+from chairlift.sim.simulate import LOOPS
 from chairlift.sim.sweep.statistics import undominated
 from chairlift.sim.workload.trace import Trace
 
@@ -218,6 +220,12 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         lines["workload"] = "; ".join((trace.source, *trace.notes))
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
+        lines["engine loop"] = LOOPS[setup.loop]
+        if chosen.synchronous and setup.loop == "synchronous":
+            lines["engine loop"] += "; with policy.async_scheduling: true vLLM plans ahead beside policies that do not"
+        ran = [(str(c.labels.get("policy", c.name)), c.setup.loop) for c in plan.candidates if c.setup is not None]
+        if warning := loops.warning(ran):
+            lines["engine loops differ"] = warning
         for group in setup.groups:
             backend = group.make_backend(setup.model)
             lines |= backend.assumptions() | group.make_scheduler().assumptions()

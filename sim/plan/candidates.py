@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from chairlift.backend.calibrated import profile
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.scenario import load
+from chairlift.sim.scenario.loops import may_differ, synchronous
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.axes import Scalar, Value, label_of
@@ -45,6 +47,7 @@ class Candidate:
     gpus: int = 0
     usd_per_hour: float = 0.0
     backend: str = ""  # how its steps are priced, in words
+    synchronous: bool = False  # compared with policies that plan no step ahead (`sim.scenario.loops`)
 
     @property
     def name(self) -> str:
@@ -135,6 +138,16 @@ def candidate(
         gpus += group.count * group.parallel.gpus
         usd += group.count * group.parallel.gpus * price.usd_per_gpu_hour
     return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup))
+
+
+def held_to_one_loop(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """``candidates`` as one compares them: their engines run the same loop, as far as policies leave it open."""
+    setups = [each.setup for each in candidates if each.setup is not None]
+    if not may_differ([(group.scheduler, group.scheduler_settings) for setup in setups for group in setup.groups]):
+        return list(candidates)
+    for setup in setups:
+        synchronous(setup)
+    return [replace(each, synchronous=True) for each in candidates]
 
 
 def _label(key: str, value: Value) -> Scalar:

@@ -17,6 +17,7 @@ from chairlift.sim.plan.capacity import Measure
 from chairlift.sim.plan.pacing import paced, replayed, replays, turned
 from chairlift.sim.plan.promises import Promise, Sample, measured
 from chairlift.sim.scenario.load import prepare
+from chairlift.sim.scenario.loops import synchronous
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.runs import OF_THE_MACHINE, Executor, Row, Run, failure
@@ -75,7 +76,9 @@ class Simulations:
         replay = replays(base) and cv is None
         document = replayed(base, seed) if replay else paced(base, rate, requests, cv, seed)
         return Replication(
-            document, candidate.folder, candidate.labels, seed, candidate.trust, self.promises, rate, requests, replay
+            *(document, candidate.folder, candidate.labels, seed, candidate.trust, self.promises, rate, requests),
+            replay=replay,
+            synchronous=candidate.synchronous,
         )
 
     def _samples(self, candidate: Candidate, runs: list[Replication], requests: int) -> list[Sample]:
@@ -112,6 +115,8 @@ def replicate(run: Run) -> Result:
     started = time.perf_counter()
     try:
         setup = prepare(run.document, run.folder, run.trust)
+        if run.synchronous:
+            synchronous(setup)
         if run.replay:
             setup = dataclasses.replace(setup, trace=turned(setup.trace, run.seed, run.requests, run.rate_per_s))
         outcome = simulate(setup)
