@@ -18,7 +18,7 @@ from chairlift.sim.results.token_gaps import gaps_of_finished
 from chairlift.sim.study import Setup
 from chairlift.sim.units import PS_PER_US
 
-_LOOPS = {
+LOOPS = {  # an engine loop, as `Setup.loop` names it → what it is
     "synchronous": "synchronous: a step is planned once the step before has ended",
     "asynchronous": "asynchronous: a step is planned while the step before runs, as vLLM does by default",
     "mixed": "asynchronous on some replicas, synchronous on others",
@@ -83,7 +83,7 @@ def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[st
         lines |= {f"{what}{_of(setup, i)}": line for what, line in group.make_scheduler().assumptions().items()}
         what = f"KV pool{_of(setup, i)}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
-    lines["engine loop"] = _LOOPS[setup.loop]
+    lines["engine loop"] = LOOPS[setup.loop]
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)
     if swaps:

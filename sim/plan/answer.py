@@ -19,7 +19,9 @@ from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.stretches import described
+from chairlift.sim.results import loops
 from chairlift.sim.scenario.yaml_document import Document
+from chairlift.sim.simulate import LOOPS
 from chairlift.sim.sweep.statistics import undominated
 
 MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
@@ -217,6 +219,12 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         lines["workload"] = described(chosen.document, setup.trace, won[-1:] or plan.spec.rates, plan.unit)
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
+        lines["engine loop"] = LOOPS[setup.loop]
+        if chosen.synchronous and setup.loop == "synchronous":
+            lines["engine loop"] += "; with policy.async_scheduling: true vLLM plans ahead beside policies that do not"
+        ran = [(str(c.labels.get("policy", c.name)), c.setup.loop) for c in plan.candidates if c.setup is not None]
+        if warning := loops.warning(ran):
+            lines["engine loops differ"] = warning
         for group in setup.groups:
             backend = group.make_backend(setup.model)
             lines |= backend.assumptions() | group.make_scheduler().assumptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.stretches import recorded, whole
 from chairlift.sim.scenario import load
+from chairlift.sim.scenario.loops import may_differ, synchronous
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.axes import Scalar, Value, label_of
@@ -47,6 +49,7 @@ class Candidate:
     usd_per_hour: float = 0.0
     backend: str = ""  # how its steps are priced, in words
     notes: tuple[str, ...] = ()  # what was changed so that its engines start
+    synchronous: bool = False  # compared with policies that plan no step ahead (`sim.scenario.loops`)
 
     @property
     def name(self) -> str:
@@ -130,6 +133,16 @@ def _room(setup: Setup) -> int | None:
 def _short(problem: Problem) -> str:
     """A problem without its file and line: ``policy.max_num_batched_tokens: must be …``."""
     return ": ".join(filter(None, (problem.path, problem.rule)))
+
+
+def held_to_one_loop(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """``candidates`` as one compares them: their engines run the same loop, as far as policies leave it open."""
+    setups = [each.setup for each in candidates if each.setup is not None]
+    if not may_differ([(group.scheduler, group.scheduler_settings) for setup in setups for group in setup.groups]):
+        return list(candidates)
+    for setup in setups:
+        synchronous(setup)
+    return [replace(each, synchronous=True) for each in candidates]
 
 
 def _label(key: str, value: Value) -> Scalar:

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from chairlift.backend import specs
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, scenario_of
+from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, held_to_one_loop, scenario_of
 from chairlift.sim.plan.capacity import Effort
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
@@ -200,6 +200,7 @@ def read_plan(
     candidates = [
         candidate(scenario_of(base, point, document), point, folder, trust, prices, document) for point in points
     ]
+    candidates = held_to_one_loop(candidates)
     if spec.today is not None:
         today = candidates.pop()
         if today.setup is None:

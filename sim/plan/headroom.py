@@ -20,6 +20,7 @@ from chairlift.sim.plan.file import Stress
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.scenario import load
+from chairlift.sim.scenario.loops import synchronous
 
 STEPS = (1.1, 1.25, 1.5, 2.0)  # multiples of the load that a margin tells apart
 
@@ -113,6 +114,8 @@ def fewer(candidate: Candidate, failed: int) -> Candidate:
     if left < 1:
         raise BadInput(Problem(f"{failed} failed replicas leave none", file=candidate.name, path="failed_replicas"))
     setup = load.prepare(sampled(document), candidate.folder, candidate.trust)
+    if candidate.synchronous:
+        synchronous(setup)
     return dataclasses.replace(candidate, document=document, setup=setup)
 
 

@@ -18,6 +18,7 @@ from chairlift.sim.plan.pacing import paced, unloaded
 from chairlift.sim.plan.promises import BINS, Promise, Sample, measured
 from chairlift.sim.plan.stretches import Stretch, recorded, stretched
 from chairlift.sim.scenario.load import prepare
+from chairlift.sim.scenario.loops import synchronous
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.journal import Journal
@@ -74,8 +75,10 @@ class Simulations:
         """The replication with the ``i``-th seed."""
         seed = self.seed + i
         document = paced(candidate.document, rate, requests, cv, seed)
-        folder, labels, trust = candidate.folder, candidate.labels, candidate.trust
-        return Replication(document, folder, labels, seed, trust, self.promises, rate, requests)
+        labels, trust, alike = candidate.labels, candidate.trust, candidate.synchronous
+        return Replication(
+            *(document, candidate.folder, labels, seed, trust, self.promises, rate, requests), synchronous=alike
+        )
 
     def _samples(self, candidate: Candidate, runs: list[Replication], requests: int) -> list[Sample]:
         """The sample of each of ``runs``; what the journal lacks is simulated. Raises `BadInput` if that fails."""
@@ -117,6 +120,8 @@ def prepared(run: Replication) -> tuple[Setup, list[Stretch]]:
         setup = dataclasses.replace(setup, trace=trace)
     else:
         setup = prepare(run.document, run.folder, run.trust)
+    if run.synchronous:
+        synchronous(setup)
     if len(setup.trace) < BINS:
         rule = f"makes {len(setup.trace)} requests, of {run.requests} wanted: a plan needs {BINS} at least"
         raise BadInput(Problem(rule, path="workload"))

@@ -248,7 +248,8 @@ def as_json(answer: Answer, folder: Path) -> dict[str, Any]:
         "seed": plan.spec.search.seed,
         "requests": plan.effort().requests,
         "systems": [
-            {**_system(each), "notes": each.notes, "scenario": _scenario(each, folder)} for each in plan.systems
+            {**_system(each), "notes": each.notes, "synchronous": each.synchronous, "scenario": _scenario(each, folder)}
+            for each in plan.systems
         ],
         "capacities": [
             {**_system(c), **_cost(c, capacity.rate_per_s, plan), **_of_capacity(capacity)}

@@ -102,7 +102,7 @@ def _said_of_sessions(trace: Trace, arrivals: Arrivals) -> str:
     each = len(trace) / starts(trace)
     rate = arrivals.mean_rate_per_s
     come = "all sessions start at once" if rate is None else f"{rate:.4g} sessions/s start"
-    total = "" if rate is None else f", in all {rate * each:.4g} requests/s where they are served in time"
+    total = "" if rate is None else f", in the long run {rate * each:.4g} requests/s"
     return f"{come}, of {each:.3g} requests each{total}"
 
 

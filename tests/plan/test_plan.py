@@ -25,7 +25,7 @@ from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.local import Local
-from kit.command import Result, chairlift
+from kit.command import POLICY, Result, chairlift
 from kit.pages import Page
 from kit.places import ROOT
 from kit.serving import serve_line
@@ -430,3 +430,53 @@ def test_the_command_says_how_weights_and_kv_are_quantised(tmp_path: Path) -> No
         told = [flag for flag in ("--quantization fp8", "--kv-cache-dtype fp8") if flag in line]
         assert told == flags
         assert "--quantization" not in line or "--quantization fp8" in flags
+
+
+LOOPS = """\
+base:
+  model: llama-3.1-8b
+  gpu: h100
+  backend: h200-llama-3.1-8b-vllm-0.23
+  max_model_len: 4096
+  workload: {arrivals: {poisson: {rate_per_s: 1}}, prompt_tokens: 300, output_tokens: 60}
+slo: [{percentile: 90, ttft_ms: 900}]
+rate_per_s: [2]
+axes:
+  policy: {named: {a: {name: vllm}, b: {name: vllm, async_scheduling: false}, own: mine.py, ahead: AHEAD}}
+search: {requests: 200, most_requests: 200}
+"""
+
+
+def test_systems_of_a_plan_run_the_same_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vllm` beside a policy that plans no step ahead gets the times that it has without planning ahead."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(POLICY)
+    Path("p.yaml").write_text(LOOPS.replace(", ahead: AHEAD", ""))
+    result = chairlift("plan", "p.yaml", "--trust", "-j1")
+    told = json.loads(Path("runs/p/plan.json").read_text())
+    figures = {each["axes"]["policy"]: each["verdict"]["figures"] for each in told["cheapest"][0]["systems"]}
+
+    assert result.status == 0, result.err
+    assert figures["a"] == figures["b"] != {}
+    assert "engine loop: synchronous" in result.out
+    assert "engine loops differ" not in result.out
+    assert [c.setup.loop for c in read_plan(Path("p.yaml"), trust=True).candidates if c.setup] == ["synchronous"] * 3
+
+
+def test_a_loop_that_is_said_is_kept_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(POLICY)
+    Path("p.yaml").write_text(LOOPS.replace("AHEAD", "{name: vllm, async_scheduling: true}"))
+    result = chairlift("plan", "p.yaml", "--trust", "-j1")
+
+    assert result.status == 0, result.err
+    assert "not all run the same engine loop (synchronous: a, b, own; asynchronous: ahead)" in " ".join(
+        result.out.split()
+    )
+
+
+def test_systems_of_one_policy_keep_its_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.yaml").write_text(LOOPS.replace("b: {name: vllm, async_scheduling: false}, own: mine.py, ahead: AHEAD", ""))
+
+    assert [c.setup.loop for c in read_plan(Path("p.yaml")).candidates if c.setup] == ["asynchronous"]

@@ -238,7 +238,7 @@ def test_affinity_goes_by_the_session_beyond_the_prefix() -> None:
 
 def test_a_run_says_what_its_rate_counts() -> None:
     assert chairlift("run", str(scenario(AGENT)), "-q").status == 0
-    said = "0.01 sessions/s start, of 4 requests each, in all 0.04 requests/s where they are served in time"
+    said = "0.01 sessions/s start, of 4 requests each, in the long run 0.04 requests/s"
 
     assert said in json.loads(Path("runs/s/summary.json").read_text())["assumptions"]["workload"]
     resolved = yaml.safe_load(Path("runs/s/scenario.yaml").read_text())
@@ -289,5 +289,5 @@ def test_a_plan_says_what_its_rates_count() -> None:
 
     assert result.status == 0, result.err
     assert "Cheapest for 0.5 sessions/s" in said
-    assert "0.5 sessions/s start, of 4 requests each, in all 2 requests/s" in said
+    assert "0.5 sessions/s start, of 4 requests each, in the long run 2 requests/s" in said
     assert json.loads(Path("runs/p/plan.json").read_text())["rates_are"] == "sessions/s"
