@@ -20,6 +20,7 @@ from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
 from chairlift.sim.cli import agree, calibrate, check, compare, completion, costs, plan, report, sweep, trace
+from chairlift.sim.cli.diff_engines import diff_engines
 from chairlift.sim.cli.doctor import doctor
 from chairlift.sim.cli.shipped import SCENARIOS, complete, find_scenario, new, shipped, show
 from chairlift.sim.cli.terminal import (
@@ -185,6 +186,8 @@ def run(
             counts = {key.replace("_", " "): outcome.summary[key] for key in ENDS}
             ends = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
             label = " ".join(filter(None, (outcome.setup.case, outcome.setup.variant))) or study.name
+            if why := outcome.assumptions.get("refused"):
+                ends += f" ({why})"
             err.print(escape(f"{label}: no request was completed: {ends}"), soft_wrap=True)
         raise typer.Exit(1)
 
@@ -210,6 +213,8 @@ def schema(
     """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
     from chairlift.sim.cli.schema import plan_schema, scenario_schema, sweep_schema
 
+    if sweep and plan:
+        raise BadInput(Problem("must not be given beside --sweep", file="--plan"))
     found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
@@ -306,6 +311,7 @@ def _question(path: Path) -> str:
 
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
+app.command("diff-engines")(diff_engines)
 app.command("agree")(agree.agree)
 app.command("check")(check.check)
 app.command()(report.report)

@@ -60,8 +60,20 @@ def load(
     for option, names in (("--policy", policies), ("--router", routers)):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise BadInput(Problem("is given twice", file=option, value=twice[0]))
-    document = read(path)
-    of_cases = [text for text in assignments if text.partition("=")[0].strip().partition(".")[0] == "cases"]
+    return study_of(read(path), path, assignments, policies, backend, trust, routers)
+
+
+def study_of(
+    document: Document,
+    path: Path,
+    assignments: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    backend: str | None = None,
+    trust: Trust = False,
+    routers: Sequence[str] = (),
+) -> Study:
+    """The study in ``document``, which was read from ``path``: its files lie beside that. All else as for `load`."""
+    of_cases = [text for text in assignments if is_of_cases(text)]
     if "base" in document.data and "workload" not in document.data:
         verb = "plan" if "slo" in document.data else "sweep"
         rule = f"is a key of sweeps and plans, not of scenarios: run this file with chairlift {verb}"
@@ -102,6 +114,11 @@ def load(
         tables=list(scenario.tables),
         resolved=resolved(document, path, assignments, policies, routers, backend),
     )
+
+
+def is_of_cases(assignment: str) -> bool:
+    """Whether a ``--set`` option changes the cases themselves, and not what each of them is of."""
+    return assignment.partition("=")[0].strip().partition(".")[0] == "cases"
 
 
 def policies_of(document: Document, folder: Path, trust: Trust = False) -> list[tuple[type[Scheduler], dict[str, Any]]]:
