@@ -68,8 +68,8 @@ def replayed(path: Path, number: int, rate_per_s: float | None, trust: Trust = F
     requests = data["requests"] if known is None else known["requests"]
     promises = tuple(Promise.model_validate(each) for each in data["promises"])
     document = paced(Document(system["scenario"], {}, str(path)), rate_per_s, requests, None, data["seed"])
-    of_run = (document, path.parent, {}, data["seed"], trust, promises, rate_per_s, requests)
-    run = Replication(*of_run, synchronous=system["synchronous"])
+    seed, alike = data["seed"], system["synchronous"]
+    run = Replication(document, path.parent, {}, seed, trust, promises, rate_per_s, requests, synchronous=alike)
     setup, parts = prepared(run)
     one = resolved(document, path, [], [], [], None)
     if parts:  # no scenario says which stretch of a file is served

@@ -244,6 +244,43 @@ def test_a_gpu_has_the_numbers_of_its_data_sheet() -> None:
     assert found == SHEETS
 
 
+# FP32 peak outside tensor cores, TFLOP/s, as reviews quote NVIDIA, and how many times faster BF16 is with FP32 sums:
+# 4 times on the professional lines of these chips, and by NVIDIA's choice 2 times on GeForce cards.
+FP32 = {"a6000": (38.7, 4), "rtx-4090": (82.58, 2), "rtx-5090": (104.8, 2), "rtx-pro-6000": (125, 4), "l40s": (91.6, 4)}
+
+
+@pytest.mark.parametrize("name", sorted(FP32))
+def test_a_bf16_peak_is_a_multiple_of_the_fp32_peak(name: str) -> None:
+    fp32, times = FP32[name]
+
+    assert gpu(name).bf16_tflops == pytest.approx(times * fp32, rel=0.013)  # the L40S' runs at 2.49 GHz, not 2.52
+
+
+@pytest.mark.parametrize("name", list(GPUS))
+def test_half_the_bits_are_twice_the_peak(name: str) -> None:
+    """So it is in every data sheet, but for two peaks that round: 733 of 362.05, and 242 of 121."""
+    known = gpu(name)
+    before = known.bf16_tflops
+    for peak in (known.fp8_tflops, known.fp4_tflops):
+        if peak is not None:
+            assert peak == pytest.approx(2 * before, rel=0.013) or (name, peak) == ("rtx-5090", 1676)
+            before = peak
+    # the 5090's FP8 peak is with FP32 sums, its FP4 peak twice that with FP16 sums
+    assert known.fp4_tflops is None or known.fp8_tflops is not None
+
+
+def test_a_gpu_of_a_rack_is_a_part_of_the_rack() -> None:
+    """GB200 NVL72's data sheet: 360 PFLOP/s of sparse BF16, 720 of FP8, 1440 of FP4, 576 TB/s, NVLink 130 TB/s."""
+    one = gpu("gb200")
+
+    assert 72 * 2 * one.bf16_tflops == 360_000
+    assert one.fp8_tflops is not None
+    assert one.fp4_tflops is not None
+    assert (72 * 2 * one.fp8_tflops, 72 * 2 * one.fp4_tflops) == (720_000, 1_440_000)
+    assert 72 * one.hbm_gb_per_s == 576_000
+    assert 72 * one.nvlink_gb_per_s == pytest.approx(130_000, rel=0.005)
+
+
 @pytest.mark.parametrize(
     ("asked", "name"),
     [
