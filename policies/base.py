@@ -201,7 +201,7 @@ class Deployment:
     gpu: str  # its name
     gpu_bytes: int  # memory of one GPU
     max_model_len: int  # tokens, prompt and output, that a request may have
-    model_len: int | None = None  # those that the model can hold by itself; None: unknown
+    pool_tokens: int | None = None  # those that the KV pool can hold of one request; None: not known yet
 
 
 class PolicyError(Exception):
@@ -403,8 +403,16 @@ class Scheduler(ABC):
 
     @property
     def sequence_limit(self) -> int | None:
-        """Requests that a step may hold; None: as many as memory allows. Plans bound a policy's throughput by it."""
+        """Requests that a step may hold, checked after the run; None: as many as memory allows.
+
+        Memory is kept for so many, and plans bound a policy's throughput by it.
+        """
         return None
+
+    @property
+    def swaps(self) -> bool:
+        """Whether preempted requests' KV may go to host memory; a field ``preemption: swap`` says so by default."""
+        return getattr(self, "preemption", "") == "swap"
 
     @property
     def pool_blocks(self) -> int | None:

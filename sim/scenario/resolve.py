@@ -147,7 +147,7 @@ def kv_pool(
     Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
     swaps KV over a link of unknown speed.
     """
-    if getattr(policy, "preemption", "") == "swap":
+    if policy.swaps:
         gpu.needed("host_gb_per_s", "swapping KV")
     block_size = policy.pool_block_size or kv.block_size
     own = policy.pool_blocks
@@ -187,7 +187,7 @@ def _without_effect(kv: Kv, policy: Scheduler, block_size: int) -> list[str]:
         overruled |= {"memory_utilization", "reserve_gib"}
     if kv.block_size not in (block_size, policy.block_tokens):
         overruled.add("block_size")
-    if getattr(policy, "preemption", "") != "swap":
+    if not policy.swaps:
         overruled |= {"host_gib", "host_link"}
     given = kv.model_fields_set & overruled
     return [f"{name} {getattr(kv, name)}" for name in type(kv).model_fields if name in given]

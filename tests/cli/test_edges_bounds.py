@@ -51,9 +51,11 @@ def test_a_number_out_of_bounds_is_refused(assignments: list[str], says: str) ->
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("change", ["max_model_len=1", "kv={blocks: 1}", "workload.prompt_tokens=200000"])
-def test_a_run_that_completes_nothing_says_why_and_exits_with_1(change: str) -> None:
-    result = chairlift("run", "s.yaml", "-q", "--set", change)
+@pytest.mark.parametrize(
+    "changes", [["max_model_len=1"], ["kv={blocks: 1}", "policy=sarathi"], ["workload.prompt_tokens=200000"]]
+)
+def test_a_run_that_completes_nothing_says_why_and_exits_with_1(changes: list[str]) -> None:
+    result = chairlift("run", "s.yaml", "-q", *(word for text in changes for word in ("--set", text)))
     assert (result.status, result.out) == (1, "")
     assert result.err == "s: no request was completed: 30 rejected\n"
     assert Path("runs/s/summary.json").exists()
