@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from chairlift.sim.replica.counting_pool import CountingPool, Decodes, admission
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.decode_group import Decodes, admission
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 

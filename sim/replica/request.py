@@ -10,9 +10,11 @@ from chairlift.policies.base import Request
 
 
 class Counter(Protocol):
-    """The decode group as its members see it: how many steps it has done."""
+    """The decode steps that a group has done."""
 
-    steps: int
+    @property
+    def steps(self) -> int:
+        """How many."""
 
 
 class When:

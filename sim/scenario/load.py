@@ -36,19 +36,28 @@ Pick = Callable[..., tuple[Any, KeyPath]]
 
 
 def load(
-    path: Path,
+    path: Path | str,
     assignments: Sequence[str] = (),
     policies: Sequence[str] = (),
     backend: str | None = None,
     trust: Trust = False,
     routers: Sequence[str] = (),
 ) -> Study:
-    """The study in the scenario file ``path``.
+    """The study in the scenario file ``path``: a `Setup` for each variant of each case.
 
+    ``assignments`` change keys, as ``--set`` does.
     ``policies`` and ``routers`` (names or files; these may run code) take the place of the file's own comparison:
     each policy with each router. With ``trust`` a policy's or router's file named inside the YAML may run its code too.
     Raises `BadInput` with all mistakes at once.
+
+    >>> from chairlift import load
+    >>> study = load("my.yaml", assignments=["workload.requests=300", "slo.ttft_ms=300"])
+    >>> [(setup.variant, len(setup.trace), setup.slo.ttft_ms) for setup in study.setups]
+    [('vllm', 300, 300.0), ('orca', 300, 300.0)]
+    >>> [setup.variant for setup in load("my.yaml", policies=["vllm", "sarathi"]).setups]
+    ['vllm', 'sarathi']
     """
+    path = Path(path)
     for option, names in (("--policy", policies), ("--router", routers)):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise BadInput(Problem("is given twice", file=option, value=twice[0]))

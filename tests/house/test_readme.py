@@ -95,6 +95,10 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {**named("yaml"), **named("python")}.items():
         Path(name).write_text(text.replace("seeds: 8", "seeds: 1"), encoding="utf-8")
     rows = "".join(f"2023-11-16 18:15:{second:02}.0000000,{300 + second},{20 + second}\n" for second in range(20))
+    log = "".join(
+        f'{{"ts": {1_767_600_000 + i}, "prompt_tokens": {90 + i}, "completion_tokens": 20}}\n' for i in range(20)
+    )
+    Path("log.jsonl").write_text(log, encoding="utf-8")
     Path("azure_conv.csv.gz").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}", encoding="utf-8")
     write(tmp_path / "DIR", [record(Planted())])
     return tmp_path
