@@ -351,7 +351,7 @@ def test_nobody_served_and_one_request_have_a_page_too(tokens: int) -> None:
     why = "1 larger than the KV pool of 16 tokens (prompt and output; the longest 165 + 37 = 202)"
     nobody = (1, f"small: no request was completed: 1 rejected ({why})\n")
     scenario = replaced("tokens: 4000", f"tokens: {tokens}").replace("requests: 30", "requests: 1")
-    scenario = scenario.replace("max_model_len: 2048", f"max_model_len: {min(tokens, 2048)}")
+    scenario = scenario.replace("max_model_len: 2048\n", "")  # vLLM would not start with a length that it is told
     page = made(scenario, ends=nobody if tokens == 16 else (0, ""))
     html = Path("out/report.html").read_text()
     figures = json.loads(page.unpacked("data"))["figures"]
