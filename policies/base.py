@@ -201,7 +201,7 @@ class Deployment:
     gpu: str  # its name
     gpu_bytes: int  # memory of one GPU
     max_model_len: int  # tokens, prompt and output, that a request may have
-    model_len: int | None = None  # those that the model can hold by itself; None: unknown
+    pool_tokens: int | None = None  # those that the KV pool can hold of one request; None: not known yet
 
 
 class PolicyError(Exception):
@@ -360,7 +360,6 @@ class Scheduler(ABC):
     batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
     requeues_last: ClassVar[bool] = False  # a preempted request goes to the end of the queue
-    needs_room: ClassVar[bool] = False  # its engine starts only if the pool has room for a request of max_model_len
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
     @property
@@ -404,8 +403,16 @@ class Scheduler(ABC):
 
     @property
     def sequence_limit(self) -> int | None:
-        """Requests that a step may hold; None: as many as memory allows. Plans bound a policy's throughput by it."""
+        """Requests that a step may hold, checked after the run; None: as many as memory allows.
+
+        Memory is kept for so many, and plans bound a policy's throughput by it.
+        """
         return None
+
+    @property
+    def swaps(self) -> bool:
+        """Whether preempted requests' KV may go to host memory; a field ``preemption: swap`` says so by default."""
+        return getattr(self, "preemption", "") == "swap"
 
     @property
     def pool_blocks(self) -> int | None:

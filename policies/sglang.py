@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from chairlift.policies.base import (
@@ -238,9 +239,10 @@ class Sglang(Scheduler):
 
     def landing(self, requests: list[Request]) -> list[Request]:
         """In the order of the step's batch."""
-        batch = self._batches[self.asynchronous]
-        place = {r.id: i for i, r in enumerate(batch)}
-        return sorted(requests, key=lambda r: place[r.id])
+        if len(requests) < 2:
+            return requests
+        members = set(requests)
+        return [r for r in self._batches[self.asynchronous] if r in members]
 
     def heeds_arrival(self, step: Step) -> bool:
         """A full batch hears nothing, unless priorities can make room, or the order counts what waits have seen."""
@@ -360,7 +362,8 @@ class Sglang(Scheduler):
             elif not adder.batch:
                 return []
         victims: set[int] = set()
-        for request in list(step.waiting):
+        for _ in range(len(step.waiting)):  # whoever starts has left the queue, and who does not ends the walk
+            request = step.waiting[0]
             if adder.spent() and "a spent budget ends admission before a look-up" in rules:
                 break
             if len(adder.batch) >= self._places(step, cut is not None, len(adder.new)):
@@ -513,26 +516,23 @@ class Sglang(Scheduler):
 
     def _sort(self, step: Step) -> None:
         """Put the queue in order, for good."""
-        waiting = list(step.waiting)
         order = self._order
-        if order in ("lpm", "hrrn") and len(waiting) > SORT_LIMIT:
+        if order in ("lpm", "hrrn") and len(step.waiting) > SORT_LIMIT:
             order = "fcfs"
         if order in ("lpm", "dfs-weight", "hrrn"):
-            self._sort_by_prefix(step, waiting, order)
+            self._sort_by_prefix(step, list(step.waiting), order)
             return
         sign = self._sign
         if self._order == "fcfs" and self.enable_priority_scheduling:
-            waiting.sort(key=lambda r: r.priority * sign)
-            step.reorder(waiting)
+            step.reorder(sorted(step.waiting, key=lambda r: r.priority * sign))
         elif order == "lof":
             if self.enable_priority_scheduling:
-                waiting.sort(key=lambda r: (r.priority * sign, -r.max_tokens))
+                step.reorder(sorted(step.waiting, key=lambda r: (r.priority * sign, -r.max_tokens)))
             else:
-                waiting.sort(key=lambda r: -r.max_tokens)
-            step.reorder(waiting)
-        if waiting and not self.disable_radix_cache and "waiting prefixes are refreshed" in self._rules:
+                step.reorder(sorted(step.waiting, key=lambda r: -r.max_tokens))
+        if step.waiting and not self.disable_radix_cache and "waiting prefixes are refreshed" in self._rules:
             if self._sorts % TOUCH_EVERY == 0:
-                for request in reversed(waiting[:SORT_LIMIT]):
+                for request in reversed(list(islice(step.waiting, SORT_LIMIT))):
                     step.prefix(request)
             self._sorts += 1
 

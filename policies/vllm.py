@@ -64,7 +64,6 @@ class Vllm(Scheduler):
         "tensor_parallel_size": "parallelism here: it is the scenario's tensor_parallel",
     }
 
-    needs_room: ClassVar[bool] = True
     switched: ClassVar[Mapping[str, bool]] = {}  # rules of `RULES` that hold, or not, whatever the version
 
     version: str | float = NEWEST  # of vLLM, by whose rules it decides: 0.23 … 0.33
@@ -179,7 +178,8 @@ class Vllm(Scheduler):
         return self.block_size
 
     def misfits(self, deployment: Deployment) -> Iterator[tuple[str, str]]:
-        """vLLM's own checks, by which it does not start (`SchedulerConfig.verify_max_model_len`, `ModelConfig`).
+        """vLLM's own checks, by which it does not start: `SchedulerConfig.verify_max_model_len`, and
+        `_check_enough_kv_cache_memory`, by which one request of ``max_model_len`` tokens must fit the pool.
 
         Without chunks a sequence must fit a step, or it can never be computed again after a preemption.
         """
@@ -193,8 +193,8 @@ class Vllm(Scheduler):
             yield "max_num_active_seqs", f"must be at most max_num_seqs, {self.max_num_seqs} (got {active})"
         if (threshold := self.long_prefill_token_threshold) > longest:
             yield "long_prefill_token_threshold", f"must be at most max_model_len, {longest} (got {threshold})"
-        if (own := deployment.model_len) is not None and longest > own:
-            yield "max_model_len", f"must be at most the model's own {own} tokens (got {longest})"
+        if (pool := deployment.pool_tokens) is not None and longest > pool:
+            yield "max_model_len", f"must be at most the {pool} tokens that the KV pool holds (got {longest})"
 
     @property
     def limits_arrivals(self) -> bool:

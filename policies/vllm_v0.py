@@ -31,8 +31,6 @@ class VllmV0(Scheduler):
         "enable_lora": "LoRA adapters",
     }
 
-    needs_room: ClassVar[bool] = True
-
     max_num_batched_tokens: Positive | None = None  # of a prefill step; None: the model's length, 2048 at least
     max_num_seqs: Positive = 256
     watermark: Share = 0.01  # of the blocks stay free when a request is admitted
@@ -49,11 +47,21 @@ class VllmV0(Scheduler):
         """As `max_num_seqs` says."""
         return self.max_num_seqs
 
+    @property
+    def swaps(self) -> bool:
+        """As `preemption_mode` says."""
+        return self.preemption_mode == "swap"
+
     def misfits(self, deployment: Deployment) -> Iterator[tuple[str, str]]:
-        """Prompts are computed whole, and a preempted request's tokens too."""
+        """Prompts are computed whole, and a preempted request's tokens too; a request must fit the pool.
+
+        The latter is `raise_if_cache_size_invalid` of vLLM 0.6's worker.
+        """
         tokens, longest = self.max_num_batched_tokens, deployment.max_model_len
         if tokens is not None and tokens < longest:
             yield "max_num_batched_tokens", f"must be at least the model's {longest} tokens (got {tokens})"
+        if (pool := deployment.pool_tokens) is not None and longest > pool:
+            yield "max_model_len", f"must be at most the {pool} tokens that the KV pool holds (got {longest})"
 
     def schedule(self, step: Step) -> int:
         """New prompts alone, unless swapped requests wait; else decodes, then swapped ones if nobody was preempted."""

@@ -83,6 +83,8 @@ def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[st
         lines |= {f"{what}{_of(setup, i)}": line for what, line in group.make_scheduler().assumptions().items()}
         what = f"KV pool{_of(setup, i)}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+        if group.caution:
+            lines[f"max_model_len{_of(setup, i)}"] = group.caution
     lines["engine loop"] = LOOPS[setup.loop]
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)

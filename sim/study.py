@@ -212,6 +212,7 @@ class ReplicaGroup:
     host_gib: float = 4  # a GPU's share of host memory for swapped KV
     host_link: float = 0.8  # share of the host link's line rate that swapping reaches
     loop_is_said: bool = False  # the settings given for the policy say whether it plans a step ahead
+    caution: str = ""  # why the engine itself does not start with what the scenario leaves open
 
     def make_scheduler(self) -> Scheduler:
         """A fresh policy object, for one replica."""

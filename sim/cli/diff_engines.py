@@ -117,6 +117,8 @@ def diff_engines(
     out.print()
     out.print(tables.assumptions(outcomes))
     out.print(ONE_LOAD, style="dim")
+    if hint := _hint(wanted, study):
+        out.print(hint, style="yellow")
     if warning := _warning(outcomes):
         out.print(f"warning: {escape(warning)}", style="yellow")
     if out_dir is not None:
@@ -294,6 +296,17 @@ def _tried(trial: Trial) -> str:
     return f"{trial.engine.name} {settings}: {trial.does}"
 
 
+def _hint(engines: Sequence[Engine], study: Study) -> str:
+    """What makes SGLang look worse than it need: it reserves room for answers that nobody bounds."""
+    bounded = study.setups[0].trace.max_tokens is not None
+    if bounded or all(engine.family != "sglang" for engine in engines):
+        return ""
+    return (
+        "no request declares max_tokens, so SGLang reckons with an answer as long as the model allows, 4,096 tokens at"
+        " most: workload.max_tokens says what your clients ask for"
+    )
+
+
 def _warning(outcomes: Sequence[Outcome]) -> str:
     return loops.warning([(outcome.setup.variant, outcome.setup.loop) for outcome in outcomes])
 
@@ -349,6 +362,7 @@ def _as_json(
             for each in tried
         ],
         "warning": _warning(outcomes),
+        "hint": _hint(engines, study),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from chairlift.policies.base import PolicyError
 from chairlift.sim.cluster.audit import audit
 from chairlift.sim.cluster.build import build
 from chairlift.sim.cluster.cluster import Cluster
@@ -23,7 +24,8 @@ def run(
 
     Blocks of a prefix cache are only counted where no two requests can share one; should a preemption make them matter
     all the same, the run starts again with blocks that are known one by one. ``observe`` is called with each cluster
-    before it runs, so once or twice. Raises as `build` and `Cluster.run` do.
+    before it runs, so once or twice. Raises as `build` and `Cluster.run` do, and PolicyError if a policy broke its own
+    limit of a step's requests.
     """
     identify = setup.executes or Identity.shares(setup.trace)
     while True:
@@ -39,4 +41,20 @@ def run(
             for engine in cluster.engines:
                 engine.backend.close()
         audit(cluster)
+        _within_limits(cluster)
         return cluster
+
+
+def _within_limits(cluster: Cluster) -> None:
+    """Raise PolicyError if a policy put more requests into a step than it says that it ever does.
+
+    The memory of its activations was kept for no more, and bounds of plans rest on it. In two steps with a
+    ``sequence_limit`` of 3: one with 2 chunks and 1 decode is within it, one with 2 chunks and 2 decodes is not.
+    """
+    for engine in cluster.engines:
+        limit = engine.scheduler.sequence_limit
+        runs = engine.records.runs()
+        most = int((runs["chunks"] + runs["decodes"]).max(initial=0))
+        if limit is not None and most > limit:
+            name = type(engine.scheduler).__name__
+            raise PolicyError(f"policy {name}: a step of {most} requests: its sequence_limit is {limit}")

@@ -60,7 +60,7 @@ def check_policy(
             raise
         found.broke(unmakable(error, settings))
         return found
-    deployment = Deployment("any GPU", 80 * 2**30, MODEL_LEN, MODEL_LEN)
+    deployment = Deployment("any GPU", 80 * 2**30, MODEL_LEN)
     for setting, rule in sample.misfits(deployment):
         raise ValueError(f"{setting} {rule}")
     if sample.oracle:

@@ -122,11 +122,10 @@ def _room(setup: Setup) -> int | None:
     """The longest request with which engines of ``setup`` start that need room for it; None: they start as they are."""
     rooms = []
     for group in setup.groups:
-        if group.scheduler.needs_room:
+        if group.caution:
             blocks = group.blocks // group.parallel.data
-            if blocks * group.block_size < setup.max_model_len:
-                given = group.kv_source.startswith("given") or group.make_scheduler().pool_blocks is not None
-                rooms.append(int(blocks * (1 if given else 1 - POOL_ERROR)) * group.block_size)
+            given = group.kv_source.startswith("given") or group.make_scheduler().pool_blocks is not None
+            rooms.append(int(blocks * (1 if given else 1 - POOL_ERROR)) * group.block_size)
     return max(1, min(rooms)) if rooms else None
 
 

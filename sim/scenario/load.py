@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +379,10 @@ class _Resolver(Lookup):
         router = self._find("router", *pick("router", "round_robin"), from_file=not self._routers)
         replicas, replicas_at = pick("replicas", 1)
         groups: list[ReplicaGroup | None] = []
-        longest = pick("max_model_len", model.max_model_len if model else 1)[0]
+        longest, longest_at = pick("max_model_len", model.max_model_len if model else 1)
+        if model and longest > model.max_model_len:
+            rule = f"must be at most the model's own {model.max_model_len} tokens"
+            self._problems.append(self._document.problem(longest_at, rule, longest))
         for i, group in enumerate(replicas if isinstance(replicas, list) else [Group(count=replicas)]):
             from_file = group.policy is not None or not self._policies
             groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file))
@@ -433,7 +437,7 @@ class _Resolver(Lookup):
             return None
         scheduler, settings = policy
         given = {key: settings[key] for key in choice if key in settings} if isinstance(choice, dict) else {}
-        deployment = Deployment(gpu.name, gpu.memory_bytes, longest, model.max_model_len)
+        deployment = Deployment(gpu.name, gpu.memory_bytes, longest)
         settings = settings | (self._try(policy_at, lambda: scheduler.sized(given, deployment)) or {})
         sample = self._try(policy_at, lambda: scheduler(**settings)) if len(self._problems) == before else None
         fit = None
@@ -444,9 +448,15 @@ class _Resolver(Lookup):
             self._check_executes(group, at, pick)
         elif fit is not None:
             self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, parallel))
+        caution = ""
         if sample is not None:
-            asked_at = pick("max_model_len")[1]
+            asked, asked_at = pick("max_model_len")
+            if fit is not None:
+                deployment = replace(deployment, pool_tokens=fit[0] * fit[1] // parallel.data)
             for key, rule in sample.misfits(deployment):
+                if key == "max_model_len" and asked is None:
+                    caution = f"the engine itself does not start without a max_model_len: it {rule}"
+                    continue
                 problem = self._document.problem(asked_at if key == "max_model_len" else (*policy_at, key), rule)
                 if problem not in self._problems:  # another group may have it too
                     self._problems.append(problem)
@@ -466,6 +476,7 @@ class _Resolver(Lookup):
             host_gib=(kv or Kv()).host_gib,
             host_link=(kv or Kv()).host_link,
             loop_is_said=is_said(choice),
+            caution=caution,
         )
 
     def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:

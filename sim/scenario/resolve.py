@@ -142,13 +142,12 @@ def kv_pool(
 ) -> tuple[int, int, str]:
     """The KV pool of one replica: usable blocks, tokens a block, and where these numbers come from, in words.
 
-    The words also name the settings of ``kv`` that are given and have no effect, and say where the engine would not
-    start for want of room.
+    The words also name the settings of ``kv`` that are given and have no effect.
 
     Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
     swaps KV over a link of unknown speed.
     """
-    if getattr(policy, "preemption", "") == "swap":
+    if policy.swaps:
         gpu.needed("host_gb_per_s", "swapping KV")
     block_size = policy.pool_block_size or kv.block_size
     own = policy.pool_blocks
@@ -172,8 +171,6 @@ def kv_pool(
         blocks, source = fit.blocks, fit.explain()
     if idle := _without_effect(kv, policy, block_size):
         source += f"; not used: {', '.join(idle)}"
-    if policy.needs_room and blocks // parallel.data * block_size < max_model_len:
-        source += f"; the engine does not start so, max_model_len {max_model_len:,} exceeds the pool"
     if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
         if own is None and kv.tokens is not None:
             return kv.tokens // policy.block_tokens, policy.block_tokens, source
@@ -190,7 +187,7 @@ def _without_effect(kv: Kv, policy: Scheduler, block_size: int) -> list[str]:
         overruled |= {"memory_utilization", "reserve_gib"}
     if kv.block_size not in (block_size, policy.block_tokens):
         overruled.add("block_size")
-    if getattr(policy, "preemption", "") != "swap":
+    if not policy.swaps:
         overruled |= {"host_gib", "host_link"}
     given = kv.model_fields_set & overruled
     return [f"{name} {getattr(kv, name)}" for name in type(kv).model_fields if name in given]

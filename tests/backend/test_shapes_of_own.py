@@ -176,6 +176,10 @@ def test_wrong_numbers_are_told_where_they_stand(tmp_path: Path, given: str, sai
     [
         ({"degree": 2}, "tensor parallelism depends on nvlink_gb_per_s of mine, which is unknown: give it"),
         ({"policy": "{name: mlfq}"}, "swapping KV depends on host_gb_per_s of mine, which is unknown: give it"),
+        (
+            {"policy": "{name: vllm_v0, preemption_mode: swap}"},
+            "swapping KV depends on host_gb_per_s of mine, which is unknown: give it",
+        ),
     ],
 )
 def test_what_is_unknown_is_refused_where_a_result_depends_on_it(

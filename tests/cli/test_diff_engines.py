@@ -185,6 +185,7 @@ def test_the_table_shows_figures_rules_and_mechanisms() -> None:
     assert "vllm-0.23 with uncapped_alone 2" in said
     assert "by which mechanism: vLLM and SGLang" in said
     assert "sglang-0.5.23: left out: long_prefill_token_threshold 40 (SGLang has none)" in said
+    assert "no request declares max_tokens, so SGLang reckons with an answer as long as the model allows" in said
     assert all(len(line) <= 120 for line in result.out.splitlines())
 
 
@@ -260,8 +261,9 @@ def test_what_a_version_lacks_is_left_out_and_said() -> None:
 
 def test_both_run_the_same_loop() -> None:
     write("0,10,2", "policy: {name: vllm, async_scheduling: false}\n")
-    found = diff("vllm-0.33,sglang-0.5.23", "--no-rules")
+    found = diff("vllm-0.33,sglang-0.5.23", "--no-rules", "--set", "workload.max_tokens=9")
 
+    assert found["hint"] == ""
     assert [each["loop"] for each in found["engines"]] == ["synchronous", "synchronous"]
     assert found["warning"] == ""
 

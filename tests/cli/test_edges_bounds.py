@@ -64,16 +64,19 @@ def test_a_number_out_of_bounds_is_refused(assignments: list[str], says: str) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("changes", "why"),
     [
-        ("max_model_len=1", f"30 longer than the model's 1 tokens {LONGEST}"),
-        ("kv={blocks: 1}", f"30 larger than the KV pool of 16 tokens {LONGEST}"),
-        ("workload.prompt_tokens=200000", f"30 longer than the model's 2,048 tokens {LONGEST}"),
-        ("policy={name: tgi, max_batch_total_tokens: 10}", "30 that would fit: the policy would not have them"),
+        (["max_model_len=1"], f"30 longer than the model's 1 tokens {LONGEST}"),
+        (
+            ["kv={blocks: 1}", "policy=sarathi"],
+            f"30 larger than the KV pool of 16 tokens {LONGEST}",
+        ),  # vLLM would not start
+        (["workload.prompt_tokens=200000"], f"30 longer than the model's 2,048 tokens {LONGEST}"),
+        (["policy={name: tgi, max_batch_total_tokens: 10}"], "30 that would fit: the policy would not have them"),
     ],
 )
-def test_a_run_that_completes_nothing_says_why_and_exits_with_1(change: str, why: str) -> None:
-    result = chairlift("run", "s.yaml", "-q", "--set", change)
+def test_a_run_that_completes_nothing_says_why_and_exits_with_1(changes: list[str], why: str) -> None:
+    result = chairlift("run", "s.yaml", "-q", *(word for text in changes for word in ("--set", text)))
     assert (result.status, result.out) == (1, "")
     found = re.fullmatch(rf"s: no request was completed: 30 rejected \({why}\)\n", result.err)
     assert found is not None, result.err

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chairlift.sim.bad_input import BadInput
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.file import read_plan
 from chairlift.sim.scenario.load import prepare
@@ -41,7 +42,7 @@ def test_a_length_beyond_the_pool_is_cut_to_it_and_said(tmp_path: Path) -> None:
     assert 0.97 * 27_700 < longest < 27_700  # the pool is worked out: an engine's own may be a little smaller
     assert longest % 16 == 0
     assert one.notes == (f"max_model_len cut from 131,072 to {longest:,}, for which the KV pool has room",)
-    assert "does not start" not in one.setup.groups[0].kv_source
+    assert one.setup.groups[0].caution == ""
 
 
 def test_a_given_pool_is_used_to_its_last_token(tmp_path: Path) -> None:
@@ -60,15 +61,14 @@ def test_a_given_pool_is_used_to_its_last_token(tmp_path: Path) -> None:
 
 
 def test_ranks_of_dp_attention_each_have_room_for_a_request(tmp_path: Path) -> None:
-    [one] = candidates(
-        tmp_path,
-        "  replicas: [1]\n",
-        PLAN.replace("llama-3.1-8b", "qwen3-30b-a3b").replace(
-            "gpu: l4", "gpu: h100\n  max_model_len: 20000\n  parallel: {data: 2, expert: 2}\n  kv: {blocks: 2000}"
-        ),
-    )
+    gpu = "gpu: h100\n  parallel: {data: 2, expert: 2}\n  kv: {blocks: 2000}"
+    plan = PLAN.replace("llama-3.1-8b", "qwen3-30b-a3b").replace("gpu: l4", gpu)
+    [one, asked] = candidates(tmp_path, "  max_model_len: [null, 20000]\n", plan)
+
     assert one.setup is not None
     assert one.setup.max_model_len == 1000 * 16  # of 2000 blocks each rank has half
+    assert asked.setup is None  # a length that is asked for is not cut
+    assert asked.misfit == "max_model_len: must be at most the 16000 tokens that the KV pool holds (got 20000)"
 
 
 def test_the_answer_says_what_was_cut_and_its_line_starts(tmp_path: Path) -> None:
@@ -96,19 +96,19 @@ def test_settings_with_which_the_engine_does_not_start_are_said_where_they_stand
 # ---- a scenario ----
 
 
-def source(**keys: Any) -> str:
+def pool(**keys: Any) -> int:
+    """Blocks of the pool. Raises `BadInput` if the engine does not start with it."""
     workload = {"requests": 2, "arrivals": {"burst": {}}, "prompt_tokens": 1000, "output_tokens": 10}
     data = {"model": "llama-3.1-8b", "gpu": "h100", "policy": "vllm", "workload": workload, **keys}
-    return prepare(Document(data, {}, "test"), Path()).groups[0].kv_source
+    return prepare(Document(data, {}, "test"), Path()).groups[0].blocks
 
 
 @pytest.mark.parametrize("policy", ["vllm", "vllm_v0"])
 def test_a_run_says_that_the_engine_would_not_start(policy: str) -> None:
-    said = "the engine does not start so, max_model_len 4,801 exceeds the pool"
-
-    assert said in source(policy=policy, max_model_len=4801, kv={"blocks": 300})
-    assert "does not start" not in source(policy=policy, max_model_len=4800, kv={"blocks": 300})
-    assert "does not start" not in source(policy="sarathi", max_model_len=4801, kv={"blocks": 300})
+    with pytest.raises(BadInput, match=r"must be at most the 4800 tokens that the KV pool holds \(got 4801\)"):
+        pool(policy=policy, max_model_len=4801, kv={"blocks": 300})
+    assert pool(policy=policy, max_model_len=4800, kv={"blocks": 300}) == 300
+    assert pool(policy="sarathi", max_model_len=4801, kv={"blocks": 300}) == 300
 
 
 def test_a_larger_budget_leaves_a_smaller_pool_and_at_last_none_that_starts() -> None:
@@ -118,11 +118,10 @@ def test_a_larger_budget_leaves_a_smaller_pool_and_at_last_none_that_starts() ->
         **{"host_gb_per_s": 31.5, "tdp_w": 350, "usd_per_gpu_hour": 0.3, "price_date": "2026"},
         **{"price_source": "none", "source": "none"},
     }
-    blocks = {}
-    for tokens in (20_000, 29_000):
-        said = source(gpu=card, max_model_len=tokens, policy={"name": "vllm_v0", "max_num_batched_tokens": tokens})
-        blocks[tokens] = int(said.partition(" blocks of")[0].rpartition(" ")[2].replace(",", ""))
-        assert ("does not start" in said) == (tokens == 29_000)
+    policy = {"name": "vllm_v0", "max_num_batched_tokens": 20_000}
+    assert pool(gpu=card, max_model_len=20_000, policy=policy) == pytest.approx(1952, rel=0.03)
 
-    assert blocks[20_000] == pytest.approx(1952, rel=0.03)
-    assert blocks[29_000] == pytest.approx(1478, rel=0.03)
+    policy["max_num_batched_tokens"] = 29_000
+    assert pool(gpu=card, max_model_len=20_000, policy=policy) == pytest.approx(1478, rel=0.03)
+    with pytest.raises(BadInput, match="tokens that the KV pool holds"):
+        pool(gpu=card, max_model_len=29_000, policy=policy)

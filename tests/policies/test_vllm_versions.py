@@ -141,7 +141,22 @@ def test_a_budget_is_no_larger_than_all_sequences_together(tmp_path: Path) -> No
         (
             "vllm",
             "max_model_len: 200000\n",
-            "max_model_len: must be at most the model's own 131072 tokens (got 200000)",
+            "max_model_len: must be at most the model's own 131072 tokens",
+        ),
+        (
+            "vllm",
+            "max_model_len: 131072\nkv: {blocks: 1000}\n",
+            "max_model_len: must be at most the 16000 tokens that the KV pool holds (got 131072)",
+        ),
+        (
+            "{name: vllm, num_gpu_blocks: 1001, block_size: 32}",  # one of them is the null block
+            "max_model_len: 32001\n",
+            "max_model_len: must be at most the 32000 tokens that the KV pool holds (got 32001)",
+        ),
+        (
+            "vllm_v0",
+            "max_model_len: 131072\nkv: {blocks: 1000}\n",
+            "max_model_len: must be at most the 16000 tokens that the KV pool holds (got 131072)",
         ),
     ],
 )
@@ -154,6 +169,35 @@ def test_a_length_that_nobody_asked_for_may_exceed_the_pool(tmp_path: Path) -> N
 
     assert found.max_model_len == 131072
     assert "--max-model-len 16000 " in serve_line(found)
+    assert simulate(found).assumptions["max_model_len"] == (
+        "the engine itself does not start without a max_model_len:"
+        " it must be at most the 16000 tokens that the KV pool holds (got 131072)"
+    )
+
+
+@pytest.mark.parametrize("more", ["max_model_len: 16000\nkv: {blocks: 1000}\n", ""])
+def test_a_length_that_fits_needs_no_word(tmp_path: Path, more: str) -> None:
+    found = setup(tmp_path, "vllm", f"gpu: h100\n{more}")  # without KV given, 131,072 tokens fit an H100
+
+    assert "max_model_len" not in simulate(found).assumptions
+
+
+def test_ranks_have_pools_of_their_own(tmp_path: Path) -> None:
+    text = BASE.replace("llama-3.1-8b", "qwen3-30b-a3b") + "policy: vllm\ngpu: h200\nmax_model_len: 16000\n"
+    (tmp_path / "s.yaml").write_text(text + "kv: {blocks: 1500}\nparallel: {data: 2}\n")
+
+    with pytest.raises(BadInput, match="must be at most the 12000 tokens that the KV pool holds"):
+        load(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize("policy", ["sglang", "sarathi", "orca", "tgi", "static", "vllm_v0", "mlfq"])
+def test_no_policy_takes_more_than_the_model_does(tmp_path: Path, policy: str) -> None:
+    assert refusals(tmp_path, policy, "gpu: h100\nmax_model_len: 131073\n") == [
+        "max_model_len: must be at most the model's own 131072 tokens"
+    ]
+    longer = "gpu: h100\nmax_model_len: 131073\nmodel: {name: llama-3.1-8b, max_model_len: 131073}\n"
+    (tmp_path / "s.yaml").write_text(f"{BASE.partition(chr(10))[2]}policy: {policy}\n{longer}")
+    assert load(tmp_path / "s.yaml").setups[0].max_model_len == 131073
 
 
 def test_python_is_told_too() -> None:

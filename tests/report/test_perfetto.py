@@ -38,7 +38,7 @@ def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """Of a run with two replicas, preemptions and a failure."""
     monkeypatch.chdir(tmp_path)
     text = (
-        replaced("tokens: 4000", "tokens: 500")
+        replaced("max_model_len: 2048", "max_model_len: 496", replaced("tokens: 4000", "tokens: 500"))
         + "replicas: 2\nfailures: {schedule: [{replica: 1, at_s: 3, for_s: 2}]}\n"
     )
     Path("small.yaml").write_text(text)

@@ -100,7 +100,7 @@ def test_a_refused_request_says_why_with_the_sum(tmp_path: Path) -> None:
         "arrival_s,prompt_tokens,output_tokens\n0,5000,100\n1,100,100\n2,4000,1\n3,2000,500\n"
     )
     document = Document(
-        BASE | {"policy": "vllm", "kv": {"blocks": 100}, "workload": {"file": "t.csv"}}, {}, str(tmp_path / "c.yaml")
+        BASE | {"policy": "sarathi", "kv": {"blocks": 100}, "workload": {"file": "t.csv"}}, {}, str(tmp_path / "c.yaml")
     )
     outcome = simulate(prepare(document, tmp_path))
 

@@ -309,6 +309,7 @@ def test_a_mistake_that_every_case_shares_is_shown_once() -> None:
 def test_a_prompt_that_can_never_fit_is_rejected_and_counted() -> None:
     Path("t.csv").write_text(HEADER + "0,100,10\n1,4100,10\n2,100,10\n")
     text = replaced("{name: vllm}", "sarathi", replaced("2048", "9000", UP_TO_WORKLOAD))  # vLLM would not start
+    text = replaced("model: opt-13b", "model: {name: opt-13b, max_model_len: 9000}", text)
     result = run(text + "workload: {file: t.csv}\n")
 
     assert (result.status, result.err) == (0, "")

@@ -116,7 +116,7 @@ def test_without_ray_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pyte
 
 def test_variants_and_cases_of_the_base_are_axes(tmp_path: Path) -> None:
     compare = (
-        "compare:\n  - {name: small, kv: {tokens: 2000}}\n  - {name: orca, policy: {name: orca, reserve: max}}\n"
+        "compare:\n  - {name: small, kv: {tokens: 3000}}\n  - {name: orca, policy: {name: orca, reserve: max}}\n"
         "cases:\n  - {name: slow, set: {workload.arrivals.poisson.rate_per_s: 1}}\n  - {name: fast, set: {seed: 3}}\n"
     )
     written(
@@ -130,7 +130,7 @@ def test_variants_and_cases_of_the_base_are_axes(tmp_path: Path) -> None:
     assert [(r["case"], r["variant"], r["policy.max_num_seqs"]) for r in rows] == list(
         itertools.product(["slow", "fast"], ["small", "orca"], [4, 64])
     )
-    changed = ["workload.arrivals.poisson.rate_per_s=1", "kv.tokens=2000", "policy.max_num_seqs=4", "compare=[]"]
+    changed = ["workload.arrivals.poisson.rate_per_s=1", "kv.tokens=3000", "policy.max_num_seqs=4", "compare=[]"]
     setup = load(tmp_path / "base.yaml", changed).setups[0]  # of the first case, which says the same
     assert rows[0]["p99_e2el_ms"] == simulate(setup).summary["p99_e2el_ms"]
 
