@@ -18,6 +18,8 @@ OPTIONAL = (  # settings whose flags are left out where they are vLLM's defaults
     "prefill_schedule_interval",
     "max_num_queued_reqs",
     "max_num_queued_tokens",
+    "disable_hybrid_kv_cache_manager",
+    "prefix_cache_retention_interval",
 )
 
 
@@ -48,7 +50,7 @@ def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
 
 def _serve(setup: Setup, group: ReplicaGroup, policy: Vllm, utilization: float) -> list[str]:
     """The words of one command. A length that no request can have in this pool is cut to the pool: vLLM insists."""
-    longest = min(setup.max_model_len, group.blocks * group.block_size)
+    longest = min(setup.max_model_len, group.room(setup.max_model_len))
     repository, found, _ = setup.model.source.partition(" config.json")
     line = ["vllm", "serve", repository if found and "/" in repository else setup.model.name]
     line += ["--tensor-parallel-size", str(group.parallel.tensor), "--max-model-len", str(longest)]
@@ -73,5 +75,6 @@ def _serve(setup: Setup, group: ReplicaGroup, policy: Vllm, utilization: float) 
         if (value := getattr(policy, name)) != getattr(Vllm, name):
             line.append(f"--{name.replace('_', '-')}")
             if value is not True:
-                line.append(f"{value:g}" if isinstance(value, float) else str(value))
+                said = f"{value:g}" if isinstance(value, float) else str(value)
+                line.append("None" if value == "dense" else said)
     return line

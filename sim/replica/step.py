@@ -32,7 +32,7 @@ class ReplicaStep(Step):
         *("evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals", "moved", "now"),
         *("padding", "parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
         *("releases", "resumed", "running", "scheduler", "slept", "started", "taken", "tokens", "waiting", "wake"),
-        "whole",
+        *("whole", "windowed"),
     )
 
     def __init__(
@@ -49,6 +49,7 @@ class ReplicaStep(Step):
         self.pool = pool
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
+        self.windowed = pool.windowed
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self.waiting: deque[Live] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self.now = 0
@@ -164,7 +165,7 @@ class ReplicaStep(Step):
         self.waiting = deque(requests)
 
     def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
-        return self.pool.need(request, tokens) + spare <= self.pool.free
+        return self.pool.need(request, tokens, in_chunks=True) + spare <= self.pool.free
 
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
         group = self.group
@@ -179,7 +180,7 @@ class ReplicaStep(Step):
         group, parked = self.group, self.parked
         if self.ran or self.whole:
             self._fail("decode_all after decodes were chosen already")
-        need = group.phases[-group.steps % group.block_size] if group.growing else 0
+        need = group.phases[-group.steps % group.block_size] * self.pool.tables if group.growing else 0
         if parked:
             need += sum(map(self._next_block, parked.values()))
         if need > self.pool.free:
@@ -193,7 +194,7 @@ class ReplicaStep(Step):
             return True
         self.tokens += group.live
         if self.pool.tracks:
-            self.pool.decode_all(group, range(1))
+            self.pool.decode_all(group, range(1), self.fresh)
         else:
             self.pool.free -= need
         self.taken = need
@@ -220,6 +221,8 @@ class ReplicaStep(Step):
             return True
         if self.whole or request.id in self.ran:
             self._fail(f"run of {request} twice in one step")
+        if pool.windowed:
+            pool.shed(request)
         need = self._next_block(request)
         if need > pool.free:
             return False
@@ -229,7 +232,9 @@ class ReplicaStep(Step):
         self.ran[request.id] = request
         return True
 
-    def admit(self, request: Live, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:  # noqa: D102
+    def admit(  # noqa: D102
+        self, request: Live, tokens: int, reserve: int | None = None, pad: int = 0, spare: int = 0
+    ) -> bool:
         pool = self.pool
         hit = pool.hit(request) if pool.tracks else request.loaded
         if not 1 <= tokens <= request.prompt_tokens + request.produced - hit:
@@ -244,7 +249,7 @@ class ReplicaStep(Step):
             if pool.blocks(upto) > pool.total:
                 self.reject(request)
                 return False
-        if pool.need(request, upto) > pool.free:
+        if pool.need(request, upto) + spare > pool.free:
             return False
         self.tokens += tokens
         if hit:
@@ -393,7 +398,7 @@ class ReplicaStep(Step):
     def _next_block(self, request: Live) -> int:
         """Blocks that a decoding request takes for one more token."""
         computed = request.computed
-        return int(computed % self.pool.block_size == 0 and computed >= request.reserved)
+        return self.pool.tables if computed % self.pool.block_size == 0 and computed >= request.reserved else 0
 
     def _unplan(self, request: Live) -> bool:
         """Take a request out of the plan under way; whether a decode was planned for it."""

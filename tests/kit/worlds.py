@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.policies.base import Scheduler
+from chairlift.policies.base import KvGroups, Scheduler
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.build import make_pool
@@ -163,8 +163,12 @@ def play(
     max_model_len: int = 1 << 20,
     host: tuple[int, int] = (0, 0),
     engine_type: type[Engine] = Engine,
+    groups: KvGroups | None = None,
 ) -> World:
-    """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one."""
+    """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
+
+    ``groups``: of the model's layers, if some have a window.
+    """
     requests = RequestRecords(trace)
     outputs = trace.output_tokens.tolist()
     sample = scheduler()
@@ -187,7 +191,8 @@ def play(
 
     def build(replica: Replica) -> Engine:
         policy = scheduler()
-        pool = make_pool(policy, trace, blocks, policy.block_tokens or block_size, identities={})
+        size = policy.block_tokens or block_size
+        pool = make_pool(policy, trace, blocks, size, {}, groups=groups, max_model_len=max_model_len)
 
         def finish(request: Live, now: int) -> None:
             replica.left(request)
