@@ -174,6 +174,10 @@ class Measured(NamedTuple):
     host: int  # preparing and launching it
 
 
+class DeviceError(RuntimeError):
+    """A device cannot go on in the midst of a run: a process of it has died, or its memory is full. One sentence."""
+
+
 class Executor(Backend):
     """Executes steps, one after the other, and measures them. Its `step` is an estimate, for policies that ask."""
 

@@ -52,10 +52,9 @@ RULES = {
     "who ends by length is left out of the next decode": "0.5.23",  # with overlap
     "waiting prefixes are refreshed": "0.5.23",
     "a page a request in the exact test": "0.5.23",
-    "prefill_decode_interval": "0.5.23",
-    "hrrn": "0.5.23",
     "unified radix cache": "0.5.23",
 }
+SETTINGS = {"prefill_decode_interval": "0.5.23"}  # that 0.5.17 has not
 VERSIONS = ("0.5.17", "0.5.23")
 Order = Literal["fcfs", "lpm", "dfs-weight", "lof", "hrrn"]
 
@@ -102,6 +101,8 @@ class Sglang(Scheduler):
         "grammar_backend": "structured outputs",
     }
 
+    switched: ClassVar[Mapping[str, bool]] = {}  # rules of `RULES` that hold, or not, whatever the version
+
     version: Literal["0.5.17", "0.5.23"] = "0.5.23"
     schedule_policy: Order = "fcfs"
     schedule_conservativeness: NotNegativeFloat = 1.0
@@ -139,9 +140,7 @@ class Sglang(Scheduler):
     _looked: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)  # known tokens, found
 
     def __post_init__(self) -> None:
-        self._rules = frozenset(
-            r for r, since in RULES.items() if VERSIONS.index(self.version) >= VERSIONS.index(since)
-        )
+        self._rules = frozenset(rule for rule in RULES if self.holds(rule, self.version))
         self._leaves_at_once = "finished requests leave the running batch at once" in self._rules
         self._first = min(1.0, FIRST_RATIO * self.schedule_conservativeness)
         self._least = min(1.0, self._first * LEAST_SHARE)
@@ -162,11 +161,17 @@ class Sglang(Scheduler):
     # what a scenario asks
 
     @classmethod
+    def holds(cls, rule: str, version: str) -> bool:
+        """Whether ``version`` has the rule of `RULES`, unless a subclass has `switched` it to see what it does."""
+        return cls.switched.get(rule, VERSIONS.index(version) >= VERSIONS.index(RULES[rule]))
+
+    @classmethod
     def refused(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """What is not modelled, and what the version lacks."""
         found = super().refused(given)
-        if given.get("version") == VERSIONS[0] and given.get("prefill_decode_interval"):
-            found["prefill_decode_interval"] = f"is not there in SGLang {VERSIONS[0]}"
+        for key, since in SETTINGS.items():
+            if given.get("version") == VERSIONS[0] and given.get(key):
+                found[key] = f"exists since SGLang {since}, and the version is {VERSIONS[0]}"
         return found
 
     @classmethod
@@ -182,7 +187,7 @@ class Sglang(Scheduler):
             yield "chunked_prefill_size", f"must be a multiple of page_size, {self.page_size} (got {self._chunk})"
         if self.enable_priority_scheduling and self.schedule_policy not in ("fcfs", "lof"):
             yield "schedule_policy", f"must be fcfs or lof with priority scheduling (got {self.schedule_policy})"
-        if self.schedule_policy == "hrrn" and "hrrn" not in self._rules:
+        if self.schedule_policy == "hrrn" and self.version == VERSIONS[0]:
             yield "schedule_policy", f"hrrn is not there in SGLang {self.version}"
 
     def assumptions(self) -> dict[str, str]:

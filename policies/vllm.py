@@ -63,6 +63,8 @@ class Vllm(Scheduler):
         "tensor_parallel_size": "parallelism here: it is the scenario's tensor_parallel",
     }
 
+    switched: ClassVar[Mapping[str, bool]] = {}  # rules of `RULES` that hold, or not, whatever the version
+
     version: str | float = NEWEST  # of vLLM, by whose rules it decides: 0.23 … 0.33
     max_num_batched_tokens: Positive = 2048  # tokens a step
     max_num_seqs: Positive = 256
@@ -92,15 +94,20 @@ class Vllm(Scheduler):
         self._by_priority = self.scheduling_policy == "priority"
         self._budget = min(self.max_num_batched_tokens, self.max_num_scheduled_tokens or self.max_num_batched_tokens)
         self._limit = min(self.max_num_seqs, self.max_num_active_seqs or self.max_num_seqs)
-        self._uncapped_alone = RULES["uncapped_alone"].holds(version)
-        self._any_victim_shifts = RULES["any_victim_shifts"].holds(version)
-        self._on_after_itself = RULES["on_after_itself"].holds(version)
+        self._uncapped_alone = self.holds("uncapped_alone", version)
+        self._any_victim_shifts = self.holds("any_victim_shifts", version)
+        self._on_after_itself = self.holds("on_after_itself", version)
         # Where blocks without a hash are reused first, it matters that the first decodes take their blocks before a
         # victim gives its own back: the running then take their turns one by one. So they do where layers have windows,
         # because those before the victim give blocks back as well.
         self._one_by_one = self.enable_prefix_caching and self.uncached_first
         self._threshold = self.long_prefill_token_threshold  # as it counts in the step at hand
         self._cadence = Cadence(self.prefill_schedule_interval) if self.prefill_schedule_interval > 1 else None
+
+    @classmethod
+    def holds(cls, rule: str, version: str) -> bool:
+        """Whether ``version`` has the rule of `RULES`, unless a subclass has `switched` it to see what it does."""
+        return cls.switched.get(rule, RULES[rule].holds(version))
 
     @classmethod
     def refused(cls, given: Mapping[str, Any]) -> dict[str, str]:
@@ -119,7 +126,7 @@ class Vllm(Scheduler):
     def sized(cls, given: Mapping[str, Any], deployment: Deployment) -> dict[str, Any]:
         """Budget and sequences as vLLM's API server sets them: `EngineArgs.get_batch_defaults` and what follows it."""
         version = named(given.get("version", NEWEST))
-        if deployment.gpu_bytes >= 160 * GIB and RULES["largest_gpus"].holds(version):
+        if deployment.gpu_bytes >= 160 * GIB and cls.holds("largest_gpus", version):
             tokens, sequences = 16384, 1024
         elif deployment.gpu_bytes >= 70 * GIB and "a100" not in deployment.gpu.lower():
             tokens, sequences = 8192, 1024
@@ -140,7 +147,7 @@ class Vllm(Scheduler):
     @property
     def uncached_first(self) -> bool:
         """Since 0.24."""
-        return RULES["uncached_first"].holds(str(self.version))
+        return self.holds("uncached_first", str(self.version))
 
     @property
     def asynchronous(self) -> bool:
@@ -160,9 +167,9 @@ class Vllm(Scheduler):
         version = str(self.version)
         retention = self.prefix_cache_retention_interval
         if retention is None:
-            retention = 0 if RULES["retains_little"].holds(version) else "dense"
+            retention = 0 if self.holds("retains_little", version) else "dense"
         in_flight = self.max_num_batched_tokens * (2 if self.async_scheduling else 1)
-        null_counts = not RULES["null_block_apart"].holds(version)
+        null_counts = not self.holds("null_block_apart", version)
         return HybridCache(in_flight, None if retention == "dense" else retention, null_counts)
 
     @property

@@ -19,6 +19,7 @@ class Rule(NamedTuple):
     does: str  # one sentence
     since: str = VERSIONS[0]
     until: str = NEWEST
+    sizes: bool = False  # it says what a setting is where none is given: it acts before anything runs
 
     def holds(self, version: str) -> bool:
         """Whether ``version`` has it."""
@@ -35,7 +36,7 @@ RULES = {
         "Under priority, a victim that stood before the request at hand shifts the loop's index, scheduled or not.",
         since="0.28",
     ),
-    "largest_gpus": Rule("GPUs of at least 160 GiB get a budget of 16384 tokens by default.", since="0.28"),
+    "largest_gpus": Rule("GPUs of at least 160 GiB get a budget of 16384 tokens by default.", since="0.28", sizes=True),
     "retains_little": Rule(
         "Of layers with windows, prefixes are kept only where prompts end or part, unless a setting says more.",
         since="0.29",

@@ -33,6 +33,12 @@ def simulate(
     ``progress(arrived)`` is called now and then. ``leap=False`` takes every engine step on its own: the same
     results, slowly. ``journal`` keeps what happens to each request (`sim.replica.journal`). Raises `PolicyError` if the
     policy asks for what cannot be, or leaves requests unserved, and `BadInput` if the backend cannot run here.
+
+    >>> from chairlift import load, simulate
+    >>> [setup, _] = load("my.yaml", assignments=["workload.requests=300"]).setups
+    >>> leapt, stepped = simulate(setup), simulate(setup, leap=False)
+    >>> leapt.to_arrow() == stepped.to_arrow()
+    True
     """
     started = time.perf_counter()
     collecting = gc.isenabled()

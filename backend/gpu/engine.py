@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chairlift.backend.base import Batch, Executor, Measured, Members, Prompt, StepCost
+from chairlift.backend.base import Batch, DeviceError, Executor, Measured, Members, Prompt, StepCost
 from chairlift.backend.gpu.block_tables import Practice, Sequences
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
 from chairlift.backend.gpu.step_graphs import Flat
+from chairlift.backend.gpu.weights import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model
@@ -93,6 +94,10 @@ class TorchEngine(Executor):
             raise ValueError(f"the engine's blocks hold a multiple of {TILE} tokens (got {self._block})")
         if not named:  # every sequence may leave its last block half empty
             blocks = -(-blocks * block_size // PAGE) + batch
+        if not self._cuda:
+            numbers = self.model.kv_bytes_per_token / self.model.kv_bytes_per_element  # of a token's KV
+            need = (self.model.parameters + blocks * self._block * numbers) * self.dtype.itemsize
+            check_memory(round(need), f"{self.model.name} with a KV pool of {blocks:,} blocks")
         self._sequences = Sequences(batch, blocks, self._block, max_model_len, named)
         self._staged = np.zeros((6, batch + 1), dtype=np.int32)
         self._answers = [torch.zeros(2 * batch, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
@@ -127,13 +132,15 @@ class TorchEngine(Executor):
     def _do(self, method: str, *arguments: Any) -> Any:
         """Let the runner of every GPU do this; what comes out is the same on all."""
         run = getattr(self._runner, method)
-        if self._team is None:
-            return run(*arguments)
-        self._team.tell(method, *arguments)
+        if self._team is not None:
+            self._team.tell(method, *arguments)
         try:
             return run(*arguments)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(f"the memory of {self.device} is full: {str(error).partition('. ')[0]}") from None
         except RuntimeError:  # a collective fails where a process has died: that is what matters
-            self._team.look(now=True)
+            if self._team is not None:
+                self._team.look(now=True)
             raise
 
     def _warm_up(self, room: int, longest: int) -> None:

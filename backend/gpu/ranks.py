@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from chairlift.backend.base import DeviceError
 
 if TYPE_CHECKING:
     from chairlift.backend.gpu.paged_attention import Heads
@@ -113,7 +116,7 @@ class Team:
                 raise self._lost(process) from None
 
     def look(self, now: bool = False) -> None:
-        """Raise RuntimeError if a process has died. It looks twice a second at most, or ``now``, if one just did."""
+        """Raise `DeviceError` if a process has died. It looks twice a second at most, or ``now``, if one just did."""
         if not now and time.monotonic() < self._looked + 0.5:
             return
         for process in self._processes:
@@ -144,11 +147,11 @@ class Team:
             self._kill()
             raise ValueError(said)
 
-    def _lost(self, process: Any) -> RuntimeError:
+    def _lost(self, process: Any) -> DeviceError:
         process.join(1)
         rank, code = self._processes.index(process) + 1, process.exitcode
         self._kill()
-        return RuntimeError(f"the process of GPU {rank} has died (exit code {code}); the others are ended too")
+        return DeviceError(f"the process of GPU {rank} has died (exit code {code}); the others are ended too")
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -167,6 +170,7 @@ def join(rank: int, count: int, port: int, device: str) -> None:
 
 def _follow(end: Connection, rank: int, count: int, port: int, device: str, build: Callable[..., Any]) -> None:
     """What a process does: make a runner, then what it is told, until nobody tells it any more."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(1)
     join(rank, count, port, device)
@@ -182,3 +186,11 @@ def _follow(end: Connection, rank: int, count: int, port: int, device: str, buil
         except (EOFError, OSError):
             return
         getattr(runner, method)(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, in the midst of whatever this one does."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

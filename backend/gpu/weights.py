@@ -19,6 +19,7 @@ from chairlift.backend.shapes import GIB, Model
 
 STD = 0.02  # of random weights, as transformers initialises
 SPARE = 4 * GIB  # bytes of a GPU left for activations, graphs and libraries
+MEMINFO = Path("/proc/meminfo")  # of Linux, proc(5)
 
 
 _latest: dict[Any, Transformer] = {}  # one at most
@@ -72,13 +73,28 @@ def _load(
 def check_room(device: torch.device, need: int, what: str) -> None:
     """Raise ValueError unless ``need`` bytes and something to spare are free on a GPU."""
     if device.type != "cuda":
-        return
+        return  # `check_memory` looks at the machine's, once for all processes
     free = torch.cuda.mem_get_info(device)[0] - SPARE
     if need > free:
         raise ValueError(
             f"{what} needs {need / GIB:.1f} GiB; {max(0, free) / GIB:.1f} GiB of {torch.cuda.get_device_name(device)}"
             " are free for it: give kv.blocks or a smaller kv.memory_utilization, or another model"
         )
+
+
+def check_memory(need: int, what: str) -> None:
+    """Raise ValueError unless the machine has ``need`` bytes to give. Where it does not say (macOS), nothing is known.
+
+    Linux hands out more memory than there is, and ends a process once that is used; so this looks beforehand.
+    """
+    try:
+        told = MEMINFO.read_text(encoding="ascii")
+        free = int(told.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return
+    if need > free:
+        rule = f"{what} needs {need / GIB:.1f} GiB, and the machine has {free / GIB:.1f} GiB to give"
+        raise ValueError(f"{rule}: device: cpu is for tiny models")
 
 
 def random_weights(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import resource
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,9 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _apart(case: Case) -> dict[str, Any]:
     """Run one case in a process of its own, so that its peak memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(measure, (case,))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, case).result()
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -15,20 +15,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from chairlift.backend import specs
+from chairlift.backend.base import DeviceError
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.calibration import uncertainty
 from chairlift.sim.cli import agree, calibrate, check, compare, completion, costs, plan, report, sweep, trace
+from chairlift.sim.cli.diff_engines import diff_engines
 from chairlift.sim.cli.doctor import doctor
 from chairlift.sim.cli.shipped import SCENARIOS, complete, find_scenario, new, shipped, show
 from chairlift.sim.cli.terminal import (
     Interruptible,
     console,
     forgive_encodings,
-    on_terminate,
     progress,
     status,
     stopped,
+    terminable,
 )
 from chairlift.sim.report import tables
 from chairlift.sim.results.outcome import Outcome
@@ -184,6 +186,8 @@ def run(
             counts = {key.replace("_", " "): outcome.summary[key] for key in ENDS}
             ends = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
             label = " ".join(filter(None, (outcome.setup.case, outcome.setup.variant))) or study.name
+            if why := outcome.assumptions.get("refused"):
+                ends += f" ({why})"
             err.print(escape(f"{label}: no request was completed: {ends}"), soft_wrap=True)
         raise typer.Exit(1)
 
@@ -209,6 +213,8 @@ def schema(
     """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
     from chairlift.sim.cli.schema import plan_schema, scenario_schema, sweep_schema
 
+    if sweep and plan:
+        raise BadInput(Problem("must not be given beside --sweep", file="--plan"))
     found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
     sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
@@ -305,6 +311,7 @@ def _question(path: Path) -> str:
 
 app.command("sweep")(sweep.sweep)
 app.command("compare")(compare.compare)
+app.command("diff-engines")(diff_engines)
 app.command("agree")(agree.agree)
 app.command("check")(check.check)
 app.command()(report.report)
@@ -319,15 +326,15 @@ app.command()(doctor)
 
 def main() -> None:
     """The console script: bad input is one message and exit status 2, never a traceback."""
-    on_terminate()
     forgive_encodings()
     try:
-        app(standalone_mode=True)
+        with terminable():
+            app(standalone_mode=True)
     except BadInput as error:
         for problem in error.problems:
             err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
         raise SystemExit(2) from None
-    except (PolicyError, specs.BadTable) as error:
+    except (PolicyError, DeviceError, specs.BadTable) as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,12 +21,13 @@ from chairlift.sim.sweep.file import SCENARIOS, Plan, read_sweep, shipped_file
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.local import Local
 from chairlift.sim.sweep.racing import AFTER, Race
-from chairlift.sim.sweep.runs import Executor, Row, Run, known, results
+from chairlift.sim.sweep.runs import Executor, Lost, Row, Run, known, results
 
 out = console(soft_wrap=True)
 err = console(stderr=True, soft_wrap=True)
 
 SWEEPS = SCENARIOS / "sweeps"
+LEAST_MOST_JOBS = 64  # processes that any machine may be asked for
 EVERY_S = 30  # between two lines of progress where there is no terminal
 
 # options of every command that makes many runs; `check_executor` says which of them go together
@@ -75,7 +77,8 @@ def sweep(
     """Run a scenario at every point of some axes, under several seeds: one row a run in DIR/results.parquet.
 
     Stop it whenever you like, even by kill -9: the same command goes on where it stopped and runs nothing twice.
-    A run that fails is a row with its error; exit status 1 says that there are such rows.
+    A run that fails is a row with its error. A run whose process dies again and again is named, and the same command
+    tries it again. Exit status 1 says that there are such runs, or that no run completed any request.
 
     [bold]chairlift sweep chat_knee && chairlift compare chat_knee[/bold]
     """
@@ -100,6 +103,7 @@ def sweep(
             return results(runs, journal, where, retry_failed)
 
         interrupted = 0
+        lost: dict[str, str] = {}
         found = contest.run(runner) if contest else runner(run for nth in zip(*plan.runs, strict=True) for run in nth)
         try:
             with _progress(total, quiet) as advance, closing(found):  # an interrupt ends the runs under way
@@ -111,6 +115,8 @@ def sweep(
         except KeyboardInterrupt as stop:
             interrupted = stopped(stop)
             rows = {id(run): (run, told) for runs in plan.runs for run in runs if (told := known(run, journal))}
+        except Lost as gone:
+            lost = gone.why
         new = len(journal) - before
         ordered = [rows[id(run)] for runs in plan.runs for run in runs if id(run) in rows]
         if ordered:
@@ -119,11 +125,17 @@ def sweep(
         err.print(f"interrupted: {len(rows)} of {total} runs are in {escape(str(folder))}; the same command goes on")
         raise typer.Exit(interrupted)
     failed = [row.error for _, row in ordered if row.error]
+    empty = sum(1 for _, row in ordered if row.metrics.get("completed") == 0)
     if not quiet:
         _conclude(plan, contest, ordered, new, time.perf_counter() - started, folder)
+    for why, count in Counter(lost.values()).most_common(5):
+        err.print(f"[red]lost:[/red] {count} runs: {escape(why)}; the same command tries them again", soft_wrap=True)
+    if empty:
+        err.print(f"[yellow]no request was completed[/yellow] in {empty:,} of {len(ordered):,} runs", soft_wrap=True)
     if failed:
         for error, count in Counter(failed).most_common(5):
             err.print(f"[red]failed:[/red] {escape(error)} ({count} runs)", soft_wrap=True)
+    if failed or lost or empty == len(ordered):
         raise typer.Exit(1)
 
 
@@ -133,6 +145,10 @@ def check_executor(name: str, jobs: int | None, address: str | None) -> None:
         raise BadInput(Problem("must not be given without --executor ray", file="--address", value=address))
     if name == "ray" and jobs is not None:
         raise BadInput(Problem("must not be given with --executor ray, which uses the whole cluster", file="--jobs"))
+    most = max(LEAST_MOST_JOBS, 4 * (os.cpu_count() or 1))
+    if jobs is not None and jobs > most:
+        rule = f"must be at most {most}: a process takes a core and some 60 MB"
+        raise BadInput(Problem(rule, file="--jobs", value=jobs))
 
 
 def executor_for(name: str, jobs: int | None, address: str | None) -> Executor:

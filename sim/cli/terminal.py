@@ -30,14 +30,22 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command in the same way as Ctrl-C (SIGINT)."""
 
 
-def on_terminate() -> None:
-    """From now on SIGTERM raises `Terminated` in the main thread."""
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated` in the main thread; afterwards it does what it did before."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise Terminated
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: a handler that Python does not know, and cannot set again
+            signal.signal(signal.SIGTERM, before)
 
 
 def stopped(by: KeyboardInterrupt) -> int:

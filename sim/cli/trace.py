@@ -1,4 +1,4 @@
-"""``chairlift trace describe`` and ``chairlift trace write``: what a trace is like, and workloads as trace files."""
+"""``chairlift trace``: what a trace is like, workloads as trace files, and anybody's log as one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from chairlift.sim.cli.terminal import console
 from chairlift.sim.scenario.yaml_document import read
 from chairlift.sim.workload.describe import describe as facts
 from chairlift.sim.workload.describe import table
-from chairlift.sim.workload.formats import chairlift
+from chairlift.sim.workload.formats import chairlift, foreign, mapped
 from chairlift.sim.workload.formats import read as formats
+from chairlift.sim.workload.formats.text_tables import head
 from chairlift.sim.workload.spec import Workload
 from chairlift.sim.workload.workload import build
 
@@ -51,6 +52,60 @@ def describe(
         out.print(table(trace, file.name))
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="CSV, JSON lines or a JSON document of lists (.gz is read as is).")],
+    prompt: Annotated[str | None, typer.Option(metavar="COLUMN", help="Prompt tokens.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="COLUMN", help="Output tokens.")] = None,
+    arrival: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="When a request came: 2023-11-16T18:17:03Z, or a number; else: unknown."),
+    ] = None,
+    max_tokens: Annotated[str | None, typer.Option(metavar="COLUMN", help="The cap on outputs.")] = None,
+    tenant: Annotated[str | None, typer.Option(metavar="COLUMN", help="Who sent it: any name.")] = None,
+    session: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its conversation: any name.")] = None,
+    priority: Annotated[str | None, typer.Option(metavar="COLUMN", help="A whole number.")] = None,
+    time_unit: Annotated[
+        Literal["s", "ms", "us", "ns"] | None, typer.Option(help="Of times that are numbers; default: as Unix times.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first rows.")] = None,
+    drop_empty: Annotated[bool, typer.Option("--drop-empty", help="Leave out rows without tokens (failed).")] = False,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to: .csv, .csv.gz or .parquet; default: NAME.trace.csv.")
+    ] = None,
+) -> None:
+    """Make a trace of a log, whose columns you name; keys within keys of JSON with dots.
+
+    [bold]chairlift trace import log.jsonl --arrival ts --prompt prompt_tokens --output completion_tokens[/bold]
+    """
+    target = Path(f"{file.name.partition('.')[0]}.trace.csv") if to is None else to
+    _writable(target)
+    given = {
+        **{"arrival_ps": arrival, "prompt_tokens": prompt, "output_tokens": output, "max_tokens": max_tokens},
+        **{"tenant": tenant, "session": session, "priority": priority},
+    }
+    named = {name: column for name, column in given.items() if column is not None}
+    if prompt is None or output is None:
+        lacking = " and ".join(option for option, column in (("--prompt", prompt), ("--output", output)) if not column)
+        start = head(file)
+        rule = f"must be given; {foreign.described(file, start)}"
+        raise BadInput(Problem(rule, file=lacking))
+    trace = mapped.read(file, named, time_unit, limit, drop_empty)
+    if target.exists() and target.samefile(file):
+        raise BadInput(Problem("is the file that is read: name another", file="--to", value=str(target)))
+    chairlift.save(trace, target)
+    out.print(table(trace, file.name))
+    out.print(
+        f"{len(trace):,} requests in {escape(str(target))}; in a scenario: workload: {{file: {escape(str(target))}}}"
+    )
+
+
+def _writable(file: Path) -> None:
+    """Raise `BadInput` if ``file`` has no name of a trace file."""
+    if not str(file).endswith((".csv", ".csv.gz", ".parquet")):
+        raise BadInput(Problem("must end in .csv, .csv.gz or .parquet", file=str(file)))
+
+
 @app.command("write")
 def write(
     scenario: Annotated[Path, typer.Argument(help="A scenario file, of which the workload and the seed are read.")],
@@ -64,8 +119,7 @@ def write(
     The same scenario and seed give the same file. Of a workload with think times the file has what each request waits
     for and how long.
     """
-    if not str(file).endswith((".csv", ".csv.gz", ".parquet")):
-        raise BadInput(Problem("must end in .csv, .csv.gz or .parquet", file=str(file)))
+    _writable(file)
     document = read(scenario)
     document.set(set_ or [])
     if "workload" not in document.data:

@@ -22,11 +22,11 @@ from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.cluster.requests import request_maker
 from chairlift.sim.cluster.timeouts import Patience
 from chairlift.sim.replica.counting_pool import CountingPool, StandInPool
-from chairlift.sim.replica.engine import Engine
-from chairlift.sim.replica.executing import Executing
+from chairlift.sim.replica.engine import Engine, make_engine
+from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
 from chairlift.sim.replica.hybrid_pool import HybridPool, HybridStandIn
-from chairlift.sim.replica.journal import JournalEngine, JournalExecuting
+from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
@@ -124,20 +124,24 @@ class _Engines:
                 replica.left(request)
             cluster.ended(request, now)
 
-        parts = (scheduler, backend, pool, cluster.requests, outputs, setup.max_model_len, replica.index)
-        if isinstance(backend, Executor):
-            executing = JournalExecuting if self.journal else Executing
-            identity = self._identity(pool)
-            engine: Engine = executing(*parts, leap=False, finish=finish, records=replica.records, identity=identity)
-        else:
-            pricing = JournalEngine if self.journal else Engine
-            host = make_host(setup, group)
-            engine = pricing(*parts, leap=self.leap, finish=finish, records=replica.records, host=host)
-        engine.state.more_arrivals = cluster.more_arrivals
-        if prefills:
-            assert self.handover is not None
-            engine.handover = self.handover.take
-        return engine
+        executes = isinstance(backend, Executor)
+        planner = Planner(
+            scheduler,
+            backend,
+            pool,
+            cluster.requests,
+            outputs,
+            setup.max_model_len,
+            replica.index,
+            leap=self.leap and not executes,
+            finish=finish,
+            host=None if executes else make_host(setup, group),
+            records=replica.records,
+            handover=self.handover.take if prefills and self.handover is not None else None,
+            journal=self.journal,
+        )
+        planner.state.more_arrivals = cluster.more_arrivals
+        return make_engine(planner, Execution(planner, self._identity(pool)) if executes else None)
 
     def _identity(self, pool: CountingPool) -> Identity:
         """Which prompts of an executed run have tokens in common: the pool's own idea, if it has one."""

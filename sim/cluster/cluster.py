@@ -89,7 +89,7 @@ class Cluster:
 
     def refuse(self, request: Live, now: int) -> None:
         """End a request that no replica has taken: its queue is full."""
-        self.requests.end(request, now, Status.REJECTED, request.last.ps)
+        self.requests.end(request, now, Status.REJECTED)
         self.ended(request, now)
 
     def ended(self, request: Live, now: int) -> None:

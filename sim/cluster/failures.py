@@ -83,7 +83,7 @@ class Breakdowns:
                 (self._again if request.produced else pool).send(request, now)
             return
         for request in lost:
-            self._cluster.requests.end(request, now, Status.FAILED, request.last.ps)
+            self._cluster.requests.end(request, now, Status.FAILED)
             self._cluster.ended(request, now)
 
     def _repair(self, replica: Replica) -> None:

@@ -20,7 +20,8 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
     """A function from a row of the trace to the request that routers and policies see.
 
     ``identities`` are those of `sim.cluster.build.make_pool`; None where no two prompts have a block in common. The ids
-    of a prompt's leading blocks are the trace's own, else made from its sessions or prefix groups.
+    of a prompt's leading blocks are the trace's own, and after these, or without them, made from its sessions or prefix
+    groups.
 
     Raises `PolicyError` if the replicas' policies want different predictions.
     """
@@ -39,6 +40,7 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
     priorities = None if trace.priority is None else trace.priority.tolist()
     hashes = trace.hash_ids
     ends = None if hashes is not None or identities is None else _ends(trace, identities)
+    tails = None if hashes is None or identities is None else _tails(trace, identities)
     tenants = None if trace.tenant is None else trace.tenant.tolist()
     sessions = None if trace.session is None else trace.session.tolist()
     longest = setup.max_model_len
@@ -60,7 +62,7 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
         if guesses is not None:
             request.predicted_tokens = guesses[i]
         if hashes is not None:
-            request.hash_ids = hashes.row(i).tolist()
+            request.hash_ids = hashes.row(i).tolist() if tails is None else [*hashes.row(i).tolist(), *tails[i]]
         elif ends is not None:
             end = ends[i]
             request.hash_ids = range(end - end % CHAIN, end)
@@ -89,3 +91,28 @@ def _ends(trace: Trace, identities: dict[int, Identity]) -> list[int] | None:
     group = trace.prefix_group.astype(np.int64)
     ends: list[int] = np.where(group >= 0, group * CHAIN + trace.prefix_tokens // ID_TOKENS, 0).tolist()
     return ends
+
+
+def _tails(trace: Trace, identities: dict[int, Identity]) -> list[range] | None:
+    """For each row ids of the blocks that come after those of the trace's own ids and are its session's.
+
+    None without sessions. The ids are below all of the trace's own. An example, with a session's prompts of 64 and 128
+    tokens whose first 32 the trace names by the id 7: the ids of the first prompt are 7, -3 and -4 (of its blocks 2 and
+    3), of the second 7 and -3 … -8; those of another session begin CHAIN below.
+    """
+    if trace.session is None or trace.hash_ids is None:
+        return None
+    identity = identities.setdefault(ID_TOKENS, Identity(trace, ID_TOKENS))
+    lowest = min(0, int(trace.hash_ids.values.min(initial=0)))
+    chains: dict[int, int] = {}
+    tails = []
+    for i, prompt in enumerate(trace.prompt_tokens.tolist()):
+        named = identity.named(i) // ID_TOKENS
+        last = min(identity.shareable[i], prompt // ID_TOKENS)
+        if last <= named:
+            tails.append(range(0))
+            continue
+        stream = identity.streams(i)[0][-2]  # the last but one; the last is the row's own
+        begin = lowest - 1 - chains.setdefault(stream, len(chains)) * CHAIN
+        tails.append(range(begin - named, begin - last, -1))
+    return tails

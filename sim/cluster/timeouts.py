@@ -40,5 +40,5 @@ class Patience:
             cluster.replicas[request.at].cancel(request)
             return
         # It has no replica, or is on its way between two: whoever would send it on finds that it has ended.
-        cluster.requests.end(request, now, Status.TIMED_OUT, request.last.ps)
+        cluster.requests.end(request, now, Status.TIMED_OUT)
         cluster.ended(request, now)

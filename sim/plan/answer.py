@@ -14,10 +14,13 @@ from chairlift.sim.plan.capacity import Capacity, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.headroom import Headroom, headroom
+from chairlift.sim.plan.pacing import SAMPLE, paced
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.vllm_command import commands
+from chairlift.sim.scenario.load import prepare
 from chairlift.sim.sweep.statistics import undominated
+from chairlift.sim.workload.trace import Trace
 
 MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
 ROUGH = 0.05  # precision of the capacities of a front's systems
@@ -189,6 +192,19 @@ def nowhere(plan: BuyingPlan) -> list[Problem]:
     return [head, *(Problem(reason, file=plan.document.path) for reason in list(reasons)[:6])]
 
 
+def _rate_of(answer: Answer) -> float:
+    """The rate that the chosen system is for: what it was bought for, or else what it sustains."""
+    won = [race.rate_per_s for race in answer.races if race.winner is not None]
+    sustained = [capacity.rate_per_s for _, capacity in answer.capacities if capacity.reached]
+    rates = won or answer.plan.spec.rates or [float(f"{rate:.4g}") for rate in sustained]
+    return rates[-1 if won else 0] if rates else 1.0
+
+
+def _workload_at(candidate: Candidate, rate: float) -> Trace:
+    """The beginning of the workload at ``rate``, for what is to be said of it."""
+    return prepare(paced(candidate.document, rate, SAMPLE), candidate.folder, candidate.trust).trace
+
+
 def conclude(answer: Answer, runs: Simulations) -> None:
     """Fill in the commands that start the chosen system, and the assumptions that the answer rests on."""
     plan, chosen = answer.plan, answer.chosen
@@ -198,7 +214,8 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         kv: Any = chosen.document.data.get("kv") or {}
         answer.commands = commands(setup, kv.get("memory_utilization", 0.9))
         lines["system"] = chosen.name
-        lines["workload"] = "; ".join((setup.trace.source, *setup.trace.notes))
+        trace = _workload_at(chosen, _rate_of(answer))
+        lines["workload"] = "; ".join((trace.source, *trace.notes))
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
         for group in setup.groups:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from chairlift.backend import specs
-from chairlift.sim.bad_input import BadInput
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, scenario_of
 from chairlift.sim.plan.capacity import Effort
 from chairlift.sim.plan.pacing import sampled
@@ -27,6 +28,12 @@ from chairlift.sim.workload.arrivals import Rate
 from chairlift.sim.workload.strict import Spec
 
 COMPARING = ("compare", "cases")  # keys of a scenario that make it several systems
+_OURS = (  # keys of a scenario that a plan says itself, and where
+    (r"slo(\..*)?", "slo"),
+    (r"seed", "search.seed"),
+    (r"workload\.(mix\.[^.]*\.)?requests", "search.requests"),
+    (r"workload\.(rate_per_s|time_scale|arrivals\.[^.]*\.rate_per_s)", "rate_per_s"),
+)
 
 
 class Search(Spec):
@@ -75,7 +82,8 @@ class PlanFile(Based):
 
     slo: Annotated[list[Promise], Field(min_length=1)] = Field(description="Promises, all of which are to be kept.")
     rate_per_s: Rate | Annotated[list[Rate], Field(min_length=1)] | None = Field(
-        default=None, description="The load to buy for (or each of several): mean requests per second."
+        default=None,
+        description="The load to buy for (or each of several): mean requests/s; with sessions, sessions/s.",
     )
     today: dict[str, Any] | None = Field(
         default=None, description="Dotted key → value: the deployment there is, for capacity and headroom."
@@ -146,6 +154,12 @@ def read_plan(
         problems.append(base.problem(("seed",), "must not be given: search.seed is that of the first replication"))
     if problems:
         raise BadInput(problems)
+    given = [(key, document.problem((part, key), "")) for part in ("set", "today") for key in getattr(spec, part) or ()]
+    varying = spec.keys()
+    given += [(key, document.problem(("axes", key), "", key)) for key in varying]
+    given += [(key, Problem("", f"--set {text}")) for text in assignments for key in [text.partition("=")[0].strip()]]
+    if problems := [found._replace(rule=rule) for key, found in given if (rule := _ours(key))]:
+        raise BadInput(problems)
     points = spec.points()
     for point in spec.each_alone():
         load.check(sampled(scenario_of(base, point, document)), folder, trust)
@@ -163,6 +177,12 @@ def read_plan(
         if today.setup is None:
             raise BadInput(document.problem(("today",), f"cannot be: {today.misfit}"))
     return BuyingPlan(results_name(spec.name, path), spec, document, candidates, today, prices)
+
+
+def _ours(key: str) -> str:
+    """Why ``key`` of the base must not be changed: the plan says it itself. "" if it may be."""
+    said = next((own for pattern, own in _OURS if re.fullmatch(pattern, key)), None)
+    return f"{key} of the base does not count in a plan, whose own {said} says it" if said else ""
 
 
 def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:

@@ -91,11 +91,10 @@ def _own_rate(part: Workload, problem: Problem) -> float:
     if part.rate_per_s is not None:
         return part.rate_per_s
     arrivals = part.arrivals or (named_workload(part.name).arrivals if part.name else None)
-    chosen: Any = None if arrivals is None else arrivals.chosen
-    rate = getattr(chosen, "mean_rate_per_s", None) or getattr(chosen, "rate_per_s", None)
+    rate = None if arrivals is None else arrivals.mean_rate_per_s
     if rate is None:
         raise BadInput(problem._replace(rule="has no rate of its own: give rate_per_s, its share of the load"))
-    return float(rate)
+    return rate
 
 
 def replays(document: Document) -> bool:

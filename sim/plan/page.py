@@ -39,7 +39,7 @@ def write(answer: Answer, path: Path) -> None:
         headlines=list(_headlines(answer)),
         capacities=_capacities(answer) if answer.capacities else None,
         headroom=_headroom(answer) if answer.headroom else None,
-        races=[_race(race) for race in answer.races],
+        races=[_race(race, answer.plan.unit) for race in answer.races],
         prices=_prices(answer),
         front=_front(answer) if answer.front else None,
         assumptions=answer.assumptions,
@@ -51,7 +51,7 @@ def write(answer: Answer, path: Path) -> None:
 def _headlines(answer: Answer) -> Iterator[dict[str, Any]]:
     """The answers in a line each: words before, in and after the bold part, and smaller lines below."""
     for race in answer.races:
-        rate = f"{race.rate_per_s:g}/s"
+        rate = f"{race.rate_per_s:g} {answer.plan.unit}/s"
         if race.winner is None:
             lost = f"No system keeps the promises at {rate}."
             yield {"good": False, "before": lost, "main": "", "after": "", "lines": list(feasible(race))}
@@ -72,7 +72,7 @@ def _headlines(answer: Answer) -> Iterator[dict[str, Any]]:
 
 def _capacities(answer: Answer) -> dict[str, Any]:
     return {
-        "head": ("system", "rate [interval], /s", "$/h", "hours simulated", "limited by"),
+        "head": ("system", f"rate [interval], {answer.plan.unit}/s", "$/h", "hours simulated", "limited by"),
         "rows": [
             (c.name, interval(k), f"{c.usd_per_hour:,.2f}", f"{k.simulated_s / 3600:,.1f}", str(k.limiting or ""))
             for c, k in answer.capacities
@@ -142,7 +142,7 @@ def _headroom(answer: Answer) -> dict[str, Any]:
     figure["layout"]["annotations"] = [note("today", 1, today, "paper", "y", "right")]
     return {
         "today": f"{today:g}",
-        "head": ("under", "rate [interval], /s", "× today", *(f"× {t:g}" for t in times)),
+        "head": ("under", f"rate [interval], {answer.plan.unit}/s", "× today", *(f"× {t:g}" for t in times)),
         "rows": [
             (h.stress, interval(h.capacity), f"{h.capacity.rate_per_s / today:.2f}", *(h.growth[t] for t in times))
             for h in answer.headroom
@@ -165,11 +165,11 @@ def _prices(answer: Answer) -> list[Drawn]:
     return [("price of the cheapest that keeps the promises", figure, [])]
 
 
-def _race(race: Race) -> dict[str, Any]:
+def _race(race: Race, unit: str) -> dict[str, Any]:
     simulated = [entry for entry in race.entries if entry.verdict is not None]
     excluded = race.of("excluded")
     return {
-        "title": f"{race.rate_per_s:g}/s",
+        "title": f"{race.rate_per_s:g} {unit}/s",
         "said": f"Of {len(race.entries)} systems {len(simulated)} were simulated, {len(excluded)} excluded by bounds, "
         f"{len(race.of('dearer'))} dearer than what will do.",
         "simulated": [(e.candidate.name, f"{e.candidate.usd_per_hour:,.2f}", e.outcome, e.why) for e in simulated],
@@ -186,7 +186,7 @@ def _front(answer: Answer) -> dict[str, Any]:
     trace = curve(
         *(0, "", [p.candidate.usd_per_hour for p in points], [p.latency_ms for p in points]),
         mode="markers",
-        text=[f"{p.candidate.name}: {interval(p.capacity)}/s" for p in points],
+        text=[f"{p.candidate.name}: {interval(p.capacity)} {answer.plan.unit}/s" for p in points],
         hovertemplate="%{text}<br>$%{x:.2f} an hour, %{y:.4g} ms<extra></extra>",
         marker={
             "size": 12,
@@ -206,7 +206,7 @@ def _front(answer: Answer) -> dict[str, Any]:
         for p in points
     ]
     return {
-        "head": ("system", "on the front", "$/h", f"{name}, ms", "rate [interval], /s"),
+        "head": ("system", "on the front", "$/h", f"{name}, ms", f"rate [interval], {answer.plan.unit}/s"),
         "rows": rows,
         "figures": [(title, _figure([trace], "$ an hour", "ms"), [])],
     }

@@ -19,7 +19,7 @@ from chairlift.sim.plan.promises import Promise, Sample, measured
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.journal import Journal
-from chairlift.sim.sweep.runs import Executor, Row, Run, failure
+from chairlift.sim.sweep.runs import OF_THE_MACHINE, Executor, Row, Run, failure
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Simulations:
 
 
 def replicate(run: Run) -> Result:
-    """Simulate one `Replication`. An error is in the result, not raised."""
+    """Simulate one `Replication`. An error is in the result, not raised, but for those of `OF_THE_MACHINE`."""
     assert isinstance(run, Replication)
     started = time.perf_counter()
     try:
@@ -117,6 +117,8 @@ def replicate(run: Run) -> Result:
         outcome = simulate(setup)
         wall = time.perf_counter() - started
         return Result(run.key, "", measured(run.promises, outcome.requests, outcome.runs, wall))
+    except OF_THE_MACHINE:
+        raise
     except Exception as wrong:
         return Result(run.key, failure(wrong), None)
 

@@ -44,7 +44,7 @@ def show(out: Console, answer: Answer) -> None:
     if answer.headroom:
         out.print(_headroom(answer))
     for each in answer.races:
-        _show_race(out, each)
+        _show_race(out, each, answer.plan.unit)
     if answer.front:
         out.print(_front(answer))
     out.print("\n[bold]What this rests on[/bold]")
@@ -107,7 +107,11 @@ def _headroom(answer: Answer) -> Table:
     rate = answer.plan.spec.rates[0]
     times = list(answer.headroom[0].growth)
     table = _table(
-        f"headroom over today's {rate:g}/s", "under", "rate [interval]", "× today", *(f"× {t:g}" for t in times)
+        f"headroom over today's {rate:g} {answer.plan.unit}/s",
+        "under",
+        "rate [interval]",
+        "× today",
+        *(f"× {t:g}" for t in times),
     )
     for each in answer.headroom:
         factor = f"{each.capacity.rate_per_s / rate:.2f}"
@@ -115,15 +119,16 @@ def _headroom(answer: Answer) -> Table:
     return table
 
 
-def _show_race(out: Console, race: Race) -> None:
+def _show_race(out: Console, race: Race, unit: str) -> None:
     if race.winner is None:
-        out.print(f"\n[bold]No system keeps the promises at {race.rate_per_s:g}/s.[/bold]")
+        out.print(f"\n[bold]No system keeps the promises at {race.rate_per_s:g} {unit}/s.[/bold]")
         for line in feasible(race):
             out.print(f"  {escape(line)}")
     else:
         best = race.winner.candidate
+        price = f"${best.usd_per_hour:,.2f}/h"
         out.print(
-            f"\n[bold]Cheapest for {race.rate_per_s:g}/s: {escape(best.name)}, ${best.usd_per_hour:,.2f}/h[/bold]"
+            f"\n[bold]Cheapest for {race.rate_per_s:g} {unit}/s: {escape(best.name)}, {price}[/bold]"
             f" ({best.gpus} GPU{'s' * (best.gpus > 1)}; {escape(best.backend)}); {escape(race.winner.why)}"
         )
     table = _table("simulated, cheapest first", "system", "$/h", "outcome", "share that met it [interval]")
@@ -206,6 +211,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
     return {
         "name": answer.plan.name,
         "question": answer.plan.spec.question or "",
+        "rates_are": f"{answer.plan.unit}/s",
         "slo": [str(promise) for promise in answer.plan.spec.slo],
         "capacities": [{**_system(c), **_of_capacity(capacity)} for c, capacity in answer.capacities],
         "headroom": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from chairlift.backend.shapes import Model
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.study import ReplicaGroup, Setup
 
@@ -48,11 +49,22 @@ def commands(setup: Setup, utilization: float = UTILIZATION) -> list[str]:
     return found
 
 
+def _repository(model: Model) -> str | None:
+    """Where the weights are published, whose config.json says how they are quantised; None: nobody has said."""
+    repository, found, _ = model.source.partition(" config.json")
+    return repository if found and "/" in repository else None
+
+
+def _quantization(model: Model) -> str | None:
+    """What vLLM must be told to quantise weights of 16 bits to; None if the weights themselves say it."""
+    narrow = model.bytes_per_param == 1 or model.quantization == "fp8"
+    return "fp8" if narrow and _repository(model) is None else None
+
+
 def _serve(setup: Setup, group: ReplicaGroup, policy: Vllm, utilization: float) -> list[str]:
     """The words of one command. A length that no request can have in this pool is cut to the pool: vLLM insists."""
     longest = min(setup.max_model_len, group.room(setup.max_model_len))
-    repository, found, _ = setup.model.source.partition(" config.json")
-    line = ["vllm", "serve", repository if found and "/" in repository else setup.model.name]
+    line = ["vllm", "serve", _repository(setup.model) or setup.model.name]
     line += ["--tensor-parallel-size", str(group.parallel.tensor), "--max-model-len", str(longest)]
     for degree, flag in ((group.parallel.pipeline, "pipeline"), (group.parallel.data, "data")):
         line += [f"--{flag}-parallel-size", str(degree)] if degree > 1 else []
@@ -60,6 +72,10 @@ def _serve(setup: Setup, group: ReplicaGroup, policy: Vllm, utilization: float) 
     ranks = group.parallel.data  # vLLM's limits are a rank's
     line += ["--max-num-batched-tokens", str(policy.max_num_batched_tokens // ranks)]
     line += ["--max-num-seqs", str(policy.max_num_seqs // ranks)]
+    if (kind := _quantization(setup.model)) is not None:
+        line += ["--quantization", kind]
+    if setup.model.kv_bytes_per_element == 1:
+        line += ["--kv-cache-dtype", "fp8"]
     line += ["--gpu-memory-utilization", f"{utilization:g}", "--block-size", str(group.block_size)]
     if policy.num_gpu_blocks is not None:
         line += ["--num-gpu-blocks-override", str(policy.num_gpu_blocks)]

@@ -1,4 +1,4 @@
-"""The KV pool by counting, and the group of requests that decode together.
+"""The KV pool by counting.
 
 The counting pool knows numbers of blocks only, not which block is whose: enough wherever prefix caching cannot
 matter, and O(1) for any number of steps. `sim.replica.prefix_pool` has the pool that knows each block.
@@ -6,19 +6,12 @@ matter, and O(1) for any number of steps. `sim.replica.prefix_pool` has the pool
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from heapq import heappop, heappush
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Protocol
 
-from chairlift.policies.base import FOREVER, PrefixNode
-from chairlift.sim.replica.request import DECODING, HELD, Live, Phase, When
-
-NOBODY_ELSE: dict[int, Live] = {}
-
-
-def admission(request: Live) -> int:
-    """A sort key: the order of running."""
-    return request.rank
+from chairlift.policies.base import PrefixNode
+from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes
+from chairlift.sim.replica.request import Live
 
 
 class _Root:
@@ -179,183 +172,3 @@ class StandInPool(CountingPool):
 
     def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102 - as above
         raise PrefixCacheMatters
-
-
-class Decodes:
-    """The requests that get one token a step, all together: a step costs O(1) however many they are.
-
-    ``steps`` counts the decode steps that the group has done. A member's tokens in KV are ``offset + steps``, so a step
-    touches no member. A member takes a block when ``offset + steps`` is a multiple of the block size: a histogram of
-    ``offset mod block_size`` says how many members do so at a step. `Ends` knows when each member has its answer.
-
-    In three steps, with blocks of 4 tokens: A joins with 6 tokens in KV when ``steps == 1``, so its offset is 5 and its
-    phase 1. At ``steps == 3`` A has 8 tokens, two full blocks: ``-3 % 4 == 1`` is A's phase, and A takes a block. At
-    ``steps == 7`` A has 12 tokens, ``-7 % 4 == 1`` again, and A takes the next.
-    """
-
-    __slots__ = ("block_size", "context", "dead", "growing", "live", "members", "phases", "reserved", "steps")
-
-    def __init__(self, block_size: int, track: bool = False) -> None:
-        self.block_size = block_size
-        self.steps = 0
-        self.live = 0  # members that produce a token a step
-        self.dead = 0  # finished members whose slot is still paid for
-        self.context = 0  # KV tokens that the next step reads, its own included; dead slots' too
-        self.growing = 0  # live members without a reservation ahead of them
-        self.reserved = 0  # live members with one
-        self.phases = [0] * block_size  # growing members by offset mod block_size
-        self.members: list[dict[int, Live]] | None = [{} for _ in range(block_size)] if track else None
-
-    def join(self, request: Live) -> None:
-        """Add a request; what is left of its reservation (`Live.reserved`) is used before it grows."""
-        computed = request.stored
-        request.group = self
-        request.phase = DECODING
-        request.offset = computed - self.steps
-        self.live += 1
-        self.context += computed + 1 + request.pad
-        if request.reserved > computed:
-            self.reserved += 1
-        else:
-            request.reserved = 0
-            self._grows(request)
-
-    def leave(self, request: Live, phase: Phase, when: When | None) -> None:
-        """Take a live member out, which is in ``phase`` from here on.
-
-        ``when`` holds the time of its latest token; None if that came before it joined.
-        """
-        computed = request.offset + self.steps
-        self.context -= computed + 1 + request.pad
-        self._stops(request, computed)
-        request.phase = phase
-        if when is not None:
-            request.before, request.last = request.last, when
-
-    def die(self, request: Live) -> None:
-        """A live member has its answer and keeps its slot, which reads one token more each step."""
-        self._stops(request, request.offset + self.steps)
-        self.dead += 1
-        request.phase = HELD
-
-    def bury(self, request: Live) -> None:
-        """Take a dead member out."""
-        self.dead -= 1
-        self.context -= request.offset + self.steps + 1 + request.pad
-
-    def outgrow(self, request: Live) -> None:
-        """A member's reservation is used up: from here it grows block by block."""
-        self.reserved -= 1
-        request.reserved = 0
-        self._grows(request)
-
-    def _grows(self, request: Live) -> None:
-        phase = request.offset % self.block_size
-        self.growing += 1
-        self.phases[phase] += 1
-        if self.members is not None:
-            self.members[phase][request.id] = request
-
-    def _stops(self, request: Live, computed: int) -> None:
-        """A member produces no tokens any more; it has ``computed`` tokens in KV."""
-        request.group = None
-        request.stored = computed
-        request.produced = computed - request.prompt_tokens + 1
-        self.live -= 1
-        if request.reserved:
-            self.reserved -= 1
-            return
-        phase = request.offset % self.block_size
-        self.growing -= 1
-        self.phases[phase] -= 1
-        if self.members is not None:
-            del self.members[phase][request.id]
-
-    def blocks_needed(self, steps: int) -> int:
-        """Blocks that the next ``steps`` steps take from the pool."""
-        if not self.growing:
-            return 0
-        size = self.block_size
-        whole, rest = divmod(steps, size)
-        need = whole * self.growing
-        if rest:
-            phases = self.phases
-            first = -self.steps % size
-            for back in range(rest):  # a member needs a block when offset + steps is a multiple of the size
-                need += phases[first - back]
-        return need
-
-    def steps_within(self, steps: int, free: int) -> int:
-        """How many of the next ``steps`` steps ``free`` blocks cover."""
-        growing = self.growing
-        size = self.block_size
-        if not growing or (steps // size + 1) * growing <= free:
-            return steps
-        whole = min(steps // size, free // growing)
-        done = whole * size
-        free -= whole * growing
-        phases = self.phases
-        first = -self.steps % size
-        while done < steps:  # at most one block size of rounds
-            free -= phases[first - done % size]
-            if free < 0:
-                break
-            done += 1
-        return done
-
-
-class Ends:
-    """When each member of a group gets its last token: true lengths, which nothing that a policy can reach refers to.
-
-    ``outputs``: true lengths by request id. A heap holds what comes next to each member, by the group's steps: its
-    answer ends, or its reservation does. Members that leave are not looked for in the heap; an entry is dropped when
-    it comes up and is not of the member's latest joining. Admission (`Live.rank`) and offset tell one joining from
-    another: who leaves the group and stays admitted misses a step, and so joins with another offset.
-    """
-
-    __slots__ = ("_group", "_own", "heap", "outputs")
-
-    def __init__(self, group: Decodes, outputs: Sequence[int]) -> None:
-        self.outputs = outputs
-        self._own = False  # whether nobody else reads `outputs`
-        self._group = group
-        self.heap: list[tuple[int, int, int, int, Live]] = []  # steps of the group, request; rank, offset, the request
-
-    def shorten(self, request: int, tokens: int) -> None:
-        """A request may not have more than so many tokens of answer."""
-        if self.outputs[request] > tokens:
-            if not self._own:
-                self.outputs, self._own = list(self.outputs), True
-            self.outputs[request] = tokens  # type: ignore[index]
-
-    def add(self, request: Live) -> None:
-        """A request has joined the group."""
-        offset = request.offset
-        end = request.prompt_tokens + self.outputs[request.id] - 1 - offset
-        if request.reserved and request.reserved - offset < end:  # the reservation runs out before the answer does
-            end = request.reserved - offset
-        heappush(self.heap, (end, request.id, request.rank, offset, request))
-
-    def horizon(self) -> int:
-        """Steps until the next member's end; `FOREVER` without members."""
-        heap = self.heap
-        while heap:
-            end, _, rank, offset, request = heap[0]
-            if request.offset == offset and request.phase is DECODING and request.rank == rank:
-                return end - self._group.steps
-            heappop(heap)
-        return FOREVER
-
-    def due(self) -> Live | None:
-        """Take what comes first out of the heap, which is due: a member that has its last token now, or None.
-
-        None if the entry was of a member that has left, or of one whose reservation ends, which goes on without.
-        """
-        _, _, rank, offset, request = heappop(self.heap)
-        if request.offset != offset or request.phase is not DECODING or request.rank != rank:
-            return None
-        if offset + self._group.steps < request.prompt_tokens + self.outputs[request.id] - 1:
-            self._group.outgrow(request)
-            self.add(request)
-            return None
-        return request

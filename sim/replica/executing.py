@@ -1,6 +1,6 @@
-"""A replica whose steps really run: policy and bookkeeping of `sim.replica.engine`, the clock moved by real time.
+"""Steps that really run: what an `Executor` adds to the loops of `sim.replica.engine`, and the wall clock.
 
-The plan goes to the hardware as soon as it is made. A synchronous engine waits for it at once; an asynchronous one
+The plan goes to the hardware as soon as it is made. A synchronous engine waits for it at once; one that plans ahead
 plans and launches the next step first, and so keeps the hardware busy, as vLLM does. A step ends when its tokens are
 in: from one such moment to the next the simulated clock goes on by the wall clock, all host work included. While the
 replica is idle no time is measured; the clock then jumps to the next arrival.
@@ -10,93 +10,97 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from chairlift.backend.base import Batch, Executor, Host, Prompt, StepCost
 from chairlift.policies.base import PolicyError
-from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.session_prompts import Turns
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.results.records import MeasuredRow
 
 _UNKNOWN = Host()  # of a step whose host work is measured, not priced
 
 
-class Executing(Engine):
-    """An `Engine` over an `Executor`. ``identity`` says which prompts have tokens in common: the pool's own."""
+class Execution:
+    """Runs the steps of ``planner`` on its backend, which is an `Executor`.
 
-    def __init__(self, *parts: Any, identity: Identity, **settings: Any) -> None:
-        super().__init__(*parts, **settings)
-        assert isinstance(self.backend, Executor)
-        self._executor = self.backend
-        self._turns = Turns(identity, self._requests, self._executor.answer)
-        self._cost = self._execute
+    ``identity`` says which prompts have tokens in common: the pool's own.
+    """
+
+    def __init__(self, planner: Planner, identity: Identity) -> None:
+        assert isinstance(planner.backend, Executor)
+        self._executor = planner.backend
+        self._planner = planner
+        requests = planner.requests
+        prompts: list[int] = requests.trace.prompt_tokens.tolist()
+        self._turns = Turns(identity, prompts, requests.status, requests.emitted, self._executor.answer)
         self._clock: int | None = None  # wall clock when the latest step's tokens were in, ns; None while idle
         self._asked: dict[int, tuple[int, int, int]] = {}  # plan (by id) → when, ps spent planning, attention pairs
         self._pairs = 0
+        self._settling = 0  # wall clock when the latest run was settled, ns
+        planner.price = self._launch
 
-    def submit(self, request: Live, now: int) -> bool:  # noqa: D102 - documented in `Engine`, as those below
+    def arrived(self, request: Live) -> None:
+        """A request has come."""
         self._turns.arrived(request.id)
-        return super().submit(request, now)
 
-    def begin(self, now: int) -> int | None:  # noqa: D102
+    def wake(self) -> None:
+        """The replica has something to plan; if it was idle, time is measured from here."""
         if self._clock is None:
             self._clock = time.perf_counter_ns()
-        if self._ahead and self._flight is None:
-            plan = self._ask_until(now)
-            if plan is not None:
-                self.commit(plan, 1)
-                self._launch(plan, now, now + 1, now)
-        end = None if self._ahead and self._flight is None else super().begin(now)
-        if end is None:
-            self._clock = None
-        return end
 
-    def settle(self, now: int) -> list[Live]:  # noqa: D102
-        began = time.perf_counter_ns()
-        done = super().settle(now)
-        self.records.measured[-1] = (time.perf_counter_ns() - began) * 1000
-        return done
+    def rest(self) -> None:
+        """The replica is idle."""
+        self._clock = None
 
-    def ask(self, now: int, start: When) -> Plan | None:  # noqa: D102
+    def ask(self, now: int, start: When) -> Plan | None:
+        """As `Planner.ask`; the plan has been launched."""
         began = time.perf_counter_ns()
         self._turns.look()
-        plan = super().ask(now, start)
+        plan = self._planner.ask(now, start)
         if plan is not None:
             assert self._clock is not None
             asked = now + (began - self._clock) * 1000
             self._asked[id(plan)] = (asked, (time.perf_counter_ns() - began) * 1000, self._pairs)
-            if not self._ahead:
-                plan.first += self._wait(plan)
         return plan
 
-    def _overlap(self, flight: Plan, plan: Plan | None, now: int) -> bool:
-        """Wait for the step in flight, ``plan`` being launched behind it; the next one does not come at its pace."""
-        landing = max(now + 1, now + flight.gpu + self._wait(flight))  # `gpu`: what the policy paused
-        self._gpu_next = landing + 1
-        flight.when.ps = landing
-        return False
-
-    def _execute(self, batch: Batch) -> StepCost:
-        """Launch a plan instead of pricing it; how long it takes is known when it is done."""
-        self._pairs = sum(t * (2 * r.stored + t + 1) // 2 for r, t in self.state.chunks)
-        try:
-            self._executor.launch(batch._replace(members=_Members(self.state, self._turns)))
-        except RuntimeError as error:  # more sequences than it has room for
-            raise PolicyError(f"policy {type(self.scheduler).__name__}: {error}") from None
-        return StepCost(0, 0, 1, _UNKNOWN)
-
-    def _wait(self, plan: Plan) -> int:
+    def wait(self, plan: Plan) -> int:
         """Wait for ``plan``, the oldest under way; ps since the step before it was in, or since idling ended."""
         measured = self._executor.wait()
         assert self._clock is not None
         clock = time.perf_counter_ns()
         passed, self._clock = (clock - self._clock) * 1000, clock
         asked, planning, pairs = self._asked.pop(id(plan))
-        self.records.measured.extend((asked, planning - measured.host, measured.host, measured.gpu, pairs, 0))
+        row = MeasuredRow(asked, planning - measured.host, measured.host, measured.gpu, pairs)
+        self._planner.records.measured.extend(row)
         return passed
+
+    def land(self, flight: Plan, now: int) -> int:
+        """Wait for the step in flight, and date its tokens; a time for the one launched behind it, later than that."""
+        landing = max(now + 1, now + flight.gpu + self.wait(flight))  # `gpu`: what the policy paused
+        flight.when.ps = landing
+        return landing + 1
+
+    def settling(self) -> None:
+        """A run is about to be settled."""
+        self._settling = time.perf_counter_ns()
+
+    def settled(self) -> None:
+        """A run has been settled: how long that took is the last step's update."""
+        self._planner.records.measured[-1] = (time.perf_counter_ns() - self._settling) * 1000
+
+    def _launch(self, batch: Batch) -> StepCost:
+        """Launch a plan instead of pricing it; how long it takes is known when it is done."""
+        state = self._planner.state
+        self._pairs = sum(t * (2 * r.stored + t + 1) // 2 for r, t in state.chunks)
+        try:
+            self._executor.launch(batch._replace(members=_Members(state, self._turns)))
+        except RuntimeError as error:  # more sequences than it has room for
+            raise PolicyError(f"policy {type(state.scheduler).__name__}: {error}") from None
+        return StepCost(0, 0, 1, _UNKNOWN)
 
 
 class _Members:

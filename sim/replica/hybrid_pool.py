@@ -21,13 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from chairlift.policies.base import HybridCache, KvGroups
-from chairlift.sim.replica.counting_pool import (
-    NOBODY_ELSE,
-    CountingPool,
-    Decodes,
-    PrefixCacheMatters,
-    admission,
-)
+from chairlift.sim.replica.counting_pool import CountingPool, PrefixCacheMatters
+from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes, admission
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
 from chairlift.policies.base import FOREVER, PolicyError, Scheduler
-from chairlift.sim.replica.counting_pool import CountingPool, Ends, admission
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.decode_group import Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
+from chairlift.sim.replica.journal import Journal
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
-from chairlift.sim.results.records import RequestRecords, Status
+from chairlift.sim.results.records import PACK_RUN, Kind, RequestRecords, RunRecords, Status, StepRow
 
 
 class Planner:
-    """The half of an engine that knows no time but what it is told.
+    """What either loop of an engine does to its requests. It knows no time but what it is told.
 
-    `ask` has the policy arrange the next steps, `commit` takes them as done as far as policies can see, `complete`
-    lets those go whose last token they brought. ``finish`` is called with each request that ends here.
+    `ask` has the policy arrange the next steps, `commit` takes them as done as far as policies can see, `record`,
+    `deliver` and `complete` follow once they are done. ``requests`` is where each request's fate is written,
+    ``records`` where steps are; ``outputs`` are the true lengths. With ``leap=False`` every step is planned and priced
+    on its own: slow, and the oracle for leaping. ``finish`` is called with each request that ends here. ``handover``
+    takes a request over that has all its tokens from here; False if it does not. ``journal`` hears what happens.
+
+    Raises `PolicyError` if the policy wants a synchronous batch planned ahead.
     """
 
-    __slots__ = (  # beyond thirty attributes a dict is slow
-        *(
-            "_again",
-            "_ahead",
-            "_arrival",
-            "_arrival_token",
-            "_budget",
-            "_cost",
-            "_ends",
-            "_finish",
-            "_holds",
-            "_intake",
-        ),
-        *("_left", "_overshoots", "_promised", "_requests", "_room", "backend", "handover", "index", "leap"),
-        *("max_model_len", "pool", "scheduler", "state"),
+    __slots__ = (  # without them a run takes 2 % longer
+        *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leap", "_left", "_longest", "_overshoots"),
+        *("_promised", "again", "arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool"),
+        *("price", "records", "requests", "scheduler", "state", "steps"),
     )
-    step_type: ClassVar[type[ReplicaStep]] = ReplicaStep
 
     def __init__(
         self,
@@ -52,6 +47,9 @@ class Planner:
         leap: bool = True,
         finish: Callable[[Live, int], None] | None = None,
         host: HostMemory | None = None,
+        records: RunRecords | None = None,
+        handover: Callable[[Live], bool] | None = None,
+        journal: bool = False,
     ) -> None:
         if scheduler.asynchronous and scheduler.batch_synchronous:
             raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
@@ -59,44 +57,43 @@ class Planner:
         self.backend = backend
         self.pool = pool
         self.index = index
-        self.leap = leap
-        self.max_model_len = max_model_len
-        self.state = self.step_type(scheduler, backend, pool, max_model_len, host)
+        self.state = ReplicaStep(scheduler, backend, pool, max_model_len, host)
+        self.requests = requests
+        self.records = records or RunRecords()
+        self.steps = 0  # done
+        self.flight: Plan | None = None  # the step in flight, committed already; None in a synchronous loop
+        self.price = backend.step  # where steps really run, it launches them
+        self.arrival, self.arrival_token = backend.arrival, backend.arrival_token
+        self.intake = 0  # ps of host time to take in those that have come
+        self.journal = Journal(self.records) if journal else None
+        if journal:
+            self.state.notes = []
+        self._leap = leap
         self._ahead = scheduler.asynchronous
         self._holds = scheduler.batch_synchronous  # finished requests keep their slot
-        self._again = False  # the policy wants to be asked again though nothing runs
+        self.again = False  # the policy wants to be asked again though nothing runs
         self._overshoots = scheduler.overshoots if self._ahead else "never"
-        self._requests = requests
+        self._left: list[tuple[int, Live]] = []  # who left at the latest such time, where the policy limits arrivals
+        self._longest = min(max_model_len, pool.room + 1)  # tokens of a request; no KV of its last
+        self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
         self._ends = Ends(self.state.group, outputs)
         self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
-        self._room = pool.room
-        self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
-        self._cost = backend.step
-        self._arrival, self._arrival_token = backend.arrival, backend.arrival_token
-        self._left: list[tuple[int, Live]] = []  # who left at the latest such time, where the policy limits arrivals
-        self._intake = 0  # ps of host time to take in those that have come
-        self.handover: Callable[[Live], bool] | None = None  # takes a request over that has all its tokens from here
+        self._handover = handover
 
-    def submit(self, request: Live, now: int) -> bool:
-        """Take a request in; False if it can never fit, or the policy turns it away (it has then ended, rejected).
+    def takes(self, request: Live, now: int) -> bool:
+        """Whether a request that arrives now can ever fit, and the policy does not turn it away.
 
-        The caller plans if the replica is idle, else cuts the run if `heeds_arrival` said so.
+        Its answer may be shortened to what the policy allows; one that has as many tokens already, from a replica that
+        failed or handed it over, is not taken.
         """
-        self._requests.replica[request.id] = self.index
-        allowed = self.scheduler.allowed(request, self.max_model_len, self.pool.total, self.pool.block_size)
+        state, pool = self.state, self.pool
+        allowed = self.scheduler.allowed(request, state.max_model_len, pool.total, pool.block_size)
         if allowed < request.max_tokens:
             request.max_tokens = allowed
             self._ends.shorten(request.id, allowed)
         final = request.prompt_tokens + self._ends.outputs[request.id]
-        if allowed < 1 or final > self.max_model_len or final - 1 > self._room or self._turned_away(now):
-            self.end_request(request, now, Status.REJECTED)
-            return False
-        if request.phase is AWAY:
-            request.queue()
-        self.state.waiting.append(request)
-        self._intake += self._arrival + self._arrival_token * request.prompt_tokens
-        return True
+        return allowed > request.produced and final <= self._longest and not self._turned_away(now)
 
     def _turned_away(self, now: int) -> bool:
         """Whether the policy refuses who arrives now.
@@ -106,7 +103,7 @@ class Planner:
         """
         if not self.scheduler.limits_arrivals:
             return False
-        state, first_token = self.state, self._requests.first_token
+        state, first_token = self.state, self.requests.first_token
         here = [*state.admitted.values(), *state.waiting, *(request for at, request in self._left if at == now)]
         prompts = 0
         for request in here:
@@ -125,17 +122,19 @@ class Planner:
         """
         state = self.state
         state.open(now)
-        intake, self._intake = self._intake, 0
+        intake, self.intake = self.intake, 0
         vouched = self.scheduler.schedule(state)
-        self._again = vouched == 0
+        self.again = vouched == 0
         if not isinstance(vouched, int) or vouched < 0:
-            self._fail(f"vouched for {vouched} steps")
+            self.fail(f"vouched for {vouched} steps")
         if state.tokens > self._budget:
-            self._fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
+            self.fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
+        if self.journal is not None:
+            self.journal.noted(now, self.row_to_come(), state.notes or ())
         if state.released:
             self._answer_batch(now)
         if state.started:
-            records = self._requests
+            records = self.requests
             for request, hit in state.started:
                 if records.admitted[request.id] < 0:
                     records.admitted[request.id] = now
@@ -150,8 +149,11 @@ class Planner:
         group = state.group
         decoding = state.whole
         if state.ran:
+            before = list(state.parked)
             state.arrange()
             decoding = True
+            if self.journal is not None:
+                self.journal.arranged(now, self.row_to_come(), before, list(state.parked))
         if state.rejoined:
             for request in state.rejoined:
                 if request.group is group:  # else this very plan has preempted it, or left it out again
@@ -159,8 +161,8 @@ class Planner:
             state.rejoined = []
         if not decoding and not chunks:
             return None
-        if self._again:
-            self._fail("vouched for 0 steps")
+        if self.again:
+            self.fail("vouched for 0 steps")
         if decoding:
             decodes, context, dead = group.live, group.context, group.dead
         else:
@@ -170,14 +172,14 @@ class Planner:
             prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
         padded = dead + state.padding
         batch = new(Batch, (prefills, decodes, context, padded, None))
-        cost = self._cost(_as_decodes(chunks, batch) if state.resumed else batch)
+        cost = self.price(_as_decodes(chunks, batch) if state.resumed else batch)
         count = 1
         first, slope, alike, host = cost
         if host is not NO_HOST:
             first, slope = cost.spacing(self._ahead)
         if state.host.busy:
             state.slept += state.host.delay(first)
-        leaps = self.leap and decoding and not (chunks or state.ran or state.slept or intake)
+        leaps = self._leap and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
             if count > 1 and group.growing:
@@ -185,7 +187,7 @@ class Planner:
         late, late_gaps = 0, NO_GAPS
         if decoding and (state.fresh or state.decoded_at is not start):
             late, late_gaps = self._late(start, decodes)
-        row = (
+        row = (  # a `StepRow`, which takes longer to make
             len(chunks),
             state.tokens - decodes if chunks else 0,
             decodes,
@@ -211,6 +213,7 @@ class Planner:
         state = self.state
         group = state.group
         ends = self._ends
+        outputs = ends.outputs
         when = plan.when
         ending: list[Live] = []
         if self._ahead and self.pool.windowed:
@@ -244,7 +247,7 @@ class Planner:
                     continue
                 del state.prefills[request.id]
                 emitting.append(request)
-                if ends.outputs[request.id] > request.produced:
+                if outputs[request.id] > request.produced:
                     group.join(request)
                     state.fresh[request.id] = request
                     ends.add(request)
@@ -282,6 +285,8 @@ class Planner:
             ending = self.scheduler.landing(ending)  # type: ignore[arg-type, assignment]
         if self._holds:
             for request in ending:
+                if self.journal is not None:
+                    self.journal.write(now, self.journal.row, Kind.DONE, request.id, -1, 0)
                 state.hold(request)
             return []
         for request in ending:
@@ -327,6 +332,8 @@ class Planner:
     def drop(self, request: Live) -> None:
         """A token of a request that is under way is nobody's."""
         self.backend.drop(request.id)
+        if self.journal is not None:
+            self.journal.write(self.state.now, self.journal.row, Kind.DROP, request.id, -1, 0)
 
     def _goes_on(self, request: Live) -> bool:
         """Whether a request whose last token is planned decodes once more, until that token is seen."""
@@ -334,27 +341,128 @@ class Planner:
 
     def end_request(self, request: Live, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""
-        records = self._requests
-        if records.status[request.id]:  # pending no more
-            if self.state.releases:  # it was cancelled while its batch was under way, and kept its slot until now
-                self.backend.release(request.id)
-            return
-        if self.scheduler.limits_arrivals and status is not Status.REJECTED:
+        records = self.requests
+        pending = not records.status[request.id]
+        if pending and self.scheduler.limits_arrivals and status is not Status.REJECTED:
             self._left = [(at, other) for at, other in self._left if at == now]
             self._left.append((now, request))
-        if self.handover is not None and status is Status.FINISHED and self.handover(request):
-            return
-        records.end(request, now, status, request.last.ps)
-        if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
-            self.backend.release(request.id)
-        if self._finish is not None:
-            self._finish(request, now)
+        if not pending:  # it was cancelled while its batch was under way, and kept its slot until now
+            if self.state.releases:
+                self.backend.release(request.id)
+        elif self._handover is None or status is not Status.FINISHED or not self._handover(request):
+            records.end(request, now, status)
+            if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
+                self.backend.release(request.id)
+            if self._finish is not None:
+                self._finish(request, now)
+        if self.journal is not None and request.phase is not HELD:  # of one that is held, once its batch returns
+            # who has a step in flight when they end leaves with the step after it: a client that gives up, or a request
+            # that decodes once more for nothing
+            late = status is Status.TIMED_OUT or (status is Status.FINISHED and request.phase is AWAY)
+            row = self.row_to_come() if late else self.journal.row
+            became = Status(records.status[request.id])
+            kind = Kind.HANDOVER if became is Status.PENDING else Kind.END
+            self.journal.write(now if pending else records.finished[request.id], row, kind, request.id, -1, became)
+
+    def record(self, plan: Plan, start: int, first: int, count: int) -> None:
+        """Write down the first ``count`` steps of ``plan``, or its last one, that began at ``start``."""
+        if self.journal is not None:
+            for request, tokens in plan.chunks:
+                self.journal.write(start, self.journal.row, Kind.CHUNK, request.id, -1, tokens)
+        self.steps += count
+        row = plan.row
+        if plan.undelivered:  # no gap is theirs
+            named = StepRow._make(row)
+            row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
+        slope = plan.slope if count > 1 else 0
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *row))
+        if plan.late_gaps:
+            end = start + first
+            for i in range(0, len(plan.late_gaps), 2):
+                self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
+            plan.late_gaps = []
+
+    def deliver(self, plan: Plan) -> None:
+        """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
+        now = plan.when.ps
+        first_token = self.requests.first_token
+        for request in plan.emitting:
+            if first_token[request.id] >= 0:  # it was preempted: its client waits for this token since the one before
+                self.records.gap_rows.extend((now - request.before.ps, 1))
+            else:
+                first_token[request.id] = now
+
+    def strike(self, request: Live, now: int) -> None:
+        """A cancelled request leaves, between two steps."""
+        state, flight = self.state, self.flight
+        if self.requests.status[request.id] != Status.PENDING:
+            return  # its last token came with the very step
+        flying = self._flies(request)
+        if request.id in state.admitted:
+            del state.admitted[request.id]
+            state.vacate(request, AWAY)
+            self.scheduler.ended(request)
+        elif request.phase is not HELD and request.phase is not AWAY:
+            state.withdraw(request)  # one that is held goes on paying for its slot
+        if flying:
+            assert flight is not None
+            _unsay(flight, request)
+            _miss(flight, request)
+        self.end_request(request, now, Status.TIMED_OUT)
+
+    def drop_tokens(self) -> None:
+        """Those whom the plan at hand has preempted lose their tokens in flight (`Scheduler.drops_flight`)."""
+        flight = self.flight
+        assert flight is not None
+        for request in self.state.evicted:
+            if self._flies(request):
+                _unsay(flight, request)
+                _miss(flight, request)
+                self.drop(request)
+
+    def lose(self, now: int) -> list[Live]:
+        """All requests that are here leave, with the tokens that their clients have. Those that are held have ended."""
+        state, flight = self.state, self.flight
+        state.release()
+        self._answer_batch(now)
+        lost = [*state.admitted.values(), *state.waiting]
+        for request in lost:
+            flying = self._flies(request)
+            if request.group is not None:
+                state.part(request, AWAY)
+            if flying:
+                assert flight is not None
+                _unsay(flight, request)
+            request.depart()
+        self.flight = None
+        if self.journal is not None:
+            for request in lost:
+                self.journal.write(now, self.journal.row, Kind.LOST, request.id, -1, 0)
+        return lost
+
+    def row_to_come(self) -> int:
+        """The row of runs of what is planned now: a step in flight has the one before it."""
+        assert self.journal is not None
+        return self.journal.row + (self.flight is not None)
+
+    def _flies(self, request: Live) -> bool:
+        """Whether a token of ``request`` is in flight: planned, counted in what policies see, not brought yet."""
+        flight = self.flight
+        if flight is None:
+            return False
+        if request in flight.emitting or request in flight.ending:
+            return True
+        if not flight.decoding:
+            return False
+        if request.group is not None:  # who joined since the flight was committed is in `emitting`, or was parked
+            return request.id not in self.state.fresh
+        return request.last is flight.when  # parked or preempted by the plan under way
 
     def _settle(self) -> None:
         """Draw what verbs only wrote down: whose KV moves, and how many reserved tokens will be filled."""
         state = self.state
         for request, tokens, out in state.moved:
-            self._requests.moved(request, tokens, out)
+            self.requests.moved(request, tokens, out)
         for request, reserved, computed, sign in state.pledges:
             final = request.prompt_tokens + self._ends.outputs[request.id] - 1
             self._promised += sign * max(0, min(reserved, final) - computed)
@@ -378,8 +486,8 @@ class Planner:
         late = 0
         old = decodes
         for request in state.fresh.values():
-            if request.group is None:
-                continue  # preempted or parked since
+            if request.group is not state.group:
+                continue  # preempted, parked, or handed over to another replica since
             old -= 1
             if request.last is not start:
                 gaps += (request.last.ps, 1)
@@ -389,7 +497,8 @@ class Planner:
             late += old
         return late, gaps
 
-    def _fail(self, what: str) -> NoReturn:
+    def fail(self, what: str) -> NoReturn:
+        """Say what the policy has done wrong."""
         raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
 
 
@@ -399,3 +508,19 @@ def _as_decodes(chunks: list[tuple[Live, int]], batch: Batch) -> Batch:
     prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
     starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
     return batch._replace(prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts))
+
+
+def _unsay(flight: Plan, request: Live) -> None:
+    """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
+    own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
+    request.unsay(request.before if own else flight.decoded_before)
+
+
+def _miss(flight: Plan, request: Live) -> None:
+    """The token in flight of a request goes to nobody."""
+    if request in flight.emitting:
+        flight.emitting.remove(request)
+    else:
+        flight.lose_gap(request.last.ps)
+    if request in flight.ending:
+        flight.ending.remove(request)

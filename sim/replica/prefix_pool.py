@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from chairlift.sim.replica.counting_pool import NOBODY_ELSE, CountingPool, Decodes, admission
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes, admission
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 

@@ -14,7 +14,8 @@ from collections.abc import Hashable, Mapping
 from heapq import heappop, heappush, heapreplace
 from typing import Protocol
 
-from chairlift.sim.replica.counting_pool import NOBODY_ELSE, CountingPool, Decodes
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes
 from chairlift.sim.replica.request import Live
 
 Streams = tuple[tuple[int, ...], tuple[int, ...]]  # stream, and where it stops, from one token to the next

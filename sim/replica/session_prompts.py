@@ -9,20 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from chairlift.sim.replica.prefix_identity import Identity
-from chairlift.sim.results.records import RequestRecords, Status
+from chairlift.sim.results.records import Status
 
 
 class Turns:
     """The prompts of a trace. ``answer(request)`` gives the tokens that a request was given so far.
 
+    By request: ``prompt_tokens``, how long its prompt is; ``status`` and ``emitted`` (`RequestRecords`), which go on.
+
     A trace may send a turn before the answers that it repeats are complete. Its prompt then has made-up numbers for
     what is missing, and is nobody else's from there on: it shares no block of the prefix cache after that.
     """
 
-    def __init__(self, identity: Identity, requests: RequestRecords, answer: Callable[[int], Sequence[int]]) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        prompt_tokens: Sequence[int],
+        status: Sequence[int],
+        emitted: Sequence[int],
+        answer: Callable[[int], Sequence[int]],
+    ) -> None:
         self._identity = identity
-        self._requests = requests
-        self._prompt_tokens: list[int] = requests.trace.prompt_tokens.tolist()
+        self._prompt_tokens = prompt_tokens
+        self._status = status
+        self._emitted = emitted
         self._answer = answer
         self._earlier = identity.earlier_turns()
         # waiting turn that came too early → blocks that it could share, had it not; made-up numbers of its prompt
@@ -64,12 +74,12 @@ class Turns:
         return numbers
 
     def _done(self, turn: int) -> bool:
-        return self._requests.status[turn] != Status.PENDING
+        return self._status[turn] != Status.PENDING
 
     def _given(self, turn: int) -> Sequence[int]:
         """The answer of a turn, as far as there is one; of one that has ended no token more is its client's."""
         answer = self._answer(turn)
-        return answer[: self._requests.emitted[turn]] if self._done(turn) else answer
+        return answer[: self._emitted[turn]] if self._done(turn) else answer
 
     def _known(self, request: int) -> int | None:
         """How many leading tokens of a prompt no answer under way can change; None if there is no such answer."""

@@ -11,10 +11,14 @@ from typing import NoReturn
 
 from chairlift.backend.base import Backend, Batch, Chunk
 from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Step
-from chairlift.sim.replica.counting_pool import CountingPool, Decodes
+from chairlift.sim.replica.counting_pool import CountingPool
+from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
 from chairlift.sim.replica.waiting_queue import OrderedQueue
+from chairlift.sim.results.records import Kind
+
+DENIALS = 8  # noted of one plan
 
 
 class ReplicaStep(Step):
@@ -28,11 +32,11 @@ class ReplicaStep(Step):
     """
 
     __slots__ = (  # a dict is slow beyond thirty attributes
-        *("_admissions", "_admitted_before", "admitted", "backend", "batch", "chunks", "decoded_at"),
-        *("evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals", "moved", "now"),
-        *("padding", "parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
-        *("releases", "resumed", "running", "scheduler", "slept", "started", "taken", "tokens", "waiting", "wake"),
-        *("whole", "windowed"),
+        *("_admissions", "_admitted_before", "_denied", "_needy", "admitted", "backend", "batch", "chunks"),
+        *("decoded_at", "evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals"),
+        *("moved", "notes", "now", "padding", "parked", "pledges", "pool", "preempted", "prefills", "ran"),
+        *("rejected", "rejoined", "released", "releases", "resumed", "running", "scheduler", "slept", "started"),
+        *("taken", "tokens", "waiting", "wake", "whole", "windowed"),
     )
 
     def __init__(
@@ -80,6 +84,9 @@ class ReplicaStep(Step):
         self.rejoined: list[Live] = []  # parked before, in the group again
         self.started: list[tuple[Live, int]] = []  # admitted, and their tokens that need no computing
         self.moved: list[tuple[Live, int, bool]] = []  # whose KV moves, tokens, whether out to host memory
+        self.notes: list[tuple[Kind, int, int, int]] | None = None  # what a journal is to hear; None without one
+        self._denied = 0  # of this plan
+        self._needy = -1  # for whom room is sought, -1: all decodes
         self.pledges: list[tuple[Live, int, int, int]] = []  # whose, its reservation, computed; 1 made, -1 given up
 
     def open(self, now: int) -> None:
@@ -96,6 +103,8 @@ class ReplicaStep(Step):
             self.rejected = []
         if self.started:
             self.started = []
+        if self.notes is not None:
+            self.notes, self._denied, self._needy = [], 0, -1
         self.whole = self.resumed = False
         self.tokens = self.padding = self.taken = self.slept = 0
         self.wake = None
@@ -165,7 +174,10 @@ class ReplicaStep(Step):
         self.waiting = deque(requests)
 
     def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
-        return self.pool.need(request, tokens, in_chunks=True) + spare <= self.pool.free
+        if self.pool.need(request, tokens, in_chunks=True) + spare <= self.pool.free:
+            return True
+        self._note_denial(request, tokens, spare, in_chunks=True)
+        return False
 
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
         group = self.group
@@ -184,10 +196,12 @@ class ReplicaStep(Step):
         if parked:
             need += sum(map(self._next_block, parked.values()))
         if need > self.pool.free:
+            self._needy = -1
             return False
         if parked:
             for request in parked.values():
                 self.join(request)
+                self._note(Kind.JOIN, request, -1, 0)
             self.rejoined += parked.values()
             self.parked = {}
         elif group.live == 0 and group.dead == 0:
@@ -212,6 +226,7 @@ class ReplicaStep(Step):
                 self._fail(f"run of {request} twice in one step")
             upto = request.stored + tokens
             if not pool.extend(request, upto):
+                self._needy = request.id
                 return False
             self.tokens += tokens
             if pool.tracks:
@@ -225,6 +240,7 @@ class ReplicaStep(Step):
             pool.shed(request)
         need = self._next_block(request)
         if need > pool.free:
+            self._needy = request.id
             return False
         self.tokens += 1
         pool.decode_one(request, need)
@@ -250,7 +266,10 @@ class ReplicaStep(Step):
                 self.reject(request)
                 return False
         if pool.need(request, upto) + spare > pool.free:
+            self._note_denial(request, upto, spare)
             return False
+        if self.notes is not None:
+            self._note(Kind.ADMIT, request, request.remaining - hit, hit)
         self.tokens += tokens
         if hit:
             self._resume(request, hit)
@@ -295,6 +314,7 @@ class ReplicaStep(Step):
             self._fail(f"preempt of {request} by {how!r}; 'recompute' or 'swap'")
         if self.releases:
             self.backend.release(request.id)
+        self._note(Kind.PREEMPT, request, self._needy, computed)
         self.preempted += 1
         if self.scheduler.requeues_last:
             self.waiting.append(request)
@@ -394,6 +414,18 @@ class ReplicaStep(Step):
     def part(self, request: Live, phase: Phase) -> None:
         """Take a member out of the group; its latest token is the group's, unless it has joined since."""
         self.group.leave(request, phase, None if request.id in self.fresh else self.decoded_at)
+
+    def _note(self, kind: Kind, request: Live, other: int, value: int) -> None:
+        """Write down for the journal what happened to a request, if there is one."""
+        if self.notes is not None:
+            self.notes.append((kind, request.id, other, value))
+
+    def _note_denial(self, request: Live, tokens: int, spare: int, in_chunks: bool = False) -> None:
+        """Write down that there was no room, the first few times of a plan: a policy may try its whole queue."""
+        self._denied += 1
+        if self.notes is not None and self._denied <= DENIALS:
+            free = self.pool.free
+            self._note(Kind.DENY, request, free, self.pool.need(request, tokens, in_chunks) + spare - free)
 
     def _next_block(self, request: Live) -> int:
         """Blocks that a decoding request takes for one more token."""

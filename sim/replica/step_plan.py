@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import isqrt
 
 from chairlift.backend.base import StepCost
-from chairlift.sim.replica.counting_pool import NOBODY_ELSE
+from chairlift.sim.replica.decode_group import NOBODY_ELSE
 from chairlift.sim.replica.request import NEVER, Live, When
+from chairlift.sim.results.records import row_after
 
 
 def duration(first: int, slope: int, steps: int) -> int:
@@ -38,7 +39,7 @@ class Plan:
     """Steps of the same members, as the policy arranged them."""
 
     __slots__ = (
-        "air",
+        "begun",
         "chunks",
         "count",
         "decoded_before",
@@ -74,7 +75,7 @@ class Plan:
         self.count = count  # steps it may last
         self.chunks = chunks
         self.decoding = decoding
-        self.row = row  # RUN_COLUMNS from `chunks` on
+        self.row = row  # the fields of a `StepRow`
         # decodes that did not emit just before: flat rows of (time of their last token, how many)
         self.late_gaps = late_gaps
         self.gpu, self.gpu_slope, _, self.host = cost  # `gpu`: ps on the GPU, the first step's; pauses included
@@ -83,9 +84,14 @@ class Plan:
         self.decoded_before = NEVER  # when the group emitted before its last step
         self.fresh = NOBODY_ELSE  # decodes of its last step that had joined the group since then
         self.undelivered = 0  # decodes of its last step whose client has given up
-        self.air: tuple[int, tuple[int, ...]]  # its last step in flight: start, row
+        self.begun: int  # ps, when its last step began; of a step in flight
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it
+
+    def leave_to_last(self, before: When, steps: int) -> None:
+        """It stands for its last step alone, the ``steps`` steps before it being done at ``before``."""
+        self.decoded_before, self.fresh = before, NOBODY_ELSE
+        self.row = row_after(self.row, steps)
 
     def lose_gap(self, last_ps: int) -> None:
         """A decode of its last step does not reach its client, who got the token before at ``last_ps``.

@@ -30,6 +30,19 @@ STATES = {  # what a slot does → how it is named
     "padding": ("padding", "padding"),
 }
 
+KV = (  # label, colour, metric
+    ("used", "decode", "kv_utilization"),
+    ("reserved", "prefill", "kv_reserved"),
+    ("never filled", "padding", "kv_internal"),
+    ("free", "idle", "kv_free"),
+)
+WORK = (  # label, colour, key of `timeline.work`
+    ("prompts", "prefill", "prompts"),
+    ("computed again", "last", "again"),
+    ("answers", "decode", "answers"),
+    ("padding", "padding", "padding"),
+)
+
 
 def rounded(values: npt.NDArray[Any]) -> list[float]:
     """Five digits: more than a screen shows."""
@@ -87,9 +100,8 @@ def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None
     }
 
 
-def throughput(runs: Sequence[RunResults], baseline: str) -> Figure:
-    """Tokens per second of every variant, as multiples of ``baseline`` too, beside published multiples."""
-    names = [run.variant for run in runs]
+def throughput(names: Sequence[str], runs: Sequence[RunResults], baseline: str) -> Figure:
+    """Tokens per second of every run, as multiples of ``baseline``'s too, beside published multiples."""
     rates = [run.summary["total_token_throughput"] for run in runs]
     base = rates[names.index(baseline)] if baseline in names else rates[0]
     texts = [f"{rate:,.0f}" + (f"   {rate / base:.1f}×" if base else "") for rate in rates]
@@ -100,7 +112,7 @@ def throughput(runs: Sequence[RunResults], baseline: str) -> Figure:
         {
             "type": "bar",
             "orientation": "h",
-            "y": names,
+            "y": list(names),
             "x": rates,
             "text": texts,
             "textposition": ["inside" if rate > LONG * max(rates) else "outside" for rate in rates],
@@ -186,6 +198,21 @@ def shares(names: Sequence[str], parts: Sequence[Part], title: str) -> Figure:
     layout["margin"]["r"] = 24  # half of the last label
     layout["barmode"] = "stack"
     return {"data": traces, "layout": layout}
+
+
+def memory(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> Figure:
+    """What the KV pools held, by `KV`: a bar a run."""
+    parts = [(label, colour, [each[key] for each in summaries], [""] * len(names)) for label, colour, key in KV]
+    return shares(names, parts, "share of the KV pools, over busy time")
+
+
+def work(names: Sequence[str], works: Sequence[dict[str, int]]) -> Figure:
+    """What tokens were computed for, by `WORK`: a bar a run."""
+    parts = []
+    for label, colour, key in WORK:
+        told = [each[key] / max(1, sum(each.values())) for each in works]
+        parts.append((label, colour, told, [f" ({each[key]:,} tokens)" for each in works]))
+    return shares(names, parts, "share of the token slots of all steps")
 
 
 def over_time(line: Timeline) -> Figure:

@@ -25,18 +25,6 @@ from chairlift.sim.study import loop_of
 COMPARED = ("request_throughput", "request_goodput", "total_token_throughput")
 COMPARED_LATENCIES = ("ttft", "tpot")
 COMPARED_MORE = ("mean_running", "kv_utilization", "preemptions")
-KV = (
-    ("used", "decode", "kv_utilization"),
-    ("reserved", "prefill", "kv_reserved"),
-    ("never filled", "padding", "kv_internal"),
-    ("free", "idle", "kv_free"),
-)
-WORK = (
-    ("prompts", "prefill", "prompts"),
-    ("computed again", "last", "again"),
-    ("answers", "decode", "answers"),
-    ("padding", "padding", "padding"),
-)
 
 Keys = list[tuple[str, str]]  # of a legend: colour, label
 Titled = tuple[str, Figure]
@@ -118,7 +106,7 @@ def _comparison(results: Results, case: str, known: Sequence[_Run]) -> dict[str,
         "warning": loops.warning(ran),
         "loop": ran[0][1] if len({loop for _, loop in ran}) == 1 else "",
         "rows": [(run.variant, run.summary) for run in runs],
-        "throughput": figures.throughput(runs, baseline),
+        "throughput": figures.throughput(names, runs, baseline),
         "multiples": f"Multiples of {baseline}.{published}",
         "waterfall": figures.waterfall(runs, results.waterfall) if results.waterfall else None,
         "best": results.waterfall[-1]["variant"] if results.waterfall else "",
@@ -157,21 +145,14 @@ def _waste(runs: Sequence[_Run]) -> list[Keyed]:
     """What memory and compute went into; nothing where no step was run."""
     if not any(run.results.summary["steps"] for run in runs):
         return []
-    blank = [""] * len(runs)
-    kv = [(label, colour, [run.results.summary[key] for run in runs], blank) for label, colour, key in KV]
-    tokens = []
-    for label, colour, key in WORK:
-        shares = [run.work[key] / max(1, sum(run.work.values())) for run in runs]
-        tokens.append((label, colour, shares, [f" ({run.work[key]:,} tokens)" for run in runs]))
-    said = (
-        ("KV memory", kv, "share of the KV pools, over busy time"),
-        ("Tokens computed", tokens, "share of the token slots of all steps"),
-    )
     names = [run.results.variant for run in runs]
-    return [
-        (title, [(f"var(--{colour})", label) for label, colour, *_ in parts], figures.shares(names, parts, axis))
-        for title, parts, axis in said
-    ]
+    memory = figures.memory(names, [run.results.summary for run in runs])
+    tokens = figures.work(names, [run.work for run in runs])
+    return [("KV memory", _keys(figures.KV), memory), ("Tokens computed", _keys(figures.WORK), tokens)]
+
+
+def _keys(parts: Sequence[tuple[str, str, str]]) -> Keys:
+    return [(f"var(--{colour})", label) for label, colour, _ in parts]
 
 
 def _replicas(requests: Columns, totals: Sequence[ReplicaTotals]) -> list[dict[str, Any]]:

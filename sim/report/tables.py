@@ -90,7 +90,7 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """Tokens per second of every variant, as ratios to the study's baselines, beside the published ratio."""
     baselines = study.baseline or [outcomes[0].setup.variant]
     published = any(o.setup.published is not None for o in outcomes)
-    table = _table(f"{study.name}: tokens/s, prompts and outputs counted")
+    table = comparison(f"{study.name}: tokens/s, prompts and outputs counted")
     table.add_column("", no_wrap=True)
     table.add_column("tokens/s", justify="right")
     for name in baselines:
@@ -121,7 +121,7 @@ def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
     steps = {o.setup.variant: o.summary["steps"] for o in members}
     names = [rung.variant for rung in study.waterfall]
     title = f"where the {_ratio(rate[names[-1]], rate[names[0]], 1)} comes from" + (f" ({case})" if case else "")
-    table = _table(title)
+    table = comparison(title)
     table.add_column("from → to", no_wrap=True)
     table.add_column("because")
     for label in ("tokens/s", "engine steps", "factor", "so far"):
@@ -137,7 +137,7 @@ def waterfall(study: Study, outcomes: Sequence[Outcome]) -> Table:
 def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """Latency of every variant, median and 99th percentile."""
     goodput = any(o.summary["request_goodput"] is not None for o in outcomes)
-    table = _table(f"{study.name}: latency, p50 / p99")
+    table = comparison(f"{study.name}: latency, p50 / p99")
     table.add_column("", overflow="fold")
     for name in COMPARED:
         table.add_column(LATENCY[name].label, justify="right", no_wrap=True)
@@ -158,7 +158,7 @@ def latency(study: Study, outcomes: Sequence[Outcome]) -> Table:
 def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """What the replicas' time went into, and what became of the requests."""
     moved = any("median_transfer_ms" in o.summary for o in outcomes)
-    table = _table(f"{study.name}: replica hours, prefix hits, what became of the requests")
+    table = comparison(f"{study.name}: replica hours, prefix hits, what became of the requests")
     table.add_column("", overflow="fold")
     labels = ["hours", "in steps", "hits", "done", "refused", "timed out", "failed", "preempt."]
     for label in (*labels, *(["KV transfer"] * moved)):
@@ -176,7 +176,7 @@ def fleet(study: Study, outcomes: Sequence[Outcome]) -> Table:
 
 def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """What each tenant got of every variant, and how far apart they were while all had requests waiting."""
-    table = _table(f"{study.name}: tenants; weighted: a prompt token counts 1, an output token 2")
+    table = comparison(f"{study.name}: tenants; weighted: a prompt token counts 1, an output token 2")
     table.add_column("", overflow="fold")
     for label in ("tenant", "requests", "TTFT p50", "E2E p50", "weighted tokens/s", "most / least"):
         table.add_column(label, justify="right")
@@ -199,7 +199,7 @@ def tenants(study: Study, outcomes: Sequence[Outcome]) -> Table:
 
 def cdf(study: Study, outcomes: Sequence[Outcome]) -> Table:
     """The distribution of end-to-end latency, seconds at each percentage of requests."""
-    table = _table(f"{study.name}: E2E seconds within which this share of requests is done")
+    table = comparison(f"{study.name}: E2E seconds within which this share of requests is done")
     table.add_column("", overflow="fold")
     for percent in CDF_PERCENT:
         table.add_column(f"{percent}%", justify="right")
@@ -272,7 +272,7 @@ def _load(outcome: Outcome) -> str:
     return f"{sparkline(level)} ≤ {level.max():,.0f}"
 
 
-def _table(title: str) -> Table:
+def comparison(title: str) -> Table:
     """An empty comparison that fits 80 columns as far as it can."""
     return Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 

@@ -137,7 +137,8 @@ def summarise(
     prompts, outputs = int(times.prompts.sum()), int(times.outputs.sum())
     rate = 1 / span if span > 0 else 0.0
     good = int(times.good(slo).sum()) if limits(slo) else None
-    arrivals_s = requests.trace.duration_s
+    sent = np.array(requests.arrival, dtype=np.int64)  # one that follows another comes later than its trace says
+    arrivals_s = float(sent.max() - sent.min()) / PS_PER_S
     summary: dict[str, Any] = {
         "completed": n,
         **{

@@ -110,6 +110,7 @@ class _Study:
 
 
 _STUDY = TypeAdapter(_Study)
+_RUN = TypeAdapter(_Run)
 _SUMMARY = TypeAdapter(dict[str, Any])
 _SUMMARIES = TypeAdapter(list[dict[str, Any]])
 T = TypeVar("T")
@@ -163,10 +164,28 @@ class Tables:
             raise BadInput(Problem(f"cannot be read: {error}", file=str(self._path(name)))) from None
 
 
-class RunResults:
-    """One run of a folder. Its rows are read when asked for, and not kept."""
+class InMemory:
+    """The tables of one run that is not in a folder, as `Tables` would read them."""
 
-    def __init__(self, tables: Tables, facts: _Run, summary: dict[str, Any], rows: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, tables: dict[str, pa.Table]) -> None:
+        self._tables = tables
+
+    def columns(self, name: str) -> list[str]:
+        """The columns of table ``name``."""
+        names: list[str] = self._tables[name].column_names
+        return names
+
+    def rows(self, name: str, first: int, count: int, columns: Sequence[str]) -> pa.Table:
+        """The ``count`` rows of table ``name`` from row ``first`` on."""
+        return self._tables[name].select(list(dict.fromkeys(columns))).slice(first, count)
+
+
+class RunResults:
+    """One run of a folder, or `of_run`. Its rows are read when asked for, and not kept."""
+
+    def __init__(
+        self, tables: Tables | InMemory, facts: _Run, summary: dict[str, Any], rows: dict[str, tuple[int, int]]
+    ) -> None:
         self.summary = summary
         self.max_model_len = facts.max_model_len  # None in folders of older versions
         self.case = facts.case
@@ -283,6 +302,12 @@ def read(folder: Path) -> Results:
         waterfall=facts.waterfall,
         runs=[RunResults(tables, *parts) for parts in zip(facts.runs, summaries, places, strict=True)],
     )
+
+
+def of_run(tables: dict[str, pa.Table], facts: dict[str, Any], summary: dict[str, Any]) -> RunResults:
+    """A run whose ``tables`` ("requests", "steps", "events") are at hand; ``facts`` are those of ``study.json``."""
+    rows = {name: (0, count) for name, count in facts["rows"].items()}
+    return RunResults(InMemory(tables), _RUN.validate_python(facts, strict=False), summary, rows)
 
 
 def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:

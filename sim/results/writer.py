@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -23,12 +22,12 @@ import yaml
 from chairlift.sim.atomic import NewFolder, replacing
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.results import claims
-from chairlift.sim.results.metrics import Latencies, limits, request_latencies
+from chairlift.sim.results.metrics import Latencies
 from chairlift.sim.results.outcome import Outcome
-from chairlift.sim.results.reader import CODES
 from chairlift.sim.results.recording import Recorder
-from chairlift.sim.results.records import EVENT_COLUMNS, HANDOVER_COLUMNS, RUN_COLUMNS, RunRecords
-from chairlift.sim.study import ReplicaGroup, Setup, Study
+from chairlift.sim.results.records import RunRecords
+from chairlift.sim.results.run_tables import LABELS, labels_of, replica_table, request_table, run_facts
+from chairlift.sim.study import Study
 
 CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
 
@@ -58,7 +57,7 @@ class Writer:
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._recorders: dict[str, Recorder] = {}
         self._facts = _study_facts(study)
-        self._columns = [c for c in ("tenant", "session", "priority") if any(_of_trace(s, c) for s in study.setups)]
+        self._columns = [c for c in LABELS if any(c in labels_of(setup) for setup in study.setups)]
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
         self._whole = True
         with _writing(folder):
@@ -93,10 +92,10 @@ class Writer:
     def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
-        self._append("requests", request_table(outcome, label, self._moves, self._columns))
-        self._append("steps", replica_table(outcome, label, RunRecords.runs))
+        self._append("requests", request_table(outcome.requests, label, self._moves, self._columns))
+        self._append("steps", replica_table(outcome.runs, label, RunRecords.runs))
         if any(each.event_rows for each in outcome.runs):
-            self._append("events", replica_table(outcome, label, RunRecords.events))
+            self._append("events", replica_table(outcome.runs, label, RunRecords.events))
         if setup.executes:
             name = "_".join(filter(None, label.values())) or self._study.name
             recorder = self._recorders.setdefault(setup.model.name, Recorder(self.folder / "recording"))
@@ -107,7 +106,7 @@ class Writer:
             "assumptions": outcome.assumptions,
         }
         self._summaries.append(summary)
-        self._facts["runs"].append(_run_facts(outcome))
+        self._facts["runs"].append(run_facts(outcome.setup, outcome.runs))
         _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if self._compares:
             _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
@@ -160,104 +159,6 @@ def _study_facts(study: Study) -> dict[str, Any]:
         "compares": len(study.setups) > 1,
         "runs": [],
     }
-
-
-def _run_facts(outcome: Outcome) -> dict[str, Any]:
-    """What ``study.json`` says of one run."""
-    setup = outcome.setup
-    slo = {f"{name}_ms": limit for name, limit in limits(setup.slo).items()}
-    return {
-        "case": setup.case,
-        "variant": setup.variant,
-        "note": setup.note,
-        "published": setup.published,
-        "model": setup.model.name,
-        "seed": setup.seed,
-        "rows": {
-            "requests": len(setup.trace),
-            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in outcome.runs),
-            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in outcome.runs),
-        },
-        "slo": slo,
-        "tenants": list(setup.trace.tenants),
-        "max_model_len": setup.max_model_len,
-        "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
-    }
-
-
-def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
-    policy = group.make_scheduler()
-    facts = {
-        "role": group.role,
-        "gpu": group.gpu.name,
-        "tensor_parallel": group.parallel.tensor,
-        "policy": type(policy).__name__,
-        "kv_blocks": group.blocks,
-        "block_size": group.block_size,
-        "token_limit": policy.token_limit,
-        "sequence_limit": policy.sequence_limit,
-        "batch_synchronous": policy.batch_synchronous,
-        "asynchronous": policy.asynchronous,
-    }
-    if group.tables > 1:
-        facts |= {"kv_tables": group.tables, "kv_room": group.room(setup.max_model_len)}
-    if not group.parallel.only_tensor:
-        facts |= {"gpus": group.parallel.gpus, "parallel": str(group.parallel)}
-    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
-
-
-def _of_trace(setup: Setup, column: str) -> bool:
-    return getattr(setup.trace, column) is not None
-
-
-def request_table(outcome: Outcome, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()) -> pa.Table:
-    """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
-
-    ``label`` says which run of a comparison the rows belong to. ``moves`` adds the columns of a hand-over of KV, empty
-    in a run without one. ``also`` names further columns of the trace to add: tenant, session or priority.
-    """
-    columns = outcome.requests.columns()
-    for name in also:
-        given = getattr(outcome.setup.trace, name)
-        columns[name] = np.full(len(outcome.requests.status), -1, dtype=np.int64) if given is None else given
-    if moves:
-        none = np.full(len(outcome.requests.status), -1, dtype=np.int64)
-        columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
-    arrays: dict[str, Any] = _labels(label, len(columns["status"]))
-    for name, values in columns.items():
-        if name == "status":
-            arrays[name] = pa.array(CODES[name]).take(pa.array(values)).dictionary_encode()
-        elif name.endswith("_ps") or name == "prefill_replica":
-            arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
-        else:
-            arrays[name] = pa.array(values)
-    for name, values in request_latencies(outcome.requests).items():
-        if name != "normalized_latency":  # E2E ÷ output tokens, which stand in the same row
-            arrays[f"{name}_ms"] = pa.array(values, mask=np.isnan(values))
-    return pa.table(arrays)
-
-
-def replica_table(
-    outcome: Outcome, label: dict[str, str], rows: Callable[[RunRecords], dict[str, npt.NDArray[np.int64]]]
-) -> pa.Table:
-    """The ``rows`` of each replica, one after the other: runs of engine steps, or the events of a journal."""
-    tables = []
-    for replica, each in enumerate(outcome.runs):
-        columns = rows(each)
-        n = len(next(iter(columns.values())))
-        arrays = _labels(label, n)
-        arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
-        for name, values in columns.items():
-            made = pa.array(np.ascontiguousarray(values))
-            arrays[name] = pa.array(CODES[name]).take(made) if name in CODES else made
-        tables.append(pa.table(arrays))
-    return pa.concat_tables(tables).combine_chunks()
-
-
-def _labels(label: dict[str, str], n: int) -> dict[str, Any]:
-    """Columns that say which run of a comparison a row belongs to."""
-    zeros = pa.array(np.zeros(n, dtype=np.int32))
-    return {k: pa.DictionaryArray.from_arrays(zeros, pa.array([v])) for k, v in label.items()}
 
 
 @contextmanager

@@ -35,6 +35,36 @@ Pick = Callable[..., tuple[Any, KeyPath]]
 
 
 def load(
+    path: Path | str,
+    assignments: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    backend: str | None = None,
+    trust: Trust = False,
+    routers: Sequence[str] = (),
+) -> Study:
+    """The study in the scenario file ``path``: a `Setup` for each variant of each case.
+
+    ``assignments`` change keys, as ``--set`` does.
+    ``policies`` and ``routers`` (names or files; these may run code) take the place of the file's own comparison:
+    each policy with each router. With ``trust`` a policy's or router's file named inside the YAML may run its code too.
+    Raises `BadInput` with all mistakes at once.
+
+    >>> from chairlift import load
+    >>> study = load("my.yaml", assignments=["workload.requests=300", "slo.ttft_ms=300"])
+    >>> [(setup.variant, len(setup.trace), setup.slo.ttft_ms) for setup in study.setups]
+    [('vllm', 300, 300.0), ('orca', 300, 300.0)]
+    >>> [setup.variant for setup in load("my.yaml", policies=["vllm", "sarathi"]).setups]
+    ['vllm', 'sarathi']
+    """
+    path = Path(path)
+    for option, names in (("--policy", policies), ("--router", routers)):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise BadInput(Problem("is given twice", file=option, value=twice[0]))
+    return study_of(read(path), path, assignments, policies, backend, trust, routers)
+
+
+def study_of(
+    document: Document,
     path: Path,
     assignments: Sequence[str] = (),
     policies: Sequence[str] = (),
@@ -42,17 +72,8 @@ def load(
     trust: Trust = False,
     routers: Sequence[str] = (),
 ) -> Study:
-    """The study in the scenario file ``path``.
-
-    ``policies`` and ``routers`` (names or files; these may run code) take the place of the file's own comparison:
-    each policy with each router. With ``trust`` a policy's or router's file named inside the YAML may run its code too.
-    Raises `BadInput` with all mistakes at once.
-    """
-    for option, names in (("--policy", policies), ("--router", routers)):
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise BadInput(Problem("is given twice", file=option, value=twice[0]))
-    document = read(path)
-    of_cases = [text for text in assignments if text.partition("=")[0].strip().partition(".")[0] == "cases"]
+    """The study in ``document``, which was read from ``path``: its files lie beside that. All else as for `load`."""
+    of_cases = [text for text in assignments if is_of_cases(text)]
     if "base" in document.data and "workload" not in document.data:
         verb = "plan" if "slo" in document.data else "sweep"
         rule = f"is a key of sweeps and plans, not of scenarios: run this file with chairlift {verb}"
@@ -93,6 +114,11 @@ def load(
         tables=list(scenario.tables),
         resolved=resolved(document, path, assignments, policies, routers, backend),
     )
+
+
+def is_of_cases(assignment: str) -> bool:
+    """Whether a ``--set`` option changes the cases themselves, and not what each of them is of."""
+    return assignment.partition("=")[0].strip().partition(".")[0] == "cases"
 
 
 def policies_of(document: Document, folder: Path, trust: Trust = False) -> list[tuple[type[Scheduler], dict[str, Any]]]:

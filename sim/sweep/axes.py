@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.strict import OneOf, Spec
@@ -31,6 +31,29 @@ class Value:
         self.value = value
         self.origin = origin  # where it was said, if not in the sweep file
         self.label = label_of(value) if label is None else label
+
+
+def same_as(value: object) -> str:
+    """A text that is equal for two values which a scenario takes for the same: 5 and 5.0, mappings in any order."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, Mapping):
+            return {str(key): plain(each) for key, each in value.items()}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return json.dumps(plain(value), sort_keys=True)
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    """``values``, if no two are the same. Raises ValueError."""
+    known: set[str] = set()
+    for value in values:
+        if (text := same_as(value)) in known:
+            raise ValueError(f"{label_of(value)!r} stands twice: each value makes points of its own")
+        known.add(text)
+    return values
 
 
 def label_of(value: object) -> Scalar:
@@ -86,7 +109,9 @@ def _numbers(found: list[float], low: float, high: float, whole: bool) -> list[V
 class Axis(OneOf):
     """The values of one key: a list, or one of these by name."""
 
-    values: list[Any] | None = Field(default=None, min_length=1, description="These values.")
+    values: Annotated[list[Any], AfterValidator(_each_once)] | None = Field(
+        default=None, min_length=1, description="These values, each once."
+    )
     named: dict[str, Any] | None = Field(
         default=None, min_length=1, description="Values with names of their own, which tables show."
     )
@@ -106,8 +131,7 @@ class Axis(OneOf):
         """The values in order, each once."""
         if self.named is not None:
             return [Value(value, name) for name, value in self.named.items()]
-        found = [Value(v) for v in self.values] if self.values is not None else self.chosen.values()
-        return list({json.dumps(v.value): v for v in found}.values())
+        return [Value(v) for v in self.values] if self.values is not None else self.chosen.values()
 
 
 class LogUniform(Spec):
@@ -186,6 +210,9 @@ class Grid(Spec):
             if len(set(lengths.values())) > 1:
                 told = ", ".join(f"{key} has {n}" for key, n in lengths.items())
                 raise ValueError(f"zipped keys must have equally many values ({told})")
+            rows = [dict(zip(group, row, strict=True)) for row in zip(*group.values(), strict=True)]
+            if len({same_as(row) for row in rows}) < len(rows):
+                raise ValueError(f"the same values of {', '.join(group)} stand twice")
         return groups
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from chairlift.sim.scenario.loops import may_differ
 from chairlift.sim.scenario.policy_files import Trust, file_and_class
 from chairlift.sim.scenario.schema import Case, FolderName, results_name
 from chairlift.sim.scenario.yaml_document import Document, read
-from chairlift.sim.sweep.axes import Grid, Scalar, Value
+from chairlift.sim.sweep.axes import Grid, Scalar, Value, same_as
 from chairlift.sim.sweep.runs import Run
 
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
@@ -109,6 +109,11 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     added = [Value(str(Path(p).resolve()) if ".py" in p else p, p, f"--policy {p}") for p in policies]
     named = frozenset(Path(file[0]).resolve() for p in policies if (file := file_and_class(p)) is not None)
     allowed = True if trust else named
+    known = {*map(same_as, _values_of(spec, "policy", base))}
+    for value in added:
+        if (text := same_as(value.value)) in known:
+            raise BadInput(Problem("stands in the axis policy already", file=value.origin))
+        known.add(text)
     points = _with_policies(spec.points(), base, added)
     once = _with_policies(spec.each_alone(), base, added)
     keys = list(dict.fromkeys(key for point in points for key in point))
@@ -188,6 +193,12 @@ def _with_policies(points: list[dict[str, Value]], base: Document, added: list[V
         known = [] if own is None else [point | {"policy": mine} for point in points]
     rest = list({tuple((k, json.dumps(v.value)) for k, v in point.items()): point for point in apart}.values())
     return [*known, *({**point, "policy": value} for value in added for point in rest)]
+
+
+def _values_of(spec: Based, key: str, base: Document) -> list[object]:
+    """What ``key`` is over all points: the values of its axis, or else the base's own."""
+    found = [point[key].value for point in spec.each_alone() if key in point]
+    return found or [base.data.get(key)]
 
 
 def _systems(

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
-from chairlift.sim.sweep.runs import Row, Run
+from chairlift.sim.sweep.runs import OF_THE_MACHINE, Row, Run, failure
 
 STRIKES = 3  # deaths of its process after which a run is given up
 HEARD_S = 0.5  # longest wait for a row: on Windows an interrupt is heard between two waits only
@@ -44,7 +44,12 @@ class Local:
     ) -> Iterator[Row]:
         """As `sim.sweep.runs.Executor` says."""
         if self.jobs == 1:
-            yield from map(function, tasks)
+            for task in tasks:
+                try:
+                    row = function(task)
+                except OF_THE_MACHINE as refusal:
+                    row = lost(task, failure(refusal))
+                yield row
             return
         waiting = deque(tasks)
         deaths: Counter[str] = Counter()
@@ -73,6 +78,9 @@ class Local:
                         continue
                     del busy[pipe]
                     self._idle.append(worker)
+                    if isinstance(error, OF_THE_MACHINE):
+                        rows.append(lost(task, failure(error)))
+                        continue
                     if error is not None:
                         try:
                             raise error

@@ -21,7 +21,7 @@ from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.yaml_document import Document
-from chairlift.sim.sweep.runs import Row, Run, made_by, with_texts
+from chairlift.sim.sweep.runs import OF_THE_MACHINE, Row, Run, failure, made_by, with_texts
 
 RETRIES = 5  # of a task whose worker died, by Ray
 AHEAD = 4  # tasks submitted at once for each CPU of the cluster: enough to keep it busy, few enough for the memory
@@ -61,7 +61,7 @@ class Cluster:
         exhausted = False
         try:
             while True:
-                room = int(ray.cluster_resources().get("CPU", 1)) * AHEAD - len(flying)
+                room = max(1, int(ray.cluster_resources().get("CPU", 1))) * AHEAD - len(flying)
                 while room > 0 and not exhausted:
                     task = next(waiting, None)
                     if task is None:
@@ -77,6 +77,9 @@ class Cluster:
                     try:
                         row = ray.get(ref)
                     except ray.exceptions.RayTaskError as error:
+                        if isinstance(cause := getattr(error, "cause", None), OF_THE_MACHINE):
+                            yield lost(task, failure(cause))
+                            continue
                         raise BadInput(Problem(f"a node of the cluster cannot run this: {_cause(error)}")) from None
                     except ray.exceptions.RayError as error:
                         said = str(error).partition("\n")[0]

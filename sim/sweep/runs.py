@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
+from chairlift.backend.base import DeviceError
 from chairlift.backend.checked import wrong
 from chairlift.policies.base import PolicyError
 from chairlift.sim.bad_input import BadInput, Problem
@@ -42,6 +43,7 @@ _SHAPES_NO_ROW = (
     *("sim/cli/", "sim/report/", "sim/calibration/", "sim/conformance/", "sim/sweep/compare.py", "sim/sweep/plots.py"),
     "backend/gpu/measured/",
 )
+OF_THE_MACHINE = (MemoryError, DeviceError)  # raised by a run that may go well elsewhere, or later: no row tells of it
 _WALL_CLOCK = ("wall_s", "requests_per_wall_s")  # figures of a summary that tell of this machine, not of the run
 
 
@@ -57,6 +59,17 @@ class Row(NamedTuple):
 
 
 _ROW = TypeAdapter(Row)
+
+
+class Lost(Exception):
+    """Runs without a row: their processes died, or their machine could not go on. Nothing is written down of them.
+
+    ``why``: key of a run → what became of it, one line.
+    """
+
+    def __init__(self, why: dict[str, str]) -> None:
+        super().__init__(f"{len(why)} runs were lost")
+        self.why = why
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +100,8 @@ class Run:
 class Executor(Protocol):
     """Calls ``function`` on every task and yields what the calls return, in the order in which they end.
 
-    An executor tries a task again when its process has died. For a task whose processes die again and again, it
-    yields ``lost(task, why)``.
+    An executor tries a task again when its process has died. For a task whose processes die again and again, or that
+    raises one of `OF_THE_MACHINE`, it yields ``lost(task, why)``.
     """
 
     def __call__(
@@ -104,7 +117,8 @@ def results(
     """Every run with its row: first the runs that the journal knows, then the others as they end.
 
     A row is in the journal before it is yielded. Runs with the same key are run once. A run that fails gives a row
-    with its error, and the other runs go on.
+    with its error, and the other runs go on. Raises `Lost`, after all others, where runs were lost: the next call
+    tries those again.
 
     Args:
         runs: in the order in which they start.
@@ -119,10 +133,20 @@ def results(
             yield run, row
         else:
             waiting.setdefault(run.key, []).append(run)
-    for row in executor(run_one, [same[0] for same in waiting.values()], _lost) if waiting else ():
+    gone: dict[str, str] = {}
+
+    def lost(run: Run, why: str) -> Row:
+        gone[run.key] = why
+        return Row(run.key, why, {}, 0.0, 0.0)
+
+    for row in executor(run_one, [same[0] for same in waiting.values()], lost) if waiting else ():
+        if row.key in gone:
+            continue
         journal.add(row.key, row._asdict())
         for run in waiting[row.key]:
             yield run, row
+    if gone:
+        raise Lost(gone)
 
 
 def known(run: Run, journal: Journal) -> Row | None:
@@ -138,7 +162,7 @@ def known(run: Run, journal: Journal) -> Row | None:
 
 
 def run_one(run: Run) -> Row:
-    """Simulate ``run``. An exception becomes the row's error."""
+    """Simulate ``run``. An exception becomes the row's error, but for those of `OF_THE_MACHINE`, which are raised."""
     started = time.perf_counter()
     wall, error, loop = 0.0, "", ""
     metrics: dict[str, float | int | None] = {}
@@ -150,14 +174,18 @@ def run_one(run: Run) -> Row:
         summary = simulate(setup).summary
         wall = summary["wall_s"]
         metrics = {name: value for name, value in _numbers(summary) if name not in _WALL_CLOCK}
+    except OF_THE_MACHINE:
+        raise
     except Exception as wrong:
         error = failure(wrong)
     return Row(run.key, error, metrics, wall, time.perf_counter() - started, loop)
 
 
 def failure(wrong: Exception) -> str:
-    """The error in the row of a run that raised ``wrong``: its message, and for a defect the place in the code."""
-    if isinstance(wrong, BadInput | PolicyError):
+    """What to say of a run that raised ``wrong``: its message, and for a defect the place in the code."""
+    if isinstance(wrong, MemoryError):
+        return f"not enough memory: {wrong}".removesuffix(": ")
+    if isinstance(wrong, BadInput | PolicyError | DeviceError):
         return str(wrong)
     last = traceback.extract_tb(wrong.__traceback__)[-1]
     return f"{type(wrong).__name__}: {wrong} ({Path(last.filename).name}:{last.lineno})"
@@ -170,10 +198,6 @@ def _numbers(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield from _numbers(value, f"{prefix}{name}.")
         elif value is None or isinstance(value, int | float):
             yield prefix + name, value
-
-
-def _lost(run: Run, why: str) -> Row:
-    return Row(run.key, why, {}, 0.0, 0.0)
 
 
 @cache

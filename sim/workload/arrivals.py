@@ -23,7 +23,7 @@ from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.strict import OneOf, Spec
 from chairlift.sim.workload.trace import LATEST_PS, IntArray
 
-Rate = Annotated[float, Field(ge=1e-9, le=1e12)]  # requests a second; at most one a picosecond
+Rate = Annotated[float, Field(ge=1e-9, le=1e12)]  # requests (or starts of sessions) a second; at most one a ps
 Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # seconds
 
 _ROUNDING = 1e-12  # relative; far below one request in a trace
@@ -49,7 +49,7 @@ class Burst(Spec):
 class Constant(Spec):
     """Equal gaps."""
 
-    rate_per_s: Rate = Field(description="Requests per second.")
+    rate_per_s: Rate = Field(description="Requests/s; with sessions, sessions/s.")
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Request k at (k + 1) / rate. Shape: ``(n,)``."""
@@ -63,7 +63,7 @@ class Constant(Spec):
 class Poisson(Spec):
     """Independent exponential gaps."""
 
-    rate_per_s: Rate = Field(description="Mean requests per second.")
+    rate_per_s: Rate = Field(description="Mean requests/s; with sessions, sessions/s.")
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times. Shape: ``(n,)``."""
@@ -77,7 +77,7 @@ class Poisson(Spec):
 class Gamma(Spec):
     """Independent gamma gaps: burstier than Poisson when cv > 1, steadier when cv < 1."""
 
-    rate_per_s: Rate = Field(description="Mean requests per second.")
+    rate_per_s: Rate = Field(description="Mean requests/s; with sessions, sessions/s.")
     cv: float = Field(ge=1e-3, le=1e3, description="Coefficient of variation of the gaps; 1 is Poisson.")
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
@@ -92,7 +92,7 @@ class Gamma(Spec):
 class Weibull(Spec):
     """Independent Weibull gaps: burstier than Poisson when shape < 1."""
 
-    rate_per_s: Rate = Field(description="Mean requests per second.")
+    rate_per_s: Rate = Field(description="Mean requests/s; with sessions, sessions/s.")
     shape: float = Field(ge=0.05, le=1e3, description="Weibull shape of the gaps; 1 is Poisson.")
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
@@ -108,7 +108,7 @@ class Weibull(Spec):
 class OnOff(Spec):
     """Poisson while on, silent while off; both last exponential times, and time 0 begins an on period."""
 
-    rate_per_s: Rate = Field(description="Mean requests per second while on (not over all time).")
+    rate_per_s: Rate = Field(description="Mean requests/s while on (not over all time); with sessions, sessions/s.")
     on_s: Duration = Field(description="Mean length of an on period, in seconds.")
     off_s: Duration = Field(description="Mean length of a silence, in seconds.")
 
@@ -136,7 +136,7 @@ class OnOff(Spec):
 class Diurnal(Spec):
     """Poisson arrivals whose rate is a cosine of time, as with the hour of the day."""
 
-    rate_per_s: Rate = Field(description="Mean requests per second, over whole periods.")
+    rate_per_s: Rate = Field(description="Mean requests/s, over whole periods; with sessions, sessions/s.")
     swing: float = Field(default=0.5, ge=0, le=1, description="Peak rate is (1 + swing) × mean, lowest (1 − swing) ×.")
     period_s: Duration = Field(default=86_400, description="Time from peak to peak.")
     peak_at_s: float = Field(default=0, ge=0, le=1e9, description="Time of a peak.")
@@ -162,7 +162,7 @@ class Diurnal(Spec):
 class Spikes(Spec):
     """Poisson arrivals at a steady rate, which is ``factor`` times higher in spikes that come periodically."""
 
-    rate_per_s: Rate = Field(description="Requests per second between spikes.")
+    rate_per_s: Rate = Field(description="Requests/s between spikes; with sessions, sessions/s.")
     factor: float = Field(ge=1, le=1e6, description="The rate in a spike is so many times higher.")
     every_s: Duration = Field(description="Time from the start of a spike to the next.")
     for_s: Duration = Field(description="How long a spike lasts.")
@@ -195,10 +195,13 @@ class Spikes(Spec):
 class Stage(Spec):
     """A time at one rate, or one in which the rate rises or falls evenly."""
 
-    rate: Annotated[float, Field(ge=0, le=1e12)] = Field(description="Requests per second, at its start.")
+    rate: Annotated[float, Field(ge=0, le=1e12)] = Field(
+        description="Requests/s, at its start; with sessions, sessions/s."
+    )
     to: Annotated[float, Field(ge=0, le=1e12)] | None = Field(
         default=None,
-        description="Requests per second at its end, which the rate goes to evenly; null: as at its start.",
+        description="Requests/s at its end, which the rate goes to evenly (with sessions, sessions/s); null: as at its "
+        "start.",
     )
     duration: Duration = Field(description="How long it lasts, in seconds.")
 
@@ -248,6 +251,11 @@ class Stages(Spec):
     def length_s(self) -> float:
         """From the start of the first stage to the end of the last, in seconds."""
         return sum(stage.duration for stage in self.stages) + self.interval * (len(self.stages) - 1)
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        """Requests per second over all that time."""
+        return sum(stage.mass for stage in self.stages) / self.length_s
 
     def times_ps(self, n: int, rng: np.random.Generator) -> IntArray:
         """Sorted times; requests that no stage has room for come 1 s after the end of the last. Shape: ``(n,)``."""
@@ -310,6 +318,11 @@ class Arrivals(OneOf):
     def length_s(self) -> float | None:
         """Seconds after which no request comes any more; None: requests come for ever."""
         return None if self.stages is None else self.stages.length_s
+
+    @property
+    def mean_rate_per_s(self) -> float | None:
+        """Arrivals per second over all their time: requests, or with sessions the starts of these. None: a burst."""
+        return getattr(self.chosen, "mean_rate_per_s", None) or getattr(self.chosen, "rate_per_s", None)
 
     def rescaled(self, rate_per_s: float) -> Arrivals:
         """The same process at another mean rate, in requests per second.

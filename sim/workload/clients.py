@@ -189,17 +189,43 @@ def starts(trace: Trace) -> int:
 
 
 class Sessions(Spec):
-    """Chats of several turns. The prompt of a turn is the prompt before, the answer to it, and some new tokens."""
+    """Chats of several turns. The prompt of a turn is the prompt before, the answer to it, and some new tokens.
+
+    An agent's turn is several requests: the model calls a tool, and is asked again with the tool's result.
+    ``requests_per_turn`` says how many. The first of a turn comes ``think_s`` after the turn before has ended, each
+    further one ``tool_s`` after the request before has ended, which is how long the tool runs.
+    """
 
     turns: Lengths = Field(description="Turns of a session: a number or a distribution.")
     think_s: Seconds = Field(description="Time from the end of a turn to the next: seconds or a distribution.")
     first_prompt_tokens: Lengths | None = Field(
         default=None, description="Prompt of a session's first turn, system prompt and all; null: as of any turn."
     )
+    requests_per_turn: Lengths | None = Field(
+        default=None,
+        description="Requests of a turn, each but the last of which ends in a tool call: a number or a distribution; "
+        "null: one. Given together with tool_s.",
+    )
+    tool_s: Seconds | None = Field(
+        default=None,
+        description="Tool gap: time from the end of a request that called a tool to the arrival of the next, which has "
+        "the tool's result: seconds or a distribution.",
+    )
+    tool_tokens: Lengths | None = Field(
+        default=None, description="New tokens of a request with a tool's result; null: as prompt_tokens."
+    )
     max_context_tokens: Tokens | None = Field(
         default=None,
         description="A session ends before the turn whose prompt and output together would be more; null: no end.",
     )
+
+    @model_validator(mode="after")
+    def _tools_together(self) -> Sessions:
+        if (self.requests_per_turn is None) != (self.tool_s is None):
+            raise ValueError("requests_per_turn and tool_s must be given together")
+        if self.tool_tokens is not None and self.tool_s is None:
+            raise ValueError("tool_tokens must not be given without requests_per_turn and tool_s")
+        return self
 
     def draw(
         self, n: int, seed: int, arrivals: Arrivals, prompt: Lengths, output: Lengths, cap: int | None = None
@@ -207,17 +233,20 @@ class Sessions(Spec):
         """``n`` requests. Rows are in order of their sessions' starts and then of turns; the last session may be cut.
 
         Args:
-            n: turns of all sessions together.
-            seed: arrivals, turns, first prompts, new tokens, outputs and think times have streams of their own.
+            n: requests of all sessions together.
+            seed: arrivals, turns, first prompts, new tokens, outputs, think times, requests of a turn, tools' results
+                and tool gaps have streams of their own.
             arrivals: when sessions start.
             prompt: new tokens of a turn.
             output: output tokens of a turn; the trace has them as they are drawn.
             cap: the most output tokens of an answer that later prompts hold; None: they hold it whole.
 
-        A turn that is too long for ``max_context_tokens`` is drawn, but not sent, and its session ends. A session
-        whose first turn is too long has no turns, and is left out.
+        A request that is too long for ``max_context_tokens`` is drawn, but not sent, and its session ends. A session
+        whose first request is too long has no turns, and is left out.
 
-        Example: 10 new tokens a turn, outputs of 3 tokens and three turns give prompts of 10, 23 and 36 tokens.
+        Example: 10 new tokens a turn, outputs of 3 tokens and three turns give prompts of 10, 23 and 36 tokens. With
+        two requests a turn and results of 100 tokens, two turns are four requests, with prompts of 10, 113, 126 and
+        229 tokens; the second and fourth come a tool gap after the one before, the third a think time after the second.
 
         Raises:
             BadInput: prompts grow past 32 bits, hardly a turn fits in ``max_context_tokens``, or times run past
@@ -232,7 +261,14 @@ class Sessions(Spec):
             firsts = None
             if self.first_prompt_tokens is not None:
                 firsts = self.first_prompt_tokens.sample(count, stream(seed, "first_prompt_tokens")).tolist()
-            drawn, numbers, prompts, notes = self._play(n, new.tolist(), answers.tolist(), lasts.tolist(), firsts)
+            each, results = np.ones(count, np.int64), new
+            if self.requests_per_turn is not None:
+                each = self.requests_per_turn.sample(count, stream(seed, "requests_per_turn"))
+            if self.tool_tokens is not None:
+                results = self.tool_tokens.sample(count, stream(seed, "tool_tokens"))
+            drawn, numbers, prompts, tool, notes = self._play(
+                *(n, new.tolist(), results.tolist(), answers.tolist(), lasts.tolist(), each.tolist(), firsts)
+            )
             if len(drawn) == n:
                 break
             if count >= max(MOST_DRAWS * n, 10_000):
@@ -244,51 +280,70 @@ class Sessions(Spec):
             raise BadInput(Problem(rule, path="sessions"))
         session = np.array(numbers, np.int64)
         same = np.concatenate([[False], session[1:] == session[:-1]])
+        gaps = self.think_s.sample_ps(n, stream(seed, "think"))
+        if self.tool_s is not None:
+            gaps = np.where(tool, self.tool_s.sample_ps(n, stream(seed, "tool_gap")), gaps)
         return Trace(
             arrival_ps=arrivals.times_ps(numbers[-1] + 1, stream(seed, "arrivals"))[session],
             prompt_tokens=np.array(prompts, np.int32),
             output_tokens=outputs[drawn].astype(np.int32),
             session=session,
             follows=np.where(same, np.arange(n) - 1, -1),
-            think_ps=np.where(same, self.think_s.sample_ps(n, stream(seed, "think")), 0),
+            think_ps=np.where(same, gaps, 0),
             notes=notes,
         )
 
     def _play(
-        self, n: int, new: list[int], answers: list[int], lasts: list[int], firsts: list[int] | None
-    ) -> tuple[list[int], list[int], list[int], tuple[str, ...]]:
-        """The turns that are sent: for each its number among those drawn, its session, and its prompt; and notes.
+        self,
+        n: int,
+        new: list[int],
+        results: list[int],
+        answers: list[int],
+        lasts: list[int],
+        each: list[int],
+        firsts: list[int] | None,
+    ) -> tuple[list[int], list[int], list[int], list[bool], tuple[str, ...]]:
+        """The requests that are sent: of each its number among those drawn, its session, its prompt, and whether it
+        has a tool's result; and notes.
 
-        ``new`` and ``answers`` have one number for each turn drawn, ``lasts`` (the turns of a session) and ``firsts``
-        (its first prompt) one for each session begun.
+        ``new``, ``results`` (new tokens of a request that begins a turn, and of one with a tool's result) and
+        ``answers`` have one number for each request drawn, ``lasts`` (the turns of a session) and ``firsts`` (its first
+        prompt) one for each session begun, ``each`` (requests of a turn) one for each turn begun.
         """
         limit = self.max_context_tokens
-        drawn, sessions, prompts = [], [], []
-        # `begun` counts sessions, `number` those with a turn sent; `left` and `context` are of the session at hand:
-        # its turns to come, and the tokens of its last prompt and answer.
-        begun, number, left, context = 0, -1, 0, 0
+        drawn, sessions, prompts, tool = [], [], [], []
+        # `begun` counts sessions, `turn` turns, `number` sessions with a request sent; `left`, `rest` and `context` are
+        # of the session at hand: its turns to come, its turn's requests to come, the tokens of its last prompt and
+        # answer.
+        begun, turn, number, left, rest, context = 0, 0, -1, 0, 0, 0
         cut = empty = 0
-        for i, (tokens, answer) in enumerate(zip(new, answers, strict=True)):
-            if left == 0:
-                left, context = lasts[begun], 0
-                if firsts is not None:
-                    tokens = firsts[begun]
-                begun += 1
+        for i, answer in enumerate(answers):
+            called = rest > 0
+            tokens = results[i] if called else new[i]
+            if not called:
+                if left == 0:
+                    left, context = lasts[begun], 0
+                    if firsts is not None:
+                        tokens = firsts[begun]
+                    begun += 1
+                rest, left = each[turn], left - 1
+                turn += 1
             prompt = context + tokens
+            rest -= 1
             if limit is not None and prompt + answer > limit:
-                cut, empty, left = cut + (context > 0), empty + (context == 0), 0
+                cut, empty, left, rest = cut + (context > 0), empty + (context == 0), 0, 0
                 continue
             number += context == 0
             drawn.append(i)
             sessions.append(number)
             prompts.append(prompt)
+            tool.append(called)
             context = prompt + answer
-            left -= 1
             if len(drawn) == n:
                 break
         notes = [f"{cut} sessions end early, at max_context_tokens {limit}"] * (cut > 0)
         notes += [f"{empty} sessions left out: their first turn is over max_context_tokens {limit}"] * (empty > 0)
-        return drawn, sessions, prompts, tuple(notes)
+        return drawn, sessions, prompts, tool, tuple(notes)
 
 
 # ---- shared prefixes, priorities ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.workload.clients import sent
+from chairlift.sim.workload.shared_prefix import reblocked
 from chairlift.sim.workload.trace import COLUMNS, HashIds, Trace, offsets_of
 
 _NUMBERED = ("session", "prefix_group", "follows")  # columns of numbers that begin anew in every part; -1: none
@@ -22,14 +24,11 @@ def merged(parts: Mapping[str, Trace]) -> Trace:
     groups and blocks of two parts are never the same.
 
     Raises:
-        BadInput: block ids of two parts cover different numbers of tokens, or some parts declare ``max_tokens`` and
-            others do not.
+        BadInput: some parts declare ``max_tokens`` and others do not; or block ids of two parts cover such different
+            numbers of tokens that their common blocks are too many.
     """
     traces = list(parts.values())
-    sizes = {trace.hash_block for trace in traces if trace.hash_ids is not None}
-    if len(sizes) > 1:
-        rule = f"parts must have block ids of one size (got {', '.join(map(str, sorted(sizes)))} tokens)"
-        raise BadInput(Problem(rule, path="mix"))
+    block = math.gcd(*(trace.hash_block for trace in traces if trace.hash_ids is not None)) or 512
     tenants: list[str] = []
     for name, trace in parts.items():
         tenants += [f"{name}/{own}" for own in trace.tenants] or [name]
@@ -46,8 +45,8 @@ def merged(parts: Mapping[str, Trace]) -> Trace:
         arrival_ps=np.zeros_like(times),
         **columns,
         tenants=tuple(tenants),
-        hash_ids=_ids(traces),
-        hash_block=max(sizes, default=512),
+        hash_ids=_ids(traces, block),
+        hash_block=block,
         source="mix of " + "; ".join(f"{name}: {trace.source}" for name, trace in parts.items()),
         notes=tuple(f"{name}: {note}" for name, trace in parts.items() for note in trace.notes),
     )
@@ -82,8 +81,8 @@ def _shifted(traces: list[Trace], column: str) -> list[Any]:
     return values
 
 
-def _ids(traces: list[Trace]) -> HashIds | None:
-    """The block ids of all traces, numbered anew from 0; None if no trace has any."""
+def _ids(traces: list[Trace], block: int) -> HashIds | None:
+    """The ids of all traces, of blocks of ``block`` tokens, numbered anew from 0; None if no trace has any."""
     if all(trace.hash_ids is None for trace in traces):
         return None
     values: list[Any] = []
@@ -93,8 +92,11 @@ def _ids(traces: list[Trace]) -> HashIds | None:
         if trace.hash_ids is None:
             counts.append(np.zeros(len(trace), np.int64))
             continue
-        own, numbers = np.unique(trace.hash_ids.values, return_inverse=True)
+        ids = trace.hash_ids
+        if trace.hash_block != block:
+            ids = reblocked(ids, trace.hash_block, trace.prompt_tokens, block)
+        own, numbers = np.unique(ids.values, return_inverse=True)
         values.append(numbers + codes)
-        counts.append(np.diff(trace.hash_ids.offsets))
+        counts.append(np.diff(ids.offsets))
         codes += len(own)
     return HashIds(np.concatenate(values).astype(np.int64), offsets_of(np.concatenate(counts)))

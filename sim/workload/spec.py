@@ -42,7 +42,8 @@ class Workload(Spec):
     )
     arrivals: Arrivals | None = Field(
         default=None,
-        description="When requests arrive, or sessions start; replaces the times of a file or name.",
+        description="When requests arrive; with sessions, when sessions start, at a rate in sessions/s. Replaces the "
+        "times of a file or name.",
     )
     clients: Clients | None = Field(
         default=None,
@@ -50,7 +51,8 @@ class Workload(Spec):
     )
     sessions: Sessions | None = Field(
         default=None,
-        description="Chats of several turns: arrivals are their starts, prompt_tokens the new tokens of a turn.",
+        description="Chats or agents of several turns: arrivals are their starts, so rates are sessions/s; "
+        "prompt_tokens are the new tokens of a turn.",
     )
     prompt_tokens: Lengths | None = Field(default=None, description="Prompt lengths: a number or a distribution.")
     output_tokens: Lengths | None = Field(default=None, description="Output lengths: a number or a distribution.")
@@ -61,7 +63,8 @@ class Workload(Spec):
     )
     prefix: Prefix | None = Field(
         default=None,
-        description="Prefixes that prompts share; not of sessions, nor of a file that says what its prompts share.",
+        description="Prefixes that prompts share; of a session, that of all its turns. Not with a file that says what "
+        "its prompts share.",
     )
     tenants: WeightByName | None = Field(
         default=None,
@@ -75,8 +78,8 @@ class Workload(Spec):
     )
     rate_per_s: Rate | None = Field(
         default=None,
-        description="Mean requests per second (with sessions: starts of them) to stretch a file's or a named "
-        "workload's times to.",
+        description="Mean requests/s to stretch a file's or a named workload's times to. Where requests follow one "
+        "another (sessions, think times) it is sessions/s: of the requests that follow no other.",
     )
     file: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
@@ -208,8 +211,6 @@ class Workload(Spec):
         sessions = self.sessions_drawn()
         if sessions is not None and self.clients is not None:
             wrong.append("sessions and clients must not both be given: each says after what a request is sent")
-        if sessions is not None and self.prefix is not None:
-            wrong.append("sessions and prefix must not both be given: the prompts of a session share what came before")
         return wrong
 
     def ends(self) -> bool:

@@ -17,8 +17,9 @@ from chairlift.sim.workload.clients import restarted, starts, weighted
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.mix import merged
 from chairlift.sim.workload.random_streams import stream
+from chairlift.sim.workload.shared_prefix import first_of_session, with_prefixes
 from chairlift.sim.workload.spec import Workload
-from chairlift.sim.workload.trace import LATEST_PS, IntArray, Trace
+from chairlift.sim.workload.trace import LATEST_PS, IntArray, Trace, shortened
 
 MOST_REQUESTS = 1 << 27  # that a duration may ask for
 _FIRST_DRAW = 256  # requests that are drawn at first where a duration says how many there are
@@ -90,8 +91,19 @@ def _drawn(workload: Workload, seed: int) -> Trace:
     if workload.requests is not None and len(trace) < workload.requests:
         told = f"{workload.requests:,} requests wanted, {len(trace):,} arrive in the time that is asked for"
         trace = dataclasses.replace(trace, notes=(*trace.notes, told))
-    trace = dataclasses.replace(trace, source=source, **_labels(workload, trace, seed))
+    if sessions is not None and arrivals is not None:
+        source = f"{source}; {_said_of_sessions(trace, arrivals)}"
+    trace = _labelled(workload, dataclasses.replace(trace, source=source), seed)
     return trace if workload.clients is None else workload.clients.loop(trace, seed)
+
+
+def _said_of_sessions(trace: Trace, arrivals: Arrivals) -> str:
+    """What a rate counts where sessions are drawn, and what it comes to in requests."""
+    each = len(trace) / starts(trace)
+    rate = arrivals.mean_rate_per_s
+    come = "all sessions start at once" if rate is None else f"{rate:.4g} sessions/s start"
+    total = "" if rate is None else f", in all {rate * each:.4g} requests/s where they are served in time"
+    return f"{come}, of {each:.3g} requests each{total}"
 
 
 def _end_s(workload: Workload, arrivals: Arrivals | None) -> float | None:
@@ -131,8 +143,8 @@ def _until(trace: Trace, end_s: float | None) -> Trace:
     return trace.head(count)
 
 
-def _labels(workload: Workload, trace: Trace, seed: int) -> dict[str, Any]:
-    """The columns that say who sends each request: prefix, tenant, priority. All requests of a session are alike."""
+def _labelled(workload: Workload, trace: Trace, seed: int) -> Trace:
+    """``trace`` with prefix, tenant and priority of each request. All requests of a session are alike."""
     n = len(trace)
     sender = np.arange(n)
     if trace.session is not None:  # sessions have the first numbers, requests without a session those behind
@@ -140,14 +152,18 @@ def _labels(workload: Workload, trace: Trace, seed: int) -> dict[str, Any]:
         n = int(sender.max()) + 1
     columns: dict[str, Any] = {}
     if workload.prefix is not None:
-        columns["prefix_group"] = workload.prefix.draw(len(trace), stream(seed, "prefix"))
-        columns["prefix_tokens"] = np.minimum(trace.prompt_tokens, workload.prefix.tokens)
+        group = workload.prefix.draw(n, stream(seed, "prefix"))[sender]
+        tokens = np.minimum(trace.prompt_tokens, workload.prefix.tokens)
+        if trace.session is None:
+            columns |= {"prefix_group": group, "prefix_tokens": tokens}
+        else:
+            trace = with_prefixes(trace, group, tokens)
     if workload.tenants is not None:
         columns["tenants"] = tuple(workload.tenants)
         columns["tenant"] = weighted(list(workload.tenants.values()), n, stream(seed, "tenants"))[sender]
     if workload.priority is not None:
         columns["priority"] = weighted(workload.priority.weights, n, stream(seed, "priority"))[sender]
-    return columns
+    return dataclasses.replace(trace, **columns)
 
 
 def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
@@ -165,7 +181,7 @@ def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
         timed = workload.arrivals is None and workload.clients is None
         asked = {name: getattr(workload, name) for name in formats.OPTIONS}
         trace = formats.load(path, workload.format, min(limits, default=None), times=timed, options=asked)
-        trace = _overlaid(workload, trace, seed, path)
+        trace = _overlaid(workload, _with_groups_of_sessions(trace, path), seed, path)
     notes = list(trace.notes)
     if workload.requests is not None:
         trace = trace.head(workload.requests)  # where the file holds sessions, its limit counts those
@@ -187,7 +203,8 @@ def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
             rule = "all requests of the file arrive at once, which no stretching makes a rate; give arrivals"
             raise BadInput(Problem(rule, file=str(path), path="rate_per_s", value=workload.rate_per_s))
         times = _stretched(times, (starts(trace) - 1) / trace.duration_s / workload.rate_per_s, path)
-        notes.append(f"arrival times stretched to {workload.rate_per_s:g} requests/s")
+        what = "requests" if trace.follows is None else "sessions"
+        notes.append(f"arrival times stretched to {workload.rate_per_s:g} {what}/s")
     elif workload.time_scale != 1:
         times = _stretched(times, workload.time_scale, path)
         notes.append(f"arrival times multiplied by {workload.time_scale:g}")
@@ -195,11 +212,36 @@ def _replayed(workload: Workload, seed: int, folder: Path) -> Trace:
     return _until(trace, workload.duration_s)
 
 
+def _with_groups_of_sessions(trace: Trace, path: Path) -> Trace:
+    """``trace``, read from ``path``, with block ids where requests of a session have a prefix group as well.
+
+    Raises:
+        BadInput: the requests of a session are of several groups.
+    """
+    group, tokens, session = trace.prefix_group, trace.prefix_tokens, trace.session
+    if session is None or group is None or tokens is None or not ((session >= 0) & (group >= 0)).any():
+        return trace
+    if trace.hash_ids is not None:
+        note = "prefix groups of requests with a session not used: hash ids and sessions say what these prompts share"
+        return dataclasses.replace(trace, notes=(*trace.notes, note))
+    first = first_of_session(trace)
+    problems = [
+        Problem(
+            f"must be that of the session's first request, {group[first[i]]}", str(path), None, "prefix_group", value
+        )
+        for i, value in enumerate(group.tolist())
+        if session[i] >= 0 and value != group[first[i]]
+    ]
+    if problems:
+        raise BadInput(shortened(problems))
+    return with_prefixes(dataclasses.replace(trace, prefix_group=None, prefix_tokens=None), group, tokens)
+
+
 def _overlaid(workload: Workload, trace: Trace, seed: int, path: Path) -> Trace:
     """``trace``, read from ``path``, with the prefixes, tenants and priorities that the description lays over it."""
     notes = list(trace.notes)
     if workload.prefix is not None:
-        shared = {"hash ids": trace.hash_ids, "sessions": trace.session, "prefix groups": trace.prefix_group}
+        shared = {"hash ids": trace.hash_ids, "prefix groups": trace.prefix_group}
         if own := [name for name, column in shared.items() if column is not None]:
             rule = f"must not be given with a file whose {' and '.join(own)} say what its prompts share"
             raise BadInput(Problem(rule, file=str(path), path="prefix"))
@@ -209,7 +251,7 @@ def _overlaid(workload: Workload, trace: Trace, seed: int, path: Path) -> Trace:
             notes.append(f"{key} {'replaced' if column is not None else 'laid over the requests'}")
     if workload.max_tokens is not None and trace.max_tokens is not None:
         notes.append("max_tokens replaced")
-    return dataclasses.replace(trace, **_labels(workload, trace, seed), notes=tuple(notes))
+    return _labelled(workload, dataclasses.replace(trace, notes=tuple(notes)), seed)
 
 
 def _capped(workload: Workload, trace: Trace) -> Trace:

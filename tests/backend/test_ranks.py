@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +21,9 @@ torch = pytest.importorskip("torch", reason="the engine that executes steps need
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402 - torch may be absent
 from chairlift.backend.gpu.options import Options  # noqa: E402
 from chairlift.backend.gpu.ranks import Ranks, indivisible  # noqa: E402
+from kit.at_work import lives  # noqa: E402
 from kit.clusters import GPU  # noqa: E402
+from kit.places import IMPORTS, TESTS  # noqa: E402
 
 DENSE = Model("dense", 2, 32, 4, 2, 16, 48, 96, 160)
 EXPERTS = replace(DENSE, name="experts", experts=8, experts_per_token=3, expert_ffn=24, qk_norm=True)
@@ -96,6 +101,33 @@ def test_a_process_that_dies_is_one_clear_error_and_none_is_left() -> None:
         steps(engine, 100)
     assert time.monotonic() - began < 10
     assert not process.is_alive()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who lives")
+def test_no_process_outlives_a_parent_that_was_killed() -> None:
+    script = (
+        "from chairlift.backend.gpu.ranks import Team\nfrom kit.at_work import stuck\n"
+        "team = Team(2, 'cpu', stuck)\nprint(team._processes[0].pid, flush=True)\nteam.ready()\n"
+    )
+    paths = os.pathsep.join(map(str, (IMPORTS, TESTS)))
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert lives(pid)
+        parent.kill()
+    until = time.monotonic() + 10
+    while lives(pid):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_model_that_the_machine_has_no_memory_for_is_refused_before_any_is_taken() -> None:
+    large = replace(DENSE, layers=1000, hidden=1 << 16, ffn=1 << 18)  # 2.8 PiB
+    for gpus in (1, 2):
+        engine = TorchEngine(large, GPU, OPTIONS, gpus)
+        with pytest.raises(ValueError, match=r"^dense with a KV pool of .* needs .* GiB, and the machine has "):
+            engine.prepare(600, 1, 160, named=False)
 
 
 def test_what_cannot_be_shared_out_says_why() -> None:

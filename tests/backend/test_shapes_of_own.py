@@ -49,8 +49,8 @@ def run(folder: Path, **choices: str | int) -> tuple[int, str]:
 
 
 GPU_ROW = """
-l40s:
-  {bf16_tflops: 362, hbm_gb_per_s: 864, memory_gib: 45.0, source: NVIDIA L40S data sheet, also: [l40s-48gb]}
+v100:
+  {bf16_tflops: 125, hbm_gb_per_s: 900, memory_gib: 31.7, source: NVIDIA V100 data sheet, also: [v100-32gb]}
 """
 MODEL_ROW = """
 smollm2-1.7b:
@@ -78,7 +78,7 @@ def in_copy(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=copy, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("choices", [{"gpu": "l40s"}, {"gpu": "NVIDIA-L40S-48GB"}, {"model": "SmolLM2-1.7B-Instruct"}])
+@pytest.mark.parametrize("choices", [{"gpu": "v100"}, {"gpu": "NVIDIA-V100-32GB"}, {"model": "SmolLM2-1.7B-Instruct"}])
 def test_one_row_more_is_a_gpu_or_a_model_more(copy: Path, tmp_path: Path, choices: dict[str, str]) -> None:
     done = in_copy(copy, "run", str(scenario(tmp_path, **choices)), "--out", str(tmp_path / "out"))
 
@@ -87,9 +87,9 @@ def test_one_row_more_is_a_gpu_or_a_model_more(copy: Path, tmp_path: Path, choic
 
 
 def test_a_row_more_is_listed(copy: Path) -> None:
-    [row] = [line for line in in_copy(copy, "list", "gpus").stdout.splitlines() if "l40s" in line]
+    [row] = [line for line in in_copy(copy, "list", "gpus").stdout.splitlines() if line.split()[:1] == ["v100"]]
 
-    assert row.split()[:6] == ["l40s", "362", "864", "45", "–", "–"]  # links and price are unknown
+    assert row.split()[:6] == ["v100", "125", "900", "31.7", "–", "–"]  # links and price are unknown
     assert "smollm2-1.7b" in in_copy(copy, "list", "models").stdout
 
 

@@ -26,6 +26,7 @@ from kit.places import IMPORTS
 
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 
+from chairlift.backend.gpu import weights  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from chairlift.backend.parallel import ONE  # noqa: E402
@@ -543,7 +544,7 @@ def test_the_command_runs_the_engine() -> None:
 @pytest.mark.parametrize(
     ("assignments", "words"),
     [
-        (["tensor_parallel=2"], ["runs on one GPU (got tensor_parallel 2)"]),
+        (["tensor_parallel=2"], ["tiny: 97 (vocabulary) cannot be shared out over 2 GPUs"]),
         (["kv.block_size=8"], ["blocks hold a multiple of 16 tokens (got 8)"]),
         (["backend.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"]),
         (["replicas=2"], ["replicas", "one replica"]),
@@ -561,6 +562,15 @@ def test_what_the_engine_cannot_serve(assignments: list[str], words: list[str]) 
     arguments = [part for assignment in assignments for part in ("--set", assignment)]
 
     refused(run(*arguments), *words)
+
+
+@in_a_folder_of_its_own
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_weights_beyond_the_memory_of_the_host_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("meminfo").write_text("MemTotal:         2048 kB\nMemAvailable:        1 kB\n")
+    monkeypatch.setattr(weights, "MEMINFO", Path("meminfo"))
+
+    refused(run(), "tiny with a KV pool of 40 blocks needs 0.0 GiB, and the machine has 0.0 GiB to give: device: cpu")
 
 
 @in_a_folder_of_its_own

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from kit.command import SCENARIO, chairlift
 
+LONGEST = r"\(prompt and output; the longest ([\d,]+) \+ ([\d,]+) = ([\d,]+)\)"
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("s.yaml").write_text(SCENARIO)
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
 
 
 @pytest.mark.parametrize(
@@ -51,9 +58,42 @@ def test_a_number_out_of_bounds_is_refused(assignments: list[str], says: str) ->
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("change", ["max_model_len=1", "kv={blocks: 1}", "workload.prompt_tokens=200000"])
-def test_a_run_that_completes_nothing_says_why_and_exits_with_1(change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("max_model_len=1", f"30 longer than the model's 1 tokens {LONGEST}"),
+        ("kv={blocks: 1}", f"30 larger than the KV pool of 16 tokens {LONGEST}"),
+        ("workload.prompt_tokens=200000", f"30 longer than the model's 2,048 tokens {LONGEST}"),
+        ("policy={name: tgi, max_batch_total_tokens: 10}", "30 that would fit: the policy would not have them"),
+    ],
+)
+def test_a_run_that_completes_nothing_says_why_and_exits_with_1(change: str, why: str) -> None:
     result = chairlift("run", "s.yaml", "-q", "--set", change)
     assert (result.status, result.out) == (1, "")
-    assert result.err == "s: no request was completed: 30 rejected\n"
+    found = re.fullmatch(rf"s: no request was completed: 30 rejected \({why}\)\n", result.err)
+    assert found is not None, result.err
+    assert not found.groups() or number(found[1]) + number(found[2]) == number(found[3])
     assert Path("runs/s/summary.json").exists()
+
+
+def test_a_sweep_that_completes_nothing_says_so() -> None:
+    Path("w.yaml").write_text("base: s.yaml\naxes: {max_model_len: [1, 2]}\n")
+    result = chairlift("sweep", "w.yaml", "-q", "-j", "1")
+    assert (result.status, result.err) == (1, "no request was completed in 2 of 2 runs\n")
+    Path("w.yaml").write_text("base: s.yaml\naxes: {max_model_len: [1, 2048]}\n")
+    result = chairlift("sweep", "w.yaml", "-q", "-j", "1")
+    assert (result.status, result.err) == (0, "no request was completed in 1 of 2 runs\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("schema --sweep --plan", "--plan: must not be given beside --sweep"),
+        ("sweep w.yaml --policy vllm", "--policy vllm: stands in the axis policy already"),
+        ("sweep w.yaml --policy orca --policy orca", "--policy orca: stands in the axis policy already"),
+    ],
+)
+def test_what_would_be_done_twice_or_not_at_all_is_refused(words: str, says: str) -> None:
+    Path("w.yaml").write_text("base: s.yaml\naxes: {policy: [vllm, tgi]}\n")
+    result = chairlift(*words.split())
+    assert (result.status, result.out, result.err) == (2, "", f"error: {says}\n")

@@ -83,6 +83,13 @@ def test_a_signal_leaves_the_old_folder_and_says_one_line(number: signal.Signals
     assert hidden() == []
 
 
+def test_a_signal_does_what_it_did_once_a_command_has_ended() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert chairlift("run", "s.yaml", "-q").status == 0
+    assert chairlift("run", "nothing.yaml").status == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_kill_leaves_the_old_folder_and_the_next_run_clears_up() -> None:
     assert chairlift("run", "s.yaml", "--out", "out", "-q").status == 0
     before = content("out")

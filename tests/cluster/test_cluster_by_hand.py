@@ -8,6 +8,7 @@ import pytest
 
 from chairlift.backend.base import Batch, StepCost
 from chairlift.policies.base import PolicyError, Step
+from chairlift.policies.sglang import Sglang
 from chairlift.policies.static import Static
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.records import Status
@@ -95,6 +96,19 @@ def test_requests_lost_together_are_planned_together() -> None:
 
     assert rows(served, 1, "start_ps", "chunks", "prefill_tokens")[0] == (1500, 3, 15)
     assert served.columns()["finished_ps"] == [3500] * 3
+
+
+@pytest.mark.parametrize(("other", "tokens"), [("sglang", 15), ("vllm", 30)])
+def test_what_a_replica_allows_holds_as_long_as_it_serves_the_request(other: str, tokens: int) -> None:
+    # SGLang allows an answer of 15 tokens to a prompt of 70 in 7 pages of 16: 5 hold the prompt, 1 is spare, and of the
+    # last a token is. Its replica fails at 5500, when the client has 4 or 5 tokens; the other one allows what it likes
+    sglang = {"page_size": 16, "schedule_policy": "fcfs"}
+    groups = [group(Sglang, sglang, blocks=7, cost=COST), group(Sglang, sglang, blocks=7, cost=COST)]
+    groups[1] = vllm() if other == "vllm" else groups[1]
+    served = played(setup_of(trace_of([(0, 70, 30)], max_tokens=[30]), groups, failures=down((0, 5500, None))))
+
+    assert served.columns()["replica"] == [1]
+    assert served.columns()["emitted_tokens"] == [tokens]
 
 
 def test_a_replica_takes_requests_again_after_repair_and_start_up() -> None:
@@ -218,6 +232,19 @@ def test_a_request_with_one_token_is_never_handed_over() -> None:
 
     got = served.columns()
     assert (got["finished_ps"], got["handed_over_ps"], got["replica"]) == ([1000], [-1], [0])
+
+
+def test_a_request_handed_over_ends_no_gap_where_its_prompt_was_computed() -> None:
+    # A prompt a step on the prefill replica, which plans ahead: A at 1000, B 2000, C 3000, D 4000. D's one token is not
+    # known to be its last when its decode is planned at 3000, and comes 4000 to 5000 for nothing. A came to the decode
+    # replica at 1016, has its tokens at 2016, 3016 and 4016: three gaps, of 1016, 1000 and 1000
+    policy = group(Sglang, {"page_size": 16, "chunked_prefill_size": 16}, role="prefill", cost=Affine(1000, 0, 0))
+    groups = [policy, vllm(1, "decode")]
+    trace = trace_of([(0, 16, 4), (0, 16, 1), (0, 16, 1), (0, 16, 1)], max_tokens=[4, 1, 1, 2])
+    served = played(setup_of(trace, groups, link=link(1)))
+
+    assert served.gaps() == [[], [(1000, 2), (1016, 1)]]
+    assert rows(served, 0, "start_ps", "decodes", "late_decodes")[-1] == (4000, 1, 1)
 
 
 def test_a_request_whose_decode_replica_fails_is_computed_again_on_another() -> None:

@@ -52,6 +52,7 @@ LATER = {  # how a command begins → why it is not run here
 }
 SMALLER = {  # command → options that make it small enough to run here
     "run": ("--set", "workload.requests=40"),
+    "diff-engines": ("--set", "workload.requests=40"),
     "sweep": ("--set", "workload.requests=15", "-j1"),
     "plan": ("--dry-run",),
 }
@@ -94,6 +95,10 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {**named("yaml"), **named("python")}.items():
         Path(name).write_text(text.replace("seeds: 8", "seeds: 1"), encoding="utf-8")
     rows = "".join(f"2023-11-16 18:15:{second:02}.0000000,{300 + second},{20 + second}\n" for second in range(20))
+    log = "".join(
+        f'{{"ts": {1_767_600_000 + i}, "prompt_tokens": {90 + i}, "completion_tokens": 20}}\n' for i in range(20)
+    )
+    Path("log.jsonl").write_text(log, encoding="utf-8")
     Path("azure_conv.csv.gz").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}", encoding="utf-8")
     write(tmp_path / "DIR", [record(Planted())])
     return tmp_path
@@ -271,6 +276,11 @@ def test_every_folder_of_tests_and_of_sim_is_described() -> None:
         for folder in (ROOT / home).iterdir():
             if folder.is_dir() and folder.name != "__pycache__":
                 assert f"`{folder.name}/`" in TEXTS[f"{home}/README.md"], folder
+
+
+def test_every_file_of_a_replica_has_its_row() -> None:
+    for path in (ROOT / "sim" / "replica").glob("[!_]*.py"):
+        assert f"[`{path.name}`](replica/{path.name})" in TEXTS["sim/README.md"], path
 
 
 # What single examples come to

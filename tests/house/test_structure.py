@@ -49,7 +49,11 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
         ("base", "routers", "vllm"),
     ),
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
-    "sweep": (("sweep", "simulate", "scenario", "report.html", "results", "workload", *SPINE), ("checked",), ("base",)),
+    "sweep": (
+        ("sweep", "simulate", "scenario", "report.html", "results", "workload", *SPINE),
+        ("base", "checked"),
+        ("base",),
+    ),
     "calibration": (
         ("calibration", "simulate", "results", "study", "workload", *SPINE),
         ALL,

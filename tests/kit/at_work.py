@@ -46,3 +46,17 @@ def environment(task: Task) -> dict[str, str]:
 def lost(task: Task, why: str) -> Done:
     """The row of a task that was given up."""
     return Done(task.key, 0, why)
+
+
+def stuck(_ranks: object, _device: object) -> None:
+    """In place of a GPU's runner: never ready."""
+    time.sleep(600)
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

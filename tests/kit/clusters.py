@@ -168,7 +168,7 @@ def check_nothing_left(served: Served) -> None:
         engine = replica.engine
         state, decodes = engine.state, engine.state.group
         assert engine.pool.free == engine.pool.total
-        assert (state.kv_tokens, engine.promised, len(state.waiting), len(state.admitted)) == (0, 0, 0, 0)
+        assert (state.kv_tokens, engine.planner.promised, len(state.waiting), len(state.admitted)) == (0, 0, 0, 0)
         assert (decodes.context, decodes.live, decodes.dead) == (0, 0, 0)
         assert (replica.held, replica.draining) == (0, False)
     for pool in served.pools:

@@ -11,7 +11,8 @@ from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.policies.base import Request, Step
 from chairlift.policies.sglang import Sglang
 from chairlift.sim.replica.counting_pool import CountingPool
-from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.engine import make_engine
+from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.radix_pool import RadixPool, Streams
 from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
@@ -119,30 +120,31 @@ class Replay:
         if not case["disable_radix_cache"]:
             self.pool = RadixPool(self.pool.total, size, Tokens(requests), self.policy.radix.unified)
         parts = (self.policy, Tick(), self.pool, RequestRecords(trace), outputs.tolist(), CONTEXT)
-        self.engine = Engine(*parts)
+        self.planner = Planner(*parts)
+        self.engine = make_engine(self.planner)
         self.left = len(requests)
-        self.flight: Plan | None = None
+        self.plan: Plan | None = None  # what was planned last
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The ledger of our scheduler."""
-        engine, step = self.engine, 0
+        planner, ahead, step = self.planner, self.policy.asynchronous, 0
         while self.left:
             while self.pending and self.pending[0]["arrival_step"] <= step:
                 self._arrive(self.pending.pop(0), step)
-            flight = self.flight
+            flight = planner.flight
             row = {"step": step, **self._plan(step)}
-            plan = engine._plan
-            if engine._ahead:
+            plan = self.plan
+            if ahead:
                 landing = flight
             else:
                 landing = plan
                 if plan is not None:
-                    engine.commit(plan, 1)
-            done = engine.complete(landing, step, plan) if landing is not None else []
-            if engine._ahead:
+                    planner.commit(plan, 1)
+            done = planner.complete(landing, step, plan) if landing is not None else []
+            if ahead:
                 if plan is not None:
-                    engine.commit(plan, 1)
-                self.flight = engine._flight = plan
+                    planner.commit(plan, 1)
+                planner.flight = plan
             row["finished"] = [r.id for r in done]
             self.left -= len(done)
             row["end"] = self._room()
@@ -163,20 +165,21 @@ class Replay:
         return [(pool.free - cached) * pool.block_size, cached * pool.block_size]
 
     def _plan(self, step: int) -> dict[str, Any]:
-        engine, policy = self.engine, self.policy
+        planner, policy = self.planner, self.policy
         policy.turn, policy.retracted = step, []
-        here = set(engine.state.admitted)
-        start = self.flight.when if self.flight is not None else at(step)
-        plan = engine._plan = engine.ask(step, start)
+        here = set(planner.state.admitted)
+        flight = planner.flight
+        start = flight.when if flight is not None else at(step)
+        plan = self.plan = planner.ask(step, start)
         if plan is not None:
             plan.when.ps = step + 1
-        if self.flight is not None:
-            engine.lose()
+        if flight is not None:
+            planner.drop_tokens()
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
         batch = policy._batches[0]
         if plan is None:
-            state = engine.state
-            busy = state.admitted or state.waiting or self.flight is not None
+            state = planner.state
+            busy = state.admitted or state.waiting or flight is not None
             kind = "none" if busy else "idle"
         else:
             kind = ("mixed" if plan.decoding else "extend") if chunks else "decode"
@@ -190,7 +193,7 @@ class Replay:
             "room": self._room(),
             "ratio": round(policy._running.ratio, 6),
             "full": policy._full,
-            "waiting": [r.id for r in engine.state.waiting],
+            "waiting": [r.id for r in planner.state.waiting],
         }
 
 

@@ -11,8 +11,9 @@ from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.policies.base import KvGroups
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.build import make_pool
-from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.engine import make_engine
 from chairlift.sim.replica.hybrid_pool import HybridPool
+from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import RequestRecords
@@ -81,7 +82,8 @@ class Replay:
         longest = case["max_model_len"]
         pool = make_pool(policy, trace, case["num_blocks"] - 1, case["block_size"], {}, False, groups, longest)
         outputs = trace.output_tokens.tolist()
-        self.engine = Engine(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
+        self.planner = Planner(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
+        self.engine = make_engine(self.planner)
         self.lag = int(policy.asynchronous)
         self.left = len(self.pending)
         self.flight: list[Plan | None] = []
@@ -131,7 +133,7 @@ class Replay:
         self.just_finished = False
         before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
         here = set(state.admitted)
-        plan = self.engine.ask(step, at(step))
+        plan = self.planner.ask(step, at(step))
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
         tokens = {
             r.id: chunks.get(r.id, 1)
@@ -151,7 +153,7 @@ class Replay:
             row["held"] = self.engine.pool.held()
         if plan is not None:
             plan.when.ps = step + 1
-            self.engine.commit(plan, 1)
+            self.planner.commit(plan, 1)
         self.flight.append(plan)
         return row
 
@@ -159,7 +161,7 @@ class Replay:
         plan = self.flight.pop(0)
         if plan is None:
             return []
-        finished = sorted(r.id for r in self.engine.complete(plan, step))
+        finished = sorted(r.id for r in self.planner.complete(plan, step))
         self.left -= len(finished)
         self.just_finished |= bool(finished)
         return finished

@@ -18,8 +18,9 @@ from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.cluster.predicted_lengths import predictions
 from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
-from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.engine import Engine, make_engine
 from chairlift.sim.replica.host_memory import HostMemory
+from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords, Status
 from chairlift.sim.workload.trace import Trace
@@ -98,7 +99,7 @@ class World:
             list(r.cached_tokens),
             list(r.swaps),
             list(r.swapped_tokens),
-            [e.steps for e in self.engines],
+            [e.planner.steps for e in self.engines],
             gaps,
         )
 
@@ -126,9 +127,9 @@ def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
 def most(engine: Engine, trace: Trace, i: int) -> int:
     """Tokens that a replica lets request ``i`` have."""
     prompt = int(trace.prompt_tokens[i])
-    cap = engine.max_model_len - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
-    pool = engine.pool
-    return engine.scheduler.allowed(Live(i, 0, prompt, cap), engine.max_model_len, pool.total, pool.block_size)
+    pool, longest = engine.pool, engine.state.max_model_len
+    cap = longest - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
+    return engine.scheduler.allowed(Live(i, 0, prompt, cap), longest, pool.total, pool.block_size)
 
 
 def check_books(world: World) -> None:
@@ -143,7 +144,7 @@ def check_books(world: World) -> None:
     for engine in world.engines:
         state, group = engine.state, engine.state.group
         assert engine.pool.free == engine.pool.total
-        assert (state.kv_tokens, engine.promised, group.context, group.live, group.dead) == (0, 0, 0, 0, 0)
+        assert (state.kv_tokens, engine.planner.promised, group.context, group.live, group.dead) == (0, 0, 0, 0, 0)
         assert not state.waiting
         assert state.host.free == state.host.blocks
         assert not state.host.busy
@@ -162,7 +163,7 @@ def play(
     leap: bool = True,
     max_model_len: int = 1 << 20,
     host: tuple[int, int] = (0, 0),
-    engine_type: type[Engine] = Engine,
+    journal: bool = False,
     groups: KvGroups | None = None,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
@@ -198,7 +199,7 @@ def play(
             replica.left(request)
             cluster.ended(request, now)
 
-        return engine_type(
+        planner = Planner(
             policy,
             backend(),
             pool,
@@ -209,7 +210,9 @@ def play(
             leap=leap,
             finish=finish,
             host=HostMemory(*host, pool.block_size, policy.overlaps_swaps),
+            journal=journal,
         )
+        return make_engine(planner)
 
     for index in range(replicas):
         replica = Replica(cluster.clock, index, build)

@@ -21,6 +21,9 @@ from chairlift.sim.plan.pacing import paced
 from chairlift.sim.plan.promises import BINS, Latency, Promise, sample_of
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.verdict import judge
+from chairlift.sim.plan.vllm_command import commands
+from chairlift.sim.scenario.load import prepare
+from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.local import Local
 from kit.command import Result, chairlift
@@ -113,7 +116,7 @@ def test_a_plan_is_answered_and_resumed(tmp_path: Path, answered: tuple[Path, Re
     before = written_down(out)
     second = chairlift("plan", written(tmp_path), "--out", str(out), "--jobs", "1", "--json")
 
-    assert "Cheapest for 60/s" in first.out
+    assert "Cheapest for 60 requests/s" in first.out
     assert "vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 1 --max-model-len 4096" in first.out
     assert "--max-num-batched-tokens 8192" in first.out  # the server's default on this GPU
     assert written_down(out) == before
@@ -298,7 +301,7 @@ def test_a_promise_that_nothing_keeps_is_told_with_what_would_help(tmp_path: Pat
 
     assert result.status == 1
     text = " ".join(result.out.split())
-    assert "No system keeps the promises at 60/s" in text
+    assert "No system keeps the promises at 60 requests/s" in text
     assert "cannot be kept even by a request that is alone: p95 TTFT is at least" in text
     assert "raise the limit" in text
     assert "vllm serve" not in text
@@ -387,3 +390,41 @@ def test_a_shipped_plan_answers_for_a_mixture_of_experts_and_for_fp8(path: Path,
     assert any(candidate.setup is not None for candidate in read_plan(tmp_path / "p.yaml").candidates)
     result = chairlift("plan", str(tmp_path / "p.yaml"), "--dry-run")
     assert result.status == 0, result.err
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("slo.ttft_ms", "slo", "seed", "workload.requests", "workload.mix.chat.requests", "workload.rate_per_s"),
+        *("workload.time_scale", "workload.arrivals.poisson.rate_per_s"),
+    ],
+)
+def test_what_a_plan_says_itself_is_refused_in_its_base(key: str, tmp_path: Path) -> None:
+    value = {"slo.ttft_ms": 1, "slo": {"ttft_ms": 1}}.get(key, 1)
+    plan = {**yaml.safe_load(PLAN), "axes": {"replicas": [1]}}
+    for part in ({"axes": {key: [value]}}, {"set": {key: value}}, {"today": {key: value}}, {}):
+        path = written(tmp_path, json.dumps({**plan, **part}))
+        given = [] if part else ["--set", f"{key}={json.dumps(value)}"]
+        result = chairlift("plan", path, "--dry-run", *given)
+        assert result.status == 2, (part, result)
+        assert ("own" in result.err and "says it" in result.err) or key == "seed", result.err
+
+
+def test_the_command_says_how_weights_and_kv_are_quantised(tmp_path: Path) -> None:
+    shape = {"layers": 4, "hidden": 512, "heads": 8, "kv_heads": 8, "head_size": 64, "ffn": 2048, "vocab": 32000}
+    plan = yaml.safe_load(PLAN)
+    wide = {"name": "mine", "max_model_len": 8192, **shape}
+    for model, flags in (
+        (wide, []),
+        ({**wide, "bytes_per_param": 1}, ["--quantization fp8"]),
+        ({**wide, "kv_bytes_per_element": 1}, ["--kv-cache-dtype fp8"]),
+        ({**wide, "quantization": "fp8"}, ["--quantization fp8"]),
+        ("deepseek-v3", []),
+    ):
+        system = {"model": model, "gpu": "h200", "parallel": {"tensor": 8}, "policy": "vllm", "max_model_len": 4096}
+        workload = plan["base"]["workload"]
+        setup = prepare(Document({**system, "workload": {**workload, "requests": 9}}, {}, "test"), Path())
+        [line] = commands(setup)
+        told = [flag for flag in ("--quantization fp8", "--kv-cache-dtype fp8") if flag in line]
+        assert told == flags
+        assert "--quantization" not in line or "--quantization fp8" in flags

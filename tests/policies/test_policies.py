@@ -58,7 +58,7 @@ def test_static_global_padding_runs_every_batch_to_the_longest_answer_of_all() -
 
     assert first(world) == [110, 110, 526, 526]
     assert finished(world) == [416, 416, 832, 832]
-    assert world.engines[0].steps == 2 * 4
+    assert world.engines[0].planner.steps == 2 * 4
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,7 @@ def look_for_lengths(name: str, **world: Any) -> list[str]:
 
     def look(step: Step) -> None:
         everybody = (*step.running, *step.waiting)
-        here = [
-            r for r in everybody if OUTPUTS[r.id] >= LONG and r.emitted < LONG // 2
-        ]  # later a count of steps may equal them
+        here = [r for r in everybody if OUTPUTS[r.id] >= LONG]
         seen.update(r.id for r in here)
         steps = (0, step.decode_steps)  # by which counts of a decode group are shifted
         secrets = {number + n: r.id for r in here for number in told_by(r, OUTPUTS[r.id]) for n in steps}
@@ -95,6 +93,11 @@ def look_for_lengths(name: str, **world: Any) -> list[str]:
 @pytest.mark.parametrize("name", sorted(SECRET))
 def test_no_length_is_within_reach_of_a_policy(name: str) -> None:
     assert look_for_lengths(name) == []
+
+
+@pytest.mark.parametrize("name", ["static", "vllm-async", "vllm-v0-swap"])
+def test_nor_where_a_journal_is_kept(name: str) -> None:
+    assert look_for_lengths(name, journal=True) == []
 
 
 def test_the_search_finds_what_is_hidden_in_any_way() -> None:

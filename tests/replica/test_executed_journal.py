@@ -12,9 +12,9 @@ import pytest
 
 from chairlift.backend.gpu.settings import Torch
 from chairlift.sim.replica import executing
-from chairlift.sim.replica.journal import Kind
 from chairlift.sim.report.slots import seat
 from chairlift.sim.results import reader as results
+from chairlift.sim.results.records import Kind
 from chairlift.sim.study import Limits, Setup
 from chairlift.sim.workload.trace import Trace
 from kit.clusters import serve

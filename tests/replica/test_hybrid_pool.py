@@ -14,7 +14,7 @@ import pytest
 
 import ledger
 from chairlift.policies.base import HybridCache, KvGroups
-from chairlift.sim.replica.counting_pool import Decodes
+from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.hybrid_pool import HybridPool
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live, at

@@ -15,10 +15,8 @@ from chairlift.policies.orca import Orca
 from chairlift.policies.static import Static
 from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.replica.engine import Engine
-from chairlift.sim.replica.journal import JournalEngine, Kind
 from chairlift.sim.report.slots import Slots, seat
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import Kind, Status
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Failures, Limits, Outage
 from kit.clusters import group, link, s, setup_of
@@ -30,7 +28,7 @@ from kit.worlds import Affine, play, trace_of
 def drawn(outputs: Sequence[int], policy: Callable[[], Scheduler], **world: Any) -> list[str]:
     """The grid of requests of two prompt tokens that all arrive at once."""
     trace = trace_of([(0, 2, n) for n in outputs], max_tokens=list(outputs))
-    return seats(play(trace, policy, Steady, engine_type=JournalEngine, **world).engines[0]).grid()
+    return seats(play(trace, policy, Steady, journal=True, **world).engines[0]).grid()
 
 
 # The textbook picture: eight requests, four slots. A to H have these answers; the step of the prompt brings the first.
@@ -71,7 +69,7 @@ def test_continuous_batching_as_drawn_by_hand(policy: Callable[[], Scheduler]) -
 def test_decodes_stall_while_a_prompt_runs_alone() -> None:
     # TGI prefills on its own: B has arrived with A's first decode step and joins after the next, and A waits for it
     trace = trace_of([(0, 2, 5), (1500, 2, 2)], max_tokens=[5, 2])
-    world = play(trace, lambda: Tgi(max_waiting_tokens=1), Steady, block_size=1, engine_type=JournalEngine)
+    world = play(trace, lambda: Tgi(max_waiting_tokens=1), Steady, block_size=1, journal=True)
 
     assert seats(world.engines[0]).grid() == [
         "PD~DDD",
@@ -84,7 +82,7 @@ def test_a_preempted_request_leaves_its_slot_and_computes_all_again() -> None:
     # third there is none: B goes, A runs to its end, and B takes A's slot and computes its 2 + 3 tokens again
     trace = trace_of([(0, 2, 6), (0, 2, 6)])
     policy = lambda: Vllm(async_scheduling=False, enable_prefix_caching=False)  # noqa: E731
-    world = play(trace, policy, Steady, blocks=4, block_size=2, engine_type=JournalEngine)
+    world = play(trace, policy, Steady, blocks=4, block_size=2, journal=True)
     engine = world.engines[0]
     found = seats(engine)
     events = engine.records.events()
@@ -191,8 +189,8 @@ def test_a_journal_changes_nothing_and_counting_its_cells_gives_the_records(
     if policy().block_tokens == 1:
         blocks, block_size = blocks * block_size, 1
     plain, kept = (
-        play(trace, policy, lambda: backend, blocks, block_size, replicas, leap, 2000, engine_type=engine_type)
-        for engine_type in (Engine, JournalEngine)
+        play(trace, policy, lambda: backend, blocks, block_size, replicas, leap, 2000, journal=journal)
+        for journal in (False, True)
     )
 
     assert kept.outcome() == plain.outcome()

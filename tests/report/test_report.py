@@ -347,7 +347,8 @@ def test_tables_have_no_colours_in_pipes() -> None:
 
 @pytest.mark.parametrize("tokens", [16, 4000])
 def test_nobody_served_and_one_request_have_a_page_too(tokens: int) -> None:
-    nobody = (1, "small: no request was completed: 1 rejected\n")
+    why = "1 larger than the KV pool of 16 tokens (prompt and output; the longest 165 + 37 = 202)"
+    nobody = (1, f"small: no request was completed: 1 rejected ({why})\n")
     scenario = replaced("tokens: 4000", f"tokens: {tokens}").replace("requests: 30", "requests: 1")
     page = made(scenario, ends=nobody if tokens == 16 else (0, ""))
     html = Path("out/report.html").read_text()

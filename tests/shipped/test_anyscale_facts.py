@@ -165,14 +165,14 @@ def test_the_workload_is_the_recorded_one_and_clients_declare_the_exact_length(c
 
 def test_batches_padded_to_the_longest_of_all_take_210_750_steps() -> None:
     # 250 batches of four, each 843 steps: the prefill, which emits the first token, and 842 decodes
-    assert run("A").engines[0].steps == 250 * 843 == 210_750
+    assert run("A").engines[0].planner.steps == 250 * 843 == 210_750
 
 
 def test_batches_padded_to_their_own_longest_take_66_942_steps() -> None:
     output = workload().output_tokens
     by_hand = int(output.reshape(250, 4).max(axis=1).sum())
 
-    assert run("B").engines[0].steps == by_hand == 66_942
+    assert run("B").engines[0].planner.steps == by_hand == 66_942
 
 
 @pytest.mark.parametrize(

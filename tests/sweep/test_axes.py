@@ -64,10 +64,6 @@ def test_names_of_their_own_and_names_made() -> None:
     assert label_of([{"count": 2}]) == '[{"count": 2}]'
 
 
-def test_equal_values_count_once() -> None:
-    assert values([1, 2, 1]) == [1, 2]
-
-
 def test_random_points_are_the_same_for_a_seed_and_stay_in_their_space() -> None:
     keys = {
         "a": {"log_uniform": {"low": 1, "high": 10_000}},
@@ -111,3 +107,20 @@ def test_each_value_is_tried_alone() -> None:
 def test_what_is_no_axis_is_refused(spec: object) -> None:
     with pytest.raises(ValidationError):
         Axis.model_validate(spec)
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [[5, 5], [5, 5.0], ["a", "b", "a"], [{"name": "vllm", "x": 1}, {"x": 1.0, "name": "vllm"}], [[1], [1]]],
+    ids=str,
+)
+def test_a_value_that_stands_twice_is_refused(axis: list[object]) -> None:
+    with pytest.raises(ValidationError, match="stands twice: each value makes points of its own"):
+        Axis.model_validate(axis)
+    with pytest.raises(ValidationError, match="the same values of a, b stand twice"):
+        grid(zip=[{"a": axis, "b": [0] * len(axis)}])
+    assert len(labels(grid(zip=[{"a": axis, "b": list(range(len(axis)))}]))) == len(axis)
+
+
+def test_true_and_one_and_the_text_one_differ() -> None:
+    assert values([True, 1, "1", None, "null"]) == [True, 1, "1", None, "null"]

@@ -16,7 +16,7 @@ import pytest
 
 from chairlift.sim.sweep import local
 from chairlift.sim.sweep.local import STRIKES, Local
-from kit.at_work import Done, Task, environment, lost, worked
+from kit.at_work import Done, Task, environment, lives, lost, worked
 from kit.command import replaced
 from kit.places import IMPORTS, TESTS
 from kit.sweeping import SWEEP, started, written
@@ -40,14 +40,6 @@ def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def lives(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
 def test_tasks_are_spread_over_the_processes_and_each_is_done_once(tmp_path: Path) -> None:
     rows = ended(2, [Task(str(i), tmp_path, 0.05) for i in range(12)])
     pids = {row.pid for row in rows.values()}
@@ -56,7 +48,7 @@ def test_tasks_are_spread_over_the_processes_and_each_is_done_once(tmp_path: Pat
     assert len(pids) == 2
     assert os.getpid() not in pids
     assert len(list(tmp_path.iterdir())) == 12
-    wait_until(lambda: not multiprocessing.active_children(), 10)  # for the executor is gone
+    wait_until(lambda: not any(map(lives, pids)), 10)  # for the executor is gone
 
 
 def test_one_job_and_few_tasks_start_no_more_processes_than_they_need(tmp_path: Path) -> None:

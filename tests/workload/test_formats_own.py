@@ -65,6 +65,7 @@ def traces(draw):
     if draw(st.booleans()):
         # Text as people write it, with what CSV must quote; line ends are not part of a name.
         names = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=6)
+        names = names.map(lambda name: name if name.strip() else "")  # nothing but spaces is no name
         columns["tenants"] = tuple(draw(st.lists(names, min_size=1, max_size=3, unique=True)))
         columns["tenant"] = column(0, len(columns["tenants"]) - 1)
     if draw(st.booleans()):

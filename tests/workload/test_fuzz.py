@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario.load import load as load_scenario
 from chairlift.sim.workload.describe import describe
-from chairlift.sim.workload.formats.azure import _alike, _stamp_ps
+from chairlift.sim.workload.formats.azure import _alike
 from chairlift.sim.workload.formats.read import load, names
+from chairlift.sim.workload.formats.text_tables import stamp_ps
 
 EXAMPLES = int(os.environ.get("CHAIRLIFT_FUZZ", "300"))
 LONGEST_S = 5.0
@@ -159,4 +160,4 @@ def test_a_mutated_scenario_is_loaded_or_refused(tmp_path_factory: pytest.TempPa
 def test_stamps_of_one_kind_are_read_as_each_alone(stamps: list[object], digits: int) -> None:
     cells = [f"{stamp:%Y-%m-%d %H:%M:%S}.{'123456789'[:digits]}" for stamp in stamps]
 
-    assert _alike(cells) in (None, [_stamp_ps(cell) for cell in cells])
+    assert _alike(cells) in (None, [stamp_ps(cell) for cell in cells])

@@ -203,8 +203,9 @@ def test_what_a_file_says_itself_is_replaced_or_in_the_way(folder: Path) -> None
 
     assert trace.tenants == ("z",)
     assert "tenants replaced" in trace.notes
-    with pytest.raises(BadInput, match="prefix: must not be given with a file whose sessions say what its prompts"):
-        build(workload(file="own.csv", prefix={"groups": 1, "tokens": 1}), 0, folder)
+    (folder / "ids.csv").write_text("arrival_s,prompt_tokens,output_tokens,hash_ids\n0,9,9,1\n")
+    with pytest.raises(BadInput, match="prefix: must not be given with a file whose hash ids say what its prompts"):
+        build(workload(file="ids.csv", prefix={"groups": 1, "tokens": 1}), 0, folder)
 
 
 def test_a_file_is_cut_by_duration_and_replayed_in_stages(folder: Path) -> None:

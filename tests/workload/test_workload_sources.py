@@ -150,15 +150,23 @@ def test_block_ids_of_two_parts_are_never_the_same(tmp_path: Path) -> None:
     assert set(rows[2]) == {()}
 
 
-def test_parts_with_blocks_of_two_sizes_are_refused(tmp_path: Path) -> None:
+def test_parts_with_blocks_of_two_sizes_get_common_blocks(tmp_path: Path) -> None:
+    """Blocks of 16 and of 24 tokens have blocks of 8 in common; the last ends with its prompt."""
     own = Trace(arrival_ps=[0], prompt_tokens=[9], output_tokens=[1])
     save(own, tmp_path / "own.csv")
-    (tmp_path / "a.csv").write_text("arrival_s,prompt_tokens,output_tokens,hash_ids,hash_block\n0,9,1,1,16\n")
-    (tmp_path / "b.csv").write_text("arrival_s,prompt_tokens,output_tokens,hash_ids,hash_block\n0,9,1,1,32\n")
+    head = "arrival_s,prompt_tokens,output_tokens,hash_ids,hash_block\n"
+    (tmp_path / "a.csv").write_text(f"{head}0,40,1,1 2,16\n1,32,1,1 3,16\n")
+    (tmp_path / "b.csv").write_text(f"{head}2,25,1,5 6,24\n")
+    made = build(workload(mix={"a": {"file": "a.csv"}, "b": {"file": "b.csv"}}), 0, tmp_path)
 
-    with pytest.raises(BadInput, match=r"block ids of one size \(got 16, 32"):
-        build(workload(mix={"a": {"file": "a.csv"}, "b": {"file": "b.csv"}}), 0, tmp_path)
-    assert len(build(workload(mix={"a": {"file": "a.csv"}, "b": {"file": "own.csv"}}), 0, tmp_path)) == 2
+    assert made.hash_ids is not None
+    assert made.hash_block == 8
+    rows = [made.hash_ids.row(i).tolist() for i in range(3)]
+    assert [len(row) for row in rows] == [4, 4, 4]  # 2 × 16 tokens twice; 24 and 1
+    assert rows[0][:2] == rows[1][:2]
+    assert not set(rows[0][2:]) & set(rows[1][2:])
+    assert not set(rows[2]) & {*rows[0], *rows[1]}
+    assert len(build(workload(mix={"a": {"file": "a.csv"}, "b": {"file": "own.csv"}}), 0, tmp_path)) == 3
 
 
 @pytest.mark.parametrize(

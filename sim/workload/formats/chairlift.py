@@ -4,6 +4,7 @@ Columns: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted,
 
 - ``max_tokens``, ``ignore_eos`` (0 or 1), ``priority``, ``tenant`` (a name), ``session``, ``prefix_group``,
   ``prefix_tokens``: see `Trace`; an empty cell of the last four says that the request has none;
+- ``session`` together with ``prefix_group``: sessions of a group begin alike, with their first row's ``prefix_tokens``;
 - ``follows``, the row, from 0, of the request whose end is waited for (else -1), together with ``think_s``;
 - ``hash_ids``, in CSV with spaces between, in Parquet a list;
 - ``hash_block``, the tokens that an id covers, the same on all rows (else 512).
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.formats import foreign
 from chairlift.sim.workload.formats.columns import block_ids, tenant_codes, trace_of
 from chairlift.sim.workload.formats.text_tables import (
     Table,
@@ -57,7 +59,10 @@ def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -
     for name in table.header:
         if name not in _COLUMNS:
             table.refuse(f"no such column{did_you_mean(name, _COLUMNS)}", 1, "", name)
-    table.require("arrival_s", "prompt_tokens", "output_tokens")
+    needed = ("arrival_s", "prompt_tokens", "output_tokens")
+    if table.problems and not set(needed) <= set(table.header):
+        table.refuse(f"without Chairlift's own columns: {foreign.described(path, head(path))}", 1)
+    table.require(*needed)
     theirs = {name: column for name in COLUMNS if (column := _IN_SECONDS.get(name, name)) in table.header}
     columns: dict[str, Sequence[int]] = {
         name: table.parsed(theirs[name], _think_ps if name == "think_ps" else seconds_ps, 0)

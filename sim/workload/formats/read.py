@@ -24,7 +24,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -33,6 +32,7 @@ from typing import Any, Protocol, cast
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.workload import formats
+from chairlift.sim.workload.formats import foreign
 from chairlift.sim.workload.formats.text_tables import first_line, head
 from chairlift.sim.workload.trace import Trace
 
@@ -77,17 +77,6 @@ class Format(Protocol):
         ...
 
 
-# Beginnings of files that Chairlift knows, but does not read.
-_UNREAD = (
-    (rb".{257}ustar", "a tar archive; ServeGen's client tables are no requests: name them with servegen"),
-    (rb"PK\x03\x04|\x28\xb5\x2f\xfd", "a zip archive or a Zstandard file"),
-    (rb'\{"(sys_prompt|passage|history|user_input|web_search)_id"', "a RAGPulse component map"),
-    (rb'\{(?!"id":)[^{]*"input": *"', "a trace of texts without token counts (LMCache's agent traces)"),
-    (rb"request_id,request_type,application_id", "a splitwise-sim trace"),
-    (rb"[\d.]+,[\d.]+,[\d.]*,(Gamma|Weibull)?,", "a ServeGen client table: name its folder with servegen"),
-)
-
-
 def load(
     path: str | Path,
     format: str | None = None,
@@ -118,7 +107,19 @@ def load(
     if wrong := [name for name in given if name not in has]:
         rule = f"the file's format has no such option – allowed: {', '.join(has) or 'none'}"
         raise BadInput([Problem(rule, file=str(path), path=name, value=given[name]) for name in wrong])
-    return found.read(path, limit, times, **given)
+    try:
+        return found.read(path, limit, times, **given)
+    except BadInput as error:
+        raise BadInput([*error.problems, *_looks_like_another(path, format)]) from None
+
+
+def _looks_like_another(path: Path, format: str | None) -> list[Problem]:
+    """What to say besides where a file is not read as the ``format`` that was named: which one it looks like."""
+    if format is None or not (start := head(path)).strip() or by_name(format).told(start):
+        return []
+    others = list(_telling(start)[0])
+    rule = f"this file looks like {' or '.join(others)}"
+    return [Problem(rule, file=str(path), path="format", value=format)] if others else []
 
 
 def companions(path: Path, format: str | None = None) -> list[Path]:
@@ -177,6 +178,19 @@ def _format(path: Path, name: str | None) -> Format:
 
 def _told(path: Path, start: bytes) -> Format:
     """The format of a file that begins with ``start``. Raises `BadInput` if none is told, or several are."""
+    told, unusable = _telling(start)
+    if len(told) == 1:
+        return next(iter(told.values()))
+    if told:
+        rule = f"may be of several trace formats ({', '.join(told)}); name it with format, for their units differ"
+        raise BadInput(Problem(rule, file=str(path)))
+    _refuse_unread(path, start)
+    rule = f"not a trace format Chairlift knows (chairlift list formats): {foreign.described(path, start)}"
+    raise BadInput([Problem(rule, file=str(path), line=1, value=first_line(start)), *unusable])
+
+
+def _telling(start: bytes) -> tuple[dict[str, Format], list[Problem]]:
+    """The formats that tell a file that begins with ``start`` as theirs; and what is wrong with those unusable."""
     told: dict[str, Format] = {}
     unusable: list[Problem] = []  # formats that might have told it, if only they worked
     for name in names():
@@ -185,20 +199,12 @@ def _told(path: Path, start: bytes) -> Format:
                 told[name] = each
         except BadInput as error:
             unusable += error.problems
-    if len(told) == 1:
-        return next(iter(told.values()))
-    if told:
-        rule = f"may be of several trace formats ({', '.join(told)}); name it with format, for their units differ"
-        raise BadInput(Problem(rule, file=str(path)))
-    _refuse_unread(path, start)
-    rule = f"not a trace format Chairlift knows ({', '.join(names())}); name it with format, or mend the header"
-    raise BadInput([Problem(rule, file=str(path), line=1, value=first_line(start)), *unusable])
+    return told, unusable
 
 
 def _refuse_unread(path: Path, start: bytes) -> None:
-    for pattern, what in _UNREAD:
-        if re.match(pattern, start, re.DOTALL):
-            raise BadInput(Problem(f"this is {what}: not a format Chairlift reads yet", file=str(path)))
+    if (what := foreign.kind(start)) is not None:
+        raise BadInput(Problem(f"this is {what}: not a format Chairlift reads yet", file=str(path)))
 
 
 @cache

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from decimal import Decimal
 from itertools import compress
 from pathlib import Path
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 LONGEST_CELL = 1 << 28  # characters; the limit of csv itself, 131,072, is too short for the hash ids of a long prompt
 _FINITE = 10**19  # larger numbers are refused before `int` writes out all their digits
+EPOCH_PS = date(1970, 1, 1).toordinal() * 86_400 * PS_PER_S  # of a Unix time of 0, on the clock of `stamp_ps`
+_STAMP = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?(?:Z|([+-])(\d\d):?(\d\d))?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?", re.ASCII)
 _ALIKE = 0.8  # similarity from which on a column that is not read is taken for a misspelt one
 
@@ -121,7 +124,7 @@ class Table:
         self.lines = list(compress(self.lines, kept))
 
 
-def read_csv(path: Path, limit: int | None) -> Table:
+def read_csv(path: Path, limit: int | None, delimiter: str = ",") -> Table:
     """The first ``limit`` rows (None: all) of a CSV file with a header. Blank lines are skipped, but counted as lines.
 
     Raises:
@@ -130,7 +133,7 @@ def read_csv(path: Path, limit: int | None) -> Table:
     """
     table = Table(path)
     old_limit = csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(_lines(path, limit), strict=True)
+    reader = csv.reader(_lines(path, limit), strict=True, delimiter=delimiter)
     try:
         table.header = [name.strip() for name in next(reader, [])]
         for name in sorted({name for name in table.header if table.header.count(name) > 1}):
@@ -380,3 +383,22 @@ def seconds_ps(cell: Any) -> int:
         ValueError: ``cell`` is no finite number.
     """
     return int((decimal(cell, "must be a number of seconds") * PS_PER_S).to_integral_value())
+
+
+def stamp_ps(cell: str) -> int:
+    """A wall-clock time, in UTC unless it says its zone, as picoseconds since the year 1.
+
+    Raises:
+        ValueError: ``cell`` is no such time.
+    """
+    found = _STAMP.fullmatch(cell.strip())
+    if found is None:
+        raise ValueError("must be a time like 2023-11-16 18:17:03.9799600")
+    day, hour, minute, second, fraction, sign, zone_h, zone_m = found.groups()
+    if hour > "23" or minute > "59" or second > "59":
+        raise ValueError("must be a time of day")
+    minutes = int(hour) * 60 + int(minute)
+    if sign:
+        minutes -= int(sign + "1") * (int(zone_h) * 60 + int(zone_m))
+    whole_s = date.fromisoformat(day).toordinal() * 86_400 + minutes * 60 + int(second)
+    return whole_s * PS_PER_S + int((fraction or "").ljust(12, "0"))

@@ -1,0 +1,116 @@
+"""What one run leaves as tables and facts: for a results folder (`writer`), and for a notebook (`Outcome.to_arrow`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from chairlift.sim.results.metrics import limits, request_latencies
+from chairlift.sim.results.reader import CODES
+from chairlift.sim.results.records import EVENT_COLUMNS, HANDOVER_COLUMNS, RUN_COLUMNS, RequestRecords, RunRecords
+from chairlift.sim.study import ReplicaGroup, Setup
+
+LABELS = ("tenant", "session", "priority")  # columns of a trace that say who sends a request; a trace may lack them
+
+
+def labels_of(setup: Setup) -> list[str]:
+    """Which of `LABELS` the trace of ``setup`` has."""
+    return [name for name in LABELS if getattr(setup.trace, name) is not None]
+
+
+def request_table(
+    requests: RequestRecords, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()
+) -> pa.Table:
+    """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
+
+    ``label`` says which run of a comparison the rows belong to. ``moves`` adds the columns of a hand-over of KV, empty
+    in a run without one. ``also`` names those of `LABELS` to add.
+    """
+    columns = requests.columns()
+    for name in also:
+        given = getattr(requests.trace, name)
+        columns[name] = np.full(len(requests.status), -1, dtype=np.int64) if given is None else given
+    if moves:
+        none = np.full(len(requests.status), -1, dtype=np.int64)
+        columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
+    arrays: dict[str, Any] = _labels(label, len(columns["status"]))
+    for name, values in columns.items():
+        if name == "status":
+            arrays[name] = pa.array(CODES[name]).take(pa.array(values)).dictionary_encode()
+        elif name.endswith("_ps") or name == "prefill_replica":
+            arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
+        else:
+            arrays[name] = pa.array(values)
+    for name, values in request_latencies(requests).items():
+        if name != "normalized_latency":  # E2E ÷ output tokens, which stand in the same row
+            arrays[f"{name}_ms"] = pa.array(values, mask=np.isnan(values))
+    return pa.table(arrays)
+
+
+def replica_table(
+    runs: Sequence[RunRecords], label: dict[str, str], rows: Callable[[RunRecords], dict[str, npt.NDArray[np.int64]]]
+) -> pa.Table:
+    """The ``rows`` of each replica, one after the other: runs of engine steps, or the events of a journal."""
+    tables = []
+    for replica, each in enumerate(runs):
+        columns = rows(each)
+        n = len(next(iter(columns.values())))
+        arrays = _labels(label, n)
+        arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
+        for name, values in columns.items():
+            made = pa.array(np.ascontiguousarray(values))
+            arrays[name] = pa.array(CODES[name]).take(made) if name in CODES else made
+        tables.append(pa.table(arrays))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def run_facts(setup: Setup, runs: Sequence[RunRecords]) -> dict[str, Any]:
+    """What ``study.json`` says of one run, whose records are ``runs``, those of a replica each."""
+    return {
+        "case": setup.case,
+        "variant": setup.variant,
+        "note": setup.note,
+        "published": setup.published,
+        "model": setup.model.name,
+        "seed": setup.seed,
+        "rows": {
+            "requests": len(setup.trace),
+            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in runs),
+            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in runs),
+        },
+        "slo": {f"{name}_ms": limit for name, limit in limits(setup.slo).items()},
+        "tenants": list(setup.trace.tenants),
+        "max_model_len": setup.max_model_len,
+        "replicas": [replica for group in setup.groups for replica in _replicas(setup, group)],
+    }
+
+
+def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
+    policy = group.make_scheduler()
+    facts = {
+        "role": group.role,
+        "gpu": group.gpu.name,
+        "tensor_parallel": group.parallel.tensor,
+        "policy": type(policy).__name__,
+        "kv_blocks": group.blocks,
+        "block_size": group.block_size,
+        "token_limit": policy.token_limit,
+        "sequence_limit": policy.sequence_limit,
+        "batch_synchronous": policy.batch_synchronous,
+        "asynchronous": policy.asynchronous,
+    }
+    if group.tables > 1:
+        facts |= {"kv_tables": group.tables, "kv_room": group.room(setup.max_model_len)}
+    if not group.parallel.only_tensor:
+        facts |= {"gpus": group.parallel.gpus, "parallel": str(group.parallel)}
+    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
+
+
+def _labels(label: dict[str, str], n: int) -> dict[str, Any]:
+    """Columns that say which run of a comparison a row belongs to."""
+    zeros = pa.array(np.zeros(n, dtype=np.int32))
+    return {k: pa.DictionaryArray.from_arrays(zeros, pa.array([v])) for k, v in label.items()}
