@@ -127,12 +127,15 @@ def kv_blocks(
     tokens: int = TOKENS,
     sequences: int = SEQUENCES,
     draft: Model | None = None,
+    static: bool = False,
 ) -> KVFit:
     """How many KV blocks of ``block_size`` tokens fit beside ``model`` on the GPUs of one replica.
 
     Per GPU: memory × utilisation (vLLM's ``gpu_memory_utilization``) − `weight_bytes` − reserve. The reserve is
     `reserve` of a step of ``tokens`` tokens and ``sequences`` requests, and `RESERVE_GIB` at least, unless
-    ``reserve_gib`` gives it. ``draft``: a model that drafts tokens, on the same GPUs. A measured block count is better
+    ``reserve_gib`` gives it. ``draft``: a model that drafts tokens, on the same GPUs.
+    ``static``: the share is of what is free before weights are loaded, and all of it is theirs and KV's, as SGLang has
+    it (``mem_fraction_static``). A measured block count is better
     where there is one. Raises ValueError for settings out of range, for a model that cannot be shared out so, and, with
     the sum, for one that leaves no room for a single block.
     """
@@ -144,7 +147,10 @@ def kv_blocks(
         raise ValueError(f"reserve_gib must be at least 0 (got {reserve_gib})")
     parallel.check(model)
     kept, parts = RESERVE_GIB if reserve_gib is None else reserve_gib, ""
-    if reserve_gib is None and (modelled := reserve(model, gpu, parallel, memory_utilization, tokens, sequences)):
+    if reserve_gib is None and static:
+        used = _before_weights(gpu, parallel, memory_utilization)
+        kept, parts = sum(used.values()), ", ".join(f"{name} {gib:.2f}" for name, gib in used.items())
+    elif reserve_gib is None and (modelled := reserve(model, gpu, parallel, memory_utilization, tokens, sequences)):
         needed = sum(modelled.values())
         if needed > RESERVE_GIB:
             kept, parts = needed, ", ".join(f"{name} {gib:.2f}" for name, gib in modelled.items() if gib >= 0.005)
@@ -241,6 +247,12 @@ def weight_bytes(model: Model, parallel: Parallel = ONE) -> int:
     listed = sum(part.parameters for part in model.weights) + model.embedding_parameters
     rest = (model.parameters - listed) * model.bytes_per_param / tp
     return math.ceil(layers * stage + tables + rest * stage)
+
+
+def _before_weights(gpu: GPU, parallel: Parallel, share: float) -> dict[str, float]:
+    """GiB that are in use before weights are loaded, as far as a ``share`` of all memory counts them, by cause."""
+    process = PROCESS_GIB if parallel.gpus == 1 else COMMUNICATING_GIB
+    return {"driver": share * (DRIVER_GIB + DRIVER_SHARE * gpu.memory_gib), "process": share * process}
 
 
 def reserve(

@@ -451,6 +451,14 @@ class Scheduler(ABC):
         """Requests that a step may hold; None: as many as memory allows. Plans bound a policy's throughput by it."""
         return None
 
+    def static_share(self, gpu_bytes: int, gpus: int, latent: bool) -> float | None:
+        """Share of a GPU's memory that the engine by default gives to weights and KV, whatever it needs besides.
+
+        ``gpu_bytes``: of each of the ``gpus`` that share the model; ``latent``: it has latent attention. None: the
+        engine measures what it needs besides weights and KV, and KV gets the rest of the scenario's share.
+        """
+        return None
+
     @property
     def pool_blocks(self) -> int | None:
         """Usable blocks of the KV pool, where a setting fixes that number; None: the scenario's ``kv`` says it."""

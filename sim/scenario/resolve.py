@@ -182,9 +182,11 @@ def kv_pool(
             raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
     else:
         tokens, sequences = step_limits(policy, max_model_len, parallel.data)
-        fit = memory.kv_blocks(
-            *(model, gpu, parallel, block_size, kv.memory_utilization, kv.reserve_gib, tokens, sequences)
-        )
+        share, static = kv.memory_utilization, policy.static_share(gpu.memory_bytes, parallel.gpus, bool(model.latent))
+        if static is not None and "memory_utilization" not in kv.model_fields_set:
+            share = static
+        sizes = (kv.reserve_gib, tokens, sequences, None, static is not None)
+        fit = memory.kv_blocks(model, gpu, parallel, block_size, share, *sizes)
         blocks, source = fit.blocks, fit.explain()
         if groups is not None:
             blocks, source = fit.engine_blocks * parallel.data, fit.explain(by_group=True)
