@@ -76,8 +76,8 @@ class ByPart(Backend):
         slope = self._token * slots
         first, steps = fixed + self._token * context, FOREVER
         if self._in_window:
-            room = self.model.window * slots - context
-            first += self._in_window * min(context, self.model.window * slots)
+            inside, room = self._inside(context, slots)
+            first += self._in_window * inside
             if room >= 0:
                 slope += self._in_window * slots
                 steps = room // slots + 1
@@ -85,6 +85,17 @@ class ByPart(Backend):
         if floor > first:
             return StepCost(floor, 0, min(steps, -(-(floor - first) // slope)) if slope else steps, self._host)
         return StepCost(first, slope, steps, self._host)
+
+    def _inside(self, context: int, slots: int) -> tuple[int, int]:
+        """Tokens that ``slots`` equally long contexts have in their windows, and how many more those can hold.
+
+        Chunks begin anew: with chunks of 4 tokens a context of 4 has all in its chunk, and one of 5 has one.
+        """
+        most = self.model.window * slots
+        if self.model.chunked:
+            inside = (context - 1) % most + 1 if context else 0
+            return inside, most - inside
+        return min(context, most), most - context
 
     def explain(self, batch: Batch) -> list[Part]:
         """The parts of the first step of ``batch``, on the GPU that takes longest; their times add up to its cost."""
@@ -100,7 +111,7 @@ class ByPart(Backend):
 
     def _decode_attention(self, rank: Rank) -> Part:
         costs, context = self._costs, rank.context
-        inside = min(context, self.model.window * rank.slots)
+        inside, _ = self._inside(context, rank.slots) if rank.slots else (0, 0)
         read = costs.kv_bytes * context + costs.window_bytes * inside
         flops = costs.decode_pair * context + costs.window_pair * inside
         taken = (self._token * context + self._in_window * inside) / PS
@@ -156,9 +167,9 @@ class ByPart(Backend):
         pairs = inside = history = recent = 0
         for start, length in prefills:
             pairs += length * (2 * start + length + 1) // 2
-            inside += in_window(start, length, model.window)
+            inside += in_window(start, length, model.window, model.chunked)
             history += start
-            recent += min(start, model.window)
+            recent += start % model.window if model.chunked else min(start, model.window)
         flops = costs.prompt_pair * pairs + costs.window_pair * inside + costs.unpacking * history
         read = costs.kv_bytes * history + costs.window_bytes * recent
         return Part("attention of prompts", read, flops, read / costs.byte_rate, flops / costs.attention_rate())
@@ -200,7 +211,8 @@ class ByPart(Backend):
                 "; the step waits for the hottest group" if parallel.expert > 1 else ""
             )
         if model.window_layers:
-            lines["windows"] = f"{model.window_layers} of {model.layers} layers look back on {model.window} tokens;"
+            back = f"within chunks of {model.window} tokens" if model.chunked else f"on {model.window} tokens"
+            lines["windows"] = f"{model.window_layers} of {model.layers} layers look back {back};"
             lines["windows"] += " contexts of a step count as equally long"
         if model.quantization != "none":
             lines["weights"] = f"{model.quantization} ({model.quantized}), multiplied as {self._multiplied()}"

@@ -269,7 +269,7 @@ _OF_A_WRAPPER = frozenset(
 def model(config: Config, name: str = "") -> Model:
     """The model that ``config`` describes: a decoder of one of `FAMILIES`, alone or as the text model of a wrapper.
 
-    A chunk of Llama 4's local attention is read as a window. A vision tower is left out: give ``other_parameters``.
+    A vision tower is left out: give ``other_parameters``.
     Raises ValueError naming every key that is missing or not understood, or what is not modelled.
     """
     name = name or str(config.get("_name_or_path") or "config.json")
@@ -450,7 +450,7 @@ class _Reader:
             "mtp_layers": mtp,
         }
 
-    def _window(self, layers: int) -> dict[str, int]:
+    def _window(self, layers: int) -> dict[str, Any]:
         config = self._config
         chunked = self._kind == "llama4_text"
         window = self._size("attention_chunk_size" if chunked else "sliding_window")
@@ -476,7 +476,9 @@ class _Reader:
             windows = layers - (layers // pattern if pattern else 0)
         if windows and window >= self._length():
             return {}  # never reached
-        return {"window": window, "window_layers": windows} if windows else {}
+        if not windows:
+            return {}
+        return {"window": window, "window_layers": windows} | ({"chunked": True} if chunked else {})
 
     def _quantization(self, layers: int, width: int) -> dict[str, Any]:
         told = self._config.get("quantization_config") or self._config.get("compression_config")

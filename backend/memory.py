@@ -8,6 +8,7 @@ the sampler's warm-up with as many requests as may run. Each number says which l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chairlift.backend.parallel import ONE, Parallel
@@ -63,9 +64,7 @@ class KVFit:
 
         Where some layers have a window, groups of equally many layers share one pool: a block is a block of one group.
         """
-        if len(self.groups) == 1:
-            return max(0, self.kv_bytes // (self.kv_bytes_per_token * self.block_size))
-        size = min(group.layers for group in self.groups)
+        size, _ = grouped(self.groups)
         of_a_layer = self.groups[0].bytes_per_token // self.groups[0].layers
         return max(0, self.kv_bytes // (size * of_a_layer * self.block_size))
 
@@ -78,8 +77,7 @@ class KVFit:
         """
         if len(self.groups) == 1:
             return self.engine_blocks * self.parallel.data
-        size = min(group.layers for group in self.groups)
-        full, windowed = (-(-group.layers // size) for group in self.groups)
+        _, (full, windowed) = grouped(self.groups)
         kept = self.sequences * windowed * (self.groups[1].window // self.block_size + 1)
         longest = (self.engine_blocks - kept) // full
         return max(longest, self.engine_blocks // (full + windowed), 0) * self.parallel.data
@@ -89,23 +87,33 @@ class KVFit:
         """Token slots in those blocks."""
         return self.blocks * self.block_size
 
-    def explain(self) -> str:
-        """The sum on one line, in GiB, so that a reader sees what was assumed."""
+    def explain(self, by_group: bool = False) -> str:
+        """The sum on one line, in GiB, so that a reader sees what was assumed.
+
+        ``by_group``: the pool is told in blocks of one group of layers.
+        """
         gpus = self.parallel.gpus
-        each = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        each += "" if self.parallel.only_tensor else f" ({self.parallel})"
+        on = f" on each of {gpus} GPUs" if gpus > 1 else ""
+        on += "" if self.parallel.only_tensor else f" ({self.parallel})"
         reserve = f" reserve ({self.reserve_parts})" if self.reserve_parts else " reserve"
-        pools = f"{self.blocks:,} blocks of {self.block_size} tokens"
-        if len(self.groups) > 1:
-            pools = f"{self.engine_blocks:,} blocks of one group of layers, windows kept for {self.sequences} = {pools}"
-        elif self.parallel.data > 1:
-            pools = f"{self.engine_blocks:,} blocks a rank = {pools}"
+        if by_group:
+            blocks, (size, counts) = self.engine_blocks * self.parallel.data, grouped(self.groups)
+            tables = sum(counts)
+            of = f"of one of {tables} groups of {size} layers" if tables > 1 else "of all layers"
+            pools = f"{blocks:,} blocks, each of {self.block_size} tokens {of}"
+        else:
+            pools = f"{self.blocks:,} blocks of {self.block_size} tokens"
+            if len(self.groups) > 1:
+                kept = f"windows kept for {self.sequences}"
+                pools = f"{self.engine_blocks:,} blocks of one group of layers, {kept} = {pools}"
+            elif self.parallel.data > 1:
+                pools = f"{self.engine_blocks:,} blocks a rank = {pools}"
+            pools += f" = {self.tokens:,} tokens"
         return (
-            f"{self.model} on {self.gpu}{each}:"
+            f"{self.model} on {self.gpu}{on}:"
             f" {self.total_bytes / GIB:.2f} GiB × {self.memory_utilization:g}"
             f" − {self.weight_bytes / GIB:.2f} weights − {self.reserve_bytes / GIB:.2f}{reserve}"
             f" = {self.kv_bytes / GIB:.2f} GiB for KV = {pools}"
-            f" = {self.tokens:,} tokens"
         )
 
 
@@ -119,12 +127,15 @@ def kv_blocks(
     tokens: int = TOKENS,
     sequences: int = SEQUENCES,
     draft: Model | None = None,
+    static: bool = False,
 ) -> KVFit:
     """How many KV blocks of ``block_size`` tokens fit beside ``model`` on the GPUs of one replica.
 
     Per GPU: memory × utilisation (vLLM's ``gpu_memory_utilization``) − `weight_bytes` − reserve. The reserve is
     `reserve` of a step of ``tokens`` tokens and ``sequences`` requests, and `RESERVE_GIB` at least, unless
-    ``reserve_gib`` gives it. ``draft``: a model that drafts tokens, on the same GPUs. A measured block count is better
+    ``reserve_gib`` gives it. ``draft``: a model that drafts tokens, on the same GPUs.
+    ``static``: the share is of what is free before weights are loaded, and all of it is theirs and KV's, as SGLang has
+    it (``mem_fraction_static``). A measured block count is better
     where there is one. Raises ValueError for settings out of range, for a model that cannot be shared out so, and, with
     the sum, for one that leaves no room for a single block.
     """
@@ -136,7 +147,10 @@ def kv_blocks(
         raise ValueError(f"reserve_gib must be at least 0 (got {reserve_gib})")
     parallel.check(model)
     kept, parts = RESERVE_GIB if reserve_gib is None else reserve_gib, ""
-    if reserve_gib is None and (modelled := reserve(model, gpu, parallel, memory_utilization, tokens, sequences)):
+    if reserve_gib is None and static:
+        used = _before_weights(gpu, parallel, memory_utilization)
+        kept, parts = sum(used.values()), ", ".join(f"{name} {gib:.2f}" for name, gib in used.items())
+    elif reserve_gib is None and (modelled := reserve(model, gpu, parallel, memory_utilization, tokens, sequences)):
         needed = sum(modelled.values())
         if needed > RESERVE_GIB:
             kept, parts = needed, ", ".join(f"{name} {gib:.2f}" for name, gib in modelled.items() if gib >= 0.005)
@@ -167,6 +181,24 @@ def kv_blocks(
     if not fit.blocks:
         raise ValueError(f"no room for KV: {fit.explain()}; use more or larger GPUs, or narrower weights")
     return fit
+
+
+def grouped(groups: Sequence[KvGroup]) -> tuple[int, list[int]]:
+    """Layers of a group as vLLM forms them, and into how many of those each of ``groups`` is cut.
+
+    `_get_kv_cache_groups_uniform_page_size` of vLLM makes each as large as the smaller of ``groups``, or as the larger
+    if that is less than half as large again.
+    """
+    layers = [group.layers for group in groups]
+    size = max(layers) if max(layers) < 1.5 * min(layers) else min(layers)
+    return size, [-(-count // size) for count in layers]
+
+
+def windows(model: Model, parallel: Parallel = ONE) -> tuple[int, ...]:
+    """Of each such group its window, 0: none; in vLLM's order if the model's first layer has one."""
+    groups = model.kv_groups(parallel.tensor)
+    _, counts = grouped(groups)
+    return tuple(g.window for g, count in reversed([*zip(groups, counts, strict=True)]) for _ in range(count))
 
 
 def _groups(model: Model, parallel: Parallel) -> list[KvGroup]:
@@ -215,6 +247,12 @@ def weight_bytes(model: Model, parallel: Parallel = ONE) -> int:
     listed = sum(part.parameters for part in model.weights) + model.embedding_parameters
     rest = (model.parameters - listed) * model.bytes_per_param / tp
     return math.ceil(layers * stage + tables + rest * stage)
+
+
+def _before_weights(gpu: GPU, parallel: Parallel, share: float) -> dict[str, float]:
+    """GiB that are in use before weights are loaded, as far as a ``share`` of all memory counts them, by cause."""
+    process = PROCESS_GIB if parallel.gpus == 1 else COMMUNICATING_GIB
+    return {"driver": share * (DRIVER_GIB + DRIVER_SHARE * gpu.memory_gib), "process": share * process}
 
 
 def reserve(

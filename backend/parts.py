@@ -177,7 +177,16 @@ class Costs:
         return self.flop_rate("bf16", self._mfu)
 
 
-def in_window(start: int, length: int, window: int) -> int:
-    """Query–key pairs of a chunk of ``length`` tokens after ``start``, each looking back on ``window`` tokens."""
+def in_window(start: int, length: int, window: int, chunked: bool = False) -> int:
+    """Query–key pairs of ``length`` tokens after ``start``, each looking back on ``window`` tokens.
+
+    ``chunked``: or to where its chunk of so many begins.
+    """
+    if chunked:
+        ends = (start, start + length)
+        before, upto = (
+            end // window * (window * (window + 1) // 2) + in_window(0, end % window, window) for end in ends
+        )
+        return upto - before
     whole = max(0, min(length, window - start))  # tokens that see everything
     return whole * (2 * start + whole + 1) // 2 + (length - whole) * window

@@ -157,6 +157,7 @@ class Model:
     dense_layers: WholeNumber = 0  # that have an MLP of width ffn instead of experts
     window: WholeNumber = 0  # tokens that the layers with a window look back on
     window_layers: WholeNumber = 0
+    chunked: bool = False  # a window is a chunk of so many tokens: a query looks back to where its chunk begins
     latent: WholeNumber = 0  # numbers of the latent vector that is cached for keys and values; 0: by head
     latent_query: WholeNumber = 0  # rank of the query projection; 0: a full matrix
     rope_size: WholeNumber = 0  # of a latent key: the part with position, cached beside the latent vector
@@ -395,6 +396,8 @@ def _contradictions(given: Mapping[str, object]) -> Iterator[Wrong]:
         yield Wrong("quantized", "must be layers where there are no experts", "experts")
     if bool(number("window")) != bool(number("window_layers")):
         yield Wrong("window_layers", "and window must be given together", number("window_layers"))
+    if given.get("chunked") and not number("window"):
+        yield Wrong("chunked", "must not be given without window", True)
     if number("window_layers") > layers:
         yield Wrong("window_layers", f"must be at most layers, {layers}", given["window_layers"])
     for key in ("rope_size", "value_size"):

@@ -33,7 +33,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Reversible, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from annotated_types import Ge, Gt, Le
 
@@ -74,6 +74,44 @@ class RadixCache:
     """
 
     unified: bool = True
+
+
+class KvGroups(NamedTuple):
+    """How the layers of a model are grouped where some have a window: groups of equally many layers that are alike."""
+
+    windows: tuple[int, ...]  # of each group: tokens that a query looks back on, its own included; 0: all
+    chunked: bool = False  # a query looks back to where its chunk of so many tokens begins, no further (Llama 4)
+
+
+@dataclass(frozen=True)
+class HybridCache:
+    """Groups of layers have blocks of their own, and what slides out of a window is given back, as vLLM does it.
+
+    ``in_flight``: tokens that may be planned and not processed yet. ``retention``: with windows, the blocks that are
+    kept for others to find are those that a request looks back on where its prompt ends, where its prompt and another
+    part, and every so many tokens (0: nowhere else). None: all blocks are. ``null_counts``: the longest request may
+    need one block more than there are, vLLM's null block.
+    """
+
+    in_flight: int
+    retention: int | None = None
+    null_counts: bool = False
+
+    def most(self, groups: KvGroups, block_size: int, max_model_len: int) -> int:
+        """Blocks that one request ever holds in a group with a window: what it looks back on, and what is in flight."""
+        window = max(groups.windows)
+        tokens = min((window if groups.chunked else window - 1) + self.in_flight, max_model_len)
+        return -(-tokens // block_size) + (not groups.chunked)  # a window may begin inside a block
+
+    def room(self, groups: KvGroups, blocks: int, block_size: int, max_model_len: int) -> int:
+        """Tokens of the longest request that fits on so many blocks, at most ``max_model_len``."""
+        most = self.most(groups, block_size, max_model_len)
+        tables, full = len(groups.windows), groups.windows.count(0)
+        total = blocks + self.null_counts
+        longest = total // tables
+        if longest >= most:
+            longest = (total - (tables - full) * most) // full if full else max_model_len
+        return min(longest * block_size, max_model_len)
 
 
 class PrefixNode(Protocol):
@@ -219,6 +257,7 @@ class Step(ABC):
     waiting: Sequence[Request]  # order of arrival, preempted ones first; or by `Scheduler.order`
     more_arrivals: bool  # False once no request will ever arrive again
     max_model_len: int  # tokens, prompt and output, that the model can hold of one request
+    windowed: bool = False  # requests give blocks back while they run: what slides out of windows (`Scheduler.hybrid`)
 
     @property
     @abstractmethod
@@ -295,7 +334,8 @@ class Step(ABC):
     def fits(self, request: Request, tokens: int, spare: int = 0) -> bool:
         """Whether the first ``tokens`` tokens of a waiting request have room now, its cached ones counted.
 
-        ``spare``: blocks that must be free beyond those.
+        They are computed chunk by chunk: what slides out of windows meanwhile counts once. ``spare``: blocks that must
+        be free beyond those.
         """
 
     @abstractmethod
@@ -311,12 +351,12 @@ class Step(ABC):
         """Compute ``tokens`` (1 … `Request.remaining`) of a running request; False if its KV does not fit."""
 
     @abstractmethod
-    def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:
+    def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0, spare: int = 0) -> bool:
         """Start a waiting request: compute ``tokens`` of its known tokens after those cached. False: no room.
 
         ``reserve``: tokens of KV to set aside now (at least those computed); None grows block by block. A request
         whose reservation is larger than the whole pool is rejected, and the plan is asked for again. ``pad``: dead
-        tokens computed and read with it.
+        tokens computed and read with it. ``spare``: blocks that must stay free.
         """
 
     @abstractmethod
@@ -391,6 +431,11 @@ class Scheduler(ABC):
         return None
 
     @property
+    def hybrid(self) -> HybridCache | None:
+        """How layers with windows keep KV; None: as all others, every token as long as its request."""
+        return None
+
+    @property
     def predictor(self) -> Predictor | None:
         """What `Request.predicted_tokens` is to be; None: nothing."""
         return None
@@ -406,6 +451,14 @@ class Scheduler(ABC):
         """Requests that a step may hold, checked after the run; None: as many as memory allows.
 
         Memory is kept for so many, and plans bound a policy's throughput by it.
+        """
+        return None
+
+    def static_share(self, gpu_bytes: int, gpus: int, latent: bool) -> float | None:
+        """Share of a GPU's memory that the engine by default gives to weights and KV, whatever it needs besides.
+
+        ``gpu_bytes``: of each of the ``gpus`` that share the model; ``latent``: it has latent attention. None: the
+        engine measures what it needs besides weights and KV, and KV gets the rest of the scenario's share.
         """
         return None
 

@@ -33,7 +33,15 @@ from chairlift.policies.base import (
 )
 
 GIB = 1 << 30
-CHUNKS = ((35, 2048), (60, 4096), (160, 8192), (float("inf"), 16384))  # GPU memory below so many GiB, its default
+CHUNKS = {  # by version: GPU memory below so many GiB, its default
+    "0.5.17": ((35, 2048), (60, 4096), (160, 8192), (float("inf"), 16384)),
+    "0.5.23": ((20, 2048), (60, 4096), (160, 8192), (float("inf"), 16384)),
+}
+GRAPHS = (  # GPU memory below so many GiB, requests of the largest CUDA graph with fewer than 4 GPUs and with more
+    *((20, 8, 8), (35, 48, 160), (60, 32, 160), (160, 256, 512)),
+    (float("inf"), 512, 512),
+)
+MIB = 1 << 20
 MOST_REQUESTS = 4096  # that run at once, if the pool has room for them
 CLIP = 4096  # tokens of answer that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
 FIRST_RATIO, LEAST_SHARE, DECAY_STEPS = 0.7, 0.14, 600  # of the guess: at first, its floor as a share of that, steps
@@ -179,8 +187,24 @@ class Sglang(Scheduler):
     def sized(cls, given: Mapping[str, Any], deployment: Deployment) -> dict[str, Any]:
         """Chunks as SGLang's server sets them by the memory of the GPU (`ServerArgs`)."""
         gib = deployment.gpu_bytes / GIB
-        chunk = next(size for room, size in CHUNKS if gib < room)
+        chunk = next(size for room, size in CHUNKS[given.get("version", VERSIONS[-1])] if gib < room)
         return {"chunked_prefill_size": chunk, **given}
+
+    def static_share(self, gpu_bytes: int, gpus: int, latent: bool) -> float:
+        """Its ``mem_fraction_static``: `handle_gpu_memory_settings` of SGLang 0.5.23, `srt/arg_groups/memory_hook.py`.
+
+        What it sets aside grows with the tokens of a chunk and the requests of a CUDA graph, not with
+        `max_running_requests`. On an H100 that is 13.6 GiB, on an H200 as much: shares of 0.830 and 0.903.
+        """
+        gib = gpu_bytes / GIB
+        few, many = next(each for room, *each in GRAPHS if gib < room)
+        requests = min(few if gpus < 4 else many, self.max_running_requests or MOST_REQUESTS)
+        tokens = max(self.max_prefill_tokens if self._chunk is None else self._chunk, 2048)
+        graphs = 1536.0 if latent else 8.0 * _prefill_graphs(tokens)
+        mib = 512 + 1.5 * tokens + gpus * 128 + 2 * requests + graphs
+        if gib > 60:
+            mib = max(mib, 10 * 1024)
+        return round(1 - mib * MIB / gpu_bytes, 3)
 
     def misfits(self, deployment: Deployment) -> Iterator[tuple[str, str]]:
         """SGLang's own checks, by which it does not start (`ServerArgs.check_server_args`)."""
@@ -848,6 +872,12 @@ class _Adder:
         if self._chunk <= 0 or self.cut is not None:  # SGLang forgets a prompt cut before: it never computes the rest
             return STOP
         return self._take(request, 0, self._chunk, 0, True)
+
+
+def _prefill_graphs(tokens: int) -> int:
+    """CUDA graphs of prompts, one for each size (`generate_prefill_cuda_graph_batch_sizes`)."""
+    steps = ((4, 32, 4), (48, 256, 16), (288, 512, 32), (576, 1024, 64), (1280, 4096, 256), (4608, tokens, 512))
+    return sum(len(range(first, min(last, tokens) + 1, step)) for first, last, step in steps)
 
 
 def _slots(pool_tokens: int, context: int) -> int:

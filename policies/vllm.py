@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Interval
 
-from chairlift.policies.base import FOREVER, Deployment, NotNegative, Positive, Request, Scheduler, Step
+from chairlift.policies.base import FOREVER, Deployment, HybridCache, NotNegative, Positive, Request, Scheduler, Step
 from chairlift.policies.vllm_versions import NEWEST, RULES, SETTINGS, named
 
 GIB = 2**30
@@ -51,8 +51,7 @@ class Vllm(Scheduler):
         "data_parallel_size": "data parallelism: use replicas",
         "decode_context_parallel_size": "context parallelism",
         "prefill_context_parallel_size": "context parallelism",
-        "disable_hybrid_kv_cache_manager": "sliding windows, Mamba and other layers without full attention",
-        "mamba_cache_mode": "sliding windows, Mamba and other layers without full attention",
+        "mamba_cache_mode": "Mamba and other layers without attention",
         "kv_cache_dtype": "quantised KV: give the model's kv_bytes_per_element instead",
         "prefix_caching_hash_algo": "hash collisions",
         "scheduler_cls": "schedulers of vLLM's users: write a policy",
@@ -76,6 +75,8 @@ class Vllm(Scheduler):
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     scheduler_reserve_full_isl: bool = True  # admit only where all known tokens would fit
     enable_prefix_caching: bool = True
+    disable_hybrid_kv_cache_manager: bool = False  # layers with windows keep KV as all others
+    prefix_cache_retention_interval: NotNegative | Literal["dense"] | None = None  # see `hybrid`
     async_scheduling: bool = True  # plan step n+1 before step n's output is in
     watermark: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # of all blocks stay free when a request joins others
     max_num_scheduled_tokens: Positive | None = None  # tokens a step, if fewer than max_num_batched_tokens
@@ -97,7 +98,8 @@ class Vllm(Scheduler):
         self._any_victim_shifts = self.holds("any_victim_shifts", version)
         self._on_after_itself = self.holds("on_after_itself", version)
         # Where blocks without a hash are reused first, it matters that the first decodes take their blocks before a
-        # victim gives its own back: the running then take their turns one by one.
+        # victim gives its own back: the running then take their turns one by one. So they do where layers have windows,
+        # because those before the victim give blocks back as well.
         self._one_by_one = self.enable_prefix_caching and self.uncached_first
         self._threshold = self.long_prefill_token_threshold  # as it counts in the step at hand
         self._cadence = Cadence(self.prefill_schedule_interval) if self.prefill_schedule_interval > 1 else None
@@ -156,6 +158,19 @@ class Vllm(Scheduler):
     def prefix_caching(self) -> bool:
         """As `enable_prefix_caching` says."""
         return self.enable_prefix_caching
+
+    @property
+    def hybrid(self) -> HybridCache | None:
+        """With `prefix_cache_retention_interval`: ``dense`` is vLLM's null; None: 0 since 0.29, before that dense."""
+        if self.disable_hybrid_kv_cache_manager:
+            return None
+        version = str(self.version)
+        retention = self.prefix_cache_retention_interval
+        if retention is None:
+            retention = 0 if self.holds("retains_little", version) else "dense"
+        in_flight = self.max_num_batched_tokens * (2 if self.async_scheduling else 1)
+        null_counts = not self.holds("null_block_apart", version)
+        return HybridCache(in_flight, None if retention == "dense" else retention, null_counts)
 
     @property
     def token_limit(self) -> int:
@@ -221,7 +236,7 @@ class Vllm(Scheduler):
         granted = in_one_go and step.decode_all()
         if granted and alone:
             budget -= decodes  # by far the most common step
-        elif granted or (in_one_go and not held and not self._one_by_one):
+        elif granted or (in_one_go and not held and not (self._one_by_one or step.windowed)):
             budget, preempted, prefills = self._run_all(step, budget, granted)
         else:
             budget, preempted, prefills = self._run_each(step, budget, {r.id for r in unfinished}, held)
@@ -266,11 +281,9 @@ class Vllm(Scheduler):
             spare = 0
             if self.watermark and running:
                 spare = int(self.watermark * (step.total_blocks + 1))  # vLLM counts its null block
-            if spare or (tokens < left and whole):  # else `admit` asks for just this room
-                upto = known if whole else known - left + tokens
-                if not step.fits(request, upto, spare):
-                    break
-            if not step.admit(request, tokens):
+            if tokens < left and whole and not step.fits(request, known, spare):  # else `admit` asks for just this room
+                break
+            if not step.admit(request, tokens, spare=spare):
                 break
             budget -= tokens
             prefills |= left > 1

@@ -37,6 +37,14 @@ RULES = {
         since="0.28",
     ),
     "largest_gpus": Rule("GPUs of at least 160 GiB get a budget of 16384 tokens by default.", since="0.28", sizes=True),
+    "retains_little": Rule(
+        "Of layers with windows, prefixes are kept only where prompts end or part, unless a setting says more.",
+        since="0.29",
+    ),
+    # not in 0.26, and merged after 0.28 was cut (vLLM #47272)
+    "null_block_apart": Rule(
+        "Beside layers with windows, the longest request must fit without the null block.", since="0.29"
+    ),
     "uncapped_alone": Rule("A request that is alone is not held to long_prefill_token_threshold.", since="0.31"),
     "on_after_itself": Rule(
         "Under priority, the loop goes on after a request that had to preempt itself.", since="0.33"

@@ -51,7 +51,7 @@ def simulate(
     wall = time.perf_counter() - started
     engines = cluster.engines
     runs = [engine.records for engine in engines]
-    pools = [(engine.pool.total, engine.pool.block_size) for engine in engines]
+    pools = [(engine.pool.total, engine.pool.block_size / engine.pool.tables) for engine in engines]
     summary = summarise(cluster.requests, runs, pools, setup.slo, wall)
     summary.update(fleet(summary, [replica.up_ps for replica in cluster.replicas]))
     assumptions = _assumptions(setup, engines, summary["swaps"])

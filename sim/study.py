@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from chairlift.backend import specs
 from chairlift.backend.base import Backend, Settings
 from chairlift.backend.parallel import Parallel
-from chairlift.policies.base import Router, Scheduler
+from chairlift.policies.base import KvGroups, Router, Scheduler
 from chairlift.sim.workload.trace import Trace
 
 # Bounds keep a slip of the pen from taking hours or all memory; each is far beyond what anybody has built.
@@ -213,6 +213,19 @@ class ReplicaGroup:
     host_link: float = 0.8  # share of the host link's line rate that swapping reaches
     loop_is_said: bool = False  # the settings given for the policy say whether it plans a step ahead
     caution: str = ""  # why the engine itself does not start with what the scenario leaves open
+    kv_groups: KvGroups | None = None  # of the model's layers, where the pool tells them apart
+
+    @property
+    def tables(self) -> int:
+        """Tables of blocks that a request has: a block in each holds ``block_size`` tokens of some of the layers."""
+        return 1 if self.kv_groups is None else len(self.kv_groups.windows)
+
+    def room(self, max_model_len: int) -> int:
+        """Tokens of one request that the pool has room for."""
+        blocks = self.blocks // self.parallel.data  # of the rank that serves it
+        if self.kv_groups is None or (cache := self.make_scheduler().hybrid) is None:
+            return blocks * self.block_size
+        return cache.room(self.kv_groups, blocks, self.block_size, max_model_len)
 
     def make_scheduler(self) -> Scheduler:
         """A fresh policy object, for one replica."""

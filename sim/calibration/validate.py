@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend import specs
+from chairlift.backend import memory, specs
 from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
 from chairlift.backend.parallel import Parallel
+from chairlift.policies.base import KvGroups
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_versions import nearest
@@ -138,17 +139,19 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
     settings = {key: value for key, value in limits.items() if key in known}
     if "vllm" in recording.engine:
         settings["version"] = nearest(recording.engine["vllm"])
+    parallel = Parallel(tensor=profile.tensor_parallel)
     group = ReplicaGroup(
         count=1,
         role="mixed",
         gpu=specs.gpu(profile.gpu),
-        parallel=Parallel(tensor=profile.tensor_parallel),
+        parallel=parallel,
         scheduler=Vllm,
         scheduler_settings=settings,
         backend=Given(profile, graph_limit(limits)),
         blocks=limits["num_gpu_blocks"] - 1,
         block_size=limits["block_size"],
         kv_source=f"recorded num_gpu_blocks {limits['num_gpu_blocks']}, one of them vLLM's null block",
+        kv_groups=KvGroups(memory.windows(model, parallel), model.chunked) if model.window_layers else None,
     )
     return Setup(
         variant="",

@@ -13,7 +13,7 @@ from random import Random
 
 from chairlift.backend.base import Backend, Executor
 from chairlift.backend.machine import check_memory
-from chairlift.policies.base import Scheduler
+from chairlift.policies.base import FOREVER, KvGroups, Scheduler
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cluster.autoscaling import Autoscaler
 from chairlift.sim.cluster.cluster import Cluster
@@ -27,6 +27,7 @@ from chairlift.sim.replica.counting_pool import CountingPool, StandInPool
 from chairlift.sim.replica.engine import Engine, make_engine
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
+from chairlift.sim.replica.hybrid_pool import HybridPool, HybridStandIn
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
@@ -128,7 +129,9 @@ class _Engines:
         setup, cluster = self.setup, self.cluster
         prefills = group.role == "prefill"
         scheduler = group.make_scheduler()
-        pool = make_pool(scheduler, setup.trace, group.blocks, group.block_size, self.identities, setup.executes)
+        blocks, size, longest = group.blocks, group.block_size, setup.max_model_len
+        more = (setup.executes, group.kv_groups, longest)
+        pool = make_pool(scheduler, setup.trace, blocks, size, self.identities, *more)
         backend = _backend(setup, group, pool)
         outputs = self._first_only if prefills else self._outputs
 
@@ -188,22 +191,31 @@ def make_pool(
     block_size: int,
     identities: dict[int, Identity] | None,
     executes: bool = False,
+    groups: KvGroups | None = None,
+    max_model_len: int = FOREVER,
 ) -> CountingPool:
-    """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching can matter.
+    """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching or windows can matter.
 
     ``identities``: by block size, what all replicas share of the trace, filled as needed; None where blocks are only
-    counted (`build`). ``executes``: steps really run.
+    counted (`build`). ``executes``: steps really run. ``groups``: of the model's layers, if some have a window.
     """
-    if not scheduler.prefix_caching:
-        return CountingPool(blocks, block_size)
-    if (tree := scheduler.radix) is not None:
+
+    def identity() -> Identity:
         known = {} if identities is None else identities
         if block_size not in known:
             known[block_size] = Identity(trace, block_size)
-        return RadixPool(blocks, block_size, known[block_size], tree.unified, numbered=executes)
+        return known[block_size]
+
+    if groups is not None and (cache := scheduler.hybrid) is not None:
+        parts = (blocks, block_size, groups, cache, max_model_len, scheduler.asynchronous, scheduler.uncached_first)
+        if not scheduler.prefix_caching:
+            return HybridPool(*parts)
+        return HybridStandIn(*parts) if identities is None else HybridPool(*parts, identity())
+    if not scheduler.prefix_caching:
+        return CountingPool(blocks, block_size)
+    if (tree := scheduler.radix) is not None:
+        return RadixPool(blocks, block_size, identity(), tree.unified, numbered=executes)
     if identities is None:
         return StandInPool(blocks, block_size)
-    if block_size not in identities:
-        identities[block_size] = Identity(trace, block_size)
     kind = TablePool if executes else PrefixPool
-    return kind(blocks, block_size, identities[block_size], scheduler.asynchronous, scheduler.uncached_first)
+    return kind(blocks, block_size, identity(), scheduler.asynchronous, scheduler.uncached_first)

@@ -123,7 +123,7 @@ def _room(setup: Setup) -> int | None:
     rooms = []
     for group in setup.groups:
         if group.caution:
-            blocks = group.blocks // group.parallel.data
+            blocks = group.room(setup.max_model_len) // group.block_size
             given = group.kv_source.startswith("given") or group.make_scheduler().pool_blocks is not None
             rooms.append(int(blocks * (1 if given else 1 - POOL_ERROR)) * group.block_size)
     return max(1, min(rooms)) if rooms else None

@@ -35,6 +35,8 @@ VLLM_OPTIONAL = (  # settings whose flags are left out where they are vLLM's def
     "prefill_schedule_interval",
     "max_num_queued_reqs",
     "max_num_queued_tokens",
+    "disable_hybrid_kv_cache_manager",
+    "prefix_cache_retention_interval",
 )
 VLLM_BY_RANK = ("max_num_batched_tokens", "max_num_seqs", "max_num_scheduled_tokens", "max_num_active_seqs")
 SGLANG_ALWAYS = ("schedule_policy", "schedule_conservativeness", "chunked_prefill_size", "max_prefill_tokens")
@@ -160,7 +162,7 @@ def _changed(setup: Setup) -> str:
 def _vllm(setup: Setup, group: ReplicaGroup, policy: Vllm, kv: Kv) -> Iterator[str]:
     """Flags of ``vllm serve``. Its limits and its pool are those of one rank of data parallelism."""
     ranks = group.parallel.data
-    longest = min(setup.max_model_len, group.blocks // ranks * group.block_size)
+    longest = min(setup.max_model_len, group.room(setup.max_model_len))
     yield from ("--tensor-parallel-size", str(group.parallel.tensor), "--max-model-len", str(longest))
     for degree, flag in ((group.parallel.pipeline, "pipeline"), (ranks, "data")):
         yield from (f"--{flag}-parallel-size", str(degree)) if degree > 1 else ()
@@ -184,7 +186,8 @@ def _vllm(setup: Setup, group: ReplicaGroup, policy: Vllm, kv: Kv) -> Iterator[s
             yield f"--{name.replace('_', '-')}"
             if value is not True:
                 value = value // ranks if name in VLLM_BY_RANK else value
-                yield f"{value:.17g}" if isinstance(value, float) else str(value)
+                said = f"{value:.17g}" if isinstance(value, float) else str(value)
+                yield "None" if value == "dense" else said
     if (graphs := _graphs(group)) is not None:
         yield from ("--max-cudagraph-capture-size", str(graphs))
     if group.role != "mixed":

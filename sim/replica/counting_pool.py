@@ -7,9 +7,10 @@ matter, and O(1) for any number of steps. `sim.replica.prefix_pool` has the pool
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from typing import Protocol
 
 from chairlift.policies.base import PrefixNode
-from chairlift.sim.replica.decode_group import Decodes
+from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes
 from chairlift.sim.replica.request import Live
 
 
@@ -24,6 +25,13 @@ class _Root:
 NO_PREFIX: PrefixNode = _Root()
 
 
+class Flight(Protocol):
+    """A step that is planned and not processed yet."""
+
+    chunks: list[tuple[Live, int]]  # of prompts, and their tokens
+    decoding: bool  # whether it holds a token of each member of the decode group
+
+
 class CountingPool:
     """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's.
 
@@ -35,8 +43,10 @@ class CountingPool:
     follows = False  # whether it must be told which members of the decode group start a block
     publishes = False  # whether decoding can make blocks that others find
     keeps = False  # whether it wants to know which prompts a step has computed: `landed`
+    windowed = False  # whether requests give blocks back while they run: `shed`, `flight`
+    tables = 1  # tables of blocks that a request has: 16 more tokens take a block in each
 
-    __slots__ = ("_given", "block_size", "free", "total")
+    __slots__ = ("_given", "block_size", "flight", "free", "room", "total")
 
     def __init__(self, total: int, block_size: int) -> None:
         if total < 1 or block_size < 1:
@@ -44,6 +54,8 @@ class CountingPool:
         self.total = total
         self.block_size = block_size
         self.free = total
+        self.room = total * block_size  # tokens that a request may have in KV
+        self.flight: Flight | None = None  # kept only of a pool that is ``windowed``
         self._given: dict[int, int] = {}  # request → blocks that `open` and `extend` gave it
 
     def blocks(self, tokens: int) -> int:
@@ -54,8 +66,11 @@ class CountingPool:
         """Leading known tokens of a waiting request that need no computing: stored here, or loaded from elsewhere."""
         return request.loaded
 
-    def need(self, request: Live, tokens: int) -> int:
-        """Free blocks that a waiting request must find for its first ``tokens`` tokens."""
+    def need(self, request: Live, tokens: int, in_chunks: bool = False) -> int:
+        """Free blocks that a waiting request must find for its first ``tokens`` tokens.
+
+        ``in_chunks``: they are computed in several steps, between which blocks slide out of windows.
+        """
         return -(-tokens // self.block_size)
 
     def open(self, request: Live, tokens: int) -> None:
@@ -74,15 +89,28 @@ class CountingPool:
             self._given[request.id] = blocks
         return True
 
+    def shed(self, request: Live) -> None:
+        """A decoding request is about to compute a token: it gives back what slides out of its windows."""
+
     def decode_one(self, request: Live, need: int) -> None:
-        """A decoding request computes one token, for which it takes ``need`` blocks (0 or 1)."""
+        """A decoding request computes one token, for which it takes ``need`` blocks (one in each table, or none)."""
         self.free -= need
 
-    def decode_all(self, group: Decodes, steps: range) -> None:
-        """The group does these steps, counted from now; there is room."""
+    def decode_all(self, group: Decodes, steps: range, fresh: Mapping[int, Live] = NOBODY_ELSE) -> None:
+        """The group does these steps, counted from now; there is room.
+
+        ``fresh``: members that have not decoded with the group since they joined.
+        """
         first, last = steps.start, steps.stop
         if group.growing and last > first:
             self.free -= group.blocks_needed(last) - (group.blocks_needed(first) if first else 0)
+
+    def lasts(self, group: Decodes, steps: int, taken: int, waits: bool) -> int:
+        """For how many of ``steps`` steps of the group there is room; for the first it has ``taken`` blocks already.
+
+        ``waits``: somebody may wait for blocks.
+        """
+        return group.steps_within(steps, self.free + taken)
 
     def computed(self, request: Live, tokens: int) -> None:
         """The request's first ``tokens`` tokens are known and will be in its blocks when this step has run."""

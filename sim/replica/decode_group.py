@@ -8,6 +8,8 @@ from heapq import heappop, heappush
 from chairlift.policies.base import FOREVER
 from chairlift.sim.replica.request import DECODING, HELD, Live, Phase, When
 
+NOBODY_ELSE: dict[int, Live] = {}
+
 
 def admission(request: Live) -> int:
     """A sort key: the order of running."""

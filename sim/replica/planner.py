@@ -74,7 +74,7 @@ class Planner:
         self.again = False  # the policy wants to be asked again though nothing runs
         self._overshoots = scheduler.overshoots if self._ahead else "never"
         self._left: list[tuple[int, Live]] = []  # who left at the latest such time, where the policy limits arrivals
-        self._longest = min(max_model_len, pool.total * pool.block_size + 1)  # tokens of a request; no KV of its last
+        self._longest = min(max_model_len, pool.room + 1)  # tokens of a request; no KV of its last
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
         self._ends = Ends(self.state.group, outputs)
         self._promised = 0  # reserved tokens that will be filled
@@ -183,7 +183,7 @@ class Planner:
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
             if count > 1 and group.growing:
-                count = group.steps_within(count, self.pool.free + state.taken)
+                count = self.pool.lasts(group, count, state.taken, bool(state.waiting))
         late, late_gaps = 0, NO_GAPS
         if decoding and (state.fresh or state.decoded_at is not start):
             late, late_gaps = self._late(start, decodes)
@@ -216,6 +216,8 @@ class Planner:
         outputs = ends.outputs
         when = plan.when
         ending: list[Live] = []
+        if self._ahead and self.pool.windowed:
+            self.pool.flight = plan
         if plan.decoding:
             if count > 1:
                 self.pool.decode_all(group, range(1, count))
@@ -268,6 +270,8 @@ class Planner:
         ``behind``: what runs after it, planned before its output is in.
         """
         state = self.state
+        if self.pool.windowed and self.pool.flight is plan:
+            self.pool.flight = None
         if state.parked and self._ahead:
             for request in state.parked.values():
                 self.pool.computed(request, request.stored)

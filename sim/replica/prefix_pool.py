@@ -10,11 +10,11 @@ Which blocks are equal is told by `sim.replica.prefix_identity`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from chairlift.sim.replica.counting_pool import CountingPool
-from chairlift.sim.replica.decode_group import Decodes, admission
+from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes, admission
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 
@@ -90,7 +90,7 @@ class PrefixPool(CountingPool):
     def hit(self, request: Live) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
         return max(request.loaded, len(self._look_up(request)[1]) * self.block_size)
 
-    def need(self, request: Live, tokens: int) -> int:  # noqa: D102
+    def need(self, request: Live, tokens: int, in_chunks: bool = False) -> int:  # noqa: D102
         _, blocks, free = self._look_up(request)
         return -(-tokens // self.block_size) - len(blocks) + free
 
@@ -127,7 +127,7 @@ class PrefixPool(CountingPool):
         if self._identity.answers_too:
             self.computed(request, request.computed if self._late else request.computed + 1)
 
-    def decode_all(self, group: Decodes, steps: range) -> None:  # noqa: D102
+    def decode_all(self, group: Decodes, steps: range, fresh: Mapping[int, Live] = NOBODY_ELSE) -> None:  # noqa: D102
         if group.members is None:
             if group.growing:
                 first = group.blocks_needed(steps.start) if steps.start else 0

@@ -10,12 +10,12 @@ if they are at the same place of the same stream. So to compare two prefixes cos
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from heapq import heappop, heappush, heapreplace
 from typing import Protocol
 
 from chairlift.sim.replica.counting_pool import CountingPool
-from chairlift.sim.replica.decode_group import Decodes
+from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes
 from chairlift.sim.replica.request import Live
 
 Streams = tuple[tuple[int, ...], tuple[int, ...]]  # stream, and where it stops, from one token to the next
@@ -129,7 +129,7 @@ class RadixPool(CountingPool):
         found = self._look_up(request, False)
         return max(request.loaded, found[3])
 
-    def need(self, request: Live, tokens: int) -> int:  # noqa: D102
+    def need(self, request: Live, tokens: int, in_chunks: bool = False) -> int:  # noqa: D102
         _, _, node, hit = self._look_up(request, False)
         pages = -(-tokens // self.block_size) - hit // self.block_size
         walk: Node | None = node
@@ -161,7 +161,7 @@ class RadixPool(CountingPool):
         self.free -= need
         self._given[request.id] += need
 
-    def decode_all(self, group: Decodes, steps: range) -> None:
+    def decode_all(self, group: Decodes, steps: range, fresh: Mapping[int, Live] = NOBODY_ELSE) -> None:
         """The group does these steps; there is room. Before each a page for every member is neither held nor cached."""
         members = group.live
         done, last = steps.start, steps.stop

@@ -36,7 +36,7 @@ class ReplicaStep(Step):
         *("chunks", "decoded_at", "evicted", "fresh", "group", "host", "kv_tokens", "max_model_len"),
         *("more_arrivals", "moved", "notes", "now", "padding", "parked", "pledges", "pool", "preempted"),
         *("prefills", "ran", "rejected", "rejoined", "released", "releases", "resumed", "running", "scheduler"),
-        *("slept", "started", "taken", "tokens", "waiting", "wake", "whole"),
+        *("slept", "started", "taken", "tokens", "waiting", "wake", "whole", "windowed"),
     )
 
     def __init__(
@@ -53,6 +53,7 @@ class ReplicaStep(Step):
         self.pool = pool
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
+        self.windowed = pool.windowed
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self.waiting: deque[Live] | OrderedQueue | OpenQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque
@@ -176,9 +177,9 @@ class ReplicaStep(Step):
         self.waiting = deque(requests)
 
     def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
-        if self.pool.need(request, tokens) + spare <= self.pool.free:
+        if self.pool.need(request, tokens, in_chunks=True) + spare <= self.pool.free:
             return True
-        self._note_denial(request, tokens, spare)
+        self._note_denial(request, tokens, spare, in_chunks=True)
         return False
 
     def price(self, chunks: Sequence[tuple[int, int]] = (), decodes: int | None = None) -> int:  # noqa: D102
@@ -194,7 +195,7 @@ class ReplicaStep(Step):
         group, parked = self.group, self.parked
         if self.ran or self.whole:
             self._fail("decode_all after decodes were chosen already")
-        need = group.phases[-group.steps % group.block_size] if group.growing else 0
+        need = group.phases[-group.steps % group.block_size] * self.pool.tables if group.growing else 0
         if parked:
             need += sum(map(self._next_block, parked.values()))
         if need > self.pool.free:
@@ -210,7 +211,7 @@ class ReplicaStep(Step):
             return True
         self.tokens += group.live
         if self.pool.tracks:
-            self.pool.decode_all(group, range(1))
+            self.pool.decode_all(group, range(1), self.fresh)
         else:
             self.pool.free -= need
         self.taken = need
@@ -238,6 +239,8 @@ class ReplicaStep(Step):
             return True
         if self.whole or request.id in self.ran:
             self._fail(f"run of {request} twice in one step")
+        if pool.windowed:
+            pool.shed(request)
         need = self._next_block(request)
         if need > pool.free:
             self._needy = request.id
@@ -248,7 +251,9 @@ class ReplicaStep(Step):
         self.ran[request.id] = request
         return True
 
-    def admit(self, request: Live, tokens: int, reserve: int | None = None, pad: int = 0) -> bool:  # noqa: D102
+    def admit(  # noqa: D102
+        self, request: Live, tokens: int, reserve: int | None = None, pad: int = 0, spare: int = 0
+    ) -> bool:
         pool = self.pool
         hit = pool.hit(request) if pool.tracks else request.loaded
         if not 1 <= tokens <= request.prompt_tokens + request.produced - hit:
@@ -263,8 +268,8 @@ class ReplicaStep(Step):
             if pool.blocks(upto) > pool.total:
                 self.reject(request)
                 return False
-        if pool.need(request, upto) > pool.free:
-            self._note_denial(request, upto)
+        if pool.need(request, upto) + spare > pool.free:
+            self._note_denial(request, upto, spare)
             return False
         if self.notes is not None:
             self._note(Kind.ADMIT, request, request.remaining - hit, hit)
@@ -418,17 +423,17 @@ class ReplicaStep(Step):
         if self.notes is not None:
             self.notes.append((kind, request.id, other, value))
 
-    def _note_denial(self, request: Live, tokens: int, spare: int = 0) -> None:
+    def _note_denial(self, request: Live, tokens: int, spare: int, in_chunks: bool = False) -> None:
         """Write down that there was no room, the first few times of a plan: a policy may try its whole queue."""
         self._denied += 1
         if self.notes is not None and self._denied <= DENIALS:
             free = self.pool.free
-            self._note(Kind.DENY, request, free, self.pool.need(request, tokens) + spare - free)
+            self._note(Kind.DENY, request, free, self.pool.need(request, tokens, in_chunks) + spare - free)
 
     def _next_block(self, request: Live) -> int:
         """Blocks that a decoding request takes for one more token."""
         computed = request.computed
-        return int(computed % self.pool.block_size == 0 and computed >= request.reserved)
+        return self.pool.tables if computed % self.pool.block_size == 0 and computed >= request.reserved else 0
 
     def _unplan(self, request: Live) -> bool:
         """Take a request out of the plan under way; whether a decode was planned for it."""

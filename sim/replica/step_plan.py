@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isqrt
 
 from chairlift.backend.base import StepCost
+from chairlift.sim.replica.decode_group import NOBODY_ELSE
 from chairlift.sim.replica.request import NEVER, Live, When
 from chairlift.sim.results.records import row_after
 
@@ -31,7 +32,6 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
 
 
 NOBODY: list[Live] = []
-NOBODY_ELSE: dict[int, Live] = {}
 NO_GAPS: list[int] = []
 
 

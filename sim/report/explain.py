@@ -121,7 +121,7 @@ def _end(life: Life, run: RunResults) -> None:
 
 
 def _why_refused(facts: dict[str, Any], run: RunResults) -> str:
-    pool = max(replica.kv_tokens for replica in run.replicas)
+    pool = max(replica.kv_room or replica.kv_tokens for replica in run.replicas)
     return why_refused(facts["prompt_tokens"], facts["output_tokens"], run.max_model_len, pool)
 
 

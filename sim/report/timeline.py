@@ -68,14 +68,14 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
         count = steps["steps"].astype(np.float64)
         start = steps["start_ps"].astype(np.float64)
         time = durations_ps(steps).astype(np.float64)
-        tokens = stored_tokens(steps, replica.block_size) + steps["decodes"] * (count - 1) / 2
+        tokens = stored_tokens(steps, replica.tokens_a_block) + steps["decodes"] * (count - 1) / 2
         padding = np.where(steps["chunks"] > 0, 0, steps["padded"])  # beside a chunk it is the prompts' padding
         bins = _Binner(start, time, edges)
         sums["prompt"] += bins.spread(steps["prefill_tokens"]) / width_s
         sums["output"] += bins.spread(steps["decodes"] * count) / width_s
         for name, level in (
             *(("running", steps["running"]), ("waiting", steps["waiting"]), ("kv", tokens)),
-            *(("held", steps["held_blocks"] * float(replica.block_size)), ("prefilling", steps["chunks"])),
+            *(("held", steps["held_blocks"] * replica.tokens_a_block), ("prefilling", steps["chunks"])),
             *(("decoding", steps["decodes"]), ("padding", padding)),
         ):
             sums[name] += bins.spread(level * time) / width_s / PS_PER_S

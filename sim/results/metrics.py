@@ -7,7 +7,7 @@ Definitions are those of vLLM's serving benchmark (`vllm/benchmarks/serve.py`, v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -122,11 +122,12 @@ def ends_ps(runs: Mapping[str, Ints]) -> Ints:
 
 
 def summarise(
-    requests: RequestRecords, runs: list[RunRecords], pools: list[tuple[int, int]], slo: Slo, wall_s: float
+    requests: RequestRecords, runs: list[RunRecords], pools: Sequence[tuple[int, float]], slo: Slo, wall_s: float
 ) -> dict[str, Any]:
     """``summary.json`` of one run: a field for each metric of the catalogue that the run has.
 
-    ``runs`` holds the records of each replica, ``pools`` its (blocks, tokens a block) in the same order. ``wall_s`` is
+    ``runs`` holds the records of each replica, ``pools`` its (blocks, tokens a block) in the same order; a
+    block of one of two groups of layers holds half of each of its tokens. ``wall_s`` is
     how long the simulation took.
     """
     times = Latencies(requests)
@@ -206,17 +207,17 @@ def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.sig
     return gaps.ps / PS_PER_MS, gaps.often
 
 
-def stored_tokens(runs: Mapping[str, Ints], block_size: int) -> Ints:
+def stored_tokens(runs: Mapping[str, Ints], block_size: float) -> Floats:
     """Tokens whose KV lay in the pool when each run of steps began; shape (rows,).
 
     ``kv_tokens`` counts those of a block once for every request that shares the block. So where blocks are shared these
     are at most what the blocks hold: 64 requests with 4,160 tokens each in 512 blocks of 16 have 8,192 tokens stored.
     """
-    found: Ints = np.minimum(runs["kv_tokens"], runs["held_blocks"] * block_size)
+    found: Floats = np.minimum(runs["kv_tokens"], runs["held_blocks"] * block_size)
     return found
 
 
-def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str, Any]:
+def occupancy(runs: list[RunRecords], pools: Sequence[tuple[int, float]]) -> dict[str, Any]:
     """How full replicas were, averaged over the time in which they ran steps; ``pools`` as for `summarise`."""
     busy = total_steps = total_runs = 0.0
     running = useful = held = promised = capacity = 0.0

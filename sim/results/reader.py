@@ -54,12 +54,19 @@ class Replica:
     asynchronous: bool
     gpus: AtLeastOne | None = None  # None: tensor_parallel
     parallel: str = ""  # the degrees of parallelism, where there are others than tensor_parallel
+    kv_tables: AtLeastOne = 1  # groups of layers; a block is of one
+    kv_room: AtLeastOne | None = None  # tokens of the longest request; None: what the pool holds
     index: Count = 0  # its place among the replicas of the run
 
     @property
     def kv_tokens(self) -> int:
         """Tokens that its pool holds."""
-        return self.kv_blocks * self.block_size
+        return self.kv_blocks * self.block_size // self.kv_tables
+
+    @property
+    def tokens_a_block(self) -> float:
+        """Tokens for which a block has room, in all layers."""
+        return self.block_size / self.kv_tables
 
 
 @with_config(_STRICT)

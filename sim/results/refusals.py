@@ -19,7 +19,7 @@ def refusals(setup: Setup, requests: RequestRecords) -> str:
     prompt = requests.trace.prompt_tokens.astype(np.int64)
     total = prompt + requests.trace.output_tokens
     over = refused & (total > setup.max_model_len)
-    largest = max(group.blocks * group.block_size for group in setup.groups)
+    largest = max(group.room(setup.max_model_len) for group in setup.groups)
     # The last token of an answer is never stored: a pool must hold one token fewer than the request has.
     large = refused & ~over & (total - 1 > largest)
     other = refused & ~over & ~large

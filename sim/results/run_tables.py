@@ -127,6 +127,8 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         "batch_synchronous": policy.batch_synchronous,
         "asynchronous": policy.asynchronous,
     }
+    if group.tables > 1:
+        facts |= {"kv_tables": group.tables, "kv_room": group.room(setup.max_model_len)}
     if not group.parallel.only_tensor:
         facts |= {"gpus": group.parallel.gpus, "parallel": str(group.parallel)}
     return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)

@@ -448,36 +448,34 @@ class _Resolver(Lookup):
             self._check_executes(group, at, pick)
         elif fit is not None:
             self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, parallel))
-        caution = ""
-        if sample is not None:
+        made: ReplicaGroup | None = None
+        if sample is not None and fit is not None and len(self._problems) == before:
+            made = ReplicaGroup(
+                count=group.count,
+                role=group.role,
+                gpu=gpu,
+                parallel=parallel,
+                scheduler=scheduler,
+                scheduler_settings=settings,
+                backend=backend[0](**backend[1]),
+                blocks=fit.blocks,
+                block_size=fit.block_size,
+                kv_source=fit.source,
+                kv_groups=fit.groups,
+                host_gib=(kv or Kv()).host_gib,
+                host_link=(kv or Kv()).host_link,
+                loop_is_said=is_said(choice),
+            )
+            deployment = replace(deployment, pool_tokens=made.room(longest))
+        for key, rule in () if sample is None else sample.misfits(deployment):
             asked, asked_at = pick("max_model_len")
-            if fit is not None:
-                deployment = replace(deployment, pool_tokens=fit[0] * fit[1] // parallel.data)
-            for key, rule in sample.misfits(deployment):
-                if key == "max_model_len" and asked is None:
-                    caution = f"the engine itself does not start without a max_model_len: it {rule}"
-                    continue
-                problem = self._document.problem(asked_at if key == "max_model_len" else (*policy_at, key), rule)
-                if problem not in self._problems:  # another group may have it too
-                    self._problems.append(problem)
-        if len(self._problems) > before or fit is None:
-            return None
-        return ReplicaGroup(
-            count=group.count,
-            role=group.role,
-            gpu=gpu,
-            parallel=parallel,
-            scheduler=scheduler,
-            scheduler_settings=settings,
-            backend=backend[0](**backend[1]),
-            blocks=fit[0],
-            block_size=fit[1],
-            kv_source=fit[2],
-            host_gib=(kv or Kv()).host_gib,
-            host_link=(kv or Kv()).host_link,
-            loop_is_said=is_said(choice),
-            caution=caution,
-        )
+            if made is not None and key == "max_model_len" and asked is None:
+                made.caution = f"the engine itself does not start without a max_model_len: it {rule}"
+                continue
+            problem = self._document.problem(asked_at if key == "max_model_len" else (*policy_at, key), rule)
+            if problem not in self._problems:  # another group may have it too
+                self._problems.append(problem)
+        return None if len(self._problems) > before else made
 
     def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:
         """How the GPUs of one replica share the model: as the group says, or else the variant, or else the scenario.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chairlift.backend import hf_config, memory, specs
 from chairlift.backend.calibrated.profile import shipped
 from chairlift.backend.parallel import Parallel
-from chairlift.policies.base import Scheduler
+from chairlift.policies.base import KvGroups, Scheduler
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
@@ -137,12 +138,26 @@ def step_limits(policy: Scheduler, max_model_len: int, ranks: int) -> tuple[int,
     return -(-tokens // ranks), -(-sequences // ranks)
 
 
+def kv_groups(policy: Scheduler, model: specs.Model, parallel: Parallel) -> KvGroups | None:
+    """The groups of layers that the pool of ``policy`` tells apart; None if it does not, or all layers are alike."""
+    if policy.hybrid is None or not model.window_layers:
+        return None
+    return KvGroups(memory.windows(model, parallel), model.chunked)
+
+
+class Pool(NamedTuple):
+    """The KV pool of one replica."""
+
+    blocks: int  # that requests can use
+    block_size: int  # tokens
+    source: str  # where these numbers come from, in words; and which settings have no effect
+    groups: KvGroups | None  # of layers, if a block is of one of several
+
+
 def kv_pool(
     kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, parallel: Parallel, max_model_len: int
-) -> tuple[int, int, str]:
-    """The KV pool of one replica: usable blocks, tokens a block, and where these numbers come from, in words.
-
-    The words also name the settings of ``kv`` that are given and have no effect.
+) -> Pool:
+    """The KV pool of one replica.
 
     Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
     swaps KV over a link of unknown speed.
@@ -150,9 +165,11 @@ def kv_pool(
     if policy.swaps:
         gpu.needed("host_gb_per_s", "swapping KV")
     block_size = policy.pool_block_size or kv.block_size
-    own = policy.pool_blocks
     if kv.blocks is not None and kv.tokens is not None:
         raise ValueError("give blocks or tokens, not both")
+    if getattr(policy, "disable_hybrid_kv_cache_manager", False):
+        model = replace(model, window=0, window_layers=0, chunked=False)
+    own, groups = policy.pool_blocks, kv_groups(policy, model, parallel)
     if own is not None:
         blocks, source = own, f"a setting of policy {type(policy).__name__}"
         if blocks < 1:
@@ -160,22 +177,26 @@ def kv_pool(
     elif kv.blocks is not None:
         blocks, source = kv.blocks, "given"
     elif kv.tokens is not None:
-        blocks, source = kv.tokens // block_size, "given"
+        blocks, source = kv.tokens // block_size * (1 if groups is None else len(groups.windows)), "given"
         if blocks < 1:
             raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
     else:
         tokens, sequences = step_limits(policy, max_model_len, parallel.data)
-        fit = memory.kv_blocks(
-            *(model, gpu, parallel, block_size, kv.memory_utilization, kv.reserve_gib, tokens, sequences)
-        )
+        share, static = kv.memory_utilization, policy.static_share(gpu.memory_bytes, parallel.gpus, bool(model.latent))
+        if static is not None and "memory_utilization" not in kv.model_fields_set:
+            share = static
+        sizes = (kv.reserve_gib, tokens, sequences, None, static is not None)
+        fit = memory.kv_blocks(model, gpu, parallel, block_size, share, *sizes)
         blocks, source = fit.blocks, fit.explain()
+        if groups is not None:
+            blocks, source = fit.engine_blocks * parallel.data, fit.explain(by_group=True)
     if idle := _without_effect(kv, policy, block_size):
         source += f"; not used: {', '.join(idle)}"
     if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
         if own is None and kv.tokens is not None:
-            return kv.tokens // policy.block_tokens, policy.block_tokens, source
-        return blocks * block_size // policy.block_tokens, policy.block_tokens, source
-    return blocks, block_size, source
+            return Pool(kv.tokens // policy.block_tokens, policy.block_tokens, source, groups)
+        return Pool(blocks * block_size // policy.block_tokens, policy.block_tokens, source, groups)
+    return Pool(blocks, block_size, source, groups)
 
 
 def _without_effect(kv: Kv, policy: Scheduler, block_size: int) -> list[str]:

@@ -280,6 +280,30 @@ def test_every_model_can_be_priced_and_says_what_it_assumes(name: str) -> None:
     assert ("DP-attention" in said) == (parallel.data > 1)
 
 
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_pairs_within_chunks_are_those_counted_one_by_one(window: int) -> None:
+    for start in range(10):
+        for length in range(1, 20):
+            pairs = sum(token % window + 1 for token in range(start, start + length))
+            assert in_window(start, length, window, chunked=True) == pairs
+            pairs = sum(min(token + 1, window) for token in range(start, start + length))
+            assert in_window(start, length, window) == pairs
+
+
+def test_a_chunk_begins_anew() -> None:
+    """Llama 4 in chunks of 100: at 101 tokens its layers with chunks read one token of each sequence, not 100."""
+    shape = replace(model("llama-4-scout"), window=100)
+    backend = ideal(shape, parallel=Parallel(tensor=8))
+
+    def read(context: int) -> float:
+        return next(part for part in backend.explain(decode(2, 2 * context)) if part.name == "KV").bytes
+
+    full, inside = (group.bytes_per_token for group in shape.kv_groups(8))
+    assert read(100) == 2 * (100 * full + 100 * inside)
+    assert read(101) == 2 * (101 * full + 1 * inside)
+    assert read(350) == 2 * (350 * full + 50 * inside)
+
+
 # an arithmetic series, exactly
 
 MOST = 300  # steps walked one by one
@@ -291,6 +315,7 @@ def small(tflops: float, gb_per_s: float, kind: str, floor_us: float, data: int,
         "experts": {},
         "window": {"window": 24, "window_layers": 1},
         "all windows": {"window": 40, "window_layers": 2},
+        "chunks": {"window": 24, "window_layers": 1, "chunked": True},
         "latent": {"latent": 16, "rope_size": 4, "value_size": 8, "latent_query": 8},
         "fp8": {"quantization": "fp8"},
     }[kind]
@@ -306,7 +331,7 @@ backends = st.builds(
     small,
     tflops=st.floats(0.001, 10),
     gb_per_s=st.floats(0.1, 100),
-    kind=st.sampled_from(["experts", "window", "all windows", "latent", "fp8"]),
+    kind=st.sampled_from(["experts", "window", "all windows", "chunks", "latent", "fp8"]),
     floor_us=st.sampled_from([0.0, 10.0, 100.0, 1000.0]),
     data=st.sampled_from([1, 2, 4]),
     tensor=st.sampled_from([1, 2]),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from chairlift.backend import memory
 from chairlift.backend.memory import TOKENS, kv_blocks, reserve, weight_bytes
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GIB, Model
@@ -198,6 +199,37 @@ def test_ranks_of_dp_attention_add_their_pools_up() -> None:
     alone = kv_blocks(small(**MIXTURE), card, reserve_gib=1)
     both = kv_blocks(small(**MIXTURE), card, Parallel(data=2), reserve_gib=1)
     assert both.blocks == 2 * both.engine_blocks > 2 * alone.blocks  # each has half of the experts only
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "windows"),
+    [  # as get_kv_cache_groups of vLLM 0.33.0 forms them
+        ("gpt-oss-20b", 12, (128, 0)),
+        ("gpt-oss-120b", 18, (128, 0)),
+        ("gemma-3-4b", 5, (1024,) * 6 + (0,)),  # 29 layers with a window: 5 groups of 5, and one of 4
+        ("gemma-3-12b", 8, (1024,) * 5 + (0,)),
+        ("gemma-3-27b", 10, (1024,) * 6 + (0,)),
+        ("llama-4-scout", 12, (8192,) * 3 + (0,)),
+        ("mistral-7b-v0.1", 32, (4096,)),
+        ("llama-3.1-8b", 32, (0,)),
+    ],
+)
+def test_layers_are_grouped_as_vllm_groups_them(name: str, size: int, windows: tuple[int, ...]) -> None:
+    shape = model(name)
+    assert memory.windows(shape) == windows
+    assert memory.grouped(shape.kv_groups())[0] == size
+
+
+def test_groups_take_in_a_few_layers_more_than_their_kind_has() -> None:
+    """12 layers with a window, and 13 with a drafter's: two groups of 13, not one of 12 and two."""
+    assert memory.grouped(small(layers=25, window=64, window_layers=12).kv_groups()) == (13, [1, 1])
+    assert memory.grouped(small(layers=30, window=64, window_layers=12).kv_groups()) == (12, [2, 1])
+
+
+def test_the_sum_says_what_a_block_is() -> None:
+    told = kv_blocks(model("gpt-oss-120b"), gpu("h200")).explain(by_group=True)
+    assert told.endswith("blocks, each of 16 tokens of one of 2 groups of 18 layers")
+    assert kv_blocks(model("mistral-7b-v0.1"), gpu("h200")).explain(by_group=True).endswith("16 tokens of all layers")
 
 
 def test_windows_are_kept_for_every_running_request_and_the_rest_is_for_full_layers() -> None:

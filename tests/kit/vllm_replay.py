@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 
 from chairlift.backend.base import Backend, Batch, StepCost
+from chairlift.policies.base import KvGroups
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.build import make_pool
 from chairlift.sim.replica.engine import make_engine
+from chairlift.sim.replica.hybrid_pool import HybridPool
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.workload.trace import Trace
 
-COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "finished")
+COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "held", "finished")
 PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
 LATER = (  # settings since 0.23, which only later ledgers have
     "watermark",
@@ -30,6 +32,14 @@ LATER = (  # settings since 0.23, which only later ledgers have
 def rows(case: dict[str, Any], version: str) -> Iterator[dict[str, Any]]:
     """The ledger of our scheduler, as vLLM's of that version."""
     return Replay(case, version).rows()
+
+
+def groups_of(case: dict[str, Any]) -> KvGroups | None:
+    """The groups of layers of a case, if some have a window."""
+    if "groups" not in case:
+        return None
+    chunked = any(group["type"] == "chunked" for group in case["groups"])
+    return KvGroups(tuple(group["window"] or 0 for group in case["groups"]), chunked)
 
 
 class Tick(Backend):
@@ -51,6 +61,10 @@ class Replay:
             for name in columns:
                 columns[name][q["id"]] = q[name]
         trace = Trace(arrival_ps=np.zeros(n, np.int64), **columns)
+        groups, retention = groups_of(case), {}
+        if groups is not None:
+            every = case["retention_interval"]
+            retention["prefix_cache_retention_interval"] = "dense" if every is None else every
         policy = Vllm(
             version=version,
             max_num_batched_tokens=case["max_num_batched_tokens"],
@@ -63,8 +77,10 @@ class Replay:
             enable_prefix_caching=case["prefix_caching"],
             async_scheduling=case["async_scheduling"],
             **{name: case[name] for name in LATER if name in case},
+            **retention,
         )
-        pool = make_pool(policy, trace, case["num_blocks"] - 1, case["block_size"], {})
+        longest = case["max_model_len"]
+        pool = make_pool(policy, trace, case["num_blocks"] - 1, case["block_size"], {}, False, groups, longest)
         outputs = trace.output_tokens.tolist()
         self.planner = Planner(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
         self.engine = make_engine(self.planner)
@@ -72,19 +88,28 @@ class Replay:
         self.left = len(self.pending)
         self.flight: list[Plan | None] = []
         self.just_finished = False
+        self.row_by_row = "processed" in case["ledger"][0]  # at most one output a row, and rows until all are in
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The ledger of our scheduler."""
         step = 0
-        while self.left:
+        while self.left or (self.row_by_row and self.flight):
             self._arrive(step)
             row: dict[str, Any] = {"step": step}
+            empty = True
             if self._has_requests():
                 row |= self._schedule(step)
+                empty = not row["scheduled"]
             row["finished"] = []
-            while len(self.flight) > self.lag or (self.flight and not self._has_requests()):
-                row["finished"] += self._update(step)
-            if "scheduled" in row or row["finished"]:
+            if self.row_by_row:
+                processed = len(self.flight) > self.lag or (empty and bool(self.flight) and not self._has_requests())
+                if processed:
+                    row["finished"] = self._update(step)
+            else:
+                processed = False
+                while len(self.flight) > self.lag or (self.flight and not self._has_requests()):
+                    row["finished"] += self._update(step)
+            if "scheduled" in row or row["finished"] or processed:
                 yield row
             elif not self.pending and not self.flight and self.left:
                 raise RuntimeError(f"stuck at step {step}: {self.left} left")
@@ -124,6 +149,8 @@ class Replay:
             "resumed": [[r.id, r.stored] for r in arrived if r.preemptions],
             "free_blocks": self.engine.pool.free,
         }
+        if isinstance(self.engine.pool, HybridPool):
+            row["held"] = self.engine.pool.held()
         if plan is not None:
             plan.when.ps = step + 1
             self.planner.commit(plan, 1)

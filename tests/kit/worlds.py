@@ -12,7 +12,7 @@ from chairlift.backend import specs
 from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
 from chairlift.backend.parallel import ONE
 from chairlift.backend.roofline import Efficiency
-from chairlift.policies.base import Router, Scheduler
+from chairlift.policies.base import KvGroups, Router, Scheduler
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.audit import audit
@@ -200,15 +200,17 @@ def play(
     max_model_len: int = 1 << 20,
     host: tuple[int, int] = (0, 1),
     journal: bool = False,
+    groups: KvGroups | None = None,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
 
-    Each block of a prefix cache is known, whether the trace shares prefixes or not.
+    Each block of a prefix cache is known, whether the trace shares prefixes or not. ``groups``: of the model's layers,
+    if some have a window.
     """
     sample = scheduler()
     block_size = sample.block_tokens or block_size
     parts = (replicas, "mixed", GPU, ONE, type(sample), {}, Efficiency(), blocks, block_size, "made up")
-    group = Group(*parts, *host_of(*host, block_size), cost=backend, policy=scheduler)
+    group = Group(*parts, *host_of(*host, block_size), kv_groups=groups, cost=backend, policy=scheduler)
     cluster = build(setup_of(trace, [group], max_model_len=max_model_len), leap, journal=journal)
     cluster.run()
     audit(cluster)

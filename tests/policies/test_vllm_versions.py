@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from chairlift.policies.base import HybridCache
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_versions import NEWEST, RULES, VERSIONS, named, nearest
 from chairlift.sim.bad_input import BadInput
@@ -63,10 +65,28 @@ def test_rules_hold_from_their_version_on() -> None:
         "uncached_first": "0.24",
         "any_victim_shifts": "0.28",
         "largest_gpus": "0.28",
+        "retains_little": "0.29",
+        "null_block_apart": "0.29",
         "uncapped_alone": "0.31",
         "on_after_itself": "0.33",
     }
     assert all(rule.holds(NEWEST) for rule in RULES.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "cache"),
+    [  # CacheConfig.prefix_cache_retention_interval since 0.29, before that an environment variable that is not set
+        ({"version": "0.28"}, HybridCache(2 * 2048, None, null_counts=True)),
+        ({"version": "0.29"}, HybridCache(2 * 2048, 0)),
+        ({"async_scheduling": False}, HybridCache(2048, 0)),
+        ({"prefix_cache_retention_interval": 64}, HybridCache(2 * 2048, 64)),
+        ({"prefix_cache_retention_interval": "dense"}, HybridCache(2 * 2048, None)),
+        ({"max_num_scheduled_tokens": 100}, HybridCache(2 * 2048, 0)),
+        ({"disable_hybrid_kv_cache_manager": True}, None),
+    ],
+)
+def test_windows_are_cached_as_the_version_does_it(settings: dict[str, Any], cache: HybridCache | None) -> None:
+    assert Vllm(**settings).hybrid == cache
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ HERE = sorted((TESTS / "data").glob("vllm-*.jsonl.gz"))
 CASES = [(path, case) for path in HERE for case in ledger.cases(path)]
 OF_0_23 = [case for path, case in CASES if "0.23.0" in path.name]
 ALL = sorted(TRUTH.glob("ledgers/vllm-*.jsonl.gz"))
-ALL = [path for path in ALL if not any(word in path.name for word in ("hybrid", "pipeline", "speculation"))]
+ALL = [path for path in ALL if not any(word in path.name for word in ("pipeline", "speculation"))]
+PLAIN = [path for path in HERE if "hybrid" not in path.name]
+WINDOWED = [path for path in HERE if "hybrid" in path.name]
 
 
 def told(value: Any) -> str:
@@ -40,7 +42,24 @@ def test_every_decision_is_the_engines(path: Path, case: dict[str, Any]) -> None
     assert ledger.difference(case, *ledger.engine_of(case, path)) is None
 
 
-@pytest.mark.parametrize("path", HERE, ids=told)
+@pytest.mark.parametrize("path", WINDOWED, ids=told)
+def test_the_cases_with_windows_are_varied(path: Path) -> None:
+    cases = list(ledger.cases(path))
+    rows = [row for case in cases for row in case["ledger"]]
+
+    assert len(cases) >= 12
+    assert sum(len(row.get("preempted", ())) for row in rows) > 200
+    assert sum(cached > 0 for row in rows for _, cached in row.get("new", ())) > 30
+    assert sum(cached > 0 for row in rows for _, cached in row.get("resumed", ())) > 50
+    assert len({case["layers"] for case in cases}) > 5
+    for setting in ("async_scheduling", "prefix_caching", "reserve_full_isl", "policy", "window", "retention_interval"):
+        assert len({case[setting] for case in cases}) > 1
+    if "0.33" in path.name:
+        kinds = {tuple(sorted({group["type"] for group in case["groups"]})) for case in cases}
+        assert kinds == {("full", "sliding"), ("chunked", "full"), ("sliding",)}
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=told)
 def test_the_cases_are_varied(path: Path) -> None:
     cases = list(ledger.cases(path))
     rows = [row for case in cases for row in case["ledger"]]
@@ -59,7 +78,7 @@ def test_settings_since_0_23_are_varied() -> None:
         assert len({case[setting] for case in cases}) > 2
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name != "largest_gpus"])
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"largest_gpus", "retains_little", "null_block_apart"}))
 def test_without_a_rule_some_case_differs(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine does what the table says: without a rule, a ledger of a version that has it differs."""
     since = RULES[rule].since

@@ -23,6 +23,7 @@ from chairlift.sim.simulate import simulate
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.trace import HashIds, Trace
 from kit.places import TRACES
+from kit.prefixes import grouped, in_sessions, rows
 from kit.worlds import Affine, World, check_books, play, trace_of
 
 with_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="needs the public traces in ../shared/traces")
@@ -59,33 +60,6 @@ POLICIES: dict[str, Callable[[int], Scheduler]] = {
         scheduling_policy="priority" if n > 3 else "fcfs",
     ),
 }
-
-arrivals = st.one_of(st.integers(0, 40).map(lambda k: k * 1000), st.integers(0, 60_000))
-rows = st.lists(
-    st.tuples(arrivals, st.integers(1, 60), st.integers(1, 50), st.integers(-1, 2), st.integers(0, 40)),
-    min_size=1,
-    max_size=22,
-)
-
-
-def grouped(table: list[tuple[int, int, int, int, int]]) -> Trace:
-    """Prompts of one group share their first tokens."""
-    group = [g for *_, g, _ in table]
-    shared = [min(s, p) if g >= 0 else 0 for _, p, _, g, s in table]
-    priority = [(7 * i) % 3 for i in range(len(table))]
-    return trace_of([r[:3] for r in table], prefix_group=group, prefix_tokens=shared, priority=priority)
-
-
-def in_sessions(table: list[tuple[int, int, int, int, int]]) -> Trace:
-    """Prompts of one session grow: each continues the last prompt and answer, or forgets them."""
-    length: dict[int, int] = {}
-    turns = []
-    for at, prompt, output, session, forget in table:
-        if session >= 0 and forget > 8:
-            prompt = min(prompt + length.get(session, 0), 150)
-        length[session] = prompt + output
-        turns.append((at, prompt, output))
-    return trace_of(turns, session=[s for *_, s, _ in table])
 
 
 def check_pool(world: World) -> None:
