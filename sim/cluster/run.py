@@ -53,8 +53,7 @@ def _within_limits(cluster: Cluster) -> None:
     """
     for engine in cluster.engines:
         limit = engine.scheduler.sequence_limit
-        runs = engine.records.runs()
-        most = int((runs["chunks"] + runs["decodes"]).max(initial=0))
+        most = max(int((runs["chunks"] + runs["decodes"]).max(initial=0)) for runs in engine.records.run_parts())
         if limit is not None and most > limit:
             name = type(engine.scheduler).__name__
             raise PolicyError(f"policy {name}: a step of {most} requests: its sequence_limit is {limit}")

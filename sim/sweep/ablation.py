@@ -184,21 +184,26 @@ class Mechanism(NamedTuple):
     unit: str  # as the catalogue's
 
 
-def _steps(outcome: Outcome) -> dict[str, np.ndarray]:
-    """Columns of all replicas' runs of steps."""
-    tables = [run.runs() for run in outcome.runs]
-    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+def _prompt_steps(outcome: Outcome) -> tuple[int, int, int]:
+    """Steps with prompts, those of them in which somebody decodes, and prompt tokens; of all replicas."""
+    steps = mixed = tokens = 0
+    for runs in outcome.runs:
+        for part in runs.run_parts():
+            prompts = part["chunks"] > 0
+            steps += int(np.count_nonzero(prompts))
+            mixed += int(np.count_nonzero(prompts & (part["decodes"] > 0)))
+            tokens += int(part["prefill_tokens"].sum())
+    return steps, mixed, tokens
 
 
 def _with_decodes(outcome: Outcome) -> float | None:
-    table = _steps(outcome)
-    prompts = table["chunks"] > 0
-    return float((table["decodes"][prompts] > 0).mean()) if prompts.any() else None
+    steps, mixed, _ = _prompt_steps(outcome)
+    return mixed / steps if steps else None
 
 
 def _prompt_tokens(outcome: Outcome) -> float | None:
-    tokens = _steps(outcome)["prefill_tokens"]
-    return float(tokens[tokens > 0].mean()) if (tokens > 0).any() else None
+    steps, _, tokens = _prompt_steps(outcome)
+    return tokens / steps if steps else None
 
 
 def _cut_short(outcome: Outcome) -> float | None:
