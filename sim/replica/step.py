@@ -32,22 +32,11 @@ class ReplicaStep(Step):
     """
 
     __slots__ = (  # a dict is slow beyond thirty attributes
-        *(
-            "_admissions",
-            "_admitted_before",
-            "_denied",
-            "_needy",
-            "_scattered",
-            "admitted",
-            "backend",
-            "batch",
-            "chunks",
-            "decoded_at",
-        ),
-        *("evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals", "moved", "notes", "now"),
-        *("padding", "parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
-        *("releases", "resumed", "running", "scheduler", "slept", "started", "taken", "tokens", "waiting", "wake"),
-        "whole",
+        *("_admissions", "_admitted_before", "_denied", "_needy", "_scattered", "admitted", "backend", "batch"),
+        *("chunks", "decoded_at", "evicted", "fresh", "group", "host", "kv_tokens", "max_model_len"),
+        *("more_arrivals", "moved", "notes", "now", "padding", "parked", "pledges", "pool", "preempted"),
+        *("prefills", "ran", "rejected", "rejoined", "released", "releases", "resumed", "running", "scheduler"),
+        *("slept", "started", "taken", "tokens", "waiting", "wake", "whole"),
     )
 
     def __init__(

@@ -82,7 +82,7 @@ class Writer:
             self._new.abandon()
 
     def add(self, outcome: Outcome) -> None:
-        """Write one run's rows and bring the summaries up to date."""
+        """Write one run's rows, and keep what the summaries say of it."""
         self._whole = False
         with _writing(self._name):
             self._add(outcome)
@@ -107,10 +107,6 @@ class Writer:
         }
         self._summaries.append(summary)
         self._facts["runs"].append(run_facts(outcome.setup, outcome.runs))
-        _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        if self._compares:
-            _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
-        _replace(self.folder / "study.json", json.dumps(self._facts, indent=1, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Finish the tables and put the folder in place."""
@@ -125,6 +121,14 @@ class Writer:
         for table in self._tables.values():
             table.close()
         self._tables = {}
+        documents: list[tuple[str, Any, int]] = [("study.json", self._facts, 1)]
+        if self._summaries:
+            documents.append(("summary.json", self._summaries[-1], 2))
+        if self._summaries and self._compares:
+            documents.append(("comparison.json", self._summaries, 2))
+        for name, said, indent in documents:
+            text = json.dumps(said, indent=indent, allow_nan=False)
+            (self.folder / name).write_text(f"{text}\n", encoding="utf-8")
         if self._study.claims:
             found = claims.checked(self._study.claims, self._outcomes)
             _replace(self.folder / "claims.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
