@@ -13,7 +13,6 @@ import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario.yaml_document import Document
-from chairlift.sim.sweep.file import copied
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.arrivals import Arrivals
 from chairlift.sim.workload.named import get as named_workload
@@ -31,7 +30,7 @@ def paced(document: Document, rate_per_s: float, requests: int, cv: float | None
     A mix keeps its parts' shares of the load. ``cv``: gaps are gamma with that coefficient of variation, instead of
     what the scenario says. Raises `BadInput` where the workload, or a part of the mix, has no rate.
     """
-    one = copied(document)
+    one = document.copy()
     workload = one.data.get("workload")
     one.data["seed"] = seed
     if not isinstance(workload, dict):
@@ -105,7 +104,7 @@ def replays(document: Document) -> bool:
 
 def replayed(document: Document, seed: int) -> Document:
     """The scenario that reads its whole file as recorded, for `turned` to change."""
-    one = copied(document)
+    one = document.copy()
     one.data["seed"] = seed
     one.data["workload"] = {key: value for key, value in one.data["workload"].items() if key not in _PACE}
     return one

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Deployment, Scheduler
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import MOST_TOLD, BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.loops import is_said, same_loop
 from chairlift.sim.scenario.messages import Path as KeyPath
@@ -101,7 +100,7 @@ def study_of(
     if scenario is not None:
         problems += _wrong_names(document, scenario)
     if problems or scenario is None:
-        once = {str(p): p for p in problems}.values()
+        once = {p[:4]: p for p in problems}.values()
         raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
     same_loop(setups)
     return Study(
@@ -216,12 +215,14 @@ def _cases(
 
     cases = document.data.get("cases")
     if not isinstance(cases, list) or not cases:
-        changed = copy.deepcopy(document)
+        changed = document.copy()
         apply(changed)
         return [("", changed)]
+    whole = document.copy(without="cases")
     found: list[tuple[str, Document]] = []
+    names: set[str] = set()
     for i in range(len(cases)):
-        changed = copy.deepcopy(document)
+        changed = whole.copy()
         try:
             case = document.check(Case, at=("cases", i))
             for key, value in case.set.items():
@@ -232,32 +233,36 @@ def _cases(
         except BadInput as error:
             problems += error.problems
             continue
-        if case.name in [name for name, _ in found]:
+        if case.name in names:
             problems.append(document.problem(("cases", i, "name"), "two cases have this name", case.name))
         apply(changed)
         found.append((case.name, changed))
-    return found or [("", copy.deepcopy(document))]
+        names.add(case.name)
+    return found or [("", document.copy())]
 
 
 def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
     """Two variants of one name, and names of variants that do not exist."""
     names = [variant.name for variant in scenario.compare]
     problems = []
+    known: set[str] = set()
     for i, name in enumerate(names):
-        if name in names[:i]:
+        if name in known:
             problems.append(document.problem(("compare", i, "name"), "two variants have this name", name))
+        known.add(name)
     wanted: list[tuple[KeyPath, str]] = [(("baseline", i), name) for i, name in enumerate(scenario.baseline)]
     wanted += [(("waterfall", i, "variant"), rung.variant) for i, rung in enumerate(scenario.waterfall)]
     for at, name in wanted:
-        if name not in names:
-            problems.append(document.problem(at, f"no such variant{did_you_mean(name, names)}", name))
+        if name not in known:
+            hint = did_you_mean(name, names) if len(problems) < MOST_TOLD else ""
+            problems.append(document.problem(at, f"no such variant{hint}", name))
     return problems + _wrong_claims(document, scenario)
 
 
 def _wrong_claims(document: Document, scenario: Scenario) -> list[Problem]:
     """Claims about variants, cases or metrics that there are not."""
     variants = [variant.name for variant in scenario.compare]
-    cases = [case.name for case in scenario.cases]
+    cases = [str(case.get("name")) for case in document.data.get("cases") or [] if isinstance(case, dict)]
     metrics = list(catalogue.FIELDS)
     problems = []
     for i, claim in enumerate(scenario.claims):

@@ -58,13 +58,14 @@ def resolved(
         routers: those of ``--router``.
         backend: that of ``--backend``.
     """
+    document = Document(document.data, {}, document.path)  # lines are of no use here, and copying them takes long
     changes = _changes(policies, routers, backend)
     changes = {key: value for key, value in changes.items() if value != [] or document.data.get(key)}
     ran = [_at_case(document, i, assignments, changes) for i in _cases(document)]
     short = _changed(document, assignments, changes)
     made = short
     if not _same(short, ran):
-        made = copy.deepcopy(document)
+        made = document.copy()
         for i in _cases(document):
             own = made.data["cases"][i].get("set") or {}
             for key, value in (*changes.items(), *_parsed(document, i, assignments)):
@@ -128,7 +129,7 @@ def _cases(document: Document) -> range:
 
 def _changed(document: Document, assignments: Sequence[str], changes: Mapping[str, Any]) -> Document:
     """``document`` with ``changes`` of its top-level keys and then the assignments, as `load` applies them."""
-    one = copy.deepcopy(document)
+    one = document.copy()
     one.data |= copy.deepcopy(dict(changes))
     one.set(assignments)
     return one
@@ -136,9 +137,8 @@ def _changed(document: Document, assignments: Sequence[str], changes: Mapping[st
 
 def _at_case(document: Document, case: int, assignments: Sequence[str], changes: Mapping[str, Any]) -> Document:
     """What runs in one case: the file, the case's ``set``, options, ``--set``, in this order; without ``cases``."""
-    one = copy.deepcopy(document)
-    cases = one.data.pop("cases", None)
-    if cases:
+    one = document.copy(without="cases")
+    if cases := document.data.get("cases"):
         one.set([f"{key}={json.dumps(value)}" for key, value in (cases[case].get("set") or {}).items()])
     return _changed(one, assignments, changes)
 
@@ -162,9 +162,7 @@ def _with_files(document: Document, folder: Path, name: Any) -> dict[str, Any]:
     Weights keep their name: a relative one starts at the current folder, wherever the scenario lies.
     """
     data: dict[str, Any] = copy.deepcopy(document.data)
-    whole = copy.deepcopy(document)
-    whole.data.pop("cases", None)
-    _rename(data, files_read(whole, folder), (), (), name)
+    _rename(data, files_read(document.copy(without="cases"), folder), (), (), name)
     cases = data.get("cases") or []
     for i in range(len(cases)):
         found = files_read(_at_case(document, i, (), {}), folder)
