@@ -124,7 +124,7 @@ def throughput(names: Sequence[str], runs: Sequence[RunResults], baseline: str) 
             "hovertemplate": "%{y}: %{x:,.1f} tokens/s<extra></extra>",
         }
     ]
-    layout = _bars(len(runs), "tokens/s, prompts and outputs counted", [0, max(rates) * 1.2 or 1])
+    layout = _bars(len(runs), "tokens/s", [0, max(rates) * 1.2 or 1])
     return {"data": traces, "layout": layout}
 
 
@@ -203,7 +203,7 @@ def shares(names: Sequence[str], parts: Sequence[Part], title: str) -> Figure:
 def memory(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> Figure:
     """What the KV pools held, by `KV`: a bar a run."""
     parts = [(label, colour, [each[key] for each in summaries], [""] * len(names)) for label, colour, key in KV]
-    return shares(names, parts, "share of the KV pools, over busy time")
+    return shares(names, parts, "share of the KV pools")
 
 
 def work(names: Sequence[str], works: Sequence[dict[str, int]]) -> Figure:
@@ -212,7 +212,7 @@ def work(names: Sequence[str], works: Sequence[dict[str, int]]) -> Figure:
     for label, colour, key in WORK:
         told = [each[key] / max(1, sum(each.values())) for each in works]
         parts.append((label, colour, told, [f" ({each[key]:,} tokens)" for each in works]))
-    return shares(names, parts, "share of the token slots of all steps")
+    return shares(names, parts, "share of token slots")
 
 
 def over_time(line: Timeline) -> Figure:

@@ -107,7 +107,7 @@ def _comparison(results: Results, case: str, known: Sequence[_Run]) -> dict[str,
         "loop": ran[0][1] if len({loop for _, loop in ran}) == 1 else "",
         "rows": [(run.variant, run.summary) for run in runs],
         "throughput": figures.throughput(names, runs, baseline),
-        "multiples": f"Multiples of {baseline}.{published}",
+        "multiples": f"Prompts and outputs counted; multiples of {baseline}.{published}",
         "waterfall": figures.waterfall(runs, results.waterfall) if results.waterfall else None,
         "best": results.waterfall[-1]["variant"] if results.waterfall else "",
         "legend": [(hue(i), name) for i, name in enumerate(names)],
@@ -148,7 +148,10 @@ def _waste(runs: Sequence[_Run]) -> list[Keyed]:
     names = [run.results.variant for run in runs]
     memory = figures.memory(names, [run.results.summary for run in runs])
     tokens = figures.work(names, [run.work for run in runs])
-    return [("KV memory", _keys(figures.KV), memory), ("Tokens computed", _keys(figures.WORK), tokens)]
+    return [
+        ("KV memory, over busy time", _keys(figures.KV), memory),
+        ("Tokens computed, in all steps", _keys(figures.WORK), tokens),
+    ]
 
 
 def _keys(parts: Sequence[tuple[str, str, str]]) -> Keys:

@@ -60,7 +60,7 @@ def plot_throughput(*runs: Outcome | RunResults, dark: bool = False) -> Figure:
     """
     read = _read(runs)
     names = _names(read)
-    title = f"throughput, and multiples of {names[0]}" if len(read) > 1 else "throughput"
+    title = "prompts and outputs counted" + (f"; multiples of {names[0]}" if len(read) > 1 else "")
     return _figure(figures.throughput(names, read, names[0]), title, dark)
 
 
@@ -87,7 +87,7 @@ def plot_memory(*runs: Outcome | RunResults, dark: bool = False) -> Figure:
     """
     read = _read(runs)
     drawn = figures.memory(_names(read), [run.summary for run in read])
-    return _figure(drawn, "KV memory", dark, legend=True, above=True)
+    return _figure(drawn, "KV memory, over busy time", dark, legend=True, above=True)
 
 
 def plot_work(*runs: Outcome | RunResults, dark: bool = False) -> Figure:

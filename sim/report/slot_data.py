@@ -113,12 +113,14 @@ def overview(slots: Slots, steps: Columns) -> dict[str, Any]:
 
     A stay counts as prefill until its prompt is done, then as decoding: steps in which it stalls are not told apart.
     """
-    start = steps["start_ps"].astype(np.float64)
-    at = np.append(start, float(ends_ps(steps)[-1]))  # where a row begins; the last entry ends the run
-    origin, width = at[0], (at[-1] - at[0]) / BINS
+    start, ends = steps["start_ps"].astype(np.float64), ends_ps(steps).astype(np.float64)
+    origin, width = start[0], (ends[-1] - start[0]) / BINS
     seated = np.flatnonzero(slots.end > slots.begin)
-    slot = slots.slot[seated]
-    edges = [(at[rows[seated]] - origin) / width for rows in (slots.begin, slots.ready, slots.done, slots.end)]
+    slot, begin = slots.slot[seated], slots.begin[seated]
+    edges = [(start[begin] - origin) / width]
+    for rows in (slots.ready[seated], slots.done[seated], slots.end[seated]):
+        # what ends before a row ends with the row before: the replica may have been away in between
+        edges.append((np.where(rows > begin, ends[np.maximum(rows, 1) - 1], start[begin]) - origin) / width)
     weight = np.zeros((len(Cell), slots.count, BINS))
     for cell, low, high in ((Cell.PREFILL, 0, 1), (Cell.DECODE, 1, 2), (Cell.PADDING, 2, 3)):
         _cover(weight[cell], slot, edges[low], edges[high])
@@ -126,7 +128,7 @@ def overview(slots: Slots, steps: Columns) -> dict[str, Any]:
     most = weight.argmax(axis=0).astype(np.uint8) + ord("0")
     return {
         "from": origin / PS_PER_S,
-        "to": float(at[-1]) / PS_PER_S,
+        "to": float(ends[-1]) / PS_PER_S,
         "cells": [line.tobytes().decode() for line in most],
     }
 

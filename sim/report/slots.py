@@ -98,7 +98,8 @@ def seat(events: dict[str, npt.NDArray[Any]], runs: dict[str, npt.NDArray[Any]])
     order = moves[np.argsort(events["run"][moves], kind="stable")]
     columns = (events[name][order].tolist() for name in ("run", "kind", "request", "other", "value"))
     made = _Seating(rows)
-    for run, kind, request, other, value in zip(*columns, strict=True):
+    for row, kind, request, other, value in zip(*columns, strict=True):
+        run = min(row, rows)  # what happens once the last step has ended may count from a step that never was
         if kind == Kind.CHUNK:
             made.chunk(run, request, value)
         elif kind == Kind.ADMIT:

@@ -127,11 +127,15 @@ class _Binner:
     def idle(self, integral: tuple[Floats, Floats], edges: Floats) -> Floats:
         """What of a curve falls into the gaps between rows, given its ``integral`` as (times, values), by bin."""
         times, values = integral
-        at = np.interp(self._ends, times, values)
-        if len(at) == 0:
+        start, end = self._ends[0::2], self._ends[1::2]
+        if len(start) == 0:
             return np.diff(np.interp(edges, times, values))
-        inside = at[1::2] - at[0::2]
-        return np.diff(np.interp(edges, times, values)) - self.spread(np.maximum(inside, 0))
+        at = np.interp(self._ends, times, values)
+        inside = np.concatenate(([0.0], np.cumsum(at[1::2] - at[0::2])))  # of the rows before each
+        row = np.searchsorted(start, edges, side="right") - 1  # the last that has begun, -1: none
+        under_way = (row >= 0) & (edges < end[row])
+        reached = np.where(under_way, at[0::2][row], np.interp(edges, times, values))
+        return np.maximum(np.diff(reached - inside[row + 1 - under_way]), 0)  # but for rounding it never falls
 
 
 def _queue(requests: Columns, here: npt.NDArray[np.bool_], edges: Floats) -> tuple[Floats, Floats]:

@@ -15,6 +15,7 @@ from chairlift.sim.sweep.statistics import Interval
 
 MOST_GROUPS = 12  # of settings, each with figures of its own
 HEIGHT = 300  # pixels of a figure
+WIDE = 50  # times from the least to the most from which on an axis is logarithmic
 
 
 def write(path: Path, comparison: Comparison, pareto: Sequence[str], x: str | None = None) -> None:
@@ -103,7 +104,7 @@ def _over_x(c: Comparison, metric: str, settings: list[Setting], x: str | None) 
     return {
         "title": title(metric),
         "title_relative": f"{_label(metric)}: % of {c.called(c.baseline)}, paired",
-        "absolute": _figure(absolute, x or ""),
+        "absolute": _wide(_figure(absolute, x or ""), "y", metric),
         "relative": difference,
     }
 
@@ -116,6 +117,16 @@ def _curve(i: int, name: str, x: list[Any], means: Sequence[Interval]) -> Figure
 def _figure(traces: list[Figure], x: str, y: str = "") -> Figure:
     axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     return {"data": traces, "layout": {"height": HEIGHT, "hovermode": "x unified", "margin": {"t": 8}, **axes}}
+
+
+def _wide(figure: Figure, axis: str, metric: str) -> Figure:
+    """``figure``; its ``axis``, "x" or "y", is logarithmic where a few bad values would press all good ones flat."""
+    if metric not in FIELDS or FIELDS[metric].better != "less":
+        return figure
+    values = [value for trace in figure["data"] for value in trace[axis] if value is not None]
+    if values and min(values) > 0 and max(values) > WIDE * min(values):
+        figure["layout"][f"{axis}axis"] |= {"type": "log", "dtick": 1}
+    return figure
 
 
 def _plane(c: Comparison, metrics: Sequence[str], settings: list[Setting]) -> Figure:
@@ -135,6 +146,8 @@ def _plane(c: Comparison, metrics: Sequence[str], settings: list[Setting]) -> Fi
             )
         )
     figure = _figure(traces, *(title(metric) for metric in metrics[:2]))
+    for axis, metric in zip("xy", metrics, strict=False):
+        figure = _wide(figure, axis, metric)
     figure["layout"] |= {"height": 420, "hovermode": "closest"}
     return figure
 

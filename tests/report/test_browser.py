@@ -58,7 +58,8 @@ LABELS = """() => [...document.querySelectorAll('.figure')].filter((e) => e.offs
   });
   return found;
 })"""
-CLIPPED = """() => [...document.querySelectorAll('.bartext, .annotation-text, .xtick text, .ytick text')]
+CLIPPED = """() => [...document.querySelectorAll(
+    '.bartext, .annotation-text, .xtick text, .ytick text, .xtitle, .ytitle')]
   .filter((t) => t.closest('.figure').offsetParent && t.textContent)
   .filter((t) => {
     const box = t.getBoundingClientRect(), room = t.closest('.figure').getBoundingClientRect();

@@ -161,6 +161,14 @@ def test_areas_under_the_curves_are_the_totals() -> None:
     assert tokens["prompts"] + tokens["again"] == sum(row["prefill_tokens"] for row in steps)
 
 
+def test_no_curve_is_ever_below_nothing() -> None:
+    made(replaced("rate_per_s: 2", "rate_per_s: 20").replace("requests: 30", "requests: 200"))
+    run = results.read(Path("out")).runs[0]
+    line = timeline(run, run.requests(*REQUEST_COLUMNS))
+
+    assert {name: float(curve.min()) for name, curve in line.curves.items() if curve.min() < 0} == {}
+
+
 def test_waiting_counts_those_who_wait_while_the_replica_idles() -> None:
     # two requests a second apart, and a batch of two: the first waits alone for a second on an idle replica
     text = "arrivals: {constant: {rate_per_s: 1}}"
@@ -285,6 +293,43 @@ def test_a_run_that_is_too_long_for_a_page_shows_a_stretch_and_the_whole_in_bins
             agree += GLYPHS[int(line[k])] == exact
             total += 1
     assert agree > 0.9 * total
+
+
+def test_a_replica_that_is_away_has_idle_slots_in_the_whole() -> None:
+    """Requests are lost at 5 s, and the replica comes back at 9 s: in between no slot is used."""
+    failing = "replicas: 2\nfailures: {schedule: [{replica: 0, at_s: 5, for_s: 4}]}\n"
+    made(SCENARIO.replace("rate_per_s: 2", "rate_per_s: 8").replace("requests: 30", "requests: 100") + failing)
+    run = results.read(Path("out")).runs[0]
+    steps, events = next(run.steps(*slotview.STEP_COLUMNS)), next(run.events())
+    whole = slotview.overview(seat(events, steps), steps)
+    edges = np.linspace(whole["from"], whole["to"], slotview.BINS + 1)
+    away = np.flatnonzero((edges[:-1] > 5.01) & (edges[1:] < 9))
+
+    assert len(away) > 30
+    assert {line[k] for line in whole["cells"] for k in away} == {"0"}
+    before = np.flatnonzero((edges[:-1] > 4) & (edges[1:] < 5))
+    assert "2" in {line[k] for line in whole["cells"] for k in before}
+
+
+APART = """\
+replicas: [{count: 1, role: prefill}, {count: 1, role: decode}]
+link: {gb_per_s: 50}
+"""
+
+
+def test_prefill_and_decode_replicas_are_drawn_in_the_whole() -> None:
+    """The last hand-over comes after the last step of a prefill replica that plans ahead."""
+    made(SCENARIO + APART)
+    run = results.read(Path("out")).runs[0]
+    last = []
+    for steps, events in zip(run.steps(*slotview.STEP_COLUMNS), run.events(), strict=True):
+        last.append(int(events["run"].max()) - len(steps["steps"]))
+        slots = seat(events, steps)
+        whole = slotview.overview(slots, steps)
+
+        assert slots.end.max() <= len(steps["steps"])
+        assert {len(line) for line in whole["cells"]} == {slotview.BINS}
+    assert max(last) > 0  # so it does here
 
 
 def test_a_stretch_can_be_asked_for() -> None:

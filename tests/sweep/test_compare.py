@@ -12,6 +12,7 @@ from scipy import stats
 
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario.yaml_document import Document
+from chairlift.sim.sweep import plots
 from chairlift.sim.sweep.compare import Comparison
 from chairlift.sim.sweep.runs import Row, Run
 from chairlift.sim.sweep.statistics import interval, student, surely_below, undominated
@@ -204,3 +205,21 @@ def test_what_is_no_result_of_a_sweep_is_refused(tmp_path: Path) -> None:
     one = {key: value for key, value in HAND.items() if key[0] == "a"}
     with pytest.raises(BadInput, match="nothing to compare"):
         Comparison(read(made(tmp_path, one)))
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "scale"),
+    [
+        ("p99_ttft_ms", [100, 200, 6000], "log"),  # more than 50 times the least
+        ("p99_ttft_ms", [100, 200, 4000], None),
+        ("p99_ttft_ms", [0, 200, 60000], None),  # 0 has no place there
+        ("p99_ttft_ms", [100, None, 6000], "log"),
+        ("request_goodput", [0.1, 20], None),  # what is good is large, and seen
+    ],
+)
+def test_one_bad_latency_does_not_press_the_good_ones_flat(
+    metric: str, values: list[float | None], scale: str | None
+) -> None:
+    made = plots._wide({"data": [{"x": [1, 2, 3], "y": values}], "layout": {"yaxis": {}}}, "y", metric)
+
+    assert made["layout"]["yaxis"].get("type") == scale
