@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.plan.bounds import Bound, bound
 from chairlift.sim.plan.candidates import Candidate, price_of
-from chairlift.sim.plan.capacity import Capacity, find
+from chairlift.sim.plan.capacity import Capacity, Effort, Errors, Measure, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
 from chairlift.sim.plan.costs import tokens_of
 from chairlift.sim.plan.emit import shell
+from chairlift.sim.plan.errors import described as errors_of
+from chairlift.sim.plan.errors import errors, kept, likely
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.headroom import Headroom, Margin, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
@@ -116,6 +118,10 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
         )
         answer.capacities = [(today, answer.headroom[0].capacity)]
         yield answer
+        told("errors of the step costs")
+        capacity = answer.headroom[0].capacity
+        capacity.errors = _errors(runs, today, capacity, promises, effort)
+        yield answer
     elif plan.today is not None or not spec.rates:
         systems = [plan.today] if plan.today is not None else fitting
         if len(systems) > MOST_CAPACITIES:
@@ -124,9 +130,9 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
         for candidate in systems:
             told(candidate.name)
             limit = bounds(candidate)
-            answer.capacities.append(
-                (candidate, find(runs.of(candidate), promises, limit.rate_per_s / 2, limit.rate_per_s, effort, told))
-            )
+            capacity = find(runs.of(candidate), promises, limit.rate_per_s / 2, limit.rate_per_s, effort, told)
+            capacity.errors = _errors(runs, candidate, capacity, promises, effort)
+            answer.capacities.append((candidate, capacity))
             answer.capacities.sort(key=lambda each: _usd_per_rate(*each))
             yield answer
     if not spec.rates or (plan.today is not None and not spec.keys()):
@@ -139,7 +145,9 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
         yield answer
         if (best := found.winner) is not None:
             told(f"{rate:g}/s: how much more {best.candidate.name} takes")
-            answer.margins[rate] = margin(best.candidate, rate, promises, bounds, runs.of, effort)
+            spare = margin(best.candidate, rate, promises, bounds, runs.of, effort)
+            sound = kept(_drawing(runs, best.candidate), rate, promises, effort, effort.draws)
+            answer.margins[rate] = replace(spare, draws=effort.draws, draws_kept=sound)
             yield answer
     if spec.front and answer.races[-1].winner is not None:
         for entry in answer.races[-1].of("kept")[:MOST_ON_FRONT]:
@@ -160,6 +168,19 @@ def cache_bounds(promises: list[Promise]) -> Callable[[Candidate], Bound]:
         return known[id(document)][1]
 
     return bounds
+
+
+def _drawing(runs: Simulations, candidate: Candidate) -> Callable[[int], Measure]:
+    """How the candidate is measured with a draw of its step costs' errors."""
+    return lambda draw: runs.of(candidate, draw=draw)
+
+
+def _errors(
+    runs: Simulations, candidate: Candidate, capacity: Capacity, promises: list[Promise], effort: Effort
+) -> Errors | None:
+    """What errors of the candidate's step costs do to its capacity."""
+    assert candidate.setup is not None
+    return errors(_drawing(runs, candidate), capacity, promises, effort, effort.draws, likely(candidate.setup))
 
 
 def _usd_per_rate(candidate: Candidate, capacity: Capacity) -> float:
@@ -251,8 +272,12 @@ def conclude(answer: Answer, runs: Simulations) -> None:
     lines["seeds"] = f"{plan.spec.search.seed} and on, the same requests for every system and rate"
     lines["intervals"] = (
         f"{100 * plan.spec.search.confidence:g} %: at the low end all promises are proven kept, at the high end one is "
-        "proven broken, by Student's t over independent replications; errors of step costs are not in it"
+        "proven broken, by Student's t over independent replications"
     )
+    if chosen is not None and chosen.setup is not None and plan.spec.search.draws:
+        lines["step costs' errors"] = (
+            f"{errors_of(chosen.setup)}; {plan.spec.search.draws} draws, a width of their own beside the simulation's"
+        )
     verdicts = [race.winner.verdict for race in answer.races if race.winner is not None]
     verdicts += [verdict for _, capacity in answer.capacities for verdict in capacity.verdicts]
     shared = [verdict for verdict in verdicts if verdict is not None and verdict.worth < verdict.replications]

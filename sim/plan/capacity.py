@@ -14,7 +14,7 @@ them but for their scale. So two rates' results differ by the rate alone. The se
 
 The two proven rates are the interval. Each is a test of its own, one-sided at half of 1 − confidence, and no shape of
 the curve between them is assumed. The capacity lies between them with at least about the confidence asked for. The
-interval is of the simulation's randomness alone; errors of the step costs are not in it.
+interval is of the simulation's randomness alone; `chairlift.sim.plan.errors` has what errors of the step costs add.
 
 Worked example, an M/M/1 queue that serves one request a second, and "90 % of requests: E2E ≤ 5757 ms" (the closed form
 says 0.6/s). The guess 0.5 makes a grid from 0.1 to 2. With one seed, the screen finds 0.51 kept and 0.67 broken, and
@@ -58,6 +58,32 @@ class Effort:
     requests: int = 2000  # of a replication, to begin with
     most_requests: int = 256_000  # of a replication, at most
     budget: float = math.inf  # requests of all replications together, after which replications grow no further
+    draws: int = 0  # of the step costs' errors, `chairlift.sim.plan.errors`
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What errors of step costs do to a capacity."""
+
+    shifts: tuple[float, ...]  # of each draw: logarithm of its capacity over the plan's
+    simulated: float  # half of the simulation's own interval, in the logarithm of the rate
+    confidence: float
+
+    @property
+    def half(self) -> float:
+        """Half of the width that the errors make alone, in the logarithm of the rate. They err either way alike."""
+        rms = math.sqrt(sum(shift * shift for shift in self.shifts) / len(self.shifts))
+        return student(0.5 + self.confidence / 2, len(self.shifts)) * rms
+
+    @property
+    def dominate(self) -> bool:
+        """Whether the errors make more of the whole width than the simulation's chance."""
+        return self.half > self.simulated
+
+    def whole(self, rate_per_s: float) -> tuple[float, float]:
+        """The interval of a capacity of ``rate_per_s`` with both widths in it."""
+        half = math.hypot(self.half, self.simulated)
+        return rate_per_s * math.exp(-half), rate_per_s * math.exp(half)
 
 
 @dataclass
@@ -71,6 +97,7 @@ class Capacity:
     limiting: Promise | None  # the promise that breaks first; None: none was seen to break
     islands: list[float] = field(default_factory=list)  # rates above `high` at which the promises seem kept again
     notes: list[str] = field(default_factory=list)  # what a reader must know about the search, in words
+    errors: Errors | None = None  # what errors of the step costs do to it; None: nobody looked
 
     @property
     def reached(self) -> bool:

@@ -55,6 +55,9 @@ class Search(Spec):
     budget_requests: Annotated[int, Field(ge=1000, le=10**10)] = Field(
         default=1_500_000, description="Requests for one capacity, in all; its interval stays as wide as it is then."
     )
+    draws: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=8, description="Draws of the step costs' errors, for the second width of an answer; 0: none."
+    )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the first replication; the others follow.")
 
     @model_validator(mode="after")
@@ -72,7 +75,7 @@ class Search(Spec):
         if rows is not None:
             most = min(most, rows // MOST_SHARE)
             requests = min(requests, most, max(LEAST, rows // FIRST_SHARE))
-        return Effort(precision or self.precision, self.confidence, requests, most, self.budget_requests)
+        return Effort(precision or self.precision, self.confidence, requests, most, self.budget_requests, self.draws)
 
 
 class Stress(Spec):

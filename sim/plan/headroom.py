@@ -48,6 +48,8 @@ class Margin:
     kept: float  # the largest multiple of the load proven to be kept, 1 at least
     broken: float  # the smallest multiple proven to break a promise; inf if none was
     one_less: str  # "kept", "broken" or "too close to say" at the load with a replica gone; "" where none is left
+    draws: int = 0  # of the step costs' errors
+    draws_kept: int = 0  # those in which the promises seem kept at the load
 
     def __str__(self) -> str:
         if math.isinf(self.broken):
@@ -57,7 +59,8 @@ class Margin:
         else:
             told = f"{self.kept:g} × the load is kept, {self.broken:g} × would break a promise"
         less = f"with a replica gone at this load: {self.one_less}" if self.one_less else "without its replica: nothing"
-        return f"{told}; {less}"
+        off = f"; with the step costs off as they may be: kept in {self.draws_kept} of {self.draws} draws"
+        return f"{told}; {less}" + off * bool(self.draws)
 
 
 def margin(

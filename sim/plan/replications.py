@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Measure
+from chairlift.sim.plan.errors import drawn
 from chairlift.sim.plan.pacing import paced, unloaded
 from chairlift.sim.plan.promises import BINS, Promise, Sample, measured
 from chairlift.sim.plan.stretches import Stretch, recorded, stretched
@@ -32,12 +33,13 @@ class Replication(Run):
     promises: tuple[Promise, ...] = ()
     rate_per_s: float = 1.0
     requests: int = 0
+    draw: int = 0  # of the step costs' errors, see `chairlift.sim.plan.errors`; 0: none
 
     @cached_property
     def key(self) -> str:
         """The run's content address: as `Run.key`, with the promises, rate, number of requests and seed in it."""
         wanted = [promise.model_dump() for promise in self.promises]
-        text = json.dumps([super().key, wanted, self.rate_per_s, self.requests, self.seed])
+        text = json.dumps([super().key, wanted, self.rate_per_s, self.requests, self.seed, self.draw])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -62,23 +64,27 @@ class Simulations:
     simulated_s: float = field(default=0.0, init=False)  # seconds of both, on the replicas' clocks
     _counted: set[str] = field(default_factory=set, init=False)  # keys of replications that the three figures hold
 
-    def of(self, candidate: Candidate, cv: float | None = None) -> Measure:
-        """How a search measures ``candidate``; ``cv``: with gaps of that coefficient of variation."""
+    def of(self, candidate: Candidate, cv: float | None = None, draw: int = 0) -> Measure:
+        """How a search measures ``candidate``.
+
+        ``cv``: with gaps of that coefficient of variation. ``draw``: with that draw of its step costs' errors.
+        """
 
         def measure(rate: float, requests: int, replications: int) -> Sequence[Sample]:
-            runs = [self._replication(candidate, rate, requests, i, cv) for i in range(replications)]
+            runs = [self._replication(candidate, rate, requests, i, cv, draw) for i in range(replications)]
             return self._samples(candidate, runs, requests)
 
         return measure
 
-    def _replication(self, candidate: Candidate, rate: float, requests: int, i: int, cv: float | None) -> Replication:
+    def _replication(
+        self, candidate: Candidate, rate: float, requests: int, i: int, cv: float | None, draw: int
+    ) -> Replication:
         """The replication with the ``i``-th seed."""
         seed = self.seed + i
         document = paced(candidate.document, rate, requests, cv, seed)
-        labels, trust, alike = candidate.labels, candidate.trust, candidate.synchronous
-        return Replication(
-            *(document, candidate.folder, labels, seed, trust, self.promises, rate, requests), synchronous=alike
-        )
+        folder, labels, trust = candidate.folder, candidate.labels, candidate.trust
+        of_plan = self.promises, rate, requests, draw
+        return Replication(document, folder, labels, seed, trust, *of_plan, synchronous=candidate.synchronous)
 
     def _samples(self, candidate: Candidate, runs: list[Replication], requests: int) -> list[Sample]:
         """The sample of each of ``runs``; what the journal lacks is simulated. Raises `BadInput` if that fails."""
@@ -125,7 +131,7 @@ def prepared(run: Replication) -> tuple[Setup, list[Stretch]]:
     if len(setup.trace) < BINS:
         rule = f"makes {len(setup.trace)} requests, of {run.requests} wanted: a plan needs {BINS} at least"
         raise BadInput(Problem(rule, path="workload"))
-    return setup, parts
+    return drawn(setup, run.draw), parts
 
 
 def replicate(run: Run) -> Result:

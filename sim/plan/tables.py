@@ -89,6 +89,13 @@ def said_of(candidate: Candidate, capacity: Capacity) -> Iterator[str]:
         found = ", ".join(f"{n.removesuffix('_ms')} {v[0]:,.4g} ms" for n, v in verdict.figures.items())
         yield f"{candidate.name}: {capacity.limiting} breaks at any load; at {verdict.rate_per_s:.3g}/s: {found}"
         yield "  what would help: a limit above that, a faster GPU, more tensor parallelism, or shorter prompts"
+    if (off := capacity.errors) is not None:
+        low, high = off.whole(capacity.rate_per_s)
+        widths = f"± {100 * off.half:.2g} % by errors of the step costs, ± {100 * off.simulated:.2g} % by chance"
+        which = (
+            "the errors dominate" if off.dominate else "chance dominates: a smaller search.precision would narrow it"
+        )
+        yield f"{candidate.name}: {capacity.rate_per_s:.4g} [{low:.4g}, {high:.4g}] in all: {widths}; {which}"
     if capacity.islands:
         rates = ", ".join(f"{rate:.4g}" for rate in capacity.islands)
         yield f"{candidate.name}: kept again at {rates}/s: attainment does not only fall as load rises"
@@ -313,7 +320,13 @@ def _cost(candidate: Candidate, rate_per_s: float, plan: BuyingPlan) -> dict[str
 def _margin(margin: Margin | None) -> dict[str, Any] | None:
     if margin is None:
         return None
-    return {"kept": margin.kept, "broken": _finite(margin.broken), "one_less": margin.one_less or None}
+    return {
+        "kept": margin.kept,
+        "broken": _finite(margin.broken),
+        "one_less": margin.one_less or None,
+        "draws": margin.draws,
+        "draws_kept": margin.draws_kept,
+    }
 
 
 def _of_capacity(capacity: Capacity) -> dict[str, Any]:
@@ -322,10 +335,20 @@ def _of_capacity(capacity: Capacity) -> dict[str, Any]:
         "low": capacity.low,
         "high": _finite(capacity.high),
         "limited_by": str(capacity.limiting) if capacity.limiting else None,
+        "with_errors": _errors(capacity),
         "islands": capacity.islands,
         "notes": capacity.notes,
         "rates": [_of_verdict(verdict) for verdict in capacity.verdicts],
     }
+
+
+def _errors(capacity: Capacity) -> dict[str, Any] | None:
+    off = capacity.errors
+    if off is None:
+        return None
+    low, high = off.whole(capacity.rate_per_s)
+    widths = {"by_step_costs": off.half, "by_chance": off.simulated}
+    return {"low": low, "high": high, **widths, "dominate": off.dominate, "draws": list(off.shifts)}
 
 
 def _of_verdict(verdict: Verdict) -> dict[str, Any]:

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
             *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "report.html", "results", "study"),
             *("workload", *SPINE),
         ),
-        ("base", "memory", "specs", "shapes", "calibrated.profile"),
+        ("base", "memory", "slowed", "specs", "shapes", "calibrated.profile"),
         ("base", "routers", "sglang", "vllm"),
     ),
     "cli": (ALL, ALL, ALL),
