@@ -59,6 +59,14 @@ def test_azure_2024_stamps_have_a_zone_and_may_lack_the_fraction(write):
     assert load(write(header + rows)).arrival_ps.tolist() == [0, 990_070_000_000, 1_990_070_000_000]
 
 
+def test_one_azure_stamp_may_have_a_zone(write):
+    """It has as many characters as the others, so it is noticed late."""
+    header = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    rows = "2023-11-16 18:15:46.6805900,1,1\n2023-11-16 19:15:50.9+01:00,2,2\n"
+
+    assert load(write(header + rows)).arrival_ps.tolist() == [0, 4_219_410_000_000]
+
+
 def test_burstgpt_drops_failures_and_says_so(write):
     header = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
     rows = "5,ChatGPT,0,0,0,Conversation log\n45,GPT-4,472,18,490,Conversation log\n118,GPT-4,7,9,16,API log\n"

@@ -8,6 +8,7 @@ The column ``NumImages`` of the multimodal trace is not used, and a note says so
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,9 +53,11 @@ def _alike(cells: Sequence[str]) -> list[int] | None:
     if not "1700" < min(cells) <= max(cells) < "2262":  # what 64 bits of nanoseconds can say
         return None
     try:
-        stamps = np.array(cells, dtype="datetime64[ns]")
-    except ValueError:
-        return None  # some cell is no time: the slow way says which
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # NumPy warns of a time zone
+            stamps = np.array(cells, dtype="datetime64[ns]")
+    except (ValueError, UserWarning):
+        return None  # some cell is no time, or of a time zone: the slow way says which
     if np.isnat(stamps).any():
         return None
     since_epoch: list[int] = stamps.astype(np.int64).tolist()
