@@ -257,6 +257,7 @@ class Step(ABC):
     waiting: Sequence[Request]  # order of arrival, preempted ones first; or by `Scheduler.order`
     more_arrivals: bool  # False once no request will ever arrive again
     max_model_len: int  # tokens, prompt and output, that the model can hold of one request
+    stages: int = 1  # of a pipeline; with more, several steps are in flight at once (`Scheduler.fills_pipelines`)
     windowed: bool = False  # requests give blocks back while they run: what slides out of windows (`Scheduler.hybrid`)
 
     @property
@@ -298,6 +299,10 @@ class Step(ABC):
     @abstractmethod
     def block_size(self) -> int:
         """Tokens a block."""
+
+    def ready(self, request: Request) -> bool:
+        """Whether a request may be in this plan: not while what it waits for is in flight (`stages`)."""
+        return True
 
     @abstractmethod
     def cached_tokens(self, request: Request) -> int:
@@ -400,6 +405,7 @@ class Scheduler(ABC):
     batch_synchronous: ClassVar[bool] = False  # finished requests keep their slot until `Step.release`
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
     requeues_last: ClassVar[bool] = False  # a preempted request goes to the end of the queue
+    fills_pipelines: ClassVar[bool] = False  # with several `Step.stages` it plans, by `Step.run`, who is `Step.ready`
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
     @property

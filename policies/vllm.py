@@ -47,7 +47,7 @@ class Vllm(Scheduler):
         "max_num_partial_prefills": "concurrent partial prefills, which V1 takes as a setting only",
         "max_long_partial_prefills": "concurrent partial prefills, which V1 takes as a setting only",
         "num_scheduler_steps": "multi-step scheduling of V0",
-        "pipeline_parallel_size": "pipeline parallelism",
+        "pipeline_parallel_size": "parallelism here: it is the scenario's parallel.pipeline",
         "data_parallel_size": "data parallelism: use replicas",
         "decode_context_parallel_size": "context parallelism",
         "prefill_context_parallel_size": "context parallelism",
@@ -63,6 +63,7 @@ class Vllm(Scheduler):
         "tensor_parallel_size": "parallelism here: it is the scenario's tensor_parallel",
     }
 
+    fills_pipelines: ClassVar[bool] = True
     switched: ClassVar[Mapping[str, bool]] = {}  # rules of `RULES` that hold, or not, whatever the version
 
     version: str | float = NEWEST  # of vLLM, by whose rules it decides: 0.23 … 0.33
@@ -232,7 +233,8 @@ class Vllm(Scheduler):
         decodes = step.decodes
         preempted = prefills = False
         alone = held or not unfinished  # decodes are all that there is to run
-        in_one_go = decodes <= budget and not self._by_priority and (alone or _in_one_go(step, unfinished))
+        one_each = self._by_priority or step.stages > 1  # the running always take their turns one by one
+        in_one_go = decodes <= budget and not one_each and (alone or _in_one_go(step, unfinished))
         granted = in_one_go and step.decode_all()
         if granted and alone:
             budget -= decodes  # by far the most common step
@@ -266,8 +268,13 @@ class Vllm(Scheduler):
         """
         waiting, running, whole = step.waiting, step.running, self.scheduler_reserve_full_isl
         prefills = False
-        while waiting and budget > 0 and len(running) < self._limit:
-            request = waiting[0]
+        staged = step.stages > 1
+        place = 0  # behind those that were preempted while in flight, and still are
+        while len(waiting) > place and budget > 0 and len(running) < self._limit:
+            request = waiting[place]
+            if staged and not step.ready(request):
+                place += 1
+                continue
             known = request.remaining
             left = tokens = known - step.cached_tokens(request)
             if held and left > 1:
@@ -347,11 +354,14 @@ class Vllm(Scheduler):
         running = list(step.running)
         planned: dict[int, int] = {}
         preempted = prefills = False
+        staged = step.stages > 1
         index = 0
         while index < len(running) and budget > 0:
             request = running[index]
             index += 1
             if held and request.id in unfinished:
+                continue
+            if staged and not step.ready(request):
                 continue
             tokens = self._chunk(request.remaining, budget)
             if tokens == 0:

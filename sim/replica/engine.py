@@ -218,7 +218,8 @@ class Ahead(Engine):
                  the plan is committed; its last step flies
 
     One step flies at a time (`Planner.flight`). Several, as pipeline stages have, would be a queue of plans there: each
-    owns the holder of its landing, and requests refer to holders.
+    owns the holder of its landing, and requests refer to holders. What the policy may plan meanwhile is known already
+    (`sim.replica.pipeline`).
     """
 
     __slots__ = ("_gpu_end", "_gpu_next")

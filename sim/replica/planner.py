@@ -25,8 +25,10 @@ class Planner:
     ``records`` where steps are; ``outputs`` are the true lengths. With ``leap=False`` every step is planned and priced
     on its own: slow, and the oracle for leaping. ``finish`` is called with each request that ends here. ``handover``
     takes a request over that has all its tokens from here; False if it does not. ``journal`` hears what happens.
+    ``stages``: of a pipeline; with several, each plan is one step, is committed as soon as it is made, and `complete`
+    takes the oldest in once so many are in flight, one more where planning is asynchronous.
 
-    Raises `PolicyError` if the policy wants a synchronous batch planned ahead.
+    Raises `PolicyError` if the policy wants a synchronous batch planned ahead, or cannot fill a pipeline.
     """
 
     __slots__ = (  # without them a run takes 2 % longer
@@ -50,14 +52,17 @@ class Planner:
         records: RunRecords | None = None,
         handover: Callable[[Live], bool] | None = None,
         journal: bool = False,
+        stages: int = 1,
     ) -> None:
+        if stages > 1 and (not scheduler.fills_pipelines or pool.windowed or pool.keeps):
+            raise PolicyError(f"policy {type(scheduler).__name__}: several steps in flight are not modelled here")
         if scheduler.asynchronous and scheduler.batch_synchronous:
             raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
         self.scheduler = scheduler
         self.backend = backend
         self.pool = pool
         self.index = index
-        self.state = ReplicaStep(scheduler, backend, pool, max_model_len, host)
+        self.state = ReplicaStep(scheduler, backend, pool, max_model_len, host, stages)
         self.requests = requests
         self.records = records or RunRecords()
         self.steps = 0  # done
@@ -263,6 +268,8 @@ class Planner:
             plan.emitting = emitting
         if ending:
             plan.ending = ending
+        if state.flights is not None:
+            state.flights.launch(plan, state.ran.values() if plan.decoding else ())
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:
         """The last committed step of ``plan`` is done: the requests whose last token it brought leave.
@@ -272,7 +279,9 @@ class Planner:
         state = self.state
         if self.pool.windowed and self.pool.flight is plan:
             self.pool.flight = None
-        if state.parked and self._ahead:
+        if state.flights is not None:
+            self._land_flight(plan)
+        elif state.parked and self._ahead:
             for request in state.parked.values():
                 self.pool.computed(request, request.stored)
         ending = plan.ending
@@ -310,6 +319,14 @@ class Planner:
                 self.state.keep(request)
         return [r for r in requests if r.id in last]
 
+    def _land_flight(self, plan: Plan) -> None:
+        """Where several steps fly: the tokens of ``plan`` are in, and what they complete can be found."""
+        flights = self.state.flights
+        assert flights is not None
+        for request in flights.land(plan):
+            if self._ahead and self.pool.tracks and request.id in self.state.admitted:
+                self.pool.computed(request, request.computed - flights.tokens(request))
+
     def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
         """A request has its answer, and leaves."""
         state = self.state
@@ -326,6 +343,8 @@ class Planner:
             if self._ahead and self.pool.tracks:
                 self.pool.computed(request, request.stored)
             state.dismiss(request)
+        if state.flights is not None:
+            state.flights.forget(request)
         self.scheduler.ended(request)
         self.end_request(request, now, Status.FINISHED)
 

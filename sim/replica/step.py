@@ -14,6 +14,7 @@ from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
+from chairlift.sim.replica.pipeline import InFlight
 from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
 from chairlift.sim.replica.waiting_queue import LONG, OpenQueue, OrderedQueue
 from chairlift.sim.results.records import Kind
@@ -33,10 +34,10 @@ class ReplicaStep(Step):
 
     __slots__ = (  # a dict is slow beyond thirty attributes
         *("_admissions", "_admitted_before", "_denied", "_needy", "_scattered", "admitted", "backend", "batch"),
-        *("chunks", "decoded_at", "evicted", "fresh", "group", "host", "kv_tokens", "max_model_len"),
+        *("chunks", "decoded_at", "evicted", "flights", "fresh", "group", "host", "kv_tokens", "max_model_len"),
         *("more_arrivals", "moved", "notes", "now", "padding", "parked", "pledges", "pool", "preempted"),
         *("prefills", "ran", "rejected", "rejoined", "released", "releases", "resumed", "running", "scheduler"),
-        *("slept", "started", "taken", "tokens", "waiting", "wake", "whole", "windowed"),
+        *("slept", "stages", "started", "taken", "tokens", "waiting", "wake", "whole", "windowed"),
     )
 
     def __init__(
@@ -46,6 +47,7 @@ class ReplicaStep(Step):
         pool: CountingPool,
         max_model_len: int,
         host: HostMemory | None = None,
+        stages: int = 1,
     ) -> None:
         self.scheduler = scheduler
         self.backend = backend
@@ -53,6 +55,8 @@ class ReplicaStep(Step):
         self.pool = pool
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
+        self.stages = stages
+        self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
         self.windowed = pool.windowed
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self.waiting: deque[Live] | OrderedQueue | OpenQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
@@ -111,6 +115,8 @@ class ReplicaStep(Step):
         self.whole = self.resumed = False
         self.tokens = self.padding = self.taken = self.slept = 0
         self.wake = None
+        if self.flights is not None:
+            self.flights.turn()
 
     # what a policy sees
 
@@ -145,6 +151,9 @@ class ReplicaStep(Step):
     @property
     def block_size(self) -> int:  # noqa: D102
         return self.pool.block_size
+
+    def ready(self, request: Live) -> bool:  # noqa: D102
+        return self.flights is None or self.flights.ready(request, request.id in self.admitted)
 
     def cached_tokens(self, request: Live) -> int:  # noqa: D102 - see `__init__`
         return self.pool.hit(request)
@@ -221,6 +230,8 @@ class ReplicaStep(Step):
     def run(self, request: Live, tokens: int) -> bool:  # noqa: D102
         if request.id not in self.admitted:
             self._fail(f"run of {request}, which is not running")
+        if self.flights is not None and not self.flights.ready(request, True):
+            self._fail(f"run of {request}, whose token is in flight")
         if not 1 <= tokens <= request.remaining:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         pool = self.pool
@@ -247,6 +258,8 @@ class ReplicaStep(Step):
             return False
         self.tokens += 1
         pool.decode_one(request, need)
+        if pool.tracks and self.flights is not None and not self.flights.tokens(request):
+            pool.computed(request, request.computed + 1)  # the token it computes is known, however late others may be
         self.taken += need
         self.ran[request.id] = request
         return True

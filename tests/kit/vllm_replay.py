@@ -82,9 +82,11 @@ class Replay:
         longest = case["max_model_len"]
         pool = make_pool(policy, trace, case["num_blocks"] - 1, case["block_size"], {}, False, groups, longest)
         outputs = trace.output_tokens.tolist()
-        self.planner = Planner(policy, Tick(), pool, RequestRecords(trace), outputs, case["max_model_len"])
+        stages = case.get("pipeline_parallel_size", 1)
+        records = RequestRecords(trace)
+        self.planner = Planner(policy, Tick(), pool, records, outputs, case["max_model_len"], stages=stages)
         self.engine = make_engine(self.planner)
-        self.lag = int(policy.asynchronous)
+        self.lag = stages - 1 + policy.asynchronous
         self.left = len(self.pending)
         self.flight: list[Plan | None] = []
         self.just_finished = False

@@ -18,14 +18,16 @@ import pytest
 
 import ledger
 from chairlift.policies.vllm_versions import RULES, VERSIONS, Rule
+from chairlift.sim.replica.pipeline import InFlight
 from kit.places import IMPORTS, ROOT, TESTS, TRUTH
 
 HERE = sorted((TESTS / "data").glob("vllm-*.jsonl.gz"))
 CASES = [(path, case) for path in HERE for case in ledger.cases(path)]
 OF_0_23 = [case for path, case in CASES if "0.23.0" in path.name]
 ALL = sorted(TRUTH.glob("ledgers/vllm-*.jsonl.gz"))
-ALL = [path for path in ALL if not any(word in path.name for word in ("pipeline", "speculation"))]
-PLAIN = [path for path in HERE if "hybrid" not in path.name]
+ALL = [path for path in ALL if "speculation" not in path.name]
+PLAIN = [path for path in HERE if "hybrid" not in path.name and "pipeline" not in path.name]
+PIPELINED = [case for path, case in CASES if "pipeline" in path.name]
 WINDOWED = [path for path in HERE if "hybrid" in path.name]
 
 
@@ -88,6 +90,30 @@ def test_without_a_rule_some_case_differs(rule: str, monkeypatch: pytest.MonkeyP
     ]
 
     assert any(ledger.difference(case, *name) for case, name in having)
+
+
+def test_the_cases_with_pipelines_are_varied() -> None:
+    rows = [row for case in PIPELINED for row in case["ledger"]]
+
+    assert sum(len(row.get("preempted", ())) for row in rows) > 20
+    assert sum(cached > 0 for row in rows for _, cached in row.get("resumed", ())) > 5
+    for setting in ("async_scheduling", "prefix_caching", "policy", "pipeline_parallel_size"):
+        assert len({case[setting] for case in PIPELINED}) > 1
+
+
+@pytest.mark.parametrize(
+    ("running", "asynchronous"),
+    [(True, False), (True, True), (False, False)],
+    ids=["a token in flight", "too soon after its latest", "preempted in flight"],
+)
+def test_without_a_rule_of_pipelines_some_case_differs(
+    running: bool, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = InFlight.ready
+    monkeypatch.setattr(InFlight, "ready", lambda self, request, runs: runs is running or rule(self, request, runs))
+    cases = [case for case in PIPELINED if case["async_scheduling"] is asynchronous]
+
+    assert any(ledger.difference(case, "vllm", "0.33.0") for case in cases)
 
 
 @pytest.mark.skipif(not ALL, reason="needs the ledgers in ../shared/truth/ledgers")
