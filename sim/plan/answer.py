@@ -242,7 +242,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
             lines["rate"] = "sessions that start each second, not requests"
         lines["engine loop"] = LOOPS[setup.loop]
         if chosen.synchronous and setup.loop == "synchronous":
-            lines["engine loop"] += "; with policy.async_scheduling: true vLLM plans ahead beside policies that do not"
+            lines["engine loop"] += "; with async_scheduling: true a vllm would plan ahead beside policies that do not"
         ran = [(str(c.labels.get("policy", c.name)), c.setup.loop) for c in plan.candidates if c.setup is not None]
         if warning := loops.warning(ran):
             lines["engine loops differ"] = warning
