@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 _ESCAPED = {"\n": " ", "\r": "", "\t": " "}  # a problem is one line, whatever a file or a library puts into it
 NOTHING = object()  # a problem without a value to show
+MOST_TOLD = 100  # problems of one input: nobody reads more
 
 
 class Problem(NamedTuple):
@@ -35,7 +36,13 @@ class BadInput(Exception):
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        super().__init__("\n".join(map(str, self.told())))
+
+    def told(self) -> list[Problem]:
+        """The problems; of more than `MOST_TOLD` the first ones, and one that counts the others."""
+        if (more := len(self.problems) - MOST_TOLD) <= 1:
+            return self.problems
+        return [*self.problems[:MOST_TOLD], Problem(f"and {more:,} more problems", file=self.problems[0].file)]
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -366,7 +366,7 @@ def main() -> None:
         with terminable():
             app(standalone_mode=True)
     except BadInput as error:
-        for problem in error.problems:
+        for problem in error.told():
             err.print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
         raise SystemExit(2) from None
     except (PolicyError, DeviceError, specs.BadTable) as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.replica.engine import Engine
-from chairlift.sim.results.metrics import ends_ps
+from chairlift.sim.results.metrics import durations_ps, ends_ps
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -29,7 +30,7 @@ def _littles_law(columns: Columns, request_time: int) -> None:
     spent there, summed over requests as the records tell.
     """
     stays = columns["finished_ps"] - columns["arrival_ps"]
-    inside = int((stays >> 32).sum()) * (1 << 32) + int((stays & 0xFFFFFFFF).sum())  # the sum outgrows 64 bits
+    inside = _sum(stays)
     assert inside == request_time, f"Little's law: {inside} ps by the records, {request_time} ps by the clock"
 
 
@@ -39,8 +40,9 @@ def _a_gap_for_each_token(columns: Columns, engines: list[Engine]) -> None:
     firsts = int((columns["first_token_ps"] >= 0).sum())
     gaps = 0
     for engine in engines:
-        runs, more = engine.records.runs(), engine.records.gaps()
-        gaps += int((runs["decodes"] * runs["steps"] - runs["late_decodes"]).sum() + more["count"].sum())
+        gaps += int(engine.records.gaps()["count"].sum())
+        for runs in engine.records.run_parts():
+            gaps += int((runs["decodes"] * runs["steps"] - runs["late_decodes"]).sum())
     assert gaps == tokens - firsts, f"{tokens} tokens, {firsts} of them first ones, {gaps} gaps"
 
 
@@ -51,18 +53,20 @@ def _gaps_add_up(spoken_ps: int, engines: list[Engine]) -> None:
     """
     gaps = 0
     for engine in engines:
-        runs, more = engine.records.runs(), engine.records.gaps()
-        steps, decodes = runs["steps"], runs["decodes"]
-        lasted = steps * runs["first_ps"] + runs["slope_ps"] * (steps * (steps - 1) // 2)
-        for times in (decodes * lasted, -runs["late_decodes"] * runs["first_ps"], more["gap_ps"] * more["count"]):
-            gaps += int((times >> 32).sum()) * (1 << 32) + int((times & 0xFFFFFFFF).sum())  # it may outgrow 64 bits
+        more = engine.records.gaps()
+        gaps += _sum(more["gap_ps"] * more["count"])
+        for runs in engine.records.run_parts():
+            gaps += _sum(runs["decodes"] * durations_ps(runs)) - _sum(runs["late_decodes"] * runs["first_ps"])
     assert gaps == spoken_ps, f"gaps of {gaps} ps in all, {spoken_ps} ps from first tokens to latest"
 
 
 def _one_step_at_a_time(engine: Engine) -> None:
     """No replica runs two steps at once."""
-    runs = engine.records.runs()
-    assert (runs["start_ps"][1:] >= ends_ps(runs)[:-1]).all(), f"replica {engine.index}: two steps at once"
+    before = np.zeros(1, np.int64)  # the end of the step before
+    for runs in engine.records.run_parts():
+        ends = np.concatenate([before, ends_ps(runs)])
+        assert (runs["start_ps"] >= ends[:-1]).all(), f"replica {engine.index}: two steps at once"
+        before = ends[-1:]
 
 
 def _nothing_left(engine: Engine) -> None:
@@ -70,3 +74,8 @@ def _nothing_left(engine: Engine) -> None:
     assert engine.pool.free == engine.pool.total, f"replica {engine.index}: blocks are left behind"
     host = engine.state.host
     assert host.free == host.blocks, f"replica {engine.index}: swapped blocks are left behind"
+
+
+def _sum(times: npt.NDArray[np.int64]) -> int:
+    """The sum of ``times``, which may outgrow 64 bits."""
+    return int((times >> 32).sum()) * (1 << 32) + int((times & 0xFFFFFFFF).sum())

@@ -5,6 +5,7 @@ The only place where an `Engine` of a simulated cluster is made.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -104,8 +105,8 @@ class _Engines:
     identities: dict[int, Identity] | None  # see `make_pool`
 
     def __post_init__(self) -> None:
-        self._outputs: list[int] = self.setup.trace.output_tokens.tolist()
-        self._first_only = [1] * len(self._outputs)  # what a prefill replica has to emit
+        self._outputs = array("i", self.setup.trace.output_tokens.tobytes())
+        self._first_only = array("b", [1]) * len(self._outputs)  # what a prefill replica has to emit
 
     def make(self, group: ReplicaGroup, replica: Replica) -> Engine:
         """A fresh engine for a replica of ``group``. Raises `BadInput` where its backend cannot serve it."""

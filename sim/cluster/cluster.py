@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,7 +16,7 @@ from chairlift.sim.results.records import RequestRecords, Status
 
 EXAMPLES = 5  # requests that an error names
 PATIENCE = 1000  # looks at an idle cluster before it counts as stuck
-REPORT = 1000  # arrivals between two calls of `progress`
+REPORT = 1000  # arrivals between two calls of `progress`; ends between two looks for records to pack
 
 
 class Cluster:
@@ -63,7 +64,7 @@ class Cluster:
                 if before >= 0:
                     self._followers.setdefault(before, []).append(row)
             self._order = [row for row, before in enumerate(follows.tolist()) if before < 0]
-        self._times: list[int] = trace.arrival_ps.tolist()
+        self._times = array("q", trace.arrival_ps.tobytes())
 
     @property
     def engines(self) -> list[Engine]:
@@ -98,6 +99,9 @@ class Cluster:
         self._since = now
         self._inside -= 1
         self.left -= 1
+        if self.left % REPORT == 0:
+            for replica in self.replicas:
+                replica.records.pack()
         if not self.left:
             for replica in self.replicas:
                 replica.go_down()

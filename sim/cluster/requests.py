@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,8 +30,8 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
     schedulers = [group.make_scheduler() for group in setup.groups]
     told = any(scheduler.oracle for scheduler in schedulers)
     predictor = predicted_lengths.wanted(schedulers)
-    arrivals = trace.arrival_ps.tolist()
-    prompts = trace.prompt_tokens.tolist()
+    arrivals = array("q", trace.arrival_ps.tobytes())  # a list of as many numbers takes five times the memory
+    prompts = array("i", trace.prompt_tokens.tobytes())
     outputs: Sequence[int] | None = trace.output_tokens.tolist() if told else None
     guesses = None
     if predictor is not None:

@@ -16,7 +16,7 @@ from chairlift.sim.scenario import load
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.axes import Scalar, Value, label_of
-from chairlift.sim.sweep.file import copied, scenario_at
+from chairlift.sim.sweep.file import scenario_at
 from chairlift.sim.workload.strict import Spec
 
 POOL_ERROR = 0.02  # of a KV pool that is worked out: of nine recorded engines, one had 1.2 % less than predicted
@@ -89,7 +89,7 @@ def candidate(
         setup = load.prepare(sampled(document), folder, trust)
         if (room := _room(setup)) is not None:
             notes = (f"max_model_len cut from {setup.max_model_len:,} to {room:,}, for which the KV pool has room",)
-            document = copied(document)
+            document = document.copy()
             document.put("max_model_len", room, "cut to the KV pool")
             setup = load.prepare(sampled(document), folder, trust)
         if recorded(document) and (trace := whole(document, folder)) is not None:

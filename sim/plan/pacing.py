@@ -10,7 +10,6 @@ from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.scenario.yaml_document import Document
-from chairlift.sim.sweep.file import copied
 from chairlift.sim.workload.arrivals import Arrivals
 from chairlift.sim.workload.named import get as named_workload
 from chairlift.sim.workload.spec import Workload
@@ -24,7 +23,7 @@ def paced(document: Document, rate_per_s: float, requests: int, cv: float | None
     A mix keeps its parts' shares of the load. ``cv``: gaps are gamma with that coefficient of variation, instead of
     what the scenario says. Raises `BadInput` where the workload, or a part of the mix, has no rate.
     """
-    one = copied(document)
+    one = document.copy()
     workload = one.data.get("workload")
     one.data["seed"] = seed
     if not isinstance(workload, dict):
@@ -67,7 +66,7 @@ def sampled(document: Document) -> Document:
 
 def unloaded(document: Document) -> Document:
     """The scenario with a single request, for its system alone: what it serves is made elsewhere."""
-    one = copied(document)
+    one = document.copy()
     one.data["workload"] = {"requests": 1, "arrivals": {"burst": {}}, "prompt_tokens": 1, "output_tokens": 1}
     return one
 

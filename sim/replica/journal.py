@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from struct import Struct
 
-from chairlift.sim.results.records import EVENT_COLUMNS, RUN_COLUMNS, Kind, RunRecords
+from chairlift.sim.results.records import EVENT_COLUMNS, Kind, RunRecords
 
 PACK_EVENT = Struct(f"{len(EVENT_COLUMNS)}q").pack
 
@@ -30,7 +30,7 @@ class Journal:
     @property
     def row(self) -> int:
         """The next row of this replica's runs."""
-        return len(self._records.rows) // len(RUN_COLUMNS)
+        return len(self._records.rows)
 
     def write(self, now: int, row: int, kind: Kind, request: int, other: int, value: int) -> None:
         """Add one row, of which `EVENT_COLUMNS` has the meaning."""

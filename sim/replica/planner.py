@@ -84,7 +84,8 @@ class Planner:
     def takes(self, request: Live, now: int) -> bool:
         """Whether a request that arrives now can ever fit, and the policy does not turn it away.
 
-        Its answer may be shortened to what the policy allows.
+        Its answer may be shortened to what the policy allows; one that has as many tokens already, from a replica that
+        failed or handed it over, is not taken.
         """
         state, pool = self.state, self.pool
         allowed = self.scheduler.allowed(request, state.max_model_len, pool.total, pool.block_size)
@@ -92,7 +93,7 @@ class Planner:
             request.max_tokens = allowed
             self._ends.shorten(request.id, allowed)
         final = request.prompt_tokens + self._ends.outputs[request.id]
-        return allowed >= 1 and final <= self._longest and not self._turned_away(now)
+        return allowed > request.produced and final <= self._longest and not self._turned_away(now)
 
     def _turned_away(self, now: int) -> bool:
         """Whether the policy refuses who arrives now.

@@ -78,9 +78,9 @@ class Live(Request):
 
     __slots__ = (
         *("arrival", "hash_ids", "id", "ignore_eos", "max_tokens", "output_tokens", "pad", "predicted_tokens"),
-        "preemptions",
-        *("priority", "prompt_tokens", "session", "swapped", "tenant"),
-        *("at", "before", "group", "last", "loaded", "offset", "phase", "produced", "rank", "reserved", "stored"),
+        *("preemptions", "priority", "prompt_tokens", "session", "swapped", "tenant"),
+        *("asked", "at", "before", "group", "last", "loaded", "offset", "phase", "produced", "rank", "reserved"),
+        "stored",
     )
     id: int
     arrival: int
@@ -111,7 +111,7 @@ class Live(Request):
         self.id = id
         self.arrival = arrival
         self.prompt_tokens = prompt_tokens
-        self.max_tokens = max_tokens
+        self.max_tokens = self.asked = max_tokens  # a replica may allow less than was asked for
         self.output_tokens = output_tokens
         self.priority = priority
         self.tenant = tenant
@@ -220,6 +220,7 @@ class Live(Request):
         """It leaves its replica, and keeps the tokens that its client has."""
         self.phase = AWAY
         self.group = None
+        self.max_tokens = self.asked
         self.stored = self.reserved = self.loaded = self.pad = self.swapped = 0
 
     def __repr__(self) -> str:

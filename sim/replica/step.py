@@ -15,7 +15,7 @@ from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
-from chairlift.sim.replica.waiting_queue import OrderedQueue
+from chairlift.sim.replica.waiting_queue import LONG, OpenQueue, OrderedQueue
 from chairlift.sim.results.records import Kind
 
 DENIALS = 8  # noted of one plan
@@ -32,21 +32,11 @@ class ReplicaStep(Step):
     """
 
     __slots__ = (  # a dict is slow beyond thirty attributes
-        *(
-            "_admissions",
-            "_admitted_before",
-            "_denied",
-            "_needy",
-            "admitted",
-            "backend",
-            "batch",
-            "chunks",
-            "decoded_at",
-        ),
-        *("evicted", "fresh", "group", "host", "kv_tokens", "max_model_len", "more_arrivals", "moved", "notes", "now"),
-        *("padding", "parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
-        *("releases", "resumed", "running", "scheduler", "slept", "started", "taken", "tokens", "waiting", "wake"),
-        "whole",
+        *("_admissions", "_admitted_before", "_denied", "_needy", "_scattered", "admitted", "backend", "batch"),
+        *("chunks", "decoded_at", "evicted", "fresh", "group", "host", "kv_tokens", "max_model_len"),
+        *("more_arrivals", "moved", "notes", "now", "padding", "parked", "pledges", "pool", "preempted"),
+        *("prefills", "ran", "rejected", "rejoined", "released", "releases", "resumed", "running", "scheduler"),
+        *("slept", "started", "taken", "tokens", "waiting", "wake", "whole"),
     )
 
     def __init__(
@@ -64,7 +54,8 @@ class ReplicaStep(Step):
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
-        self.waiting: deque[Live] | OrderedQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
+        self.waiting: deque[Live] | OrderedQueue | OpenQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
+        self._scattered = False  # somebody was taken from the middle of a long deque
         self.now = 0
         self.more_arrivals = True
         self.max_model_len = max_model_len
@@ -112,6 +103,8 @@ class ReplicaStep(Step):
             self.rejected = []
         if self.started:
             self.started = []
+            if self._scattered:  # only now: a policy may hold on to the queue while it plans
+                self.waiting, self._scattered = OpenQueue(self.waiting), False
         if self.notes is not None:
             self.notes, self._denied, self._needy = [], 0, -1
         self.whole = self.resumed = False
@@ -388,7 +381,7 @@ class ReplicaStep(Step):
 
     def withdraw(self, request: Live) -> None:
         """Take a waiting request out that has ended."""
-        self.waiting.remove(request)
+        self._take_out(request)
         self.host.drop(request)
 
     def hold(self, request: Live) -> None:
@@ -459,9 +452,15 @@ class ReplicaStep(Step):
         if request.swapped:
             self.host.drop(request)
         try:
-            self.waiting.remove(request)
+            self._take_out(request)
         except ValueError:
             self._fail(f"{request} is not waiting")
+
+    def _take_out(self, request: Live) -> None:
+        """Take a request out of the queue, wherever it stands. Raises ValueError if it is not there."""
+        waiting = self.waiting
+        waiting.remove(request)
+        self._scattered |= len(waiting) > LONG and isinstance(waiting, deque)
 
     def _fail(self, what: str) -> NoReturn:
         raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")

@@ -17,6 +17,7 @@ from chairlift.sim.results.catalogue import LATENCIES, PERCENTILES, STATISTICS, 
 from chairlift.sim.results.fairness import between_tenants
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
 from chairlift.sim.results.token_gaps import all_gaps, gaps_of_finished
+from chairlift.sim.results.weighted import weighted_statistics
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Series = tuple[Floats, Ints | None]  # values, and how often each occurs; None: once
 
 
 def per_output_token(span: Floats, output_tokens: Ints) -> Floats:
@@ -61,7 +61,7 @@ def request_latencies(requests: RequestRecords) -> dict[str, Floats]:
     """
     columns = requests.columns()
     names = ("arrival_ps", "admitted_ps", "first_token_ps", "finished_ps", "output_tokens")
-    moments = Moments(*(np.asarray(columns[name]).astype(np.int64) for name in names))
+    moments = Moments(*(np.asarray(columns[name]).astype(np.int64, copy=False) for name in names))
     finished = np.asarray(columns["status"]) == Status.FINISHED
     return {name: np.where(finished, of(moments), np.nan) for name, of in REQUEST_LATENCIES.items()}
 
@@ -154,11 +154,20 @@ def summarise(
         "output_throughput": outputs * rate,
         "total_token_throughput": (prompts + outputs) * rate,
     }
-    series: dict[str, Series] = {name: (times.of(name), None) for name in times.values}
-    gaps = gaps_of_finished(requests, runs)
-    series |= {"itl": (gaps.ps / PS_PER_MS, gaps.often), **_transfers(requests)}
-    for name in (latency.name for latency in LATENCIES if latency.name in series):
-        summary.update(zip(fields(name), _statistics(*series[name]), strict=True))
+    moved = _transfers(requests)
+    for latency in LATENCIES:
+        name = latency.name
+        if name == "itl":
+            gaps = gaps_of_finished(requests, runs)
+            found = weighted_statistics(gaps.ps, gaps.often, PS_PER_MS)
+            del gaps  # of a long run they are most of the memory
+        elif name in times.values:
+            found = _statistics(times.of(name))
+        elif name in moved:
+            found = _statistics(moved[name])
+        else:
+            continue
+        summary.update(zip(fields(name), found, strict=True))
     summary.update(occupancy(runs, pools))
     summary["prefix_hit_rate"] = _hit_rate(requests)
     summary.update(between_tenants(requests))
@@ -182,16 +191,16 @@ def _hit_rate(requests: RequestRecords) -> float:
     return sum(requests.cached_tokens) / prompts if prompts else 0.0
 
 
-def _transfers(requests: RequestRecords) -> dict[str, Series]:
+def _transfers(requests: RequestRecords) -> dict[str, Floats]:
     """The latency ``transfer`` of the requests that were handed over; nothing where no replica hands over."""
     if "taken_over_ps" not in requests.extra:
         return {}
     sent, come = (np.frombuffer(requests.extra[c], dtype=np.int64) for c in ("handed_over_ps", "taken_over_ps"))
     done = come >= 0
-    return {"transfer": ((come[done] - sent[done]) / PS_PER_MS, None)}
+    return {"transfer": (come[done] - sent[done]) / PS_PER_MS}
 
 
-def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.int64]]:
+def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.signedinteger]]:
     """ITL: every gap between two tokens of any request, ms, and how often it occurs; shape (gaps,) each."""
     gaps = all_gaps(runs)
     return gaps.ps / PS_PER_MS, gaps.often
@@ -247,28 +256,10 @@ def occupancy(runs: list[RunRecords], pools: list[tuple[int, int]]) -> dict[str,
     }
 
 
-def _statistics(values: Floats, often: Ints | None = None) -> list[float | None]:
-    """The `STATISTICS` of ``values``, which occur ``often`` times each; None each where there are no values.
-
-    Percentiles are linear between ranks, as NumPy's.
-    """
+def _statistics(values: Floats) -> list[float | None]:
+    """The `STATISTICS` of ``values``; None each where there are none. Percentiles are linear between ranks."""
     if len(values) == 0:
         return [None] * len(STATISTICS)
-    if often is None:
-        mean, std = float(values.mean()), float(values.std())
-        ranked = [float(np.median(values)), *np.percentile(values, list(PERCENTILES.values())[1:]).tolist()]
-    else:
-        total = int(often.sum())
-        mean = float((values * often).sum() / total)
-        std = float(np.sqrt(max(0.0, ((values - mean) ** 2 * often).sum() / total)))
-        order = np.argsort(values)
-        values = values[order]
-        last = np.cumsum(often[order]) - 1  # rank of the last copy of each value
-        ranked = []
-        for percent in PERCENTILES.values():
-            rank = percent / 100 * (total - 1)
-            low = int(rank)
-            below, above = (values[np.searchsorted(last, r)] for r in (low, min(low + 1, total - 1)))
-            ranked.append(float(below + (above - below) * (rank - low)))
-    known = {"mean": mean, "std": std, **dict(zip(PERCENTILES, ranked, strict=True))}
+    ranked = [float(np.median(values)), *np.percentile(values, list(PERCENTILES.values())[1:]).tolist()]
+    known = {"mean": float(values.mean()), "std": float(values.std()), **dict(zip(PERCENTILES, ranked, strict=True))}
     return [known[statistic] for statistic in STATISTICS]

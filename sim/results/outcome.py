@@ -67,12 +67,12 @@ class Outcome:
         if rows == "requests":
             return request_table(self.requests, {}, self.setup.link is not None, labels_of(self.setup))
         if rows == "steps":
-            return replica_table(self.runs, {}, RunRecords.runs)
+            return replica_table(self.runs, {}, RunRecords.run_parts)
         if rows != "events":
             raise ValueError(f"no such rows: {rows!r}; there are {', '.join(TABLES)}")
         if not any(each.event_rows for each in self.runs):
             raise ValueError("this run kept no events: simulate(setup, journal=True) does")
-        return replica_table(self.runs, {}, RunRecords.events)
+        return replica_table(self.runs, {}, RunRecords.event_parts)
 
     def to_pandas(self, rows: str = "requests") -> pd.DataFrame:
         """`to_arrow` as a data frame.

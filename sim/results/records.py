@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -114,6 +115,9 @@ HANDOVER_COLUMNS = (  # of requests, where prefill and decode replicas are apart
 )
 
 
+PACKED_ROWS = 1 << 14  # that `Rows` keeps unpacked
+
+
 class Token(Protocol):
     """A token's time, which is known by now."""
 
@@ -173,51 +177,156 @@ class RequestRecords:
             self.preemptions[i] = request.preemptions
 
     def columns(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The rows as NumPy columns; the lengths come from the trace."""
+        """The rows as NumPy columns, which show the records and cannot be written to; lengths come from the trace."""
         trace = self.trace
         return {
             "id": np.arange(len(trace)),
-            "arrival_ps": np.array(self.arrival, dtype=np.int64),
+            "arrival_ps": _shown(self.arrival),
             "prompt_tokens": trace.prompt_tokens,
             "output_tokens": trace.output_tokens,
-            "status": np.frombuffer(self.status, dtype=np.uint8).copy(),
-            "replica": np.array(self.replica, dtype=np.int32),
-            "admitted_ps": np.array(self.admitted, dtype=np.int64),
-            "first_token_ps": np.array(self.first_token, dtype=np.int64),
-            "finished_ps": np.array(self.finished, dtype=np.int64),
-            "emitted_tokens": np.array(self.emitted, dtype=np.int32),
-            "preemptions": np.array(self.preemptions, dtype=np.int32),
-            "cached_tokens": np.array(self.cached_tokens, dtype=np.int32),
-            "swaps": np.array(self.swaps, dtype=np.int32),
-            "swapped_tokens": np.array(self.swapped_tokens, dtype=np.int64),
-            **{name: np.array(column, dtype=np.int64) for name, column in self.extra.items()},
+            "status": _shown(self.status),
+            "replica": _shown(self.replica),
+            "admitted_ps": _shown(self.admitted),
+            "first_token_ps": _shown(self.first_token),
+            "finished_ps": _shown(self.finished),
+            "emitted_tokens": _shown(self.emitted),
+            "preemptions": _shown(self.preemptions),
+            "cached_tokens": _shown(self.cached_tokens),
+            "swaps": _shown(self.swaps),
+            "swapped_tokens": _shown(self.swapped_tokens),
+            **{name: _shown(column) for name, column in self.extra.items()},
         }
+
+
+def _shown(column: array[int] | bytearray) -> npt.NDArray[np.generic]:
+    """``column`` as NumPy sees it, without a copy; read-only."""
+    shown = np.frombuffer(column, dtype=column.typecode if isinstance(column, array) else np.uint8)
+    shown.flags.writeable = False
+    return shown
+
+
+class Rows:
+    """Rows of 64-bit numbers, added at the end. Those added long ago are kept column by column, as narrow as they are.
+
+    `frombytes` and `extend` are those of an `array`, which holds the latest rows, so that a row costs what it costs
+    there. `pack` moves them aside once there are many: a run of a million requests has five million rows of 128 bytes
+    each, of which packing leaves some 45.
+
+    Example: the rows (10**12, 3) and (10**12 + 7, 300) of columns "at" and "n" are packed as an int64 and an int16
+    column.
+    """
+
+    __slots__ = ("_latest", "_packed", "_packed_rows", "columns", "extend", "frombytes")
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = tuple(columns)
+        self._latest = array("q")
+        self._packed: list[dict[str, npt.NDArray[np.signedinteger]]] = []
+        self._packed_rows = 0
+        self.frombytes, self.extend = self._latest.frombytes, self._latest.extend
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return self._packed_rows + len(self._latest) // len(self.columns)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether ``other`` has the same rows, packed or not."""
+        if not isinstance(other, Rows):
+            return NotImplemented
+        same = self.columns == other.columns and len(self) == len(other)
+        return same and all(np.array_equal(self.column(name), other.column(name)) for name in self.columns)
+
+    __hash__ = None  # type: ignore[assignment]  # rows are added
+
+    def pack(self) -> None:
+        """Pack the latest rows, if they are many."""
+        if len(self._latest) < PACKED_ROWS * len(self.columns):
+            return
+        part = self._latest_part()
+        self._packed.append({name: values.astype(_narrowest(values)) for name, values in part.items()})
+        self._packed_rows = len(self)
+        self._latest = array("q")
+        self.frombytes, self.extend = self._latest.frombytes, self._latest.extend
+
+    def parts(self) -> Iterator[dict[str, Ints]]:
+        """All rows, some ten thousand at a time: column name → int64 array."""
+        for packed in self._packed:
+            yield {name: values.astype(np.int64) for name, values in packed.items()}
+        if self._latest or not self._packed:
+            yield self._latest_part()
+
+    def column(self, name: str) -> Ints:
+        """All values of one column."""
+        latest = self._table()[:, self.columns.index(name)]
+        return np.concatenate([*(part[name] for part in self._packed), latest], dtype=np.int64)
+
+    def _latest_part(self) -> dict[str, Ints]:
+        return dict(zip(self.columns, np.ascontiguousarray(self._table().T), strict=True))
+
+    def _table(self) -> Ints:
+        """The latest rows, without a copy. While this is kept none can be added. Shape: ``(rows, columns)``."""
+        latest = self._latest
+        shown = np.frombuffer(latest, np.int64) if latest else np.empty(0, np.int64)
+        return shown.reshape(-1, len(self.columns))
+
+
+def _narrowest(values: Ints) -> type[np.signedinteger]:
+    """The smallest type that holds ``values``, which are not empty."""
+    low, high = int(values.min()), int(values.max())
+    types: tuple[type[np.signedinteger], ...] = (np.int8, np.int16, np.int32)
+    return next((kind for kind in types if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), np.int64)
+
+
+class Columns(Mapping[str, Ints]):
+    """Column name → int64 array, put together from `Rows` when asked for, and not kept."""
+
+    def __init__(self, *rows: Rows) -> None:
+        self._rows = {name: each for each in rows for name in each.columns}
+
+    def __getitem__(self, name: str) -> Ints:
+        return self._rows[name].column(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 class RunRecords:
     """The runs of one replica, and the gaps between tokens that no run shows."""
 
     def __init__(self) -> None:
-        self.rows = array("q")
-        self.gap_rows = array("q")
+        self.rows = Rows(RUN_COLUMNS)
+        self.gap_rows = Rows(GAP_COLUMNS)
         self.measured = array("q")  # a row a step, where steps are executed: MEASURED_COLUMNS
-        self.event_rows = array("q")  # rows of EVENT_COLUMNS, if a journal is kept
+        self.event_rows = Rows(EVENT_COLUMNS)  # if a journal is kept
 
-    def runs(self) -> dict[str, Ints]:
+    def pack(self) -> None:
+        """Take less memory where there are many rows; nothing else changes."""
+        for rows in (self.rows, self.gap_rows, self.event_rows):
+            rows.pack()
+
+    def runs(self) -> Mapping[str, Ints]:
         """Column name → int64 array, in order of time."""
-        table = np.array(self.rows, dtype=np.int64).reshape(-1, len(RUN_COLUMNS))
-        columns = {name: table[:, i] for i, name in enumerate(RUN_COLUMNS)}
-        if len(self.measured):
-            table = np.array(self.measured, dtype=np.int64).reshape(-1, len(MEASURED_COLUMNS))
-            columns.update({name: table[:, i] for i, name in enumerate(MEASURED_COLUMNS)})
-        return columns
+        columns = Columns(self.rows)
+        if not self.measured:
+            return columns
+        table = np.array(self.measured, dtype=np.int64).reshape(-1, len(MEASURED_COLUMNS))
+        return {**columns, **{name: table[:, i] for i, name in enumerate(MEASURED_COLUMNS)}}
 
-    def events(self) -> dict[str, Ints]:
+    def run_parts(self) -> Iterator[Mapping[str, Ints]]:
+        """As `runs`, some ten thousand rows at a time where there are many."""
+        return iter([self.runs()]) if self.measured else self.rows.parts()
+
+    def event_parts(self) -> Iterator[Mapping[str, Ints]]:
+        """As `events`, some ten thousand rows at a time where there are many."""
+        return self.event_rows.parts()
+
+    def events(self) -> Mapping[str, Ints]:
         """Column name of EVENT_COLUMNS → int64 array; empty without a journal."""
-        table = np.array(self.event_rows, dtype=np.int64).reshape(-1, len(EVENT_COLUMNS))
-        return {name: table[:, i] for i, name in enumerate(EVENT_COLUMNS)}
+        return Columns(self.event_rows)
 
-    def gaps(self) -> dict[str, Ints]:
+    def gaps(self) -> Mapping[str, Ints]:
         """Column name → int64 array."""
-        table = np.array(self.gap_rows, dtype=np.int64).reshape(-1, len(GAP_COLUMNS))
-        return {name: table[:, i] for i, name in enumerate(GAP_COLUMNS)}
+        return Columns(self.gap_rows)

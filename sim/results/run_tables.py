@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from chairlift.sim.results.metrics import limits, request_latencies
 from chairlift.sim.results.reader import CODES
-from chairlift.sim.results.records import EVENT_COLUMNS, HANDOVER_COLUMNS, RUN_COLUMNS, RequestRecords, RunRecords
+from chairlift.sim.results.records import HANDOVER_COLUMNS, RequestRecords, RunRecords
 from chairlift.sim.study import ReplicaGroup, Setup
 
+Parts = Callable[[RunRecords], Iterable[Mapping[str, npt.NDArray[np.int64]]]]
+ROW_GROUP = 1 << 20  # rows of steps or events that are written at a time; also PyArrow's own
 LABELS = ("tenant", "session", "priority")  # columns of a trace that say who sends a request; a trace may lack them
 
 
@@ -51,21 +53,43 @@ def request_table(
     return pa.table(arrays)
 
 
-def replica_table(
-    runs: Sequence[RunRecords], label: dict[str, str], rows: Callable[[RunRecords], dict[str, npt.NDArray[np.int64]]]
-) -> pa.Table:
-    """The ``rows`` of each replica, one after the other: runs of engine steps, or the events of a journal."""
-    tables = []
+def replica_table(runs: Sequence[RunRecords], label: dict[str, str], parts: Parts) -> pa.Table:
+    """The rows of each replica, one after the other: runs of engine steps, or the events of a journal.
+
+    ``parts`` gives the columns of a replica's rows, some of its rows at a time.
+    """
+    return pa.concat_tables(replica_tables(runs, label, parts)).combine_chunks()
+
+
+def replica_tables(runs: Sequence[RunRecords], label: dict[str, str], parts: Parts) -> Iterator[pa.Table]:
+    """As `replica_table`, `ROW_GROUP` rows at a time; one table without rows where there are none."""
+    held: list[dict[str, npt.NDArray[Any]]] = []  # parts that are in no table yet
+    whole = 0  # tables
     for replica, each in enumerate(runs):
-        columns = rows(each)
-        n = len(next(iter(columns.values())))
-        arrays = _labels(label, n)
-        arrays["replica"] = pa.array(np.full(n, replica, dtype=np.int32))
-        for name, values in columns.items():
-            made = pa.array(np.ascontiguousarray(values))
-            arrays[name] = pa.array(CODES[name]).take(made) if name in CODES else made
-        tables.append(pa.table(arrays))
-    return pa.concat_tables(tables).combine_chunks()
+        for columns in parts(each):
+            part: dict[str, npt.NDArray[Any]] = {"replica": np.full(_rows(columns), replica, np.int32), **columns}
+            lack = ROW_GROUP - sum(map(_rows, held))
+            while _rows(part) >= lack:
+                held.append({name: values[:lack] for name, values in part.items()})
+                part = {name: values[lack:] for name, values in part.items()}
+                yield _joined(held, label)
+                held, lack, whole = [], ROW_GROUP, whole + 1
+            held.append(part)
+    if not whole or any(map(_rows, held)):
+        yield _joined(held, label)
+
+
+def _rows(columns: Mapping[str, npt.NDArray[Any]]) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _joined(parts: list[dict[str, npt.NDArray[Any]]], label: dict[str, str]) -> pa.Table:
+    """One table of ``parts``, which are emptied on the way, so that no column is in memory twice for long."""
+    arrays = _labels(label, sum(map(_rows, parts)))
+    for name in list(parts[0]):
+        made = pa.array(np.concatenate([part.pop(name) for part in parts]))
+        arrays[name] = pa.array(CODES[name]).take(made) if name in CODES else made
+    return pa.table(arrays)
 
 
 def run_facts(setup: Setup, runs: Sequence[RunRecords]) -> dict[str, Any]:
@@ -79,8 +103,8 @@ def run_facts(setup: Setup, runs: Sequence[RunRecords]) -> dict[str, Any]:
         "seed": setup.seed,
         "rows": {
             "requests": len(setup.trace),
-            "steps": sum(len(each.rows) // len(RUN_COLUMNS) for each in runs),
-            "events": sum(len(each.event_rows) // len(EVENT_COLUMNS) for each in runs),
+            "steps": sum(len(each.rows) for each in runs),
+            "events": sum(len(each.event_rows) for each in runs),
         },
         "slo": {f"{name}_ms": limit for name, limit in limits(setup.slo).items()},
         "tenants": list(setup.trace.tenants),

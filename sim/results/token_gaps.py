@@ -24,7 +24,7 @@ class Gaps(NamedTuple):
     """Gaps between tokens, ps, and how often each occurs; shape (gaps,) each, in no order."""
 
     ps: Ints
-    often: Ints
+    often: npt.NDArray[np.signedinteger]
     of_others: int = 0  # requests that were not answered whose gaps are among these, for nobody can tell them apart
 
 
@@ -41,20 +41,39 @@ def all_gaps(runs: list[RunRecords]) -> Gaps:
     A run of 3 steps with a first of 100 ps, a slope of 2 ps, 5 decodes and 1 late decode has the gaps 100 (4 times,
     for the late decode's first gap stands in `RunRecords.gaps`), 102 (5 times) and 104 (5 times).
     """
-    pool: list[tuple[Ints, Ints]] = []
-    for each in runs:
-        table, late = each.runs(), each.gaps()
-        keep = table["decodes"] > 0
-        first, slope, steps, decodes, late_decodes = (
-            table[name][keep] for name in ("first_ps", "slope_ps", "steps", "decodes", "late_decodes")
-        )
-        more = steps - 1  # the steps after the first: every decode emitted at the one before
-        nth = np.arange(int(more.sum())) - np.repeat(np.cumsum(more) - more, more) + 1
-        pool.append((first, decodes - late_decodes))
-        pool.append((np.repeat(first, more) + nth * np.repeat(slope, more), np.repeat(decodes, more)))
-        pool.append((late["gap_ps"], late["count"]))
-    gaps, often = (np.concatenate(column) for column in zip(*pool, strict=True))
-    return Gaps(gaps[often > 0], often[often > 0])
+    counts = [_gap_counts(each) for each in runs]
+    total = sum(map(sum, counts))
+    gaps, often = np.empty(total, np.int64), np.empty(total, np.int32)
+
+    def put(begin: int, values: Ints, count: Ints) -> int:
+        end = begin + len(values)
+        gaps[begin:end], often[begin:end] = values, count
+        return end
+
+    begin = 0
+    for each, (firsts, others, _) in zip(runs, counts, strict=True):
+        at, more_at = begin, begin + firsts
+        for table in each.run_parts():
+            keep = table["decodes"] > 0
+            first, slope, decodes, more = (table[name][keep] for name in ("first_ps", "slope_ps", "decodes", "steps"))
+            more = more - 1  # the steps after the first: every decode emitted at the one before
+            on_time = decodes - table["late_decodes"][keep]
+            at = put(at, first[on_time > 0], on_time[on_time > 0])
+            nth = np.arange(int(more.sum())) - np.repeat(np.cumsum(more) - more, more) + 1
+            more_at = put(more_at, np.repeat(first, more) + nth * np.repeat(slope, more), np.repeat(decodes, more))
+        late = each.gaps()
+        begin = put(begin + firsts + others, late["gap_ps"], late["count"])
+    return Gaps(gaps, often)
+
+
+def _gap_counts(records: RunRecords) -> tuple[int, int, int]:
+    """How many gaps a replica's runs begin with, how many their further steps have, and how many no run shows."""
+    firsts = others = 0
+    for table in records.run_parts():
+        decodes = table["decodes"]
+        firsts += int(np.count_nonzero(decodes > table["late_decodes"]))
+        others += int((table["steps"] - 1)[decodes > 0].sum())
+    return firsts, others, len(records.gap_rows)
 
 
 def gaps_of_finished(requests: RequestRecords, runs: list[RunRecords]) -> Gaps:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from chairlift.sim.results.metrics import Latencies
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.recording import Recorder
 from chairlift.sim.results.records import RunRecords
-from chairlift.sim.results.run_tables import LABELS, labels_of, replica_table, request_table, run_facts
+from chairlift.sim.results.run_tables import LABELS, labels_of, replica_tables, request_table, run_facts
 from chairlift.sim.study import Study
 
 CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
@@ -82,7 +82,7 @@ class Writer:
             self._new.abandon()
 
     def add(self, outcome: Outcome) -> None:
-        """Write one run's rows and bring the summaries up to date."""
+        """Write one run's rows, and keep what the summaries say of it."""
         self._whole = False
         with _writing(self._name):
             self._add(outcome)
@@ -92,10 +92,10 @@ class Writer:
     def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
-        self._append("requests", request_table(outcome.requests, label, self._moves, self._columns))
-        self._append("steps", replica_table(outcome.runs, label, RunRecords.runs))
+        self._append("requests", [request_table(outcome.requests, label, self._moves, self._columns)])
+        self._append("steps", replica_tables(outcome.runs, label, RunRecords.run_parts))
         if any(each.event_rows for each in outcome.runs):
-            self._append("events", replica_table(outcome.runs, label, RunRecords.events))
+            self._append("events", replica_tables(outcome.runs, label, RunRecords.event_parts))
         if setup.executes:
             name = "_".join(filter(None, label.values())) or self._study.name
             recorder = self._recorders.setdefault(setup.model.name, Recorder(self.folder / "recording"))
@@ -107,10 +107,6 @@ class Writer:
         }
         self._summaries.append(summary)
         self._facts["runs"].append(run_facts(outcome.setup, outcome.runs))
-        _replace(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        if self._compares:
-            _replace(self.folder / "comparison.json", json.dumps(self._summaries, indent=2, allow_nan=False) + "\n")
-        _replace(self.folder / "study.json", json.dumps(self._facts, indent=1, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Finish the tables and put the folder in place."""
@@ -125,16 +121,26 @@ class Writer:
         for table in self._tables.values():
             table.close()
         self._tables = {}
+        documents: list[tuple[str, Any, int]] = [("study.json", self._facts, 1)]
+        if self._summaries:
+            documents.append(("summary.json", self._summaries[-1], 2))
+        if self._summaries and self._compares:
+            documents.append(("comparison.json", self._summaries, 2))
+        for name, said, indent in documents:
+            text = json.dumps(said, indent=indent, allow_nan=False)
+            (self.folder / name).write_text(f"{text}\n", encoding="utf-8")
         if self._study.claims:
             found = claims.checked(self._study.claims, self._outcomes)
             _replace(self.folder / "claims.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
         if self._compares and "cdf" in self._study.tables:
             self._write_cdf(self._outcomes)
 
-    def _append(self, name: str, table: pa.Table) -> None:
-        if name not in self._tables:
-            self._tables[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", table.schema)
-        self._tables[name].write_table(table)
+    def _append(self, name: str, tables: Iterable[pa.Table]) -> None:
+        for table in tables:
+            if name not in self._tables:
+                self._tables[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", table.schema)
+            self._tables[name].write_table(table)
+            del table  # before the next is made: each may have a million rows
 
     def _write_cdf(self, outcomes: Sequence[Outcome]) -> None:
         with (self.folder / "cdf.csv").open("w", newline="", encoding="utf-8") as file:

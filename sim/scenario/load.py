@@ -6,22 +6,21 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import Deployment, Scheduler
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import MOST_TOLD, BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.loops import is_said, same_loop
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.resolve import Lookup, kv_pool
 from chairlift.sim.scenario.resolved import named_systems, resolved
-from chairlift.sim.scenario.schema import Case, Group, Scenario, Variant, results_name
+from chairlift.sim.scenario.schema import Case, Group, Scenario, System, Variant, results_name
 from chairlift.sim.scenario.yaml_document import NAMING, Document, read
 from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
@@ -82,12 +81,12 @@ def study_of(
     assignments = [text for text in assignments if text not in of_cases]
     setups: list[Setup] = []
     scenario: Scenario | None = None
-    problems: list[Problem] = []
-    for case, changed in _cases(document, assignments, problems):
+    options = {"policy": policies, "router": routers, "backend": [] if backend is None else [backend]}
+    problems = list(_beside_options(assignments, options))
+    named = {key: names[0] for key, names in options.items() if len(names) == 1}
+    for case, changed in _cases(document, assignments, named, problems):
         if policies or routers:
             changed.data["compare"] = []
-        if backend is not None:
-            changed.put("backend", backend, f"--backend {backend}")
         resolver = _Resolver(changed, path.parent, trust, policies, routers)
         try:
             scenario = changed.check(Scenario)
@@ -101,7 +100,7 @@ def study_of(
     if scenario is not None:
         problems += _wrong_names(document, scenario)
     if problems or scenario is None:
-        once = {str(p): p for p in problems}.values()
+        once = {p[:4]: p for p in problems}.values()
         raise BadInput(sorted(once, key=lambda p: (p.file != document.path, p.file, p.line or 0)))
     same_loop(setups)
     return Study(
@@ -150,60 +149,120 @@ def check(document: Document, folder: Path, trust: Trust = False) -> None:
         document.check(Scenario)
     except BadInput as error:
         problems += error.problems
+    else:
+        problems += _lacking(document)
     problems += _Resolver(document, folder, trust).names()
     if problems:
         raise BadInput({str(p): p for p in problems}.values())
 
 
-def _cases(document: Document, assignments: Sequence[str], problems: list[Problem]) -> list[tuple[str, Document]]:
+def _lacking(document: Document) -> Iterator[Problem]:
+    """What a document without ``compare`` must say and does not: a key that each of its groups of replicas lacks."""
+    groups = document.data.get("replicas")
+    parts = groups if isinstance(groups, list) and groups else [{}]
+    for key in () if document.data.get("compare") else ("model", "gpu", "policy"):
+        if document.data.get(key) is None and any(not isinstance(g, dict) or g.get(key) is None for g in parts):
+            yield document.problem((key,), "is required")
+
+
+def _beside_options(assignments: Sequence[str], options: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    """``--set`` of what an option such as ``--policy`` names, where that would have no effect, or an unclear one."""
+    for text in assignments:
+        key = text.partition("=")[0].strip()
+        root, dot, _ = key.partition(".")
+        names = options.get(root, ())
+        rule = ""
+        if root == "compare" and (options["policy"] or options["router"]):
+            rule = "must not be given beside --policy or --router, which say what is compared"
+        elif len(names) == 1 and not dot:
+            rule = f"must not be given beside --{root}: each says the {root}"
+        elif len(names) > 1:
+            rule = f"must not be given beside several --{root}: say each one's settings in compare"
+        if rule:
+            yield Problem(rule, file=f"--set {text}")
+
+
+def _without_effect(document: Document, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Those of ``keys``, dotted, that every variant of ``compare`` says for itself; and what to say of each."""
+    variants = document.data.get("compare")
+    if not isinstance(variants, list) or not variants or not all(isinstance(each, dict) for each in variants):
+        return
+    for key in keys:
+        root = key.partition(".")[0]
+        if root in System.model_fields and all(each.get(root) is not None for each in variants):
+            yield key, f"has no effect: every variant of compare says its own {root}; set compare.0.{key}, or others"
+
+
+def _cases(
+    document: Document, assignments: Sequence[str], named: Mapping[str, str], problems: list[Problem]
+) -> list[tuple[str, Document]]:
     """Each case by its name, with the document as it is in that case; one case without a name if there are none.
 
-    ``--set`` is applied last, for the command line has the final word.
+    A case's ``set`` comes first, then what ``--policy`` and other options have ``named``, and ``--set`` last, so that
+    it can change a setting of that policy: the command line has the final word.
 
-    What is wrong with the cases themselves is added to ``problems``.
+    What is wrong with the cases themselves, or has no effect, is added to ``problems``.
     """
+
+    def apply(changed: Document) -> None:
+        for option, name in named.items():
+            changed.put(option, name, f"--{option} {name}")
+        changed.set(assignments)
+        if named.keys() & {"policy", "router"}:
+            return  # nothing that the file compares is left
+        keys = {text.partition("=")[0].strip(): text for text in assignments}
+        problems.extend(Problem(rule, file=f"--set {keys[key]}") for key, rule in _without_effect(changed, keys))
+
     cases = document.data.get("cases")
     if not isinstance(cases, list) or not cases:
-        changed = copy.deepcopy(document)
-        changed.set(assignments)
+        changed = document.copy()
+        apply(changed)
         return [("", changed)]
+    whole = document.copy(without="cases")
     found: list[tuple[str, Document]] = []
+    names: set[str] = set()
     for i in range(len(cases)):
-        changed = copy.deepcopy(document)
+        changed = whole.copy()
         try:
             case = document.check(Case, at=("cases", i))
             for key, value in case.set.items():
                 line = document.problem(("cases", i, "set", key), "").line
                 changed.set([f"{key}={json.dumps(value)}"], f"{document.path}:{line}: cases.{i}.set")
+            for key, rule in _without_effect(changed, case.set):
+                problems.append(document.problem(("cases", i, "set", key), rule))
         except BadInput as error:
             problems += error.problems
             continue
-        if case.name in [name for name, _ in found]:
+        if case.name in names:
             problems.append(document.problem(("cases", i, "name"), "two cases have this name", case.name))
-        changed.set(assignments)
+        apply(changed)
         found.append((case.name, changed))
-    return found or [("", copy.deepcopy(document))]
+        names.add(case.name)
+    return found or [("", document.copy())]
 
 
 def _wrong_names(document: Document, scenario: Scenario) -> list[Problem]:
     """Two variants of one name, and names of variants that do not exist."""
     names = [variant.name for variant in scenario.compare]
     problems = []
+    known: set[str] = set()
     for i, name in enumerate(names):
-        if name in names[:i]:
+        if name in known:
             problems.append(document.problem(("compare", i, "name"), "two variants have this name", name))
+        known.add(name)
     wanted: list[tuple[KeyPath, str]] = [(("baseline", i), name) for i, name in enumerate(scenario.baseline)]
     wanted += [(("waterfall", i, "variant"), rung.variant) for i, rung in enumerate(scenario.waterfall)]
     for at, name in wanted:
-        if name not in names:
-            problems.append(document.problem(at, f"no such variant{did_you_mean(name, names)}", name))
+        if name not in known:
+            hint = did_you_mean(name, names) if len(problems) < MOST_TOLD else ""
+            problems.append(document.problem(at, f"no such variant{hint}", name))
     return problems + _wrong_claims(document, scenario)
 
 
 def _wrong_claims(document: Document, scenario: Scenario) -> list[Problem]:
     """Claims about variants, cases or metrics that there are not."""
     variants = [variant.name for variant in scenario.compare]
-    cases = [case.name for case in scenario.cases]
+    cases = [str(case.get("name")) for case in document.data.get("cases") or [] if isinstance(case, dict)]
     metrics = list(catalogue.FIELDS)
     problems = []
     for i, claim in enumerate(scenario.claims):
@@ -244,13 +303,12 @@ class _Resolver(Lookup):
         trace = self._try((), lambda: self._trace(scenario))
         found: list[Setup | None] = []
         if self._policies or self._routers:
-            for chosen in named_systems(self._policies, self._routers):
-                for key in ("policy", "router"):
-                    if key in chosen:
-                        self._document.put(key, chosen[key], f"--{key} {chosen[key]}")
-                found.append(self._setup(scenario, case, trace, Variant(**chosen), None))
-            if len(found) == 1 and found[0] is not None:
-                found[0].variant = ""
+            systems = named_systems(self._policies, self._routers)
+            for chosen in systems:
+                for key in chosen.keys() & {"policy", "router"}:
+                    self._document.put(key, chosen[key], f"--{key} {chosen[key]}")
+                variant = Variant(**chosen) if len(systems) > 1 else None
+                found.append(self._setup(scenario, case, trace, variant, None))
         elif scenario.compare:
             for i, variant in enumerate(scenario.compare):
                 found.append(self._setup(scenario, case, trace, variant, ("compare", i)))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from chairlift.sim.bad_input import NOTHING, did_you_mean
+from chairlift.sim.bad_input import MOST_TOLD, NOTHING, did_you_mean
 
 Path = tuple[str | int, ...]  # keys and list indices from the top of a document
 
@@ -31,10 +31,8 @@ def complaints(error: ValidationError, model: Any, data: object) -> list[Complai
     pydantic's locations also name union members and validators; here only real keys and indices are left.
     A value that fits no member of a union gives one complaint, or those of the member it is nearest to.
     """
-    return [
-        _complaint(found, model, data)
-        for found in _settle([_Found(e, _steps(e, data)) for e in error.errors(include_url=False)], 0)
-    ]
+    settled = _settle([_Found(e, _steps(e, data)) for e in error.errors(include_url=False)], 0)
+    return [_complaint(found, model, data, hint=i < MOST_TOLD) for i, found in enumerate(settled)]
 
 
 class _Step(NamedTuple):
@@ -66,6 +64,11 @@ def _steps(error: ErrorDetails, data: object) -> tuple[_Step, ...]:
     location = error["loc"]
     last = location[-1:] if error["type"] in _MISSING else ()
     body = location[:-1] if last else location
+    here = data
+    for part in body:  # mostly every part is real
+        here = _child(here, part)
+    if here is error["input"]:
+        return tuple(_Step(part, True) for part in location)
 
     def readings(here: object, at: int) -> Iterable[tuple[bool, tuple[_Step, ...]]]:
         if at == len(body):
@@ -129,12 +132,15 @@ def _settle(found: list[_Found], start: int) -> list[_Found]:
     return plain
 
 
-def _complaint(found: _Found, model: Any, data: object) -> Complaint:
+def _complaint(found: _Found, model: Any, data: object, hint: bool = True) -> Complaint:
+    """``hint``: look for the key that an unknown one may be meant for, which takes its time."""
     error, path = found.error, found.path
     kind, value = error["type"], error["input"]
     if kind in _MISSING:
         return Complaint(path, "is required", absent=True)
     if kind in _UNKNOWN:
+        if not hint:
+            return Complaint(path, "unknown key")
         names = _names_at(model, path[:-1], data)
         return Complaint(path, "unknown key" + (did_you_mean(str(path[-1]), names) or " – allowed: none"))
     if kind.startswith("union_tag"):

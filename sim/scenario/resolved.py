@@ -22,11 +22,15 @@ from chairlift.sim.scenario.yaml_document import Document
 
 
 def named_systems(policies: Sequence[str], routers: Sequence[str]) -> list[dict[str, str]]:
-    """Variants that the command line makes: each policy with each router. One alone is called ""."""
+    """Variants that the command line makes: each policy with each router; keys are those that differ.
+
+    Example: one policy with two routers makes ``[{name: vllm round_robin, router: round_robin}, …]``.
+    """
+    several = [key for key, names in (("policy", policies), ("router", routers)) if len(names) > 1]
     found = []
     for policy, router in itertools.product(policies or (None,), routers or (None,)):
         chosen = {key: name for key, name in (("policy", policy), ("router", router)) if name is not None}
-        found.append({"name": " ".join(chosen.values()), **chosen})
+        found.append({"name": " ".join(chosen.values()), **{key: chosen[key] for key in several}})
     return found
 
 
@@ -54,16 +58,17 @@ def resolved(
         routers: those of ``--router``.
         backend: that of ``--backend``.
     """
+    document = Document(document.data, {}, document.path)  # lines are of no use here, and copying them takes long
     changes = _changes(policies, routers, backend)
     changes = {key: value for key, value in changes.items() if value != [] or document.data.get(key)}
     ran = [_at_case(document, i, assignments, changes) for i in _cases(document)]
     short = _changed(document, assignments, changes)
     made = short
     if not _same(short, ran):
-        made = copy.deepcopy(document)
+        made = document.copy()
         for i in _cases(document):
             own = made.data["cases"][i].get("set") or {}
-            for key, value in (*_parsed(document, i, assignments), *changes.items()):
+            for key, value in (*changes.items(), *_parsed(document, i, assignments)):
                 own.pop(key, None)  # the last word stands last
                 own[key] = value
             made.data["cases"][i]["set"] = own
@@ -106,10 +111,9 @@ def _changes(policies: Sequence[str], routers: Sequence[str], backend: str | Non
         {key: _absolute(name) if key != "name" else name for key, name in each.items()}
         for each in named_systems(policies, routers)
     ]
+    one = {key: _absolute(names[0]) for key, names in (("policy", policies), ("router", routers)) if len(names) == 1}
     nothing: dict[str, Any] = {"waterfall": [], "baseline": [], "claims": []}
-    if len(systems) == 1:
-        return {**changes, **nothing, "compare": [], **{k: v for k, v in systems[0].items() if k != "name"}}
-    return {**changes, **nothing, "compare": systems}
+    return {**changes, **nothing, "compare": systems if len(systems) > 1 else [], **one}
 
 
 def _absolute(name: str) -> str:
@@ -124,17 +128,17 @@ def _cases(document: Document) -> range:
 
 
 def _changed(document: Document, assignments: Sequence[str], changes: Mapping[str, Any]) -> Document:
-    one = copy.deepcopy(document)
-    one.set(assignments)
+    """``document`` with ``changes`` of its top-level keys and then the assignments, as `load` applies them."""
+    one = document.copy()
     one.data |= copy.deepcopy(dict(changes))
+    one.set(assignments)
     return one
 
 
 def _at_case(document: Document, case: int, assignments: Sequence[str], changes: Mapping[str, Any]) -> Document:
-    """What runs in one case: the file, the case's ``set``, the command line, in this order; without ``cases``."""
-    one = copy.deepcopy(document)
-    cases = one.data.pop("cases", None)
-    if cases:
+    """What runs in one case: the file, the case's ``set``, options, ``--set``, in this order; without ``cases``."""
+    one = document.copy(without="cases")
+    if cases := document.data.get("cases"):
         one.set([f"{key}={json.dumps(value)}" for key, value in (cases[case].get("set") or {}).items()])
     return _changed(one, assignments, changes)
 
@@ -158,9 +162,7 @@ def _with_files(document: Document, folder: Path, name: Any) -> dict[str, Any]:
     Weights keep their name: a relative one starts at the current folder, wherever the scenario lies.
     """
     data: dict[str, Any] = copy.deepcopy(document.data)
-    whole = copy.deepcopy(document)
-    whole.data.pop("cases", None)
-    _rename(data, files_read(whole, folder), (), (), name)
+    _rename(data, files_read(document.copy(without="cases"), folder), (), (), name)
     cases = data.get("cases") or []
     for i in range(len(cases)):
         found = files_read(_at_case(document, i, (), {}), folder)

@@ -7,10 +7,11 @@ makes it build anything but text, numbers, booleans, null, lists and mappings.
 
 from __future__ import annotations
 
-import copy
 import json
+import pickle
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ class Document:
         where the assignments come from. Raises BadInput with every one that cannot be applied, and then
         changes nothing.
         """
-        after = copy.deepcopy(self)
+        after = self.copy()
         problems = []
         for text in assignments:
             try:
@@ -53,6 +54,15 @@ class Document:
         if problems:
             raise BadInput(problems)
         self.data, self.lines, self.overrides = after.data, after.lines, after.overrides
+
+    def copy(self, without: str | None = None) -> Document:
+        """A copy of its own, without the top-level key ``without``."""
+        data, lines, overrides = self.data, dict(self.lines), dict(self.overrides)
+        if without is not None:
+            data = {key: value for key, value in data.items() if key != without}
+            lines = {at: line for at, line in lines.items() if at[:1] != (without,)}
+            overrides = {at: text for at, text in overrides.items() if at[:1] != (without,)}
+        return Document(pickle.loads(pickle.dumps(data)), lines, self.path, overrides)
 
     def put(self, key: str, value: object, origin: str) -> None:
         """Let ``value`` stand at the top-level ``key``; ``origin`` says in messages where it came from."""
@@ -160,7 +170,7 @@ def read(path: FilePath) -> Document:
             raise BadInput(Problem("is nested too deeply", name)) from None
         text = text.replace("\t", " ")  # JSON may be indented with tabs, YAML may not; neither has them in strings
     try:
-        node = yaml.compose(text, _Loader)
+        node = _composed(text)
         if node is None:
             raise BadInput(Problem("is empty: expected keys and values", name))
         if not isinstance(node, yaml.MappingNode):
@@ -239,12 +249,35 @@ for _kind, (_pattern, _first) in _PLAIN.items():
     _Loader.add_implicit_resolver(_TAG + _kind, re.compile(rf"^(?:{_pattern.pattern})$"), list(_first))
 
 
+if yaml.__with_libyaml__:
+
+    class _Quick(yaml.composer.Composer, yaml.CSafeLoader):
+        """The same loader with libyaml's events, ten times as fast. The tree is composed in Python, never in C, where a
+        document that is nested too deeply would end the process.
+        """
+
+        yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+        def __init__(self, stream: str) -> None:
+            yaml.CSafeLoader.__init__(self, stream)
+            yaml.composer.Composer.__init__(self)
+
+
+def _composed(text: str) -> yaml.Node | None:
+    """The tree of the one document in ``text``; what is wrong with it is said in the words of PyYAML's own parser."""
+    if yaml.__with_libyaml__:
+        with suppress(yaml.YAMLError, ValueError, OverflowError):
+            return yaml.compose(text, _Quick)
+    return yaml.compose(text, _Loader)
+
+
 class _Reader:
     """Builds values from YAML nodes. It notes the line of each value, and collects mistakes."""
 
     def __init__(self) -> None:
         self.lines: dict[Path, int] = {}
         self.problems: list[Problem] = []
+        self._told: set[tuple[str, int | None, str]] = set()
         self._nodes = 0
 
     def value(self, node: yaml.Node, at: Path, inside: tuple[int, ...] = ()) -> Any:
@@ -294,18 +327,19 @@ class _Reader:
                 self._complain("<< must be given a mapping", other, at)
                 continue
             reader = _Reader()
-            reader._nodes, reader.problems = self._nodes, self.problems
-            for name, value in reader.value(other, at, inside).items():
-                if name not in data:
-                    data[name] = value
-                    below_it = (*at, name)
-                    self.lines |= {p: n for p, n in reader.lines.items() if p[: len(below_it)] == below_it}
+            reader._nodes, reader.problems, reader._told = self._nodes, self.problems, self._told
+            new = {name: value for name, value in reader.value(other, at, inside).items() if name not in data}
+            data |= new
+            depth = len(at)
+            self.lines |= {p: n for p, n in reader.lines.items() if len(p) > depth and p[depth] in new}
             self._nodes = reader._nodes
         return data
 
     def _complain(self, rule: str, node: yaml.Node, at: Path, value: object = NOTHING) -> None:
         problem = Problem(rule, line=_line(node), path=_dotted(at), value=value)
-        if problem not in self.problems:  # an alias is read as often as it is used
+        told = rule, problem.line, problem.path
+        if told not in self._told:  # an alias is read as often as it is used
+            self._told.add(told)
             self.problems.append(problem)
 
 
@@ -352,7 +386,7 @@ def _syntax_problem(error: Exception, file: str, text: str) -> Problem:
 
 def _parse_value(source: str) -> Any:
     try:
-        node = yaml.compose(source, _Loader)
+        node = _composed(source)
         if node is None:
             return None
         reader = _Reader()

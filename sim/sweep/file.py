@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,7 +206,7 @@ def _systems(
     """Labels and scenario of every variant of every case of the base; just the base if it compares nothing."""
     cases, variants = _named(base, "cases"), _named(base, "compare")
     for i, case in cases or [(0, "")]:
-        changed = copied(base)
+        changed = base.copy()
         if case:
             for key, value in base.check(Case, at=("cases", i)).set.items():
                 changed.assign(key, value, origin_of(base, ("cases", i, "set", key)))
@@ -215,7 +214,7 @@ def _systems(
                 changed.assign(key, value, origin)
             changed.set(assignments)
         for j, variant in variants or [(0, "")]:
-            one = copied(changed)
+            one = changed.copy()
             for key, value in (changed.data["compare"][j] if variant else {}).items():
                 if key not in _VARIANT and value is not None:
                     one.data[key] = value
@@ -237,7 +236,7 @@ def _folded(known: dict[tuple[str | int, ...], T], variant: int, key: str) -> di
 
 def scenario_at(system: Document, point: dict[str, Value], seed: int, document: Document) -> Document:
     """The scenario of one run: ``system`` with the keys of ``point`` changed, shorter keys first."""
-    one = copied(system)
+    one = system.copy()
     for key in sorted(point, key=lambda key: key.count(".")):
         one.assign(key, point[key].value, point[key].origin or _place(document, key))
     one.data["seed"] = seed
@@ -255,13 +254,6 @@ def _place(document: Document, key: str) -> str:
     if known.get("random") and key in known["random"]["keys"]:
         return origin_of(document, ("random", "keys", key))
     raise AssertionError(f"{key} is no axis")
-
-
-def copied(document: Document) -> Document:
-    """A copy of its own."""
-    return Document(
-        pickle.loads(pickle.dumps(document.data)), dict(document.lines), document.path, dict(document.overrides)
-    )
 
 
 def _named(base: Document, key: str) -> list[tuple[int, str]]:

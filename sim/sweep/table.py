@@ -79,7 +79,11 @@ def read(path: Path) -> Results:
     """The results in ``path``: a Parquet file, or a sweep's folder. Raises `BadInput` if it is neither."""
     file = path / "results.parquet" if path.is_dir() else path
     if not file.is_file():
-        raise BadInput(Problem("no results of a sweep here: run chairlift sweep first", file=str(path)))
+        if (path / "study.json").exists():
+            rule = f"holds one run, no sweep: chairlift report {path} shows it"
+        else:
+            rule = "no results of a sweep here: run chairlift sweep first"
+        raise BadInput(Problem(rule, file=str(path)))
     try:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:

@@ -101,6 +101,96 @@ def test_a_run_without_a_journal_is_named() -> None:
     assert "the run: kept no journal" in chairlift("explain", "1", "--in", "small").err
 
 
+TWO = SCENARIO + "compare: [{name: a, policy: vllm}, {name: b, policy: orca}]\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "value"),
+    [
+        (("--policy", "vllm", "--set", "policy.max_num_seqs=3"), "max_num_seqs", 3),
+        (("--set", "policy.max_num_seqs=3", "--policy", "vllm"), "max_num_seqs", 3),
+        (("--policy", "vllm", "--router", "least_outstanding", "--set", "policy.max_num_seqs=3"), "max_num_seqs", 3),
+    ],
+)
+def test_set_changes_a_setting_of_the_policy_that_an_option_names(
+    options: tuple[str, ...], key: str, value: int
+) -> None:
+    Path("two.yaml").write_text(TWO.replace("{name: vllm}", "orca"))
+    assert chairlift("run", "two.yaml", *options, "-q").status == 0
+    [setup] = load(Path("runs/two/scenario.yaml")).setups  # what ran
+
+    assert setup.groups[0].scheduler_settings[key] == value
+    assert setup.groups[0].scheduler.__name__ == "Vllm"
+
+
+def test_a_setting_of_one_policy_holds_beside_several_routers() -> None:
+    options = (
+        "--policy",
+        "vllm",
+        "--router",
+        "least_outstanding",
+        "--router",
+        "round_robin",
+        "--set",
+        "policy.max_num_seqs=3",
+    )
+    assert chairlift("run", "small.yaml", *options, "-q").status == 0
+    setups = load(Path("runs/small/scenario.yaml")).setups
+
+    assert [(s.variant, s.router.__name__) for s in setups] == [
+        ("vllm least_outstanding", "LeastOutstanding"),
+        ("vllm round_robin", "RoundRobin"),
+    ]
+    assert {s.groups[0].scheduler_settings["max_num_seqs"] for s in setups} == {3}
+
+
+def test_set_changes_a_setting_of_the_backend_that_an_option_names() -> None:
+    result = chairlift("run", "small.yaml", "--backend", "roofline", "--set", "backend.mfu=0.25")
+
+    assert "MFU 0.25" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--set", "policy.max_num_seqs=3"),
+            "has no effect: every variant of compare says its own policy; set compare.0.",
+        ),
+        (("--set", "policy=orca"), "--set policy=orca: has no effect: every variant of compare says its own policy"),
+        (("--policy", "vllm", "--set", "policy=orca"), "must not be given beside --policy: each says the policy"),
+        (("--policy", "vllm", "--policy", "tgi", "--set", "policy.x=1"), "must not be given beside several --policy"),
+        (("--policy", "vllm", "--set", "compare.0.policy=tgi"), "must not be given beside --policy or --router"),
+        (("--backend", "roofline", "--set", "backend=roofline"), "must not be given beside --backend: each says the"),
+        (("--set", "cases=[{name: x, set: {policy: tgi}}]"), "cases.0.set.policy: has no effect: every variant of"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(options: tuple[str, ...], said: str) -> None:
+    Path("two.yaml").write_text(TWO)
+    result = chairlift("run", "two.yaml", *options)
+
+    assert (result.status, result.out) == (2, "")
+    assert said in result.err
+
+
+def test_a_sweep_whose_base_lacks_a_policy_is_refused_at_once() -> None:
+    Path("bare.yaml").write_text(TWO.replace("policy: {name: vllm}\n", ""))
+    Path("w.yaml").write_text("base: bare.yaml\nset: {compare: []}\nseeds: 2\naxes: {workload.requests: [3, 4]}\n")
+    result = chairlift("sweep", "w.yaml", "-j1")
+
+    assert result.status == 2
+    assert "policy: is required" in result.err
+    assert not Path("runs").exists()
+
+
+def test_compare_says_that_a_folder_is_a_runs() -> None:
+    chairlift("run", "small.yaml", "-q")
+
+    assert (
+        "runs/small: holds one run, no sweep: chairlift report runs/small shows it" in chairlift("compare", "small").err
+    )
+
+
 def test_names_and_keys_are_completed() -> None:
     assert complete("policy_z") == ["policy_zoo"]
     assert completion.policies("vl") == ["vllm", "vllm_v0"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from chairlift.sim.cluster.audit import audit
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.cluster.run import run
-from chairlift.sim.results.records import RUN_COLUMNS
+from chairlift.sim.results.records import RUN_COLUMNS, Rows
 from kit.clusters import group, setup_of
 from kit.worlds import trace_of
 
@@ -29,12 +30,22 @@ def a_token_too_many(cluster: Cluster) -> None:
 
 
 def a_step_too_long(cluster: Cluster) -> None:
-    cluster.replicas[0].records.rows[RUN_COLUMNS.index("first_ps")] += 10**6
+    make_longer(cluster, 0, 10**6)
 
 
 def a_last_step_too_long(cluster: Cluster) -> None:
-    rows = cluster.replicas[0].records.rows
-    rows[len(rows) - len(RUN_COLUMNS) + RUN_COLUMNS.index("first_ps")] += 1
+    make_longer(cluster, -1, 1)
+
+
+def make_longer(cluster: Cluster, row: int, ps: int) -> None:
+    """One of the first replica's runs of steps takes so much longer."""
+    records = cluster.replicas[0].records
+    table = np.stack(list(records.runs().values()), axis=1)
+    table[row, RUN_COLUMNS.index("first_ps")] += ps
+    records.rows = Rows(RUN_COLUMNS)
+    for each in table:
+        records.rows.frombytes(each.tobytes())
+        records.rows.pack()
 
 
 def a_block_kept(cluster: Cluster) -> None:
@@ -62,3 +73,19 @@ def test_a_fault_is_found(cluster: Cluster, fault: Callable[[Cluster], None], me
 
     with pytest.raises(AssertionError, match=message):
         audit(cluster)
+
+
+@pytest.mark.parametrize("packed", [1, 2, 3])
+def test_two_steps_at_once_are_found_among_packed_rows(
+    cluster: Cluster, packed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chairlift.sim.results.records.PACKED_ROWS", packed)
+    make_longer(cluster, 0, 0)  # as it was, but packed
+    audit(cluster)
+    monkeypatch.setattr("chairlift.sim.cluster.audit._gaps_add_up", lambda *_: None)  # it would find them first
+    idle = 10**9
+    for row in range(len(cluster.replicas[0].records.rows) - 1):
+        make_longer(cluster, row, idle)
+        with pytest.raises(AssertionError, match="replica 0: two steps at once"):
+            audit(cluster)
+        make_longer(cluster, row, -idle)

@@ -98,6 +98,19 @@ def test_requests_lost_together_are_planned_together() -> None:
     assert served.columns()["finished_ps"] == [3500] * 3
 
 
+@pytest.mark.parametrize(("other", "tokens"), [("sglang", 15), ("vllm", 30)])
+def test_what_a_replica_allows_holds_as_long_as_it_serves_the_request(other: str, tokens: int) -> None:
+    # SGLang allows an answer of 15 tokens to a prompt of 70 in 7 pages of 16: 5 hold the prompt, 1 is spare, and of the
+    # last a token is. Its replica fails at 5500, when the client has 4 or 5 tokens; the other one allows what it likes
+    sglang = {"page_size": 16, "schedule_policy": "fcfs"}
+    groups = [group(Sglang, sglang, blocks=7, cost=COST), group(Sglang, sglang, blocks=7, cost=COST)]
+    groups[1] = vllm() if other == "vllm" else groups[1]
+    served = played(setup_of(trace_of([(0, 70, 30)], max_tokens=[30]), groups, failures=down((0, 5500, None))))
+
+    assert served.columns()["replica"] == [1]
+    assert served.columns()["emitted_tokens"] == [tokens]
+
+
 def test_a_replica_takes_requests_again_after_repair_and_start_up() -> None:
     # 500 fails, 1500 repaired, 3500 started: A, lost at 500, and B, who came at 3000, are planned together
     failures = down((0, 500, 1000))

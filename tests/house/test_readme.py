@@ -279,6 +279,11 @@ def test_every_folder_of_tests_and_of_sim_is_described() -> None:
                 assert f"`{folder.name}/`" in TEXTS[f"{home}/README.md"], folder
 
 
+def test_every_file_of_a_replica_has_its_row() -> None:
+    for path in (ROOT / "sim" / "replica").glob("[!_]*.py"):
+        assert f"[`{path.name}`](replica/{path.name})" in TEXTS["sim/README.md"], path
+
+
 # What single examples come to
 
 

@@ -15,8 +15,9 @@ from chairlift.policies.orca import Orca
 from chairlift.policies.static import Static
 from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.results.metrics import Latencies, _statistics, inter_token_gaps, summarise
+from chairlift.sim.results.metrics import Latencies, inter_token_gaps, summarise
 from chairlift.sim.results.records import Status
+from chairlift.sim.results.weighted import weighted_statistics
 from chairlift.sim.study import Slo
 from kit.worlds import Affine, World, play, sync_vllm, trace_of
 
@@ -184,11 +185,11 @@ def test_rejected_requests_count_in_no_latency() -> None:
 def test_weighted_statistics_are_numpys_on_the_list_written_out(pairs: list[tuple[float, int]]) -> None:
     values, weights = np.array([v for v, _ in pairs]), np.array([w for _, w in pairs])
     expected = numpy_statistics(np.repeat(values, weights))
-    assert _statistics(values, weights) == pytest.approx(expected, rel=1e-9, abs=1e-6)
+    assert weighted_statistics(values, weights) == pytest.approx(expected, rel=1e-9, abs=1e-6)
 
 
 def test_weighted_statistics_of_nothing() -> None:
-    assert _statistics(np.array([]), np.array([], dtype=np.int64)) == [None] * len(STATISTICS)
+    assert weighted_statistics(np.array([]), np.array([], dtype=np.int64)) == [None] * len(STATISTICS)
 
 
 # ---- on every run ----

@@ -172,8 +172,7 @@ def test_a_run_that_kills_its_process_is_given_up_and_the_others_end(tmp_path: P
     swept("-j2", "--trust", status=1)
     errors = {row["policy.budget"]: row["error"] for row in table(tmp_path / "out").to_pylist()}
 
-    assert "its process died" in errors.pop(999)
-    assert set(errors.values()) == {""}
+    assert errors == dict.fromkeys((2000, 2001, 2002, 2003, 2004), "")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
