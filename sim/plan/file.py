@@ -23,7 +23,7 @@ from chairlift.sim.scenario import load
 from chairlift.sim.scenario.schema import results_name
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Value
-from chairlift.sim.sweep.file import Based, base_of, origin_of
+from chairlift.sim.sweep.file import Based, base_of, hidden_by_axes, origin_of
 from chairlift.sim.workload.arrivals import Rate
 from chairlift.sim.workload.strict import Spec
 
@@ -159,6 +159,8 @@ def read_plan(
     given += [(key, document.problem(("axes", key), "", key)) for key in varying]
     given += [(key, Problem("", f"--set {text}")) for text in assignments for key in [text.partition("=")[0].strip()]]
     if problems := [found._replace(rule=rule) for key, found in given if (rule := _ours(key))]:
+        raise BadInput(problems)
+    if problems := hidden_by_axes(document, spec, assignments, varying):
         raise BadInput(problems)
     points = spec.points()
     for point in spec.each_alone():

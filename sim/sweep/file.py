@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -113,7 +113,10 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         if (text := same_as(value.value)) in known:
             raise BadInput(Problem("stands in the axis policy already", file=value.origin))
         known.add(text)
-    points = _with_policies(spec.points(), base, added)
+    own = spec.points()
+    if problems := hidden_by_axes(document, spec, assignments, [key for point in own for key in point]):
+        raise BadInput(problems)
+    points = _with_policies(own, base, added)
     once = _with_policies(spec.each_alone(), base, added)
     keys = list(dict.fromkeys(key for point in points for key in point))
     for key in keys:
@@ -126,7 +129,6 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
             raise BadInput(document.problem(("axes", key), rule))
     plan = Plan(results_name(spec.name, path), spec.question or "", keys, seeds, [], [], document.data)
     documents: list[Document] = []  # of each point, with the first seed
-    problems: list[Problem] = []
     for labels, system in _systems(
         base, [(key, spec.set[key], origin_of(document, ("set", key))) for key in spec.set], assignments
     ):
@@ -147,6 +149,20 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     if _loops_differ(documents, folder, allowed):
         plan.runs = [[replace(run, synchronous=True) for run in runs] for runs in plan.runs]
     return plan
+
+
+def hidden_by_axes(document: Document, spec: Based, assignments: Sequence[str], axes: Iterable[str]) -> list[Problem]:
+    """What ``set:`` and ``--set`` say of keys whose every value an axis of ``axes`` says: it has no effect."""
+    given = [(key, document.problem(("set", key), "")) for key in spec.set]
+    given += [(text.partition("=")[0].strip(), Problem("", f"--set {text}")) for text in assignments]
+    found = []
+    for key, problem in given:
+        axis = next((axis for axis in dict.fromkeys(axes) if f"{key}.".startswith(f"{axis}.")), None)
+        if axis is not None:
+            found.append(
+                problem._replace(rule=f"has no effect: {axis} is an axis, and its values take this one's place")
+            )
+    return found
 
 
 def _loops_differ(documents: list[Document], folder: Path, trust: Trust) -> bool:

@@ -183,6 +183,38 @@ def test_a_sweep_whose_base_lacks_a_policy_is_refused_at_once() -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "said"),
+    [
+        (
+            "sweep",
+            "policy.max_num_seqs=8",
+            "--set policy.max_num_seqs=8: has no effect: policy is an axis, and its values",
+        ),
+        ("sweep", "workload.requests=8", "--set workload.requests=8: has no effect: workload.requests is an axis"),
+        ("sweep", "gpu=l4", ""),  # what no axis says may be set
+        ("plan", "gpu=l4", "--set gpu=l4: has no effect: gpu is an axis, and its values take this one's place"),
+        ("plan", "policy.max_num_seqs=8", ""),
+    ],
+)
+def test_what_an_axis_says_cannot_be_set(command: str, option: str, said: str) -> None:
+    Path("w.yaml").write_text("base: small.yaml\naxes: {policy: [vllm, orca], workload.requests: [3, 4]}\n")
+    Path("base.yaml").write_text(SCENARIO.replace("seed: 7\n", ""))
+    Path("p.yaml").write_text(
+        "base: base.yaml\nslo: [{percentile: 90, ttft_ms: 900}]\naxes: {gpu: [h100, a100-40gb]}\nrate_per_s: 1\n"
+    )
+    result = chairlift(command, "w.yaml" if command == "sweep" else "p.yaml", "--set", option, "--dry-run")
+
+    assert result.status == (2 if said else 0), result.err
+    assert said in result.err
+
+
+def test_a_sweep_that_sets_what_its_axis_says_is_told() -> None:
+    Path("w.yaml").write_text("base: small.yaml\nset: {gpu: l4}\naxes: {gpu: [h100, a100-40gb]}\n")
+
+    assert "w.yaml:2: set.gpu: has no effect: gpu is an axis" in chairlift("sweep", "w.yaml", "--dry-run").err
+
+
 def test_compare_says_that_a_folder_is_a_runs() -> None:
     chairlift("run", "small.yaml", "-q")
 
