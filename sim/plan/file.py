@@ -23,7 +23,7 @@ from chairlift.sim.scenario import load
 from chairlift.sim.scenario.schema import results_name
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Value
-from chairlift.sim.sweep.file import Based, base_of, hidden_by_axes, origin_of
+from chairlift.sim.sweep.file import Based, base_of, hidden_by_axes, of_another_kind, origin_of
 from chairlift.sim.workload.arrivals import Rate
 from chairlift.sim.workload.strict import Spec
 
@@ -138,6 +138,7 @@ def read_plan(
     against the scenario's rules, and every GPU must have a price.
     """
     document = read(path)
+    of_another_kind(document, "plan")
     if rates:
         document.put("rate_per_s", list(rates), "--rate")
     spec = document.check(PlanFile)

@@ -99,6 +99,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     Raises `BadInput`: every value of every axis is tried once against the scenario's rules.
     """
     document = read(path)
+    of_another_kind(document, "sweep")
     spec = document.check(SweepFile)
     base, folder = base_of(document, spec, path)
     for key, value in spec.set.items():
@@ -149,6 +150,17 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     if _loops_differ(documents, folder, allowed):
         plan.runs = [[replace(run, synchronous=True) for run in runs] for runs in plan.runs]
     return plan
+
+
+def of_another_kind(document: Document, kind: str) -> None:
+    """Raise `BadInput` where a file that is to be a "sweep" or a "plan" is a scenario, or a plan."""
+    if "base" not in document.data and "workload" in document.data:
+        rule = f"is a key of scenarios: run this file with chairlift run, or name it as the base of a {kind}"
+        raise BadInput(document.problem(("workload",), rule))
+    if kind == "sweep" and "base" in document.data and "slo" in document.data:
+        raise BadInput(document.problem(("slo",), "is a key of plans: run this file with chairlift plan"))
+    if kind == "plan" and "seeds" in document.data:
+        raise BadInput(document.problem(("seeds",), "is a key of sweeps: run this file with chairlift sweep"))
 
 
 def hidden_by_axes(document: Document, spec: Based, assignments: Sequence[str], axes: Iterable[str]) -> list[Problem]:

@@ -13,6 +13,8 @@ from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from kit.command import SCENARIO, chairlift
 
+TWO = SCENARIO + "compare: [{name: a, policy: vllm}, {name: b, policy: orca}]\n"
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +63,18 @@ def test_new_says_which_command_runs_it() -> None:
         (["run", "sweep.yaml"], "sweep.yaml:1: base: is a key of sweeps and plans, not of scenarios: run this file"),
         (["run", "sweep.yaml"], "with chairlift sweep"),
         (["run", "plan.yaml"], "run this file with chairlift plan"),
+        (["sweep", "small.yaml"], "workload: is a key of scenarios: run this file with chairlift run, or name it as the base"),
+        (["plan", "small.yaml"], "run this file with chairlift run, or name it as the base of a plan"),
+        (["sweep", "plan.yaml"], "plan.yaml:2: slo: is a key of plans: run this file with chairlift plan"),
+        (["plan", "seeds.yaml"], "seeds.yaml:2: seeds: is a key of sweeps: run this file with chairlift sweep"),
+        (["run", "bare.yaml", "--router", "round_robin"], "policy: is required: --router takes the place of compare, so"),
     ],
 )  # fmt: skip
 def test_messages_say_what_to_do(arguments: list[str], said: str) -> None:
     Path("sweep.yaml").write_text("base: small.yaml\naxes: {seed: [1]}\n")
     Path("plan.yaml").write_text("base: small.yaml\nslo: [{percentile: 99, ttft_ms: 500}]\n")
+    Path("seeds.yaml").write_text("base: small.yaml\nseeds: 3\naxes: {gpu: [l4]}\n")
+    Path("bare.yaml").write_text(TWO.replace("policy: {name: vllm}\n", ""))
     result = chairlift(*arguments)
 
     assert (result.status, result.out) == (2, "")
@@ -99,9 +108,6 @@ def test_a_run_without_a_journal_is_named() -> None:
     chairlift("run", "small.yaml", "-q", "--no-events")
 
     assert "the run: kept no journal" in chairlift("explain", "1", "--in", "small").err
-
-
-TWO = SCENARIO + "compare: [{name: a, policy: vllm}, {name: b, policy: orca}]\n"
 
 
 @pytest.mark.parametrize(
