@@ -63,11 +63,11 @@ def test_new_says_which_command_runs_it() -> None:
         (["run", "sweep.yaml"], "sweep.yaml:1: base: is a key of sweeps and plans, not of scenarios: run this file"),
         (["run", "sweep.yaml"], "with chairlift sweep"),
         (["run", "plan.yaml"], "run this file with chairlift plan"),
-        (["sweep", "small.yaml"], "workload: is a key of scenarios: run this file with chairlift run, or name it as the base"),
+        (["sweep", "small.yaml"], "workload: is a key of scenarios: run this file with chairlift run, or name"),
         (["plan", "small.yaml"], "run this file with chairlift run, or name it as the base of a plan"),
         (["sweep", "plan.yaml"], "plan.yaml:2: slo: is a key of plans: run this file with chairlift plan"),
         (["plan", "seeds.yaml"], "seeds.yaml:2: seeds: is a key of sweeps: run this file with chairlift sweep"),
-        (["run", "bare.yaml", "--router", "round_robin"], "policy: is required: --router takes the place of compare, so"),
+        (["run", "bare.yaml", "--router", "round_robin"], "policy: is required: --router takes the place of compare"),
     ],
 )  # fmt: skip
 def test_messages_say_what_to_do(arguments: list[str], said: str) -> None:
