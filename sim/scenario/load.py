@@ -372,7 +372,10 @@ class _Resolver(Lookup):
         def need(key: str) -> tuple[Any, KeyPath]:
             value, where = pick(key)
             if value is None:
-                self._problems.append(self._document.problem(where, "is required"))
+                rule = "is required"
+                if key == "policy" and self._routers and not self._policies:
+                    rule += ": --router takes the place of compare, so name a policy too, with --policy"
+                self._problems.append(self._document.problem(where, rule))
             return value, where
 
         model = self._find("model", *need("model"))
