@@ -52,9 +52,8 @@ class Candidate:
     usd_per_hour: float = 0.0  # where replicas come and go, of the fewest there may be: what they cost is measured
     backend: str = ""  # how its steps are priced, in words
     notes: tuple[str, ...] = ()  # what was changed so that its engines start
-    synchronous: bool = False  # compared with policies that plan no step ahead (`sim.scenario.loops`)
-
     usd_of_replica: tuple[float, ...] = ()  # of each group, dollars an hour
+    synchronous: bool = False  # compared with policies that plan no step ahead (`sim.scenario.loops`)
 
     @property
     def scales(self) -> bool:
