@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test bench lint types check clean
+.PHONY: run test bench gallery lint types check clean
 
 run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 	$(BIN)/chairlift run anyscale_23x
@@ -14,6 +14,9 @@ test: $(VENV)/.installed-dev  ## all tests
 
 bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
 	$(BIN)/python -m chairlift.sim.cli.bench
+
+gallery: $(VENV)/.installed  ## pictures of the shipped scenarios' pages; needs a Chromium (some ten minutes)
+	$(BIN)/python -m chairlift.sim.cli.gallery
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:  # a machine that only measures lacks it
+    from pydantic import ValidationError
 
 MOST_TEXT = 1 << 26  # bytes of a document that a person may have written; longer than any, and read in seconds
 _MOST = 60  # characters of a value that are shown

@@ -55,6 +55,8 @@ def simulate(
     summary = summarise(cluster.requests, runs, pools, setup.slo, wall)
     summary.update(fleet(summary, [replica.up_ps for replica in cluster.replicas]))
     assumptions = _assumptions(setup, engines, summary["swaps"])
+    if cluster.scalers:
+        assumptions["autoscaling"] = "; ".join(scaler.said() for scaler in cluster.scalers)
     if cluster.notes:
         assumptions["outages"] = "; ".join(cluster.notes)
     if refused := refusals(setup, cluster.requests):
@@ -64,7 +66,8 @@ def simulate(
         assumptions["ITL"] = f"of completed requests, and of {others:,} that were preempted and then given up"
     backend = engines[0].backend
     facts = backend.facts() if isinstance(backend, Executor) else {}
-    return Outcome(setup, cluster.requests, runs, summary, assumptions, facts)
+    up_ps = [replica.up_ps for replica in cluster.replicas]
+    return Outcome(setup, cluster.requests, runs, summary, assumptions, facts, up_ps)
 
 
 def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[str, str]:

@@ -132,26 +132,58 @@ class Planned(Spec):
     replicas: Fleet = Field(description="How many.")
 
 
-class Autoscale(Spec):
-    """How many of the replicas are up; they start with `replicas`. Exactly one of the targets and the schedule."""
+class Saturation(Spec):
+    """When llm-d's Workload Variant Autoscaler adds a replica, and when it takes one away; its defaults."""
 
-    min: Fleet = Field(1, description="At least so many.")
+    kv: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="A replica is full at this share of its KV,")
+    queue: PositiveNumber = Field(5, description="or with so many waiting.")
+    spare_kv: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="One more where the mean of kv − share,")
+    spare_queue: Annotated[float, Field(ge=0)] = Field(3, description="or of queue − waiting, falls below this.")
+
+
+class Autoscale(Spec):
+    """How many of the replicas are up; they start with `replicas`. Exactly one rule: a target, or the schedule."""
+
+    min: Annotated[int, Field(ge=0, le=10_000)] = Field(1, description="At least so many; 0: none while nobody asks.")
     max: Fleet = Field(description="At most so many.")
     every_s: PositiveSeconds = Field(15, description="Time between two looks.")
-    provision_s: Seconds = Field(60, description="Time from asking for a replica to having it.")
+    provision_s: Seconds = Field(60, description="Time from asking for a replica to having its GPUs, or the replica.")
+    load_s: Seconds = Field(0, description="Then time to load the model, paid for, until it takes requests.")
     target_outstanding: PositiveNumber | None = Field(None, description="Requests a replica should have.")
+    target_queued: PositiveNumber | None = Field(
+        None, description="Waiting requests a replica should have, as KEDA reads vllm:num_requests_waiting."
+    )
+    target_kv: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Share of its KV pool that a replica should use, as an HPA reads vllm:kv_cache_usage_perc."
+    )
+    saturation: Saturation | None = Field(None, description="By full replicas and spare room, as llm-d does.")
     target_waiting: PositiveNumber | None = Field(None, description="Requests that may wait at a replica.")
     schedule: list[Planned] = Field(default_factory=list, description="Numbers for set times.")
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0, description="With a target: no change while the signal is within this share of it (an HPA's is 0.1)."
+    )
+    stabilise_up_s: Seconds = Field(0, description="Go up only to the least wanted for so long (an HPA's is 0).")
+    stabilise_down_s: Seconds = Field(0, description="Go down only to the most wanted for so long (an HPA's is 300).")
+    most_up: Positive | None = Field(None, description="More replicas at one look, at most; null: no limit.")
+    most_down: Positive | None = Field(None, description="Fewer replicas at one look, at most; null: no limit.")
+    idle_s: Seconds | None = Field(
+        None, description="With min 0: the last replica goes after so long without a request (KEDA's cooldown is 300)."
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> Autoscale:
-        rules = (self.target_outstanding is not None, self.target_waiting is not None, bool(self.schedule))
-        if sum(rules) != 1:
-            raise ValueError("must have exactly one of target_outstanding, target_waiting and schedule")
+        rules = [name for name in RULES if getattr(self, name)]
+        if len(rules) != 1:
+            raise ValueError(f"must have exactly one of {', '.join(RULES[:-1])} and {RULES[-1]}")
         if self.max < self.min:
             raise ValueError(f"max must be at least min, {self.min} (got {self.max})")
-        if self.schedule and "every_s" in self.model_fields_set:
-            raise ValueError("every_s must not be given with a schedule, which says when replicas come and go")
+        for name in ("every_s", *_OF_LOOKS):
+            if self.schedule and name in self.model_fields_set:
+                raise ValueError(f"{name} must not be given with a schedule, which says when replicas come and go")
+        if self.tolerance and rules[0] not in _BY_RATIO:
+            raise ValueError(f"tolerance must not be given with {rules[0]}, which has no ratio to a target")
+        if (self.idle_s is not None) != (self.min == 0 and not self.schedule):
+            raise ValueError("idle_s and min: 0 must be given together, without a schedule")
         return self
 
     @model_validator(mode="after")
@@ -164,6 +196,11 @@ class Autoscale(Spec):
         if twice := [at for at in times if times.count(at) > 1]:
             raise ValueError(f"schedule: two entries are for {twice[0]:g} s")
         return self
+
+
+RULES = ("target_outstanding", "target_queued", "target_kv", "saturation", "target_waiting", "schedule")
+_BY_RATIO = RULES[:3]
+_OF_LOOKS = ("tolerance", "stabilise_up_s", "stabilise_down_s", "most_up", "most_down", "idle_s")
 
 
 class Rung(Spec):
@@ -211,6 +248,7 @@ class ReplicaGroup:
     kv_source: str  # where that number comes from
     host_gib: float = 4  # a GPU's share of host memory for swapped KV
     host_link: float = 0.8  # share of the host link's line rate that swapping reaches
+    autoscale: Autoscale | None = None  # of this group alone; None: as `Setup.autoscale` says
     loop_is_said: bool = False  # the settings given for the policy say whether it plans a step ahead
     caution: str = ""  # why the engine itself does not start with what the scenario leaves open
     kv_groups: KvGroups | None = None  # of the model's layers, where the pool tells them apart
@@ -264,6 +302,15 @@ class Setup:
     autoscale: Autoscale | None = None
     note: str = ""  # said under a comparison's table
     published: float | None = None  # a published ratio to the first variant
+
+    def scale_of(self, group: ReplicaGroup) -> Autoscale | None:
+        """What scales a group; None: it stays as it is."""
+        return group.autoscale or self.autoscale
+
+    def most(self, group: ReplicaGroup) -> int:
+        """Replicas that a group may have at most."""
+        scale = self.scale_of(group)
+        return group.count if scale is None else scale.max
 
     @property
     def executes(self) -> bool:

@@ -11,13 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from chairlift.sim.calibration.agreement import agreements
-from chairlift.sim.cli.terminal import console
+from chairlift.sim.cli.terminal import console, run_folder
 
 WIDTH = 110  # columns of a table that goes to a file or a pipe
 
 
 def agree(
-    measured: Annotated[Path, typer.Argument(help="Results of the run on hardware: a folder or its comparison.json.")],
+    measured: Annotated[
+        Path, typer.Argument(help="Results of the run on hardware: a folder or its comparison.json, or a run's name.")
+    ],
     predicted: Annotated[Path, typer.Argument(help="Results of the same scenario, simulated.")],
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every row.")] = None,
 ) -> None:
@@ -26,7 +28,7 @@ def agree(
     [bold]chairlift agree runs/hardware_policies runs/predicted[/bold]
     """
     out = console(least=WIDTH)
-    found = agreements(measured, predicted)
+    found = agreements(run_folder(measured), run_folder(predicted))
     if json_file is not None:
         json_file.write_text(json.dumps([each.json() for each in found], indent=1) + "\n", encoding="utf-8")
     names = list(found[0].measured)

@@ -95,8 +95,7 @@ def plan(
         if answer.failed or answer.chosen is None or answer.chosen.setup is None:
             err.print("nothing in the space will do: there is nothing to start")
             raise typer.Exit(1)
-        scale = answer.chosen.setup.autoscale
-        sys.stdout.write(emitted(emit, found.name, answer.launches, answer.beside, scale))
+        sys.stdout.write(emitted(emit, found.name, answer.launches, answer.beside))
     elif as_json:
         sys.stdout.write(json.dumps(plan_tables.as_json(answer, folder), indent=2, allow_nan=False, default=str) + "\n")
     elif not quiet:

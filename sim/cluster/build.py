@@ -34,7 +34,7 @@ from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RequestRecords
-from chairlift.sim.study import ReplicaGroup, Setup
+from chairlift.sim.study import Autoscale, ReplicaGroup, Setup
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.trace import Trace
 
@@ -67,19 +67,22 @@ def build(
         handover = Handover(cluster, setup.link, setup.model.kv_bytes_per_token, decode)
     engines = _Engines(setup, cluster, handover, leap, journal, identities)
     homes: list[ReplicaPool] = []  # of each replica
+    scaled: list[tuple[ReplicaPool, list[Replica], Autoscale]] = []
     for group in setup.groups:
         home = decode if group.role == "decode" else cluster.front
-        for i in range(group.count if setup.autoscale is None else setup.autoscale.max):
+        own = len(cluster.replicas)
+        for i in range(setup.most(group)):
             replica = Replica(cluster.clock, len(cluster.replicas), partial(engines.make, group))
             cluster.replicas.append(replica)
             homes.append(home)
             if i < group.count:
                 home.open(replica)
+        if (scale := setup.scale_of(group)) is not None:
+            scaled.append((home, cluster.replicas[own:], scale))
     if setup.failures is not None:
         chances = [_chance(setup, f"failures of replica {r.index}") for r in cluster.replicas]
         Breakdowns(cluster, setup.failures, homes, chances, setup.start_up_ps, decode)
-    if setup.autoscale is not None:
-        Autoscaler(cluster, cluster.front, setup.autoscale)
+    cluster.scalers = [Autoscaler(cluster, home, replicas, scale) for home, replicas, scale in scaled]
     if setup.limits.timeout_s is not None or setup.limits.queue_timeout_s is not None:
         cluster.on_arrival = Patience(cluster, setup.limits).arrived
     return cluster

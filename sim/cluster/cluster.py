@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 from chairlift.policies.base import PolicyError
 from chairlift.sim.cluster.clock import ARRIVAL, Alarm, Clock
@@ -17,6 +18,14 @@ from chairlift.sim.results.records import RequestRecords, Status
 EXAMPLES = 5  # requests that an error names
 PATIENCE = 1000  # looks at an idle cluster before it counts as stuck
 REPORT = 1000  # arrivals between two calls of `progress`; ends between two looks for records to pack
+
+
+class Scaler(Protocol):
+    """What orders replicas and sends them away."""
+
+    def said(self) -> str:
+        """What it did, in words."""
+        ...
 
 
 class Cluster:
@@ -40,6 +49,7 @@ class Cluster:
         self.replicas: list[Replica] = []
         self.pools: list[ReplicaPool] = []
         self.notes: list[str] = []  # what was asked for and could not be done
+        self.scalers: list[Scaler] = []  # of groups of replicas that come and go
         self.on_arrival: Callable[[Live], None] | None = None
         self.on_end: Callable[[Live], None] | None = None
         self.left = len(requests.trace)  # requests that have not ended

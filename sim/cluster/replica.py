@@ -106,6 +106,16 @@ class Replica:
         if self.engine.heeds_arrival():
             self._replan(self._clock.now)
 
+    def boundary(self) -> int | None:
+        """When its next engine step ends, at which it then stops to plan again; None if it is idle."""
+        now = self._clock.now
+        engine = self.engine
+        before = engine.end
+        end = None if before is None else engine.cut(now)
+        if end is not None and end != before:  # the timer set before stays in SimPy's heap, and is ignored there
+            self._timer = Alarm(self._clock, end - now, self._boundary_rank, self._ring)
+        return end
+
     def fail(self) -> list[Live]:
         """Lose everything; returns the requests that were here."""
         lost = self.engine.abort(self._clock.now)
@@ -129,14 +139,10 @@ class Replica:
 
     def _replan(self, now: int) -> None:
         """Plan now if idle, else at the first boundary."""
-        engine = self.engine
-        if engine.end is None:
+        if self.engine.end is None:
             self._plan_soon(now)
-            return
-        before = engine.end
-        end = engine.cut(now)
-        if end is not None and end != before:  # the timer set before stays in SimPy's heap, and is ignored there
-            self._timer = Alarm(self._clock, end - now, self._boundary_rank, self._ring)
+        else:
+            self.boundary()
 
     def _plan_soon(self, now: int) -> None:
         """Plan once all boundaries, changes and arrivals of this instant are in."""

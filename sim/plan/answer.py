@@ -18,10 +18,12 @@ from chairlift.sim.plan.errors import errors, kept, likely
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.headroom import Headroom, Margin, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
+from chairlift.sim.plan.pacing import SAMPLE, paced
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.replications import Simulations
-from chairlift.sim.plan.stretches import described
+from chairlift.sim.plan.stretches import described, recorded
 from chairlift.sim.results import loops
+from chairlift.sim.scenario import load
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.simulate import LOOPS
 from chairlift.sim.sweep.statistics import undominated
@@ -237,12 +239,15 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         answer.beside = beside(setup)
         lines["system"] = "; ".join((chosen.name, *chosen.notes))
         won = [race.rate_per_s for race in answer.races if race.winner is not None]
-        lines["workload"] = described(chosen.document, setup.trace, won[-1:] or plan.spec.rates, plan.unit)
+        rates, trace = won[-1:] or plan.spec.rates, setup.trace
+        if plan.unit == "sessions" and rates and not recorded(chosen.document):  # a trace says its rate, then
+            trace = load.prepare(paced(chosen.document, rates[-1], SAMPLE), chosen.folder, chosen.trust).trace
+        lines["workload"] = described(chosen.document, trace, rates, plan.unit)
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
         lines["engine loop"] = LOOPS[setup.loop]
         if chosen.synchronous and setup.loop == "synchronous":
-            lines["engine loop"] += "; with policy.async_scheduling: true vLLM plans ahead beside policies that do not"
+            lines["engine loop"] += "; with async_scheduling: true a vllm would plan ahead beside policies that do not"
         ran = [(str(c.labels.get("policy", c.name)), c.setup.loop) for c in plan.candidates if c.setup is not None]
         if warning := loops.warning(ran):
             lines["engine loops differ"] = warning

@@ -56,7 +56,7 @@ def bound(candidate: Candidate, promises: Sequence[Promise]) -> Bound:
         prompt_s, decode_s = _seconds(setup, group, prompts, decodes)
         prompt_s *= not reuse
         need = {"prefill": prompt_s, "decode": decode_s}.get(group.role, max(prompt_s, decode_s))
-        rates[group.role] = rates.get(group.role, 0.0) + (group.count / need if need > 0 else np.inf)
+        rates[group.role] = rates.get(group.role, 0.0) + (setup.most(group) / need if need > 0 else np.inf)
     per_start = len(trace) / starts(trace)
     return Bound(float(min(rates.values())) / per_start, _impossible(setup, promises, reuse))
 

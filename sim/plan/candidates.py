@@ -24,6 +24,9 @@ from chairlift.sim.workload.strict import Spec
 POOL_ERROR = 0.02  # of a KV pool that is worked out: of nine recorded engines, one had 1.2 % less than predicted
 
 
+LONG = 6  # times that an autoscaler takes to act, in a run: the first of them are its warm-up
+
+
 class Price(Spec):
     """What a GPU costs."""
 
@@ -45,11 +48,27 @@ class Candidate:
     trust: bool  # whether policy files may run their code
     setup: Setup | None  # with the workload of `sampled`, or a whole recorded file; None: this system cannot be
     misfit: str = ""  # why it cannot be
-    gpus: int = 0
-    usd_per_hour: float = 0.0
+    gpus: int = 0  # at most
+    usd_per_hour: float = 0.0  # where replicas come and go, of the fewest there may be: what they cost is measured
     backend: str = ""  # how its steps are priced, in words
     notes: tuple[str, ...] = ()  # what was changed so that its engines start
+    usd_of_replica: tuple[float, ...] = ()  # of each group, dollars an hour
     synchronous: bool = False  # compared with policies that plan no step ahead (`sim.scenario.loops`)
+
+    @property
+    def scales(self) -> bool:
+        """Whether some of its replicas come and go."""
+        setup = self.setup
+        return setup is not None and any(setup.scale_of(group) for group in setup.groups)
+
+    @property
+    def least_s(self) -> float:
+        """Seconds that a run must show at least: of an autoscaler `LONG` of the times that it takes to act."""
+        if self.setup is None:
+            return 0.0
+        scales = filter(None, map(self.setup.scale_of, self.setup.groups))
+        acts = (s.every_s + s.provision_s + s.load_s + max(s.stabilise_up_s, s.stabilise_down_s) for s in scales)
+        return LONG * max(acts, default=0.0)
 
     @property
     def name(self) -> str:
@@ -102,6 +121,7 @@ def candidate(
             raise
         return Candidate(labels, document, folder, trust, None, "; ".join(map(_short, error.problems)))
     usd, gpus = 0.0, 0
+    each: list[float] = []
     for group in setup.groups:
         price = price_of(prices, group.gpu.name)
         if price is None:
@@ -113,9 +133,11 @@ def candidate(
             )
             rule = f"has no price for {group.gpu.name}: add {group.gpu.name}: {{usd_per_gpu_hour: …}}{hint}"
             raise BadInput(plan.problem(("prices",), rule))
-        gpus += group.count * group.parallel.gpus
-        usd += group.count * group.parallel.gpus * price.usd_per_gpu_hour
-    return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup), notes)
+        scale = setup.scale_of(group)
+        gpus += setup.most(group) * group.parallel.gpus
+        each.append(group.parallel.gpus * price.usd_per_gpu_hour)
+        usd += (group.count if scale is None else scale.min) * each[-1]
+    return Candidate(labels, document, folder, trust, setup, "", gpus, usd, _priced_by(setup), notes, tuple(each))
 
 
 def _room(setup: Setup) -> int | None:

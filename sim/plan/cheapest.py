@@ -6,7 +6,8 @@ that are too small are proven so by a few thousand requests.
 
 Worked example at 60 requests a second: an L4 at $0.80 can serve no more than 15/s by its bound and is excluded; two of
 them likewise. One A100 at $1.80 is simulated and breaks a promise. One H100 at $2.50 is simulated and keeps all. Two
-A100s at $3.60 are dearer and are not looked at.
+A100s at $3.60 are dearer and are not looked at. A system whose replicas come and go stands where its fewest replicas
+would, and counts at what was paid for in its runs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ class Entry:
     outcome: str  # "kept", "broken", "open" (too close to say), "excluded" (by a bound), "dearer" (than the answer)
     why: str  # the same in words
     verdict: Verdict | None = None  # None: it was not simulated
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Its price; where replicas come and go, of those that were paid for on average."""
+        if self.verdict is None or not self.verdict.replicas:
+            return self.candidate.usd_per_hour
+        return sum(n * usd for n, usd in zip(self.verdict.replicas, self.candidate.usd_of_replica, strict=True))
 
 
 @dataclass
@@ -99,7 +107,7 @@ def race(
         kept: list[Entry] = []
         for candidate in tier:
             entry = _excluded(candidate, bounds, rate) if prune or candidate.setup is None else None
-            if entry is None and prune and winner is not None:
+            if entry is None and prune and winner is not None and candidate.usd_per_hour >= winner.usd_per_hour:
                 if not each_system:
                     entry = Entry(candidate, "dearer", f"{winner.candidate.name} will do for less")
                 elif candidate.system in served:
@@ -113,8 +121,10 @@ def race(
             if entry.outcome == "kept":
                 kept.append(entry)
                 served.add(candidate.system)
-        if winner is None and kept:  # of those of equal price, the one furthest from breaking a promise
-            winner = min(kept, key=lambda e: e.verdict.gap if e.verdict else math.inf)
+        if winner is not None:
+            kept.append(winner)
+        if kept:  # of those of equal price, the one furthest from breaking a promise
+            winner = min(kept, key=lambda e: (e.usd_per_hour, e.verdict.gap if e.verdict else math.inf))
     return Race(rate, winner, entries)
 
 

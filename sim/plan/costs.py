@@ -44,20 +44,25 @@ def tokens_of(candidate: Candidate) -> Tokens:
     return Tokens(float(trace.prompt_tokens.sum()) / each, float(trace.output_tokens.sum()) / each)
 
 
-def cost_of(candidate: Candidate, rate_per_s: float, prices: Prices) -> Cost:
-    """What the tokens of a load of ``rate_per_s`` cost on a candidate that has a setup."""
+def cost_of(candidate: Candidate, rate_per_s: float, prices: Prices, usd_per_hour: float | None = None) -> Cost:
+    """What the tokens of a load of ``rate_per_s`` cost on a candidate that has a setup.
+
+    ``usd_per_hour``: what the candidate costs where its replicas come and go; None: its price.
+    """
     setup = candidate.setup
     assert setup is not None
-    for_prompts = 0.0
+    for_prompts = whole = 0.0
     for group in setup.groups:
         price = price_of(prices, group.gpu.name)
         assert price is not None
         usd = group.count * group.parallel.gpus * price.usd_per_gpu_hour
+        whole += usd
         if group.role == "mixed":
             prompt_s, decode_s = work_of(setup, group)
             usd *= prompt_s / (prompt_s + decode_s)
         for_prompts += usd * (group.role != "decode")
     each = tokens_of(candidate)
     into, out = (3600 * rate_per_s * count / 1e6 for count in each)  # millions an hour
-    usd = candidate.usd_per_hour
+    usd = candidate.usd_per_hour if usd_per_hour is None else usd_per_hour
+    for_prompts *= usd / whole if whole else 0.0
     return Cost(usd / (into + out), for_prompts / into, (usd - for_prompts) / out)

@@ -15,15 +15,15 @@ from chairlift.sim.study import Autoscale
 Target = Literal["shell", "docker", "k8s"]
 PORT = {"vllm": 8000, "sglang": 30000}  # each engine's own default
 WAITING = {"vllm": "vllm:num_requests_waiting", "sglang": "sglang:num_queue_reqs"}  # gauges of a replica's queue
+KV = {"vllm": "vllm:kv_cache_usage_perc", "sglang": "sglang:token_usage"}
+HPA_TOLERANCE = 0.1
 RUNNING = {"vllm": "vllm:num_requests_running", "sglang": "sglang:num_running_reqs"}
 
 
-def emitted(
-    target: Target, name: str, parts: Sequence[Launch], beside: Sequence[str], scale: Autoscale | None = None
-) -> str:
+def emitted(target: Target, name: str, parts: Sequence[Launch], beside: Sequence[str]) -> str:
     """The text of ``target`` for engines that together are called ``name``. What it does not say begins with #."""
     if target == "k8s":
-        return _kubernetes(name, parts, beside, scale)
+        return _kubernetes(name, parts, beside)
     lines = shell(parts, beside) if target == "shell" else _docker(name, parts, beside)
     return "\n".join(lines) + "\n"
 
@@ -62,7 +62,7 @@ def _docker(name: str, parts: Sequence[Launch], beside: Sequence[str]) -> list[s
     return [*found, *(f"# {line}" for line in beside)]
 
 
-def _kubernetes(name: str, parts: Sequence[Launch], beside: Sequence[str], scale: Autoscale | None) -> str:
+def _kubernetes(name: str, parts: Sequence[Launch], beside: Sequence[str]) -> str:
     head = [f"# {line}" for line in beside]
     documents: list[dict[str, Any]] = []
     for i, part in enumerate(parts):
@@ -70,7 +70,10 @@ def _kubernetes(name: str, parts: Sequence[Launch], beside: Sequence[str], scale
         head += [f"# {label}: {note}" for note in (f"on nodes with {part.gpu}", *part.notes)]
         if part.argv:
             documents += [_deployment(label, part), _service(label, part)]
-            documents += [_scaled(label, part, scale)] if scale is not None and not scale.schedule else []
+            if part.autoscale is not None:
+                rule = _rule(label, part, part.autoscale)
+                documents += [_scaled(label, part.autoscale, rule)] if rule is not None else []
+                head += [f"# {label}: {note}" for note in _unsaid(part.autoscale, rule is not None)]
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=120) if documents else ""
     return "\n".join(head) + "\n" * bool(head) + text
 
@@ -120,16 +123,30 @@ def _service(label: str, part: Launch) -> dict[str, Any]:
     }
 
 
-def _scaled(label: str, part: Launch, scale: Autoscale) -> dict[str, Any]:
-    """A ScaledObject of KEDA that orders replicas by the engines' own gauges, as Prometheus has scraped them."""
-    kind = _kind(part)
-    if scale.target_waiting is not None:
-        query, target = f'sum({WAITING[kind]}{{app="{label}"}})', scale.target_waiting
-    else:
-        gauges = (WAITING[kind], RUNNING[kind])
-        query = " + ".join(f'sum({gauge}{{app="{label}"}})' for gauge in gauges)
-        target = scale.target_outstanding or 1.0
+def _rule(label: str, part: Launch, scale: Autoscale) -> tuple[str, float] | None:
+    """What KEDA asks of Prometheus, and the target of a replica; None: no query says the rule."""
+    kind, own = _kind(part), f'{{app="{label}"}}'
+    if scale.target_outstanding is not None:
+        return f"sum({WAITING[kind]}{own}) + sum({RUNNING[kind]}{own})", scale.target_outstanding
+    if scale.target_queued is not None:
+        return f"sum({WAITING[kind]}{own})", scale.target_queued
+    if scale.target_kv is not None:
+        return f"sum({KV[kind]}{own})", scale.target_kv
+    return None
+
+
+def _scaled(label: str, scale: Autoscale, rule: tuple[str, float]) -> dict[str, Any]:
+    """A ScaledObject of KEDA, which makes an HPA with the windows and limits that were simulated."""
+    query, target = rule
     trigger = {"serverAddress": "http://prometheus:9090", "query": query, "threshold": f"{target:g}"}
+    behavior = {}
+    for way, window, most in (
+        ("scaleUp", scale.stabilise_up_s, scale.most_up),
+        ("scaleDown", scale.stabilise_down_s, scale.most_down),
+    ):
+        limit = {"type": "Pods", "value": most, "periodSeconds": max(1, round(scale.every_s))}
+        percent = {"type": "Percent", "value": 10**6, "periodSeconds": 1}  # no limit
+        behavior[way] = {"stabilizationWindowSeconds": round(window), "policies": [limit if most else percent]}
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
@@ -139,9 +156,31 @@ def _scaled(label: str, part: Launch, scale: Autoscale) -> dict[str, Any]:
             "pollingInterval": round(scale.every_s),
             "minReplicaCount": scale.min,
             "maxReplicaCount": scale.max,
+            **({} if scale.idle_s is None else {"cooldownPeriod": round(scale.idle_s)}),
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": behavior}},
             "triggers": [{"type": "prometheus", "metadata": trigger}],
         },
     }
+
+
+def _unsaid(scale: Autoscale, is_rule: bool) -> list[str]:
+    """What was simulated of an autoscaler and stands in no manifest."""
+    found = []
+    if scale.saturation is not None:
+        values = ", ".join(f"{key} {value:g}" for key, value in scale.saturation.model_dump().items())
+        found.append(f"scaled by llm-d's Workload Variant Autoscaler: its thresholds are {values}")
+    elif not is_rule:
+        found.append("no rule of KEDA's: " + ", ".join(f"{k} {v}" for k, v in _given(scale).items()))
+    if is_rule and scale.tolerance != HPA_TOLERANCE:
+        found.append(
+            f"a tolerance of {scale.tolerance:g} was simulated; an HPA has {HPA_TOLERANCE:g} unless told otherwise"
+        )
+    took = f"{scale.provision_s:g} s to come" + f" and {scale.load_s:g} s to load" * bool(scale.load_s)
+    return [*found, f"a replica was taken to need {took}"]
+
+
+def _given(scale: Autoscale) -> dict[str, Any]:
+    return scale.model_dump(exclude_none=True, exclude_defaults=True)
 
 
 def _kind(part: Launch) -> str:

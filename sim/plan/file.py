@@ -25,7 +25,7 @@ from chairlift.sim.scenario import load
 from chairlift.sim.scenario.schema import results_name
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.sweep.axes import Value
-from chairlift.sim.sweep.file import Based, base_of, origin_of
+from chairlift.sim.sweep.file import Based, base_of, hidden_by_axes, of_another_kind, origin_of
 from chairlift.sim.workload.arrivals import Rate
 from chairlift.sim.workload.strict import Spec
 
@@ -166,6 +166,7 @@ def read_plan(
     against the scenario's rules, and every GPU must have a price.
     """
     document = read(path)
+    of_another_kind(document, "plan")
     if rates:
         document.put("rate_per_s", list(rates), "--rate")
     spec = document.check(PlanFile)
@@ -191,6 +192,8 @@ def read_plan(
     if (size := spec.size()) > MOST_SYSTEMS:
         rule = f"must make at most {MOST_SYSTEMS:,} systems: each is looked at before any is simulated (got {size:,})"
         raise BadInput(document.problem(("axes",), rule))
+    if problems := hidden_by_axes(document, spec, assignments, varying):
+        raise BadInput(problems)
     points = spec.points()
     for point in spec.each_alone():
         load.check(sampled(scenario_of(base, point, document)), folder, trust)

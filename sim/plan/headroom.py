@@ -87,7 +87,7 @@ def margin(
             unsure = at
     replicas = sum(group.count for group in candidate.setup.groups) if candidate.setup else 1
     less = ""
-    if replicas > 1:
+    if replicas > 1 and not candidate.scales:  # an autoscaler would order another
         try:
             smaller = fewer(candidate, 1)
         except BadInput:  # the only one of its role

@@ -23,7 +23,7 @@ from chairlift.policies.base import Scheduler
 from chairlift.policies.sglang import Sglang
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.scenario.yaml_document import Document
-from chairlift.sim.study import Kv, ReplicaGroup, Setup
+from chairlift.sim.study import Autoscale, Kv, ReplicaGroup, Setup
 
 VLLM_OPTIONAL = (  # settings whose flags are left out where they are vLLM's defaults
     "scheduling_policy",
@@ -66,6 +66,7 @@ class Launch:
     image: str  # of the engine, for containers; "" where no engine has the policy
     argv: tuple[str, ...]  # the words of the command line; none where no engine has the policy
     notes: tuple[str, ...]  # what the line does not say
+    autoscale: Autoscale | None = None  # what orders its replicas
 
 
 def launches(setup: Setup, kv: Sequence[Kv] | None = None) -> list[Launch]:
@@ -85,7 +86,12 @@ def launches(setup: Setup, kv: Sequence[Kv] | None = None) -> list[Launch]:
             engine, image, argv, notes = "", "", [], [f"policy {group.scheduler.__name__}: none of vLLM's or SGLang's"]
         notes += _notes(setup, group, policy, pool) if argv else []
         gpus = group.parallel.gpus
-        found.append(Launch(group.count, group.role, group.gpu.name, gpus, engine, image, tuple(argv), tuple(notes)))
+        found.append(
+            Launch(
+                *(group.count, group.role, group.gpu.name, gpus, engine, image, tuple(argv), tuple(notes)),
+                setup.scale_of(group),
+            )
+        )
     return found
 
 
@@ -100,7 +106,8 @@ def beside(setup: Setup) -> list[str]:
     """What was simulated around the engines, and has to be set up beside them, a line each."""
     found = []
     replicas = sum(group.count for group in setup.groups)
-    if replicas > 1 or setup.autoscale is not None:
+    scales = [scale for group in setup.groups if (scale := setup.scale_of(group)) is not None]
+    if replicas > 1 or scales:
         own = ", ".join(f"{key} {value}" for key, value in setup.router_settings.items())
         kind = next((said for known, said in BALANCERS.items() if setup.router is known), "")
         told = f"in front of the replicas: {setup.router.__name__}" + f" ({own})" * bool(own)
@@ -112,7 +119,7 @@ def beside(setup: Setup) -> list[str]:
         found.append("a router sends each prompt to a prefill replica first (llm-d, or vLLM's disaggregated proxy)")
     for name, limit in setup.limits.model_dump(exclude_none=True).items():
         found.append(f"limits.{name} {limit:g}: of the gateway in front, not of the engine")
-    if (scale := setup.autoscale) is not None:
+    for scale in scales:
         rule = scale.model_dump(exclude_none=True, exclude_defaults=True)
         found.append("autoscaling: " + ", ".join(f"{key} {value}" for key, value in rule.items()))
     return found

@@ -58,7 +58,7 @@ def _headlines(answer: Answer) -> Iterator[dict[str, Any]]:
             yield {"good": False, "before": lost, "main": "", "after": "", "lines": list(feasible(race))}
         else:
             best = race.winner.candidate
-            after = f", ${best.usd_per_hour:,.2f} an hour ({best.gpus} GPU{'s' * (best.gpus > 1)})"
+            after = f", ${race.winner.usd_per_hour:,.2f} an hour ({best.gpus} GPU{'s' * (best.gpus > 1)})"
             lines = [f"{race.winner.why}; steps: {best.backend}", *bought(answer, race)]
             yield {"good": True, "before": f"{rate}: ", "main": best.name, "after": after, "lines": lines}
     for candidate, capacity in answer.capacities[:3]:
@@ -170,7 +170,7 @@ def _prices(answer: Answer) -> list[Drawn]:
     won = [(race.rate_per_s, race.winner.candidate) for race in answer.races if race.winner is not None]
     if len(won) < 2:
         return []
-    usd = [best.usd_per_hour for _, best in won]
+    usd = [race.winner.usd_per_hour for race in answer.races if race.winner is not None]
     steps = {"color": hue(0), "width": 2, "shape": "vh"}
     trace = curve(0, "", [rate for rate, _ in won], usd, text=[best.name for _, best in won], line=steps)
     trace["hovertemplate"] = "%{x:g}/s: $%{y:.2f} an hour, %{text}<extra></extra>"
@@ -186,7 +186,7 @@ def _race(race: Race, unit: str) -> dict[str, Any]:
         "title": f"{race.rate_per_s:g} {unit}/s",
         "said": f"Of {len(race.entries)} systems {len(simulated)} were simulated, {len(excluded)} excluded by bounds, "
         f"{len(race.of('dearer'))} dearer than what will do.",
-        "simulated": [(e.candidate.name, f"{e.candidate.usd_per_hour:,.2f}", e.outcome, e.why) for e in simulated],
+        "simulated": [(e.candidate.name, f"{e.usd_per_hour:,.2f}", e.outcome, e.why) for e in simulated],
         "excluded": [
             (e.candidate.name, f"{e.candidate.usd_per_hour:,.2f}" if e.candidate.setup else "–", e.why)
             for e in excluded

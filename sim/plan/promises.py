@@ -106,9 +106,8 @@ class Sample(NamedTuple):
     figures: dict[str, float]  # percentiles in ms by name (``p99_ttft_ms``), for the answer's tables
     simulated_s: float  # from the start to the last answer, on the replicas' clocks
     wall_s: float = 0.0  # that the simulation took
-    stretches: Sequence[
-        Sequence[int]
-    ] = ()  # of recorded files: what the run served of each, see `chairlift.sim.plan.stretches`
+    replicas: Sequence[float] = ()  # of each group, paid for on average; none where none come and go
+    stretches: Sequence[Sequence[int]] = ()  # of recorded files, what was served: `chairlift.sim.plan.stretches`
 
 
 class Latency(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,14 @@ from chairlift.sim.plan.errors import drawn
 from chairlift.sim.plan.pacing import paced, unloaded
 from chairlift.sim.plan.promises import BINS, Promise, Sample, measured
 from chairlift.sim.plan.stretches import Stretch, recorded, stretched
+from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.loops import synchronous
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.runs import OF_THE_MACHINE, Executor, Row, Run, failure
+from chairlift.sim.units import PS_PER_S
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,7 @@ class Simulations:
         """
 
         def measure(rate: float, requests: int, replications: int) -> Sequence[Sample]:
+            requests = max(requests, math.ceil(rate * candidate.least_s))
             runs = [self._replication(candidate, rate, requests, i, cv, draw) for i in range(replications)]
             return self._samples(candidate, runs, requests)
 
@@ -142,11 +146,25 @@ def replicate(run: Run) -> Result:
         setup, parts = prepared(run)
         outcome = simulate(setup)
         sample = measured(run.promises, outcome.requests, outcome.runs, time.perf_counter() - started)
-        return Result(run.key, "", sample._replace(stretches=[list(part) for part in parts]))
+        shared = [list(part) for part in parts]
+        return Result(run.key, "", sample._replace(stretches=shared, replicas=_paid(outcome, sample.simulated_s)))
     except OF_THE_MACHINE:
         raise
     except Exception as wrong:
         return Result(run.key, failure(wrong), None)
+
+
+def _paid(outcome: Outcome, seconds: float) -> list[float]:
+    """Replicas of each group that were paid for on average; none where none come and go."""
+    setup = outcome.setup
+    if not any(setup.scale_of(group) for group in setup.groups):
+        return []
+    found, first = [], 0
+    for group in setup.groups:
+        last = first + setup.most(group)
+        found.append(sum(outcome.up_ps[first:last]) / PS_PER_S / seconds)
+        first = last
+    return found
 
 
 def _lost(run: Run, why: str) -> Result:

@@ -71,7 +71,11 @@ def interval(capacity: Capacity) -> str:
 def bought(answer: Answer, race: Race) -> Iterator[str]:
     """What a reader must know of the cheapest system of a race, a line each: its cost by tokens, and its margin."""
     assert race.winner is not None
-    yield f"{cost_of(race.winner.candidate, race.rate_per_s, answer.plan.prices)}"
+    best = race.winner
+    yield f"{cost_of(best.candidate, race.rate_per_s, answer.plan.prices, best.usd_per_hour)}"
+    if best.verdict is not None and best.verdict.replicas:
+        told = " + ".join(f"{count:.3g}" for count in best.verdict.replicas)
+        yield f"{told} replicas were paid for on average, loading included"
     if (spare := answer.margins.get(race.rate_per_s)) is not None:
         yield str(spare)
 
@@ -151,7 +155,7 @@ def _show_race(out: Console, race: Race, answer: Answer) -> None:
             out.print(f"  {escape(line)}")
     else:
         best = race.winner.candidate
-        price = f"${best.usd_per_hour:,.2f}/h"
+        price = f"${race.winner.usd_per_hour:,.2f}/h"
         out.print(
             f"\n[bold]Cheapest for {race.rate_per_s:g} {unit}/s: {escape(best.name)}, {price}[/bold]"
             f" ({best.gpus} GPU{'s' * (best.gpus > 1)}; {escape(best.backend)}); {escape(race.winner.why)}"
@@ -162,7 +166,7 @@ def _show_race(out: Console, race: Race, answer: Answer) -> None:
     simulated = [entry for entry in race.entries if entry.verdict is not None]
     shown = _worth_showing(race, simulated)
     for entry in shown:
-        row = (f"{entry.candidate.usd_per_hour:,.2f}", entry.outcome, escape(entry.why))
+        row = (f"{entry.usd_per_hour:,.2f}", entry.outcome, escape(entry.why))
         table.add_row(escape(entry.candidate.name), str(plan.number(entry.candidate)), *row)
     if len(simulated) > len(shown):
         table.caption = f"and {len(simulated) - len(shown)} more, in plan.html"
@@ -186,8 +190,8 @@ def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:
     """The systems next to the answer: the dearest of those that cost no more and failed, and those that will do."""
     if race.winner is None:
         return sorted(simulated, key=lambda e: e.verdict.gap if e.verdict else math.inf)[:SHOWN]
-    price = race.winner.candidate.usd_per_hour
-    cheaper = [e for e in simulated if e.outcome != "kept" and e.candidate.usd_per_hour <= price]
+    price = race.winner.usd_per_hour
+    cheaper = [e for e in simulated if e.outcome != "kept" and e.usd_per_hour <= price]
     kept = [e for e in simulated if e.outcome == "kept"]
     return [*cheaper[-SHOWN // 3 :], *kept[: SHOWN - SHOWN // 3]]
 
@@ -204,7 +208,7 @@ def feasible(race: Race) -> Iterator[str]:
     tried = [entry for entry in race.entries if entry.verdict is not None]
     if tried:
         best = min(tried, key=lambda e: e.verdict.gap if e.verdict else math.inf)
-        yield f"nearest: {best.candidate.name}, ${best.candidate.usd_per_hour:,.2f}/h: {best.why}"
+        yield f"nearest: {best.candidate.name}, ${best.usd_per_hour:,.2f}/h: {best.why}"
     excluded = race.of("excluded")
     rates = [entry for entry in excluded if "cannot serve more" in entry.why]
     if rates:
@@ -273,7 +277,9 @@ def as_json(answer: Answer, folder: Path) -> dict[str, Any]:
                 if race.winner is None
                 else {
                     **_system(race.winner.candidate),
-                    **_cost(race.winner.candidate, race.rate_per_s, plan),
+                    "usd_per_hour": race.winner.usd_per_hour,
+                    "replicas": list(race.winner.verdict.replicas) if race.winner.verdict else [],
+                    **_cost(race.winner.candidate, race.rate_per_s, plan, race.winner.usd_per_hour),
                     "margin": _margin(answer.margins.get(race.rate_per_s)),
                 },
                 "would_help": list(feasible(race)) if race.winner is None else [],
@@ -310,9 +316,11 @@ def _scenario(candidate: Candidate, folder: Path) -> dict[str, Any]:
     return {key: value for key, value in relocated(data, folder).items() if key not in ("name", "question")}
 
 
-def _cost(candidate: Candidate, rate_per_s: float, plan: BuyingPlan) -> dict[str, Any]:
+def _cost(
+    candidate: Candidate, rate_per_s: float, plan: BuyingPlan, usd_per_hour: float | None = None
+) -> dict[str, Any]:
     """Dollars a million tokens of a load; None where nothing is served."""
-    cost = cost_of(candidate, rate_per_s, plan.prices) if rate_per_s > 0 else None
+    cost = cost_of(candidate, rate_per_s, plan.prices, usd_per_hour) if rate_per_s > 0 else None
     told = None if cost is None else {"all": cost.all, "in": cost.into, "out": cost.out}
     return {"usd_per_million_tokens": told}
 

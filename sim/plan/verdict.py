@@ -72,6 +72,7 @@ class Verdict:
     wall_s: float
     worth: float = math.inf  # independent replications that these stand for: fewer where stretches of a file overlap
     fleeting: bool = False  # requests or sessions stayed for more than `LONG_STAY` of a run
+    replicas: tuple[float, ...] = ()  # of each group, paid for on average; none where none come and go
     first: dict[str, float] = field(default_factory=dict)  # `figures` of the first replication alone
     overloaded: bool = False  # runs were still drifting at the greatest length that the search may simulate
 
@@ -158,6 +159,7 @@ def judge(
         sum(s.wall_s for s in samples),
         known,
         any(s.stay_s > LONG_STAY * (s.end_s - s.starts_s[0]) for s in samples),
+        tuple(np.mean([s.replicas for s in samples], axis=0).tolist()) if samples[0].replicas else (),
         dict(samples[0].figures),
     )
 

@@ -40,6 +40,7 @@ class Outcome:
     summary: dict[str, Any]  # the metrics of ``summary.json``, by their names there
     assumptions: dict[str, str]
     engine: dict[str, str] = field(default_factory=dict)  # of an executed run: the GPU and the software
+    up_ps: list[int] = field(default_factory=list)  # how long each replica was up, and paid for
 
     def __repr__(self) -> str:
         label = " / ".join(filter(None, (self.setup.case, self.setup.variant)))

@@ -131,7 +131,7 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         facts |= {"kv_tables": group.tables, "kv_room": group.room(setup.max_model_len)}
     if not group.parallel.only_tensor:
         facts |= {"gpus": group.parallel.gpus, "parallel": str(group.parallel)}
-    return [facts] * (group.count if setup.autoscale is None else setup.autoscale.max)
+    return [facts] * setup.most(group)
 
 
 def _labels(label: dict[str, str], n: int) -> dict[str, Any]:

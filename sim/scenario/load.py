@@ -24,7 +24,7 @@ from chairlift.sim.scenario.resolve import Lookup, kv_pool
 from chairlift.sim.scenario.resolved import named_systems, resolved
 from chairlift.sim.scenario.schema import Case, Group, Scenario, System, Variant, results_name
 from chairlift.sim.scenario.yaml_document import NAMING, Document, read
-from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Study
+from chairlift.sim.study import Autoscale, Kv, Limits, ReplicaGroup, Setup, Slo, Study
 from chairlift.sim.workload.trace import Trace
 from chairlift.sim.workload.workload import build
 
@@ -372,7 +372,10 @@ class _Resolver(Lookup):
         def need(key: str) -> tuple[Any, KeyPath]:
             value, where = pick(key)
             if value is None:
-                self._problems.append(self._document.problem(where, "is required"))
+                rule = "is required"
+                if key == "policy" and self._routers and not self._policies:
+                    rule += ": --router takes the place of compare, so name a policy too, with --policy"
+                self._problems.append(self._document.problem(where, rule))
             return value, where
 
         model = self._find("model", *need("model"))
@@ -464,6 +467,7 @@ class _Resolver(Lookup):
                 kv_groups=fit.groups,
                 host_gib=(kv or Kv()).host_gib,
                 host_link=(kv or Kv()).host_link,
+                autoscale=group.autoscale,
                 loop_is_said=is_said(choice),
             )
             deployment = replace(deployment, pool_tokens=made.room(longest))
@@ -514,8 +518,9 @@ class _Resolver(Lookup):
         scale, _ = pick("autoscale")
         if failures is None:
             return
-        count = sum(group.count for group in replicas) if isinstance(replicas, list) else replicas
-        count = count if scale is None else scale.max
+        groups = replicas if isinstance(replicas, list) else [Group(count=replicas)]
+        scales = [scale or group.autoscale for group in groups]
+        count = sum(g.count if own is None else own.max for g, own in zip(groups, scales, strict=True))
         start_up, _ = pick("start_up_s", 0)
         back: dict[int, float] = {}  # replica → when it takes requests again
         for i, outage in sorted(enumerate(failures.schedule), key=lambda each: each[1].at_s):
@@ -558,12 +563,28 @@ class _Resolver(Lookup):
         if failures is not None and (failures.mtbf_s or LEAST_MTBF_S) < LEAST_MTBF_S:
             rule = f"must be at least {LEAST_MTBF_S:g}: a replica that fails sooner answers nobody"
             self._problems.append(problem((*failures_at, "mtbf_s"), rule, failures.mtbf_s))
-        if scale is not None and scale.every_s < LEAST_LOOK_S:
-            rule = f"must be at least {LEAST_LOOK_S:g}: each look is an event of its own"
-            self._problems.append(problem((*scale_at, "every_s"), rule, scale.every_s))
         if scale is not None:
             total = sum(group.count for group in replicas) if isinstance(replicas, list) else replicas
             if roles != {"mixed"} or (isinstance(replicas, list) and len(replicas) > 1):
-                self._problems.append(problem(scale_at, "must not be given for groups that differ"))
-            elif not scale.min <= total <= scale.max:
-                self._problems.append(problem(scale_at, f"must start from replicas between min and max (got {total})"))
+                rule = "must not be given for groups that differ: give each group its own"
+                self._problems.append(problem(scale_at, rule))
+            else:
+                self._check_scale(scale, scale_at, total)
+        own = [(i, group) for i, group in enumerate(replicas) if group.autoscale] if isinstance(replicas, list) else []
+        for i, group in own:
+            where = (*at, i, "autoscale")
+            if scale is not None:
+                self._problems.append(problem(where, "must not be given beside the scenario's own autoscale"))
+            elif sum(other.role == group.role for other in replicas) > 1:
+                self._problems.append(problem(where, f"must not be given where another group is {group.role} too"))
+            else:
+                self._check_scale(group.autoscale, where, group.count)
+
+    def _check_scale(self, scale: Autoscale, at: KeyPath, count: int) -> None:
+        """Note it where an autoscaler looks too often, or does not begin within its limits."""
+        if scale.every_s < LEAST_LOOK_S:
+            rule = f"must be at least {LEAST_LOOK_S:g}: each look is an event of its own"
+            self._problems.append(self._document.problem((*at, "every_s"), rule, scale.every_s))
+        if not scale.min <= count <= scale.max:
+            rule = f"must start from replicas between min and max (got {count})"
+            self._problems.append(self._document.problem(at, rule))

@@ -73,6 +73,7 @@ class Group(Spec):
     policy: Choice | None = Field(None, description="The scheduler.")
     backend: Choice | None = Field(None, description="What a step costs.")
     kv: Kv | None = Field(None, description="The KV pool.")
+    autoscale: Autoscale | None = Field(None, description="Replicas of this group that come and go with its load.")
 
 
 class System(Spec):

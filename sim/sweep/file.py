@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -102,6 +102,7 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     Raises `BadInput`: every value of every axis is tried once against the scenario's rules.
     """
     document = read(path)
+    of_another_kind(document, "sweep")
     spec = document.check(SweepFile)
     base, folder = base_of(document, spec, path)
     for key, value in spec.set.items():
@@ -116,7 +117,10 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         if (text := same_as(value.value)) in known:
             raise BadInput(Problem("stands in the axis policy already", file=value.origin))
         known.add(text)
-    points = _with_policies(spec.points(), base, added)
+    own = spec.points()
+    if problems := hidden_by_axes(document, spec, assignments, [key for point in own for key in point]):
+        raise BadInput(problems)
+    points = _with_policies(own, base, added)
     once = _with_policies(spec.each_alone(), base, added)
     keys = list(dict.fromkeys(key for point in points for key in point))
     for key in keys:
@@ -134,7 +138,6 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     check_memory(total * (BYTES_A_RUN + len(pickle.dumps(base.data))), f"{total:,} runs")
     plan = Plan(results_name(spec.name, path), spec.question or "", keys, seeds, [], [], document.data)
     documents: list[Document] = []  # of each point, with the first seed
-    problems: list[Problem] = []
     for labels, system in _systems(
         base, [(key, spec.set[key], origin_of(document, ("set", key))) for key in spec.set], assignments
     ):
@@ -155,6 +158,31 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
     if _loops_differ(documents, folder, allowed):
         plan.runs = [[replace(run, synchronous=True) for run in runs] for runs in plan.runs]
     return plan
+
+
+def of_another_kind(document: Document, kind: str) -> None:
+    """Raise `BadInput` where a file that is to be a "sweep" or a "plan" is a scenario, or a plan."""
+    if "base" not in document.data and "workload" in document.data:
+        rule = f"is a key of scenarios: run this file with chairlift run, or name it as the base of a {kind}"
+        raise BadInput(document.problem(("workload",), rule))
+    if kind == "sweep" and "base" in document.data and "slo" in document.data:
+        raise BadInput(document.problem(("slo",), "is a key of plans: run this file with chairlift plan"))
+    if kind == "plan" and "seeds" in document.data:
+        raise BadInput(document.problem(("seeds",), "is a key of sweeps: run this file with chairlift sweep"))
+
+
+def hidden_by_axes(document: Document, spec: Based, assignments: Sequence[str], axes: Iterable[str]) -> list[Problem]:
+    """What ``set:`` and ``--set`` say of keys whose every value an axis of ``axes`` says: it has no effect."""
+    given = [(key, document.problem(("set", key), "")) for key in spec.set]
+    given += [(text.partition("=")[0].strip(), Problem("", f"--set {text}")) for text in assignments]
+    found = []
+    for key, problem in given:
+        axis = next((axis for axis in dict.fromkeys(axes) if f"{key}.".startswith(f"{axis}.")), None)
+        if axis is not None:
+            found.append(
+                problem._replace(rule=f"has no effect: {axis} is an axis, and its values take this one's place")
+            )
+    return found
 
 
 def _loops_differ(documents: list[Document], folder: Path, trust: Trust) -> bool:

@@ -13,6 +13,8 @@ from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from kit.command import SCENARIO, chairlift
 
+TWO = SCENARIO + "compare: [{name: a, policy: vllm}, {name: b, policy: orca}]\n"
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +63,18 @@ def test_new_says_which_command_runs_it() -> None:
         (["run", "sweep.yaml"], "sweep.yaml:1: base: is a key of sweeps and plans, not of scenarios: run this file"),
         (["run", "sweep.yaml"], "with chairlift sweep"),
         (["run", "plan.yaml"], "run this file with chairlift plan"),
+        (["sweep", "small.yaml"], "workload: is a key of scenarios: run this file with chairlift run, or name"),
+        (["plan", "small.yaml"], "run this file with chairlift run, or name it as the base of a plan"),
+        (["sweep", "plan.yaml"], "plan.yaml:2: slo: is a key of plans: run this file with chairlift plan"),
+        (["plan", "seeds.yaml"], "seeds.yaml:2: seeds: is a key of sweeps: run this file with chairlift sweep"),
+        (["run", "bare.yaml", "--router", "round_robin"], "policy: is required: --router takes the place of compare"),
     ],
 )  # fmt: skip
 def test_messages_say_what_to_do(arguments: list[str], said: str) -> None:
     Path("sweep.yaml").write_text("base: small.yaml\naxes: {seed: [1]}\n")
     Path("plan.yaml").write_text("base: small.yaml\nslo: [{percentile: 99, ttft_ms: 500}]\n")
+    Path("seeds.yaml").write_text("base: small.yaml\nseeds: 3\naxes: {gpu: [l4]}\n")
+    Path("bare.yaml").write_text(TWO.replace("policy: {name: vllm}\n", ""))
     result = chairlift(*arguments)
 
     assert (result.status, result.out) == (2, "")
@@ -99,9 +108,6 @@ def test_a_run_without_a_journal_is_named() -> None:
     chairlift("run", "small.yaml", "-q", "--no-events")
 
     assert "the run: kept no journal" in chairlift("explain", "1", "--in", "small").err
-
-
-TWO = SCENARIO + "compare: [{name: a, policy: vllm}, {name: b, policy: orca}]\n"
 
 
 @pytest.mark.parametrize(
@@ -181,6 +187,38 @@ def test_a_sweep_whose_base_lacks_a_policy_is_refused_at_once() -> None:
     assert result.status == 2
     assert "policy: is required" in result.err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "said"),
+    [
+        (
+            "sweep",
+            "policy.max_num_seqs=8",
+            "--set policy.max_num_seqs=8: has no effect: policy is an axis, and its values",
+        ),
+        ("sweep", "workload.requests=8", "--set workload.requests=8: has no effect: workload.requests is an axis"),
+        ("sweep", "gpu=l4", ""),  # what no axis says may be set
+        ("plan", "gpu=l4", "--set gpu=l4: has no effect: gpu is an axis, and its values take this one's place"),
+        ("plan", "policy.max_num_seqs=8", ""),
+    ],
+)
+def test_what_an_axis_says_cannot_be_set(command: str, option: str, said: str) -> None:
+    Path("w.yaml").write_text("base: small.yaml\naxes: {policy: [vllm, orca], workload.requests: [3, 4]}\n")
+    Path("base.yaml").write_text(SCENARIO.replace("seed: 7\n", ""))
+    Path("p.yaml").write_text(
+        "base: base.yaml\nslo: [{percentile: 90, ttft_ms: 900}]\naxes: {gpu: [h100, a100-40gb]}\nrate_per_s: 1\n"
+    )
+    result = chairlift(command, "w.yaml" if command == "sweep" else "p.yaml", "--set", option, "--dry-run")
+
+    assert result.status == (2 if said else 0), result.err
+    assert said in result.err
+
+
+def test_a_sweep_that_sets_what_its_axis_says_is_told() -> None:
+    Path("w.yaml").write_text("base: small.yaml\nset: {gpu: l4}\naxes: {gpu: [h100, a100-40gb]}\n")
+
+    assert "w.yaml:2: set.gpu: has no effect: gpu is an axis" in chairlift("sweep", "w.yaml", "--dry-run").err
 
 
 def test_compare_says_that_a_folder_is_a_runs() -> None:

@@ -28,7 +28,7 @@ from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_v0 import VllmV0
 from chairlift.sim.results.records import Status
-from chairlift.sim.study import Autoscale, Failures, Limits, Outage, Planned, Setup
+from chairlift.sim.study import Autoscale, Failures, Limits, Outage, Planned, Saturation, Setup
 from chairlift.sim.workload.trace import HashIds, Trace
 from kit.clusters import (
     check_endings,
@@ -201,6 +201,9 @@ def autoscale(draw: Draw, count: int) -> Autoscale:
             [
                 {"target_outstanding": 2},
                 {"target_waiting": 1},
+                {"target_queued": 1.5, "tolerance": 0.1},
+                {"target_kv": 0.4},
+                {"saturation": Saturation(queue=2, spare_queue=1)},
                 {"schedule": [(k * 7 * GRID, n) for k, n in enumerate([3, 1, 2])]},
             ]
         )
@@ -211,7 +214,12 @@ def autoscale(draw: Draw, count: int) -> Autoscale:
     if "schedule" in rule:
         planned = [Planned(at_s=s(at), replicas=min(n, most)) for at, n in rule["schedule"]]
         return Autoscale(max=most, provision_s=provision, schedule=planned)
-    return Autoscale(max=most, every_s=s(every * GRID), provision_s=provision, **rule)
+    ticks = st.sampled_from([0, 0, GRID, 20 * GRID])
+    more: dict[str, Any] = {f"stabilise_{way}_s": s(draw(ticks)) for way in ("up", "down")}
+    more |= {"load_s": s(draw(ticks)), "most_up": draw(st.sampled_from([None, 1]))}
+    if draw(st.booleans()):
+        more |= {"min": 0, "idle_s": s(draw(ticks))}
+    return Autoscale(max=most, every_s=s(every * GRID), provision_s=provision, **rule, **more)
 
 
 def failures(draw: Draw, count: int, keep: set[int], on_failure: Any) -> Failures:

@@ -62,6 +62,7 @@ class Served:
     replicas: list[Replica]
     pools: list[ReplicaPool]
     endings: list[int]  # rows, as they ended
+    cluster: Cluster
 
     def columns(self) -> dict[str, list[int]]:
         """The request columns."""
@@ -85,7 +86,7 @@ def serve(setup: Setup, leap: bool = True, journal: bool = False) -> Served:
         cluster.on_end = lambda request: endings.append(request.id)
 
     cluster = run(setup, leap, journal=journal, observe=observe)
-    return Served(setup, cluster.requests, cluster.engines, cluster.replicas, cluster.pools, endings)
+    return Served(setup, cluster.requests, cluster.engines, cluster.replicas, cluster.pools, endings, cluster)
 
 
 def check_endings(served: Served) -> None:

@@ -365,14 +365,45 @@ def test_kubernetes_starts_the_same_command() -> None:
     assert "# in front of the replicas: RoundRobin" in text
 
 
-def test_an_autoscaler_becomes_a_scaled_object() -> None:
-    setup = ready(autoscale={"min": 1, "max": 6, "every_s": 20, "target_waiting": 4})
-    *_, scaled = yaml.safe_load_all(emitted("k8s", "x", launches(setup), [], setup.autoscale))
+@pytest.mark.parametrize(
+    ("rule", "query", "threshold"),
+    [
+        ({"target_queued": 4}, 'sum(vllm:num_requests_waiting{app="x"})', "4"),
+        ({"target_kv": 0.7}, 'sum(vllm:kv_cache_usage_perc{app="x"})', "0.7"),
+        (
+            {"target_outstanding": 30},
+            'sum(vllm:num_requests_waiting{app="x"}) + sum(vllm:num_requests_running{app="x"})',
+            "30",
+        ),
+    ],
+)
+def test_an_autoscaler_becomes_a_scaled_object(rule: dict[str, Any], query: str, threshold: str) -> None:
+    windows = {"stabilise_down_s": 300, "most_down": 1, "tolerance": 0.1}
+    limits = {"min": 0, "max": 6, "every_s": 20, "idle_s": 200, "provision_s": 90, "load_s": 45}
+    setup = ready(autoscale={**limits, **windows, **rule})
+    text = emitted("k8s", "x", launches(setup), [])
+    *_, scaled = yaml.safe_load_all(text)
+    spec = scaled["spec"]
+    behavior = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
 
-    assert (scaled["kind"], scaled["spec"]["scaleTargetRef"]["name"]) == ("ScaledObject", "x")
-    assert (scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]) == (1, 6)
-    assert scaled["spec"]["triggers"][0]["metadata"]["query"] == 'sum(vllm:num_requests_waiting{app="x"})'
-    assert scaled["spec"]["triggers"][0]["metadata"]["threshold"] == "4"
+    assert (scaled["kind"], spec["scaleTargetRef"]["name"]) == ("ScaledObject", "x")
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"], spec["cooldownPeriod"]) == (0, 6, 200)
+    assert spec["triggers"][0]["metadata"]["query"] == query
+    assert spec["triggers"][0]["metadata"]["threshold"] == threshold
+    assert behavior["scaleDown"]["stabilizationWindowSeconds"] == 300
+    assert behavior["scaleDown"]["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 20}]
+    assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
+    assert "90 s to come and 45 s to load" in text
+    assert "tolerance" not in text
+
+
+def test_what_no_manifest_of_kedas_says_is_said() -> None:
+    llm_d = ready(autoscale={"max": 6, "saturation": {"kv": 0.7}})
+    ours = ready(autoscale={"max": 6, "target_waiting": 2})
+
+    assert "thresholds are kv 0.7, queue 5, spare_kv 0.1, spare_queue 3" in emitted("k8s", "x", launches(llm_d), [])
+    assert "no rule of KEDA's: max 6, target_waiting 2" in emitted("k8s", "x", launches(ours), [])
+    assert len(list(yaml.safe_load_all(emitted("k8s", "x", launches(ours), [])))) == 2
 
 
 def test_docker_runs_the_same_command() -> None:

@@ -131,7 +131,8 @@ def verdict_of(failed: np.ndarray, replications: int, rows: int) -> Verdict:
         samples.append(
             Sample(
                 *(starts, float(BINS), 0.0, [0.0] * BINS, [[each] * BINS], [(each - missed).tolist()]),
-                *({}, 100.0, 0.0, [[first, rows, n]]),
+                *({}, 100.0, 0.0),
+                stretches=[[first, rows, n]],
             )
         )
     return judge([PROMISE], samples, 1.0, rows)

@@ -152,7 +152,7 @@ def test_blocks_of_a_plan_that_was_taken_back_stay_in_the_cache_of_vllm(
     # blocks are planned, then B's first decode needs one: A is preempted, and its tail is what B takes. A's fifth
     # block, never filled, is found (80 tokens, 20 to compute) unless it is forgotten (64 tokens; 32 and 4).
     make = build.make_pool
-    monkeypatch.setattr(build, "make_pool", lambda *parts: make(*parts[:-1], executes=forgets))
+    monkeypatch.setattr(build, "make_pool", lambda *parts: make(*parts[:5], executes=forgets))
     policy = Vllm(
         version="0.23",  # since 0.31 A would not be held to 32 tokens while it is alone
         max_num_batched_tokens=64,

@@ -39,6 +39,10 @@ def ran(more: str = "", **options: list[str]) -> list[str]:
          ["synchronous", "asynchronous", "synchronous"]),
         ("compare: [{name: a, replicas: [{count: 1}, {policy: orca}]}, {name: b}]\n", ["synchronous"] * 2),
         ("cases: [{name: a}, {name: b, set: {policy: orca}}]\n", ["synchronous"] * 2),
+        ("compare: [{name: a}, {name: b, policy: sglang}]\n", ["asynchronous"] * 2),
+        ("compare: [{name: a}, {name: b, policy: sglang}, {name: c, policy: orca}]\n", ["synchronous"] * 3),
+        ("compare: [{name: a, policy: {name: sglang, disable_overlap_schedule: false}}, {name: c, policy: orca}]\n",
+         ["asynchronous", "synchronous"]),
     ],
 )  # fmt: skip
 def test_compared_policies_run_the_same_loop(more: str, expected: list[str]) -> None:
