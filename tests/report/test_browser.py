@@ -262,3 +262,14 @@ def test_a_table_that_goes_on_beyond_the_edge_says_so(browser: Any, flagship: Pa
     narrow.evaluate("document.querySelectorAll('.scroll').forEach((e) => { e.scrollLeft = 1e6; })")
     narrow.wait_for_timeout(100)
     assert not any(said for said, _ in narrow.evaluate(going_on))
+
+
+def test_a_table_with_sentences_has_a_line_a_cell_on_a_narrow_screen(browser: Any, planned: Path) -> None:
+    narrow, _ = opened(browser, planned, 390)
+    tables = "[...document.querySelectorAll('.scroll')].filter((e) => e.querySelector('.words') && e.offsetParent)"
+
+    assert narrow.evaluate(f"{tables}.length") > 0
+    assert narrow.evaluate(f"{tables}.every((e) => e.scrollWidth <= e.clientWidth)")
+    heads = narrow.evaluate("[...document.querySelectorAll('.words td')].slice(0, 3).map((e) => e.dataset.head)")
+    assert heads == ["$/h", "outcome", "share that met it [interval]"]
+    narrow.context.close()
