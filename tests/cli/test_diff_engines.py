@@ -63,7 +63,7 @@ def test_a_lone_prompt_is_cut_until_0_30() -> None:
     assert figures(found, "steps") == [7, 5]
     assert [each["rule"] for each in found["rules"]] == ["uncapped_alone", "hashes_ahead", "on_after_itself"]
     assert acted(found) == ["uncapped_alone"]
-    [lone, _] = found["rules"]
+    lone = found["rules"][0]
     assert (lone["added_to_first"]["steps_more"], lone["removed_from_second"]["steps_more"]) == (-2, 2)
     assert lone["added_to_first"]["requests_changed"] == 1
 
