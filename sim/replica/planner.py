@@ -14,7 +14,9 @@ from chairlift.sim.replica.journal import Journal
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
-from chairlift.sim.results.records import PACK_RUN, Kind, RequestRecords, RunRecords, Status, StepRow
+from chairlift.sim.results.records import NO_GROWTH, PACK_RUN, Growth, Kind, RequestRecords, RunRecords, Status, StepRow
+
+_HELD, _SPARED = StepRow._fields.index("held_blocks"), StepRow._fields.index("spared_blocks")
 
 
 class Planner:
@@ -32,7 +34,7 @@ class Planner:
     """
 
     __slots__ = (  # without them a run takes 2 % longer
-        *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leap", "_left", "_longest", "_overshoots"),
+        *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest", "_overshoots"),
         *("_promised", "again", "arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool"),
         *("price", "records", "requests", "scheduler", "state", "steps"),
     )
@@ -73,7 +75,7 @@ class Planner:
         self.journal = Journal(self.records) if journal else None
         if journal:
             self.state.notes = []
-        self._leap = leap
+        self._leaps = leap
         self._ahead = scheduler.asynchronous
         self._holds = scheduler.batch_synchronous  # finished requests keep their slot
         self.again = False  # the policy wants to be asked again though nothing runs
@@ -169,7 +171,7 @@ class Planner:
             first, slope = cost.spacing(self._ahead)
         if state.host.busy:
             state.slept += state.host.delay(first)
-        leaps = self._leap and decoding and not (chunks or state.ran or state.slept or intake)
+        leaps = self._leaps and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
             count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
             if count > 1 and group.growing:
@@ -187,8 +189,10 @@ class Planner:
             len(state.admitted),
             len(state.waiting),
             self.pool.total - self.pool.free,
+            self.pool.spared,
             state.kv_tokens,
             self._promised,
+            group.reserved if decoding else 0,
             state.preempted,
         )
         plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, cost)
@@ -254,7 +258,7 @@ class Planner:
             self.pool.flight = plan
         if plan.decoding:
             if count > 1:
-                self.pool.decode_all(group, range(1, count))
+                self._leap(plan, count)
             state.kv_tokens += count * group.live
             self._promised -= count * group.reserved
             group.steps += count
@@ -299,6 +303,23 @@ class Planner:
             plan.ending = ending
         if state.flights is not None:
             state.flights.launch(plan, state.ran.values() if plan.decoding else ())
+
+    def _leap(self, plan: Plan, count: int) -> None:
+        """Take the blocks of the steps that follow the first of ``plan``, ``count`` in all, and keep what they held.
+
+        The first step's are taken already. Where planning is ahead, the last step is in flight from here on and has a
+        row of its own, and the step that was in flight has landed since the first was planned: a pool that `keeps`
+        prompts may hold fewer blocks.
+        """
+        pool, steps = self.pool, count - self._ahead
+        held, spared = pool.total - pool.free - plan.row[_HELD], pool.spared - plan.row[_SPARED]
+        growth = pool.leap(self.state.group, count, steps)
+        if held or spared:
+            moment = steps * (steps - 1) // 2
+            more = (held * (steps - 1), held * moment, spared * (steps - 1), spared * moment)
+            growth = Growth(*map(sum, zip(growth, more, strict=True)))
+        plan.growth = growth
+        plan.held, plan.spared = pool.total - pool.free, pool.spared
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:
         """The last committed step of ``plan`` is done: the requests whose last token it brought leave.
@@ -422,8 +443,8 @@ class Planner:
         if plan.undelivered:  # no gap is theirs
             named = StepRow._make(row)
             row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
-        slope = plan.slope if count > 1 else 0
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *row))
+        slope, growth = (plan.slope, plan.growth) if count > 1 else (0, NO_GROWTH)
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *growth, *row))
         if plan.late_gaps:
             end = start + first
             for i in range(0, len(plan.late_gaps), 2):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chairlift.policies.base import FOREVER
-from chairlift.sim.workload.trace import Trace
+from chairlift.sim.workload.trace import Trace, streams
 
 OWN, GROUP, SESSION, HASHED = range(4)
 INDEX_BITS = 24  # blocks a request can have
@@ -32,7 +32,7 @@ class Identity:
         self.ahead = ahead
         n = len(trace)
         self._group: list[int] = [-1] * n if trace.prefix_group is None else trace.prefix_group.tolist()
-        self._stream = _streams(trace)
+        self._stream = streams(trace)
         self._hash_block = trace.hash_block
         self._hashes: list[int] = []
         self._offsets: list[int] = [0] * (n + 1)
@@ -142,29 +142,3 @@ class Identity:
 def _repeats(column: np.ndarray[tuple[int], np.dtype[np.signedinteger]]) -> bool:
     given = column[column >= 0]
     return len(np.unique(given)) < len(given)
-
-
-def _streams(trace: Trace) -> list[int] | None:
-    """For each request the number of the token stream it continues, -1 without a session.
-
-    A turn continues its session's stream if its prompt is at least as long as the last prompt and answer together;
-    else the session has dropped some of its context and starts a new one.
-    """
-    if trace.session is None:
-        return None
-    latest: dict[int, tuple[int, int]] = {}  # session → its stream and the tokens in it
-    streams = []
-    count = 0
-    for session, prompt, output in zip(
-        trace.session.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
-    ):
-        if session < 0:
-            streams.append(-1)
-            continue
-        stream, length = latest.get(session, (-1, 0))
-        if stream < 0 or prompt < length:
-            stream = count
-            count += 1
-        latest[session] = (stream, prompt + output)
-        streams.append(stream)
-    return streams

@@ -55,13 +55,14 @@ class PrefixPool(CountingPool):
             "_queue",
             "_stale",
         ),
-        *("_uncached_first", "_unused", "_users"),
+        *("_uncached_first", "_unused", "_users", "spared"),
     )
 
     def __init__(
         self, total: int, block_size: int, identity: Identity, late: bool = False, uncached_first: bool = False
     ) -> None:
         super().__init__(total, block_size)
+        self.spared = 0
         self._identity = identity
         self._late = late
         self._uncached_first = uncached_first
@@ -106,6 +107,7 @@ class PrefixPool(CountingPool):
             self.free -= free
         for block in head:
             users[block] += 1
+        self.spared += len(head) - free
         self._heads[number] = head
         self._done[number] = len(head)
         self._given[number] = blocks = -(-tokens // self.block_size)
@@ -189,7 +191,9 @@ class PrefixPool(CountingPool):
             for block in head:
                 others = users[block] - 1
                 users[block] = others
-                if not others:
+                if others:
+                    self.spared -= 1
+                else:
                     queue.append(block)
                     self.free += 1
 

@@ -48,7 +48,7 @@ class VerifyingPlanner(Planner):
         policy = self.scheduler
         if not policy.verifies_drafts or self.pool.windowed or self.pool.keeps or self.state.stages > 1:
             raise PolicyError(f"policy {type(policy).__name__}: speculation is not modelled here")
-        self._leap = False
+        self._leaps = False
         if not self.requests.extra:
             self.requests.count_drafts()
 

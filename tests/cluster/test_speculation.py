@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chairlift.backend.base import Batch, StepCost
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.results.metrics import summarise
+from chairlift.sim.results.metrics import Pool, summarise
 from chairlift.sim.results.records import DRAFT_COLUMNS, Status
 from chairlift.sim.study import Failures, Limits, Outage, Slo, Speculate
 from chairlift.sim.workload.acceptance import Acceptance, Draws
@@ -56,7 +56,8 @@ def test_drafts_of_which_none_is_kept_are_dead_tokens(asynchronous: bool, cached
     plain = play(trace, policy, lambda: WithDeadTokens(dead=tokens), leap=False)
     drafted = play(trace, policy, Affine, speculate=drafts(tokens, rates=[0] * tokens))
 
-    assert drafted.outcome() == plain.outcome()
+    # all but how full the pool was: slots are taken ahead of drafts
+    assert drafted.outcome()[:-1] == plain.outcome()[:-1]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -97,7 +98,7 @@ def test_the_same_drafts_are_kept_whatever_the_policy_does() -> None:
 
 def test_the_accepted_length_is_the_one_asked_for() -> None:
     world = play(trace_of([(0, 20, 2000) for _ in range(20)]), Vllm, speculate=drafts(3, length=2.4))
-    summary = summarise(world.requests, [e.records for e in world.engines], [(1000, 16)], Slo(), 1.0)
+    summary = summarise(world.requests, [e.records for e in world.engines], [Pool(1000, 16, 1)], Slo(), 1.0)
 
     # 20 answers of some 833 outputs; a standard error of 1.2 / sqrt(16,660) is 0.01
     assert summary["accepted_length"] == pytest.approx(2.4, abs=0.03)
