@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,15 @@ from chairlift.backend.base import Batch, StepCost
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import Pool, summarise
 from chairlift.sim.results.records import DRAFT_COLUMNS, Status
+from chairlift.sim.scenario.load import load
+from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Failures, Limits, Outage, Slo, Speculate
 from chairlift.sim.workload.acceptance import Acceptance, Draws
+from kit.places import TRUTH
 from kit.worlds import Affine, World, check_books, play, trace_of
+
+RECORDED = TRUTH / "h200-vllm-0.26" / "llama-3.1-8b-eagle3_requests.csv.gz"
+TIMES = ("first_token_s", "last_token_s")
 
 
 def drafts(tokens: int = 3, method: str = "eagle3", **acceptance: Any) -> Speculate:
@@ -164,3 +173,32 @@ def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: i
     )
 
     assert set(world.requests.status) <= {Status.FINISHED, Status.TIMED_OUT}
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="needs the recordings in ../shared/truth")
+def test_a_recorded_run_with_drafts_is_predicted(tmp_path: Path) -> None:
+    """vLLM 0.26 on an H200, Llama-3.1-8B with an EAGLE3 head, 3 drafts, synthetic acceptance of 2.4, 6 requests/s.
+
+    Nothing is fitted to runs of it: drafting costs what decodes of one request showed (`Shares.draft_us`).
+    """
+    with gzip.open(RECORDED, "rt") as file:
+        rows = [row for row in csv.DictReader(file) if row["experiment"] == "conv_poisson_q6"]
+    names = ("arrival_s", "prompt_tokens", "output_tokens")
+    lines = [",".join(names), *(",".join(row[name] for name in names) for row in rows)]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "s.yaml").write_text(
+        "model: llama-3.1-8b\ngpu: h200\nmax_model_len: 16384\nbackend: {name: roofline, by_part: true}\n"
+        "policy: {name: vllm, version: 0.26, max_num_batched_tokens: 8192, max_num_seqs: 256, num_gpu_blocks: 53794}\n"
+        "speculate: {method: eagle3, tokens: 3, acceptance: {synthetic: 2.4}, draft: {vocab: 32000}}\n"
+        "workload: {file: t.csv, max_tokens: exact}\n"
+    )
+    [found] = load(tmp_path / "s.yaml").setups
+    summary = simulate(found).summary
+    times = {name: np.array([float(row[name]) for row in rows]) for name in ("arrival_s", *TIMES)}
+    outputs = np.array([int(row["output_tokens"]) for row in rows])
+    tpot = (times["last_token_s"] - times["first_token_s"])[outputs > 1] * 1e3 / (outputs[outputs > 1] - 1)
+
+    assert summary["duration"] == pytest.approx(times["last_token_s"].max() - times["arrival_s"].min(), rel=0.03)
+    assert summary["median_tpot_ms"] == pytest.approx(np.median(tpot), rel=0.06)
+    e2e = (times["last_token_s"] - times["arrival_s"]) * 1e3
+    assert summary["median_e2el_ms"] == pytest.approx(np.median(e2e), rel=0.06)
