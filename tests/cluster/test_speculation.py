@@ -53,7 +53,7 @@ class WithDeadTokens(Affine):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 99), tokens=st.integers(1, 7))
 def test_drafts_of_which_none_is_kept_are_dead_tokens(asynchronous: bool, cached: bool, seed: int, tokens: int) -> None:
     """With room for all, a run is the plain one with so many dead tokens a decode."""
@@ -115,7 +115,7 @@ def test_the_accepted_length_is_the_one_asked_for() -> None:
     assert summary["draft_tokens"] == sum(world.requests.extra["draft_tokens"])
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 999),
     tokens=st.integers(1, 5),
@@ -158,7 +158,7 @@ def test_books_balance_however_tight_memory_is(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), timeout=st.floats(5e-9, 2e-7), at=st.floats(1e-9, 3e-7))
 def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: int, timeout: float, at: float) -> None:
     """What clients got until then stays; `audit` adds up all gaps."""
