@@ -102,7 +102,7 @@ def test_speculation() -> None:
     """The best number of drafts falls with the load; all of them pay alone, and many lose at a full one."""
     alone, half, full = (
         summaries("speculation", requests, case)
-        for requests, case in ((2, "1 client"), (96, "64 clients"), (300, "256 clients"))
+        for requests, case in ((2, "1 client"), (128, "64 clients"), (512, "256 clients"))
     )
     gains = [
         {name: summary["output_throughput"] / found["none"]["output_throughput"] for name, summary in found.items()}
