@@ -201,7 +201,7 @@ class Executor(Backend):
         return ()
 
     def facts(self) -> dict[str, str]:
-        """What a recording says about the engine: its ``gpu``, and versions."""
+        """What a recording says about the engine: ``gpu``, versions, ``graph_tokens`` (of its largest CUDA graph)."""
         return {}
 
 

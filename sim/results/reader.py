@@ -15,7 +15,6 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
@@ -331,6 +330,8 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
 
 
 def _columns(table: pa.Table) -> Columns:
+    import pyarrow.compute as pc  # here: a tenth of a second that a run without a report need not wait
+
     found: Columns = {}
     for name in table.column_names:
         column = table[name]
