@@ -170,7 +170,7 @@ class _Engines:
             handover=self.handover.take if prefills and self.handover is not None else None,
             journal=self.journal,
         )
-        planner.state.more_arrivals = cluster.more_arrivals
+        planner.state.expect(cluster.more_arrivals)
         return make_engine(planner, Execution(planner, self._identity(pool)) if executes else None)
 
     def _identity(self, pool: CountingPool) -> Identity:
