@@ -52,8 +52,8 @@ def _within_limits(cluster: Cluster) -> None:
     ``sequence_limit`` of 3: one with 2 chunks and 1 decode is within it, one with 2 chunks and 2 decodes is not.
     """
     for engine in cluster.engines:
-        limit = engine.scheduler.sequence_limit
+        limit, ranks = engine.scheduler.sequence_limit, engine.planner.count
         most = max(int((runs["chunks"] + runs["decodes"]).max(initial=0)) for runs in engine.records.run_parts())
-        if limit is not None and most > limit:
+        if limit is not None and most > limit * ranks:
             name = type(engine.scheduler).__name__
             raise PolicyError(f"policy {name}: a step of {most} requests: its sequence_limit is {limit}")

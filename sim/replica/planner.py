@@ -31,6 +31,7 @@ class Planner:
     Raises `PolicyError` if the policy wants a synchronous batch planned ahead, or cannot fill a pipeline.
     """
 
+    count = 1  # of planners whose steps are one
     __slots__ = (  # without them a run takes 2 % longer
         *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leap", "_left", "_longest", "_overshoots"),
         *("_promised", "again", "arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool"),
@@ -85,6 +86,10 @@ class Planner:
         self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
         self._handover = handover
+
+    def heeds_arrival(self) -> bool:
+        """Whether an arrival now, while a run is under way, calls for a plan at the next boundary."""
+        return self.arrival > 0 or self.arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
 
     def takes(self, request: Live, now: int) -> bool:
         """Whether a request that arrives now can ever fit, and the policy does not turn it away.
@@ -385,6 +390,12 @@ class Planner:
 
     def record(self, plan: Plan, start: int, first: int, count: int) -> None:
         """Write down the first ``count`` steps of ``plan``, or its last one, that began at ``start``."""
+        row = self.written(plan, start, first, count)
+        slope = plan.slope if count > 1 else 0
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *row))
+
+    def written(self, plan: Plan, start: int, first: int, count: int) -> tuple[int, ...]:
+        """As `record`, but for the row of runs: its `StepRow` is returned."""
         if self.journal is not None:
             for request, tokens in plan.chunks:
                 self.journal.write(start, self.journal.row, Kind.CHUNK, request.id, -1, tokens)
@@ -393,13 +404,17 @@ class Planner:
         if plan.undelivered:  # no gap is theirs
             named = StepRow._make(row)
             row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
-        slope = plan.slope if count > 1 else 0
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *row))
         if plan.late_gaps:
             end = start + first
             for i in range(0, len(plan.late_gaps), 2):
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
+        return row
+
+    def idle_row(self) -> tuple[int, ...]:
+        """The `StepRow` of a step in which nothing of this planner's runs."""
+        state, held = self.state, self.pool.total - self.pool.free
+        return (0, 0, 0, 0, 0, 0, len(state.admitted), len(state.waiting), held, state.kv_tokens, self._promised, 0)
 
     def deliver(self, plan: Plan) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""

@@ -24,27 +24,36 @@ def labels_of(setup: Setup) -> list[str]:
     return [name for name in LABELS if getattr(setup.trace, name) is not None]
 
 
+def extra_of(setups: Iterable[Setup]) -> list[str]:
+    """Columns of requests that only some runs have, of those that any of ``setups`` has."""
+    found: list[str] = []
+    for setup in setups:
+        found += HANDOVER_COLUMNS if setup.link is not None else ()
+        found += ("rank",) if any(group.parallel.data > 1 for group in setup.groups) else ()
+    return list(dict.fromkeys(found))
+
+
 def request_table(
-    requests: RequestRecords, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()
+    requests: RequestRecords, label: dict[str, str], extra: Sequence[str] = (), also: Sequence[str] = ()
 ) -> pa.Table:
     """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
 
-    ``label`` says which run of a comparison the rows belong to. ``moves`` adds the columns of a hand-over of KV, empty
-    in a run without one. ``also`` names those of `LABELS` to add.
+    ``label`` says which run of a comparison the rows belong to. ``extra`` names columns that only some runs have, empty
+    in the others. ``also`` names those of `LABELS` to add.
     """
     columns = requests.columns()
     for name in also:
         given = getattr(requests.trace, name)
         columns[name] = np.full(len(requests.status), -1, dtype=np.int64) if given is None else given
-    if moves:
+    if extra:
         none = np.full(len(requests.status), -1, dtype=np.int64)
-        columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
+        columns = {**dict.fromkeys(extra, none), **columns}
     arrays: dict[str, Any] = _labels(label, len(columns["status"]))
     for name, values in columns.items():
         if name == "status":
             arrays[name] = pa.array(CODES[name]).take(pa.array(values)).dictionary_encode()
-        elif name.endswith("_ps") or name == "prefill_replica":
-            arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
+        elif name.endswith("_ps") or name in ("prefill_replica", "rank"):
+            arrays[name] = pa.array(values, pa.int64(), mask=np.asarray(values) < 0)
         else:
             arrays[name] = pa.array(values)
     for name, values in request_latencies(requests).items():
@@ -122,8 +131,8 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         "policy": type(policy).__name__,
         "kv_blocks": group.blocks,
         "block_size": group.block_size,
-        "token_limit": policy.token_limit,
-        "sequence_limit": policy.sequence_limit,
+        "token_limit": policy.token_limit and policy.token_limit * group.parallel.data,
+        "sequence_limit": policy.sequence_limit and policy.sequence_limit * group.parallel.data,
         "batch_synchronous": policy.batch_synchronous,
         "asynchronous": policy.asynchronous,
     }

@@ -440,7 +440,7 @@ class _Resolver(Lookup):
             return None
         scheduler, settings = policy
         given = {key: settings[key] for key in choice if key in settings} if isinstance(choice, dict) else {}
-        deployment = Deployment(gpu.name, gpu.memory_bytes, longest)
+        deployment = Deployment(gpu.name, gpu.memory_bytes, longest, ranks=parallel.data)
         settings = settings | (self._try(policy_at, lambda: scheduler.sized(given, deployment)) or {})
         sample = self._try(policy_at, lambda: scheduler(**settings)) if len(self._problems) == before else None
         fit = None
