@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +14,9 @@ from chairlift.policies.sglang import Sglang
 from chairlift.policies.static import Static
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.records import Status
-from chairlift.sim.study import Limits
+from chairlift.sim.study import Limits, Setup
 from kit.clusters import Served, check_endings, check_nothing_left, group, s, same, serve, setup_of
-from kit.worlds import Affine, trace_of
+from kit.worlds import Affine, check_places, shares, trace_of
 
 COST = Affine(fixed=1000, token=10, context=0)
 MS = 10**9
@@ -27,12 +28,18 @@ def vllm(ranks: int, blocks: int = 1000, cost: Affine = COST, **more: Any) -> An
 
 
 def played(rows: list[tuple[int, int, int]], replica: Any, **more: Any) -> Served:
-    """A run that leaps, which a run that does not agrees with."""
-    setup = setup_of(trace_of(rows), [replica], **more)
-    served = serve(setup)
-    same(served, serve(setup, leap=False))
+    """A run that leaps, which a run that does not agrees with, in what is held and stored too."""
+    return checked(setup_of(trace_of(rows), [replica], **more))
+
+
+def checked(setup: Setup) -> Served:
+    """As `played`, of a setup."""
+    served, stepped = serve(setup), serve(setup, leap=False)
+    same(served, stepped)
+    assert [shares(engine) for engine in served.engines] == [shares(engine) for engine in stepped.engines]
     check_endings(served)
     check_nothing_left(served)
+    check_places(served.engines[0])
     return served
 
 
@@ -142,6 +149,27 @@ def test_ranks_with_equal_work_are_as_one_replica_with_the_work_of_one(
     assert all_of_them["rank"] == list(range(ranks)) * len(rows)
     for name in ("status", "admitted_ps", "first_token_ps", "finished_ps", "preemptions", "emitted_tokens"):
         assert all_of_them[name] == [value for value in one[name] for _ in range(ranks)], name
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_each_rank_has_a_prefix_cache_of_its_own(kind: str, ahead: bool) -> None:
+    # groups of prompts that begin alike come one after the other; who finds his prefix depends on the rank
+    rows = [(k * 2500, 40 + k % 7, 5 + 11 * k % 30) for k in range(24)]
+    trace = trace_of(rows, prefix_group=[k % 3 for k in range(24)], prefix_tokens=[32] * 24)
+    if kind == "vllm":
+        replica = group(Vllm, {"async_scheduling": ahead, "max_num_seqs": 4}, blocks=20, cost=COST, ranks=3)
+    else:
+        chosen = {"page_size": 16, "disable_overlap_schedule": not ahead, "max_running_requests": 4}
+        replica = group(Sglang, chosen, blocks=20, cost=COST, ranks=3)
+    got = checked(setup_of(trace, [replica])).columns()
+
+    seen: set[tuple[int, int]] = set()
+    for k in sorted(range(24), key=lambda k: got["admitted_ps"][k]):
+        place = (got["rank"][k], k % 3)
+        assert got["cached_tokens"][k] == 0 or place in seen  # nobody else has put it there
+        seen.add(place)
+    assert sum(tokens > 0 for tokens in got["cached_tokens"]) > 5
 
 
 costs = st.builds(
