@@ -270,6 +270,7 @@ class Deployment:
     gpu_bytes: int  # memory of one GPU
     max_model_len: int  # tokens, prompt and output, that a request may have
     pool_tokens: int | None = None  # those that the KV pool can hold of one request; None: not known yet
+    ranks: int = 1  # of DP-attention; each has a policy of its own
 
 
 class PolicyError(Exception):
@@ -465,6 +466,7 @@ class Scheduler(ABC):
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
     requeues_last: ClassVar[bool] = False  # a preempted request goes to the end of the queue
     fills_pipelines: ClassVar[bool] = False  # with several `Step.stages` it plans, by `Step.run`, who is `Step.ready`
+    ranks_in_turn: ClassVar[bool] = False  # ranks of DP-attention get requests in turn, not by how many they have
     verifies_drafts: ClassVar[bool] = False  # it plans with `Step.speculation`
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 

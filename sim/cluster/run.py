@@ -59,12 +59,12 @@ def _within_limits(cluster: Cluster) -> None:
     ``sequence_limit`` of 3: one with 2 chunks and 1 decode is within it, one with 2 chunks and 2 decodes is not.
     """
     for engine in cluster.engines:
-        limit, done = engine.scheduler.sequence_limit, 0
+        limit, ranks, done = engine.scheduler.sequence_limit, engine.planner.count, 0
         if limit is None:
             continue
         for runs in engine.records.run_parts():
             sizes = runs["chunks"] + runs["decodes"]
-            if (over := np.flatnonzero(sizes > limit)).size:
+            if (over := np.flatnonzero(sizes > limit * ranks)).size:
                 step = done + int(runs["steps"][: over[0]].sum()) + 1
                 what = f"a step of {sizes[over[0]]} requests: its sequence_limit is {limit}"
                 raise PolicyError(what, name_of(engine.scheduler), step)

@@ -35,6 +35,7 @@ class Planner:
     Raises `PolicyError` if the policy wants a synchronous batch planned ahead, or cannot fill a pipeline.
     """
 
+    count = 1  # of planners whose steps are one
     __slots__ = (  # without them a run takes 2 % longer
         *("_ahead", "_budget", "_ended", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest"),
         *("_overshoots", "_preempting", "_progress", "_promised", "again", "arrival", "arrival_token", "backend"),
@@ -93,6 +94,10 @@ class Planner:
         self._preempting = 0  # plans that preempted since the latest look for progress
         self._progress = (0, 0)  # at that look: requests that had ended, and tokens of those that were here
         self._ended = 0  # requests that have left for good
+
+    def heeds_arrival(self) -> bool:
+        """Whether an arrival now, while a run is under way, calls for a plan at the next boundary."""
+        return self.arrival > 0 or self.arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
 
     def _make_step(self, *parts: Any) -> ReplicaStep:
         return ReplicaStep(*parts)
@@ -287,6 +292,8 @@ class Planner:
                         due.end(when)  # its slot is paid for until its batch returns
                     elif self._overshoots == "never" or not self._goes_on(due):
                         group.leave(due, DRAINING, when)
+        elif count > 1:  # other ranks' steps
+            self._leap(plan, count)
         if plan.chunks:
             emitting: list[Live] = []
             for request, tokens in plan.chunks:
@@ -325,7 +332,7 @@ class Planner:
         """
         pool, steps = self.pool, count - self._ahead
         held, spared = pool.total - pool.free - plan.row[_HELD], pool.spared - plan.row[_SPARED]
-        growth = pool.leap(self.state.group, count, steps)
+        growth = pool.leap(self.state.group, count, steps) if plan.decoding else NO_GROWTH
         if held or spared:
             moment = steps * (steps - 1) // 2
             more = (held * (steps - 1), held * moment, spared * (steps - 1), spared * moment)
@@ -448,6 +455,11 @@ class Planner:
 
     def record(self, plan: Plan, start: int, first: int, count: int) -> None:
         """Write down the first ``count`` steps of ``plan``, or its last one, that began at ``start``."""
+        slope = plan.slope if count > 1 else 0
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *self.written(plan, start, first, count)))
+
+    def written(self, plan: Plan, start: int, first: int, count: int) -> tuple[int, ...]:
+        """As `record`, but for the row of runs: its `Growth` and `StepRow` are returned."""
         if self.journal is not None:
             for request, tokens in plan.chunks:
                 self.journal.write(start, self.journal.row, Kind.CHUNK, request.id, -1, tokens)
@@ -456,13 +468,18 @@ class Planner:
         if plan.undelivered:  # no gap is theirs
             named = StepRow._make(row)
             row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
-        slope, growth = (plan.slope, plan.growth) if count > 1 else (0, NO_GROWTH)
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *growth, *row))
         if plan.late_gaps:
             end = start + first
             for i in range(0, len(plan.late_gaps), 2):
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
+        return (*(plan.growth if count > 1 else NO_GROWTH), *row)
+
+    def idle_row(self) -> tuple[int, ...]:
+        """The `StepRow` of a step in which nothing of this planner's runs."""
+        state, pool = self.state, self.pool
+        here = (len(state.admitted), len(state.waiting), pool.total - pool.free, pool.spared)
+        return (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
 
     def deliver(self, plan: Plan) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""

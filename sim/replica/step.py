@@ -11,7 +11,7 @@ from operator import index
 from typing import Any, NoReturn, TypeAlias
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Step
+from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Speculation, Step
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
@@ -38,8 +38,20 @@ class ReplicaStep(Step):
 
     __slots__ = (  # a dict is slow beyond thirty attributes
         *("_admissions", "_admitted_before", "_denied", "_max_model_len", "_more_arrivals", "_needy", "_now"),
-        *("_running", "_scattered", "_stages", "_waiting", "_windowed", "admitted", "backend", "batch", "chunks"),
-        *("decoded_at", "evicted", "flights", "fresh", "group", "host", "kv_tokens", "moved", "notes", "padding"),
+        *("_running", "_scattered", "_speculation", "_stages", "_waiting", "_windowed", "admitted", "backend", "batch"),
+        *(
+            "chunks",
+            "decoded_at",
+            "evicted",
+            "flights",
+            "fresh",
+            "group",
+            "host",
+            "kv_tokens",
+            "moved",
+            "notes",
+            "padding",
+        ),
         *("parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
         *("releases", "resumed", "scheduler", "slept", "started", "taken", "tokens", "wake", "whole"),
     )
@@ -50,6 +62,7 @@ class ReplicaStep(Step):
     max_model_len: int = shown("max_model_len")
     stages: int = shown("stages")
     windowed: bool = shown("windowed")
+    speculation: Speculation | None = shown("speculation")
 
     def __init__(
         self,
@@ -69,6 +82,7 @@ class ReplicaStep(Step):
         self._stages = stages
         self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
         self._windowed = pool.windowed
+        self._speculation: Speculation | None = None
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self._waiting: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque
