@@ -37,7 +37,7 @@ COMMANDS = {
     "validate": (
         "calibrate",
         "validate_",
-        "Predict recorded experiments and compare: durations, latencies, steps, preemptions.",
+        "Predict what was measured, and compare: durations, latencies and, of recordings, steps and preemptions.",
     ),
     "sweep": (
         "sweep",

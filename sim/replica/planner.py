@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
 from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
@@ -67,7 +67,7 @@ class Planner:
         self.backend = backend
         self.pool = pool
         self.index = index
-        self.state = ReplicaStep(scheduler, backend, pool, max_model_len, host, stages)
+        self.state = self._make_step(scheduler, backend, pool, max_model_len, host, stages)
         self.requests = requests
         self.records = records or RunRecords()
         self.steps = 0  # done
@@ -93,6 +93,9 @@ class Planner:
         self._preempting = 0  # plans that preempted since the latest look for progress
         self._progress = (0, 0)  # at that look: requests that had ended, and tokens of those that were here
         self._ended = 0  # requests that have left for good
+
+    def _make_step(self, *parts: Any) -> ReplicaStep:
+        return ReplicaStep(*parts)
 
     def takes(self, request: Live, now: int) -> bool:
         """Whether a request that arrives now can ever fit, and the policy does not turn it away.
@@ -164,34 +167,16 @@ class Planner:
                 self._check_progress()
             for request in state.rejected:
                 self.end_request(request, now, Status.REJECTED)
-        chunks = state.chunks
-        group = state.group
-        decoding = state.whole
-        if state.ran:
-            before = list(state.parked)
-            state.arrange()
-            decoding = True
-            if self.journal is not None:
-                self.journal.arranged(now, self.row_to_come(), before, list(state.parked))
-        if state.rejoined:
-            for request in state.rejoined:
-                if request.group is group:  # else this very plan has preempted it, or left it out again
-                    self._ends.add(request)
-            state.rejoined = []
-        if not decoding and not chunks:
+        gathered = self._gather(now)
+        if gathered is None:
             return None
+        decoding, batch, prompt_tokens = gathered
         if self.again:
             self.fail("vouched for 0 steps")
-        if decoding:
-            decodes, context, dead = group.live, group.context, group.dead
-        else:
-            decodes = context = dead = 0
-        prefills: tuple[Chunk, ...] = ()
-        if chunks:
-            prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
-        padded = dead + state.padding
-        batch = new(Batch, (prefills, decodes, context, padded, None))
-        cost = self.price(_as_decodes(chunks, batch) if state.resumed else batch)
+        _, decodes, context, padded, _, _ = batch
+        chunks = state.chunks
+        group = state.group
+        cost = self.price(self._as_decodes(batch) if state.resumed else batch)
         count = 1
         first, slope, alike, host = cost
         if host is not NO_HOST:
@@ -208,7 +193,7 @@ class Planner:
             late, late_gaps = self._late(start, decodes)
         row = (  # a `StepRow`, which takes longer to make
             len(chunks),
-            state.tokens - decodes if chunks else 0,
+            prompt_tokens,
             decodes,
             padded,
             context,
@@ -228,6 +213,50 @@ class Planner:
             plan.gpu += state.slept
             plan.intake = intake
         return plan
+
+    def _gather(self, now: int) -> tuple[bool, Batch, int] | None:
+        """What the policy chose: whether anybody decodes, the batch, its tokens of prompts; None if nothing runs."""
+        state = self.state
+        chunks = state.chunks
+        group = state.group
+        decoding = state.whole
+        if state.ran:
+            before = list(state.parked)
+            state.arrange()
+            decoding = True
+            if self.journal is not None:
+                self.journal.arranged(now, self.row_to_come(), before, list(state.parked))
+        if state.rejoined:
+            for request in state.rejoined:
+                if request.group is group:  # else this very plan has preempted it, or left it out again
+                    self._ends.add(request)
+            state.rejoined = []
+        if not decoding and not chunks:
+            return None
+        if decoding:
+            decodes, context, dead = group.live, group.context, group.dead
+        else:
+            decodes = context = dead = 0
+        prefills: tuple[Chunk, ...] = ()
+        if chunks:
+            prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
+        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0))
+        return decoding, batch, state.tokens - decodes if chunks else 0
+
+    def _as_decodes(self, batch: Batch) -> Batch:
+        """``batch`` as a kernel sees it: a chunk of one token that a client already has is a decode.
+
+        In three steps: a request with a prompt of 10 has 4 tokens of answer when it is preempted. Computed again, its
+        14 tokens come in chunks of 13 and 1. The last chunk reads 14 tokens of KV, its own included, and brings the
+        fifth token of the answer, as a decode does.
+        """
+        chunks = self.state.chunks
+        last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
+        prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
+        starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
+        return batch._replace(
+            prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts)
+        )
 
     def commit(self, plan: Plan, count: int) -> None:
         """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
@@ -582,19 +611,6 @@ class Planner:
                 NoProgress,
             )
         self._preempting, self._progress = 0, (ends, emitted)
-
-
-def _as_decodes(chunks: list[tuple[Live, int]], batch: Batch) -> Batch:
-    """``batch`` as a kernel sees it: a chunk of one token that a client already has is a decode.
-
-    In three steps: a request with a prompt of 10 has 4 tokens of answer when it is preempted. Computed again, its 14
-    tokens come in chunks of 13 and 1. The last chunk reads 14 tokens of KV, its own included, and brings the fifth
-    token of the answer, as a decode does.
-    """
-    last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
-    prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
-    starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
-    return batch._replace(prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts))
 
 
 def _unsay(flight: Plan, request: Live) -> None:

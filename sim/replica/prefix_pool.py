@@ -220,8 +220,17 @@ class PrefixPool(CountingPool):
         found = self._found
         if found is not None and found[0] == request.id:
             return found
-        blocks: list[int] = []
+        blocks = self._findable(request)
         free = 0
+        if blocks:
+            users = self._users
+            free = [users[block] for block in blocks].count(0)
+        self._found = found = (request.id, blocks, free)
+        return found
+
+    def _findable(self, request: Live) -> list[int]:
+        """The cached blocks that a waiting request's leading tokens are in."""
+        blocks: list[int] = []
         number = request.id
         full = (request.prompt_tokens + request.produced - 1) // self.block_size
         if not request.preemptions:
@@ -231,10 +240,7 @@ class PrefixPool(CountingPool):
             found_or_none = [*map(cached.get, self._identity.keys(number, 0, full))]
             end = found_or_none.index(None) if None in found_or_none else full
             blocks = found_or_none[:end]  # type: ignore[assignment]  # None is not among them
-            users = self._users
-            free = [users[block] for block in blocks].count(0)
-        self._found = found = (number, blocks, free)
-        return found
+        return blocks
 
     def _take(self, count: int) -> None:
         """Take ``count`` blocks from the head of the queue; what they held is forgotten."""
