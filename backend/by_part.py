@@ -30,6 +30,7 @@ class Rank(NamedTuple):
     slots: int  # decodes and padded slots
     padded: int  # padding of prompts, tokens
     context: int
+    drafts: int  # tokens of the decodes beside one each
 
 
 class ByPart(Backend):
@@ -42,6 +43,7 @@ class ByPart(Backend):
     """
 
     name = "roofline"
+    prices_drafts = True
 
     def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Shares) -> None:
         self.model, self.gpu, self.parallel, self.efficiency = model, gpu, parallel.check(model), efficiency
@@ -62,10 +64,13 @@ class ByPart(Backend):
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds until their windows are full, or a floor has ended."""
-        if batch.prefills:
+        if batch.prefills or batch.drafts:
             rank = self._rank(batch)
             first = self._ps(self._parts(rank, batch))
-            return StepCost(max(first, self._launch(self._tokens(batch)), self._floor), 0, 1, self._host)
+            tokens = self._tokens(batch)
+            one_graph = not batch.prefills and tokens <= self.efficiency.graph_tokens
+            launch = 0 if one_graph else self._launch(tokens)
+            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
         all_slots = batch.decodes + batch.padded
         fixed = self._fixed.get(all_slots)
         if fixed is None:
@@ -101,7 +106,7 @@ class ByPart(Backend):
         """The parts of the first step of ``batch``, on the GPU that takes longest; their times add up to its cost."""
         rank = self._rank(batch)
         parts = self._parts(rank, batch)
-        if not batch.prefills:
+        if not (batch.prefills or batch.drafts):
             parts = [part for part in parts if part.name != "KV"]
             parts.insert(-2, self._decode_attention(rank))
         short = (self.step(batch).first - self._ps(parts)) / PS
@@ -116,12 +121,15 @@ class ByPart(Backend):
         flops = costs.decode_pair * context + costs.window_pair * inside
         taken = (self._token * context + self._in_window * inside) / PS
         rate = costs.attention_rate()
+        if rank.drafts:  # KV is read once for all tokens of a decode
+            flops *= (rank.slots + rank.drafts) / rank.slots
+            return Part("KV", read, flops, read / costs.byte_rate, flops / rate)
         bound = flops / rate > read / costs.byte_rate
         memory, compute = (read / costs.byte_rate, taken) if bound else (taken, flops / rate)
         return Part("KV", read, flops, memory, compute)
 
     def _tokens(self, batch: Batch) -> int:
-        return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded
+        return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded + batch.drafts
 
     def _launch(self, tokens: int) -> int:
         """No step of so many tokens that is not one CUDA graph is shorter than its launch, ps."""
@@ -138,25 +146,25 @@ class ByPart(Backend):
         slots = -(-all_slots // ranks)
         context = batch.context * slots // all_slots if all_slots else 0
         if ranks == 1:
-            return Rank(batch.prefills, slots, padded, context)
+            return Rank(batch.prefills, slots, padded, context, batch.drafts)
         dealt: list[list[Chunk]] = [[] for _ in range(ranks)]
         load = [0] * ranks
         for chunk in sorted(batch.prefills, key=lambda chunk: -chunk.length):
             least = load.index(min(load))
             dealt[least].append(chunk)
             load[least] += chunk.length
-        return Rank(tuple(dealt[load.index(max(load))]), slots, -(-padded // ranks), context)
+        return Rank(tuple(dealt[load.index(max(load))]), slots, -(-padded // ranks), context, -(-batch.drafts // ranks))
 
     def _parts(self, rank: Rank, batch: Batch) -> list[Part]:
         """All parts of a step; of decodes alone without the KV that they read."""
         costs, e = self._costs, self.efficiency
-        tokens = rank.slots + rank.padded + sum(chunk.length for chunk in rank.prefills)
+        tokens = rank.slots + rank.drafts + rank.padded + sum(chunk.length for chunk in rank.prefills)
         all_tokens = self._tokens(batch)
-        parts = costs.linear(tokens, all_tokens, rank.slots + len(rank.prefills))
+        parts = costs.linear(tokens, all_tokens, rank.slots + rank.drafts + len(rank.prefills))
         if rank.prefills:
             parts.append(self._prompt_attention(rank.prefills))
-            if rank.slots:
-                parts.append(self._decode_attention(rank))
+        if rank.slots and (rank.prefills or rank.drafts):
+            parts.append(self._decode_attention(rank))
         sequences = (rank.slots + len(rank.prefills)) * self.model.layers * e.attention_us * US
         parts.append(Part("kernels", 0, 0, 0, 0, self._kernels + sequences))
         parts.append(Part("collectives", 0, 0, 0, 0, self._collectives(tokens, all_tokens)))

@@ -552,6 +552,10 @@ class Scheduler(ABC):
         0: nothing runs in this turn, but ask again at once.
         """
 
+    def speculation(self, method: str, drafts: int) -> Speculation:
+        """How so many ``drafts`` by a ``method`` (eagle3, mtp, draft_model, ngram) are planned (`verifies_drafts`)."""
+        return Speculation(drafts, drafts)
+
     def allowed(self, request: Request, max_model_len: int, blocks: int, block_size: int) -> int:
         """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""
         return request.max_tokens

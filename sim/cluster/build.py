@@ -34,8 +34,10 @@ from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.request import Live
+from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import Autoscale, ReplicaGroup, Setup
+from chairlift.sim.workload.acceptance import Draws
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.trace import Trace
 
@@ -126,6 +128,11 @@ class _Engines:
 
     def __post_init__(self) -> None:
         self._outputs = array("i", self.setup.trace.output_tokens.tobytes())
+        speculate = self.setup.speculate
+        self._accepts: Draws | None = None
+        if speculate is not None:
+            seed = int(stream(self.setup.seed, "acceptance").integers(1 << 62))
+            self._accepts = Draws(speculate.acceptance.of(speculate.tokens), seed)
         self._first_only = array("b", [1]) * len(self._outputs)  # what a prefill replica has to emit
 
     def make(self, group: ReplicaGroup, replica: Replica) -> Engine:
@@ -134,7 +141,7 @@ class _Engines:
         prefills = group.role == "prefill"
         scheduler = group.make_scheduler()
         blocks, size, longest = group.blocks, group.block_size, setup.max_model_len
-        more = (setup.executes, group.kv_groups, longest)
+        more = (setup.executes, group.kv_groups, longest, group.speculation)
         pool = make_pool(scheduler, setup.trace, blocks, size, self.identities, *more)
         backend = _backend(setup, group, pool)
         outputs = self._first_only if prefills else self._outputs
@@ -145,7 +152,10 @@ class _Engines:
             cluster.ended(request, now)
 
         executes = isinstance(backend, Executor)
-        planner = Planner(
+        kind: Callable[..., Planner] = Planner
+        if group.speculation is not None and self._accepts is not None:
+            kind = partial(VerifyingPlanner, group.speculation, self._accepts)
+        planner = kind(
             scheduler,
             backend,
             pool,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from chairlift.sim.cluster import predicted_lengths
+from chairlift.sim.replica.drafts import Drafted
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 from chairlift.sim.study import Setup
@@ -46,6 +47,8 @@ def request_maker(setup: Setup, identities: dict[tuple[int, int], Identity] | No
     sessions = None if trace.session is None else trace.session.tolist()
     longest = setup.max_model_len
 
+    kind = Live if setup.speculate is None else Drafted
+
     def make(i: int) -> Live:
         prompt = prompts[i]
         seen: Sequence[int] = ()
@@ -54,7 +57,7 @@ def request_maker(setup: Setup, identities: dict[tuple[int, int], Identity] | No
         elif ends is not None:
             end = ends[i]
             seen = range(end - end % CHAIN, end)
-        return Live(
+        return kind(
             i,
             arrivals[i],
             prompt,

@@ -173,7 +173,7 @@ class Planner:
         decoding, batch, prompt_tokens = gathered
         if self.again:
             self.fail("vouched for 0 steps")
-        _, decodes, context, padded, _, _ = batch
+        _, decodes, context, padded, *_ = batch
         chunks = state.chunks
         group = state.group
         cost = self.price(self._as_decodes(batch) if state.resumed else batch)
@@ -240,7 +240,7 @@ class Planner:
         prefills: tuple[Chunk, ...] = ()
         if chunks:
             prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
-        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0))
+        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0, 0))
         return decoding, batch, state.tokens - decodes if chunks else 0
 
     def _as_decodes(self, batch: Batch) -> Batch:

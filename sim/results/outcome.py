@@ -66,7 +66,8 @@ class Outcome:
         True
         """
         if rows == "requests":
-            return request_table(self.requests, {}, self.setup.link is not None, labels_of(self.setup))
+            also = (self.setup.link is not None, labels_of(self.setup), self.setup.speculate is not None)
+            return request_table(self.requests, {}, *also)
         if rows == "steps":
             return replica_table(self.runs, {}, RunRecords.run_parts)
         if rows != "events":

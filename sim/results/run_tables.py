@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from chairlift.sim.results.metrics import limits, request_latencies
 from chairlift.sim.results.reader import CODES
-from chairlift.sim.results.records import HANDOVER_COLUMNS, RequestRecords, RunRecords
+from chairlift.sim.results.records import DRAFT_COLUMNS, HANDOVER_COLUMNS, RequestRecords, RunRecords
 from chairlift.sim.study import ReplicaGroup, Setup
 
 Parts = Callable[[RunRecords], Iterable[Mapping[str, npt.NDArray[np.int64]]]]
@@ -25,12 +25,17 @@ def labels_of(setup: Setup) -> list[str]:
 
 
 def request_table(
-    requests: RequestRecords, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()
+    requests: RequestRecords,
+    label: dict[str, str],
+    moves: bool = False,
+    also: Sequence[str] = (),
+    drafts: bool = False,
 ) -> pa.Table:
     """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
 
     ``label`` says which run of a comparison the rows belong to. ``moves`` adds the columns of a hand-over of KV, empty
-    in a run without one. ``also`` names those of `LABELS` to add.
+    in a run without one; ``drafts`` those of drafts that were verified, 0 in a run without. ``also`` names those of
+    `LABELS` to add.
     """
     columns = requests.columns()
     for name in also:
@@ -39,6 +44,9 @@ def request_table(
     if moves:
         none = np.full(len(requests.status), -1, dtype=np.int64)
         columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
+    if drafts:
+        zeros = np.zeros(len(requests.status), dtype=np.int32)
+        columns = {**dict.fromkeys(DRAFT_COLUMNS, zeros), **columns}
     arrays: dict[str, Any] = _labels(label, len(columns["status"]))
     for name, values in columns.items():
         if name == "status":

@@ -53,6 +53,7 @@ class Writer:
         self._study = study
         self._compares = len(study.setups) > 1
         self._moves = any(setup.link is not None for setup in study.setups)
+        self._drafts = any(setup.speculate is not None for setup in study.setups)
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._recorders: dict[str, Recorder] = {}
@@ -92,7 +93,8 @@ class Writer:
     def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
-        self._append("requests", [request_table(outcome.requests, label, self._moves, self._columns)])
+        also = (self._moves, self._columns, self._drafts)
+        self._append("requests", [request_table(outcome.requests, label, *also)])
         self._append("steps", replica_tables(outcome.runs, label, RunRecords.run_parts))
         if any(each.event_rows for each in outcome.runs):
             self._append("events", replica_tables(outcome.runs, label, RunRecords.event_parts))
