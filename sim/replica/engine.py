@@ -94,17 +94,17 @@ class Engine(ABC):
         if planner.journal is not None:
             planned = self.end is not None and self._plan is not None  # without it
             row = planner.row_to_come() + planned
-            planner.journal.write(now, row, Kind.ARRIVE, request.id, -1, len(self.state.waiting))
+            planner.journal.write(now, row, Kind.ARRIVE, request.row, -1, len(self.state.queue))
         if self._execution is not None:
             self._execution.arrived(request)
-        planner.requests.replica[request.id] = self.index
+        planner.requests.replica[request.row] = self.index
         if not planner.takes(request, now):
             planner.end_request(request, now, Status.REJECTED)
             return False
         if request.phase is not WAITING:
             request.queue()
-        self.state.waiting.append(request)
-        planner.intake += planner.arrival + planner.arrival_token * request.prompt_tokens
+        self.state.queue.append(request)
+        planner.intake += planner.arrival + planner.arrival_token * request.prompt
         return True
 
     def heeds_arrival(self) -> bool:
@@ -118,7 +118,7 @@ class Engine(ABC):
 
         The caller cuts the run, or plans if the replica is idle.
         """
-        if request.id in self.state.admitted and self.end is not None:
+        if request.row in self.state.admitted and self.end is not None:
             self._cancelled.append(request)
         else:
             self.planner.strike(request, now)
