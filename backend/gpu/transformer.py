@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from chairlift.backend.gpu.kernels.experts import Experts, mixture
 from chairlift.backend.gpu.kernels.layers import (
     Eights,
     Product,
+    Share,
     gated_e4m3,
     head_norm,
     linear,
@@ -33,6 +34,9 @@ from chairlift.backend.gpu.kernels.layers import (
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
 from chairlift.backend.gpu.ranks import ALONE, Ranks
 from chairlift.backend.shapes import Model
+
+if TYPE_CHECKING:
+    from chairlift.backend.gpu.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,17 @@ class Transformer:
         each step; embedding, head and attention are not. ``skew`` is as in `Experts`. Raises as `PagedAttention`, and
         for layers that are not built.
         """
-        if eights and (not model.gated_mlp or model.experts):
-            raise ValueError(f"{model.name}: weights in FP8 are built for dense gated models (Llama, Mistral, Qwen)")
+        if eights and (not model.gated_mlp or model.experts or model.biases == "attention"):
+            raise ValueError(
+                f"{model.name}: weights in FP8 are built for dense gated models (Llama, Mistral, Qwen), without a bias"
+                " after attention"
+            )
         if model.experts > 256 or model.experts_per_token > 16 or model.shared_ffn or model.dense_layers:
             raise ValueError(
                 f"{model.name}: built are up to 256 experts a layer, 16 of them a token, none shared by all"
             )
         self._arithmetic, self._skew, self._ranks = arithmetic, skew, ranks
+        self.exchange: Exchange | None = None  # of several GPUs: where sums of small steps are taken, if not by NCCL
         self.model = model
         self.heads = heads = ranks.heads(Heads(model.heads, model.kv_heads, model.head_size))
         self.dtype = dtype
@@ -183,7 +191,8 @@ class Transformer:
             for name in (
                 ("qkv", "out", "up", "down") if eights else ()
             ):  # one by one: all of them in 16 bits may not fit
-                setattr(layer, name, quantised(getattr(layer, name)))
+                fit = ranks.quantised if name in ("out", "down") else quantised  # every GPU has a part of their rows
+                setattr(layer, name, fit(getattr(layer, name)))
             self.layers.append(layer)
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
@@ -319,7 +328,7 @@ class Transformer:
         x = self._rest(self.layers[-1], y, residual, live)
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def _project(self, i: int, x: Tensor | Product | None, residual: Tensor) -> Tensor:
+    def _project(self, i: int, x: Tensor | Product | Share | None, residual: Tensor) -> Tensor:
         """Queries, keys and values of layer ``i``, ``[rows, width]``, once ``x`` is added to the residual."""
         layer = self.layers[i]
         norm = (x, residual, layer.norm, layer.norm_bias, self.epsilon)
@@ -331,24 +340,54 @@ class Transformer:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv
 
-    def _rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product:
+    def _rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product | Share:
         """What follows a layer's attention, but for adding it to the residual."""
-        norm = (residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
-        if isinstance(layer.out, Eights):
-            assert isinstance(layer.up, Eights)
-            assert isinstance(layer.down, Eights)
-            x = residual_norm_e4m3(self._summed(quantised(y), layer.out), *norm)
-            return self._summed(gated_e4m3(product(x, layer.up, self.dtype)), layer.down)
-        wide = residual_norm(self._ranks.sum(linear(y, layer.out, layer.out_bias)), *norm)
-        if layer.experts is not None:
-            return self._ranks.sum(mixture(wide, layer.experts, live))
-        assert isinstance(layer.up, Tensor)
-        assert isinstance(layer.down, Tensor)
-        wide = linear(wide, layer.up, layer.up_bias, self._activation)
-        return self._ranks.sum(linear(wide, layer.down, layer.down_bias))
+        x = self._part(0, y, layer.out, layer.out_bias)
+        x = self._mlp(layer, self._ranks.sum(x) if isinstance(x, Tensor) else x, residual, live)
+        return self._ranks.sum(x) if isinstance(x, Tensor) else x
 
-    def _summed(self, x: Eights, weight: Eights) -> Tensor | Product:
-        """A product whose sum goes over all GPUs; on one, before its scales."""
-        if self._ranks.count == 1:
-            return product(x, weight, self.dtype)
-        return self._ranks.sum(linear_e4m3(x, weight, None, self.dtype))
+    def _mlp(
+        self, layer: Layer, x: Tensor | Product | Share, residual: Tensor, live: Tensor | None
+    ) -> Tensor | Product | Share:
+        """This GPU's part of a layer's MLP or experts, once ``x`` is added to the residual; a part as of `_part`."""
+        norm = (x, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+        if layer.experts is not None:
+            share = self._share(1, len(residual))
+            made = mixture(residual_norm(*norm), layer.experts, live, None if share is None else share.values)
+            return made if share is None else share
+        assert layer.up is not None
+        assert layer.down is not None
+        wide: Tensor | Product
+        if isinstance(layer.up, Eights):
+            wide = product(residual_norm_e4m3(*norm), layer.up, self.dtype)
+        else:
+            wide = linear(residual_norm(*norm), layer.up, layer.up_bias, self._activation)
+        return self._part(1, wide, layer.down, layer.down_bias)
+
+    def _part(
+        self, place: int, x: Tensor | Product, weight: Tensor | Eights, bias: Tensor | None
+    ) -> Tensor | Product | Share:
+        """This GPU's part of a product whose sum over all GPUs is to be taken: as `Share`, in a place of the exchange.
+
+        In a step that is too large for that it is a tensor; on one GPU in 8-bit floats a `Product`.
+        """
+        rows = len(x if isinstance(x, Tensor) else x.values)
+        if not isinstance(weight, Eights):
+            assert isinstance(x, Tensor)
+            share = self._share(place, rows)
+            made = linear(x, weight, bias, out=None if share is None else share.values)
+            return made if share is None else share
+        share = self._share(place, rows, weight.scale)
+        scale = None if share is None else share.rows
+        narrow = quantised(x, scale) if isinstance(x, Tensor) else gated_e4m3(x, scale)
+        if share is not None:
+            scaled = product(narrow, weight, self.dtype, share.values).rows is None
+            return share._replace(rows=None, columns=None) if scaled else share
+        one = self._ranks.count == 1
+        return product(narrow, weight, self.dtype) if one else linear_e4m3(narrow, weight, None, self.dtype)
+
+    def _share(self, place: int, rows: int, columns: Tensor | None = None) -> Share | None:
+        """Where this GPU's part of a sum goes; None on one GPU, and for steps that are too large for it."""
+        if self.exchange is None or rows > self.exchange.rows:
+            return None
+        return self.exchange.share(place, rows, columns)
