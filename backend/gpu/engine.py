@@ -112,6 +112,7 @@ class TorchEngine(Executor):
         try:
             self._runner = build(Ranks(0, self.gpus), self.device)
             if self._team is not None:
+                self._team.on_loss = self._runner.give_up
                 self._team.ready()
         except ValueError:
             self._disband()

@@ -111,6 +111,7 @@ class Team:
             self._ends.append(ours)
             self._processes.append(process)
         join(0, count, port, device)
+        self.on_loss: Callable[[], None] = _nothing  # what else there is to end once a process has died
         self._looked = time.monotonic()
 
     def ready(self) -> None:
@@ -162,11 +163,16 @@ class Team:
         process.join(1)
         rank, code = self._processes.index(process) + 1, process.exitcode
         self._kill()
+        self.on_loss()
         return DeviceError(f"the process of GPU {rank} has died (exit code {code}); the others are ended too")
 
     def _kill(self) -> None:
         for process in self._processes:
             process.kill()
+
+
+def _nothing() -> None:
+    pass
 
 
 def join(rank: int, count: int, port: int, device: str) -> None:

@@ -88,6 +88,11 @@ class Runner:
         if self._cuda:
             torch.cuda.empty_cache()
 
+    def give_up(self) -> None:
+        """End what waits for other GPUs, one of whose processes has died."""
+        if self.net.exchange is not None:
+            self.net.exchange.give_up()
+
     def _capture(self) -> None:
         """Capture a decode step of every padded batch size, the largest first: the graphs share a pool of memory."""
         most = self._options.max_batch

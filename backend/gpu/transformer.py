@@ -300,8 +300,12 @@ class Transformer:
         residual = self.embed(step.tokens, step.positions)
         qkv = self._project(0, None, residual)
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
+        exchange = self.exchange
+        halves = exchange is not None and exchange.halved <= rows <= exchange.rows and not self.model.experts
         for i, layer in enumerate(cache):
-            if i:
+            if i and halves:
+                qkv = self._by_halves(i, y, residual)
+            elif i:
                 qkv = self._project(i, self._rest(self.layers[i - 1], y, residual, step.live), residual)
             if step.slots is not None:
                 attention.rotate_and_store(qkv, layer, step.positions, step.slots)
@@ -328,14 +332,30 @@ class Transformer:
         x = self._rest(self.layers[-1], y, residual, live)
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def _project(self, i: int, x: Tensor | Product | Share | None, residual: Tensor) -> Tensor:
-        """Queries, keys and values of layer ``i``, ``[rows, width]``, once ``x`` is added to the residual."""
+    def _by_halves(self, i: int, y: Tensor, residual: Tensor) -> Tensor:
+        """`_rest` of layer ``i`` - 1, `_project` of layer ``i``: one half of the rows is sent while the other runs."""
+        layer, middle = self.layers[i - 1], len(y) // 2
+        halves = slice(0, middle), slice(middle, len(y))
+        x = [self._part(0, y[half], layer.out, layer.out_bias, half) for half in halves]
+        x = [self._mlp(layer, part, residual[half], None, half) for part, half in zip(x, halves, strict=True)]
+        qkv = torch.empty((len(y), self.heads.width), dtype=self.dtype, device=self.device)
+        for part, half in zip(x, halves, strict=True):
+            self._project(i, part, residual[half], qkv[half])
+        return qkv
+
+    def _project(
+        self, i: int, x: Tensor | Product | Share | None, residual: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Queries, keys and values of layer ``i``, ``[rows, width]``, once ``x`` is added to the residual.
+
+        On a GPU they are in ``out``, if that is given.
+        """
         layer = self.layers[i]
         norm = (x, residual, layer.norm, layer.norm_bias, self.epsilon)
         if isinstance(layer.qkv, Eights):
-            qkv = linear_e4m3(residual_norm_e4m3(*norm), layer.qkv, layer.qkv_bias, self.dtype)
+            qkv = linear_e4m3(residual_norm_e4m3(*norm), layer.qkv, layer.qkv_bias, self.dtype, out)
         else:
-            qkv = linear(residual_norm(*norm), layer.qkv, layer.qkv_bias)
+            qkv = linear(residual_norm(*norm), layer.qkv, layer.qkv_bias, out=out)
         if layer.query_norm is not None and layer.key_norm is not None:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv
@@ -347,7 +367,12 @@ class Transformer:
         return self._ranks.sum(x) if isinstance(x, Tensor) else x
 
     def _mlp(
-        self, layer: Layer, x: Tensor | Product | Share, residual: Tensor, live: Tensor | None
+        self,
+        layer: Layer,
+        x: Tensor | Product | Share,
+        residual: Tensor,
+        live: Tensor | None,
+        half: slice | None = None,
     ) -> Tensor | Product | Share:
         """This GPU's part of a layer's MLP or experts, once ``x`` is added to the residual; a part as of `_part`."""
         norm = (x, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
@@ -362,29 +387,43 @@ class Transformer:
             wide = product(residual_norm_e4m3(*norm), layer.up, self.dtype)
         else:
             wide = linear(residual_norm(*norm), layer.up, layer.up_bias, self._activation)
-        return self._part(1, wide, layer.down, layer.down_bias)
+        return self._part(1, wide, layer.down, layer.down_bias, half)
 
     def _part(
-        self, place: int, x: Tensor | Product, weight: Tensor | Eights, bias: Tensor | None
+        self,
+        place: int,
+        x: Tensor | Product,
+        weight: Tensor | Eights,
+        bias: Tensor | None,
+        half: slice | None = None,
     ) -> Tensor | Product | Share:
         """This GPU's part of a product whose sum over all GPUs is to be taken: as `Share`, in a place of the exchange.
 
-        In a step that is too large for that it is a tensor; on one GPU in 8-bit floats a `Product`.
+        In a step that is too large for that it is a tensor; on one GPU in 8-bit floats a `Product`. One ``half`` of the
+        rows of a large step is sent to the other GPU at once.
         """
         rows = len(x if isinstance(x, Tensor) else x.values)
+        share = self._share(place, rows, weight.scale if isinstance(weight, Eights) else None)
+        if half is not None and self.exchange is not None:
+            share = self.exchange.half(place, half, half.start > 0)
+        out = None if share is None else share.values
+        made: Tensor | Product
         if not isinstance(weight, Eights):
             assert isinstance(x, Tensor)
-            share = self._share(place, rows)
-            made = linear(x, weight, bias, out=None if share is None else share.values)
-            return made if share is None else share
-        share = self._share(place, rows, weight.scale)
-        scale = None if share is None else share.rows
-        narrow = quantised(x, scale) if isinstance(x, Tensor) else gated_e4m3(x, scale)
-        if share is not None:
-            scaled = product(narrow, weight, self.dtype, share.values).rows is None
-            return share._replace(rows=None, columns=None) if scaled else share
-        one = self._ranks.count == 1
-        return product(narrow, weight, self.dtype) if one else linear_e4m3(narrow, weight, None, self.dtype)
+            made = linear(x, weight, bias, out=out)
+        else:
+            scale = None if share is None else share.rows
+            eights = quantised(x, scale) if isinstance(x, Tensor) else gated_e4m3(x, scale)
+            if share is None and self._ranks.count > 1:
+                return linear_e4m3(eights, weight, None, self.dtype)
+            made = product(eights, weight, self.dtype, out)
+            if share is not None and made.rows is None:
+                share = share._replace(rows=None, columns=None)
+        if share is None:
+            return made
+        if self.exchange is not None and not share.ours:
+            self.exchange.send(share)
+        return share
 
     def _share(self, place: int, rows: int, columns: Tensor | None = None) -> Share | None:
         """Where this GPU's part of a sum goes; None on one GPU, and for steps that are too large for it."""

@@ -40,13 +40,13 @@ class Kernel:
     without a graph makes hundreds of launches, and building their arguments anew took most of its host's time.
     """
 
-    def __init__(self, function: Any, shared_bytes: int) -> None:
+    def __init__(self, function: Any, shared_bytes: int, early: bool = True) -> None:
         if shared_bytes > 48 * 1024:
             function.max_dynamic_shared_size_bytes = shared_bytes
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.kernel.ptr)
-        early = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        self._launch = _Launch(shared_bytes=shared_bytes, attributes=ctypes.pointer(early), count=1)
+        attribute = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._launch = _Launch(shared_bytes=shared_bytes, attributes=ctypes.pointer(attribute), count=int(early))
         self._slots: list[Any] = []
         self._addresses: Any = None
 
@@ -91,12 +91,15 @@ def _driver() -> Any:
 
 
 @cache
-def kernel(file: str, name: str, shared_bytes: int = 0, **defines: int) -> Kernel:
-    """The kernel ``name`` of ``kernels/<file>.cu`` with these macros. Raises RuntimeError without CuPy."""
+def kernel(file: str, name: str, shared_bytes: int = 0, early: bool = True, **defines: int) -> Kernel:
+    """The kernel ``name`` of ``kernels/<file>.cu`` with these macros. Raises RuntimeError without CuPy.
+
+    Not ``early``: it is launched once all that is ahead of it has ended, as after a copy it must be.
+    """
     try:
         import cupy
     except ImportError as error:
         raise RuntimeError("the GPU engine needs CuPy: pip install 'chairlift[gpu]'") from error
     options = ("--std=c++17", f"-I{FOLDER}", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
     module = cupy.RawModule(code=(FOLDER / f"{file}.cu").read_text(encoding="utf-8"), options=options)
-    return Kernel(module.get_function(name), shared_bytes)
+    return Kernel(module.get_function(name), shared_bytes, early)

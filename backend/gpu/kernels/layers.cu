@@ -137,50 +137,81 @@ extern "C" __global__ void gated_e4m3(const uint4* __restrict__ x, const float* 
 #endif
 #endif
 
-#ifdef RMS
 #ifndef PEERS
 #define PEERS 1
 #endif
 #if PEERS > 1
-// What every GPU has of its own at the start of the memory that all of them read: whose share lies ready, counted in
-// turns; which turn was the last; how many thread blocks have begun this one.
+// What every GPU has in the memory that all of them read: whose share lies ready, counted in turns; which turn the last norm
+// was of; how many of its thread blocks have begun this one; and which turn was the last that others were told of.
 struct Flags {
-  u32 ready[PEERS], turn, begun;
+  u32 ready[PEERS], turn, begun, told;
 };
 
-// Tell the other GPUs that this one's share lies ready, and wait for theirs.
-__device__ __forceinline__ void meet(const u64* bases, int rank) {
+// That this GPU's share lies ready, to all others.
+__device__ __forceinline__ void tell(const u64* bases, int rank, int flags_at, u32 turn) {
+  for (int p = 0; p < PEERS; ++p)
+    if (p != rank)
+      asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(((Flags*)(bases[p] + flags_at))->ready + rank), "r"(turn)
+                   : "memory");
+}
+
+// Wait for what the others tell. Whoever waits for more than 20 s waits for a process that has died.
+__device__ __forceinline__ void await(const Flags* mine, int rank, u32 turn) {
+  u64 began, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
+  for (int p = 0; p < PEERS; ++p) {
+    u32 seen = turn;
+    if (p != rank) do {
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(mine->ready + p) : "memory");
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        if (now - began > 20000000000ull) __trap();
+      } while ((int)(seen - turn) < 0);
+  }
+}
+
+// Tell the others that this GPU's share is ready, and wait for theirs; by all thread blocks of a norm.
+__device__ __forceinline__ void meet(const u64* bases, int rank, int flags_at) {
   if (threadIdx.x == 0) {
-    Flags* mine = (Flags*)bases[rank];
+    Flags* mine = (Flags*)(bases[rank] + flags_at);
     const u32 turn = *(volatile u32*)&mine->turn + 1;
-    for (int p = 0; p < PEERS; ++p)
-      if (blockIdx.x == 0 && p != rank)
-        asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(((Flags*)bases[p])->ready + rank), "r"(turn) : "memory");
-    for (int p = 0; p < PEERS; ++p) {
-      u32 seen = turn;
-      if (p != rank) do
-          asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(mine->ready + p) : "memory");
-        while ((int)(seen - turn) < 0);
-    }
+    if (blockIdx.x == 0) tell(bases, rank, flags_at, turn);
+    await(mine, rank, turn);
     if (atomicAdd(&mine->begun, 1) == gridDim.x - 1) mine->begun = 0, mine->turn = turn;
   }
   __syncthreads();
 }
+
+// Tell the others that what was copied to them has arrived; one thread.
+extern "C" __global__ void tell_of_copy(const u64* __restrict__ bases, int rank, int flags_at) {
+  Flags* mine = (Flags*)(bases[rank] + flags_at);
+  in_order();
+  tell(bases, rank, flags_at, ++mine->told);
+}
+
+// Wait for what the others copy to this GPU; one thread. No other kernel starts meanwhile: its thread blocks would fill the
+// GPU, and leave no room for the one that tells the others.
+extern "C" __global__ void wait_for_copy(const u64* __restrict__ bases, int rank, int flags_at) {
+  Flags* mine = (Flags*)(bases[rank] + flags_at);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  await(mine, rank, ++mine->turn);
+}
 #endif
 
+#ifdef RMS
 // residual += x (if x is given), out = norm(residual) · weight (+ bias); a thread block a row.
-// PEERS (more than 1): x is the sum of what that many GPUs have, each in memory of its own that starts at its base: elements
-// at `values_at`, scales of rows at `scales_at`.
+// PEERS (more than 1): x is the sum of what that many GPUs gave. Each one's lies at its place of `sources`, elements
+// `values_at` bytes from there, scales of rows `scales_at`.
 extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __restrict__ residual,
                                          const uint4* __restrict__ weight, const uint4* __restrict__ bias,
                                          void* __restrict__ out, float epsilon, const float* __restrict__ row_scale,
                                          const float* __restrict__ column_scale, float* __restrict__ out_scale,
-                                         const u64* __restrict__ bases, int rank, int values_at, int scales_at) {
+                                         const u64* __restrict__ bases, const u64* __restrict__ sources, int rank,
+                                         int values_at, int scales_at, int flags_at, int ours) {
   __shared__ float shared[32];
   const int pieces = WIDTH / 8;
   in_order();
 #if PEERS > 1
-  meet(bases, rank);
+  if (ours) meet(bases, rank, flags_at);
 #endif
   const u64 row = (u64)blockIdx.x * pieces;
   Eight held[EACH];
@@ -196,7 +227,7 @@ extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __r
     for (int j = 0; j < 8; ++j) all.x[j] = 0.f;
 #pragma unroll
     for (int p = 0; p < PEERS; ++p) {  // in the same order on all GPUs: their residuals stay equal bit for bit
-      const char* base = (const char*)bases[p];
+      const char* base = (const char*)sources[p];
       Eight more(__ldcg((const uint4*)(base + values_at) + row + i));
 #if SCALED
       more = scaled(more, __ldcg((const float*)(base + scales_at) + blockIdx.x), column_scale + i * 8);

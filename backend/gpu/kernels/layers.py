@@ -45,16 +45,19 @@ class Product(NamedTuple):
 class Share(NamedTuple):
     """What this GPU has of a product that is the sum of what every GPU has: the norm that reads it adds them up.
 
-    The others' shares lie at the same places of memory of their own, see `backend.gpu.exchange`.
+    Where the others' lie is said in bytes from their place of ``sources``, see `backend.gpu.exchange`.
     """
 
     values: Tensor  # [rows, columns], in memory that all GPUs read; before its scales, if it has any
     rows: Tensor | None  # float32 [rows], likewise
     columns: Tensor | None  # float32 [columns], the same on all GPUs
     bases: Tensor  # int64 [GPUs]: where each one's memory starts
+    sources: Tensor  # int64 [GPUs]
     rank: int
-    values_at: int  # bytes from there
+    values_at: int
     scales_at: int
+    flags_at: int  # bytes from the start of each one's memory
+    ours: int  # 1: the norm meets the others at the flags; 0: shares are copied, and whoever copies one tells of it
 
 
 def residual_norm(
@@ -103,16 +106,18 @@ def _norm(
     scale: Tensor | None,
 ) -> None:
     values, rows, columns = x[:3] if isinstance(x, Product | Share) else (x, None, None)
-    bases, *places = x[3:] if isinstance(x, Share) else (None, 0, 0, 0)
+    bases, sources, *places = x[3:] if isinstance(x, Share) else (None, None, 0, 0, 0, 0, 0)
+    if isinstance(x, Share) and not x.ours:
+        kernel("layers", "wait_for_copy", BF16=1, PEERS=len(x.bases))((1,), 1, x.bases, x.rank, x.flags_at)
     threads, each = _shares(residual.shape[1])
     run = kernel(
         *("layers", "residual_norm"),
         **{"BF16": int(residual.dtype == torch.bfloat16), "RMS": int(bias is None), "WIDTH": residual.shape[1]},
         **{"EACH": each, "SCALED": int(rows is not None), "QUANT": int(scale is not None)},
-        PEERS=1 if bases is None else len(bases),
+        PEERS=1 if sources is None else len(sources),
     )
     given = (values, residual, weight, bias, out, epsilon, rows, columns, scale)
-    run((len(residual),), threads, *given, bases, *places)
+    run((len(residual),), threads, *given, bases, sources, *places)
 
 
 def _shares(width: int) -> tuple[int, int]:
