@@ -15,6 +15,7 @@ import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.calibrated.profile import Errors, Profile
+from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
@@ -55,6 +56,7 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         engine=label,
         gpu_time=fit.gpu,
         host=fit.host,
+        graph_tokens=max(each.limits.get("graph_tokens", GRAPH_TOKENS) for each in experiments),
         piecewise=all(each.limits.get("piecewise_graphs", True) for each in experiments),
         provenance={
             "gpu": engine.get("gpu"),

@@ -22,10 +22,14 @@ class Identity:
     """Which blocks of a trace's requests are equal: `key` gives equal ones, in equal places, the same integer.
 
     The blocks that another request can have too come first in a request; ``shareable[i]`` counts those of row i.
+    ``ahead``: tokens behind a block that must be equal as well. In three steps, with blocks of 4 tokens and one ahead:
+    two prompts have their first 8 tokens in common; their first blocks and the token behind each are equal; the token
+    behind their second blocks is not, so only the first is the same block.
     """
 
-    def __init__(self, trace: Trace, block_size: int) -> None:
+    def __init__(self, trace: Trace, block_size: int, ahead: int = 0) -> None:
         self.block_size = block_size
+        self.ahead = ahead
         n = len(trace)
         self._group: list[int] = [-1] * n if trace.prefix_group is None else trace.prefix_group.tolist()
         self._stream = streams(trace)
@@ -34,12 +38,13 @@ class Identity:
         self._offsets: list[int] = [0] * (n + 1)
         shareable = np.zeros(n, dtype=np.int64)
         if trace.prefix_group is not None and trace.prefix_tokens is not None:
-            shareable = np.where(trace.prefix_group >= 0, trace.prefix_tokens, 0) // block_size
+            shareable = np.where(trace.prefix_group >= 0, np.maximum(trace.prefix_tokens - ahead, 0), 0) // block_size
         self._hashed: list[int] = [0] * n  # leading blocks that an id of the trace names
         if trace.hash_ids is not None:
             self._hashes = trace.hash_ids.values.tolist()
             self._offsets = trace.hash_ids.offsets.tolist()
-            covered = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens) // block_size
+            named = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens)
+            covered = np.maximum(named - ahead, 0) // block_size
             self._hashed = covered.tolist()
             shareable = np.maximum(shareable, covered)
         if self._stream is not None:
@@ -113,7 +118,7 @@ class Identity:
     def key(self, request: int, block: int) -> int:
         """An integer for block number ``block`` (from 0, full) of a request, its row in the trace."""
         if block < self._hashed[request]:  # an id stands for all before it too
-            at = self._offsets[request] + ((block + 1) * self.block_size - 1) // self._hash_block
+            at = self._offsets[request] + ((block + 1) * self.block_size - 1 + self.ahead) // self._hash_block
             return (self._hashes[at] << INDEX_BITS | block) << 2 | HASHED
         if block >= self.shareable[request]:
             return (request << INDEX_BITS | block) << 2 | OWN

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from chairlift.sim.cli import main as cli
+from chairlift.sim.cli import run as cli
 from house.test_readme import NAMES, commands, scene
 from kit.command import Result, chairlift, replaced
 from kit.places import IMPORTS
