@@ -4,6 +4,7 @@ A bound on the rate prices the average request at the step costs that the simula
 Every decode runs in the cheapest batch that the KV pool and the policy's limits allow, every prompt token in the
 cheapest chunk, and a replica does both at once for the price of the dearer. A system that cannot serve a rate on these
 terms cannot serve it under any schedule. Prompts that may share prefixes cost nothing here: a cache may hold them.
+Stages of a pipeline may all be busy, and drafts bring as many tokens a step as they do on average.
 
 Worked example: a prompt of 1000 tokens at 0.02 ms each in the cheapest chunk takes 20 ms, and 100 further tokens at 0.3
 ms each in the cheapest batch take 30 ms. One mixed replica then serves at most 1 / 30 ms = 33 requests a second, and a
@@ -74,7 +75,7 @@ def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats
     """
     backend = group.make_backend(setup.model)
     scheduler = group.make_scheduler()
-    cheapest = _prompt_token(backend, scheduler.token_limit, group.parallel.data)
+    cheapest = _prompt_token(backend, scheduler.token_limit, group.parallel.data) / _stages(group)
     total = float(decodes.sum())
     if total == 0:
         return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, 0.0
@@ -83,8 +84,15 @@ def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats
     limits = (scheduler.sequence_limit, scheduler.token_limit)  # a decode takes one of a step's tokens
     most = int(min([max(1.0, room), *(limit for limit in limits if limit is not None)]))
     sizes = sorted({*range(1, min(most, 512) + 1), *np.geomspace(1, most, 64).astype(int).tolist(), most})
-    each = min(backend.step(Batch((), b, round(b * context))).first / b for b in sizes)
+    each = min(backend.step(Batch((), b, round(b * context))).first / b for b in sizes) / _stages(group)
+    if (speculate := setup.speculate) is not None:
+        each /= 1 + sum(speculate.acceptance.of(speculate.tokens))
     return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, each * float(decodes.mean()) * SLACK / PS_PER_S
+
+
+def _stages(group: ReplicaGroup) -> int:
+    """Steps that a replica may have under way at a time, each in another stage of its pipeline."""
+    return group.parallel.pipeline if group.scheduler.fills_pipelines else 1
 
 
 def _prompt_token(backend: Backend, limit: int | None, ranks: int) -> float:
@@ -104,7 +112,8 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
     for group in setup.groups:
         backend = group.make_backend(setup.model)
         if group.role != "decode":
-            ttft = trace.prompt_tokens * (_prompt_token(backend, None, group.parallel.data) * SLACK) / PS_PER_MS
+            token = _prompt_token(backend, None, group.parallel.data) / _stages(group)
+            ttft = trace.prompt_tokens * (token * SLACK) / PS_PER_MS
             known = fastest.get("ttft")
             fastest["ttft"] = ttft if known is None else np.minimum(known, ttft)
         if group.role != "prefill":
@@ -115,8 +124,10 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
             fastest["tpot"] = tpot if known is None else np.minimum(known, tpot)
     if reuse:
         fastest["ttft"] = np.zeros(len(trace))
-    fastest["e2el"] = fastest["ttft"] + fastest["tpot"] * (trace.output_tokens - 1)
     fastest["itl"] = fastest["tpot"]
+    if setup.speculate is not None:
+        fastest["tpot"] = fastest["tpot"] / (1 + setup.speculate.tokens)
+    fastest["e2el"] = fastest["ttft"] + fastest["tpot"] * (trace.output_tokens - 1)
     for metric in PROMISED:  # of other latencies nothing is known: they may be 0
         fastest.setdefault(metric, np.zeros(len(trace)))
     for promise in promises:
