@@ -221,9 +221,7 @@ class Ahead(Engine):
         settle   the step in flight has landed: it is recorded, its tokens go to the clients, who has all leaves
                  the plan is committed; its last step flies
 
-    One step flies at a time (`Planner.flight`). Several, as pipeline stages have, would be a queue of plans there: each
-    owns the holder of its landing, and requests refer to holders. What the policy may plan meanwhile is known already
-    (`sim.replica.pipeline`).
+    One step flies at a time (`Planner.flight`); several, as stages of a pipeline have, in `sim.replica.stages`.
     """
 
     __slots__ = ("_gpu_end", "_gpu_next")

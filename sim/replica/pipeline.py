@@ -52,6 +52,10 @@ class InFlight:
         """Tokens of a request that are planned and not in."""
         return self._tokens.get(request.row, 0)
 
+    def emitting(self, plan: Plan) -> list[Live]:
+        """Whose token a plan in flight brings."""
+        return self._plans[plan][1]
+
     def launch(self, plan: Plan, decodes: Iterable[Live]) -> None:
         """A plan is committed, in which ``decodes`` decode."""
         emitting = [*decodes, *plan.emitting]

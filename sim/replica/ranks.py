@@ -87,6 +87,8 @@ class RanksState:
         self._states = [rank.state for rank in ranks]
         self.queue = RanksQueue(self._states, queue)
 
+    stages = 1  # a step of all ranks is alone under way
+
     @property
     def admitted(self) -> dict[int, Live]:
         """Running requests of all ranks."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.backend.parallel import ONE
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import KvGroups, Router, Scheduler
 from chairlift.policies.routers import RoundRobin
@@ -235,6 +235,7 @@ def play(
     speculate: Speculate | None = None,
     limits: Limits | None = None,
     failures: Failures | None = None,
+    pipeline: int = 1,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
 
@@ -243,7 +244,8 @@ def play(
     """
     sample = scheduler()
     block_size = sample.block_tokens or block_size
-    parts = (replicas, "mixed", GPU, ONE, type(sample), {}, Efficiency(), blocks, block_size, "made up")
+    parallel = Parallel(pipeline=pipeline)
+    parts = (replicas, "mixed", GPU, parallel, type(sample), {}, Efficiency(), blocks, block_size, "made up")
     group = Group(*parts, *host_of(*host, block_size), kv_groups=groups, cost=backend, policy=scheduler)
     if speculate is not None:
         group.speculation = sample.speculation(speculate.method, speculate.tokens)
