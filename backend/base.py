@@ -74,6 +74,7 @@ class Batch(NamedTuple):
     context: int  # KV tokens that decodes and padded slots read, this step's included, in total
     padded: int = 0  # token slots computed for nothing (static batching): finished sequences, padding of prompts
     members: Members | None = None  # for an `Executor` only
+    drafts: int = 0  # tokens of drafts that its decodes verify, beside the one of each
 
 
 WHOLE = -1  # a `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
@@ -203,7 +204,7 @@ class Executor(Backend):
         return ()
 
     def facts(self) -> dict[str, str]:
-        """What a recording says about the engine: its ``gpu``, and versions."""
+        """What a recording says about the engine: ``gpu``, versions, ``graph_tokens`` (of its largest CUDA graph)."""
         return {}
 
 

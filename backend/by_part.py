@@ -210,6 +210,8 @@ class ByPart(Backend):
             lines["experts"] = f"{model.experts_per_token} of {model.experts} a token, {popular}" + (
                 "; the step waits for the hottest group" if parallel.expert > 1 else ""
             )
+            if e.expert_rows > 1:
+                lines["experts"] += f"; every step reads all of them and {e.expert_rows} rows of activations of each"
         if model.window_layers:
             back = f"within chunks of {model.window} tokens" if model.chunked else f"on {model.window} tokens"
             lines["windows"] = f"{model.window_layers} of {model.layers} layers look back {back};"

@@ -1,7 +1,8 @@
 """The batch sizes for which an engine captures CUDA graphs, and how a step is padded to one of them.
 
 The sizes are those of vLLM 0.23 (``cudagraph_capture_sizes``, by default): 1, 2, 4, the multiples of 8 up to 256, and
-then the multiples of 16. Our own engine captures the same ones. A step of 9 tokens, say, replays the graph of 16.
+then the multiples of 16. Our own engine captures the same ones, and goes on up to 1,024. A step of 9 tokens, say,
+replays the graph of 16.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 
 GPT_OSS_TOKENS = 1024  # likewise of gpt-oss, whatever ``max_num_seqs``: vLLM's GptOssForCausalLMConfig
-GRAPH_TOKENS = 512  # tokens of the largest graph that vLLM 0.23 captures; our own engine stops there too
+GRAPH_TOKENS = 512  # tokens of the largest graph that vLLM 0.23 captures
 
 
 def graph_limit(limits: Mapping[str, int]) -> int:

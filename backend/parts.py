@@ -94,6 +94,7 @@ class Costs:
 
     def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Shares) -> None:
         self.model, self.gpu, self.parallel, self.skew = model, gpu, parallel, efficiency.skew
+        self._expert_rows = efficiency.expert_rows
         self.byte_rate = efficiency.bandwidth * gpu.hbm_gb_per_s * 1e9
         self._mfu, self._gemm_mfu = efficiency.mfu, efficiency.gemm_mfu
         self._weights = {part.part: part for part in model.weights}
@@ -167,7 +168,22 @@ class Costs:
         kind = model.quantization if part.bytes_each != model.bytes_per_param else "none"
         rates = EXPERTS[kind]
         byte_rate = rates.bandwidth * self.gpu.hbm_gb_per_s * 1e9
-        return self._part("experts", part, read * one * part.bytes_each, 2 * one * load, byte_rate, rates.mfu)
+        moved = read * one * part.bytes_each
+        if self._expert_rows > 1:
+            moved = local * one * part.bytes_each + self._padded(part, local * self._expert_rows + load, padded)
+        return self._part("experts", part, moved, 2 * one * load, byte_rate, rates.mfu)
+
+    def _padded(self, part: Weights, rows: float, width: float) -> float:
+        """Bytes that ``rows`` rows of activations move through experts of ``width``, all layers.
+
+        A grouped product over rows sorted by expert, each expert's padded to a whole number of tiles, spans all of its
+        buffer whatever the batch. It reads its inputs, its two products write 2 · width and the hidden size in 16 bits,
+        and between them the activation reads the first and writes width inputs of the second.
+        """
+        model = self.model
+        narrow = 1 if part.arithmetic == "fp8" else model.bytes_per_activation
+        each = model.hidden * (narrow + 2) + width * (2 * 2 * 2 + 2 * narrow)
+        return model.expert_layers * rows * each
 
     def _part(self, name: str, part: Weights, read: float, flops: float, byte_rate: float, mfu: float) -> Part:
         return Part(name, read, flops, read / byte_rate, flops / self.flop_rate(part.arithmetic, mfu))

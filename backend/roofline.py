@@ -66,7 +66,7 @@ class Roofline(Backend):
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds until another bound of the roofline takes over."""
-        prefills, decodes, context, padded, _ = batch
+        prefills, decodes, context, padded, _, _ = batch
         if prefills:
             return self._with_prompts(batch)
         slots = decodes + padded
@@ -86,7 +86,7 @@ class Roofline(Backend):
         return new(StepCost, (compute, compute_slope, steps, self._host))
 
     def _with_prompts(self, batch: Batch) -> StepCost:
-        prefills, decodes, context, padded, _ = batch
+        prefills, decodes, context, padded, _, _ = batch
         tokens = pairs = history = 0
         for start, length in prefills:
             tokens += length

@@ -178,6 +178,12 @@ class Model:
         _check(self)
 
     @property
+    def repository(self) -> str | None:
+        """The published checkpoint that ``source`` names, as Hugging Face has it; None if it names none."""
+        repository, found, _ = self.source.partition(" config.json")
+        return repository if found and "/" in repository else None
+
+    @property
     def plain(self) -> bool:
         """Whether the model is dense, attends to everything by head, and has one width for all of its weights."""
         return self.one_width and not (self.experts or self.latent or self.window_layers or self.other_parameters)

@@ -114,6 +114,34 @@ class HybridCache:
         return min(longest * block_size, max_model_len)
 
 
+class Speculation(NamedTuple):
+    """How requests decode whose next tokens are guessed: a step computes the latest token and its drafts, and keeps
+    those drafts that the model would have generated itself.
+
+    ``drafts``: guessed for a request and a step. ``lookahead``: tokens of KV that a request is given beyond those that
+    a step computes. ``by_batch``: rows of first and last number of requests in a step and the drafts that each gets
+    after it; of what no row names, the row before holds; empty: always ``drafts``. ``prefix``: how the prefix cache
+    keeps what the drafting layers need of the token behind a block. "lookahead": a block's hash covers that token too.
+    "drop": the last block that is found is computed again. "plain": neither.
+    """
+
+    drafts: int
+    lookahead: int
+    by_batch: tuple[tuple[int, int, int], ...] = ()
+    prefix: Literal["lookahead", "drop", "plain"] = "plain"
+
+    def proposed(self, requests: int) -> int:
+        """Drafts that each request gets after a step of so many requests."""
+        drafts = self.by_batch[0][2] if self.by_batch else self.drafts
+        for first, last, these in self.by_batch:
+            if requests < first:
+                break
+            drafts = these
+            if requests <= last:
+                break
+        return min(self.drafts, drafts)
+
+
 class PrefixNode(Protocol):
     """A node of the radix tree: tokens that follow those of its parent. Not to be changed."""
 
@@ -223,6 +251,8 @@ class Request(ABC):
     def remaining(self) -> int:
         """Known tokens (prompt and emitted) still to compute before the next token comes; 1 for a decode.
 
+        With `Step.speculation`, its drafts too: a decode with 3 drafts has 4.
+
         0 when its last token is under way (asynchronous scheduling): the request then only waits to leave.
         """
 
@@ -259,6 +289,7 @@ class Step(ABC):
     max_model_len: int  # tokens, prompt and output, that the model can hold of one request
     stages: int = 1  # of a pipeline; with more, several steps are in flight at once (`Scheduler.fills_pipelines`)
     windowed: bool = False  # requests give blocks back while they run: what slides out of windows (`Scheduler.hybrid`)
+    speculation: Speculation | None = None  # drafts are verified; the running take their turns by `run`, one by one
 
     @property
     @abstractmethod
@@ -359,6 +390,9 @@ class Step(ABC):
     def admit(self, request: Request, tokens: int, reserve: int | None = None, pad: int = 0, spare: int = 0) -> bool:
         """Start a waiting request: compute ``tokens`` of its known tokens after those cached. False: no room.
 
+        With `Step.speculation`, tokens beyond those known are drafts that are all rejected: they pad a request that
+        lacks one token to the width of the decodes.
+
         ``reserve``: tokens of KV to set aside now (at least those computed); None grows block by block. A request
         whose reservation is larger than the whole pool is rejected, and the plan is asked for again. ``pad``: dead
         tokens computed and read with it. ``spare``: blocks that must stay free.
@@ -406,6 +440,7 @@ class Scheduler(ABC):
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
     requeues_last: ClassVar[bool] = False  # a preempted request goes to the end of the queue
     fills_pipelines: ClassVar[bool] = False  # with several `Step.stages` it plans, by `Step.run`, who is `Step.ready`
+    verifies_drafts: ClassVar[bool] = False  # it plans with `Step.speculation`
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
     @property

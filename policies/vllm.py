@@ -16,7 +16,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Interval
 
-from chairlift.policies.base import FOREVER, Deployment, HybridCache, NotNegative, Positive, Request, Scheduler, Step
+from chairlift.policies.base import (
+    FOREVER,
+    Deployment,
+    HybridCache,
+    NotNegative,
+    Positive,
+    Request,
+    Scheduler,
+    Speculation,
+    Step,
+)
 from chairlift.policies.vllm_versions import NEWEST, RULES, SETTINGS, named
 
 GIB = 2**30
@@ -64,6 +74,7 @@ class Vllm(Scheduler):
     }
 
     fills_pipelines: ClassVar[bool] = True
+    verifies_drafts: ClassVar[bool] = True
     switched: ClassVar[Mapping[str, bool]] = {}  # rules of `RULES` that hold, or not, whatever the version
 
     version: str | float = NEWEST  # of vLLM, by whose rules it decides: 0.23 … 0.33
@@ -233,7 +244,8 @@ class Vllm(Scheduler):
         decodes = step.decodes
         preempted = prefills = False
         alone = held or not unfinished  # decodes are all that there is to run
-        one_each = self._by_priority or step.stages > 1  # the running always take their turns one by one
+        # whether the running always take their turns one by one
+        one_each = self._by_priority or step.stages > 1 or step.speculation is not None
         in_one_go = decodes <= budget and not one_each and (alone or _in_one_go(step, unfinished))
         granted = in_one_go and step.decode_all()
         if granted and alone:
@@ -243,7 +255,7 @@ class Vllm(Scheduler):
         else:
             budget, preempted, prefills = self._run_each(step, budget, {r.id for r in unfinished}, held)
         if not preempted:
-            budget, admitted = self._admit(step, budget, held)
+            budget, admitted = self._admit(step, budget, held, prefills)
             prefills |= admitted
             if cadence is not None and not held:
                 cadence.saturated = bool(step.waiting)
@@ -261,14 +273,16 @@ class Vllm(Scheduler):
             return max(self.long_prefill_token_threshold, self.max_num_batched_tokens // max(1, requests))
         return self.long_prefill_token_threshold
 
-    def _admit(self, step: Step, budget: int, held: bool) -> tuple[int, bool]:
+    def _admit(self, step: Step, budget: int, held: bool, beside: bool) -> tuple[int, bool]:
         """Admit the head of the queue for as long as it fits: budget left, whether anybody had a prompt to compute.
 
-        ``held``: nobody who has may join.
+        ``held``: nobody who has may join. ``beside``: prompts of the running are computed in the step.
         """
         waiting, running, whole = step.waiting, step.running, self.scheduler_reserve_full_isl
         prefills = False
         staged = step.stages > 1
+        padding = 0 if beside else self._padding(step.speculation)
+        joins = budget < self._budget  # some of the running are in the step
         place = 0  # behind those that were preempted while in flight, and still are
         while len(waiting) > place and budget > 0 and len(running) < self._limit:
             request = waiting[place]
@@ -279,6 +293,10 @@ class Vllm(Scheduler):
             left = tokens = known - step.cached_tokens(request)
             if held and left > 1:
                 break
+            if padding and left == 1 and (joins or known > 1) and known + padding < step.max_model_len:
+                tokens += padding
+                if tokens > budget:
+                    break
             if 0 < self._threshold < tokens:
                 tokens = self._threshold
             if tokens > budget:
@@ -295,6 +313,12 @@ class Vllm(Scheduler):
             budget -= tokens
             prefills |= left > 1
         return budget, prefills
+
+    def _padding(self, speculation: Speculation | None) -> int:
+        """Drafts that are made up for a request that joins with one token to compute, as wide as the decodes then."""
+        if speculation is None or speculation.by_batch or not self.holds("pads_joining", str(self.version)):
+            return 0
+        return speculation.drafts
 
     def heeds_arrival(self, step: Step) -> bool:
         """Behind a blocked head of the queue, or a full batch, nobody joins."""
@@ -364,6 +388,8 @@ class Vllm(Scheduler):
             if staged and not step.ready(request):
                 continue
             tokens = self._chunk(request.remaining, budget)
+            if step.speculation is not None:  # drafts may reach beyond what the model can hold
+                tokens = min(tokens, step.max_model_len - 1 - request.computed)
             if tokens == 0:
                 continue
             while not step.run(request, tokens):

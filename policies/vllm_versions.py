@@ -32,6 +32,10 @@ class Rule(NamedTuple):
 
 RULES = {
     "uncached_first": Rule("Freed blocks without a hash are reused before all others.", since="0.24"),
+    "pads_joining": Rule(
+        "With drafts of fixed number, a request that joins with one token to compute is padded to their width.",
+        since="0.25",
+    ),
     "any_victim_shifts": Rule(
         "Under priority, a victim that stood before the request at hand shifts the loop's index, scheduled or not.",
         since="0.28",

@@ -11,7 +11,7 @@ from chairlift.backend.base import Executor
 from chairlift.sim.cluster import predicted_lengths
 from chairlift.sim.cluster.run import run
 from chairlift.sim.replica.engine import Engine
-from chairlift.sim.results.metrics import fleet, summarise
+from chairlift.sim.results.metrics import Pool, fleet, summarise
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.refusals import refusals
 from chairlift.sim.results.token_gaps import gaps_of_finished
@@ -51,7 +51,7 @@ def simulate(
     wall = time.perf_counter() - started
     engines = cluster.engines
     runs = [engine.records for engine in engines]
-    pools = [(engine.pool.total, engine.pool.block_size / engine.pool.tables) for engine in engines]
+    pools = [Pool(engine.pool.total, engine.pool.block_size, engine.pool.tables) for engine in engines]
     summary = summarise(cluster.requests, runs, pools, setup.slo, wall)
     summary.update(fleet(summary, [replica.up_ps for replica in cluster.replicas]))
     assumptions = _assumptions(setup, engines, summary["swaps"])

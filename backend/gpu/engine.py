@@ -30,7 +30,7 @@ from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
-from chairlift.backend.gpu.step_graphs import Flat
+from chairlift.backend.gpu.step_graphs import Flat, StepGraphs
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
@@ -236,7 +236,8 @@ class TorchEngine(Executor):
             own = version("chairlift")
         except PackageNotFoundError:
             own = "0"
-        return {"chairlift": own, "gpu": gpu, "torch": torch.__version__, "dtype": str(self.dtype)}
+        facts = {"chairlift": own, "gpu": gpu, "torch": torch.__version__, "dtype": str(self.dtype)}
+        return {**facts, "graph_tokens": str(StepGraphs.limit)} if self.options.graphs else facts
 
     def assumptions(self) -> dict[str, str]:  # noqa: D102
         o = self.options

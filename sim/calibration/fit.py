@@ -15,7 +15,7 @@ import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.calibrated.profile import Errors, Profile
-from chairlift.backend.cuda_graphs import graph_limit
+from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
@@ -60,7 +60,7 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         engine=label,
         gpu_time=fit.gpu,
         host=fit.host,
-        graph_tokens=max(graph_limit(each.limits) for each in experiments),
+        graph_tokens=max(each.limits.get("graph_tokens", GRAPH_TOKENS) for each in experiments),
         tensor_parallel=recording.parallel.tensor,
         expert_parallel=recording.parallel.expert,
         piecewise=all(each.limits.get("piecewise_graphs", True) for each in experiments),

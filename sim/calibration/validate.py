@@ -96,7 +96,7 @@ def recorded(experiment: Experiment) -> Observed:
     if experiment.itl_s is not None:
         series["itl"] = experiment.itl_s * 1e3
     duration = float(last.max() - arrival.min())
-    scalars = _rates(duration, len(outputs), int(outputs.sum()))
+    scalars = rates(duration, len(outputs), int(outputs.sum()))
     scalars["steps"] = len(experiment.steps["done_s"])
     scalars["preemptions"] = int(experiment.steps["preempted"].sum())
     return Observed(scalars, series)
@@ -113,13 +113,14 @@ def observed(outcome: Outcome) -> Observed:
     times = Latencies(outcome.requests)
     gaps, weights = inter_token_gaps(outcome.runs)
     series = {**{name: times.of(name) for name in ("ttft", "tpot", "e2el")}, "itl": np.repeat(gaps, weights)}
-    scalars = _rates(times.span_s, len(times), int(times.outputs.sum()))
+    scalars = rates(times.span_s, len(times), int(times.outputs.sum()))
     scalars["steps"] = outcome.summary["steps"]
     scalars["preemptions"] = outcome.summary["preemptions"]
     return Observed(scalars, series)
 
 
-def _rates(duration: float, requests: int, tokens: int) -> dict[str, float]:
+def rates(duration: float, requests: int, tokens: int) -> dict[str, float]:
+    """Duration in seconds, and what was done a second."""
     return {
         "duration": duration,
         "request_throughput": requests / duration if duration else 0.0,

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,12 +24,15 @@ from chairlift.backend.gpu.settings import Torch
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration import fit as fitting
 from chairlift.sim.calibration import grid, validate
+from chairlift.sim.cli import benched
+from chairlift.sim.cli.shipped import complete
 from chairlift.sim.cli.terminal import console, status
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
 RecordingOption = Annotated[
-    Path, typer.Option("--recording", metavar="DIR", help="A recording: <model>_requests.csv.gz, _steps, _summary.")
+    Path | None,
+    typer.Option("--recording", metavar="DIR", help="A recording: <model>_requests.csv.gz, _steps, _summary."),
 ]
 ModelOption = Annotated[str, typer.Option("--model", metavar="M", help="The recorded model: llama-3.1-8b, opt-13b.")]
 ExperimentsOption = Annotated[
@@ -40,10 +44,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing 
 
 def calibrate(
     model: ModelOption,
-    recording: Annotated[
-        Path | None,
-        typer.Option("--recording", metavar="DIR", help="A recording: <model>_requests.csv.gz, _steps, _summary."),
-    ] = None,
+    recording: RecordingOption = None,
     backend: Annotated[
         str | None,
         typer.Option(metavar="torch", help="Measure this engine on a grid first (some minutes), recorded in DIR."),
@@ -109,8 +110,15 @@ def calibrate(
 
 
 def validate_(
-    recording: RecordingOption,
-    model: ModelOption,
+    scenario: Annotated[
+        str | None, typer.Argument(help="With --bench: the deployment that was benchmarked.", autocompletion=complete)
+    ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A result of vllm bench serve --save-result --save-detailed."),
+    ] = None,
+    recording: RecordingOption = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="The recorded model.")] = None,
     profile: Annotated[
         str | None, typer.Option("--profile", metavar="P", help="A shipped profile's name, or a .json file.")
     ] = None,
@@ -124,12 +132,24 @@ def validate_(
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Predict recorded experiments and compare: durations, latencies, steps, preemptions.
+    """Predict what was measured, and compare: durations, latencies and, of recordings, steps and preemptions.
 
-    Each is replayed with its own arrivals, lengths and limits by the vllm policy. Grids, made to measure steps, and
-    repeats, which show the engine's own noise, are left out unless named.
+    [bold]chairlift validate my.yaml --bench results.json[/bold] sends a benchmark's requests through the scenario, when
+    it sent them. [bold]chairlift validate --recording DIR --model llama-3.1-8b --profile P[/bold] replays each recorded
+    experiment with its own arrivals, lengths and limits by the vllm policy. Grids, made to measure steps, and repeats,
+    which show the engine's own noise, are left out unless named.
     """
     out = console(least=WIDTH)
+    if bench is not None or scenario is not None:
+        others = {"--recording": recording, "--model": model, "--profile": profile, "--experiments": experiments}
+        if given := [name for name, value in {**others, "--leave-one-out": leave_one_out}.items() if value]:
+            raise BadInput(Problem("must not be given beside a scenario and --bench", file=given[0]))
+        if bench is None or scenario is None:
+            raise BadInput(Problem("give both a scenario and --bench FILE", file="validate"))
+        _beside(out, scenario, bench, json_file, quiet)
+        return
+    if recording is None or model is None:
+        raise BadInput(Problem("give a scenario and --bench FILE, or --recording DIR and --model M", file="validate"))
     if leave_one_out == (profile is not None):
         raise BadInput(Problem("give either --profile or --leave-one-out", file="validate"))
     cells: list[validate.Cell] = []
@@ -146,16 +166,32 @@ def validate_(
                 found = _predicted(source, each, by, progress)
                 cells += found
                 if not quiet:
-                    out.print(_cells_table(each, found))
+                    out.print(_cells_table(each.name, validate.is_burst(each), found))
         finally:
             if json_file is not None:
                 rows = [cell.json() for cell in cells]
                 json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if not quiet:
-        bursts = {each.name for each in chosen if validate.is_burst(each)}
-        judged = [validate.allowed(cell, cell.experiment in bursts) for cell in cells]
-        banded = [each for each in judged if each is not None]
-        out.print(f"{sum(banded)} of {len(banded)} cells that have a band are within it", style="bold")
+        _bands(out, cells, {each.name for each in chosen if validate.is_burst(each)})
+
+
+def _beside(out: Console, scenario: str, file: Path, json_file: Path | None, quiet: bool) -> None:
+    with _bad_input(), status(quiet) as progress:
+        cells, burst, notes = benched.compared(scenario, file, progress)
+        if json_file is not None:
+            json_file.write_text(json.dumps([cell.json() for cell in cells], indent=1) + "\n", encoding="utf-8")
+    if quiet:
+        return
+    out.print(_cells_table(file.name, burst, cells))
+    for note in notes:
+        out.print(f"note: {escape(note)}", soft_wrap=True)
+    _bands(out, cells, {file.name} if burst else set())
+
+
+def _bands(out: Console, cells: Sequence[validate.Cell], bursts: set[str]) -> None:
+    judged = [validate.allowed(cell, cell.experiment in bursts) for cell in cells]
+    banded = [each for each in judged if each is not None]
+    out.print(f"{sum(banded)} of {len(banded)} cells that have a band are within it", style="bold")
 
 
 def _profiles(
@@ -180,9 +216,8 @@ def _predicted(
     return validate.validate(source, [experiment], lambda _each: profile, lambda name: progress(f"predict {name}"))
 
 
-def _cells_table(experiment: Experiment, cells: Sequence[validate.Cell]) -> Table:
-    burst = validate.is_burst(experiment)
-    table = Table(title=escape(experiment.name), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def _cells_table(name: str, burst: bool, cells: Sequence[validate.Cell]) -> Table:
+    table = Table(title=escape(name), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     for label in ("predicted", "recorded", "error", "engine's own noise", ""):
         table.add_column(label, justify="right")

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cli.main import FEW
+from chairlift.sim.cli.run import FEW
 from chairlift.sim.cli.shipped import SCENARIOS, find_scenario, shipped
 from chairlift.sim.cli.terminal import console
 from chairlift.sim.report import page

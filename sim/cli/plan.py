@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cli.shipped import PLANS
 from chairlift.sim.cli.sweep import AddressOption, ExecutorOption, JobsOption, check_executor, executor_for
 from chairlift.sim.cli.terminal import console, status, stopped
 from chairlift.sim.plan import page as plan_page
@@ -19,10 +20,9 @@ from chairlift.sim.plan.answer import Answer, answers, cache_bounds
 from chairlift.sim.plan.emit import Target, emitted
 from chairlift.sim.plan.file import BuyingPlan, read_plan
 from chairlift.sim.plan.replications import Simulations
-from chairlift.sim.sweep.file import SCENARIOS, shipped_file
+from chairlift.sim.sweep.file import shipped_file
 from chairlift.sim.sweep.journal import Journal
 
-PLANS = SCENARIOS / "plans"
 WIDTH = 120  # columns of tables in a pipe
 EVERY_S = 10.0  # between lines about progress where there is no terminal
 

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
 
 from chairlift.backend import specs
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.file import PlanFile
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.schema import Scenario
 from chairlift.sim.sweep.file import Based, SweepFile
+
+
+def schema(
+    sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Of plan files instead.")] = False,
+) -> None:
+    """Print the JSON Schema of scenario files, for editors that complete and check YAML."""
+    if sweep and plan:
+        raise BadInput(Problem("must not be given beside --sweep", file="--plan"))
+    found = plan_schema() if plan else sweep_schema() if sweep else scenario_schema()
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
 def scenario_schema() -> dict[str, Any]:

@@ -11,13 +11,13 @@ import typer
 from rich.markup import escape
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.cli import plan, sweep
 from chairlift.sim.cli.terminal import console
 from chairlift.sim.scenario.files import files_read
 from chairlift.sim.scenario.resolved import each_case
 from chairlift.sim.scenario.yaml_document import read
 
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
+PLANS, SWEEPS = SCENARIOS / "plans", SCENARIOS / "sweeps"
 
 out = console()
 
@@ -53,7 +53,7 @@ def new(
         raise BadInput(Problem("is there already: choose another name", file=str(file))) from None
     except OSError as error:
         raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(file))) from None
-    verb = {sweep.SWEEPS: "sweep", plan.PLANS: "plan"}.get(source.parent, "run")
+    verb = {SWEEPS: "sweep", PLANS: "plan"}.get(source.parent, "run")
     out.print(f"{escape(str(file))} is yours to change; next: chairlift {verb} {escape(str(file))}", soft_wrap=True)
 
 
@@ -79,7 +79,7 @@ def find_scenario(name: str) -> Path:
 
 def shipped() -> dict[str, Path]:
     """The file of each shipped scenario by name. Names in folders, such as ``research/policy_zoo``, come last."""
-    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(sweep.SWEEPS.rglob("*")) - set(plan.PLANS.rglob("*")))
+    files = sorted(set(SCENARIOS.rglob("*.yaml")) - set(SWEEPS.rglob("*")) - set(PLANS.rglob("*")))
     return _by_name(files)
 
 

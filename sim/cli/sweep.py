@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cli.shipped import SWEEPS
 from chairlift.sim.cli.terminal import console, stopped
 from chairlift.sim.sweep import table as sweep_table
-from chairlift.sim.sweep.file import SCENARIOS, Plan, read_sweep, shipped_file
+from chairlift.sim.sweep.file import Plan, read_sweep, shipped_file
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.local import Local
 from chairlift.sim.sweep.racing import AFTER, Race
@@ -26,7 +27,6 @@ from chairlift.sim.sweep.runs import Executor, Lost, Row, Run, known, results
 out = console(soft_wrap=True)
 err = console(stderr=True, soft_wrap=True)
 
-SWEEPS = SCENARIOS / "sweeps"
 LEAST_MOST_JOBS = 64  # processes that any machine may be asked for
 EVERY_S = 30  # between two lines of progress where there is no terminal
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,7 +23,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.study import Study
+
+if TYPE_CHECKING:
+    from chairlift.sim.study import Study
 
 Advance = Callable[[int, str, float | None], None]  # requests arrived, what runs, simulated seconds
 

@@ -10,18 +10,27 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.backend import specs
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.cli.terminal import console
-from chairlift.sim.scenario.yaml_document import read
+from chairlift.sim.scenario.yaml_document import Document, read
+from chairlift.sim.workload import export as exporting
 from chairlift.sim.workload.describe import describe as facts
 from chairlift.sim.workload.describe import table
+from chairlift.sim.workload.export import TOOLS
 from chairlift.sim.workload.formats import chairlift, foreign, mapped
 from chairlift.sim.workload.formats import read as formats
 from chairlift.sim.workload.formats.text_tables import head
 from chairlift.sim.workload.spec import Workload
+from chairlift.sim.workload.trace import Trace
 from chairlift.sim.workload.workload import build
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
+
+ScenarioArgument = Annotated[Path, typer.Argument(help="A scenario file, of which the workload and the seed are read.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set seed=3. Repeatable.")
+]
 
 app = typer.Typer(help="Look at request traces, and write them.", no_args_is_help=True)
 out = console(least=WIDTH)
@@ -108,11 +117,9 @@ def _writable(file: Path) -> None:
 
 @app.command("write")
 def write(
-    scenario: Annotated[Path, typer.Argument(help="A scenario file, of which the workload and the seed are read.")],
+    scenario: ScenarioArgument,
     file: Annotated[Path, typer.Argument(help="Where to: .csv, .csv.gz or .parquet.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set seed=3. Repeatable.")
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     """Write the requests of a scenario's workload as a trace that workload.file can name.
 
@@ -120,14 +127,56 @@ def write(
     for and how long.
     """
     _writable(file)
+    trace = _workload_of(_document(scenario, set_), scenario.parent)
+    chairlift.save(trace, file)
+    out.print(f"{len(trace):,} requests in {escape(str(file))}", style="dim")
+
+
+@app.command("export")
+def export(
+    scenario: ScenarioArgument,
+    file: Annotated[Path, typer.Argument(help="Where to: .jsonl.")],
+    to: Annotated[str, typer.Option("--to", metavar="TOOL", help=f"The benchmark that reads it: {' | '.join(TOOLS)}.")],
+    set_: SetOption = None,
+) -> None:
+    """Write the requests of a scenario's workload for a benchmark, and print the command that sends them to a server.
+
+    [bold]chairlift trace export my.yaml my.jsonl --to vllm-bench[/bold]
+    """
+    if to not in TOOLS:
+        rule = f"must be one of {', '.join(TOOLS)}{did_you_mean(to, list(TOOLS))}"
+        raise BadInput(Problem(rule, file="--to", value=to))
+    if file.suffix != ".jsonl":
+        raise BadInput(Problem("must end in .jsonl", file=str(file)))
+    document = _document(scenario, set_)
+    trace = _workload_of(document, scenario.parent)
+    lost = exporting.export(trace, file, TOOLS[to])
+    out.print(f"{len(trace):,} requests in {escape(str(file))}", style="dim")
+    for each in lost:
+        out.print(f"note: {escape(each)}", soft_wrap=True)
+    out.print(escape(exporting.command(TOOLS[to], _repository(document), file, len(trace))), soft_wrap=True)
+
+
+def _document(scenario: Path, set_: list[str] | None) -> Document:
     document = read(scenario)
     document.set(set_ or [])
+    return document
+
+
+def _workload_of(document: Document, folder: Path) -> Trace:
+    """The requests of a scenario's workload, by its seed. Raises `BadInput`."""
     if "workload" not in document.data:
         raise BadInput(document.problem(("workload",), "is required"))
     workload: Workload = document.check(Workload, at=("workload",))
     seed = document.data.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise BadInput(document.problem(("seed",), "must be a whole number of at least 0", seed))
-    trace = build(workload, seed, scenario.parent)
-    chairlift.save(trace, file)
-    out.print(f"{len(trace):,} requests in {escape(str(file))}", style="dim")
+    return build(workload, seed, folder)
+
+
+def _repository(document: Document) -> str:
+    """The checkpoint of a scenario's model as Hugging Face names it; MODEL where no published one is known."""
+    try:
+        return specs.model(str(document.data.get("model"))).repository or "MODEL"
+    except LookupError:
+        return "MODEL"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.replica.engine import Engine
-from chairlift.sim.results.metrics import durations_ps, ends_ps
+from chairlift.sim.results.metrics import durations_ps, ends_ps, exact_sum
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -30,7 +30,7 @@ def _littles_law(columns: Columns, request_time: int) -> None:
     spent there, summed over requests as the records tell.
     """
     stays = columns["finished_ps"] - columns["arrival_ps"]
-    inside = _sum(stays)
+    inside = exact_sum(stays)
     assert inside == request_time, f"Little's law: {inside} ps by the records, {request_time} ps by the clock"
 
 
@@ -54,9 +54,9 @@ def _gaps_add_up(spoken_ps: int, engines: list[Engine]) -> None:
     gaps = 0
     for engine in engines:
         more = engine.records.gaps()
-        gaps += _sum(more["gap_ps"] * more["count"])
+        gaps += exact_sum(more["gap_ps"] * more["count"])
         for runs in engine.records.run_parts():
-            gaps += _sum(runs["decodes"] * durations_ps(runs)) - _sum(runs["late_decodes"] * runs["first_ps"])
+            gaps += exact_sum(runs["decodes"] * durations_ps(runs)) - exact_sum(runs["late_decodes"] * runs["first_ps"])
     assert gaps == spoken_ps, f"gaps of {gaps} ps in all, {spoken_ps} ps from first tokens to latest"
 
 
@@ -74,8 +74,3 @@ def _nothing_left(engine: Engine) -> None:
     assert engine.pool.free == engine.pool.total, f"replica {engine.index}: blocks are left behind"
     host = engine.state.host
     assert host.free == host.blocks, f"replica {engine.index}: swapped blocks are left behind"
-
-
-def _sum(times: npt.NDArray[np.int64]) -> int:
-    """The sum of ``times``, which may outgrow 64 bits."""
-    return int((times >> 32).sum()) * (1 << 32) + int((times & 0xFFFFFFFF).sum())

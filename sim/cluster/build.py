@@ -13,7 +13,7 @@ from random import Random
 
 from chairlift.backend.base import Backend, Executor
 from chairlift.backend.machine import check_memory
-from chairlift.policies.base import FOREVER, KvGroups, Scheduler
+from chairlift.policies.base import FOREVER, KvGroups, Scheduler, Speculation
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cluster.autoscaling import Autoscaler
 from chairlift.sim.cluster.cluster import Cluster
@@ -24,6 +24,7 @@ from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.cluster.requests import request_maker
 from chairlift.sim.cluster.timeouts import Patience
 from chairlift.sim.replica.counting_pool import CountingPool, StandInPool
+from chairlift.sim.replica.drafts import DraftedPool
 from chairlift.sim.replica.engine import Engine, make_engine
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
@@ -58,7 +59,7 @@ def build(
     predictions, `BadInput` if a backend cannot run here, and MemoryError if all this takes more than the machine has.
     """
     _check_memory(setup, identify)
-    identities: dict[int, Identity] | None = {} if identify else None
+    identities: dict[tuple[int, int], Identity] | None = {} if identify else None
     cluster = Cluster(RequestRecords(setup.trace), request_maker(setup, identities), progress)
     cluster.front = decode = _pool(cluster, setup, "router")
     handover = None
@@ -121,7 +122,7 @@ class _Engines:
     handover: Handover | None
     leap: bool
     journal: bool
-    identities: dict[int, Identity] | None  # see `make_pool`
+    identities: dict[tuple[int, int], Identity] | None  # see `make_pool`
 
     def __post_init__(self) -> None:
         self._outputs = array("i", self.setup.trace.output_tokens.tobytes())
@@ -164,7 +165,7 @@ class _Engines:
 
     def _identity(self, pool: CountingPool) -> Identity:
         """Which prompts of an executed run have tokens in common: the pool's own idea, if it has one."""
-        known = (self.identities or {}).get(pool.block_size) if pool.tracks else None
+        known = (self.identities or {}).get((pool.block_size, 0)) if pool.tracks else None
         return known or Identity(self.setup.trace, EXECUTED_BLOCK)
 
 
@@ -192,22 +193,25 @@ def make_pool(
     trace: Trace,
     blocks: int,
     block_size: int,
-    identities: dict[int, Identity] | None,
+    identities: dict[tuple[int, int], Identity] | None,
     executes: bool = False,
     groups: KvGroups | None = None,
     max_model_len: int = FOREVER,
+    speculation: Speculation | None = None,
 ) -> CountingPool:
     """The KV pool that ``scheduler`` needs: it knows each block only where prefix caching or windows can matter.
 
-    ``identities``: by block size, what all replicas share of the trace, filled as needed; None where blocks are only
-    counted (`build`). ``executes``: steps really run. ``groups``: of the model's layers, if some have a window.
+    ``identities``: by block size and tokens that hashes look ahead, what all replicas share of the trace, filled as
+    needed; None where blocks are only counted (`build`). ``executes``: steps really run. ``groups``: of the model's
+    layers, if some have a window. ``speculation``: drafts that its decodes verify.
     """
 
     def identity() -> Identity:
         known = {} if identities is None else identities
-        if block_size not in known:
-            known[block_size] = Identity(trace, block_size)
-        return known[block_size]
+        ahead = int(speculation is not None and speculation.prefix == "lookahead")
+        if (block_size, ahead) not in known:
+            known[block_size, ahead] = Identity(trace, block_size, ahead)
+        return known[block_size, ahead]
 
     if groups is not None and (cache := scheduler.hybrid) is not None:
         parts = (blocks, block_size, groups, cache, max_model_len, scheduler.asynchronous, scheduler.uncached_first)
@@ -220,5 +224,8 @@ def make_pool(
         return RadixPool(blocks, block_size, identity(), tree.unified, numbered=executes)
     if identities is None:
         return StandInPool(blocks, block_size)
+    if speculation is not None:
+        settings = (scheduler.asynchronous, scheduler.uncached_first)
+        return DraftedPool(blocks, block_size, identity(), *settings, drops_last=speculation.prefix == "drop")
     kind = TablePool if executes else PrefixPool
     return kind(blocks, block_size, identity(), scheduler.asynchronous, scheduler.uncached_first)

@@ -17,7 +17,7 @@ ID_TOKENS = 16  # that an id of a prompt's block stands for where the trace has 
 CHAIN = 1 << 24  # ids that one prefix group or session can have: more than a prompt has blocks
 
 
-def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Callable[[int], Live]:
+def request_maker(setup: Setup, identities: dict[tuple[int, int], Identity] | None) -> Callable[[int], Live]:
     """A function from a row of the trace to the request that routers and policies see.
 
     ``identities`` are those of `sim.cluster.build.make_pool`; None where no two prompts have a block in common. The ids
@@ -72,7 +72,7 @@ def request_maker(setup: Setup, identities: dict[int, Identity] | None) -> Calla
     return make
 
 
-def _ends(trace: Trace, identities: dict[int, Identity]) -> list[int] | None:
+def _ends(trace: Trace, identities: dict[tuple[int, int], Identity]) -> list[int] | None:
     """For each row the end of its ids: a multiple of `CHAIN`, and one for each block. None without groups and sessions.
 
     An example. Prompts of group 0 have their first 40 tokens in common, two whole blocks: their ids are 0 and 1, their
@@ -80,7 +80,7 @@ def _ends(trace: Trace, identities: dict[int, Identity]) -> list[int] | None:
     with the first: the ids are 0 … 2 and 0 … 5, the ends 3 and 6; those of another session begin at CHAIN.
     """
     if trace.session is not None:
-        identity = identities.setdefault(ID_TOKENS, Identity(trace, ID_TOKENS))
+        identity = identities.setdefault((ID_TOKENS, 0), Identity(trace, ID_TOKENS))
         blocks = np.minimum(identity.shareable, trace.prompt_tokens // ID_TOKENS).tolist()
         chains: dict[int, int] = {}  # what all first blocks of a session or group are known by → its number
         return [
@@ -94,7 +94,7 @@ def _ends(trace: Trace, identities: dict[int, Identity]) -> list[int] | None:
     return ends
 
 
-def _tails(trace: Trace, identities: dict[int, Identity]) -> list[range] | None:
+def _tails(trace: Trace, identities: dict[tuple[int, int], Identity]) -> list[range] | None:
     """For each row ids of the blocks that come after those of the trace's own ids and are its session's.
 
     None without sessions. The ids are below all of the trace's own. An example, with a session's prompts of 64 and 128
@@ -103,7 +103,7 @@ def _tails(trace: Trace, identities: dict[int, Identity]) -> list[range] | None:
     """
     if trace.session is None or trace.hash_ids is None:
         return None
-    identity = identities.setdefault(ID_TOKENS, Identity(trace, ID_TOKENS))
+    identity = identities.setdefault((ID_TOKENS, 0), Identity(trace, ID_TOKENS))
     lowest = min(0, int(trace.hash_ids.values.min(initial=0)))
     chains: dict[int, int] = {}
     tails = []

@@ -128,15 +128,16 @@ def beside(setup: Setup) -> list[str]:
 def _weights(setup: Setup) -> tuple[str, list[str], list[str]]:
     """The checkpoint of the model, flags of its format, and what they do not say."""
     model = setup.model
-    repository, found, more = model.source.partition(" config.json")
+    repository = model.repository
     notes: list[str] = []
     flags: list[str] = []
-    asked = more.rpartition(", weights in ")[2] if ", weights in " in more else ""
+    _, weighed, asked = model.source.rpartition(", weights in ")
+    asked = asked if weighed else ""
     if asked.startswith("fp8"):
         flags = ["--quantization", "fp8"]  # both engines make them from BF16 weights as they load
     elif asked:
         notes.append(f"weights in {asked}: name such a checkpoint instead of {repository}")
-    if not found or "/" not in repository:
+    if repository is None:
         repository = model.name.partition(" (")[0]
         own = repository.endswith(".json")  # of the user's, whose folder is a checkpoint's
         flags = ["--quantization", "fp8"] if model.bytes_per_param == 1 or model.quantization == "fp8" else []

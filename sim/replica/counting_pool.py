@@ -12,6 +12,7 @@ from typing import Protocol
 from chairlift.policies.base import PrefixNode
 from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes
 from chairlift.sim.replica.request import Live
+from chairlift.sim.results.records import Growth
 
 
 class _Root:
@@ -44,6 +45,7 @@ class CountingPool:
     publishes = False  # whether decoding can make blocks that others find
     keeps = False  # whether it wants to know which prompts a step has computed: `landed`
     windowed = False  # whether requests give blocks back while they run: `shed`, `flight`
+    spared = 0  # blocks that requests would hold beyond those that are held: of each its own, and none slid out
     tables = 1  # tables of blocks that a request has: 16 more tokens take a block in each
 
     __slots__ = ("_given", "block_size", "flight", "free", "room", "total")
@@ -104,6 +106,15 @@ class CountingPool:
         first, last = steps.start, steps.stop
         if group.growing and last > first:
             self.free -= group.blocks_needed(last) - (group.blocks_needed(first) if first else 0)
+
+    def leap(self, group: Decodes, steps: int, within: int) -> Growth:
+        """The group does its steps 1 to ``steps`` - 1, and has done step 0; there is room.
+
+        What the first ``within`` of those steps, step 0 among them, hold beyond what is held now.
+        """
+        growth = group.growth(within)
+        self.decode_all(group, range(1, steps))
+        return growth
 
     def lasts(self, group: Decodes, steps: int, taken: int, waits: bool) -> int:
         """For how many of ``steps`` steps of the group there is room; for the first it has ``taken`` blocks already.

@@ -7,6 +7,7 @@ from heapq import heappop, heappush
 
 from chairlift.policies.base import FOREVER
 from chairlift.sim.replica.request import DECODING, HELD, Live, Phase, When
+from chairlift.sim.results.records import NO_GROWTH, Growth
 
 NOBODY_ELSE: dict[int, Live] = {}
 
@@ -119,6 +120,28 @@ class Decodes:
             for back in range(rest):  # a member needs a block when offset + steps is a multiple of the size
                 need += phases[first - back]
         return need
+
+    def growth(self, steps: int) -> Growth:
+        """Blocks that the next ``steps`` steps hold beyond what the first of them holds, where a member has one table.
+
+        A block that step j takes is held in steps j, j + 1, …, ``steps`` - 1: it adds ``steps`` - j to the sum, and
+        j + (j + 1) + … to the moment.
+        """
+        if steps < 2 or not self.growing:
+            return NO_GROWTH
+        size, phases = self.block_size, self.phases
+        held = moment = 0
+        whole = steps * (steps - 1)
+        for j in range(1, min(steps, size + 1)):
+            taking = phases[-(self.steps + j) % size]
+            if taking:  # in steps j, j + size, j + 2 size, …
+                times = (steps - 1 - j) // size + 1
+                pairs = times * (times - 1)
+                sums = times * j + size * pairs // 2
+                squares = times * j * j + size * j * pairs + size * size * pairs * (2 * times - 1) // 6
+                held += taking * (times * steps - sums)
+                moment += taking * (times * whole - squares + sums)
+        return Growth(held, moment // 2, 0, 0)
 
     def steps_within(self, steps: int, free: int) -> int:
         """How many of the next ``steps`` steps ``free`` blocks cover."""

@@ -294,7 +294,8 @@ class Ahead(Engine):
                 planner.record(flight, flight.begun, landing - flight.begun, 1)
             else:  # as `record`, without the detour
                 planner.steps += 1
-                self.records.rows.frombytes(PACK_RUN(flight.begun, landing - flight.begun, 0, 1, *flight.row))
+                row = PACK_RUN(flight.begun, landing - flight.begun, 0, 1, 0, 0, 0, 0, *flight.row)
+                self.records.rows.frombytes(row)
             if flight.emitting:
                 planner.deliver(flight)
             if flight.ending or self.state.parked or (flight.emitting and self.pool.keeps):

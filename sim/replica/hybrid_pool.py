@@ -25,6 +25,7 @@ from chairlift.sim.replica.counting_pool import CountingPool, PrefixCacheMatters
 from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes, admission
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
+from chairlift.sim.results.records import Growth
 
 
 class _Found(NamedTuple):
@@ -68,8 +69,8 @@ class HybridPool(CountingPool):
 
     __slots__ = (
         *("_cached", "_chunked", "_copies", "_edge", "_found", "_full", "_held", "_identity", "_keys", "_late", "_odd"),
-        *("_most", "_queue", "_retention", "_sliding", "_span", "_stale", "_uncached_first", "_users", "_window"),
-        "tables",
+        *("_most", "_own", "_queue", "_retention", "_sliding", "_span", "_stale", "_uncached_first", "_users"),
+        *("_window", "tables"),
     )
 
     def __init__(
@@ -106,6 +107,7 @@ class HybridPool(CountingPool):
         self._keys: dict[int, int] = {}  # block → key of its content and group
         self._cached: dict[int, int] = {}  # such a key → the block with that content, the first of several
         self._copies: dict[int, dict[int, None]] = {}  # such a key → the others, in order of caching
+        self._own = 0  # blocks in each group of all requests, those that are gone or shared included
         self._held: dict[int, _Held] = {}
         self._odd: dict[int, Live] = {}  # whose blocks slide out in another rhythm than one every ``block_size`` tokens
         self._found: _Found | None = None  # the latest look-up
@@ -113,6 +115,10 @@ class HybridPool(CountingPool):
     @property
     def publishes(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`, as all below
         return self._identity is not None and self._identity.answers_too
+
+    @property
+    def spared(self) -> int:  # type: ignore[override]  # noqa: D102
+        return self._own * self.tables - (self.total - self.free)
 
     def hit(self, request: Live) -> int:  # noqa: D102
         return max(request.loaded, self._look_up(request).hits * self.block_size)
@@ -140,6 +146,7 @@ class HybridPool(CountingPool):
         length = -(-tokens // self.block_size)
         kept = [self._kept(request.prompt_tokens - 1), self._kept(found.junction)]
         self._held[number] = _Held(found.tables, found.gone, found.hits, length, kept)
+        self._own += length
         for i, table in enumerate(found.tables):
             gone = found.gone if i in self._sliding else 0
             table += self._take(length - gone - len(table))
@@ -193,6 +200,17 @@ class HybridPool(CountingPool):
             if publishes and not late:
                 for request in members[(-step - 1) % size].values():
                     self.computed(request, request.offset + step + 1)
+
+    def leap(self, group: Decodes, steps: int, within: int) -> Growth:  # noqa: D102
+        held, spared = self.total - self.free, self.spared
+        sums = [0, 0, 0, 0]
+        for step in range(1, steps):
+            self.decode_all(group, range(step, step + 1))
+            if step < within:
+                more, apart = self.total - self.free - held, self.spared - spared
+                for i, value in enumerate((more, step * more, apart, step * apart)):
+                    sums[i] += value
+        return Growth(*sums)
 
     def lasts(self, group: Decodes, steps: int, taken: int, waits: bool) -> int:
         """As in `CountingPool`; and if a request ``waits``, until the blocks that it lacks could be there.
@@ -250,6 +268,7 @@ class HybridPool(CountingPool):
 
     def close(self, request: Live, tokens: int) -> None:  # noqa: D102
         held = self._held.pop(request.id)
+        self._own -= held.length
         self._odd.pop(request.id, None)
         done = max(held.done, (tokens - self._late) // self.block_size)
         kept = self._kept_of(held, held.gone, held.length)
@@ -305,6 +324,7 @@ class HybridPool(CountingPool):
         for table in held.tables:
             table += self._take(blocks)
         held.length += blocks
+        self._own += blocks
 
     def _kept(self, tokens: int) -> range:
         """The blocks that a request which knows ``tokens`` tokens looks back on."""

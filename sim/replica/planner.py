@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
 from chairlift.policies.base import FOREVER, PolicyError, Scheduler
@@ -14,7 +14,9 @@ from chairlift.sim.replica.journal import Journal
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
-from chairlift.sim.results.records import PACK_RUN, Kind, RequestRecords, RunRecords, Status, StepRow
+from chairlift.sim.results.records import NO_GROWTH, PACK_RUN, Growth, Kind, RequestRecords, RunRecords, Status, StepRow
+
+_HELD, _SPARED = StepRow._fields.index("held_blocks"), StepRow._fields.index("spared_blocks")
 
 
 class Planner:
@@ -32,7 +34,7 @@ class Planner:
     """
 
     __slots__ = (  # without them a run takes 2 % longer
-        *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leap", "_left", "_longest", "_overshoots"),
+        *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest", "_overshoots"),
         *("_promised", "again", "arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool"),
         *("price", "records", "requests", "scheduler", "state", "steps"),
     )
@@ -62,7 +64,7 @@ class Planner:
         self.backend = backend
         self.pool = pool
         self.index = index
-        self.state = ReplicaStep(scheduler, backend, pool, max_model_len, host, stages)
+        self.state = self._make_step(scheduler, backend, pool, max_model_len, host, stages)
         self.requests = requests
         self.records = records or RunRecords()
         self.steps = 0  # done
@@ -73,7 +75,7 @@ class Planner:
         self.journal = Journal(self.records) if journal else None
         if journal:
             self.state.notes = []
-        self._leap = leap
+        self._leaps = leap
         self._ahead = scheduler.asynchronous
         self._holds = scheduler.batch_synchronous  # finished requests keep their slot
         self.again = False  # the policy wants to be asked again though nothing runs
@@ -85,6 +87,9 @@ class Planner:
         self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
         self._handover = handover
+
+    def _make_step(self, *parts: Any) -> ReplicaStep:
+        return ReplicaStep(*parts)
 
     def takes(self, request: Live, now: int) -> bool:
         """Whether a request that arrives now can ever fit, and the policy does not turn it away.
@@ -150,6 +155,56 @@ class Planner:
             vouched = 1  # the queue has changed
             for request in state.rejected:
                 self.end_request(request, now, Status.REJECTED)
+        gathered = self._gather(now)
+        if gathered is None:
+            return None
+        decoding, batch, prompt_tokens = gathered
+        if self.again:
+            self.fail("vouched for 0 steps")
+        _, decodes, context, padded, _, _ = batch
+        chunks = state.chunks
+        group = state.group
+        cost = self.price(self._as_decodes(batch) if state.resumed else batch)
+        count = 1
+        first, slope, alike, host = cost
+        if host is not NO_HOST:
+            first, slope = cost.spacing(self._ahead)
+        if state.host.busy:
+            state.slept += state.host.delay(first)
+        leaps = self._leaps and decoding and not (chunks or state.ran or state.slept or intake)
+        if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
+            count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
+            if count > 1 and group.growing:
+                count = self.pool.lasts(group, count, state.taken, bool(state.waiting))
+        late, late_gaps = 0, NO_GAPS
+        if decoding and (state.fresh or state.decoded_at is not start):
+            late, late_gaps = self._late(start, decodes)
+        row = (  # a `StepRow`, which takes longer to make
+            len(chunks),
+            prompt_tokens,
+            decodes,
+            padded,
+            context,
+            late,
+            len(state.admitted),
+            len(state.waiting),
+            self.pool.total - self.pool.free,
+            self.pool.spared,
+            state.kv_tokens,
+            self._promised,
+            group.reserved if decoding else 0,
+            state.preempted,
+        )
+        plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, cost)
+        if state.slept or intake:
+            plan.first += state.slept + intake
+            plan.gpu += state.slept
+            plan.intake = intake
+        return plan
+
+    def _gather(self, now: int) -> tuple[bool, Batch, int] | None:
+        """What the policy chose: whether anybody decodes, the batch, its tokens of prompts; None if nothing runs."""
+        state = self.state
         chunks = state.chunks
         group = state.group
         decoding = state.whole
@@ -166,8 +221,6 @@ class Planner:
             state.rejoined = []
         if not decoding and not chunks:
             return None
-        if self.again:
-            self.fail("vouched for 0 steps")
         if decoding:
             decodes, context, dead = group.live, group.context, group.dead
         else:
@@ -175,43 +228,23 @@ class Planner:
         prefills: tuple[Chunk, ...] = ()
         if chunks:
             prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
-        padded = dead + state.padding
-        batch = new(Batch, (prefills, decodes, context, padded, None))
-        cost = self.price(_as_decodes(chunks, batch) if state.resumed else batch)
-        count = 1
-        first, slope, alike, host = cost
-        if host is not NO_HOST:
-            first, slope = cost.spacing(self._ahead)
-        if state.host.busy:
-            state.slept += state.host.delay(first)
-        leaps = self._leap and decoding and not (chunks or state.ran or state.slept or intake)
-        if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
-            count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
-            if count > 1 and group.growing:
-                count = self.pool.lasts(group, count, state.taken, bool(state.waiting))
-        late, late_gaps = 0, NO_GAPS
-        if decoding and (state.fresh or state.decoded_at is not start):
-            late, late_gaps = self._late(start, decodes)
-        row = (  # a `StepRow`, which takes longer to make
-            len(chunks),
-            state.tokens - decodes if chunks else 0,
-            decodes,
-            padded,
-            context,
-            late,
-            len(state.admitted),
-            len(state.waiting),
-            self.pool.total - self.pool.free,
-            state.kv_tokens,
-            self._promised,
-            state.preempted,
+        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0))
+        return decoding, batch, state.tokens - decodes if chunks else 0
+
+    def _as_decodes(self, batch: Batch) -> Batch:
+        """``batch`` as a kernel sees it: a chunk of one token that a client already has is a decode.
+
+        In three steps: a request with a prompt of 10 has 4 tokens of answer when it is preempted. Computed again, its
+        14 tokens come in chunks of 13 and 1. The last chunk reads 14 tokens of KV, its own included, and brings the
+        fifth token of the answer, as a decode does.
+        """
+        chunks = self.state.chunks
+        last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
+        prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
+        starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
+        return batch._replace(
+            prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts)
         )
-        plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, cost)
-        if state.slept or intake:
-            plan.first += state.slept + intake
-            plan.gpu += state.slept
-            plan.intake = intake
-        return plan
 
     def commit(self, plan: Plan, count: int) -> None:
         """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
@@ -225,7 +258,7 @@ class Planner:
             self.pool.flight = plan
         if plan.decoding:
             if count > 1:
-                self.pool.decode_all(group, range(1, count))
+                self._leap(plan, count)
             state.kv_tokens += count * group.live
             self._promised -= count * group.reserved
             group.steps += count
@@ -270,6 +303,23 @@ class Planner:
             plan.ending = ending
         if state.flights is not None:
             state.flights.launch(plan, state.ran.values() if plan.decoding else ())
+
+    def _leap(self, plan: Plan, count: int) -> None:
+        """Take the blocks of the steps that follow the first of ``plan``, ``count`` in all, and keep what they held.
+
+        The first step's are taken already. Where planning is ahead, the last step is in flight from here on and has a
+        row of its own, and the step that was in flight has landed since the first was planned: a pool that `keeps`
+        prompts may hold fewer blocks.
+        """
+        pool, steps = self.pool, count - self._ahead
+        held, spared = pool.total - pool.free - plan.row[_HELD], pool.spared - plan.row[_SPARED]
+        growth = pool.leap(self.state.group, count, steps)
+        if held or spared:
+            moment = steps * (steps - 1) // 2
+            more = (held * (steps - 1), held * moment, spared * (steps - 1), spared * moment)
+            growth = Growth(*map(sum, zip(growth, more, strict=True)))
+        plan.growth = growth
+        plan.held, plan.spared = pool.total - pool.free, pool.spared
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:
         """The last committed step of ``plan`` is done: the requests whose last token it brought leave.
@@ -393,8 +443,8 @@ class Planner:
         if plan.undelivered:  # no gap is theirs
             named = StepRow._make(row)
             row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
-        slope = plan.slope if count > 1 else 0
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *row))
+        slope, growth = (plan.slope, plan.growth) if count > 1 else (0, NO_GROWTH)
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *growth, *row))
         if plan.late_gaps:
             end = start + first
             for i in range(0, len(plan.late_gaps), 2):
@@ -524,19 +574,6 @@ class Planner:
     def fail(self, what: str) -> NoReturn:
         """Say what the policy has done wrong."""
         raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
-
-
-def _as_decodes(chunks: list[tuple[Live, int]], batch: Batch) -> Batch:
-    """``batch`` as a kernel sees it: a chunk of one token that a client already has is a decode.
-
-    In three steps: a request with a prompt of 10 has 4 tokens of answer when it is preempted. Computed again, its 14
-    tokens come in chunks of 13 and 1. The last chunk reads 14 tokens of KV, its own included, and brings the fifth
-    token of the answer, as a decode does.
-    """
-    last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
-    prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
-    starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
-    return batch._replace(prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts))
 
 
 def _unsay(flight: Plan, request: Live) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chairlift.policies.base import FOREVER
-from chairlift.sim.workload.trace import Trace
+from chairlift.sim.workload.trace import Trace, streams
 
 OWN, GROUP, SESSION, HASHED = range(4)
 INDEX_BITS = 24  # blocks a request can have
@@ -22,24 +22,29 @@ class Identity:
     """Which blocks of a trace's requests are equal: `key` gives equal ones, in equal places, the same integer.
 
     The blocks that another request can have too come first in a request; ``shareable[i]`` counts those of row i.
+    ``ahead``: tokens behind a block that must be equal as well. In three steps, with blocks of 4 tokens and one ahead:
+    two prompts have their first 8 tokens in common; their first blocks and the token behind each are equal; the token
+    behind their second blocks is not, so only the first is the same block.
     """
 
-    def __init__(self, trace: Trace, block_size: int) -> None:
+    def __init__(self, trace: Trace, block_size: int, ahead: int = 0) -> None:
         self.block_size = block_size
+        self.ahead = ahead
         n = len(trace)
         self._group: list[int] = [-1] * n if trace.prefix_group is None else trace.prefix_group.tolist()
-        self._stream = _streams(trace)
+        self._stream = streams(trace)
         self._hash_block = trace.hash_block
         self._hashes: list[int] = []
         self._offsets: list[int] = [0] * (n + 1)
         shareable = np.zeros(n, dtype=np.int64)
         if trace.prefix_group is not None and trace.prefix_tokens is not None:
-            shareable = np.where(trace.prefix_group >= 0, trace.prefix_tokens, 0) // block_size
+            shareable = np.where(trace.prefix_group >= 0, np.maximum(trace.prefix_tokens - ahead, 0), 0) // block_size
         self._hashed: list[int] = [0] * n  # leading blocks that an id of the trace names
         if trace.hash_ids is not None:
             self._hashes = trace.hash_ids.values.tolist()
             self._offsets = trace.hash_ids.offsets.tolist()
-            covered = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens) // block_size
+            named = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens)
+            covered = np.maximum(named - ahead, 0) // block_size
             self._hashed = covered.tolist()
             shareable = np.maximum(shareable, covered)
         if self._stream is not None:
@@ -113,7 +118,7 @@ class Identity:
     def key(self, request: int, block: int) -> int:
         """An integer for block number ``block`` (from 0, full) of a request, its row in the trace."""
         if block < self._hashed[request]:  # an id stands for all before it too
-            at = self._offsets[request] + ((block + 1) * self.block_size - 1) // self._hash_block
+            at = self._offsets[request] + ((block + 1) * self.block_size - 1 + self.ahead) // self._hash_block
             return (self._hashes[at] << INDEX_BITS | block) << 2 | HASHED
         if block >= self.shareable[request]:
             return (request << INDEX_BITS | block) << 2 | OWN
@@ -137,29 +142,3 @@ class Identity:
 def _repeats(column: np.ndarray[tuple[int], np.dtype[np.signedinteger]]) -> bool:
     given = column[column >= 0]
     return len(np.unique(given)) < len(given)
-
-
-def _streams(trace: Trace) -> list[int] | None:
-    """For each request the number of the token stream it continues, -1 without a session.
-
-    A turn continues its session's stream if its prompt is at least as long as the last prompt and answer together;
-    else the session has dropped some of its context and starts a new one.
-    """
-    if trace.session is None:
-        return None
-    latest: dict[int, tuple[int, int]] = {}  # session → its stream and the tokens in it
-    streams = []
-    count = 0
-    for session, prompt, output in zip(
-        trace.session.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
-    ):
-        if session < 0:
-            streams.append(-1)
-            continue
-        stream, length = latest.get(session, (-1, 0))
-        if stream < 0 or prompt < length:
-            stream = count
-            count += 1
-        latest[session] = (stream, prompt + output)
-        streams.append(stream)
-    return streams

@@ -55,13 +55,14 @@ class PrefixPool(CountingPool):
             "_queue",
             "_stale",
         ),
-        *("_uncached_first", "_unused", "_users"),
+        *("_uncached_first", "_unused", "_users", "spared"),
     )
 
     def __init__(
         self, total: int, block_size: int, identity: Identity, late: bool = False, uncached_first: bool = False
     ) -> None:
         super().__init__(total, block_size)
+        self.spared = 0
         self._identity = identity
         self._late = late
         self._uncached_first = uncached_first
@@ -106,6 +107,7 @@ class PrefixPool(CountingPool):
             self.free -= free
         for block in head:
             users[block] += 1
+        self.spared += len(head) - free
         self._heads[number] = head
         self._done[number] = len(head)
         self._given[number] = blocks = -(-tokens // self.block_size)
@@ -189,7 +191,9 @@ class PrefixPool(CountingPool):
             for block in head:
                 others = users[block] - 1
                 users[block] = others
-                if not others:
+                if others:
+                    self.spared -= 1
+                else:
                     queue.append(block)
                     self.free += 1
 
@@ -216,8 +220,17 @@ class PrefixPool(CountingPool):
         found = self._found
         if found is not None and found[0] == request.id:
             return found
-        blocks: list[int] = []
+        blocks = self._findable(request)
         free = 0
+        if blocks:
+            users = self._users
+            free = [users[block] for block in blocks].count(0)
+        self._found = found = (request.id, blocks, free)
+        return found
+
+    def _findable(self, request: Live) -> list[int]:
+        """The cached blocks that a waiting request's leading tokens are in."""
+        blocks: list[int] = []
         number = request.id
         full = (request.prompt_tokens + request.produced - 1) // self.block_size
         if not request.preemptions:
@@ -227,10 +240,7 @@ class PrefixPool(CountingPool):
             found_or_none = [*map(cached.get, self._identity.keys(number, 0, full))]
             end = found_or_none.index(None) if None in found_or_none else full
             blocks = found_or_none[:end]  # type: ignore[assignment]  # None is not among them
-            users = self._users
-            free = [users[block] for block in blocks].count(0)
-        self._found = found = (number, blocks, free)
-        return found
+        return blocks
 
     def _take(self, count: int) -> None:
         """Take ``count`` blocks from the head of the queue; what they held is forgotten."""

@@ -98,7 +98,7 @@ class RadixPool(CountingPool):
 
     __slots__ = (
         *("_contents", "_dropping", "_found", "_given", "_leaves", "_locked", "_owned", "_pushes", "_root", "_spare"),
-        *("_streams", "_tables", "_time", "_unified", "cached"),
+        *("_own", "_streams", "_tables", "_time", "_unified", "cached"),
     )
 
     def __init__(
@@ -107,6 +107,7 @@ class RadixPool(CountingPool):
         super().__init__(total, block_size)
         self._tables: dict[int, list[int]] | None = {} if numbered else None  # request → its pages
         self._spare = list(range(total)) if numbered else []  # pages that nobody holds and that are not cached
+        self._own = 0  # pages of all requests, those of the tree for each that locks them
         self.cached = 0  # pages of the tree that nobody holds
         self._contents = contents
         self._unified = unified
@@ -124,6 +125,10 @@ class RadixPool(CountingPool):
     @property
     def follows(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`, as all below
         return self._tables is not None
+
+    @property
+    def spared(self) -> int:  # type: ignore[override]  # noqa: D102
+        return self._own - (self.total - self.free)
 
     def hit(self, request: Live) -> int:  # noqa: D102
         found = self._look_up(request, False)
@@ -148,6 +153,7 @@ class RadixPool(CountingPool):
         _, _, node, hit = self._look_up(request, False)
         number = request.id
         self._given[number] = pages = -(-tokens // self.block_size)
+        self._own += pages
         self._owned[number] = owned = hit // self.block_size
         self._locked[number] = node
         self._lock(node)
@@ -156,9 +162,16 @@ class RadixPool(CountingPool):
             self._tables[number] = self._path(node)
             self._streams[number] = self._contents.streams(number)
 
+    def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
+        free = self.free
+        fits = super().extend(request, tokens)
+        self._own += free - self.free
+        return fits
+
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
         self.evict(need)
         self.free -= need
+        self._own += need
         self._given[request.id] += need
 
     def decode_all(self, group: Decodes, steps: range, fresh: Mapping[int, Live] = NOBODY_ELSE) -> None:
@@ -174,6 +187,7 @@ class RadixPool(CountingPool):
             upto = last if spare < 0 else min(last, group.steps_within(last, spare + taken) + 1)
             need = group.blocks_needed(upto)
             self.free -= need - taken
+            self._own += need - taken
             done, taken = upto, need
         if group.members is not None:
             for step in range(group.steps + steps.start, group.steps + last):
@@ -224,7 +238,9 @@ class RadixPool(CountingPool):
             self._store(request, tokens, done=True)
         del self._given[number]
         owned = self._owned.pop(number)
-        self.free += -(-tokens // self.block_size) - owned
+        pages = -(-tokens // self.block_size)
+        self._own -= pages
+        self.free += pages - owned
         self._unlock(self._locked.pop(number))
         if self._tables is not None:
             self._spare += self._tables.pop(number)[owned:]

@@ -7,7 +7,7 @@ from math import isqrt
 from chairlift.backend.base import StepCost
 from chairlift.sim.replica.decode_group import NOBODY_ELSE
 from chairlift.sim.replica.request import NEVER, Live, When
-from chairlift.sim.results.records import row_after
+from chairlift.sim.results.records import NO_GROWTH, row_after
 
 
 def duration(first: int, slope: int, steps: int) -> int:
@@ -50,11 +50,14 @@ class Plan:
         "fresh",
         "gpu",
         "gpu_slope",
+        "growth",
+        "held",
         "host",
         "intake",
         "late_gaps",
         "row",
         "slope",
+        "spared",
         "undelivered",
         "when",
     )
@@ -84,6 +87,8 @@ class Plan:
         self.decoded_before = NEVER  # when the group emitted before its last step
         self.fresh = NOBODY_ELSE  # decodes of its last step that had joined the group since then
         self.undelivered = 0  # decodes of its last step whose token is nobody's: the client gave up, or has all
+        self.growth = NO_GROWTH  # of its steps but the one in flight, set when several are committed, as the next two
+        self.held = self.spared = 0  # blocks, as its last step's `StepRow` has them
         self.begun: int  # ps, when its last step began; of a step in flight
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it
@@ -91,7 +96,7 @@ class Plan:
     def leave_to_last(self, before: When, steps: int) -> None:
         """The plan is from here on its last step alone: the ``steps`` steps before that one were done at ``before``."""
         self.decoded_before, self.fresh = before, NOBODY_ELSE
-        self.row = row_after(self.row, steps)
+        self.row = row_after(self.row, steps, self.held, self.spared)
 
     def lose_gap(self, last_ps: int) -> None:
         """A token of the plan's last step reaches no client; the client got the token before that one at ``last_ps``.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.sim.results.metrics import durations_ps, stored_tokens
+from chairlift.sim.results.metrics import AREA_COLUMNS, Pool, areas, durations_ps
 from chairlift.sim.results.reader import Columns, Replica, RunResults
 from chairlift.sim.results.records import Status
 from chairlift.sim.units import PS_PER_S
@@ -22,8 +22,8 @@ Floats = npt.NDArray[np.float64]
 BINS = 300  # of time: two to three pixels each
 RANKS = np.unique(np.concatenate((np.linspace(0, 1, 201), np.linspace(0.99, 1, 51), [0.95, 0.999])))
 STEP_COLUMNS = (
-    *("start_ps", "first_ps", "slope_ps", "steps", "chunks", "prefill_tokens", "decodes", "padded"),
-    *("running", "waiting", "held_blocks", "kv_tokens", "preempted"),
+    *("start_ps", "chunks", "prefill_tokens", "padded", "running", "waiting", "preempted"),
+    *AREA_COLUMNS,
 )
 TIMES = ("ttft", "tpot", "e2el")  # latencies that have a column in ``requests.parquet``
 REQUEST_COLUMNS = (
@@ -68,17 +68,20 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
         count = steps["steps"].astype(np.float64)
         start = steps["start_ps"].astype(np.float64)
         time = durations_ps(steps).astype(np.float64)
-        tokens = stored_tokens(steps, replica.tokens_a_block) + steps["decodes"] * (count - 1) / 2
+        area = areas(steps, Pool(replica.kv_blocks, replica.block_size, replica.kv_tables))
+        held = area.held.astype(np.float64) / replica.kv_tables  # token · ps
+        stored = np.minimum(area.stored.astype(np.float64) / replica.kv_tables, held)  # older folders tell no sharing
         padding = np.where(steps["chunks"] > 0, 0, steps["padded"])  # beside a chunk it is the prompts' padding
         bins = _Binner(start, time, edges)
         sums["prompt"] += bins.spread(steps["prefill_tokens"]) / width_s
         sums["output"] += bins.spread(steps["decodes"] * count) / width_s
         for name, level in (
-            *(("running", steps["running"]), ("waiting", steps["waiting"]), ("kv", tokens)),
-            *(("held", steps["held_blocks"] * replica.tokens_a_block), ("prefilling", steps["chunks"])),
+            *(("running", steps["running"]), ("waiting", steps["waiting"]), ("prefilling", steps["chunks"])),
             *(("decoding", steps["decodes"]), ("padding", padding)),
         ):
             sums[name] += bins.spread(level * time) / width_s / PS_PER_S
+        for name, level_ps in (("kv", stored), ("held", held)):
+            sums[name] += bins.spread(level_ps) / width_s / PS_PER_S
         here = requests["replica"] == replica.index
         sums["waiting"] += bins.idle(_queue(requests, here, edges), edges) / width_s / PS_PER_S
         busy = float(time.sum())
@@ -91,7 +94,7 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
                 computed_decode=int((steps["decodes"] * steps["steps"]).sum()),
                 padded=int((steps["padded"] * steps["steps"]).sum()),
                 mean_running=float((steps["running"] * time).sum()) / busy if busy else 0.0,
-                kv_share=float((tokens * time).sum()) / busy / replica.kv_tokens if busy else 0.0,
+                kv_share=float(stored.sum()) / busy / replica.kv_tokens if busy else 0.0,
                 preemptions=int(steps["preempted"].sum()),
             )
         )

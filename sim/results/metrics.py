@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from chairlift.sim.results.catalogue import LATENCIES, PERCENTILES, STATISTICS, fields
 from chairlift.sim.results.fairness import between_tenants
-from chairlift.sim.results.records import RequestRecords, RunRecords, Status
+from chairlift.sim.results.records import Growth, RequestRecords, RunRecords, Status
 from chairlift.sim.results.token_gaps import all_gaps, gaps_of_finished
 from chairlift.sim.results.weighted import weighted_statistics
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Integers = npt.NDArray[Any]  # int64, or Python integers where those do not do
+
+_INT64 = 1 << 63
+AREA_COLUMNS = (  # of a run of steps: what `areas` needs
+    *("first_ps", "slope_ps", "steps", *Growth._fields, "decodes", "held_blocks", "spared_blocks"),
+    *("kv_tokens", "promised_tokens", "promised_decodes"),
+)
 
 
 def per_output_token(span: Floats, output_tokens: Ints) -> Floats:
@@ -122,13 +129,12 @@ def ends_ps(runs: Mapping[str, Ints]) -> Ints:
 
 
 def summarise(
-    requests: RequestRecords, runs: list[RunRecords], pools: Sequence[tuple[int, float]], slo: Slo, wall_s: float
+    requests: RequestRecords, runs: list[RunRecords], pools: Sequence[Pool], slo: Slo, wall_s: float
 ) -> dict[str, Any]:
     """``summary.json`` of one run: a field for each metric of the catalogue that the run has.
 
-    ``runs`` holds the records of each replica, ``pools`` its (blocks, tokens a block) in the same order; a
-    block of one of two groups of layers holds half of each of its tokens. ``wall_s`` is
-    how long the simulation took.
+    ``runs`` holds the records of each replica, ``pools`` its KV pool in the same order. ``wall_s`` is how long the
+    simulation took.
     """
     times = Latencies(requests)
     n = len(times)
@@ -207,53 +213,89 @@ def inter_token_gaps(runs: list[RunRecords]) -> tuple[Floats, npt.NDArray[np.sig
     return gaps.ps / PS_PER_MS, gaps.often
 
 
-def stored_tokens(runs: Mapping[str, Ints], block_size: float) -> Floats:
-    """Tokens whose KV lay in the pool when each run of steps began; shape (rows,).
+class Pool(NamedTuple):
+    """The KV pool of a replica."""
 
-    ``kv_tokens`` counts those of a block once for every request that shares the block. So where blocks are shared these
-    are at most what the blocks hold: 64 requests with 4,160 tokens each in 512 blocks of 16 have 8,192 tokens stored.
+    blocks: int
+    block_size: int  # tokens, of the layers of one group
+    tables: int = 1  # groups of layers: a token has a place in a block of each
+
+
+class Areas(NamedTuple):
+    """What each run of steps holds of a pool, summed over the run's time: places · ps, exact integers; shape (rows,).
+
+    A place is that of one token in one group of layers: a block has ``block_size`` places.
     """
-    found: Floats = np.minimum(runs["kv_tokens"], runs["held_blocks"] * block_size)
-    return found
+
+    stored: Integers  # places with a token's KV
+    promised: Integers  # places set aside for tokens that will come
+    held: Integers  # places of the blocks that are held
 
 
-def occupancy(runs: list[RunRecords], pools: Sequence[tuple[int, float]]) -> dict[str, Any]:
+def areas(runs: Mapping[str, Ints], pool: Pool) -> Areas:
+    """The areas under the curves of a replica's ``runs``, step by step: the same however steps are grouped in runs.
+
+    Step k of a run has ``decodes`` · k tokens more than its first step, and takes ``first_ps`` + k · ``slope_ps``; the
+    blocks come by `Growth`. ``kv_tokens`` counts the tokens of a shared block for each request that shares it, and
+    those that have slid out of a window: what ``spared_blocks`` would hold is taken off. In three steps, in blocks of
+    4 tokens: A and B share 8 tokens and have 2 and 3 of their own. They have 21 tokens of KV, in 4 blocks; 2 blocks are
+    spared, so 21 - 8 = 13 of 16 places hold a token.
+    """
+    blocks, block_size, tables = pool
+    first, slope, steps = runs["first_ps"], runs["slope_ps"], runs["steps"]
+    tokens = int(runs["kv_tokens"].max(initial=0)) + int((runs["decodes"] * steps).max(initial=0))
+    time = int(durations_ps(runs).max(initial=0))
+    most = time * max(tokens * tables, blocks * block_size, int(steps.max(initial=0)), 1)
+    if most >= _INT64 // 4:  # beyond 64 bits: Python's integers
+        runs = {name: runs[name].astype(object) for name in AREA_COLUMNS}
+        first, slope, steps = runs["first_ps"], runs["slope_ps"], runs["steps"]
+    pairs = steps * (steps - 1) // 2
+    time_ps = steps * first + slope * pairs
+    delays = pairs * first + slope * (pairs * (2 * steps - 1) // 3)  # Σ k · duration of step k
+    held = runs["held_blocks"] * time_ps + runs["held_sum"] * first + runs["held_moment"] * slope
+    spared = runs["spared_blocks"] * time_ps + runs["spared_sum"] * first + runs["spared_moment"] * slope
+    known = runs["kv_tokens"] * time_ps + runs["decodes"] * delays
+    promised = runs["promised_tokens"] * time_ps - runs["promised_decodes"] * delays
+    return Areas(known * tables - spared * block_size, promised * tables, held * block_size)
+
+
+def exact_sum(values: Integers) -> int:
+    """The sum of ``values``, int64 or Python integers; it may outgrow 64 bits."""
+    if values.dtype == object:
+        return int(values.sum())
+    return int((values >> 32).sum()) * (1 << 32) + int((values & 0xFFFFFFFF).sum())
+
+
+def occupancy(runs: list[RunRecords], pools: Sequence[Pool]) -> dict[str, Any]:
     """How full replicas were, averaged over the time in which they ran steps; ``pools`` as for `summarise`."""
-    busy = total_steps = total_runs = 0.0
-    running = useful = held = promised = capacity = 0.0
-    peak = 0
-    for each, (blocks, block_size) in zip(runs, pools, strict=True):
-        table = each.runs()
-        steps = table["steps"].astype(np.float64)
-        if len(steps) == 0:
-            continue
-        time = durations_ps(table).astype(np.float64)
-        growth = table["decodes"] * (steps - 1) / 2  # tokens stored on average beyond the first step
-        tokens = stored_tokens(table, block_size) + growth
-        busy += float(time.sum())
-        total_steps += float(steps.sum())
-        total_runs += len(steps)
-        running += float((time * table["running"]).sum())
-        useful += float((time * tokens).sum())
-        reserved_ahead = np.maximum(table["promised_tokens"] - growth, 0)
-        promised += float((time * reserved_ahead).sum())
-        held_tokens = np.maximum(table["held_blocks"] * block_size, tokens + reserved_ahead)
-        held_tokens = np.minimum(held_tokens, blocks * block_size)
-        held += float((time * held_tokens).sum())
-        capacity += float(time.sum()) * blocks * block_size
-        peak = max(peak, int(table["running"].max()))
-    share = 1 / capacity if capacity else 0.0
+    busy = steps = rows = running = stored = promised = held = capacity = peak = 0
+    for each, pool in zip(runs, pools, strict=True):
+        for part in each.run_parts():
+            if not len(part["steps"]):
+                continue
+            time = durations_ps(part)
+            part_ps = exact_sum(time)
+            busy += part_ps
+            capacity += part_ps * pool.blocks * pool.block_size
+            steps += int(part["steps"].sum())
+            rows += len(time)
+            running += exact_sum(time * part["running"])
+            peak = max(peak, int(part["running"].max()))
+            area = areas(part, pool)
+            stored += exact_sum(area.stored)
+            promised += exact_sum(area.promised)
+            held += exact_sum(area.held)
     return {
-        "steps": int(total_steps),
-        "runs": int(total_runs),
-        "mean_leap": total_steps / total_runs if total_runs else None,
+        "steps": steps,
+        "runs": rows,
+        "mean_leap": steps / rows if rows else None,
         "busy_s": busy / PS_PER_S,
         "mean_running": running / busy if busy else 0.0,
         "peak_running": peak,
-        "kv_utilization": useful * share,  # tokens stored
-        "kv_reserved": promised * share,  # set aside, to be filled later
-        "kv_internal": max(0.0, held - useful - promised) * share,  # held, never filled
-        "kv_free": max(0.0, capacity - held) * share,
+        "kv_utilization": stored / capacity if capacity else 0.0,  # tokens stored
+        "kv_reserved": promised / capacity if capacity else 0.0,  # set aside, to be filled later
+        "kv_internal": (held - stored - promised) / capacity if capacity else 0.0,  # held, never filled
+        "kv_free": (capacity - held) / capacity if capacity else 0.0,
     }
 
 

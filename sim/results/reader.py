@@ -15,13 +15,12 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.results.records import EVENT_COLUMNS, Kind, Status
+from chairlift.sim.results.records import ADDED_COLUMNS, EVENT_COLUMNS, Kind, Status
 
 Columns = dict[str, npt.NDArray[Any]]
 
@@ -62,11 +61,6 @@ class Replica:
     def kv_tokens(self) -> int:
         """Tokens that its pool holds."""
         return self.kv_blocks * self.block_size // self.kv_tables
-
-    @property
-    def tokens_a_block(self) -> float:
-        """Tokens for which a block has room, in all layers."""
-        return self.block_size / self.kv_tables
 
 
 @with_config(_STRICT)
@@ -214,8 +208,12 @@ class RunResults:
         return name in self._tables.columns("requests")
 
     def steps(self, *columns: str) -> Iterator[Columns]:
-        """Columns of ``steps.parquet``, replica by replica."""
-        return self._by_replica("steps", columns)
+        """Columns of ``steps.parquet``, replica by replica; those that older versions did not write are 0 there."""
+        there = self._tables.columns("steps")
+        absent = [name for name in columns if name in ADDED_COLUMNS and name not in there]
+        for found in self._by_replica("steps", tuple(name for name in columns if name not in absent)):
+            rows = len(next(iter(found.values())))
+            yield found | {name: np.zeros(rows, np.int64) for name in absent}
 
     @property
     def has_events(self) -> bool:
@@ -332,6 +330,8 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
 
 
 def _columns(table: pa.Table) -> Columns:
+    import pyarrow.compute as pc  # here: a tenth of a second that a run without a report need not wait
+
     found: Columns = {}
     for name in table.column_names:
         column = table[name]

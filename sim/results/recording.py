@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.records import Status
 from chairlift.sim.units import PS_PER_S
@@ -47,6 +46,7 @@ class Recorder:
         self._requests += _request_rows(outcome, name)
         self._steps += _step_rows(outcome, name)
         settings = {k: v for k, v in setup.groups[0].scheduler_settings.items() if isinstance(v, int | bool | str)}
+        graphs = {key: int(text) for key, text in outcome.engine.items() if key == "graph_tokens"}
         self._experiments.append(
             {
                 **{"name": name, "n": len(setup.trace), "done": summary["completed"], "wall_s": summary["duration"]},
@@ -56,7 +56,7 @@ class Recorder:
                     **settings,
                     "num_gpu_blocks": setup.groups[0].blocks + 1,  # as vLLM counts them, its null block included
                     "block_size": setup.groups[0].block_size,
-                    "graph_tokens": GRAPH_TOKENS,
+                    **graphs,
                 },
             }
         )

@@ -57,20 +57,45 @@ class StepRow(NamedTuple):
     running: int  # admitted requests, those of this step included
     waiting: int
     held_blocks: int  # blocks in use once the first step's are taken
-    kv_tokens: int  # tokens stored before the first step
+    spared_blocks: int  # blocks that its requests would hold beyond those: shared with others, or slid out of windows
+    kv_tokens: int  # tokens stored before the first step, those of a shared block for each request that shares it
     promised_tokens: int  # reserved tokens that will be filled later
+    promised_decodes: int  # of its decodes, those that fill one of them each step
     preempted: int  # preemptions while planning it
 
 
-def row_after(row: tuple[int, ...], steps: int) -> tuple[int, ...]:
+def row_after(row: tuple[int, ...], steps: int, held: int, spared: int) -> tuple[int, ...]:
     """The `StepRow` of the same members, ``steps`` decode steps after that of ``row``; none is late then.
 
-    Plain tuples: to make and pack a `StepRow` at each step takes 3 % of a run.
+    ``held`` and ``spared`` blocks are those of that step. Plain tuples: to make and pack a `StepRow` at each step takes
+    3 % of a run.
     """
-    chunks, prefill, decodes, padded, context, _, running, waiting, held, stored, promised, preempted = row
+    chunks, prefill, decodes, padded, context, _, running, waiting, _, _, stored, promised, filling, preempted = row
     context += steps * (decodes + padded)
     stored += steps * decodes
-    return chunks, prefill, decodes, padded, context, 0, running, waiting, held, stored, promised, preempted
+    promised -= steps * filling
+    return (
+        *(chunks, prefill, decodes, padded, context, 0, running, waiting),
+        *(held, spared, stored, promised, filling, preempted),
+    )
+
+
+class Growth(NamedTuple):
+    """What the steps of a run hold beyond its first one, which its `StepRow` tells: sums over the steps k = 0, 1, 2, ….
+
+    In three steps: a run of 3 steps begins with 5 blocks held; the second step takes 2 more, the third one more. Beyond
+    the first, its steps hold 0, 2 and 3 blocks: ``held_sum`` is 0 + 2 + 3 = 5, ``held_moment`` is 0·0 + 1·2 + 2·3 = 8.
+    Step k takes ``first_ps + k · slope_ps``, so the run has 5 · ``first_ps`` + 8 · ``slope_ps`` block-ps beyond
+    5 blocks all the time.
+    """
+
+    held_sum: int
+    held_moment: int
+    spared_sum: int
+    spared_moment: int
+
+
+NO_GROWTH = Growth(0, 0, 0, 0)
 
 
 RUN_COLUMNS = (
@@ -78,8 +103,11 @@ RUN_COLUMNS = (
     "first_ps",  # boundary to boundary of the first of them, pauses and host work included
     "slope_ps",  # each further one takes this much longer than the one before
     "steps",
+    *Growth._fields,  # all 0 of a single step
     *StepRow._fields,
 )
+
+ADDED_COLUMNS = (*Growth._fields, "spared_blocks", "promised_decodes")  # that version 0.1 did not write
 
 PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
 

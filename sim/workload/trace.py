@@ -173,6 +173,32 @@ class Trace:
         return self if n >= len(self) else self.slice(0, n)
 
 
+def streams(trace: Trace) -> list[int] | None:
+    """For each request the number of the token stream it continues, -1 without a session.
+
+    A turn continues its session's stream if its prompt is at least as long as the last prompt and answer together;
+    else the session has dropped some of its context and starts a new one.
+    """
+    if trace.session is None:
+        return None
+    latest: dict[int, tuple[int, int]] = {}  # session → its stream and the tokens in it
+    streams = []
+    count = 0
+    for session, prompt, output in zip(
+        trace.session.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True
+    ):
+        if session < 0:
+            streams.append(-1)
+            continue
+        stream, length = latest.get(session, (-1, 0))
+        if stream < 0 or prompt < length:
+            stream = count
+            count += 1
+        latest[session] = (stream, prompt + output)
+        streams.append(stream)
+    return streams
+
+
 def _whole_numbers(name: str, value: Any) -> IntArray:
     """``value`` as int64. Raises `BadInput` unless it is one row of finite whole numbers of at most 64 bits."""
     column = np.asarray(value)

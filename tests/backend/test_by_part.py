@@ -132,6 +132,20 @@ def test_a_step_reads_the_experts_that_its_tokens_touch(tokens: int) -> None:
     assert part.memory_s == pytest.approx(part.bytes / (EXPERTS["none"].bandwidth * 4800e9))
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_padded_rows_make_a_step_read_all_experts_and_their_activations(tokens: int) -> None:
+    # Qwen3-235B in FP8 on two GPUs: 94 layers, 128 experts of 3 * 4096 * 768 weights on each, of one byte and four for
+    # each block of 128 * 128. 128 rows of each expert and 8 of each token: 4096 B in, 2 * 1536 B out and in, 768 B
+    # out and in, 2 * 4096 B out
+    shape, parallel = model("qwen3-235b-a22b-fp8"), Parallel(tensor=2)
+    padded = ByPart(shape, gpu("h200"), parallel, replace(IDEAL, expert_rows=128))
+    part, plain = (experts_of(each, decode(tokens, tokens * 100)) for each in (padded, ideal(shape, "h200", parallel)))
+    rows, weights = 128 * 128 + 8 * tokens, 128 * 3 * 4096 * 768 * (1 + 4 / 128**2)
+    assert part.bytes == pytest.approx(94 * (weights + rows * (4096 + 4 * 1536 + 2 * 768 + 2 * 4096)))
+    assert part.flops == plain.flops
+    assert part.bytes > plain.bytes
+
+
 def test_the_tokens_of_a_prompt_touch_experts_beside_those_of_decodes() -> None:
     backend = ideal(model("qwen3-30b-a3b"))
     mixed, alone = prompt((0, 24), decodes=40, context=4000), decode(64, 6400)

@@ -17,6 +17,7 @@ from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
 from chairlift.backend.fitting.recording import RecordingError, read
 from chairlift.backend.fitting.steps import steps_of
+from chairlift.sim.calibration import fit as fitting
 from kit.command import chairlift
 from kit.synthetic import Log, Planted, record, write
 
@@ -223,6 +224,18 @@ def test_the_command_writes_a_profile_that_runs(folder: Path, log: Log, tmp_path
     assert spread["draws"] == 3
     low, middle, high = spread["intervals"]["mean_tpot_ms"].values()
     assert low < middle < high
+
+
+def test_a_profile_has_the_graphs_of_the_engine_that_was_recorded(log: Log, tmp_path: Path) -> None:
+    """Read as of an engine whose graphs end at 1,024 tokens, steps of 513 to 1,024 count as graphs."""
+    source = read(write(tmp_path, [log], graph_tokens=1024), MODEL)
+
+    steps = steps_of(source.select(None))
+    found = fitting.fitted(source, source.select(None))
+
+    tokens = np.array([row[7] + row[5] for row in log.steps])
+    assert ((steps.kind == 2) == (tokens > 1024)).all()
+    assert found.graph_tokens == 1024
 
 
 def test_more_noise_makes_wider_intervals() -> None:

@@ -5,6 +5,7 @@ Tokens are chosen greedily. `tiny.plain` computes everything anew, in double pre
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -538,6 +539,8 @@ def test_the_command_runs_the_engine() -> None:
 
     assert (result.status, result.err) == (0, "")
     assert "executed, not modelled: tiny, float32, random weights, on the CPU" in Path("out/summary.json").read_text()
+    [recorded] = json.loads(Path("out/recording/tiny_summary.json").read_text())["experiments"]
+    assert recorded["engine"]["graph_tokens"] == 1024  # the largest step that is a graph, `chairlift.backend.gpu`
 
 
 @in_a_folder_of_its_own

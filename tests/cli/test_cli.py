@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from chairlift.sim.cli.main import find_scenario
+from chairlift.sim.cli.main import COMMANDS, Commands
+from chairlift.sim.cli.shipped import find_scenario
 from kit.command import POLICY, ROUTER, SCENARIO, chairlift, replaced
 from kit.places import IMPORTS, ROOT
 
@@ -490,3 +491,24 @@ def test_folders_of_the_user_do_not_shadow_ours(tmp_path: Path) -> None:
 
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert load(Path("runs/small/summary.json"))["completed"] == 30
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
+    command = Commands(name="chairlift").get_command(None, name)
+
+    assert command.name == name
+    assert " ".join((command.help or "").split("\n\n")[0].split()) == COMMANDS[name][2]
+
+
+def test_help_imports_nothing_that_simulates() -> None:
+    script = (
+        "import sys; from chairlift.sim.cli.main import app; app(['--help'], standalone_mode=False);"
+        "print([name for name in ('numpy', 'pydantic', 'pyarrow', 'simpy', 'yaml') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"PYTHONPATH": str(IMPORTS)}, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert all(name in done.stdout for name in COMMANDS)

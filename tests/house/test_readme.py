@@ -7,8 +7,6 @@ why; of that, options and files are looked up all the same.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import os
 import re
@@ -21,9 +19,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import typer
 import yaml
@@ -34,8 +30,9 @@ from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from house.test_structure import MAY_IMPORT, SPINE
+from kit import benched
 from kit.command import SCENARIO, chairlift
-from kit.places import IMPORTS, ROOT, TESTS
+from kit.places import IMPORTS, ROOT
 from kit.synthetic import Planted, record, write
 
 FOLDERS = ("sim", "backend", "policies", "scenarios", "tests")
@@ -70,23 +67,6 @@ QWEN_14B = {  # the sizes of Qwen2.5-14B (huggingface.co/Qwen/Qwen2.5-14B): a mo
     **{"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40},
     **{"num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False},
 }
-
-
-def bench_file() -> dict[str, Any]:
-    """What ``vllm bench serve --save-detailed`` leaves, made of vLLM's recorded run in `tests/recordings`."""
-    with gzip.open(TESTS / "recordings" / "burst" / "opt-13b_requests.csv.gz", "rt", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    start, first, last = (
-        np.array([float(r[f"{name}_s"]) for r in rows]) for name in ("arrival", "first_token", "last_token")
-    )
-    outputs = np.array([int(row["output_tokens"]) for row in rows])
-    ttft, tpot = 1e3 * (first - start), 1e3 * ((last - first)[outputs > 1] / (outputs[outputs > 1] - 1))
-    lists = {"start_times": (start + 353_399.7).tolist(), "input_lens": [int(row["prompt_tokens"]) for row in rows]}
-    found = {"backend": "vllm", "num_prompts": len(rows), "duration": float(last.max() - start.min()), **lists}
-    found |= {"output_lens": outputs.tolist(), "ttfts": (ttft / 1e3).tolist()}
-    for name, values in (("ttft", ttft), ("tpot", tpot)):
-        found |= {f"median_{name}_ms": float(np.median(values)), f"p99_{name}_ms": float(np.percentile(values, 99))}
-    return found
 
 
 def blocks(readme: str, *languages: str) -> list[str]:
@@ -131,11 +111,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("log.jsonl").write_text(log, encoding="utf-8")
     Path("azure_conv.csv.gz").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}", encoding="utf-8")
     write(tmp_path / "DIR", [record(Planted())])
-    benchmark = bench_file()
-    Path("bench.json").write_text(json.dumps(benchmark), encoding="utf-8")
-    rows = zip(*(benchmark[name] for name in ("start_times", "input_lens", "output_lens")), strict=True)
-    text = "".join(f"{start},{prompt},{output}\n" for start, prompt, output in rows)
-    Path("bench.trace.csv").write_text(f"arrival_s,prompt_tokens,output_tokens\n{text}", encoding="utf-8")
+    Path("bench.json").write_text(json.dumps(benched.burst()), encoding="utf-8")
     Path("config.json").write_text(json.dumps(QWEN_14B), encoding="utf-8")
     return tmp_path
 
@@ -181,7 +157,9 @@ def test_what_is_not_run_could_be() -> None:
             assert set(words[1:]) <= set(targets), command
         elif words[0] == "chairlift":
             assert isinstance(group, typer.core.TyperGroup)
-            group.commands[words[1]].make_context(words[1], words[2:])  # raises if an option is unknown
+            command_here = group.get_command(None, words[1])
+            assert command_here is not None, command
+            command_here.make_context(words[1], words[2:])  # raises if an option is unknown
         else:
             assert words[:2] == ["python", "-m"], command
             assert find_spec(words[2]) is not None, command

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from chairlift.sim.cli import main as cli
+from chairlift.sim.cli import run as cli
 from house.test_readme import NAMES, commands, scene
 from kit.command import Result, chairlift, replaced
 from kit.places import IMPORTS
@@ -77,25 +77,18 @@ def test_a_planner_buys_for_a_model_of_their_own(scene: Path) -> None:
 
 def test_an_engineer_puts_a_prediction_beside_their_benchmark(scene: Path) -> None:
     """The benchmark is vLLM's recorded burst of 1,000 requests on an H200, with OPT-13B."""
-    Path("bench.trace.csv").unlink()
     text = Path("mine.yaml").read_text()
     text = replaced("model: llama-3.1-8b ", "model: opt-13b ", text)
     text = replaced("backend: h200-llama-3.1-8b-vllm-0.23 ", "backend: h200-opt-13b-vllm-0.23 ", text)
     Path("mine.yaml").write_text(text)
 
     started = time.monotonic()
-    named = "--arrival start_times --time-unit s --prompt input_lens --output output_lens"
-    imported = typed(f"chairlift trace import bench.json {named}")
-    ran = typed("chairlift run mine.yaml")
-    beside = typed("python beside.py")
+    beside = typed("chairlift validate mine.yaml --bench bench.json")
     minutes = (time.monotonic() - started) / 60
 
-    for result in (imported, ran, beside):
-        assert (result.status, result.err) == (0, "")
-    assert "1,000 requests in bench.trace.csv" in imported.out
-    found = re.findall(r"^(\w+) .* ([+-][\d.]+)%$", beside.out, re.MULTILINE)
+    assert (beside.status, beside.err) == (0, "")
+    found = re.findall(r"^ *(\w+) +[\d.,]+ +[\d.,]+ +([+-][\d.]+) %", beside.out, re.MULTILINE)
     errors = {name: abs(float(error)) for name, error in found}
-    assert errors.keys() == {"duration", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms"}
-    assert errors.pop("p99_tpot_ms") < 10
-    assert max(errors.values()) < 3, errors
+    within = {"duration": 3, "median_ttft_ms": 3, "p99_ttft_ms": 3, "median_tpot_ms": 3, "p99_tpot_ms": 10}
+    assert all(errors[name] < most for name, most in within.items()), errors
     assert minutes < 10

@@ -114,8 +114,8 @@ REQUESTS = (
 )
 
 
-def write(folder: Path, logs: list[Log], model: str = "llama-3.1-8b") -> Path:
-    """The recording's three files."""
+def write(folder: Path, logs: list[Log], model: str = "llama-3.1-8b", graph_tokens: int = 512) -> Path:
+    """The recording's three files, of an engine whose largest CUDA graph had so many tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     for what, header in (("steps", STEPS), ("requests", REQUESTS)):
         lines = [header]
@@ -124,7 +124,7 @@ def write(folder: Path, logs: list[Log], model: str = "llama-3.1-8b") -> Path:
         (folder / f"{model}_{what}.csv.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
     summary = {
         "engine": {"gpu": "NVIDIA H200", "vllm": "0.23.0"},
-        "experiments": [{"name": log.name, "engine": LIMITS} for log in logs],
+        "experiments": [{"name": log.name, "engine": {**LIMITS, "graph_tokens": graph_tokens}} for log in logs],
     }
     (folder / f"{model}_summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder

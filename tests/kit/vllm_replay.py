@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from chairlift.backend.base import Backend, Batch, StepCost
-from chairlift.policies.base import KvGroups
+from chairlift.policies.base import KvGroups, Speculation
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.build import make_pool
+from chairlift.sim.replica.drafts import Drafted, DraftedStep
 from chairlift.sim.replica.engine import make_engine
 from chairlift.sim.replica.hybrid_pool import HybridPool
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import Live, at
 from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.workload.trace import Trace
 
-COLUMNS = ("scheduled", "preempted", "new", "resumed", "free_blocks", "held", "finished")
+SPECULATIVE = ("spec", "padded", "drafting", "emitted")  # columns of cases with drafts
+COLUMNS = ("scheduled", *SPECULATIVE, "preempted", "new", "resumed", "free_blocks", "held", "finished")
 PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
+PAIRS |= {"spec": "drafts", "emitted": "tokens"}
 LATER = (  # settings since 0.23, which only later ledgers have
     "watermark",
     "max_num_active_seqs",
@@ -40,6 +45,26 @@ def groups_of(case: dict[str, Any]) -> KvGroups | None:
         return None
     chunked = any(group["type"] == "chunked" for group in case["groups"])
     return KvGroups(tuple(group["window"] or 0 for group in case["groups"]), chunked)
+
+
+def speculation_of(case: dict[str, Any]) -> Speculation | None:
+    """The drafts of a case, if it has any; its drafting layers are EAGLE's, which need slots for all of them."""
+    if "num_speculative_tokens" not in case:
+        return None
+    drafts = case["num_speculative_tokens"]
+    by_batch = tuple((first, last, these) for first, last, these in case["k_by_batch"] or ())
+    return Speculation(drafts, drafts, by_batch, case["prefix_mode"])
+
+
+def accepted(case: dict[str, Any], request: int, position: int, drafts: int) -> int:
+    """How many of its drafts the driver let a request keep that had emitted ``position`` tokens."""
+    x = (case["seed"] * 2246822519 + request * 2654435761 + position * 3266489917) & 0xFFFFFFFF
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    x ^= x >> 16
+    return sum(x < threshold for threshold in case["accept_thresholds"][:drafts])
 
 
 class Tick(Backend):
@@ -80,16 +105,26 @@ class Replay:
             **retention,
         )
         longest = case["max_model_len"]
-        pool = make_pool(policy, trace, case["num_blocks"] - 1, case["block_size"], {}, False, groups, longest)
+        speculation = speculation_of(case)
+        pool = make_pool(
+            policy, trace, case["num_blocks"] - 1, case["block_size"], {}, False, groups, longest, speculation
+        )
         outputs = trace.output_tokens.tolist()
         stages = case.get("pipeline_parallel_size", 1)
         records = RequestRecords(trace)
-        self.planner = Planner(policy, Tick(), pool, records, outputs, case["max_model_len"], stages=stages)
+        parts = (policy, Tick(), pool, records, outputs, longest)
+        self.kind: type[Live] = Live
+        if speculation is None:
+            self.planner: Planner = Planner(*parts, stages=stages)
+        else:
+            self.planner = VerifyingPlanner(speculation, partial(accepted, case), *parts)
+            self.kind = Drafted
         self.engine = make_engine(self.planner)
         self.lag = stages - 1 + policy.asynchronous
         self.left = len(self.pending)
         self.flight: list[Plan | None] = []
         self.just_finished = False
+        self.emitted: list[list[int]] = []  # request, tokens: of the outputs processed in the row at hand
         self.row_by_row = "processed" in case["ledger"][0]  # at most one output a row, and rows until all are in
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -103,6 +138,7 @@ class Replay:
                 row |= self._schedule(step)
                 empty = not row["scheduled"]
             row["finished"] = []
+            self.emitted = []
             if self.row_by_row:
                 processed = len(self.flight) > self.lag or (empty and bool(self.flight) and not self._has_requests())
                 if processed:
@@ -111,6 +147,8 @@ class Replay:
                 processed = False
                 while len(self.flight) > self.lag or (self.flight and not self._has_requests()):
                     row["finished"] += self._update(step)
+            if isinstance(self.planner, VerifyingPlanner):
+                row["emitted"] = self.emitted
             if "scheduled" in row or row["finished"] or processed:
                 yield row
             elif not self.pending and not self.flight and self.left:
@@ -122,7 +160,7 @@ class Replay:
     def _arrive(self, step: int) -> None:
         while self.pending and self.pending[0]["arrival_step"] <= step:
             q = self.pending.pop(0)
-            request = Live(q["id"], step, q["prompt_tokens"], q["output_tokens"], priority=q["priority"])
+            request = self.kind(q["id"], step, q["prompt_tokens"], q["output_tokens"], priority=q["priority"])
             if not self.engine.submit(request, step):
                 raise RuntimeError(f"request {q['id']} can never fit")
 
@@ -137,11 +175,19 @@ class Replay:
         here = set(state.admitted)
         plan = self.planner.ask(step, at(step))
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
+        drafts: dict[str, Any] = {}
         tokens = {
             r.id: chunks.get(r.id, 1)
             for r in state.admitted.values()
             if r.id in chunks or (plan and plan.decoding and r.group is not None)
         }
+        if isinstance(state, DraftedStep):
+            tokens = {number: c.tokens for number, c in state.chosen.items()}
+            drafts = {
+                "spec": [[number, c.drafts] for number, c in state.chosen.items() if c.drafts],
+                "padded": sorted(number for number, c in state.chosen.items() if c.padding),
+                "drafting": self.planner.drafting,
+            }
         after = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
         arrived = [r for r in state.admitted.values() if r.id not in here]
         row = {
@@ -150,7 +196,7 @@ class Replay:
             "new": [[r.id, r.stored] for r in arrived if not r.preemptions],
             "resumed": [[r.id, r.stored] for r in arrived if r.preemptions],
             "free_blocks": self.engine.pool.free,
-        }
+        } | drafts
         if isinstance(self.engine.pool, HybridPool):
             row["held"] = self.engine.pool.held()
         if plan is not None:
@@ -163,7 +209,10 @@ class Replay:
         plan = self.flight.pop(0)
         if plan is None:
             return []
-        finished = sorted(r.id for r in self.planner.complete(plan, step))
+        before = {r.id: r.produced for r in plan.ending}
+        going = {r.id: r for r in plan.ending}
+        finished = sorted(r.id for r in self.planner.complete(plan, step, next(iter(self.flight), None)))
+        self.emitted += [[i, r.produced - before[i]] for i, r in going.items()]
         self.left -= len(finished)
         self.just_finished |= bool(finished)
         return finished

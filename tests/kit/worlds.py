@@ -19,6 +19,7 @@ from chairlift.sim.cluster.audit import audit
 from chairlift.sim.cluster.build import build
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.request import Live
+from chairlift.sim.results.metrics import Pool, areas, durations_ps, occupancy
 from chairlift.sim.results.records import RequestRecords, Status
 from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo
 from chairlift.sim.workload.trace import Trace
@@ -103,7 +104,15 @@ class World:
             list(r.swapped_tokens),
             [e.planner.steps for e in self.engines],
             gaps,
+            [shares(e) for e in self.engines],
         )
+
+
+def shares(engine: Engine) -> dict[str, Any]:
+    """How full a replica was, and with what; each share is one of time and of the pool."""
+    pool = Pool(engine.pool.total, engine.pool.block_size, engine.pool.tables)
+    told = occupancy([engine.records], [pool])
+    return {name: value for name, value in told.items() if name not in ("runs", "mean_leap")}
 
 
 def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
@@ -124,6 +133,19 @@ def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
     for gap, weight in zip(gaps["gap_ps"].tolist(), gaps["count"].tolist(), strict=True):
         count[gap] = count.get(gap, 0) + weight
     return sorted(count.items())
+
+
+def check_places(engine: Engine) -> None:
+    """At no time is more stored, or promised, than is held, or more held than there is."""
+    blocks, size, tables = pool = Pool(engine.pool.total, engine.pool.block_size, engine.pool.tables)
+    runs = engine.records.runs()
+    stored, promised, held = areas(runs, pool)
+    assert (stored >= 0).all()
+    assert (promised >= 0).all()
+    assert (stored + promised <= held).all()
+    assert (held <= durations_ps(runs) * blocks * size).all()
+    assert (runs["spared_blocks"] >= 0).all()
+    assert tables == 1 or (runs["spared_blocks"] + runs["held_blocks"]).sum() % tables == 0
 
 
 def most(engine: Engine, trace: Trace, i: int) -> int:
@@ -152,6 +174,7 @@ def check_books(world: World) -> None:
         assert not state.host.busy
         assert not state.admitted
         gaps += sum(weight for _, weight in sorted_gaps(engine))
+        check_places(engine)
     assert gaps == sum(r.emitted) - sum(first >= 0 for first in r.first_token)  # a token, a gap; but for first ones
 
 

@@ -63,6 +63,7 @@ def test_rules_hold_from_their_version_on() -> None:
 
     assert changed == {
         "uncached_first": "0.24",
+        "pads_joining": "0.25",
         "any_victim_shifts": "0.28",
         "largest_gpus": "0.28",
         "retains_little": "0.29",

@@ -17,17 +17,19 @@ from typing import Any
 import pytest
 
 import ledger
+from chairlift.policies.base import Speculation
 from chairlift.policies.vllm_versions import RULES, VERSIONS, Rule
 from chairlift.sim.replica.pipeline import InFlight
+from kit import vllm_replay
 from kit.places import IMPORTS, ROOT, TESTS, TRUTH
 
 HERE = sorted((TESTS / "data").glob("vllm-*.jsonl.gz"))
 CASES = [(path, case) for path in HERE for case in ledger.cases(path)]
 OF_0_23 = [case for path, case in CASES if "0.23.0" in path.name]
 ALL = sorted(TRUTH.glob("ledgers/vllm-*.jsonl.gz"))
-ALL = [path for path in ALL if "speculation" not in path.name]
-PLAIN = [path for path in HERE if "hybrid" not in path.name and "pipeline" not in path.name]
+PLAIN = [path for path in HERE if not any(kind in path.name for kind in ("hybrid", "pipeline", "speculation"))]
 PIPELINED = [case for path, case in CASES if "pipeline" in path.name]
+DRAFTED = [case for path, case in CASES if "speculation" in path.name]
 WINDOWED = [path for path in HERE if "hybrid" in path.name]
 
 
@@ -114,6 +116,38 @@ def test_without_a_rule_of_pipelines_some_case_differs(
     cases = [case for case in PIPELINED if case["async_scheduling"] is asynchronous]
 
     assert any(ledger.difference(case, "vllm", "0.33.0") for case in cases)
+
+
+def test_the_cases_with_drafts_are_varied() -> None:
+    rows = [row for case in DRAFTED for row in case["ledger"]]
+
+    assert len(DRAFTED) >= 20
+    assert sum(len(row.get("preempted", ())) for row in rows) > 20
+    assert sum(len(row.get("padded", ())) for row in rows) > 20
+    assert sum(cached > 0 for row in rows for _, cached in row.get("resumed", ())) > 5
+    assert sum(case["totals"]["stale_outputs"] for case in DRAFTED) > 5
+    for setting in ("async_scheduling", "prefix_caching", "prefix_mode", "policy", "num_speculative_tokens"):
+        assert len({case[setting] for case in DRAFTED}) > 1
+    assert {bool(case["k_by_batch"]) for case in DRAFTED} == {True, False}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"lookahead": 0}, {"by_batch": ()}, {"prefix": "plain"}],
+    ids=["slots for all drafts", "drafts by batch size", "the token behind a block"],
+)
+def test_without_a_rule_of_speculation_some_case_differs(
+    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = vllm_replay.speculation_of
+
+    def changed(case: dict[str, Any]) -> Speculation | None:
+        told = rule(case)
+        return None if told is None else told._replace(**other)
+
+    monkeypatch.setattr(vllm_replay, "speculation_of", changed)
+
+    assert any(ledger.difference(case, "vllm", "0.33.0") for case in DRAFTED)
 
 
 @pytest.mark.skipif(not ALL, reason="needs the ledgers in ../shared/truth/ledgers")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from chairlift.sim.cli import main as cli
+from chairlift.sim.cli import run as cli
 from chairlift.sim.cli import terminal as progress
 from chairlift.sim.report import slot_data as slotview
 from chairlift.sim.report.slots import GLYPHS, seat
@@ -220,7 +220,7 @@ def test_a_later_run_without_a_journal_leaves_none_of_an_earlier_one() -> None:
 
 
 def test_large_runs_keep_no_journal_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chairlift.sim.cli.main.FEW", 29)
+    monkeypatch.setattr("chairlift.sim.cli.run.FEW", 29)
     Path("small.yaml").write_text(SCENARIO)
     for arguments, kept in (([], False), (["--events"], True), (["--report"], True)):
         assert chairlift("run", "small.yaml", "--out", "out", "--quiet", *arguments).status == 0

@@ -15,7 +15,7 @@ from chairlift.policies.orca import Orca
 from chairlift.policies.static import Static
 from chairlift.policies.tgi import Tgi
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.results.metrics import Latencies, inter_token_gaps, summarise
+from chairlift.sim.results.metrics import Latencies, Pool, inter_token_gaps, summarise
 from chairlift.sim.results.records import Status
 from chairlift.sim.results.weighted import weighted_statistics
 from chairlift.sim.study import Slo
@@ -44,7 +44,7 @@ def milliseconds() -> Affine:
 
 
 def summary_of(world: World, slo: Slo | None = None, wall_s: float = 2.0) -> dict[str, Any]:
-    pools = [(engine.pool.total, engine.pool.block_size) for engine in world.engines]
+    pools = [Pool(engine.pool.total, engine.pool.block_size) for engine in world.engines]
     return summarise(world.requests, [engine.records for engine in world.engines], pools, slo or Slo(), wall_s)
 
 

@@ -744,7 +744,7 @@ def test_a_crash_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*_: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("chairlift.sim.cli.main.simulate", broken)
+    monkeypatch.setattr("chairlift.sim.cli.run.simulate", broken)
     with pytest.raises(ZeroDivisionError, match="ours"):
         run(SCENARIO)
 

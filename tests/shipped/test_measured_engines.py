@@ -33,6 +33,12 @@ POINTS = TRUTH / "outside" / "serving_points_h100_h200.csv.gz"
 GRIDS = TRUTH / "h200-vllm-0.26"
 NAMES = {"meta-llama/Llama-3.1-70B": "llama-3.1-70b-fp8"}  # served in FP8
 PER_CLIENT = 10  # requests, as InferenceX sends them
+# Served by AIConfigurator's own script: constant lengths, and vLLM's prefix caching as it is by default. The script
+# does not say how many prompts AIPerf is to make, so it makes 100 (`ConversationDefaults.NUM`) and repeats them.
+REPEATED = {"nvidia/Llama-3.1-8B-Instruct-FP8": 100, "Qwen/Qwen3-235B-A22B-FP8": 100}
+# vLLM 0.11.1 to 0.12.0 gave experts in FP8 blocks to DeepGEMM at every batch size (vllm-project/vllm #26197, #29346),
+# which pads the tokens of each to 128 rows (#39331).
+PADDED_BY = {("Qwen/Qwen3-235B-A22B-FP8", "0.12.0"): 128}
 BUDGET, SEQUENCES = 8192, 1024  # vLLM's defaults on these GPUs, of each rank
 
 ENGINES = {
@@ -125,7 +131,7 @@ def points() -> Iterator[dict[str, str]]:
 
 
 def scenario(row: dict[str, str]) -> dict[str, Any]:
-    """The run that a row describes; lengths are drawn as InferenceX draws them, from 0.8 to 1.0 of the row's."""
+    """The run that a row describes; but for repeated prompts, lengths are drawn as InferenceX draws them."""
     name = NAMES.get(row["model_path"], row["model_path"])
     if row["gemm_quant_mode"] == "fp8" and "fp8" not in name.lower() and model(name).quantization == "none":
         name += "-fp8"
@@ -138,6 +144,8 @@ def scenario(row: dict[str, str]) -> dict[str, Any]:
     told = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
     clients = int(told.group(1)) if told else int(row["batch_size"]) * int(row["attention_dp_size"] or 1)
     prompt, output = int(row["isl"]), int(row["osl"])
+    prompts = REPEATED.get(row["model_path"])
+    least = 1.0 if prompts else 0.8
     return {
         "model": name,
         "gpu": row["system"].split("_")[0],
@@ -147,13 +155,15 @@ def scenario(row: dict[str, str]) -> dict[str, Any]:
             "name": "vllm",
             "max_num_batched_tokens": BUDGET * parallel.get("data", 1),
             "max_num_seqs": SEQUENCES * parallel.get("data", 1),
-            "enable_prefix_caching": False,
+            "enable_prefix_caching": prompts is not None,
         },
+        "backend": {"name": "roofline", "expert_rows": PADDED_BY.get((row["model_path"], row["backend_version"]), 1)},
         "workload": {
             "requests": max(20, PER_CLIENT * clients),
             "clients": {"concurrency": clients},
-            "prompt_tokens": {"uniform": {"low": int(0.8 * prompt), "high": prompt}},
-            "output_tokens": {"uniform": {"low": int(0.8 * output), "high": output}},
+            "prompt_tokens": {"uniform": {"low": int(least * prompt), "high": prompt}},
+            "output_tokens": {"uniform": {"low": int(least * output), "high": output}},
+            "prefix": {"groups": prompts, "tokens": prompt} if prompts else None,
         },
     }
 

@@ -22,7 +22,7 @@ from chairlift.sim.scenario.load import load as load_scenario
 from chairlift.sim.workload.describe import describe
 from chairlift.sim.workload.formats.azure import _alike
 from chairlift.sim.workload.formats.read import load, names
-from chairlift.sim.workload.formats.text_tables import stamp_ps
+from chairlift.sim.workload.formats.text_tables import _digits, stamp_ps, whole
 
 EXAMPLES = int(os.environ.get("CHAIRLIFT_FUZZ", "300"))
 LONGEST_S = 5.0
@@ -156,8 +156,35 @@ def test_a_mutated_scenario_is_loaded_or_refused(tmp_path_factory: pytest.TempPa
     assert time.monotonic() - begin < LONGEST_S
 
 
-@given(st.lists(st.datetimes(datetime(1600, 1, 1), datetime(2400, 1, 1)), min_size=1, max_size=5), st.integers(1, 9))
-def test_stamps_of_one_kind_are_read_as_each_alone(stamps: list[object], digits: int) -> None:
-    cells = [f"{stamp:%Y-%m-%d %H:%M:%S}.{'123456789'[:digits]}" for stamp in stamps]
+FRACTIONS = st.one_of(st.just(""), st.integers(1, 12).map(lambda digits: f".{'123456789012'[:digits]}"))
+ZONES = st.sampled_from(["", "", "+00:00", "+00:00", "+01:00", "Z", "\n"])
+
+
+@given(
+    st.lists(st.tuples(st.datetimes(datetime(1600, 1, 1), datetime(2400, 1, 1)), FRACTIONS), min_size=1, max_size=5),
+    ZONES,
+)
+def test_stamps_of_one_kind_are_read_as_each_alone(stamps: list[tuple[datetime, str]], zone: str) -> None:
+    cells = [f"{stamp:%Y-%m-%d %H:%M:%S}{fraction}{zone}" for stamp, fraction in stamps]
 
     assert _alike(cells) in (None, [stamp_ps(cell) for cell in cells])
+
+
+@given(st.lists(st.tuples(st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1)), ZONES), min_size=2, max_size=4))
+def test_stamps_of_several_kinds_are_read_as_each_alone(stamps: list[tuple[datetime, str]]) -> None:
+    cells = [f"{stamp:%Y-%m-%d %H:%M:%S}.5{zone}" for stamp, zone in stamps]
+
+    assert _alike(cells) in (None, [stamp_ps(cell) for cell in cells])
+
+
+@pytest.mark.parametrize(
+    "cells", [["1"] * 3, ["12", "", "3"], ["1", "٣"], ["1", "2.0"], ["9" * 20], [1, "2"], ["-1"], [" 1"]]
+)
+def test_numbers_of_a_column_are_read_as_each_alone(cells: list[object]) -> None:
+    together = _digits(cells)
+    try:
+        alone = [whole(cell) for cell in cells]
+    except ValueError:
+        assert together is None
+    else:
+        assert together in (None, alone)

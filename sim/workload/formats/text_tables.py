@@ -109,6 +109,8 @@ class Table:
         A cell for which ``parse`` raises ValueError is refused, and ``instead`` takes its place.
         """
         cells = self.cells(column)
+        if parse is whole and (numbers := _digits(cells)) is not None:
+            return numbers  # type: ignore[return-value]  # what `whole` returns
         try:
             return list(map(parse, cells))
         except ValueError:
@@ -346,6 +348,17 @@ def whole(cell: Any) -> int:
     if isinstance(cell, str) and len(cell) < 20 and cell.isascii() and cell.isdigit():
         return int(cell)
     return _whole_decimal(cell)
+
+
+def _digits(cells: Sequence[Any]) -> list[int] | None:
+    """As `whole` of each cell, three times as fast, if all are texts of at most 19 digits; else None."""
+    try:
+        together = "".join(cells)
+        if together.isascii() and together.isdigit() and max(map(len, cells)) < 20:
+            return list(map(int, cells))
+    except (TypeError, ValueError):  # a cell that is no text, or an empty one
+        pass
+    return None
 
 
 def whole_or(none: int) -> Callable[[Any], int]:
