@@ -286,8 +286,9 @@ class Ahead(Engine):
         if flight is None:  # the launch is over of the first step
             assert plan is not None
             planner.commit(plan, 1)
-            launched = now - plan.host.launch if plan.host.tail != WHOLE else now
-            self._fly(plan, self._start, max(launched + plan.gpu, now + max(0, plan.host.tail)), now)
+            host = plan.host
+            begun = now - host.launch + host.head if host.tail != WHOLE else now
+            self._fly(plan, self._start, max(begun + plan.gpu, now + max(0, host.tail)), now)
             done = NOBODY
         else:
             landing = flight.when.ps
@@ -358,8 +359,9 @@ class Ahead(Engine):
                 self._gpu_next = max(gpu_end, launched) + gpu
                 alike = max(gpu - flight.host.update, work) == max(gpu - host.update, work)
             else:
-                self._gpu_next = max(max(gpu_end, launched - host.launch) + gpu, launched + host.tail)
-                busy = gpu_end >= launched and gpu >= max(work + host.update, host.launch + host.tail)
+                begun = launched - host.launch + host.head
+                self._gpu_next = max(max(gpu_end, begun) + gpu, launched + host.tail)
+                busy = gpu_end >= max(launched, begun) and gpu >= max(work + host.update, host.launch + host.tail)
                 alike = busy and flight.host.update == host.update
         landing = max(gpu_end, launched) + flight.host.update
         if landing <= now:  # no two boundaries at once
