@@ -77,7 +77,8 @@ class Bounds:
                     self._steps[load.key, key] = _steps(setup, group, load)
             steps = [self._steps[load.key, key] for key in keys]
             impossible, rates = _impossible(setup, self.promises, load.reuse), [served(steps, whole[-1], load.wanted())]
-            for promise in filter(_paces, self.promises):
+            drafts = setup.speculate is not None  # which bring tokens in less than a step
+            for promise in () if drafts else filter(_paces, self.promises):
                 rate = served(steps, whole[-1], load.paced(promise))
                 impossible = impossible or f"{promise} cannot be kept by steps of any batch" * (rate <= 0)
                 rates += [rate] * (rate > 0)
@@ -139,20 +140,24 @@ def _least(values: Floats, of: int | None = None) -> float:
 
 def _key(group: ReplicaGroup, setup: Setup) -> Hashable:
     """What the steps of a group's replicas depend on."""
-    parts = (group.scheduler.__qualname__, sorted(group.scheduler_settings.items()), group.backend, group.gpu.name)
+    policy = (group.scheduler.__qualname__, sorted(group.scheduler_settings.items()), setup.speculate)
+    parts = (policy, group.backend, group.gpu.name)
     return group.role, group.blocks, group.block_size, setup.model.name, repr((parts, group.parallel))
 
 
 def _steps(setup: Setup, group: ReplicaGroup, load: _Load) -> Floats:
     """The steps that a replica of ``group`` could run: prompt tokens, decodes, context and least seconds of each.
 
-    Shape (k, 4). The tokens of a step are shared out over the group's ranks.
+    Shape (k, 4). The tokens of a step are shared out over the ranks of the group, each with the limits of the policy.
+    With speculative decoding a decode brings as many tokens as it does on average, and counts as so many.
     """
     backend, scheduler, ranks = group.make_backend(setup.model), group.make_scheduler(), group.parallel.data
-    most = scheduler.token_limit or max(TOKENS)
+    most = (scheduler.token_limit or max(TOKENS)) * ranks
+    speculate = setup.speculate
+    each = 1.0 if speculate is None else 1 + sum(speculate.acceptance.of(speculate.tokens))
     totals = [0, *sorted({n for n in TOKENS if n < most} | {most})] if group.role != "decode" else [0]
     room = math.inf if load.reuse else float(group.blocks * group.block_size)
-    limits = [limit for limit in (scheduler.sequence_limit, scheduler.token_limit) if limit is not None]
+    limits = [limit * ranks for limit in (scheduler.sequence_limit, scheduler.token_limit) if limit is not None]
     found = []
     for decodes in (0, *_sizes(min(limits, default=MOST_DECODES))) if group.role != "prefill" else (0,):
         contexts = sorted({min(room, max(float(decodes), decodes * c * load.context)) for c in CONTEXTS})
@@ -164,9 +169,9 @@ def _steps(setup: Setup, group: ReplicaGroup, load: _Load) -> Floats:
                     continue
                 for context in contexts if decodes else (0.0,):
                     cost = backend.step(Batch(chunks, decodes, round(context))).spacing(scheduler.asynchronous)[0]
-                    found.append((length * len(chunks), decodes, context, cost / PS_PER_S))
+                    found.append((length * len(chunks), decodes * each, context * each, cost / PS_PER_S))
     steps = np.array(found, dtype=np.float64)
-    steps[:, 3] *= SLACK / group.parallel.pipeline  # as many steps may be under way as there are stages
+    steps[:, 3] *= SLACK / _stages(group)  # as many steps may be under way as there are stages
     return steps
 
 
@@ -207,9 +212,16 @@ def work_of(setup: Setup, group: ReplicaGroup) -> tuple[float, float]:
     return 1 / prompts, 1 / answers
 
 
-def _prompt_token(backend: Backend, ranks: int) -> float:
-    """Least picoseconds of a prompt token, in chunks that attend to no earlier chunk; each of ``ranks`` has one."""
-    return min(backend.step(Batch((Chunk(0, n),) * ranks, 0, 0)).first / (n * ranks) for n in TOKENS)
+def _stages(group: ReplicaGroup) -> int:
+    """Steps that a replica may have under way at a time, each in another stage of its pipeline."""
+    return group.parallel.pipeline if group.scheduler.fills_pipelines else 1
+
+
+def _prompt_token(backend: Backend, group: ReplicaGroup) -> float:
+    """Least picoseconds of a prompt token, in chunks that attend to no earlier chunk; each rank of a step has one."""
+    ranks = group.parallel.data
+    each = min(backend.step(Batch((Chunk(0, n),) * ranks, 0, 0)).first / (n * ranks) for n in TOKENS)
+    return each / _stages(group)
 
 
 def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
@@ -219,7 +231,7 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
     for group in setup.groups:
         backend = group.make_backend(setup.model)
         if group.role != "decode":
-            ttft = trace.prompt_tokens * (_prompt_token(backend, group.parallel.data) * SLACK) / PS_PER_MS
+            ttft = trace.prompt_tokens * (_prompt_token(backend, group) * SLACK) / PS_PER_MS
             known = fastest.get("ttft")
             fastest["ttft"] = ttft if known is None else np.minimum(known, ttft)
         if group.role != "prefill":
@@ -230,8 +242,10 @@ def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:
             fastest["tpot"] = tpot if known is None else np.minimum(known, tpot)
     if reuse:
         fastest["ttft"] = np.zeros(len(trace))
-    fastest["e2el"] = fastest["ttft"] + fastest["tpot"] * (trace.output_tokens - 1)
     fastest["itl"] = fastest["tpot"]
+    if setup.speculate is not None:
+        fastest["tpot"] = fastest["tpot"] / (1 + setup.speculate.tokens)
+    fastest["e2el"] = fastest["ttft"] + fastest["tpot"] * (trace.output_tokens - 1)
     for metric in PROMISED:  # of other latencies nothing is known: they may be 0
         fastest.setdefault(metric, np.zeros(len(trace)))
     for promise in promises:

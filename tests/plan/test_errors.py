@@ -143,8 +143,8 @@ def _load(rate: float) -> dict[str, Any]:
 
 def test_a_draw_of_errors_may_be_asked_of_auto() -> None:
     auto = ready(backend={"name": "auto", "draw": 2})
-    named = ready(backend="h200-llama-3.1-8b-vllm-0.23")
-    named.groups[0].backend = ProfileSettings("h200-llama-3.1-8b-vllm-0.23", draw=2)
+    named = ready(backend="h200-llama-3.1-8b-vllm-0.26")
+    named.groups[0].backend = ProfileSettings("h200-llama-3.1-8b-vllm-0.26", draw=2)
 
     assert simulate(auto).to_arrow() == simulate(named).to_arrow()
 

@@ -193,7 +193,7 @@ def test_recorded_loads_that_met_the_promise_are_said_to(tmp_path: Path) -> None
     assert candidate.backend == "profile, measured"
     assert candidate.setup is not None
     told = candidate.setup.groups[0].make_backend(candidate.setup.model).assumptions()
-    assert told["cost model"].startswith("profile h200-llama-3.1-8b-vllm-0.23")  # not our own engine's
+    assert told["cost model"].startswith("profile h200-llama-3.1-8b-vllm-0.26")  # not our own engine's
     with Journal(tmp_path) as journal:
         measure = Simulations(journal, Local(1), tuple(read.spec.slo)).of(candidate)
         for rate, proof in ((6, 1), (20, 1), (40, -1)):
