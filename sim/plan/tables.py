@@ -265,15 +265,15 @@ def _front(answer: Answer) -> Table:
 
 
 def flips(answer: Answer) -> list[tuple[str, ...]]:
-    """A row for each assumption: its name, the nearest changes that flip the answer, and the price at its swing."""
+    """A row for each assumption: its name, the price at its swing, and the nearest changes that flip the answer."""
 
     def usd(value: float) -> str:
         return f"{value:,.2f}" if math.isfinite(value) else "nothing"
 
-    return [(c.what, str(c.less or "–"), str(c.more or "–"), usd(c.usd[0]), usd(c.usd[1])) for c in answer.changes]
+    return [(c.what, usd(c.usd[0]), usd(c.usd[1]), str(c.less or "–"), str(c.more or "–")) for c in answer.changes]
 
 
-FLIPS = ("assumption", "flips when smaller", "flips when greater", f"$/h at ÷ {SWING:g}", f"$/h at × {SWING:g}")
+FLIPS = ("assumption", f"$/h at ÷ {SWING:g}", f"$/h at × {SWING:g}", "flips when smaller", "flips when greater")
 CHANGING = (
     "the answer flips where the cheapest that will do has another price; load and limits are tried from half to "
     f"{FAR:g} times what they are, and flips found to within 4.4 %"
