@@ -58,7 +58,7 @@ class Vllm(Scheduler):
         "max_long_partial_prefills": "concurrent partial prefills, which V1 takes as a setting only",
         "num_scheduler_steps": "multi-step scheduling of V0",
         "pipeline_parallel_size": "parallelism here: it is the scenario's parallel.pipeline",
-        "data_parallel_size": "data parallelism: use replicas",
+        "data_parallel_size": "parallelism here: it is the scenario's parallel.data",
         "decode_context_parallel_size": "context parallelism",
         "prefill_context_parallel_size": "context parallelism",
         "mamba_cache_mode": "Mamba and other layers without attention",

@@ -33,6 +33,7 @@ from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
+from chairlift.sim.replica.ranks import RankBackend, Ranks
 from chairlift.sim.replica.request import Live
 from chairlift.sim.replica.stages import Staged, StagedPlanner
 from chairlift.sim.replica.verifying import VerifyingPlanner
@@ -138,13 +139,25 @@ class _Engines:
 
     def make(self, group: ReplicaGroup, replica: Replica) -> Engine:
         """A fresh engine for a replica of ``group``. Raises `BadInput` where its backend cannot serve it."""
+        ranks = group.parallel.data
+        if ranks == 1:
+            planner = self._planner(group, replica, group.blocks)
+            if isinstance(planner, StagedPlanner):
+                return Staged(planner)
+            executes = isinstance(planner.backend, Executor)
+            return make_engine(planner, Execution(planner, self._identity(planner.pool)) if executes else None)
+        backend = _backend(self.setup, group)
+        each = (self._planner(group, replica, group.blocks // ranks, RankBackend(backend, ranks)) for _ in range(ranks))
+        return make_engine(Ranks(list(each), backend))
+
+    def _planner(self, group: ReplicaGroup, replica: Replica, blocks: int, backend: Backend | None = None) -> Planner:
+        """A planner with a pool of so many blocks; ``backend``: of a rank, else the replica's own."""
         setup, cluster = self.setup, self.cluster
         prefills = group.role == "prefill"
         scheduler = group.make_scheduler()
-        blocks, size, longest = group.blocks, group.block_size, setup.max_model_len
-        more = (setup.executes, group.kv_groups, longest, group.speculation)
-        pool = make_pool(scheduler, setup.trace, blocks, size, self.identities, *more)
-        backend = _backend(setup, group, pool)
+        more = (setup.executes, group.kv_groups, setup.max_model_len, group.speculation)
+        pool = make_pool(scheduler, setup.trace, blocks, group.block_size, self.identities, *more)
+        backend = backend or _backend(setup, group, pool)
         outputs = self._first_only if prefills else self._outputs
 
         def finish(request: Live, now: int) -> None:
@@ -174,10 +187,8 @@ class _Engines:
             handover=self.handover.take if prefills and self.handover is not None else None,
             journal=self.journal,
         )
-        planner.state.more_arrivals = cluster.more_arrivals
-        if isinstance(planner, StagedPlanner):
-            return Staged(planner)
-        return make_engine(planner, Execution(planner, self._identity(pool)) if executes else None)
+        planner.state.expect(cluster.more_arrivals)
+        return planner
 
     def _identity(self, pool: CountingPool) -> Identity:
         """Which prompts of an executed run have tokens in common: the pool's own idea, if it has one."""
@@ -185,11 +196,11 @@ class _Engines:
         return known or Identity(self.setup.trace, EXECUTED_BLOCK)
 
 
-def _backend(setup: Setup, group: ReplicaGroup, pool: CountingPool) -> Backend:
-    """A backend for one replica. Raises `BadInput` where it cannot serve that."""
+def _backend(setup: Setup, group: ReplicaGroup, pool: CountingPool | None = None) -> Backend:
+    """A backend for one replica, and its pool if it has one alone. Raises `BadInput` where it cannot serve that."""
     try:
         backend = group.make_backend(setup.model)
-        if isinstance(backend, Executor):
+        if isinstance(backend, Executor) and pool is not None:
             backend.prepare(pool.total, pool.block_size, setup.max_model_len, pool.tracks)
     except ValueError as error:
         raise BadInput(Problem(str(error), path="backend")) from None
@@ -210,7 +221,7 @@ def stages_of(group: ReplicaGroup, scheduler: Scheduler, pool: CountingPool) -> 
     1 where that is not modelled: a step then passes all stages before the next begins.
     """
     fills = scheduler.fills_pipelines and not (pool.windowed or pool.keeps)
-    return group.parallel.pipeline if fills and group.role == "mixed" else 1
+    return group.parallel.pipeline if fills and group.role == "mixed" and group.parallel.data == 1 else 1
 
 
 def make_pool(

@@ -463,7 +463,7 @@ class _Resolver(Lookup):
             return None
         scheduler, settings = policy
         given = {key: settings[key] for key in choice if key in settings} if isinstance(choice, dict) else {}
-        deployment = Deployment(gpu.name, gpu.memory_bytes, longest)
+        deployment = Deployment(gpu.name, gpu.memory_bytes, longest, ranks=parallel.data)
         settings = settings | (self._try(policy_at, lambda: scheduler.sized(given, deployment)) or {})
         sample = self._try(policy_at, lambda: scheduler(**settings)) if len(self._problems) == before else None
         fit = None
@@ -641,8 +641,12 @@ def _no_drafts(speculate: Speculate, group: ReplicaGroup) -> str:
         return "must not be given with a backend that executes steps: it verifies no drafts"
     if group.role != "mixed":
         return "must not be given with prefill and decode replicas: that is not modelled"
+    if group.parallel.data > 1:
+        return "must not be given with ranks of DP-attention: that is not modelled"
     if group.parallel.pipeline > 1:
         return "must not be given with pipeline stages: that is not modelled"
+    if group.parallel.data > 1:
+        return "must not be given with data ranks: that is not modelled"
     if group.kv_groups is not None:
         return "is not modelled where layers give KV back: set policy.disable_hybrid_kv_cache_manager"
     if speculate.method == "ngram" and scheduler.asynchronous:

@@ -18,6 +18,8 @@ from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.audit import audit
 from chairlift.sim.cluster.build import build
 from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.ranks import Ranks
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.metrics import Pool, areas, durations_ps, occupancy
 from chairlift.sim.results.records import RequestRecords, Status
@@ -133,6 +135,11 @@ def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
     return sorted(count.items())
 
 
+def planners(engine: Engine) -> Sequence[Planner]:
+    """The planner of each rank of a replica."""
+    return engine.planner.ranks if isinstance(engine.planner, Ranks) else [engine.planner]
+
+
 def check_places(engine: Engine) -> None:
     """At no time is more stored, or promised, than is held, or more held than there is."""
     blocks, size, tables = pool = Pool(engine.pool.total, engine.pool.block_size, engine.pool.tables)
@@ -149,7 +156,7 @@ def check_places(engine: Engine) -> None:
 def most(engine: Engine, trace: Trace, i: int) -> int:
     """Tokens that a replica lets request ``i`` have."""
     prompt = int(trace.prompt_tokens[i])
-    pool, longest = engine.pool, engine.state.max_model_len
+    pool, longest = planners(engine)[0].pool, planners(engine)[0].state.max_model_len
     cap = longest - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
     return engine.scheduler.allowed(Live(i, 0, prompt, cap), longest, pool.total, pool.block_size)
 
