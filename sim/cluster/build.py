@@ -220,8 +220,8 @@ def stages_of(group: ReplicaGroup, scheduler: Scheduler, pool: CountingPool) -> 
 
     1 where that is not modelled: a step then passes all stages before the next begins.
     """
-    fills = scheduler.fills_pipelines and not (pool.windowed or pool.keeps)
-    return group.parallel.pipeline if fills and group.role == "mixed" and group.parallel.data == 1 else 1
+    fills = scheduler.fills_pipelines and not (pool.windowed or pool.keeps or group.parallel.data > 1)
+    return group.parallel.pipeline if fills and group.role == "mixed" else 1
 
 
 def make_pool(

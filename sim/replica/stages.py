@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from chairlift.policies.base import PolicyError
+from chairlift.policies.base import NoProgress, PolicyError
 from chairlift.sim.replica.engine import PATIENCE, Engine
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
+from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import Status
 
@@ -46,15 +47,15 @@ class StagedPlanner(Planner):
         self.commit(plan, 1)
         self.flying.append(plan)
         for request in plan.emitting:
-            self.delivered.setdefault(request.id, request.before)
+            self.delivered.setdefault(request.row, request.before)
 
     def deliver(self, plan: Plan) -> None:  # noqa: D102
         now, first_token = plan.when.ps, self.requests.first_token
         for request in plan.emitting:
-            if first_token[request.id] >= 0:
-                self.records.gap_rows.extend((now - self.delivered[request.id].ps, 1))
+            if first_token[request.row] >= 0:
+                self.records.gap_rows.extend((now - self.delivered[request.row].ps, 1))
             else:
-                first_token[request.id] = now
+                first_token[request.row] = now
 
     def land(self, plan: Plan, now: int) -> list[Live]:
         """The oldest step is done: its tokens are delivered; the requests whose last token it brought leave."""
@@ -62,14 +63,14 @@ class StagedPlanner(Planner):
         del self.flying[0]
         self.deliver(plan)
         for request in self.emitting(plan):
-            self.delivered[request.id] = plan.when
+            self.delivered[request.row] = plan.when
         return self.complete(plan, now)
 
     def strike(self, request: Live, now: int) -> None:  # noqa: D102
         state = self.state
-        if self.requests.status[request.id] != Status.PENDING:
+        if self.requests.status[request.row] != Status.PENDING:
             return
-        if state.admitted.pop(request.id, None) is not None:
+        if state.admitted.pop(request.row, None) is not None:
             state.vacate(request, AWAY)
             self.scheduler.ended(request)
         elif request.phase is not HELD and request.phase is not AWAY:
@@ -78,7 +79,7 @@ class StagedPlanner(Planner):
         self.end_request(request, now, Status.TIMED_OUT)
 
     def lose(self, now: int) -> list[Live]:  # noqa: D102
-        for request in [*self.state.admitted.values(), *self.state.waiting]:
+        for request in [*self.state.admitted.values(), *self.state.queue]:
             if request.group is not None:
                 self.state.part(request, AWAY)
             self._lose_tokens(request)
@@ -86,7 +87,7 @@ class StagedPlanner(Planner):
 
     def end_request(self, request: Live, now: int, status: Status) -> None:  # noqa: D102
         super().end_request(request, now, status)
-        self.delivered.pop(request.id, None)
+        self.delivered.pop(request.row, None)
 
     def emitting(self, plan: Plan) -> Sequence[Live]:
         """Whose token a step in flight brings."""
@@ -95,7 +96,7 @@ class StagedPlanner(Planner):
 
     def _lose_tokens(self, request: Live) -> None:
         """The tokens in flight of a request that has left the group will not come."""
-        before = last = self.delivered.get(request.id, NEVER)
+        before = last = self.delivered.get(request.row, NEVER)
         for plan in self.flying:
             if request not in self.emitting(plan):
                 continue
@@ -122,6 +123,7 @@ class Staged(Engine):
 
     __slots__ = ("_depth", "_done", "_free", "_host", "_landed", "_queue", "_stages")
     planner: StagedPlanner
+    state: ReplicaStep
 
     def __init__(self, planner: StagedPlanner) -> None:
         super().__init__(planner)
@@ -139,7 +141,7 @@ class Staged(Engine):
         self._host = now
         idle = 0  # turns in a row that plan nothing, with nothing in flight
         while True:
-            if state.waiting or state.admitted:
+            if state.queue or state.admitted:
                 plan = self._ask(now, _SILENCE)
                 queue.append(plan)
                 if plan is not None:
@@ -148,7 +150,7 @@ class Staged(Engine):
                     idle += 1
                     changed = bool(state.rejected or state.preempted) or planner.again
                     if idle > PATIENCE and changed:
-                        planner.fail(f"nothing runs at {now} ps, however often it is asked")
+                        planner.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
                     if idle > self._depth and not changed:
                         queue.clear()
                 if queue and len(queue) < self._depth:
@@ -186,7 +188,8 @@ class Staged(Engine):
             return 0
         ran, done = planner.state.ran, self._done
         return max(
-            (done[flying] for flying in planner.flying if any(r.id in ran for r in planner.emitting(flying))), default=0
+            (done[flying] for flying in planner.flying if any(r.row in ran for r in planner.emitting(flying))),
+            default=0,
         )
 
     def _launch(self, plan: Plan, now: int) -> None:

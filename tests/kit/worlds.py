@@ -42,6 +42,7 @@ class Affine(Backend):
     chunk_launch: int = 0  # host ps more where there is a chunk
     chunk_tail: int = WHOLE
     decode_tail: int = WHOLE
+    late: bool = False  # launched kernel by kernel, an idle GPU gets its first one after half of the launch
     arrival: int = 0
     arrival_token: int = 0
     vouch: int = FOREVER
@@ -66,8 +67,9 @@ class Affine(Backend):
         tail = self.chunk_tail if batch.prefills else self.decode_tail
         if not (sequences or eager) and tail == WHOLE:
             return self.host
-        schedule, launch, update, _ = self.host
-        return Host(schedule + sequences, launch + eager, update + sequences, tail)
+        schedule, launch, update, *_ = self.host
+        head = (launch + eager) // 2 if self.late and tail != WHOLE else 0
+        return Host(schedule + sequences, launch + eager, update + sequences, tail, head)
 
 
 def sync_vllm() -> Vllm:
