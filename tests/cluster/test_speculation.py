@@ -179,9 +179,9 @@ def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: i
 def test_a_journal_changes_nothing(asynchronous: bool) -> None:
     with_it, without = (
         play(
-            trace_of(table(3, 40)),
+            trace_of(table(3, 40, 2000)),
             lambda: Vllm(async_scheduling=asynchronous),
-            blocks=12,
+            blocks=8,
             journal=journal,
             speculate=drafts(3, length=2),
         )
