@@ -74,14 +74,15 @@ def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats
     """
     backend = group.make_backend(setup.model)
     scheduler = group.make_scheduler()
-    cheapest = _prompt_token(backend, scheduler.token_limit, group.parallel.data)
+    ranks = group.parallel.data
+    cheapest = _prompt_token(backend, scheduler.token_limit, ranks)
     total = float(decodes.sum())
     if total == 0:
         return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, 0.0
     context = float((decodes * (prompts + (decodes + 1) / 2)).sum()) / total  # mean KV tokens that a decode reads
     room = group.blocks * group.block_size / max(1.0, float(prompts.min()))
     limits = (scheduler.sequence_limit, scheduler.token_limit)  # a decode takes one of a step's tokens
-    most = int(min([max(1.0, room), *(limit for limit in limits if limit is not None)]))
+    most = int(min([max(1.0, room), *(limit * ranks for limit in limits if limit is not None)]))
     sizes = sorted({*range(1, min(most, 512) + 1), *np.geomspace(1, most, 64).astype(int).tolist(), most})
     each = min(backend.step(Batch((), b, round(b * context))).first / b for b in sizes)
     return cheapest * float(prompts.mean()) * SLACK / PS_PER_S, each * float(decodes.mean()) * SLACK / PS_PER_S
@@ -90,10 +91,9 @@ def _seconds(setup: Setup, group: ReplicaGroup, prompts: Floats, decodes: Floats
 def _prompt_token(backend: Backend, limit: int | None, ranks: int) -> float:
     """Least picoseconds of a prompt token, in chunks of at most ``limit`` tokens that attend to no earlier chunk.
 
-    Each of ``ranks`` has a chunk, and they share the limit.
+    Each of ``ranks`` has a chunk.
     """
-    most = None if limit is None else -(-limit // ranks)
-    sizes = [n for n in CHUNKS if most is None or n <= most] + ([most] if most else [])
+    sizes = [n for n in CHUNKS if limit is None or n <= limit] + ([limit] if limit else [])
     return min(backend.step(Batch((Chunk(0, n),) * ranks, 0, 0)).first / (n * ranks) for n in sizes)
 
 

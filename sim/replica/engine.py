@@ -27,9 +27,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from chairlift.backend.base import NO_HOST, WHOLE
+from chairlift.policies.base import NoProgress
+from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.ranks import Ranks, RanksPool, RanksState
 from chairlift.sim.replica.request import NEVER, WAITING, Live, at
+from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, Kind, Status
 
@@ -38,20 +42,23 @@ _SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
 class Engine(ABC):
-    """A replica's loop over the steps that its ``planner`` plans. ``execution``: its steps really run."""
+    """A replica's loop over the steps that its ``planner`` plans. ``execution``: its steps really run.
+
+    With DP-attention the planner is that of all its ranks, whose steps are one.
+    """
 
     __slots__ = (  # without them a run takes 2 % longer
         *("_ask", "_cancelled", "_count", "_execution", "_latest", "_plan", "_start", "backend", "end", "index"),
         *("planner", "pool", "records", "scheduler", "state"),
     )
 
-    def __init__(self, planner: Planner, execution: Execution | None = None) -> None:
-        self.planner = planner
+    def __init__(self, planner: Planner | Ranks, execution: Execution | None = None) -> None:
+        self.planner: Planner | Ranks = planner
         self.index = planner.index
         self.scheduler = planner.scheduler
         self.backend = planner.backend
-        self.pool = planner.pool
-        self.state = planner.state
+        self.pool: CountingPool | RanksPool = planner.pool
+        self.state: ReplicaStep | RanksState = planner.state
         self.records = planner.records
         self.end: int | None = None  # of the run under way
         self._execution = execution
@@ -104,10 +111,7 @@ class Engine(ABC):
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
         if self.end is None:
             return True
-        planner = self.planner
-        return self._count > 1 and (
-            planner.arrival > 0 or planner.arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
-        )
+        return self._count > 1 and self.planner.heeds_arrival()
 
     def cancel(self, request: Live, now: int) -> None:
         """The client has given up on a request that is here; a running one leaves at the next boundary.
@@ -141,7 +145,7 @@ class Engine(ABC):
             if plan is not None or not (changed or self.planner.again):
                 return plan
             idle += not changed
-        self.planner.fail(f"nothing runs at {now} ps, however often it is asked")
+        self.planner.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
 
     def _let_go(self, now: int) -> None:
         """Those whose client has given up leave, between two steps."""
@@ -224,7 +228,7 @@ class Ahead(Engine):
 
     __slots__ = ("_gpu_end", "_gpu_next")
 
-    def __init__(self, planner: Planner, execution: Execution | None = None) -> None:
+    def __init__(self, planner: Planner | Ranks, execution: Execution | None = None) -> None:
         super().__init__(planner, execution)
         self._gpu_end = 0  # when the GPU is done with the step in flight
         self._gpu_next = 0  # likewise with the first step of the plan after it
@@ -366,6 +370,6 @@ class Ahead(Engine):
         return alike
 
 
-def make_engine(planner: Planner, execution: Execution | None = None) -> Engine:
+def make_engine(planner: Planner | Ranks, execution: Execution | None = None) -> Engine:
     """The loop that the planner's policy asks for."""
     return (Ahead if planner.scheduler.asynchronous else Synchronous)(planner, execution)
