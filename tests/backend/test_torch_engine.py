@@ -238,7 +238,7 @@ def test_padding_as_long_as_the_longest_sequence_and_longer(folder: Path) -> Non
     trace = made([(0, 90, 70), (0, 3, 20)])
     check_greedy(answers(folder, trace, WidePadding, {"pad": LONGEST}))
 
-    with pytest.raises(PolicyError, match="WidePadding: a padding of 161 tokens: sequences have at most 160"):
+    with pytest.raises(PolicyError, match="WidePadding: step 1: a padding of 161 tokens: 0 to 160, the longest"):
         answers(folder, trace, WidePadding, {})
 
 
