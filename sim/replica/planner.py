@@ -442,11 +442,6 @@ class Planner:
 
     def record(self, plan: Plan, start: int, first: int, count: int) -> None:
         """Write down the first ``count`` steps of ``plan``, or its last one, that began at ``start``."""
-        slope = plan.slope if count > 1 else 0
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *self.written(plan, start, first, count)))
-
-    def written(self, plan: Plan, start: int, first: int, count: int) -> tuple[int, ...]:
-        """As `record`, but for the row of runs: its `Growth` and `StepRow` are returned."""
         if self.journal is not None:
             for request, tokens in plan.chunks:
                 self.journal.write(start, self.journal.row, Kind.CHUNK, request.id, -1, tokens)
@@ -455,12 +450,13 @@ class Planner:
         if plan.undelivered:  # no gap is theirs
             named = StepRow._make(row)
             row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
+        slope, growth = (plan.slope, plan.growth) if count > 1 else (0, NO_GROWTH)
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *growth, *row))
         if plan.late_gaps:
             end = start + first
             for i in range(0, len(plan.late_gaps), 2):
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
-        return (*(plan.growth if count > 1 else NO_GROWTH), *row)
 
     def idle_row(self) -> tuple[int, ...]:
         """The `StepRow` of a step in which nothing of this planner's runs."""
