@@ -75,6 +75,7 @@ class Batch(NamedTuple):
     padded: int = 0  # token slots computed for nothing (static batching): finished sequences, padding of prompts
     members: Members | None = None  # for an `Executor` only
     drafts: int = 0  # tokens of drafts that its decodes verify, beside the one of each
+    proposes: int = 0  # drafts that each of its requests is given after it
 
 
 WHOLE = -1  # a `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
@@ -162,6 +163,7 @@ class Backend(ABC):
     """Prices the steps of one replica; a GPU engine also executes them."""
 
     name: str = "backend"
+    prices_drafts: bool = False  # it looks at `Batch.drafts`
     arrival: int = 0  # ps of host time to take in a request, before the engine plans the next step
     arrival_token: int = 0  # ps more for each token of that request's prompt
 

@@ -33,11 +33,12 @@ class Rank(NamedTuple):
     context: int
     most: int  # tokens of the rank that has most
     all_tokens: int  # of all ranks, which go to experts
+    drafts: int = 0  # tokens of the decodes beside one each
 
     @property
     def tokens(self) -> int:
         """Tokens that it computes."""
-        return self.slots + self.padded + sum(chunk.length for chunk in self.prefills)
+        return self.slots + self.drafts + self.padded + sum(chunk.length for chunk in self.prefills)
 
 
 class ByPart(Backend):
@@ -50,6 +51,7 @@ class ByPart(Backend):
     """
 
     name = "roofline"
+    prices_drafts = True
 
     def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Shares) -> None:
         self.model, self.gpu, self.parallel, self.efficiency = model, gpu, parallel.check(model), efficiency
@@ -70,14 +72,15 @@ class ByPart(Backend):
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds until their windows are full, or a floor has ended."""
-        if batch.prefills:
+        if batch.prefills or batch.drafts:
             rank = self._rank(batch)
             first = self._ps(self._parts(rank))
-            return StepCost(max(first, self._launch(rank.most), self._floor), 0, 1, self._host)
+            launch = self._launch_of(rank.most, bool(batch.prefills))
+            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
         all_slots = batch.decodes + batch.padded
         slots = -(-all_slots // self.parallel.data)
         first, slope, steps = self._decodes(slots, batch.context * slots // all_slots, slots, all_slots)
-        return self._not_below(self._floor_of(slots), first, slope, steps)
+        return self._not_below(max(self._floor, self._launch_of(slots, False)), first, slope, steps)
 
     def together(self, batches: Sequence[Batch]) -> StepCost:
         """As `Backend.together`: experts see the tokens of all ranks, and a rank without any computes one for nothing.
@@ -87,13 +90,14 @@ class ByPart(Backend):
         """
         counts = [self._tokens(batch) or 1 for batch in batches]
         most, all_tokens = max(counts), sum(counts)
-        if any(batch.prefills for batch in batches):
+        if any(batch.prefills or batch.drafts for batch in batches):
             first = max(self._ps(self._parts(self._own(batch, most, all_tokens))) for batch in batches)
-            return StepCost(max(first, self._launch(most), self._floor), 0, 1, self._host)
+            launch = self._launch_of(most, any(batch.prefills for batch in batches))
+            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
         each = zip(counts, batches, strict=True)
         costs = [StepCost(*self._decodes(slots, batch.context, most, all_tokens)) for slots, batch in each]
         first, slope, steps, _ = slowest(costs)
-        return self._not_below(self._floor_of(most), first, slope, steps)
+        return self._not_below(max(self._floor, self._launch_of(most, False)), first, slope, steps)
 
     def _decodes(self, slots: int, context: int, most: int, all_slots: int) -> tuple[int, int, int]:
         """First, slope and steps of decodes on a rank, as if there were no floor."""
@@ -111,9 +115,9 @@ class ByPart(Backend):
                 steps = room // slots + 1
         return first, slope, steps
 
-    def _floor_of(self, slots: int) -> int:
-        """No step of so many decodes on a rank is shorter, ps."""
-        return self._floor if slots <= self.efficiency.graph_tokens else max(self._floor, self._launch(slots))
+    def _launch_of(self, most: int, prompts: bool) -> int:
+        """No step whose rank with most tokens has so many, some of ``prompts``, is shorter, ps: 0 of one CUDA graph."""
+        return 0 if most <= self.efficiency.graph_tokens and not prompts else self._launch(most)
 
     def _not_below(self, floor: int, first: int, slope: int, steps: int) -> StepCost:
         if floor > first:
@@ -146,12 +150,15 @@ class ByPart(Backend):
         flops = costs.decode_pair * context + costs.window_pair * inside
         taken = (self._token * context + self._in_window * inside) / PS
         rate = costs.attention_rate()
+        if rank.drafts:  # KV is read once for all tokens of a decode
+            flops *= (rank.slots + rank.drafts) / rank.slots
+            return Part("KV", read, flops, read / costs.byte_rate, flops / rate)
         bound = flops / rate > read / costs.byte_rate
         memory, compute = (read / costs.byte_rate, taken) if bound else (taken, flops / rate)
         return Part("KV", read, flops, memory, compute)
 
     def _tokens(self, batch: Batch) -> int:
-        return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded
+        return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded + batch.drafts
 
     def _launch(self, tokens: int) -> int:
         """No step of so many tokens that is not one CUDA graph is shorter than its launch, ps."""
@@ -164,7 +171,8 @@ class ByPart(Backend):
         """``batch`` as that of one rank, which computes a token for nothing where it has none."""
         slots = batch.decodes + (0 if batch.prefills else batch.padded)
         padded = batch.padded if batch.prefills else 0
-        return Rank(batch.prefills, slots if slots or batch.prefills else 1, padded, batch.context, most, all_tokens)
+        slots = slots if slots or batch.prefills else 1
+        return Rank(batch.prefills, slots, padded, batch.context, most, all_tokens, batch.drafts)
 
     def _rank(self, batch: Batch) -> Rank:
         """The rank with most work: its share of the decodes, and the chunks dealt out, longest first."""
@@ -181,13 +189,14 @@ class ByPart(Backend):
             least = load.index(min(load))
             dealt[least].append(chunk)
             load[least] += chunk.length
-        rank = Rank(tuple(dealt[load.index(max(load))]), slots, -(-padded // ranks), context, 0, all_tokens)
+        drafts = -(-batch.drafts // ranks)
+        rank = Rank(tuple(dealt[load.index(max(load))]), slots, -(-padded // ranks), context, 0, all_tokens, drafts)
         return rank._replace(most=rank.tokens)
 
     def _parts(self, rank: Rank, attention: bool = True) -> list[Part]:
         """All parts of a step on a rank; without the KV that decodes read, if not ``attention``."""
         costs, e = self._costs, self.efficiency
-        parts = costs.linear(rank.tokens, rank.all_tokens, rank.slots + len(rank.prefills))
+        parts = costs.linear(rank.tokens, rank.all_tokens, rank.slots + rank.drafts + len(rank.prefills))
         if rank.prefills:
             parts.append(self._prompt_attention(rank.prefills))
         if rank.slots and attention:

@@ -472,7 +472,7 @@ class Sglang(Scheduler):
             self._retract(step)
             retracted = True
             if not step.decode_all():
-                raise PolicyError("policy Sglang: the last running request has no room left")
+                raise PolicyError("the last running request has no room left")
         running.steps += 1
         running.flying = None if self.asynchronous else set()
         self._processed += self._extended
@@ -837,7 +837,7 @@ class _Adder:
 
     def _take(self, request: Request, hit: int, tokens: int, answer: int, cut: bool) -> str:
         if not self._step.admit(request, tokens):
-            raise PolicyError(f"policy Sglang: no room for {tokens} tokens of {request}")
+            raise PolicyError(f"no room for {tokens} tokens of {request}")
         self._plan(request, hit, tokens)
         self.new.append(request)
         if cut:

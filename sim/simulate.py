@@ -89,6 +89,9 @@ def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[st
         if group.caution:
             lines[f"max_model_len{_of(setup, i)}"] = group.caution
     lines["engine loop"] = LOOPS[setup.loop]
+    if (speculate := setup.speculate) is not None:
+        shares = ", ".join(f"{share:.0%}" for share in speculate.acceptance.of(speculate.tokens))
+        lines["drafts"] = f"{speculate.tokens} by {speculate.method}, kept in {shares} of the steps (as given)"
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)
     if swaps:

@@ -35,8 +35,10 @@ from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.ranks import RankBackend, Ranks, rank_records
 from chairlift.sim.replica.request import Live
+from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import Autoscale, ReplicaGroup, Setup
+from chairlift.sim.workload.acceptance import Draws
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.trace import Trace
 
@@ -127,6 +129,11 @@ class _Engines:
 
     def __post_init__(self) -> None:
         self._outputs = array("i", self.setup.trace.output_tokens.tobytes())
+        speculate = self.setup.speculate
+        self._accepts: Draws | None = None
+        if speculate is not None:
+            seed = int(stream(self.setup.seed, "acceptance").integers(1 << 62))
+            self._accepts = Draws(speculate.acceptance.of(speculate.tokens), seed)
         self._first_only = array("b", [1]) * len(self._outputs)  # what a prefill replica has to emit
 
     def make(self, group: ReplicaGroup, replica: Replica) -> Engine:
@@ -145,7 +152,7 @@ class _Engines:
         setup, cluster = self.setup, self.cluster
         prefills = group.role == "prefill"
         scheduler = group.make_scheduler()
-        more = (setup.executes, group.kv_groups, setup.max_model_len)
+        more = (setup.executes, group.kv_groups, setup.max_model_len, group.speculation)
         pool = make_pool(scheduler, setup.trace, blocks, group.block_size, self.identities, *more)
         backend = backend or _backend(setup, group, pool)
         outputs = self._first_only if prefills else self._outputs
@@ -156,7 +163,10 @@ class _Engines:
             cluster.ended(request, now)
 
         executes = isinstance(backend, Executor)
-        planner = Planner(
+        kind: Callable[..., Planner] = Planner
+        if group.speculation is not None and self._accepts is not None:
+            kind = partial(VerifyingPlanner, group.speculation, self._accepts)
+        planner = kind(
             scheduler,
             backend,
             pool,
@@ -171,7 +181,7 @@ class _Engines:
             handover=self.handover.take if prefills and self.handover is not None else None,
             journal=self.journal,
         )
-        planner.state.more_arrivals = cluster.more_arrivals
+        planner.state.expect(cluster.more_arrivals)
         return planner
 
     def _identity(self, pool: CountingPool) -> Identity:

@@ -9,6 +9,7 @@ from chairlift.policies.base import PolicyError, Router
 from chairlift.sim.cluster.clock import Clock
 from chairlift.sim.cluster.replica import Loads, Replica
 from chairlift.sim.replica.request import Live
+from chairlift.sim.replica.users_code import blame, name_of
 from chairlift.sim.results.records import RequestRecords, Status
 
 
@@ -76,10 +77,14 @@ class ReplicaPool:
             self.homeless.append(request)
             return
         self.now = now
-        position = self.router.route(request, self._last_look() if self._stale_ps else self)
+        try:
+            position = self.router.route(request, self._last_look() if self._stale_ps else self)
+        except BaseException as error:
+            blame(error, self.router)
+            raise
         if not isinstance(position, int) or not 0 <= position < len(replicas):
-            name = type(self.router).__name__
-            raise PolicyError(f"router {name}: position {position!r}: there are {len(replicas)} replicas, from 0")
+            what = f"position {position!r}: there are {len(replicas)} replicas, from 0"
+            raise PolicyError(what, name_of(self.router))
         chosen = replicas[position]
         if self._queue_limit is not None and len(chosen.engine.state.waiting) >= self._queue_limit:
             self._refuse(request, now)

@@ -27,6 +27,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from chairlift.backend.base import NO_HOST, WHOLE
+from chairlift.policies.base import NoProgress
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.planner import Planner
@@ -144,7 +145,7 @@ class Engine(ABC):
             if plan is not None or not (changed or self.planner.again):
                 return plan
             idle += not changed
-        self.planner.fail(f"nothing runs at {now} ps, however often it is asked")
+        self.planner.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
 
     def _let_go(self, now: int) -> None:
         """Those whose client has given up leave, between two steps."""

@@ -19,6 +19,7 @@ from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.session_prompts import Turns
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.results.records import MeasuredRow
 
 _UNKNOWN = Host()  # of a step whose host work is measured, not priced
@@ -99,7 +100,7 @@ class Execution:
         try:
             self._executor.launch(batch._replace(members=_Members(state, self._turns)))
         except RuntimeError as error:  # more sequences than it has room for
-            raise PolicyError(f"policy {type(state.scheduler).__name__}: {error}") from None
+            raise PolicyError(str(error), name_of(state.scheduler)) from None
         return StepCost(0, 0, 1, _UNKNOWN)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
-from chairlift.policies.base import FOREVER, PolicyError, Scheduler
+from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, StepCost, new
+from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
@@ -14,8 +14,10 @@ from chairlift.sim.replica.journal import Journal
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
+from chairlift.sim.replica.users_code import blame, name_of
 from chairlift.sim.results.records import NO_GROWTH, PACK_RUN, Growth, Kind, RequestRecords, RunRecords, Status, StepRow
 
+FRUITLESS = 2_000  # plans that preempt somebody, in a row: if no token comes of them, none ever will
 _HELD, _SPARED = StepRow._fields.index("held_blocks"), StepRow._fields.index("spared_blocks")
 
 
@@ -35,9 +37,10 @@ class Planner:
 
     count = 1  # of planners whose steps are one
     __slots__ = (  # without them a run takes 2 % longer
-        *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest", "_overshoots"),
-        *("_promised", "again", "arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool"),
-        *("price", "records", "requests", "scheduler", "state", "steps"),
+        *("_ahead", "_budget", "_ended", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest"),
+        *("_overshoots", "_preempting", "_progress", "_promised", "again", "arrival", "arrival_token", "backend"),
+        *("flight", "index", "intake", "journal", "pool", "price", "records", "requests", "scheduler", "state"),
+        "steps",
     )
 
     def __init__(
@@ -58,9 +61,9 @@ class Planner:
         stages: int = 1,
     ) -> None:
         if stages > 1 and (not scheduler.fills_pipelines or pool.windowed or pool.keeps):
-            raise PolicyError(f"policy {type(scheduler).__name__}: several steps in flight are not modelled here")
+            raise PolicyError("several steps in flight are not modelled here", name_of(scheduler))
         if scheduler.asynchronous and scheduler.batch_synchronous:
-            raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
+            raise PolicyError("a synchronous batch cannot be planned ahead", name_of(scheduler))
         self.scheduler = scheduler
         self.backend = backend
         self.pool = pool
@@ -88,6 +91,9 @@ class Planner:
         self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
         self._handover = handover
+        self._preempting = 0  # plans that preempted since the latest look for progress
+        self._progress = (0, 0)  # at that look: requests that had ended, and tokens of those that were here
+        self._ended = 0  # requests that have left for good
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now, while a run is under way, calls for a plan at the next boundary."""
@@ -105,7 +111,7 @@ class Planner:
         state, pool = self.state, self.pool
         allowed = self.scheduler.allowed(request, state.max_model_len, pool.total, pool.block_size)
         if allowed < request.max_tokens:
-            request.max_tokens = allowed
+            request.cap(allowed)
             self._ends.shorten(request.id, allowed)
         final = request.prompt_tokens + self._ends.outputs[request.id]
         return allowed > request.produced and final <= self._longest and not self._turned_away(now)
@@ -138,10 +144,14 @@ class Planner:
         state = self.state
         state.open(now)
         intake, self.intake = self.intake, 0
-        vouched = self.scheduler.schedule(state)
+        try:
+            vouched = self.scheduler.schedule(state)
+        except BaseException as error:
+            blame(error, self.scheduler, self._step)
+            raise
         self.again = vouched == 0
         if not isinstance(vouched, int) or vouched < 0:
-            self.fail(f"vouched for {vouched} steps")
+            self.fail(f"vouched for {vouched!r} steps: a whole number from 0 on is possible")
         if state.tokens > self._budget:
             self.fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
         if self.journal is not None:
@@ -158,6 +168,8 @@ class Planner:
             self._settle()
         if state.rejected or state.preempted:
             vouched = 1  # the queue has changed
+            if state.preempted:
+                self._check_progress()
             for request in state.rejected:
                 self.end_request(request, now, Status.REJECTED)
         gathered = self._gather(now)
@@ -166,7 +178,7 @@ class Planner:
         decoding, batch, prompt_tokens = gathered
         if self.again:
             self.fail("vouched for 0 steps")
-        _, decodes, context, padded, _, _ = batch
+        _, decodes, context, padded, *_ = batch
         chunks = state.chunks
         group = state.group
         cost = self.price(self._as_decodes(batch) if state.resumed else batch)
@@ -233,7 +245,7 @@ class Planner:
         prefills: tuple[Chunk, ...] = ()
         if chunks:
             prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
-        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0))
+        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0, 0))
         return decoding, batch, state.tokens - decodes if chunks else 0
 
     def _as_decodes(self, batch: Batch) -> Batch:
@@ -418,6 +430,7 @@ class Planner:
     def end_request(self, request: Live, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""
         records = self.requests
+        self._ended += 1
         pending = not records.status[request.id]
         if pending and self.scheduler.limits_arrivals and status is not Status.REJECTED:
             self._left = [(at, other) for at, other in self._left if at == now]
@@ -458,11 +471,12 @@ class Planner:
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
 
-    def idle_row(self) -> tuple[int, ...]:
-        """The `StepRow` of a step in which nothing of this planner's runs."""
+    def idle(self) -> Plan:
+        """A plan of as many steps as others want, in which nothing of this planner's runs."""
         state, pool = self.state, self.pool
         here = (len(state.admitted), len(state.waiting), pool.total - pool.free, pool.spared)
-        return (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
+        row = (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
+        return Plan(0, 0, FOREVER, [], False, row, [], StepCost(0))
 
     def deliver(self, plan: Plan) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
@@ -584,9 +598,33 @@ class Planner:
             late += old
         return late, gaps
 
-    def fail(self, what: str) -> NoReturn:
+    def fail(self, what: str, kind: type[PolicyError] = PolicyError) -> NoReturn:
         """Say what the policy has done wrong."""
-        raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
+        raise kind(what, name_of(self.scheduler), self._step)
+
+    @property
+    def _step(self) -> int:
+        """The number of the engine step that is planned."""
+        return self.steps + (self.flight is not None) + 1
+
+    def _check_progress(self) -> None:
+        """Raise `PolicyError` if nothing comes of `FRUITLESS` plans that took blocks away.
+
+        A plan that preempts nobody makes progress, since what a request lacks is finite. In three steps: A, with a
+        prompt of 100 tokens, has 50 of them computed; the policy preempts it and computes the same 50 again; and so on:
+        nobody gets a token, and nobody leaves.
+        """
+        self._preempting += 1
+        if self._preempting < FRUITLESS:
+            return
+        here = (*self.state.admitted.values(), *self.state.waiting)
+        ends, emitted = self._ended, sum(request.emitted for request in here)
+        if (ends, emitted) <= self._progress:
+            self.fail(
+                f"no token came of the latest {FRUITLESS:,} plans that preempted: {len(here)} requests are here",
+                NoProgress,
+            )
+        self._preempting, self._progress = 0, (ends, emitted)
 
 
 def _unsay(flight: Plan, request: Live) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from chairlift.backend.base import Backend, Batch, StepCost
-from chairlift.policies.base import FOREVER
+from chairlift.policies.base import NoProgress, PolicyError
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.planner import Planner
@@ -150,15 +150,10 @@ class RanksState:
         """When the first of the policies wants to be asked."""
         return min((state.wake for state in self._states if state.wake is not None), default=None)
 
-    @property
-    def more_arrivals(self) -> bool:
-        """False once no request will ever arrive again."""
-        return self._states[0].more_arrivals
-
-    @more_arrivals.setter
-    def more_arrivals(self, more: bool) -> None:
+    def expect(self, arrivals: bool) -> None:
+        """As `ReplicaStep.expect`, of each rank."""
         for state in self._states:
-            state.more_arrivals = more
+            state.expect(arrivals)
 
     @property
     def host(self) -> HostMemory:
@@ -283,7 +278,7 @@ class Ranks:
         plans, batches = [], []
         for rank, plan in zip(self.ranks, asked, strict=True):
             assert isinstance(rank.backend, RankBackend)
-            plans.append(plan or _nothing(rank))
+            plans.append(plan or rank.idle())
             batches.append(rank.backend.latest if plan else IDLE)
         cost = self.backend.together(batches)
         count = 1  # if an idle rank wants to be asked at a certain time, it is asked at each boundary
@@ -302,7 +297,7 @@ class Ranks:
                 return plan
             if not (rank.again or rank.state.rejected or rank.state.preempted):
                 return None
-        rank.fail(f"nothing runs at {now} ps, however often it is asked")
+        rank.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
 
     def commit(self, plan: Plan, count: int) -> None:
         """As `Planner.commit`, on each rank."""
@@ -360,14 +355,9 @@ class Ranks:
         """As `Planner.row_to_come`."""
         return self.ranks[0].row_to_come()
 
-    def fail(self, what: str) -> NoReturn:
+    def fail(self, what: str, kind: type[PolicyError] = PolicyError) -> NoReturn:
         """Say what a policy has done wrong."""
-        self.ranks[0].fail(what)
+        self.ranks[0].fail(what, kind)
 
     def _of(self, request: Live) -> Planner:
         return self.ranks[self._rank_of[request.id]]
-
-
-def _nothing(rank: Planner) -> Plan:
-    """The plan of a rank that runs a token for nothing."""
-    return Plan(0, 0, FOREVER, [], False, rank.idle_row(), [], UNPRICED)

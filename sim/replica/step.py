@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import NoReturn
+from operator import index
+from typing import Any, NoReturn, TypeAlias
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Step
+from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Speculation, Step
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.pipeline import InFlight
-from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
+from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase, shown
+from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.replica.waiting_queue import LONG, OpenQueue, OrderedQueue
 from chairlift.sim.results.records import Kind
 
 DENIALS = 8  # noted of one plan
+END_OF_TIME = 1 << 62  # ps, 53 days: times are kept in 64 bits
+Queue: TypeAlias = deque[Live] | OrderedQueue | OpenQueue
 
 
 class ReplicaStep(Step):
@@ -33,12 +37,32 @@ class ReplicaStep(Step):
     """
 
     __slots__ = (  # a dict is slow beyond thirty attributes
-        *("_admissions", "_admitted_before", "_denied", "_needy", "_scattered", "admitted", "backend", "batch"),
-        *("chunks", "decoded_at", "evicted", "flights", "fresh", "group", "host", "kv_tokens", "max_model_len"),
-        *("more_arrivals", "moved", "notes", "now", "padding", "parked", "pledges", "pool", "preempted"),
-        *("prefills", "ran", "rejected", "rejoined", "released", "releases", "resumed", "running", "scheduler"),
-        *("slept", "stages", "started", "taken", "tokens", "waiting", "wake", "whole", "windowed"),
+        *("_admissions", "_admitted_before", "_denied", "_max_model_len", "_more_arrivals", "_needy", "_now"),
+        *("_running", "_scattered", "_speculation", "_stages", "_waiting", "_windowed", "admitted", "backend", "batch"),
+        *(
+            "chunks",
+            "decoded_at",
+            "evicted",
+            "flights",
+            "fresh",
+            "group",
+            "host",
+            "kv_tokens",
+            "moved",
+            "notes",
+            "padding",
+        ),
+        *("parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
+        *("releases", "resumed", "scheduler", "slept", "started", "taken", "tokens", "wake", "whole"),
     )
+    now: int = shown("now")
+    running: Running = shown("running")
+    waiting: Queue = shown("waiting")
+    more_arrivals: bool = shown("more_arrivals")
+    max_model_len: int = shown("max_model_len")
+    stages: int = shown("stages")
+    windowed: bool = shown("windowed")
+    speculation: Speculation | None = shown("speculation")
 
     def __init__(
         self,
@@ -55,17 +79,18 @@ class ReplicaStep(Step):
         self.pool = pool
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
-        self.stages = stages
+        self._stages = stages
         self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
-        self.windowed = pool.windowed
+        self._windowed = pool.windowed
+        self._speculation: Speculation | None = None
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
-        self.waiting: deque[Live] | OrderedQueue | OpenQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
+        self._waiting: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque
-        self.now = 0
-        self.more_arrivals = True
-        self.max_model_len = max_model_len
+        self._now = 0
+        self._more_arrivals = True
+        self._max_model_len = max_model_len
         self.admitted: dict[int, Live] = {}  # in order of admission
-        self.running: Running = self.admitted.values()
+        self._running: Running = self.admitted.values()
         self.prefills: dict[int, Live] = {}  # of those: still lacking known tokens
         self.parked: dict[int, Live] = {}  # of those: decoding, but left out of the latest decode step
         self.batch: list[Live] = []  # finished, keeping their slot
@@ -96,7 +121,7 @@ class ReplicaStep(Step):
 
     def open(self, now: int) -> None:
         """Start a new plan."""
-        self.now = now
+        self._now = now
         self._admitted_before = self._admissions
         self.chunks = []
         if self.ran:
@@ -109,7 +134,7 @@ class ReplicaStep(Step):
         if self.started:
             self.started = []
             if self._scattered:  # only now: a policy may hold on to the queue while it plans
-                self.waiting, self._scattered = OpenQueue(self.waiting), False
+                self._waiting, self._scattered = OpenQueue(self.waiting), False
         if self.notes is not None:
             self.notes, self._denied, self._needy = [], 0, -1
         self.whole = self.resumed = False
@@ -117,6 +142,10 @@ class ReplicaStep(Step):
         self.wake = None
         if self.flights is not None:
             self.flights.turn()
+
+    def expect(self, arrivals: bool) -> None:
+        """Say whether requests will arrive yet."""
+        self._more_arrivals = arrivals
 
     # what a policy sees
 
@@ -181,9 +210,11 @@ class ReplicaStep(Step):
         self.pool.evict(blocks)
 
     def reorder(self, requests: Sequence[Live]) -> None:  # noqa: D102
-        if len(requests) != len(self.waiting) or isinstance(self.waiting, OrderedQueue):
+        if isinstance(self.waiting, OrderedQueue) or len(requests) != len(self.waiting):
             self._fail(f"reorder of {len(requests)} requests, where {len(self.waiting)} wait")
-        self.waiting = deque(requests)
+        if {*requests} != {*self.waiting}:
+            self._fail("reorder of other requests than those that wait, or of one twice")
+        self._waiting = deque(requests)
 
     def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
         if self.pool.need(request, tokens, in_chunks=True) + spare <= self.pool.free:
@@ -232,6 +263,8 @@ class ReplicaStep(Step):
             self._fail(f"run of {request}, which is not running")
         if self.flights is not None and not self.flights.ready(request, True):
             self._fail(f"run of {request}, whose token is in flight")
+        if type(tokens) is not int:
+            tokens = self._whole(f"run of {request}", tokens)
         if not 1 <= tokens <= request.remaining:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         pool = self.pool
@@ -269,10 +302,16 @@ class ReplicaStep(Step):
     ) -> bool:
         pool = self.pool
         hit = pool.hit(request) if pool.tracks else request.loaded
+        if type(tokens) is not int or reserve is not None or pad or spare:
+            what = f"admit of {request}"
+            tokens, pad, spare = (self._whole(what, number) for number in (tokens, pad, spare))
+            reserve = None if reserve is None else self._whole(what, reserve)
         if not 1 <= tokens <= request.prompt_tokens + request.produced - hit:
             self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
-        if pad < 0:
-            self._fail(f"a padding of {pad} tokens")
+        if not 0 <= pad <= self.max_model_len:
+            self._fail(f"a padding of {pad} tokens: 0 to {self.max_model_len}, the longest request, are possible")
+        if spare < 0:
+            self._fail(f"{spare} blocks to be left free: at least 0 are possible")
         upto = hit + tokens
         if reserve is not None:
             if reserve < upto:
@@ -351,13 +390,17 @@ class ReplicaStep(Step):
         self.batch = []
 
     def pause(self, ps: int) -> None:  # noqa: D102
-        if ps < 0:
-            self._fail(f"a pause of {ps} ps")
+        ps = self._whole("a pause", ps)
+        if not 0 <= ps <= END_OF_TIME - self.now - self.slept:
+            self._fail(f"a pause of {ps} ps at {self.now} ps: 0 ps is the shortest, and a run ends by {END_OF_TIME} ps")
         self.slept += ps
 
     def wake_at(self, ps: int) -> None:  # noqa: D102
+        ps = self._whole("wake_at", ps)
         if ps <= self.now:
             self._fail(f"wake_at {ps} ps: it is {self.now} ps already")
+        if ps > END_OF_TIME:
+            self._fail(f"wake_at {ps} ps: a run ends by {END_OF_TIME} ps")
         self.wake = ps
 
     def _resume(self, request: Live, hit: int) -> None:
@@ -480,5 +523,12 @@ class ReplicaStep(Step):
         waiting.remove(request)
         self._scattered |= len(waiting) > LONG and isinstance(waiting, deque)
 
+    def _whole(self, what: str, number: Any) -> int:
+        """``number``, which a policy has given for ``what``, as an int. Raises PolicyError if it is no whole number."""
+        try:
+            return index(number)
+        except TypeError:
+            self._fail(f"{what}: {number!r} is not a whole number")
+
     def _fail(self, what: str) -> NoReturn:
-        raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
+        raise PolicyError(what, name_of(self.scheduler))

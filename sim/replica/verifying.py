@@ -15,7 +15,7 @@ from chairlift.sim.replica.drafts import Chosen, Drafted, DraftedStep
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
 from chairlift.sim.replica.step_plan import Plan
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import DRAFT_COLUMNS, Status
 
 
 class Verified(NamedTuple):
@@ -49,6 +49,8 @@ class VerifyingPlanner(Planner):
         if not policy.verifies_drafts or self.pool.windowed or self.pool.keeps or self.state.stages > 1:
             raise PolicyError(f"policy {type(policy).__name__}: speculation is not modelled here")
         self._leaps = False
+        if DRAFT_COLUMNS[0] not in self.requests.extra:
+            self.requests.count_drafts()
 
     def _make_step(self, *parts: Any) -> DraftedStep:
         return DraftedStep(self._speculation, *parts)
@@ -57,6 +59,11 @@ class VerifyingPlanner(Planner):
         plan = super().ask(now, start)
         if plan is not None:
             self._verified[plan] = Verified(self.state.chosen, self.drafting)
+        return plan
+
+    def idle(self) -> Plan:  # noqa: D102
+        plan = super().idle()
+        self._verified[plan] = Verified({}, 0)
         return plan
 
     @property
@@ -75,12 +82,23 @@ class VerifyingPlanner(Planner):
             start, tokens = chosen.request.stored, chosen.tokens
             if chosen.decodes:
                 decodes += 1
-                context += start + tokens
+                context += start + tokens - self._rejected_ahead(chosen.request)
                 drafts += chosen.drafts
             else:
                 prefills.append(Chunk(start, tokens))
                 prompt_tokens += tokens - chosen.drafts
-        return decodes > 0, Batch(tuple(prefills), decodes, context, 0, None, drafts), prompt_tokens
+        return decodes > 0, Batch(tuple(prefills), decodes, context, 0, None, drafts, self.drafting), prompt_tokens
+
+    def _rejected_ahead(self, request: Drafted) -> int:
+        """Drafts in flight of a request that will be rejected: when the step after them runs, its GPU knows."""
+        flying = self._verified[self.flight].chosen.get(request.id) if self.flight is not None else None
+        if flying is None or not flying.drafts or flying.preemptions != request.preemptions:
+            return 0
+        return flying.drafts - self._kept(flying)
+
+    def _kept(self, chosen: Chosen) -> int:
+        """Drafts of a step, whose output is the next that its request gets, that are kept."""
+        return 0 if chosen.padding else self._accepts(chosen.request.id, chosen.request.produced, chosen.drafts)
 
     def _as_decodes(self, batch: Batch) -> Batch:
         """As `Planner._as_decodes`; who was padded has drafts beside the one token that it lacks."""
@@ -132,11 +150,13 @@ class VerifyingPlanner(Planner):
         ended: list[Live] = []
         for request in plan.ending:
             assert isinstance(request, Drafted)
-            _, _, drafts, padding, _, preemptions = chosen[request.id]
-            stored = request.preemptions == preemptions  # else its blocks are gone, but its tokens come all the same
-            accepted = 0 if padding else self._accepts(request.id, request.produced, drafts)
-            given = min(1 + accepted, outputs[request.id] - request.produced)
+            verified = chosen[request.id]
+            drafts = verified.drafts
+            stored = request.preemptions == verified.preemptions  # else its blocks are gone, but its tokens come
+            given = min(1 + self._kept(verified), outputs[request.id] - request.produced)
             request.produced += given
+            if drafts and not verified.padding:
+                self.requests.verified(request.id, drafts, given - 1)
             if stored:
                 self._take_back(request, drafts + 1 - given)
                 request.ahead = max(0, request.ahead - given)

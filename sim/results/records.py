@@ -137,6 +137,12 @@ EVENT_COLUMNS = (  # of a journal, see `sim.replica.journal`
 
 GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
 
+DRAFT_COLUMNS = (  # of requests, where drafts are verified
+    "verifications",  # outputs of steps that verified drafts of it
+    "draft_tokens",  # drafts that those verified
+    "accepted_tokens",  # of those, the ones that are tokens of its answer
+)
+
 HANDOVER_COLUMNS = (  # of requests, where prefill and decode replicas are apart; -1 where it did not happen
     "handed_over_ps",  # its prompt was done, and its KV ready to be sent
     "taken_over_ps",  # its KV lay at the decode side
@@ -187,6 +193,21 @@ class RequestRecords:
         self.swapped_tokens = array("q", [0]) * n  # tokens whose KV was moved there or back
         self.spoken_ps = 0  # from first to latest token, summed over the requests that have ended
         self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
+
+    def count_drafts(self) -> None:
+        """Keep `DRAFT_COLUMNS` from here on."""
+        self.extra.update({name: array("i", [0]) * len(self.status) for name in DRAFT_COLUMNS})
+
+    def verified(self, request: int, drafts: int, accepted: int) -> None:
+        """Write down that a step has verified ``drafts`` drafts of a request, of which it keeps so many."""
+        for name, count in zip(DRAFT_COLUMNS, (1, drafts, accepted), strict=True):
+            self.extra[name][request] += count
+
+    def messages(self) -> npt.NDArray[np.int64]:
+        """Tokens that each client has got, but those that came together with the one before count as one."""
+        emitted = np.array(self.emitted, dtype=np.int64)
+        accepted = self.extra.get("accepted_tokens")
+        return emitted if accepted is None else emitted - np.array(accepted, dtype=np.int64)
 
     def moved(self, request: Request, tokens: int, out: bool = False) -> None:
         """Write down that the KV of ``tokens`` tokens goes to host memory (``out``) or back."""

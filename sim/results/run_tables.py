@@ -11,11 +11,12 @@ import pyarrow as pa
 
 from chairlift.sim.results.metrics import limits, request_latencies
 from chairlift.sim.results.reader import CODES
-from chairlift.sim.results.records import HANDOVER_COLUMNS, RequestRecords, RunRecords
+from chairlift.sim.results.records import DRAFT_COLUMNS, HANDOVER_COLUMNS, RequestRecords, RunRecords
 from chairlift.sim.study import ReplicaGroup, Setup
 
 Parts = Callable[[RunRecords], Iterable[Mapping[str, npt.NDArray[np.int64]]]]
 ROW_GROUP = 1 << 20  # rows of steps or events that are written at a time; also PyArrow's own
+NO_MORE: Mapping[str, int] = {}
 LABELS = ("tenant", "session", "priority")  # columns of a trace that say who sends a request; a trace may lack them
 
 
@@ -24,30 +25,32 @@ def labels_of(setup: Setup) -> list[str]:
     return [name for name in LABELS if getattr(setup.trace, name) is not None]
 
 
-def extra_of(setups: Iterable[Setup]) -> list[str]:
-    """Columns of requests that only some runs have, of those that any of ``setups`` has."""
-    found: list[str] = []
+def extra_of(setups: Iterable[Setup]) -> dict[str, int]:
+    """Columns of requests that only some of ``setups`` have, and what the others have there; -1 stands for none."""
+    found: dict[str, int] = {}
     for setup in setups:
-        found += HANDOVER_COLUMNS if setup.link is not None else ()
-        found += ("rank",) if any(group.parallel.data > 1 for group in setup.groups) else ()
-    return list(dict.fromkeys(found))
+        found |= dict.fromkeys(HANDOVER_COLUMNS if setup.link is not None else (), -1)
+        found |= dict.fromkeys(("rank",) if any(group.parallel.data > 1 for group in setup.groups) else (), -1)
+        found |= dict.fromkeys(DRAFT_COLUMNS if setup.speculate is not None else (), 0)
+    return found
 
 
 def request_table(
-    requests: RequestRecords, label: dict[str, str], extra: Sequence[str] = (), also: Sequence[str] = ()
+    requests: RequestRecords, label: dict[str, str], extra: Mapping[str, int] = NO_MORE, also: Sequence[str] = ()
 ) -> pa.Table:
     """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
 
-    ``label`` says which run of a comparison the rows belong to. ``extra`` names columns that only some runs have, empty
-    in the others. ``also`` names those of `LABELS` to add.
+    ``label`` says which run of a comparison the rows belong to. ``extra``: see `extra_of`. ``also`` names those
+    of `LABELS` to add.
     """
     columns = requests.columns()
     for name in also:
         given = getattr(requests.trace, name)
         columns[name] = np.full(len(requests.status), -1, dtype=np.int64) if given is None else given
-    if extra:
-        none = np.full(len(requests.status), -1, dtype=np.int64)
-        columns = {**dict.fromkeys(extra, none), **columns}
+    lacking = {
+        n: np.full(len(requests.status), value, np.int64 if value < 0 else np.int32) for n, value in extra.items()
+    }
+    columns = {**lacking, **columns}
     arrays: dict[str, Any] = _labels(label, len(columns["status"]))
     for name, values in columns.items():
         if name == "status":

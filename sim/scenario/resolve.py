@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chairlift.backend import hf_config, memory, specs
+from chairlift.backend import drafting, hf_config, memory, specs
 from chairlift.backend.calibrated.profile import shipped
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import KvGroups, Scheduler
@@ -15,7 +15,7 @@ from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.yaml_document import Document, read
-from chairlift.sim.study import Kv
+from chairlift.sim.study import Kv, Speculate
 
 
 class Lookup:
@@ -127,6 +127,22 @@ def find_model(choice: str | dict[str, Any], folder: Path) -> specs.Model:
     return specs.changed(found, choice) if isinstance(choice, dict) else found
 
 
+def find_draft(speculate: Speculate, model: specs.Model, folder: Path) -> specs.Model | None:
+    """The model, or the layer, that drafts for ``model``; None if none does. Raises as `find_model`, or ValueError."""
+    told = speculate.draft
+    if speculate.method == "ngram":
+        return None
+    if speculate.method == "draft_model":
+        assert told is not None
+        return find_model(told, folder)
+    own = drafting.head_of(model, speculate.method)
+    if told is None:
+        return own
+    if isinstance(told, str):
+        raise ValueError(f"must be numbers of the drafting layer, such as {{vocab: 32000}} (got {told})")
+    return specs.changed(own, told)
+
+
 def step_limits(policy: Scheduler, max_model_len: int) -> tuple[int, int]:
     """Tokens and requests of a step at most, of one rank: what its memory is kept for.
 
@@ -155,9 +171,17 @@ class Pool(NamedTuple):
 
 
 def kv_pool(
-    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, parallel: Parallel, max_model_len: int
+    kv: Kv,
+    policy: Scheduler,
+    model: specs.Model,
+    gpu: specs.GPU,
+    parallel: Parallel,
+    max_model_len: int,
+    draft: specs.Model | None = None,
 ) -> Pool:
-    """The KV pool of one replica. A number of blocks or tokens that is given is that of one rank of DP-attention.
+    """The KV pool of one replica. ``draft``: a model beside the one served, which has weights and KV of its own.
+
+    A number of blocks or tokens that is given is that of one rank of DP-attention.
 
     Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
     swaps KV over a link of unknown speed.
@@ -185,7 +209,7 @@ def kv_pool(
         share, static = kv.memory_utilization, policy.static_share(gpu.memory_bytes, parallel.gpus, bool(model.latent))
         if static is not None and "memory_utilization" not in kv.model_fields_set:
             share = static
-        sizes = (kv.reserve_gib, tokens, sequences, None, static is not None)
+        sizes = (kv.reserve_gib, tokens, sequences, draft, static is not None)
         fit = memory.kv_blocks(model, gpu, parallel, block_size, share, *sizes)
         blocks, source = fit.blocks // ranks, fit.explain()
         if groups is not None:

@@ -23,7 +23,7 @@ from chairlift.sim.replica.ranks import Ranks
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.metrics import Pool, areas, durations_ps, occupancy
 from chairlift.sim.results.records import RequestRecords, Status
-from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo
+from chairlift.sim.study import Failures, Limits, ReplicaGroup, Setup, Slo, Speculate
 from chairlift.sim.workload.trace import Trace
 
 MODEL = specs.model("opt-13b")
@@ -48,7 +48,7 @@ class Affine(Backend):
     cap: int = FOREVER  # context beyond which the slope vanishes (a breakpoint)
 
     def step(self, batch: Batch) -> StepCost:
-        tokens = sum(c.length for c in batch.prefills) + batch.decodes + batch.padded
+        tokens = sum(c.length for c in batch.prefills) + batch.decodes + batch.padded + batch.drafts
         pairs = sum(c.start * c.length for c in batch.prefills)
         slots = batch.decodes + batch.padded
         first = self.fixed + self.token * tokens + pairs + self.context * min(batch.context, self.cap)
@@ -180,7 +180,8 @@ def check_books(world: World) -> None:
         assert not state.admitted
         gaps += sum(weight for _, weight in sorted_gaps(engine))
         check_places(engine)
-    assert gaps == sum(r.emitted) - sum(first >= 0 for first in r.first_token)  # a token, a gap; but for first ones
+    # a gap for each token, but for first ones and those that come together with another
+    assert gaps == r.messages().sum() - sum(first >= 0 for first in r.first_token)
 
 
 @dataclass
@@ -231,17 +232,23 @@ def play(
     host: tuple[int, int] = (0, 1),
     journal: bool = False,
     groups: KvGroups | None = None,
+    speculate: Speculate | None = None,
+    limits: Limits | None = None,
+    failures: Failures | None = None,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
 
     Each block of a prefix cache is known, whether the trace shares prefixes or not. ``groups``: of the model's layers,
-    if some have a window.
+    if some have a window. ``speculate``: drafts that its decodes verify.
     """
     sample = scheduler()
     block_size = sample.block_tokens or block_size
     parts = (replicas, "mixed", GPU, ONE, type(sample), {}, Efficiency(), blocks, block_size, "made up")
     group = Group(*parts, *host_of(*host, block_size), kv_groups=groups, cost=backend, policy=scheduler)
-    cluster = build(setup_of(trace, [group], max_model_len=max_model_len), leap, journal=journal)
+    if speculate is not None:
+        group.speculation = sample.speculation(speculate.method, speculate.tokens)
+    more = {"speculate": speculate, "limits": limits or Limits(), "failures": failures}
+    cluster = build(setup_of(trace, [group], max_model_len=max_model_len, **more), leap, journal=journal)
     cluster.run()
     audit(cluster)
     return World(cluster.requests, cluster.engines)

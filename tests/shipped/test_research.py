@@ -96,3 +96,21 @@ def test_disaggregation_ratio() -> None:
 
     assert best(chat) in ("4 prefill, 4 decode", "5 prefill, 3 decode")
     assert best(code) == "7 prefill, 1 decode"
+
+
+def test_speculation() -> None:
+    """The best number of drafts falls with the load; all of them pay alone, and many lose at a full one."""
+    alone, half, full = (
+        summaries("speculation", requests, case)
+        for requests, case in ((2, "1 client"), (128, "64 clients"), (512, "256 clients"))
+    )
+    gains = [
+        {name: summary["output_throughput"] / found["none"]["output_throughput"] for name, summary in found.items()}
+        for found in (alone, half, full)
+    ]
+    best = [max(gain, key=lambda name: gain[name]) for gain in gains]
+
+    assert best[0] in ("K 3", "K 5", "K 7")
+    assert best[1:] == ["K 3", "K 1"]
+    assert min(gain for name, gain in gains[0].items() if name != "none") > 1.4
+    assert gains[2]["K 7"] < gains[2]["K 5"] < 1
