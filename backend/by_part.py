@@ -271,8 +271,6 @@ class ByPart(Backend):
             lines["DP-attention"] = (
                 "each rank has its own requests and KV; a step ends with the slowest, idle ones run a token for nothing"
             )
-        if parallel.pipeline > 1:
-            lines["pipeline"] = "a step passes all stages before the next begins; vLLM keeps one under way in each"
         if e.floor_ms or e.overhead_ms:
             lines["host"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
         return lines

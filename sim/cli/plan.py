@@ -16,7 +16,8 @@ from chairlift.sim.cli.sweep import AddressOption, ExecutorOption, JobsOption, c
 from chairlift.sim.cli.terminal import console, status, stopped
 from chairlift.sim.plan import page as plan_page
 from chairlift.sim.plan import tables as plan_tables
-from chairlift.sim.plan.answer import Answer, answers, cache_bounds
+from chairlift.sim.plan.answer import Answer, answers
+from chairlift.sim.plan.bounds import Bounds
 from chairlift.sim.plan.emit import Target, emitted
 from chairlift.sim.plan.file import BuyingPlan, read_plan
 from chairlift.sim.plan.replications import Simulations
@@ -107,7 +108,7 @@ def plan(
 
 def _say_bounds(plan: BuyingPlan) -> None:
     """Print what each system can do at most, and why the others cannot be."""
-    bounds = cache_bounds(plan.spec.slo)
+    bounds = Bounds(plan.spec.slo)
     for candidate in sorted(plan.candidates, key=lambda c: c.usd_per_hour):
         if candidate.setup is None:
             out.print(f"{escape(candidate.name)}: [red]{escape(candidate.misfit)}[/red]")

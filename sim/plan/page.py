@@ -15,7 +15,7 @@ from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Race
 from chairlift.sim.plan.costs import cost_of
 from chairlift.sim.plan.promises import Promise
-from chairlift.sim.plan.tables import OUTCOMES, bought, feasible, interval, latency_name, said_of
+from chairlift.sim.plan.tables import OUTCOMES, bought, feasible, interval, latency_name, said_of, told_apart
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, note
 
@@ -184,8 +184,7 @@ def _race(race: Race, unit: str) -> dict[str, Any]:
     excluded = race.of("excluded")
     return {
         "title": f"{race.rate_per_s:g} {unit}/s",
-        "said": f"Of {len(race.entries)} systems {len(simulated)} were simulated, {len(excluded)} excluded by bounds, "
-        f"{len(race.of('dearer'))} dearer than what will do.",
+        "said": f"{told_apart(race).capitalize()}.",
         "simulated": [(e.candidate.name, f"{e.usd_per_hour:,.2f}", e.outcome, e.why) for e in simulated],
         "excluded": [
             (e.candidate.name, f"{e.candidate.usd_per_hour:,.2f}" if e.candidate.setup else "–", e.why)

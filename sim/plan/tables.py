@@ -177,13 +177,18 @@ def _show_race(out: Console, race: Race, answer: Answer) -> None:
     counts: dict[str, list[Entry]] = {}
     for entry in race.of("excluded"):
         counts.setdefault(_kind(entry.why), []).append(entry)
-    dearer = len(race.of("dearer"))
-    out.print(
-        f"of {len(race.entries)} systems {len(simulated)} were simulated, "
-        f"{len(race.of('excluded'))} excluded by bounds, {dearer} dearer than what will do"
-    )
+    out.print(told_apart(race))
     for kind, entries in list(counts.items())[:REASONS]:
         out.print(f"  {kind}: {len(entries)}; e.g. {escape(entries[-1].candidate.name)}: {escape(entries[-1].why)}")
+
+
+def told_apart(race: Race) -> str:
+    """How many systems were simulated, and why the others were not."""
+    counts = {outcome: len(race.of(outcome)) for outcome in ("excluded", "dearer", "behind")}
+    simulated = sum(entry.verdict is not None for entry in race.entries)
+    line = f"of {len(race.entries)} systems {simulated} were simulated, {counts['excluded']} excluded by bounds, "
+    line += f"{counts['dearer']} dearer than what will do"
+    return line + f", {counts['behind']} behind in heats of the same price" * bool(counts["behind"])
 
 
 def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.policies.base import NoProgress, PolicyError
@@ -24,9 +24,6 @@ from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.results.records import PACK_RUN, RUN_COLUMNS, UNPACK_RUN, RequestRecords, Rows, RunRecords, Status
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 IDLE = Batch((), 0, 0)
 UNPRICED = StepCost(0)  # of a rank's step: all ranks have one price
@@ -76,7 +73,7 @@ class RankRows(Rows):
     def __len__(self) -> int:
         return len(self._all_rows)
 
-    def _keep(self, row: ReadableBuffer) -> None:
+    def _keep(self, row: Any) -> None:
         self.latest = UNPACK_RUN(row)
 
 
@@ -118,7 +115,9 @@ class RanksState:
 
     def __init__(self, ranks: Sequence[Planner], queue: Callable[[Live], None]) -> None:
         self._states = [rank.state for rank in ranks]
-        self.waiting = RanksQueue(self._states, queue)
+        self.queue = RanksQueue(self._states, queue)
+
+    stages = 1  # a step of all ranks is alone under way
 
     @property
     def admitted(self) -> dict[int, Live]:
@@ -169,7 +168,7 @@ class RanksQueue:
         self.append = queue
 
     def __len__(self) -> int:
-        return sum(len(state.waiting) for state in self._states)
+        return sum(len(state.queue) for state in self._states)
 
 
 class RanksPool:
@@ -244,7 +243,7 @@ class Ranks:
     def takes(self, request: Live, now: int) -> bool:
         """Choose a rank for a request that arrives now; whether that one takes it, as `Planner.takes`."""
         chosen = self._choose(now)
-        self._rank_of[request.id] = chosen
+        self._rank_of[request.row] = chosen
         self._chosen = self.ranks[chosen]
         return self._chosen.takes(request, now)
 
@@ -254,14 +253,14 @@ class Ranks:
             return chosen
         if self._counted is None or now >= self._counted + COUNTS_PS:
             self._counted = now
-            self._counts = [[len(rank.state.waiting), len(rank.state.admitted)] for rank in self.ranks]
+            self._counts = [[len(rank.state.queue), len(rank.state.admitted)] for rank in self.ranks]
         scores = [WAITING_WEIGHT * waiting + running for waiting, running in self._counts]
         chosen = scores.index(min(scores))
         self._counts[chosen][0] += 1
         return chosen
 
     def _queue(self, request: Live) -> None:
-        self._chosen.state.waiting.append(request)
+        self._chosen.state.queue.append(request)
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival, to whichever rank, calls for a plan at the next boundary: of an idle rank it does."""
@@ -360,4 +359,4 @@ class Ranks:
         self.ranks[0].fail(what, kind)
 
     def _of(self, request: Live) -> Planner:
-        return self.ranks[self._rank_of[request.id]]
+        return self.ranks[self._rank_of[request.row]]

@@ -164,7 +164,7 @@ class Token(Protocol):
 class Ended(Protocol):
     """What is written down of a request that has ended."""
 
-    id: int
+    row: int  # of the trace
     produced: int  # tokens that its client has got
     preemptions: int
 
@@ -216,7 +216,7 @@ class RequestRecords:
 
     def end(self, request: Ended, now: int, status: Status) -> None:
         """Write down what became of ``request``, once. It decodes no more."""
-        i = request.id
+        i = request.row
         first = self.first_token[i]
         if first >= 0:
             self.spoken_ps += request.last.ps - first

@@ -16,6 +16,7 @@ from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
 from kit.command import chairlift
+from kit.serving import commands, flags
 
 BASE = """\
 model: llama-3.1-8b
@@ -151,3 +152,10 @@ def test_a_model_that_drafts_is_priced_and_kept_as_it_is(tmp_path: Path) -> None
 
     assert "a pass of qwen2.5-0.5b takes" in outcome.assumptions["drafting"]
     assert sizes["completed"] == 40
+
+
+def test_the_engines_line_says_the_drafts(tmp_path: Path) -> None:
+    lines = commands(setup(tmp_path, EAGLE))
+
+    assert flags(lines[-1])["speculative_config"] == '{"method": "eagle3", "num_speculative_tokens": 3}'
+    assert any('say the checkpoint that drafts as "model" in --speculative-config' in line for line in lines)
