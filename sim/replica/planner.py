@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
+from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, StepCost, new
 from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Ends, admission
@@ -455,11 +455,6 @@ class Planner:
 
     def record(self, plan: Plan, start: int, first: int, count: int) -> None:
         """Write down the first ``count`` steps of ``plan``, or its last one, that began at ``start``."""
-        slope = plan.slope if count > 1 else 0
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *self.written(plan, start, first, count)))
-
-    def written(self, plan: Plan, start: int, first: int, count: int) -> tuple[int, ...]:
-        """As `record`, but for the row of runs: its `Growth` and `StepRow` are returned."""
         if self.journal is not None:
             for request, tokens in plan.chunks:
                 self.journal.write(start, self.journal.row, Kind.CHUNK, request.row, -1, tokens)
@@ -468,18 +463,20 @@ class Planner:
         if plan.undelivered:  # no gap is theirs
             named = StepRow._make(row)
             row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
+        slope, growth = (plan.slope, plan.growth) if count > 1 else (0, NO_GROWTH)
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *growth, *row))
         if plan.late_gaps:
             end = start + first
             for i in range(0, len(plan.late_gaps), 2):
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
-        return (*(plan.growth if count > 1 else NO_GROWTH), *row)
 
-    def idle_row(self) -> tuple[int, ...]:
-        """The `StepRow` of a step in which nothing of this planner's runs."""
+    def idle(self) -> Plan:
+        """A plan of as many steps as others want, in which nothing of this planner's runs."""
         state, pool = self.state, self.pool
         here = (len(state.admitted), len(state.waiting), pool.total - pool.free, pool.spared)
-        return (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
+        row = (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
+        return Plan(0, 0, FOREVER, [], False, row, [], StepCost(0))
 
     def deliver(self, plan: Plan) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""

@@ -15,7 +15,7 @@ from chairlift.sim.replica.drafts import Chosen, Drafted, DraftedStep
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
 from chairlift.sim.replica.step_plan import Plan
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import DRAFT_COLUMNS, Status
 
 
 class Verified(NamedTuple):
@@ -49,7 +49,7 @@ class VerifyingPlanner(Planner):
         if not policy.verifies_drafts or self.pool.windowed or self.pool.keeps or self.state.stages > 1:
             raise PolicyError(f"policy {type(policy).__name__}: speculation is not modelled here")
         self._leaps = False
-        if not self.requests.extra:
+        if DRAFT_COLUMNS[0] not in self.requests.extra:
             self.requests.count_drafts()
 
     def _make_step(self, *parts: Any) -> DraftedStep:
@@ -59,6 +59,11 @@ class VerifyingPlanner(Planner):
         plan = super().ask(now, start)
         if plan is not None:
             self._verified[plan] = Verified(self.state.chosen, self.drafting)
+        return plan
+
+    def idle(self) -> Plan:  # noqa: D102
+        plan = super().idle()
+        self._verified[plan] = Verified({}, 0)
         return plan
 
     @property

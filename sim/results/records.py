@@ -109,7 +109,8 @@ RUN_COLUMNS = (
 
 ADDED_COLUMNS = (*Growth._fields, "spared_blocks", "promised_decodes")  # that version 0.1 did not write
 
-PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
+_RUN = Struct(f"{len(RUN_COLUMNS)}q")
+PACK_RUN, UNPACK_RUN = _RUN.pack, _RUN.unpack  # a row as bytes: half the time of array.extend
 
 
 class MeasuredRow(NamedTuple):
