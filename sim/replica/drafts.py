@@ -90,12 +90,12 @@ class Chosen(NamedTuple):
 class DraftedStep(ReplicaStep):
     """The step of a replica whose decodes verify drafts. All decodes are `PARKED`: none joins the decode group."""
 
-    __slots__ = ("chosen", "speculation", "wanted")
+    __slots__ = ("chosen", "wanted")
     speculation: Speculation
 
     def __init__(self, speculation: Speculation, *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)
-        self.speculation = speculation
+        self._speculation = speculation
         self.chosen: dict[int, Chosen] = {}  # of the plan, in the order of its making
         self.wanted = False  # somebody in the plan can use drafts after it
 
@@ -111,6 +111,7 @@ class DraftedStep(ReplicaStep):
             self._fail(f"run of {request}, which is not running")
         if request.row in self.chosen:
             self._fail(f"run of {request} twice in one step")
+        tokens = self._whole(f"run of {request}", tokens)
         if not 1 <= tokens <= request.remaining:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         upto = request.stored + tokens

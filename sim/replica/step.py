@@ -11,7 +11,7 @@ from operator import index
 from typing import Any, NoReturn, TypeAlias
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Step
+from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Speculation, Step
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
@@ -37,10 +37,10 @@ class ReplicaStep(Step):
     """
 
     __slots__ = (  # a dict is slow beyond thirty attributes
-        *("_admissions", "_admitted_before", "_denied", "longest", "_more_arrivals", "_needy", "_now"),
-        *("_running", "_scattered", "_stages", "queue", "_windowed", "admitted", "backend", "batch", "chunks"),
-        *("decoded_at", "evicted", "flights", "fresh", "group", "host", "kv_tokens", "moved", "notes", "padding"),
-        *("parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
+        *("_admissions", "_admitted_before", "_denied", "_more_arrivals", "_needy", "_now", "_running", "_scattered"),
+        *("_speculation", "_stages", "_windowed", "admitted", "backend", "batch", "chunks", "decoded_at", "evicted"),
+        *("flights", "fresh", "group", "host", "kv_tokens", "longest", "moved", "notes", "padding", "parked"),
+        *("pledges", "pool", "preempted", "prefills", "queue", "ran", "rejected", "rejoined", "released"),
         *("releases", "resumed", "scheduler", "slept", "started", "taken", "tokens", "wake", "whole"),
     )
     now: int = shown("now")
@@ -49,6 +49,7 @@ class ReplicaStep(Step):
     more_arrivals: bool = shown("more_arrivals")
     max_model_len: int = shown("max_model_len", "longest")
     stages: int = shown("stages")
+    speculation: Speculation | None = shown("speculation")
     windowed: bool = shown("windowed")
 
     def __init__(
@@ -67,6 +68,7 @@ class ReplicaStep(Step):
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
         self._stages = stages
+        self._speculation: Speculation | None = None
         self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
         self._windowed = pool.windowed
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path

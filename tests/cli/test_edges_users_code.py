@@ -109,7 +109,17 @@ REQUEST = (
     *("output_tokens", "predicted_tokens", "ignore_eos", "preemptions", "computed", "emitted", "remaining", "decoding"),
 )
 STEP = (
-    *("now", "running", "waiting", "more_arrivals", "stages", "max_model_len", "windowed", "free_blocks"),
+    *(
+        "now",
+        "running",
+        "waiting",
+        "more_arrivals",
+        "stages",
+        "speculation",
+        "max_model_len",
+        "windowed",
+        "free_blocks",
+    ),
     *("total_blocks", "decodes", "prefilling", "held", "block_size", "decode_steps", "free_host_blocks"),
 )
 
