@@ -11,6 +11,7 @@ from chairlift.backend.base import Executor
 from chairlift.sim.cluster import predicted_lengths
 from chairlift.sim.cluster.run import run
 from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.stages import Staged
 from chairlift.sim.results.metrics import Pool, fleet, summarise
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.refusals import refusals
@@ -89,9 +90,9 @@ def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[st
         what = f"KV pool{_of(setup, i)}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
         if (pipeline := group.parallel.pipeline) > 1:
-            under_way = engines[first].state.stages
+            under_way = isinstance(engines[first], Staged)
             said = f"a step under way in each of {pipeline} stages, which take equal times"
-            lines[f"pipeline{_of(setup, i)}"] = said if under_way > 1 else ONE_STEP
+            lines[f"pipeline{_of(setup, i)}"] = said if under_way else ONE_STEP
         if group.caution:
             lines[f"max_model_len{_of(setup, i)}"] = group.caution
     lines["engine loop"] = LOOPS[setup.loop]

@@ -58,6 +58,12 @@ def plan(
         Target | None,
         typer.Option("--emit", help="Print only how the answer is started: for a shell, Docker or Kubernetes."),
     ] = None,
+    what_would_change: Annotated[
+        bool,
+        typer.Option(
+            "--what-would-change", help="Also the smallest change of load, price or promise at which the answer flips."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """What do I buy, and how do I run it, so that this load meets this SLO? With intervals, and what they rest on.
@@ -82,7 +88,7 @@ def plan(
         runs = Simulations(journal, executor_for(executor, jobs, address), tuple(spec.slo), spec.search.seed)
         try:
             with status(quiet, EVERY_S) as told:
-                for answer in answers(found, runs, told):
+                for answer in answers(found, runs, told, what_would_change):
                     plan_tables.write(answer, folder)
         except KeyboardInterrupt as stop:
             err.print(f"interrupted: what was found is in {escape(str(folder))}; the same command goes on")

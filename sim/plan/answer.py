@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
@@ -16,6 +16,7 @@ from chairlift.sim.plan.emit import shell
 from chairlift.sim.plan.errors import described as errors_of
 from chairlift.sim.plan.errors import errors, kept, likely
 from chairlift.sim.plan.file import BuyingPlan
+from chairlift.sim.plan.flips import Ask, Change, changes
 from chairlift.sim.plan.headroom import Headroom, Margin, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.pacing import SAMPLE, paced
@@ -54,6 +55,7 @@ class Answer:
     margins: dict[float, Margin] = field(default_factory=dict)  # rate → of the cheapest system for it
     headroom: list[Headroom] = field(default_factory=list)
     front: list[Point] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)  # what would change the answer at the highest rate, if asked
     assumptions: dict[str, str] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)  # of the chosen system
     beside: list[str] = field(default_factory=list)  # what has to be set up beside its engines
@@ -96,11 +98,37 @@ def check_promises(plan: BuyingPlan) -> None:
         raise BadInput(problems)
 
 
-def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
-    """The answer, yielded again after each part; every time, what it holds is final."""
+def answers(
+    plan: BuyingPlan, runs: Simulations, told: Callable[[str], None], changing: bool = False
+) -> Iterator[Answer]:
+    """The answer, yielded again after each part; every time, what it holds is final.
+
+    ``changing``: also what would change it.
+    """
     for answer in _parts(plan, runs, told):
         conclude(answer, runs)
         yield answer
+    if changing and answer.races and (best := answer.races[-1].winner) is not None:
+        for change in changes(
+            plan.candidates, plan.spec.slo, answer.races[-1].rate_per_s, best, _ask(plan, runs, told)
+        ):
+            told(f"what would change the answer: {change.what}")
+            answer.changes = sorted([*answer.changes, change], key=lambda each: (each.nearest, -each.swing))
+            conclude(answer, runs)
+            yield answer
+
+
+def _ask(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Ask:
+    """How candidates are raced under other promises, or at other rates, than the plan's."""
+    known: dict[tuple[str, ...], Bounds] = {}
+
+    def ask(candidates: Sequence[Candidate], promises: Sequence[Promise], rate: float) -> Race:
+        bounds = known.setdefault(tuple(map(str, promises)), Bounds(promises))
+        return race(
+            candidates, bounds, lambda each: runs.of(each, promises=promises), promises, rate, plan.effort(), told=told
+        )
+
+    return ask
 
 
 def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:

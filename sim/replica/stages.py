@@ -186,7 +186,7 @@ class Staged(Engine):
         planner = self.planner
         if not (plan.decoding and self.scheduler.asynchronous):
             return 0
-        ran, done = self.state.ran, self._done
+        ran, done = planner.state.ran, self._done
         return max(
             (done[flying] for flying in planner.flying if any(r.row in ran for r in planner.emitting(flying))),
             default=0,

@@ -167,3 +167,17 @@ def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: i
     )
 
     assert set(world.requests.status) <= {Status.FINISHED, Status.TIMED_OUT}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_journal_changes_nothing(asynchronous: bool) -> None:
+    with_it, without = (
+        play(
+            trace_of(table(3, 40)), lambda: Vllm(async_scheduling=asynchronous), blocks=12, journal=journal, pipeline=3
+        )
+        for journal in (True, False)
+    )
+
+    assert sum(without.requests.preemptions) > 0
+    assert with_it.outcome() == without.outcome()
+    assert with_it.engines[0].records.event_rows
