@@ -113,3 +113,25 @@ def test_questions_that_cannot_be_answered_are_refused(tmp_path: Path, more: str
 
     assert result.status == 2
     assert said in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "status", "helps"),
+    [
+        ("rate_per_s: 1\n", "rate_per_s: 1000\n", 1, "add replicas or faster GPUs"),
+        ("e2el_ms: 100000", "tpot_ms: 1", 1, "raise the limit, or add faster GPUs or tensor_parallel"),
+        ("model: llama-3.1-8b", "model: llama-3.1-70b", 2, "none of 2 systems can be"),
+    ],
+)
+def test_what_cannot_be_is_told_without_simulating(tmp_path: Path, old: str, new: str, status: int, helps: str) -> None:
+    text = PLAN + "rate_per_s: 1\naxes: {replicas: [1, 2]}\n"
+    assert text.count(old) == 1
+    (tmp_path / "p.yaml").write_text(text.replace(old, new))
+    result = chairlift("plan", str(tmp_path / "p.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1")
+
+    assert result.status == status
+    assert helps in " ".join((result.out + result.err).split())
+    if status == 1:
+        [race] = json.loads((tmp_path / "out" / "plan.json").read_text())["cheapest"]
+        assert not any("verdict" in system for system in race["systems"])
+        assert race["would_help"]
