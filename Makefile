@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test bench gallery lint types check clean
+.PHONY: run test bench gallery profiles lint types check clean
 
 run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 	$(BIN)/chairlift run anyscale_23x
@@ -17,6 +17,15 @@ bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some
 
 gallery: $(VENV)/.installed  ## pictures of the shipped scenarios' pages; needs a Chromium (some ten minutes)
 	$(BIN)/python -m chairlift.sim.cli.gallery
+
+# The shipped profiles again, from what was recorded: make profiles RECORDINGS=FOLDER, which holds h200-vllm-0.26
+profiles: $(VENV)/.installed
+	for summary in $(RECORDINGS)/h200-vllm-0.26/*_summary.json; do \
+	  model=$$(basename $$summary _summary.json); \
+	  case $$model in *-eagle3) continue;; esac; \
+	  $(BIN)/chairlift calibrate --recording $$(dirname $$summary) --model $$model \
+	    --out backend/calibrated/profiles/h200-$$model-vllm-0.26.json || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -38,14 +38,18 @@ class Auto:
 def chosen(model: Model, gpu: GPU, parallel: Parallel) -> str | None:
     """The name of the shipped profile that prices a replica's steps; None: none fits.
 
-    A profile fits a model by its name, and a replica by its tensor parallelism alone. Profiles of vLLM come first, and
-    among them those of the GPU itself.
+    A profile fits a model by its name, and a replica by its degrees of parallelism. Profiles of vLLM come first, among
+    them those of the GPU itself, and among these that of the newest version.
     """
-    if not parallel.only_tensor:
+    fitting = [p for p in _shipped() if p.model == model.name and p.parallel == parallel]
+    if not fitting:
         return None
-    fitting = [p for p in _shipped() if p.model == model.name and p.tensor_parallel == parallel.tensor]
-    fitting.sort(key=lambda p: (not p.engine.startswith("vllm"), p.gpu != gpu.name))
-    return fitting[0].name if fitting else None
+    return max(fitting, key=lambda p: (p.engine.startswith("vllm"), p.gpu == gpu.name, _version(p.engine))).name
+
+
+def _version(engine: str) -> tuple[int, ...]:
+    """The numbers in the version of ``engine``: of "vllm 0.26.0" 0, 26 and 0."""
+    return tuple(int(part) for part in engine.split()[-1].split(".") if part.isdigit())
 
 
 @cache

@@ -88,10 +88,11 @@ class Host(NamedTuple):
     launch: int = 0  # until the GPU has its work
     update: int = 0  # after it: taking the tokens in, and handing them to the clients
     tail: int = WHOLE  # launched kernel by kernel, the GPU works along; this much of its work waits for the last one
+    head: int = 0  # launched so: from the start of the launch until an idle GPU gets its first kernel
 
     def begin_ps(self, gpu: int) -> int:
         """From the start of the launch to the end of ``gpu`` ps of GPU work, on a GPU that is idle before."""
-        return self.launch + gpu if self.tail == WHOLE else max(gpu, self.launch + self.tail)
+        return self.launch + gpu if self.tail == WHOLE else max(self.head + gpu, self.launch + self.tail)
 
 
 NO_HOST = Host()
@@ -122,7 +123,8 @@ class StepCost(NamedTuple):
         work = host.schedule + host.launch + host.update
         if ahead:
             return (work, 0) if work > self.first else (self.first, self.slope)
-        bound = host.tail != WHOLE and host.launch + host.tail > self.first  # the launch outlasts the GPU's work
+        # whether the launch outlasts the GPU's work
+        bound = host.tail != WHOLE and host.launch + host.tail > host.head + self.first
         return host.schedule + host.begin_ps(self.first) + host.update, 0 if bound else self.slope
 
     def steps_alike(self, ahead: bool) -> int:
@@ -135,7 +137,7 @@ class StepCost(NamedTuple):
         elif host.tail == WHOLE:
             return self.steps
         else:
-            wait = host.launch + host.tail - self.first
+            wait = host.launch + host.tail - host.head - self.first
         if wait <= 0 or self.slope == 0:
             return self.steps
         return min(self.steps, wait // self.slope + 1)  # then the GPU is the slower

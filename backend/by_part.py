@@ -75,13 +75,12 @@ class ByPart(Backend):
         if batch.prefills or batch.drafts:
             rank = self._rank(batch)
             first = self._ps(self._parts(rank))
-            one_graph = not batch.prefills and rank.most <= self.efficiency.graph_tokens
-            launch = 0 if one_graph else self._launch(rank.most)
+            launch = self._launch_of(rank.most, bool(batch.prefills))
             return StepCost(max(first, launch, self._floor), 0, 1, self._host)
         all_slots = batch.decodes + batch.padded
         slots = -(-all_slots // self.parallel.data)
         first, slope, steps = self._decodes(slots, batch.context * slots // all_slots, slots, all_slots)
-        return self._not_below(self._floor_of(slots), first, slope, steps)
+        return self._not_below(max(self._floor, self._launch_of(slots, False)), first, slope, steps)
 
     def together(self, batches: Sequence[Batch]) -> StepCost:
         """As `Backend.together`: experts see the tokens of all ranks, and a rank without any computes one for nothing.
@@ -91,13 +90,14 @@ class ByPart(Backend):
         """
         counts = [self._tokens(batch) or 1 for batch in batches]
         most, all_tokens = max(counts), sum(counts)
-        if any(batch.prefills for batch in batches):
+        if any(batch.prefills or batch.drafts for batch in batches):
             first = max(self._ps(self._parts(self._own(batch, most, all_tokens))) for batch in batches)
-            return StepCost(max(first, self._launch(most), self._floor), 0, 1, self._host)
+            launch = self._launch_of(most, any(batch.prefills for batch in batches))
+            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
         each = zip(counts, batches, strict=True)
         costs = [StepCost(*self._decodes(slots, batch.context, most, all_tokens)) for slots, batch in each]
         first, slope, steps, _ = slowest(costs)
-        return self._not_below(self._floor_of(most), first, slope, steps)
+        return self._not_below(max(self._floor, self._launch_of(most, False)), first, slope, steps)
 
     def _decodes(self, slots: int, context: int, most: int, all_slots: int) -> tuple[int, int, int]:
         """First, slope and steps of decodes on a rank, as if there were no floor."""
@@ -115,9 +115,9 @@ class ByPart(Backend):
                 steps = room // slots + 1
         return first, slope, steps
 
-    def _floor_of(self, slots: int) -> int:
-        """No step of so many decodes on a rank is shorter, ps."""
-        return self._floor if slots <= self.efficiency.graph_tokens else max(self._floor, self._launch(slots))
+    def _launch_of(self, most: int, prompts: bool) -> int:
+        """No step whose rank with most tokens has so many, some of ``prompts``, is shorter, ps: 0 of one CUDA graph."""
+        return 0 if most <= self.efficiency.graph_tokens and not prompts else self._launch(most)
 
     def _not_below(self, floor: int, first: int, slope: int, steps: int) -> StepCost:
         if floor > first:
@@ -271,8 +271,6 @@ class ByPart(Backend):
             lines["DP-attention"] = (
                 "each rank has its own requests and KV; a step ends with the slowest, idle ones run a token for nothing"
             )
-        if parallel.pipeline > 1:
-            lines["pipeline"] = "a step passes all stages before the next begins; vLLM keeps one under way in each"
         if e.floor_ms or e.overhead_ms:
             lines["host"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
         return lines

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from functools import cache
 
+GPT_OSS_TOKENS = 1024  # likewise of gpt-oss, whatever ``max_num_seqs``: vLLM's GptOssForCausalLMConfig
 GRAPH_TOKENS = 512  # tokens of the largest graph that vLLM 0.23 captures
 
 

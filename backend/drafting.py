@@ -11,6 +11,7 @@ an EAGLE3 head, 4.79 without; of those 1.51 ms the parts that are priced explain
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -62,6 +63,12 @@ class WithDrafts:
         return Drafting(backend, replace(settings, **own).build(self.draft, gpu, parallel), self.draft.name, each)
 
 
+def _further(batch: Batch) -> Batch:
+    """The pass after the first over the requests of ``batch``: a token of each."""
+    context = batch.context + sum(chunk.start + chunk.length for chunk in batch.prefills)
+    return Batch((), batch.decodes + len(batch.prefills), context)
+
+
 class Drafting(Backend):
     """Prices steps as ``target`` does, and the passes of the ``draft`` after them; None: those cost nothing.
 
@@ -80,12 +87,20 @@ class Drafting(Backend):
         cost = self.target.step(batch)
         if self.draft is None or not batch.proposes:
             return cost
-        first = cost.first + self.draft.step(batch).first + batch.proposes * self._each
-        if batch.proposes > 1:
-            requests = batch.decodes + len(batch.prefills)
-            context = batch.context + sum(chunk.start + chunk.length for chunk in batch.prefills)
-            first += (batch.proposes - 1) * self.draft.step(Batch((), requests, context)).first
-        return StepCost(first, 0, 1, cost.host)
+        further = self.draft.step(_further(batch)).first if batch.proposes > 1 else 0
+        return self._with_passes(cost, self.draft.step(batch).first, further, batch.proposes)
+
+    def together(self, batches: Sequence[Batch]) -> StepCost:
+        """As `step`, of a step of all ranks; a rank passes over its tokens as often as any other."""
+        cost, proposes = self.target.together(batches), max(batch.proposes for batch in batches)
+        if self.draft is None or not proposes:
+            return cost
+        further = self.draft.together([_further(batch) for batch in batches]).first if proposes > 1 else 0
+        return self._with_passes(cost, self.draft.together(batches).first, further, proposes)
+
+    def _with_passes(self, cost: StepCost, first: int, further: int, passes: int) -> StepCost:
+        """``cost`` and that of ``passes`` passes: ``first`` ps of the first one, ``further`` of each after it."""
+        return StepCost(cost.first + first + (passes - 1) * further + passes * self._each, 0, 1, cost.host)
 
     def assumptions(self) -> dict[str, str]:
         """Those of the cost model within, and what drafting costs."""

@@ -35,7 +35,9 @@ class Slowed(Backend):
         cost = self.within.step(batch)
         host = cost.host
         if host is not NO_HOST:
-            times = {name: round(getattr(host, name) * self.factor) for name in ("schedule", "launch", "update")}
+            times = {
+                name: round(getattr(host, name) * self.factor) for name in ("schedule", "launch", "update", "head")
+            }
             tail = {"tail": round(host.tail * self.factor)} if host.tail != NO_HOST.tail else {}
             host = host._replace(**times, **tail)
         return StepCost(max(1, round(cost.first * self.factor)), round(cost.slope * self.factor), cost.steps, host)

@@ -48,9 +48,14 @@ class Slo(Spec):
 
 
 class Kv(Spec):
-    """The KV pool of a replica: measured (`blocks` or `tokens`), or worked out from the GPU's memory."""
+    """The KV pool of a replica: measured (`blocks` or `tokens`), or worked out from the GPU's memory.
 
-    blocks: Positive | None = Field(None, description="Blocks of block_size tokens, as an engine's log says.")
+    With ranks of DP-attention (`parallel.data`) what is measured is of each.
+    """
+
+    blocks: Positive | None = Field(
+        None, description="Blocks of block_size tokens, as an engine's log says; of each rank of parallel.data."
+    )
     tokens: Positive | None = Field(None, description="Token slots, instead of blocks.")
     block_size: Positive = Field(16, description="Tokens a block.")
     memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of the memory in use.")

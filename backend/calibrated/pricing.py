@@ -31,6 +31,8 @@ class Calibrated(Backend):
         self._update = _ps(host.update_s), _ps(host.update_request_s)
         self._launch = {"graph": _ps(host.graph_s), "piecewise": _ps(host.piecewise_s), "eager": _ps(host.eager_s)}
         self._tail = _ps(host.tail_s)
+        self._head = {kind: min(_ps(host.head_s), launch) for kind, launch in self._launch.items()}
+        self._floor = {"piecewise": _ps(gpu.piecewise_floor_s), "eager": _ps(gpu.eager_floor_s)}
         self.arrival, self.arrival_token = _ps(host.arrival_s), _ps(host.arrival_token_s)
         self._decodes: dict[int, tuple[int, int, Host]] = {}
         self._matmuls: dict[int, int] = {}
@@ -58,6 +60,7 @@ class Calibrated(Backend):
             self._launch["graph" if whole else "eager"],
             update[0] + update[1] * slots,
             WHOLE if whole else self._tail,
+            0 if whole else self._head["eager"],
         )
         kv = _ps(self._gpu.kv_s * float(between(self._gpu.kv_residual, np.array([slots]))[0]))
         return fixed, kv, host
@@ -77,14 +80,16 @@ class Calibrated(Backend):
             matmuls = self._matmuls[computed] = max(1, round(seconds * PS))
         gpu = matmuls + self._sequence * sequences + self._kv_mixed * batch.context
         gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
+        kind = "piecewise" if computed <= self.limit and self.profile.piecewise else "eager"
         schedule, update = self._schedule, self._update
         host = Host(
             schedule[0] + schedule[1] * sequences + schedule[2] * tokens,
-            self._launch["piecewise" if computed <= self.limit and self.profile.piecewise else "eager"],
+            self._launch[kind],
             update[0] + update[1] * sequences,
             self._tail,
+            self._head[kind],
         )
-        return StepCost(gpu, 0, 1, host)
+        return StepCost(max(gpu, self._floor[kind]), 0, 1, host)
 
     def assumptions(self) -> dict[str, str]:
         """Which profile prices the steps, how far off it was on steps left out of its fit, and what it assumes."""

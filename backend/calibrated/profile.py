@@ -2,10 +2,13 @@
 
 GPU time of a step that computes T tokens (padded to a CUDA graph's size where one is replayed) for N sequences::
 
-    (weights^p + (token · T)^p)^(1/p) · residual(T)   the matmuls: from memory- to compute-bound
+    (weights^p + (token · T)^p)^(1/p) · residual(T)   the matmuls: from memory- to compute-bound; of a mixture of
+                                                      experts, weights + experts · (1 − (1 − share)^T)
     + sequence · N                                    LM head and sampler
     + kv · residual(N) · Σ context                    decodes' attention (another rate beside chunks)
     + pair · Σ query–key pairs + chunk + request · n  n chunks' attention
+
+It is at least the floor of its kind of step, where worker processes launch it kernel by kernel.
 
 Host time: scheduling and updating, each fixed + per request + per token; launching, by how the step runs (one CUDA
 graph, piecewise graphs, or kernel by kernel); taking requests in. `backend.fitting.fit` fits all of it to a recording,
@@ -30,6 +33,7 @@ from typing_extensions import TypedDict
 from chairlift.backend.checked import MOST_TEXT, a_file, wrong
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.names import hint
+from chairlift.backend.parallel import Parallel
 
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 FORMAT = 1
@@ -78,7 +82,7 @@ def between(residual: Knots, at: Floats) -> Floats:
 class GpuTime:
     """The coefficients of GPU time, seconds; the module's docstring has the form."""
 
-    weights_s: Some  # to read the weights once
+    weights_s: Some  # to read once the weights that every token uses
     token_s: Some  # a token's matmuls where they are compute-bound
     sharpness: Sharpness  # p: how abruptly one bound takes over from the other
     sequence_s: Seconds  # LM head and sampler, each sequence
@@ -90,11 +94,16 @@ class GpuTime:
     decode_residual: Knots = ((1, 1.0),)
     chunk_residual: Knots = ((1, 1.0),)
     kv_residual: Knots = ((1, 1.0),)  # by decodes, decode-only steps
+    experts_s: Seconds = 0.0  # to read all experts once
+    expert_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the experts that one token is sent to
+    piecewise_floor_s: Seconds = 0.0  # of a step with chunks that fits the captured graphs
+    eager_floor_s: Seconds = 0.0  # of a larger one
 
     def matmuls(self, tokens: Floats, residual: Knots) -> Floats:
         """Seconds of the matmuls of ``tokens`` tokens, corrected by ``residual``."""
         p = self.sharpness
-        bound = (self.weights_s**p + (self.token_s * tokens) ** p) ** (1 / p)
+        read = self.weights_s + self.experts_s * (1 - (1 - self.expert_share) ** tokens)
+        bound = (read**p + (self.token_s * tokens) ** p) ** (1 / p)
         found: Floats = bound * between(residual, tokens)
         return found
 
@@ -103,6 +112,7 @@ class GpuTime:
         return replace(
             self,
             weights_s=self.weights_s / bandwidth,
+            experts_s=self.experts_s / bandwidth,
             kv_s=self.kv_s / bandwidth,
             kv_mixed_s=self.kv_mixed_s / bandwidth,
             token_s=self.token_s / compute,
@@ -127,6 +137,7 @@ class HostTime:
     piecewise_s: Seconds  # launch of a step with chunks that fits the captured graphs
     eager_s: Seconds  # launch of a larger step, kernel by kernel
     tail_s: Seconds  # GPU work left once such a launch has ended, however short the step
+    head_s: Seconds = 0.0  # from the start of such a launch until an idle GPU gets its first kernel
 
 
 @with_config(_STRICT)
@@ -182,6 +193,7 @@ class Profile:
     graph_tokens: Tokens = GRAPH_TOKENS  # tokens of the largest captured CUDA graph
     piecewise: bool = True  # whether small steps with chunks replay graphs too, and so are padded to a captured size
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1  # groups of GPUs that hold different experts
     provenance: dict[str, Any] = field(default_factory=dict)
     errors: Errors = field(default_factory=Errors)  # relative, left out of the fit
     spread: dict[Regime, list[Spread]] = field(default_factory=dict)  # the shortest steps first
@@ -201,9 +213,14 @@ class Profile:
         return hashlib.sha256((json.dumps(said, indent=1) + "\n").encode()).hexdigest()[:12]
 
     @property
+    def parallel(self) -> Parallel:
+        """How its GPUs shared the model."""
+        return Parallel(tensor=self.tensor_parallel, expert=self.expert_parallel)
+
+    @property
     def numbers(self) -> str:
         """Twelve hex digits of a hash of all that prices depend on."""
-        priced = ("model", "gpu", "gpu_time", "host", "graph_tokens", "piecewise", "tensor_parallel")
+        priced = ("model", "gpu", "gpu_time", "host", "graph_tokens", "piecewise", "tensor_parallel", "expert_parallel")
         said = asdict(self)
         return hashlib.sha256(json.dumps([said[name] for name in priced]).encode()).hexdigest()[:12]
 

@@ -31,9 +31,9 @@ class Settings:
         profile = load(self.profile)
         if profile.model != model.name:
             raise ProfileError(f"profile {profile.name} is of {profile.model}, not of {model.name}")
-        if profile.tensor_parallel != parallel.tensor or not parallel.only_tensor:
-            asked = parallel.tensor if parallel.only_tensor else f"{parallel.gpus} ({parallel})"
-            raise ProfileError(f"profile {profile.name} is of {profile.tensor_parallel} GPUs, not of {asked}")
+        if profile.parallel != parallel:
+            own, asked = ((p.tensor if p.only_tensor else f"{p.gpus} ({p})") for p in (profile.parallel, parallel))
+            raise ProfileError(f"profile {profile.name} is of {own} GPUs, not of {asked}")
         if profile.gpu != gpu.name:
             if profile.scaled:
                 rule = "itself scaled, and must not be scaled again: name a measured profile"

@@ -7,7 +7,9 @@ let regimes and batch sizes count of which there are few steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +20,15 @@ from chairlift.backend.fitting.steps import (
     EAGER,
     GRAPH,
     KINDS,
-    LONGEST_LAUNCH,
     PIECEWISE,
-    Bools,
+    SHORTEST_S,
     Floats,
+    Spans,
     Steps,
     Waits,
-    chunk_ceilings,
     chunk_times,
     decode_times,
+    idle_launches,
     launch_times,
     predicted,
 )
@@ -36,11 +38,13 @@ CHUNK_KNOTS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 30
 KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
 NOISE = 0.02  # by how much a step differs from steps like it, relative
+STRAY = 3  # by how many powers of e a term may differ from where its search starts
+DIFF = 1e-4  # the step of numeric derivatives, wide enough for the kinks where the host takes over from the GPU
 STIFF = 0.05  # by how much neighbouring knots of a residual may differ
 TIED = 0.15  # by how much a residual may differ from 1
 FEWEST = 200  # steps of a recording
 CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
-SMALL_PROMPT = 128  # tokens of a step that the GPU finishes no later than its launch
+WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
 GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less on an H200's host
 
 
@@ -58,41 +62,44 @@ class Fit:
     notes: tuple[str, ...]
 
 
-def fit(steps: Steps) -> Fit:
-    """The cost model of ``steps``. Raises `CalibrationError`."""
+def fit(steps: Steps, expert_share: float = 0.0) -> Fit:
+    """The cost model of ``steps``; ``expert_share`` of the experts see a token. Raises `CalibrationError`."""
     from threadpoolctl import threadpool_limits
 
     if len(steps) < FEWEST:
         raise CalibrationError(f"{len(steps)} steps are too few: at least {FEWEST} are needed")
     with threadpool_limits(limits=1, user_api="blas"):
-        return _fit(steps)
+        return _fit(steps, expert_share)
 
 
-def _fit(steps: Steps) -> Fit:
-    rows, seconds = decode_times(steps)
+def _fit(steps: Steps, share: float) -> Fit:
+    usual = idle_launches(steps)
+    rows, seconds = decode_times(steps, usual)
     _spread(steps, rows, "decode-only", "kv_s", steps.context)
     _spread(steps, rows, "decode-only", "weights_s", steps.computed)
-    rough = _Form(mixed=False, chunks=False).fitted(steps, rows, seconds, np.zeros(len(rows), dtype=bool))
+    rough, *_ = _Form(share, mixed=False, chunks=False, workers=False).fitted(steps, _singles(steps, rows, seconds))
     decode_s = np.where(steps.kind == GRAPH, predicted(rough, steps), 0.0)
     notes: list[str] = []
-    host, launched = _host(steps, decode_s, notes)
+    host, launched = _host(steps, decode_s, usual, notes)
     launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
-    chunk_rows, chunk_seconds = chunk_times(steps, decode_s, launch)
+    chunk_rows, *_ = chunk_times(steps, decode_s, launch)
     _spread(steps, chunk_rows, "chunk", "token_s", steps.prompt)
     _spread(steps, chunk_rows, "chunk", "pair_s", steps.pairs)
     mixed = chunk_rows[steps.decodes[chunk_rows] > 0]
     if len(mixed) < 20:
         notes.append(f"{len(mixed)} mixed steps show their GPU time: decodes beside chunks cost what they do alone")
-    both = _Form(mixed=len(mixed) >= 20, chunks=True)
-    most_rows, most = chunk_ceilings(steps, launch)
-    gpu = both.fitted(
-        steps,
-        np.concatenate([rows, chunk_rows, most_rows]),
-        np.concatenate([seconds, chunk_seconds, most]),
-        np.arange(len(rows) + len(chunk_rows) + len(most_rows)) >= len(rows) + len(chunk_rows),
-    )
-    gpu = _mean(gpu, steps, rows, seconds, "decode_residual", "kv_residual")
-    gpu = _mean(gpu, steps, chunk_rows, chunk_seconds, "chunk_residual")
+    workers = host.eager_s < WORKERS_S and not steps.launch_known
+    both = _Form(share, mixed=len(mixed) >= 20, chunks=True, workers=workers)
+    spans = _spans(steps, launch)
+    gpu, head, tail = both.fitted(steps, spans)
+    singles = _singles(steps, rows, seconds)
+    gpu = _mean(gpu, steps, singles, 0.0, 0.0, "decode_residual", "kv_residual")
+    ends_with_chunk = spans.known & (steps.chunks > 0)[spans.rows.max(axis=1)]
+    gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk)), head, tail, "chunk_residual")
+    if not steps.launch_known:
+        host = replace(host, head_s=head, tail_s=tail)
+    if workers:
+        notes.append("worker processes launch the steps: kernel by kernel, that sets a floor to their GPU time")
     counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": launched}
     return Fit(gpu, host, counts, tuple(notes))
 
@@ -112,76 +119,155 @@ def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by:
         )
 
 
-def _mean(gpu: GpuTime, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, *tables: str) -> GpuTime:
+def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *tables: str) -> GpuTime:
     """``gpu`` with its ``tables`` lifted from the typical step to the mean one: a run's total time is to be right.
 
     A robust fit describes the typical step, and stalls make the mean longer. The worst percent is left out.
     """
-    few = _take(steps, rows)
-    off = seconds - predicted(gpu, few)
-    kept = off <= np.quantile(off / seconds, 0.99) * seconds
-    factor = seconds[kept].sum() / predicted(gpu, _take(few, np.flatnonzero(kept))).sum()
-    lifted = {name: tuple((at, float(value * factor)) for at, value in getattr(gpu, name)) for name in tables}
-    return GpuTime(**{**vars(gpu), **lifted})
+    if not len(spans):
+        return gpu
+    span, last = np.arange(len(spans)), (spans.done < np.inf).sum(axis=1) - 1
+    seconds = spans.done[span, last] - spans.origin
+
+    def lifted(factor: float) -> GpuTime:
+        tables_of = {name: tuple((at, value * factor) for at, value in getattr(gpu, name)) for name in tables}
+        return GpuTime(**{**vars(gpu), **tables_of})
+
+    def told(factor: float) -> Floats:
+        gpu_s = predicted(lifted(factor), steps)
+        found: Floats = spans.seconds(gpu_s, steps.chunks > 0, head, tail)[span, last]
+        return found
+
+    late = seconds / told(1.0)
+    kept = late <= np.quantile(late, 0.99)
+    low, high = 0.8, 1.25
+    for _ in range(12):
+        middle = math.sqrt(low * high)
+        if told(middle)[kept].sum() < seconds[kept].sum():
+            low = middle
+        else:
+            high = middle
+    return lifted(math.sqrt(low * high))
 
 
 class _Form:
     """The coefficients of GPU time as one vector of numbers near 1, for least squares."""
 
-    NAMES = ("weights_s", "token_s", "sharpness", "sequence_s", "kv_s", "kv_mixed_s", "pair_s", "chunk_s", "request_s")
-    UNITS = (1e-3, 1e-6, 1.0, 1e-6, 1e-9, 1e-9, 1e-12, 1e-3, 1e-6)
-    START = (5.0, 20.0, 4.0, 5.0, 30.0, 60.0, 1.0, 0.3, 5.0)
-    LOW = (1e-3, 1e-3, 1.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    HIGH = (1e4, 1e6, 12.0, 1e4, 1e5, 1e5, 1e5, 50.0, 1e4)
+    # Where a search starts, and how far it may stray: by so many powers of e.
+    TERMS: ClassVar[dict[str, float]] = {
+        "weights_s": 5e-3,
+        "token_s": 20e-6,
+        "sharpness": 2.0,  # above 1
+        "sequence_s": 5e-6,
+        "kv_s": 30e-9,
+        "kv_mixed_s": 60e-9,
+        "pair_s": 1e-12,
+        "chunk_s": 0.2e-3,
+        "request_s": 20e-6,
+        "experts_s": 10e-3,
+        "piecewise_floor_s": 5e-3,
+        "eager_floor_s": 20e-3,
+        "head_s": 2e-3,
+        "tail_s": 1e-3,
+    }
 
-    def __init__(self, mixed: bool, chunks: bool) -> None:
+    def __init__(self, share: float, mixed: bool, chunks: bool, workers: bool) -> None:
+        self.share = share  # of the experts that a token is sent to; 0: there are none
         self.mixed = mixed  # whether decodes in steps with chunks have a rate of their own
         self.chunks = chunks  # whether there are steps with chunks at all
+        self.workers = workers  # whether launches kernel by kernel set a floor to GPU time
 
-    def fitted(self, steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, ceiling: Bools) -> GpuTime:
-        """The coefficients by which ``rows`` take ``seconds``; where ``ceiling`` holds, at most ``seconds``."""
+    def fitted(self, steps: Steps, spans: Spans) -> tuple[GpuTime, float, float]:
+        """The coefficients by which ``spans`` of ``steps`` end when they did, and head and tail of `HostTime`."""
         from scipy.optimize import least_squares
 
-        kept, weight = _sample(steps, rows)
-        rows, seconds, ceiling = rows[kept], seconds[kept], ceiling[kept]
-        few = _take(steps, rows)
+        last = spans.rows.max(axis=1)
+        kept, weight = _sample(steps, last)
+        spans = spans.take(kept)
+        used, places = np.unique(spans.rows, return_inverse=True)
+        few = _take(steps, used)
+        spans = replace(spans, rows=places.reshape(spans.rows.shape))
+        length = (spans.done < np.inf).sum(axis=1)
+        span, at = np.arange(len(spans)), length - 1
+        observed = spans.done - spans.origin[:, None]
+        seconds = observed[span, at]
+        inner = np.arange(observed.shape[1]) < (at + ~spans.known)[:, None]
+        chunked = few.chunks > 0
         knots = [_within(DECODE_KNOTS, few.computed[few.chunks == 0])]
         knots.append(_within(CHUNK_KNOTS, few.computed[few.chunks > 0]) if self.chunks else (1,))
         knots.append(_within(KV_KNOTS, few.decodes[few.chunks == 0]))
         sizes = [len(k) for k in knots]
-        cuts = np.cumsum([len(self.NAMES), *sizes])[:-1]
 
-        def gpu_of(x: Floats) -> GpuTime:
-            head = dict(zip(self.NAMES, (float(v * u) for v, u in zip(x, self.UNITS, strict=False)), strict=True))
-            if not self.mixed:
-                head["kv_mixed_s"] = head["kv_s"]
+        alone = (length == 1) & spans.known
+        start = self._start(_take(few, spans.rows[alone, 0]), seconds[alone])
+        names = list(start)
+        cuts = np.cumsum([len(names), *sizes])[:-1]
+
+        def gpu_of(x: Floats) -> tuple[GpuTime, float, float]:
+            terms = {name: start[name] * math.exp(v) for name, v in zip(names, x, strict=False)}
+            terms["sharpness"] += 1
+            head, tail = terms.pop("head_s", 0.0), terms.pop("tail_s", 0.0)
+            terms.setdefault("kv_mixed_s", terms["kv_s"])
             logs = np.split(x, cuts)[1:]
             tables = [tuple(zip(k, np.exp(v).tolist(), strict=True)) for k, v in zip(knots, logs, strict=True)]
-            return GpuTime(**head, decode_residual=tables[0], chunk_residual=tables[1], kv_residual=tables[2])
+            named: dict[str, Any] = dict(zip(("decode_residual", "chunk_residual", "kv_residual"), tables, strict=True))
+            none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s"}, 0.0)
+            return GpuTime(**{**none, **terms}, **named, expert_share=self.share), head, tail
 
         def off(x: Floats) -> Floats:
-            log = (np.log(predicted(gpu_of(x), few)) - np.log(seconds)) / NOISE
-            log = np.where(ceiling, np.maximum(log, 0), log)
+            gpu, head, tail = gpu_of(x)
+            ends = spans.seconds(predicted(gpu, few), chunked, head, tail)
+            log = np.where(spans.known, np.log(ends[span, at] / seconds), 0.0)
+            late = np.log(np.where(inner, np.maximum(ends / observed, 1.0), 1.0).max(axis=1))
+            log = np.concatenate([log, late]) / NOISE
             robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1, of the data only
-            parts = [robust * weight]
+            parts = [robust * np.concatenate([weight, weight])]
+            parts.append(x[: len(names)] / STRAY)
             for table in np.split(x, cuts)[1:]:
                 parts += [np.diff(table) / STIFF, table / TIED]
             return np.concatenate(parts)
 
-        start = np.concatenate([self._start(few, seconds), np.zeros(sum(sizes))])
-        low = np.concatenate([self.LOW, np.full(sum(sizes), -1.0)])
-        high = np.concatenate([self.HIGH, np.full(sum(sizes), 1.0)])
-        found = least_squares(
-            off, start, bounds=(low, high), x_scale=np.maximum(np.abs(start), 0.05), method="dogbox", ftol=1e-6
-        )
+        found = least_squares(off, np.zeros(len(names) + sum(sizes)), method="lm", ftol=1e-5, diff_step=DIFF)
         return gpu_of(found.x)
 
-    def _start(self, steps: Steps, seconds: Floats) -> Floats:
-        start = np.array(self.START)
-        start[0] = seconds.min() * 1e3
+    def _start(self, steps: Steps, seconds: Floats) -> dict[str, float]:
+        """Where the search begins: a value of each term that takes part."""
+        start = dict(self.TERMS)
+        start["weights_s"] = float(seconds.min())
+        if not self.chunks:
+            for name in ("pair_s", "chunk_s", "request_s", "kv_mixed_s", "head_s", "tail_s"):
+                del start[name]
+        if not self.mixed:
+            start.pop("kv_mixed_s", None)
+        if self.share:
+            start["experts_s"] = max(1e-3, float(np.quantile(seconds, 0.75)) - start["weights_s"])
+        else:
+            del start["experts_s"]
+        if self.workers:
+            for name, kind in (("piecewise_floor_s", PIECEWISE), ("eager_floor_s", EAGER)):
+                small = seconds[(steps.chunks > 0) & (steps.kind == kind)]
+                start[name] = float(np.quantile(small, 0.1)) if len(small) else 1e-3
+            del start["tail_s"]
+        else:
+            del start["piecewise_floor_s"], start["eager_floor_s"]
         if self.chunks:
-            start[1] = np.median((seconds / steps.computed)[steps.computed >= np.quantile(steps.computed, 0.9)]) * 1e6
+            many = steps.computed >= np.quantile(steps.computed, 0.9)
+            start["token_s"] = float(np.median((seconds / steps.computed)[many]))
         return start
+
+
+def _singles(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> Spans:
+    """Steps whose GPU time is known, as spans of one step."""
+    never = np.full((len(rows), 1), -np.inf)
+    none = np.zeros(len(rows))
+    return Spans(rows[:, None], none, none, never, never, seconds[:, None], np.ones(len(rows), dtype=bool))
+
+
+def _spans(steps: Steps, launch: Floats) -> Spans:
+    """What tells the GPU times of ``steps``."""
+    if steps.gpu_known:
+        return _singles(steps, np.arange(len(steps)), steps.gpu)
+    return Spans.of(steps, launch)
 
 
 def _within(knots: tuple[int, ...], tokens: Floats) -> tuple[int, ...]:
@@ -236,13 +322,13 @@ def _linear(columns: list[Floats], values: Floats, noise: float) -> Floats:
     return result
 
 
-def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, int]:
+def _host(steps: Steps, decode_s: Floats, usual: Floats, notes: list[str]) -> tuple[HostTime, int]:
     one = np.ones(len(steps))
     schedule = _linear([one, steps.sequences, steps.prompt], steps.schedule_cpu, 2e-5)
     known = np.isfinite(steps.turn)
     turn_columns = [one, steps.turn_tokens, steps.added, steps.added_tokens]
     turn = _linear([c[known] for c in turn_columns], steps.turn[known], 5e-5)
-    rows, seconds = launch_times(steps, decode_s)
+    rows, seconds = launch_times(steps, decode_s, usual)
     launch = {}
     for kind in (PIECEWISE, EAGER):
         mine = steps.kind[rows] == kind
@@ -260,9 +346,9 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
         if kind not in launch:
             launch[kind] = launch[other]
             notes.append(f"no {KINDS[kind]} launch shows: taken to be as long as a {KINDS[other]} one")
-    waits = Waits.of(steps)
+    waits = Waits.of(steps, usual)
     room = (steps.done - waits.ready)[np.isfinite(waits.ready) & (waits.kind == GRAPH)]
-    bound = float(np.quantile(room, 0.01)) if len(room) else LONGEST_LAUNCH[GRAPH]
+    bound = float(np.quantile(room, 0.01)) if len(room) else SHORTEST_S
     graph_s = min(bound, GRAPH_LAUNCH_S)
     if steps.launch_known:
         graph_s = float(np.median(steps.launch[steps.kind == GRAPH]))
@@ -271,11 +357,6 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
             f"launch of a whole graph is hidden by the GPU everywhere: below {bound * 1e3:.1f} ms,"
             f" {graph_s * 1e3:.1f} ms assumed"
         )
-    small = steps.woke & (steps.kind == PIECEWISE) & (steps.computed <= SMALL_PROMPT)
-    small &= steps.last | np.append(steps.woke[1:], True)
-    whole = (steps.done - steps.schedule - steps.schedule_cpu)[small]
-    fast = seconds[steps.kind[rows] == PIECEWISE]
-    tail = max(0.0, float(np.median(whole) - np.quantile(fast, 0.1))) if small.sum() >= 3 and len(fast) else 0.0
     host = HostTime(
         schedule_s=schedule[0],
         schedule_request_s=schedule[1],
@@ -287,7 +368,7 @@ def _host(steps: Steps, decode_s: Floats, notes: list[str]) -> tuple[HostTime, i
         graph_s=graph_s,
         piecewise_s=launch[PIECEWISE],
         eager_s=launch[EAGER],
-        tail_s=_tail(steps, launch[EAGER]) if steps.gpu_known else tail,
+        tail_s=_tail(steps, launch[EAGER]) if steps.gpu_known else 0.0,
     )
     return HostTime(**{name: float(value) for name, value in vars(host).items()}), len(rows)
 

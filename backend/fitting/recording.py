@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import csv
 
 from chairlift.backend.checked import a_file
+from chairlift.backend.cuda_graphs import GPT_OSS_TOKENS
 from chairlift.backend.names import hint
+from chairlift.backend.parallel import Parallel
 
 Column = npt.NDArray[Any]
 Table = dict[str, Column]
@@ -90,6 +94,23 @@ class Recording:
     engine: dict[str, Any]  # GPU, engine version, the model's own config
     experiments: dict[str, Experiment]
 
+    @property
+    def parallel(self) -> Parallel:
+        """How the GPUs shared the model, by vLLM's names of its arguments."""
+        extra = self.engine.get("extra")
+        extra = extra if isinstance(extra, dict) else {}
+        tensor = extra.get("tensor_parallel_size", 1)
+        if not isinstance(tensor, int) or tensor < 1:
+            raise RecordingError(
+                f"{self.folder}: engine.extra.tensor_parallel_size must be at least 1 (got {tensor!r})"
+            )
+        return Parallel(tensor=tensor, expert=tensor if extra.get("enable_expert_parallel") else 1)
+
+    @property
+    def shape(self) -> str:
+        """The model's own name: that of the files, without what it says of the parallelism."""
+        return re.sub(r"(-tp\d+)?(-ep)?$", "", self.model) if self.parallel.gpus > 1 else self.model
+
     def select(self, names: list[str] | None) -> list[Experiment]:
         """The experiments called ``names``; all if None. Raises `RecordingError` with the nearest name."""
         if not names:
@@ -112,7 +133,7 @@ def read(folder: Path, model: str) -> Recording:
         hint = f"it has {', '.join(known)}" if known else "it has no *_summary.json"
         raise RecordingError(f"{folder}: no recording of {model!r}: {hint}")
     summary = _summary(summary_path)
-    requests = _table(folder / f"{prefix}requests.csv.gz", REQUEST_COLUMNS)
+    requests = _table(folder / f"{prefix}requests.csv.gz", REQUEST_COLUMNS, ends="last_token_s")
     steps = _table(folder / f"{prefix}steps.csv.gz", STEP_COLUMNS)
     gaps = _gaps(folder / f"{prefix}itl.npz")
     experiments: dict[str, Experiment] = {}
@@ -122,7 +143,7 @@ def read(folder: Path, model: str) -> Recording:
             raise RecordingError(f"{at}: an experiment needs a name")
         name = facts["name"]
         limits = facts.get("engine")
-        limits = limits if isinstance(limits, dict) else {}
+        limits = dict(limits) if isinstance(limits, dict) else {}
         missing = [k for k in LIMITS if not isinstance(limits.get(k), int)]
         if missing:
             raise RecordingError(f"{at}.engine: {name} lacks {', '.join(missing)}")
@@ -130,6 +151,8 @@ def read(folder: Path, model: str) -> Recording:
             least = 2 if key == "num_gpu_blocks" else 1  # vLLM counts its null block among them
             if isinstance(limits[key], bool) or not least <= limits[key] <= MOST:
                 raise RecordingError(f"{at}.engine.{key}: must be at least {least} (got {limits[key]!r})")
+        if _is_gpt_oss(summary["engine"]):
+            limits.setdefault("graph_tokens", min(GPT_OSS_TOKENS, limits["max_num_batched_tokens"]))
         if name in experiments:
             raise RecordingError(f"{at}: a second experiment {name!r}")
         own = [
@@ -139,6 +162,12 @@ def read(folder: Path, model: str) -> Recording:
         _check(name, own[0], own[1], folder)
         experiments[name] = Experiment(name, limits, facts, own[0], own[1], gaps.get(name))
     return Recording(folder, model, summary["engine"], experiments)
+
+
+def _is_gpt_oss(engine: dict[str, Any]) -> bool:
+    """Whether the recorded engine is vLLM with gpt-oss, of which it captures larger graphs."""
+    model = engine.get("model")
+    return "vllm" in engine and isinstance(model, dict) and model.get("architectures") == ["GptOssForCausalLM"]
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -153,8 +182,12 @@ def _summary(path: Path) -> dict[str, Any]:
     return data
 
 
-def _table(path: Path, columns: tuple[str, ...]) -> Table:
-    """The columns of a CSV file, gzipped or not; those named ``columns`` are checked numbers."""
+def _table(path: Path, columns: tuple[str, ...], ends: str = "") -> Table:
+    """The columns of a CSV file, gzipped or not; those named ``columns`` are checked numbers.
+
+    Rows of grids that lack ``ends``, or that were scheduled before their grid began, are left out: a grid may be cut
+    off, and its steps before then still tell what they tell.
+    """
     if not path.is_file():
         raise RecordingError(f"{path}: no such file")
     try:
@@ -164,6 +197,11 @@ def _table(path: Path, columns: tuple[str, ...]) -> Table:
     missing = [name for name in ("experiment", *columns) if name not in table.column_names]
     if missing:
         raise RecordingError(f"{path}: lacks the columns {', '.join(missing)}")
+    grid = pc.starts_with(table["experiment"].cast(pa.string()), "grid_")
+    if ends:
+        table = table.filter(pc.invert(pc.and_(grid, pc.is_null(table[ends]))))
+    elif pa.types.is_floating(table["schedule_s"].type):
+        table = table.filter(pc.invert(pc.and_(grid, pc.less(table["schedule_s"], 0.0))))
     if not len(table):
         raise RecordingError(f"{path}: holds no rows, only the names of its columns")
     found: Table = {}

@@ -58,22 +58,24 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
         if kind == GRAPH:
             gpu_end = max(gpu_end, end) + work
         else:
-            gpu_end = max(max(gpu_end, min(start, end)) + work, end + host.tail_s)
+            gpu_end = max(max(gpu_end, min(start, end) + host.head_s) + work, end + host.tail_s)
         foreseen = max(gpu_end, later[i]) if more else gpu_end
         durations[i] = foreseen - scheduled if fresh else max(foreseen - done_before, host.update_s)
         # What is known once the output has come: the GPU had ended by then, and only then unless a launch ended later.
         gpu_end = done if not more or gpu_end >= later[i] else min(gpu_end, done)
         done_before = done
     past = np.where(steps.woke | steps.first, steps.schedule, np.concatenate([[0.0], steps.done[:-1]]))
-    return Foreseen(durations, steps.done - past, steps.regime, steps.experiment)
+    told = ~steps.stalled
+    return Foreseen(durations[told], (steps.done - past)[told], steps.regime[told], steps.experiment[told])
 
 
 def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
     """GPU times alone, of the steps that show theirs."""
     gpu_s = predicted(gpu, steps)
     launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
-    rows, seconds = decode_times(steps)
-    chunk_rows, chunk_seconds = chunk_times(steps, np.where(steps.kind == GRAPH, gpu_s, 0.0), launch)
+    rows, seconds = decode_times(steps, launch)
+    chunk_rows, chunk_seconds, led = chunk_times(steps, np.where(steps.kind == GRAPH, gpu_s, 0.0), launch)
+    chunk_seconds = np.maximum(chunk_seconds - host.head_s * led, 1e-6)
     both = np.concatenate([rows, chunk_rows])
     return Foreseen(gpu_s[both], np.concatenate([seconds, chunk_seconds]), steps.regime[both], steps.experiment[both])
 

@@ -22,14 +22,18 @@ from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment
 
 CLEAR = 1.15  # a step that takes so many times its launch is taken to show the GPU's time
+SURE = 1.75  # after so many times the usual launch of its kind a launch has surely ended
+SHORTEST_S = 0.0025  # and after no less than this
+HEAD_S = 0.004  # within this a launch that goes kernel by kernel has surely reached the GPU
+MOST_STEPS = 24  # of a span: what comes later tells little of each
+STALL = 5  # a step that takes so many times as long as those like it did something else: a kernel was compiled, say
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 GRAPH, PIECEWISE, EAGER = 0, 1, 2  # how a step runs
 KINDS = ("graph", "piecewise", "eager")
-# Seconds after which a launch of each kind has surely ended: the slowest recorded (vLLM 0.23, H200) are 2.4, 12, 31 ms.
-LONGEST_LAUNCH = np.array([0.0025, 0.014, 0.035])
+USUAL_LAUNCH = np.array([0.001, 0.008, 0.018])  # seconds, where a recording shows none: those of vLLM 0.23, 8B, H200
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Steps:
     first: Bools  # whether it is the first step of its experiment
     last: Bools
     woke: Bools  # whether the engine was idle before it
+    stalled: Bools  # whether it took `STALL` times as long as those like it, so that it tells nothing
     gpu: Floats  # GPU time as measured by the engine; NaN if it does not measure
     launch: Floats  # likewise the time of the launch
 
@@ -147,14 +152,30 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "first": first,
         "last": last,
         "woke": woke,
+        "stalled": _stalled(done - schedule, chunks, decodes, computed, woke),
         "gpu": table["gpu_s"].astype(np.float64) if "gpu_s" in table else unknown,
         "launch": table["launch_s"].astype(np.float64) if "launch_s" in table else unknown,
     }
 
 
+def _stalled(seconds: Floats, chunks: Floats, decodes: Floats, computed: Floats, woke: Bools) -> Bools:
+    """Which steps took `STALL` times as long as those like them, and as those like the step whose launch they bore.
+
+    Alike are steps of one experiment, with chunks or without, whose tokens round to the same power of two.
+    """
+    like = np.rint(np.log2(np.maximum(computed, 1))) * 4 + (chunks > 0) * 2 + (decodes > 0)
+    usual = np.empty(len(seconds))
+    for each in np.unique(like):
+        usual[like == each] = np.median(seconds[like == each])
+    follows = np.where(np.append(woke[1:], True), 0.0, np.append(usual[1:], 0.0))
+    found: Bools = seconds > STALL * np.maximum(usual, follows)
+    return found
+
+
 def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     """GPU seconds of each step by the form of `backend.calibrated.profile`."""
     chunked = steps.chunks > 0
+    floor = np.array([0.0, gpu.piecewise_floor_s, gpu.eager_floor_s])[steps.kind]
     matmuls = np.where(
         chunked,
         gpu.matmuls(steps.computed, gpu.chunk_residual),
@@ -169,7 +190,7 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
         + chunked * gpu.chunk_s
         + gpu.request_s * steps.chunks
     )
-    return found
+    return np.maximum(found, np.where(chunked, floor, 0.0))
 
 
 @dataclass(frozen=True)
@@ -181,38 +202,61 @@ class Waits:
     sure: Bools  # whether the step surely ended on the GPU after that launch, so that ``done`` is the GPU's
 
     @classmethod
-    def of(cls, steps: Steps) -> Waits:
-        """Of each of ``steps``."""
+    def of(cls, steps: Steps, launch: Floats) -> Waits:
+        """Of each of ``steps``, where ``launch`` holds the usual seconds of each kind's launch."""
         follows = ~steps.last & ~np.append(steps.woke[1:], True)
         ready = np.where(follows, np.append((steps.schedule + steps.schedule_cpu)[1:], np.inf), np.inf)
         kind = np.append(steps.kind[1:], GRAPH)
         room = np.where(follows, steps.done - ready, np.inf)
-        return cls(ready, kind, room > LONGEST_LAUNCH[kind])
+        return cls(ready, kind, room > np.maximum(SURE * launch, SHORTEST_S)[kind])
 
 
-def decode_times(steps: Steps) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Steps of decodes alone that show their GPU time: their indices, and the times in seconds."""
+def idle_launches(steps: Steps) -> Floats:
+    """The usual launch of each kind, seconds: where the engine was idle, it schedules the next step right after it."""
+    begun, ends, idle = _idle(steps)
+    usual = USUAL_LAUNCH.copy()
+    for kind in (PIECEWISE, EAGER):
+        mine = idle & (steps.kind == kind)
+        if mine.sum() >= 3:
+            usual[kind] = np.median((ends - begun)[mine])
+    return usual
+
+
+def _idle(steps: Steps) -> tuple[Floats, Floats, Bools]:
+    """When each launch began and ended, and whether that shows because the engine was idle before."""
+    begun = steps.schedule + steps.schedule_cpu
+    ends = np.append(steps.schedule[1:], np.inf)
+    follows = ~steps.last & ~np.append(steps.woke[1:], True)
+    quiet = np.append(steps.added[1:], 1.0) == 0
+    shows = steps.woke & follows & quiet & (ends < steps.done) & (steps.chunks > 0) & ~steps.stalled
+    return begun, ends, shows
+
+
+def decode_times(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Steps of decodes alone that show their GPU time: their indices, and the times in seconds.
+
+    ``launch`` holds the usual launch of each kind.
+    """
     if steps.gpu_known:
         rows = np.flatnonzero(steps.kind == GRAPH)
         return rows, steps.gpu[rows]
-    waits = Waits.of(steps)
-    sure = waits.sure
+    sure = Waits.of(steps, launch).sure & ~steps.stalled
     before = np.concatenate([[False], sure[:-1]]) & ~steps.first & ~steps.woke
     steady = np.concatenate([[False], (steps.chunks == 0)[:-1]])  # what precedes it ends with a kernel, not a copy
     rows = np.flatnonzero((steps.kind == GRAPH) & sure & before & steady)
     return rows, steps.done[rows] - steps.done[rows - 1]
 
 
-def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats, Bools]:
     """Steps with chunks that show their GPU time: their indices, and the times in seconds.
 
     ``decode_s`` holds the GPU time that each step of decodes alone should take, ``launch`` the usual launch of each
-    kind.
+    kind. Last comes whether the time begins with the launch, on an idle GPU that first waits for a kernel.
     """
     if steps.gpu_known:
         rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch[steps.kind]))
-        return rows, steps.gpu[rows]
-    sure = Waits.of(steps).sure
+        return rows, steps.gpu[rows], np.zeros(len(rows), dtype=bool)
+    sure = Waits.of(steps, launch).sure & ~steps.stalled
     begun = steps.schedule + steps.schedule_cpu  # its launch
     earlier = np.concatenate([[0.0], steps.done[:-1]])
     two_before = np.concatenate([[0.0, 0.0], steps.done[:-2]])[: len(steps)]
@@ -223,49 +267,110 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     start = np.where(steps.woke, begun, earlier)
     hidden = ~steps.woke & ~sure_before & after_decode
     start = np.where(hidden, np.minimum(earlier, two_before + decode_before), start)
-    start = np.maximum(start, begun)
-    known = steps.woke | sure_before | hidden
+    known = steps.woke | ((sure_before | hidden) & (start - begun > HEAD_S))
     shows = steps.done - begun > CLEAR * launch[steps.kind]  # else the launch set the time
     rows = np.flatnonzero((steps.chunks > 0) & sure & known & shows & ~(steps.first & ~steps.woke))
-    return rows, (steps.done - start)[rows]
+    return rows, (steps.done - start)[rows], steps.woke[rows]
 
 
-def chunk_ceilings(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Small steps with chunks in a row: their indices, and seconds that their GPU time does not exceed.
+@dataclass(frozen=True)
+class Spans:
+    """Stretches of steps between two ends on the GPU that are known: a row each, with a column for each of its steps.
 
-    Their launch hides how long the GPU takes, but it takes no longer than the usual gap between such steps. Where the
-    engine measures GPU times, these are they. ``launch`` is the usual one of each kind.
+    In a train of steps with chunks ``done`` may tell when a launch ended, so single GPU times do not show. But the GPU
+    works off what was launched, and where the train ends that shows. For example: three such steps, launched in 10 ms
+    each, are done at 10, 20 and 36 ms. That the GPU needs 12 ms for each, only the last of these times tells.
     """
-    if steps.gpu_known:
-        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu <= CLEAR * launch[steps.kind]))
-        return rows, steps.gpu[rows]
-    chunked = steps.chunks > 0
-    before = np.concatenate([[False], chunked[:-1]]) & ~steps.woke & ~steps.first
-    rows = np.flatnonzero(chunked & before & (steps.kind == PIECEWISE))
-    gaps = steps.done[rows] - steps.done[rows - 1]
-    like = steps.experiment[rows] * 1e6 + steps.computed[rows]
-    for each in np.unique(like):
-        gaps[like == each] = np.median(gaps[like == each])
-    return rows, gaps
+
+    rows: npt.NDArray[np.int64]  # (spans, longest): indices of steps; -1 behind a span's last one
+    free: Floats  # (spans,): when the GPU had done all before; -inf if it was idle
+    origin: Floats  # (spans,): from when on times count: ``free``, or the first launch's start on an idle GPU
+    begun: Floats  # (spans, longest): when each launch began
+    launched: Floats  # (spans, longest): and when it ended
+    done: Floats  # (spans, longest): when the processing of each output began; inf behind the last one
+    known: (
+        Bools  # (spans,): whether the last ``done`` is the GPU's; else it is no earlier than the GPU's, as the others
+    )
+
+    @classmethod
+    def of(cls, steps: Steps, launch: Floats) -> Spans:
+        """All spans of ``steps``, where ``launch`` holds the usual seconds of each kind's launch."""
+        sure = (Waits.of(steps, launch).sure & ~steps.stalled).tolist()
+        begun = steps.schedule + steps.schedule_cpu
+        earlier = np.concatenate([[np.inf], steps.done[:-1]])
+        shown = np.concatenate([[True], sure[:-1]])  # the launch may have ended before; else the GPU waited for it
+        ends = np.where(shown, np.minimum(earlier, begun + launch[steps.kind]), np.maximum(earlier, begun))
+        ends = np.where(steps.woke | steps.first, begun + launch[steps.kind], ends)
+        # Behind an idle engine a short step ends with its launch, whose length differs from day to day.
+        short = steps.woke & (steps.kind != GRAPH) & (steps.done - begun <= CLEAR * launch[steps.kind])
+        found: list[list[int]] = []
+        open_ = False  # whether the last span of `found` goes on
+        for i, (first, woke, stalled) in enumerate(
+            zip(steps.first.tolist(), steps.woke.tolist(), steps.stalled.tolist(), strict=True)
+        ):
+            if stalled or (first and not woke):
+                open_ = False
+                continue
+            if woke or (sure[i - 1] and not first):
+                found.append([i])
+            elif open_ and len(found[-1]) < MOST_STEPS:
+                found[-1].append(i)
+            else:
+                open_ = False
+                continue
+            open_ = not sure[i]
+        rows = np.full((len(found), max(map(len, found), default=1)), -1)
+        for row, span in zip(rows, found, strict=True):
+            row[: len(span)] = span
+        start, last = rows[:, 0], rows.max(axis=1, initial=-1)
+        free = np.where(steps.woke[start], -np.inf, np.concatenate([[-np.inf], steps.done[:-1]])[start])
+        return cls(
+            rows,
+            free,
+            np.where(steps.woke[start], begun[start], free),
+            begun[rows],
+            ends[rows],
+            np.where(rows >= 0, steps.done[rows], np.inf),
+            np.array(sure, dtype=bool)[last] & ~short[last],
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, kept: npt.NDArray[np.int64]) -> Spans:
+        """The spans with these numbers."""
+        return Spans(**{name: column[kept] for name, column in vars(self).items()})
+
+    def seconds(self, gpu_s: Floats, chunked: Bools, head: float, tail: float) -> Floats:
+        """(spans, longest): when each step ends on the GPU, from the origin, if it takes ``gpu_s[rows]``.
+
+        ``head`` and ``tail`` are those of `HostTime`, for steps of which ``chunked[rows]`` holds.
+        """
+        ended = self.free.copy()
+        found = np.empty(self.rows.shape)
+        work, with_chunks = gpu_s[self.rows], chunked[self.rows]
+        for j in range(self.rows.shape[1]):
+            begin = np.where(with_chunks[:, j], self.begun[:, j] + head, self.launched[:, j])
+            ended = np.maximum(ended, begin) + work[:, j]
+            ended = np.where(with_chunks[:, j], np.maximum(ended, self.launched[:, j] + tail), ended)
+            found[:, j] = ended - self.origin
+        return found
 
 
-def launch_times(steps: Steps, decode_s: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+def launch_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
     """Launches of steps with chunks that show: the indices of the steps, and the launches' seconds.
 
     A launch shows where the engine was idle, for it then schedules the next step right after the launch; and where it
-    outlasted a step of decodes alone before it, whose GPU time ``decode_s`` is known.
+    outlasted a step of decodes alone before it, whose GPU time ``decode_s`` is known. ``launch`` holds the usual launch
+    of each kind.
     """
     if steps.launch_known:  # behind a long step a launch may wait for the GPU
         quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])
         rows = np.flatnonzero((steps.chunks > 0) & quiet)
         return rows, steps.launch[rows]
-    begun = steps.schedule + steps.schedule_cpu
     n = len(steps)
-    follows = ~steps.last & ~np.append(steps.woke[1:], True)
-    ends = np.append(steps.schedule[1:], np.inf)
-    quiet = np.append(steps.added[1:], 1.0) == 0
-    idle = steps.woke & follows & quiet & (ends < steps.done)
-    waits = Waits.of(steps)
+    begun, ends, idle = _idle(steps)
+    waits = Waits.of(steps, launch)
     sure_before = np.concatenate([[False], waits.sure[:-1]]) & ~steps.woke & ~steps.first
     earlier = np.concatenate([[0.0], steps.done[:-1]])
     gpu_end = earlier + decode_s  # of each decode-only step
@@ -280,7 +385,7 @@ def launch_times(steps: Steps, decode_s: Floats) -> tuple[npt.NDArray[np.int64],
     value[idle] = ends[idle] - begun[idle]
     room[idle] = 0
     shown |= idle
-    shown &= (steps.chunks > 0) & (value > 0)
+    shown &= (steps.chunks > 0) & (value > 0) & ~steps.stalled
     for kind in (PIECEWISE, EAGER):  # keep those that even a fast launch would have shown
         mine = shown & (steps.kind == kind)
         if mine.any():

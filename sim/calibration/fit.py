@@ -46,17 +46,23 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         gpu = specs.gpu(gpu or str(engine.get("gpu", ""))).name
     except LookupError as error:
         raise RecordingError(f"{recording.folder}: {error.args[0]}; say which by --gpu") from None
-    fit = calibrate.fit(steps_of(list(experiments)))
+    try:
+        shape = specs.model(recording.shape)
+    except LookupError as error:
+        raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
+    fit = calibrate.fit(steps_of(list(experiments)), shape.experts_per_token / max(1, shape.experts))
     label = next((f"{key} {engine[key]}" for key in ("vllm", "chairlift", "engine") if key in engine), "unknown engine")
     version = ".".join(label.split()[-1].split(".")[:2])
     return Profile(
         name=name or f"{gpu}-{recording.model}-{label.split()[0]}-{version}",
-        model=recording.model,
+        model=shape.name,
         gpu=gpu,
         engine=label,
         gpu_time=fit.gpu,
         host=fit.host,
         graph_tokens=max(each.limits.get("graph_tokens", GRAPH_TOKENS) for each in experiments),
+        tensor_parallel=recording.parallel.tensor,
+        expert_parallel=recording.parallel.expert,
         piecewise=all(each.limits.get("piecewise_graphs", True) for each in experiments),
         provenance={
             "gpu": engine.get("gpu"),

@@ -20,7 +20,6 @@ from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
-from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import KvGroups
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
@@ -133,14 +132,14 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
     """The run that replays ``experiment``: one replica, under vLLM's policy of the recorded version and limits."""
     limits = experiment.limits
     try:
-        model = specs.model(recording.model)
+        model = specs.model(profile.model)
     except LookupError as error:
         raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
     known = {f.name for f in fields(Vllm) if f.init}
     settings = {key: value for key, value in limits.items() if key in known}
     if "vllm" in recording.engine:
         settings["version"] = nearest(recording.engine["vllm"])
-    parallel = Parallel(tensor=profile.tensor_parallel)
+    parallel = profile.parallel
     group = ReplicaGroup(
         count=1,
         role="mixed",

@@ -275,7 +275,7 @@ def _profiles(
 ) -> Iterator[tuple[Experiment, Profile]]:
     if profile is not None:
         given = load(profile)
-        if given.model != source.model:
+        if given.model != source.shape:
             raise BadInput(Problem(f"is of {given.model}, the recording of {source.model}", file=profile))
         yield from ((each, given) for each in chosen)
         return

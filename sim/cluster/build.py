@@ -33,8 +33,9 @@ from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
-from chairlift.sim.replica.ranks import RankBackend, Ranks
+from chairlift.sim.replica.ranks import RankBackend, Ranks, rank_records
 from chairlift.sim.replica.request import Live
+from chairlift.sim.replica.stages import Staged, StagedPlanner
 from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import Autoscale, ReplicaGroup, Setup
@@ -141,11 +142,13 @@ class _Engines:
         ranks = group.parallel.data
         if ranks == 1:
             planner = self._planner(group, replica, group.blocks)
+            if isinstance(planner, StagedPlanner):
+                return Staged(planner)
             executes = isinstance(planner.backend, Executor)
             return make_engine(planner, Execution(planner, self._identity(planner.pool)) if executes else None)
         backend = _backend(self.setup, group)
         each = (self._planner(group, replica, group.blocks // ranks, RankBackend(backend, ranks)) for _ in range(ranks))
-        return make_engine(Ranks(list(each), backend))
+        return make_engine(Ranks(list(each), backend, replica.records))
 
     def _planner(self, group: ReplicaGroup, replica: Replica, blocks: int, backend: Backend | None = None) -> Planner:
         """A planner with a pool of so many blocks; ``backend``: of a rank, else the replica's own."""
@@ -164,6 +167,9 @@ class _Engines:
 
         executes = isinstance(backend, Executor)
         kind: Callable[..., Planner] = Planner
+        stages = stages_of(group, scheduler, pool)
+        if stages > 1:
+            kind = partial(StagedPlanner, stages=stages)
         if group.speculation is not None and self._accepts is not None:
             kind = partial(VerifyingPlanner, group.speculation, self._accepts)
         planner = kind(
@@ -177,7 +183,7 @@ class _Engines:
             leap=self.leap and not executes,
             finish=finish,
             host=None if executes else make_host(setup, group),
-            records=replica.records,
+            records=replica.records if group.parallel.data == 1 else rank_records(replica.records),
             handover=self.handover.take if prefills and self.handover is not None else None,
             journal=self.journal,
         )
@@ -207,6 +213,15 @@ def make_host(setup: Setup, group: ReplicaGroup) -> HostMemory:
     line_rate = group.gpu.host_gb_per_s
     rate = None if line_rate is None else line_rate * group.host_link
     return host_memory(group.host_gib, kv_bytes, rate, group.block_size, group.scheduler.overlaps_swaps)
+
+
+def stages_of(group: ReplicaGroup, scheduler: Scheduler, pool: CountingPool) -> int:
+    """Steps of a replica that are under way at a time, each in another stage of its pipeline.
+
+    1 where that is not modelled: a step then passes all stages before the next begins.
+    """
+    fills = scheduler.fills_pipelines and not (pool.windowed or pool.keeps or group.parallel.data > 1)
+    return group.parallel.pipeline if fills and group.role == "mixed" else 1
 
 
 def make_pool(

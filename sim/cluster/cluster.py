@@ -118,7 +118,7 @@ class Cluster:
                 replica.go_down()
         if self.on_end is not None:
             self.on_end(request)
-        followers = self._followers.pop(request.id, None) if self._followers else None
+        followers = self._followers.pop(request.row, None) if self._followers else None
         for row in followers or ():
             self.clock.after(self._think[row], ARRIVAL, partial(self._send_now, row))
 
@@ -167,7 +167,7 @@ class Cluster:
         names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
         what = (
             f"{len(left)} requests are never served ({names}):"
-            f" it plans nothing with {len(state.admitted)} running, {len(state.waiting)} waiting and"
+            f" it plans nothing with {len(state.admitted)} running, {len(state.queue)} waiting and"
             f" {engine.pool.free} of {engine.pool.total} blocks free"
         )
         return NoProgress(what, name_of(engine.scheduler))

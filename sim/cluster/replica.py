@@ -78,12 +78,12 @@ class Replica:
     def submit(self, request: Live, now: int) -> None:
         """Take a request in; it is planned at once if the replica is idle."""
         self.held += 1
-        self.held_tokens += request.prompt_tokens
+        self.held_tokens += request.prompt
         request.at = self.index
         loads = self._loads
         if loads is not None:
             loads.outstanding[self._position] += 1
-            loads.outstanding_tokens[self._position] += request.prompt_tokens
+            loads.outstanding_tokens[self._position] += request.prompt
         heeds = self.engine.heeds_arrival()
         if self.engine.submit(request, now) and heeds:
             self._replan(now)
@@ -91,12 +91,12 @@ class Replica:
     def left(self, request: Live) -> None:
         """A request is here no more: it has ended, or goes on elsewhere."""
         self.held -= 1
-        self.held_tokens -= request.prompt_tokens
+        self.held_tokens -= request.prompt
         request.at = -1
         loads = self._loads
         if loads is not None:
             loads.outstanding[self._position] -= 1
-            loads.outstanding_tokens[self._position] -= request.prompt_tokens
+            loads.outstanding_tokens[self._position] -= request.prompt
         if self.draining and self.held == 0:
             self._clock.after(0, CHANGE, self._drained)
 

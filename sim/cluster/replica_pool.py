@@ -49,7 +49,7 @@ class ReplicaPool:
     @property
     def waiting(self) -> list[int]:
         """Requests waiting at each replica."""
-        return [len(replica.engine.state.waiting) for replica in self.replicas]
+        return [len(replica.engine.state.queue) for replica in self.replicas]
 
     def open(self, replica: Replica) -> None:
         """A replica takes requests from now on; those that found none before are sent."""
@@ -59,7 +59,7 @@ class ReplicaPool:
         homeless, self.homeless = self.homeless, []
         self._clock.hold_plans()
         for request in homeless:
-            if self._requests.status[request.id] == Status.PENDING:  # else its client has given up
+            if self._requests.status[request.row] == Status.PENDING:  # else its client has given up
                 self.send(request, self._clock.now)
 
     def shut(self, replica: Replica) -> None:
@@ -86,7 +86,7 @@ class ReplicaPool:
             what = f"position {position!r}: there are {len(replicas)} replicas, from 0"
             raise PolicyError(what, name_of(self.router))
         chosen = replicas[position]
-        if self._queue_limit is not None and len(chosen.engine.state.waiting) >= self._queue_limit:
+        if self._queue_limit is not None and len(chosen.engine.state.queue) >= self._queue_limit:
             self._refuse(request, now)
             return
         chosen.submit(request, now)

@@ -11,6 +11,7 @@ The flags are those of ``vllm serve`` (vllm/engine/arg_utils.py, 0.23 to 0.33) a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -195,6 +196,11 @@ def _vllm(setup: Setup, group: ReplicaGroup, policy: Vllm, kv: Kv) -> Iterator[s
             if value is not True:
                 said = f"{value:.17g}" if isinstance(value, float) else str(value)
                 yield "None" if value == "dense" else said
+    if (speculate := setup.speculate) is not None:
+        told: dict[str, Any] = {"method": speculate.method, "num_speculative_tokens": speculate.tokens}
+        if isinstance(speculate.draft, str):
+            told["model"] = speculate.draft
+        yield from ("--speculative-config", json.dumps(told))
     if (graphs := _graphs(group)) is not None:
         yield from ("--max-cudagraph-capture-size", str(graphs))
     if group.role != "mixed":
@@ -243,6 +249,10 @@ def _of_all_ranks(name: str, value: Any, ranks: int) -> Any:
 def _notes(setup: Setup, group: ReplicaGroup, policy: Scheduler, kv: Kv) -> list[str]:
     """What a line of an engine does not say of a group."""
     found = []
+    if (speculate := setup.speculate) is not None:
+        found.append(f"drafts: how many are kept was given, {speculate.acceptance.model_dump(exclude_none=True)}")
+        if speculate.method in ("eagle3", "draft_model"):
+            found.append('drafts: say the checkpoint that drafts as "model" in --speculative-config')
     parallel = group.parallel
     if 1 < parallel.expert < parallel.ranks and isinstance(policy, Vllm):
         found.append(f"vLLM has {parallel.ranks} groups of experts, of which {parallel.expert} were simulated")
@@ -263,6 +273,7 @@ def _pool_is_given(policy: Scheduler, kv: Kv) -> bool:
 
 def _graphs(group: ReplicaGroup) -> int | None:
     """Tokens of the largest captured CUDA graph, where the scenario asks for another size than the backend assumes."""
-    asked = getattr(group.backend, "graph_tokens", None)
-    usual = getattr(type(group.backend), "graph_tokens", None)
+    backend = getattr(group.backend, "settings", group.backend)  # with drafts: those of the model served
+    asked = getattr(backend, "graph_tokens", None)
+    usual = getattr(type(backend), "graph_tokens", None)
     return None if asked == usual else asked

@@ -94,17 +94,17 @@ class Engine(ABC):
         if planner.journal is not None:
             planned = self.end is not None and self._plan is not None  # without it
             row = planner.row_to_come() + planned
-            planner.journal.write(now, row, Kind.ARRIVE, request.id, -1, len(self.state.waiting))
+            planner.journal.write(now, row, Kind.ARRIVE, request.row, -1, len(self.state.queue))
         if self._execution is not None:
             self._execution.arrived(request)
-        planner.requests.replica[request.id] = self.index
+        planner.requests.replica[request.row] = self.index
         if not planner.takes(request, now):
             planner.end_request(request, now, Status.REJECTED)
             return False
         if request.phase is not WAITING:
             request.queue()
-        self.state.waiting.append(request)
-        planner.intake += planner.arrival + planner.arrival_token * request.prompt_tokens
+        self.state.queue.append(request)
+        planner.intake += planner.arrival + planner.arrival_token * request.prompt
         return True
 
     def heeds_arrival(self) -> bool:
@@ -118,7 +118,7 @@ class Engine(ABC):
 
         The caller cuts the run, or plans if the replica is idle.
         """
-        if request.id in self.state.admitted and self.end is not None:
+        if request.row in self.state.admitted and self.end is not None:
             self._cancelled.append(request)
         else:
             self.planner.strike(request, now)
@@ -221,9 +221,7 @@ class Ahead(Engine):
         settle   the step in flight has landed: it is recorded, its tokens go to the clients, who has all leaves
                  the plan is committed; its last step flies
 
-    One step flies at a time (`Planner.flight`). Several, as pipeline stages have, would be a queue of plans there: each
-    owns the holder of its landing, and requests refer to holders. What the policy may plan meanwhile is known already
-    (`sim.replica.pipeline`).
+    One step flies at a time (`Planner.flight`); several, as stages of a pipeline have, in `sim.replica.stages`.
     """
 
     __slots__ = ("_gpu_end", "_gpu_next")
@@ -288,8 +286,9 @@ class Ahead(Engine):
         if flight is None:  # the launch is over of the first step
             assert plan is not None
             planner.commit(plan, 1)
-            launched = now - plan.host.launch if plan.host.tail != WHOLE else now
-            self._fly(plan, self._start, max(launched + plan.gpu, now + max(0, plan.host.tail)), now)
+            host = plan.host
+            begun = now - host.launch + host.head if host.tail != WHOLE else now
+            self._fly(plan, self._start, max(begun + plan.gpu, now + max(0, host.tail)), now)
             done = NOBODY
         else:
             landing = flight.when.ps
@@ -360,8 +359,9 @@ class Ahead(Engine):
                 self._gpu_next = max(gpu_end, launched) + gpu
                 alike = max(gpu - flight.host.update, work) == max(gpu - host.update, work)
             else:
-                self._gpu_next = max(max(gpu_end, launched - host.launch) + gpu, launched + host.tail)
-                busy = gpu_end >= launched and gpu >= max(work + host.update, host.launch + host.tail)
+                begun = launched - host.launch + host.head
+                self._gpu_next = max(max(gpu_end, begun) + gpu, launched + host.tail)
+                busy = gpu_end >= max(launched, begun) and gpu >= max(work + host.update, host.launch + host.tail)
                 alike = busy and flight.host.update == host.update
         landing = max(gpu_end, launched) + flight.host.update
         if landing <= now:  # no two boundaries at once

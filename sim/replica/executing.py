@@ -46,7 +46,7 @@ class Execution:
 
     def arrived(self, request: Live) -> None:
         """A request has come."""
-        self._turns.arrived(request.id)
+        self._turns.arrived(request.row)
 
     def wake(self) -> None:
         """The replica has something to plan; if it was idle, time is measured from here."""
@@ -112,17 +112,17 @@ class _Members:
         self._turns = turns
         self.prompts = [
             Prompt(
-                r.id,
+                r.row,
                 r.stored,
                 tokens,
                 r.pad if r.stored == 0 else 0,
-                r.stored + tokens >= r.prompt_tokens + r.produced,
+                r.stored + tokens >= r.prompt + r.produced,
             )
             for r, tokens in state.chunks
         ]
         decoding = state.whole or bool(state.ran)
-        self.decodes = [r.id for r in state.admitted.values() if r.group is not None] if decoding else []
-        self.dead = [r.id for r in state.batch] if decoding else []
+        self.decodes = [r.row for r in state.admitted.values() if r.group is not None] if decoding else []
+        self.dead = [r.row for r in state.batch] if decoding else []
 
     def table(self, request: int) -> Sequence[int] | None:
         """The pool's blocks of a request."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
+from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, StepCost, new
 from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Ends, admission
@@ -109,11 +109,11 @@ class Planner:
         failed or handed it over, is not taken.
         """
         state, pool = self.state, self.pool
-        allowed = self.scheduler.allowed(request, state.max_model_len, pool.total, pool.block_size)
+        allowed = self.scheduler.allowed(request, state.longest, pool.total, pool.block_size)
         if allowed < request.max_tokens:
             request.cap(allowed)
-            self._ends.shorten(request.id, allowed)
-        final = request.prompt_tokens + self._ends.outputs[request.id]
+            self._ends.shorten(request.row, allowed)
+        final = request.prompt + self._ends.outputs[request.row]
         return allowed > request.produced and final <= self._longest and not self._turned_away(now)
 
     def _turned_away(self, now: int) -> bool:
@@ -125,14 +125,14 @@ class Planner:
         if not self.scheduler.limits_arrivals:
             return False
         state, first_token = self.state, self.requests.first_token
-        here = [*state.admitted.values(), *state.waiting, *(request for at, request in self._left if at == now)]
+        here = [*state.admitted.values(), *state.queue, *(request for at, request in self._left if at == now)]
         prompts = 0
         for request in here:
-            first = first_token[request.id]
+            first = first_token[request.row]
             if first < 0 and request.emitted:
                 first = request.last.ps
             if not 0 <= first < now:
-                prompts += request.prompt_tokens
+                prompts += request.prompt
         return self.scheduler.turns_away(len(here), prompts)
 
     def ask(self, now: int, start: When) -> Plan | None:
@@ -161,9 +161,9 @@ class Planner:
         if state.started:
             records = self.requests
             for request, hit in state.started:
-                if records.admitted[request.id] < 0:
-                    records.admitted[request.id] = now
-                    records.cached_tokens[request.id] = hit
+                if records.admitted[request.row] < 0:
+                    records.admitted[request.row] = now
+                    records.cached_tokens[request.row] = hit
         if state.moved or state.pledges:
             self._settle()
         if state.rejected or state.preempted:
@@ -189,10 +189,10 @@ class Planner:
         if state.host.busy:
             state.slept += state.host.delay(first)
         leaps = self._leaps and decoding and not (chunks or state.ran or state.slept or intake)
-        if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
+        if leaps and not (self.pool.publishes and state.queue):  # whoever waits may find what is being generated
             count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
             if count > 1 and group.growing:
-                count = self.pool.lasts(group, count, state.taken, bool(state.waiting))
+                count = self.pool.lasts(group, count, state.taken, bool(state.queue))
         late, late_gaps = 0, NO_GAPS
         if decoding and (state.fresh or state.decoded_at is not start):
             late, late_gaps = self._late(start, decodes)
@@ -204,7 +204,7 @@ class Planner:
             context,
             late,
             len(state.admitted),
-            len(state.waiting),
+            len(state.queue),
             self.pool.total - self.pool.free,
             self.pool.spared,
             state.kv_tokens,
@@ -256,7 +256,7 @@ class Planner:
         fifth token of the answer, as a decode does.
         """
         chunks = self.state.chunks
-        last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
+        last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt + r.produced for r, t in chunks]
         prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
         starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
         return batch._replace(
@@ -302,11 +302,11 @@ class Planner:
                     self._promised -= tokens
                 if not request.compute(tokens, when):
                     continue
-                del state.prefills[request.id]
+                del state.prefills[request.row]
                 emitting.append(request)
-                if outputs[request.id] > request.produced:
+                if outputs[request.row] > request.produced:
                     group.join(request)
-                    state.fresh[request.id] = request
+                    state.fresh[request.row] = request
                     ends.add(request)
                     continue
                 ending.append(request)
@@ -314,7 +314,7 @@ class Planner:
                     group.join(request)
                 elif self._overshoots != "never" and self._goes_on(request):
                     group.join(request)
-                    state.fresh[request.id] = request
+                    state.fresh[request.row] = request
                     continue
                 request.drain()
             plan.emitting = emitting
@@ -364,7 +364,7 @@ class Planner:
         if self._holds:
             for request in ending:
                 if self.journal is not None:
-                    self.journal.write(now, self.journal.row, Kind.DONE, request.id, -1, 0)
+                    self.journal.write(now, self.journal.row, Kind.DONE, request.row, -1, 0)
                 state.hold(request)
             return []
         for request in ending:
@@ -376,30 +376,30 @@ class Planner:
         ending = plan.ending
         requests = ending
         if plan.emitting:
-            last = {r.id for r in plan.emitting}
-            requests = [*plan.emitting, *(r for r in ending if r.id not in last)]
+            last = {r.row for r in plan.emitting}
+            requests = [*plan.emitting, *(r for r in ending if r.row not in last)]
         if len(requests) > 1:
             requests = self.scheduler.landing(requests)  # type: ignore[arg-type, assignment]
-        last = {r.id for r in ending}
+        last = {r.row for r in ending}
         for request in requests:
-            if request.id in last:
+            if request.row in last:
                 self._finish_one(request, now, behind)
             else:
                 self.state.keep(request)
-        return [r for r in requests if r.id in last]
+        return [r for r in requests if r.row in last]
 
     def _land_flight(self, plan: Plan) -> None:
         """Where several steps fly: the tokens of ``plan`` are in, and what they complete can be found."""
         flights = self.state.flights
         assert flights is not None
         for request in flights.land(plan):
-            if self._ahead and self.pool.tracks and request.id in self.state.admitted:
+            if self._ahead and self.pool.tracks and request.row in self.state.admitted:
                 self.pool.computed(request, request.computed - flights.tokens(request))
 
     def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
         """A request has its answer, and leaves."""
         state = self.state
-        if state.admitted.pop(request.id, None) is None:  # preempted while its last token was in flight
+        if state.admitted.pop(request.row, None) is None:  # preempted while its last token was in flight
             state.withdraw(request)
         elif request.group is not None:  # it decodes once more, for nothing
             again = False
@@ -419,29 +419,29 @@ class Planner:
 
     def drop(self, request: Live) -> None:
         """The token of a request that is under way is nobody's: the request has ended, or will generate it again."""
-        self.backend.drop(request.id)
+        self.backend.drop(request.row)
         if self.journal is not None:
-            self.journal.write(self.state.now, self.journal.row, Kind.DROP, request.id, -1, 0)
+            self.journal.write(self.state.now, self.journal.row, Kind.DROP, request.row, -1, 0)
 
     def _goes_on(self, request: Live) -> bool:
         """Whether a request whose last token is planned is planned once more, since that token is not seen yet."""
-        return self._overshoots == "always" or self._ends.outputs[request.id] < request.max_tokens
+        return self._overshoots == "always" or self._ends.outputs[request.row] < request.max_tokens
 
     def end_request(self, request: Live, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""
         records = self.requests
         self._ended += 1
-        pending = not records.status[request.id]
+        pending = not records.status[request.row]
         if pending and self.scheduler.limits_arrivals and status is not Status.REJECTED:
             self._left = [(at, other) for at, other in self._left if at == now]
             self._left.append((now, request))
         if not pending:  # it was cancelled while its batch was under way, and kept its slot until now
             if self.state.releases:
-                self.backend.release(request.id)
+                self.backend.release(request.row)
         elif self._handover is None or status is not Status.FINISHED or not self._handover(request):
             records.end(request, now, status)
             if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
-                self.backend.release(request.id)
+                self.backend.release(request.row)
             if self._finish is not None:
                 self._finish(request, now)
         if self.journal is not None and request.phase is not HELD:  # of one that is held, once its batch returns
@@ -449,56 +449,53 @@ class Planner:
             # that decodes once more for nothing
             late = status is Status.TIMED_OUT or (status is Status.FINISHED and request.phase is AWAY)
             row = self.row_to_come() if late else self.journal.row
-            became = Status(records.status[request.id])
+            became = Status(records.status[request.row])
             kind = Kind.HANDOVER if became is Status.PENDING else Kind.END
-            self.journal.write(now if pending else records.finished[request.id], row, kind, request.id, -1, became)
+            self.journal.write(now if pending else records.finished[request.row], row, kind, request.row, -1, became)
 
     def record(self, plan: Plan, start: int, first: int, count: int) -> None:
         """Write down the first ``count`` steps of ``plan``, or its last one, that began at ``start``."""
-        slope = plan.slope if count > 1 else 0
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *self.written(plan, start, first, count)))
-
-    def written(self, plan: Plan, start: int, first: int, count: int) -> tuple[int, ...]:
-        """As `record`, but for the row of runs: its `Growth` and `StepRow` are returned."""
         if self.journal is not None:
             for request, tokens in plan.chunks:
-                self.journal.write(start, self.journal.row, Kind.CHUNK, request.id, -1, tokens)
+                self.journal.write(start, self.journal.row, Kind.CHUNK, request.row, -1, tokens)
         self.steps += count
         row = plan.row
         if plan.undelivered:  # no gap is theirs
             named = StepRow._make(row)
             row = named._replace(late_decodes=named.late_decodes + plan.undelivered)
+        slope, growth = (plan.slope, plan.growth) if count > 1 else (0, NO_GROWTH)
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *growth, *row))
         if plan.late_gaps:
             end = start + first
             for i in range(0, len(plan.late_gaps), 2):
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
-        return (*(plan.growth if count > 1 else NO_GROWTH), *row)
 
-    def idle_row(self) -> tuple[int, ...]:
-        """The `StepRow` of a step in which nothing of this planner's runs."""
+    def idle(self) -> Plan:
+        """A plan of as many steps as others want, in which nothing of this planner's runs."""
         state, pool = self.state, self.pool
         here = (len(state.admitted), len(state.waiting), pool.total - pool.free, pool.spared)
-        return (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
+        row = (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
+        return Plan(0, 0, FOREVER, [], False, row, [], StepCost(0))
 
     def deliver(self, plan: Plan) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
         now = plan.when.ps
         first_token = self.requests.first_token
         for request in plan.emitting:
-            if first_token[request.id] >= 0:  # it was preempted: its client waits for this token since the one before
+            if first_token[request.row] >= 0:  # it was preempted: its client waits for this token since the one before
                 self.records.gap_rows.extend((now - request.before.ps, 1))
             else:
-                first_token[request.id] = now
+                first_token[request.row] = now
 
     def strike(self, request: Live, now: int) -> None:
         """A cancelled request leaves, between two steps."""
         state, flight = self.state, self.flight
-        if self.requests.status[request.id] != Status.PENDING:
+        if self.requests.status[request.row] != Status.PENDING:
             return  # its last token came with the very step
         flying = self._flies(request)
-        if request.id in state.admitted:
-            del state.admitted[request.id]
+        if request.row in state.admitted:
+            del state.admitted[request.row]
             state.vacate(request, AWAY)
             self.scheduler.ended(request)
         elif request.phase is not HELD and request.phase is not AWAY:
@@ -524,7 +521,7 @@ class Planner:
         state, flight = self.state, self.flight
         state.release()
         self._answer_batch(now)
-        lost = [*state.admitted.values(), *state.waiting]
+        lost = [*state.admitted.values(), *state.queue]
         for request in lost:
             flying = self._flies(request)
             if request.group is not None:
@@ -536,7 +533,7 @@ class Planner:
         self.flight = None
         if self.journal is not None:
             for request in lost:
-                self.journal.write(now, self.journal.row, Kind.LOST, request.id, -1, 0)
+                self.journal.write(now, self.journal.row, Kind.LOST, request.row, -1, 0)
         return lost
 
     def row_to_come(self) -> int:
@@ -554,7 +551,7 @@ class Planner:
         if not flight.decoding:
             return False
         if request.group is not None:  # who joined since the flight was committed is in `emitting`, or was parked
-            return request.id not in self.state.fresh
+            return request.row not in self.state.fresh
         return request.last is flight.when  # parked or preempted by the plan under way
 
     def _settle(self) -> None:
@@ -563,7 +560,7 @@ class Planner:
         for request, tokens, out in state.moved:
             self.requests.moved(request, tokens, out)
         for request, reserved, computed, sign in state.pledges:
-            final = request.prompt_tokens + self._ends.outputs[request.id] - 1
+            final = request.prompt + self._ends.outputs[request.row] - 1
             self._promised += sign * max(0, min(reserved, final) - computed)
         state.moved, state.pledges = [], []
 
@@ -620,7 +617,7 @@ class Planner:
         self._preempting += 1
         if self._preempting < FRUITLESS:
             return
-        here = (*self.state.admitted.values(), *self.state.waiting)
+        here = (*self.state.admitted.values(), *self.state.queue)
         ends, emitted = self._ended, sum(request.emitted for request in here)
         if (ends, emitted) <= self._progress:
             self.fail(
@@ -632,7 +629,7 @@ class Planner:
 
 def _unsay(flight: Plan, request: Live) -> None:
     """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
-    own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
+    own = request in flight.emitting or request.row in flight.fresh  # it was not in the group the step before
     request.unsay(request.before if own else flight.decoded_before)
 
 

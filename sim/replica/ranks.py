@@ -13,22 +13,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from chairlift.backend.base import Backend, Batch, StepCost
-from chairlift.policies.base import FOREVER, NoProgress, PolicyError
+from chairlift.policies.base import NoProgress, PolicyError
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
-from chairlift.sim.results.records import PACK_RUN, RequestRecords, RunRecords, Status
+from chairlift.sim.results.records import PACK_RUN, RUN_COLUMNS, UNPACK_RUN, RequestRecords, Rows, RunRecords, Status
 
 IDLE = Batch((), 0, 0)
 UNPRICED = StepCost(0)  # of a rank's step: all ranks have one price
 COUNTS_PS = 100 * 10**9  # vLLM's front end hears so often how many requests each rank has
 WAITING_WEIGHT = 4  # running requests that a waiting one counts as, there
+TIMES = 4  # columns of a row of runs that say when it was; the others add up over ranks
 PATIENCE = 1_000  # plans of a rank in a row that run nothing and want another
 
 
@@ -53,6 +54,35 @@ class RankBackend(Backend):
         """Keep ``batch``, to be priced with those of the other ranks."""
         self.latest = batch
         return UNPRICED
+
+
+class RankRows(Rows):
+    """Where a rank's planner writes its rows of runs: the latest is kept, to be added up with the other ranks'.
+
+    It is as long as ``all_rows``, those of the replica, to which journals refer.
+    """
+
+    __slots__ = ("_all_rows", "latest")
+
+    def __init__(self, all_rows: Rows) -> None:
+        super().__init__(RUN_COLUMNS)
+        self._all_rows = all_rows
+        self.latest: tuple[int, ...] = ()
+        self.frombytes = self._keep
+
+    def __len__(self) -> int:
+        return len(self._all_rows)
+
+    def _keep(self, row: Any) -> None:
+        self.latest = UNPACK_RUN(row)
+
+
+def rank_records(records: RunRecords) -> RunRecords:
+    """Where the planner of one rank writes; gaps and events go to the replica's ``records``."""
+    own = RunRecords()
+    own.rows = RankRows(records.rows)
+    own.gap_rows, own.event_rows = records.gap_rows, records.event_rows
+    return own
 
 
 class RanksPlan(Plan):
@@ -85,7 +115,9 @@ class RanksState:
 
     def __init__(self, ranks: Sequence[Planner], queue: Callable[[Live], None]) -> None:
         self._states = [rank.state for rank in ranks]
-        self.waiting = RanksQueue(self._states, queue)
+        self.queue = RanksQueue(self._states, queue)
+
+    stages = 1  # a step of all ranks is alone under way
 
     @property
     def admitted(self) -> dict[int, Live]:
@@ -136,7 +168,7 @@ class RanksQueue:
         self.append = queue
 
     def __len__(self) -> int:
-        return sum(len(state.waiting) for state in self._states)
+        return sum(len(state.queue) for state in self._states)
 
 
 class RanksPool:
@@ -156,19 +188,19 @@ class RanksPool:
 class Ranks:
     """Plans the steps of all ranks together, in the place of one `Planner`.
 
-    ``ranks``: a planner each, whose backend is a `RankBackend`; they write to the same records. ``backend`` prices
-    their steps. A request goes to the rank with the least 4 · waiting + running, as vLLM's front end counts them: as
-    they were up to 100 ms ago, each request sent since as one more that waits. Policies that say
-    `Scheduler.ranks_in_turn` get requests in turn.
+    ``ranks``: a planner each, whose backend is a `RankBackend`, and which writes to `rank_records` of ``records``, the
+    replica's. ``backend`` prices their steps. A request goes to the rank with the least 4 · waiting + running, as
+    vLLM's front end counts them: as they were up to 100 ms ago, and each request sent since as one more that waits.
+    Policies that say `Scheduler.ranks_in_turn` get requests in turn.
     """
 
-    def __init__(self, ranks: Sequence[Planner], backend: Backend) -> None:
+    def __init__(self, ranks: Sequence[Planner], backend: Backend, records: RunRecords) -> None:
         first = ranks[0]
         self.ranks, self.count = ranks, len(ranks)
         self.backend = backend
         self.scheduler, self.index, self.journal = first.scheduler, first.index, first.journal
         self.requests: RequestRecords = first.requests
-        self.records: RunRecords = first.records
+        self.records = records
         self.state = RanksState(ranks, self._queue)
         self.pool = RanksPool([rank.pool for rank in ranks])
         self.arrival, self.arrival_token = first.arrival, first.arrival_token
@@ -211,7 +243,7 @@ class Ranks:
     def takes(self, request: Live, now: int) -> bool:
         """Choose a rank for a request that arrives now; whether that one takes it, as `Planner.takes`."""
         chosen = self._choose(now)
-        self._rank_of[request.id] = chosen
+        self._rank_of[request.row] = chosen
         self._chosen = self.ranks[chosen]
         return self._chosen.takes(request, now)
 
@@ -221,14 +253,14 @@ class Ranks:
             return chosen
         if self._counted is None or now >= self._counted + COUNTS_PS:
             self._counted = now
-            self._counts = [[len(rank.state.waiting), len(rank.state.admitted)] for rank in self.ranks]
+            self._counts = [[len(rank.state.queue), len(rank.state.admitted)] for rank in self.ranks]
         scores = [WAITING_WEIGHT * waiting + running for waiting, running in self._counts]
         chosen = scores.index(min(scores))
         self._counts[chosen][0] += 1
         return chosen
 
     def _queue(self, request: Live) -> None:
-        self._chosen.state.waiting.append(request)
+        self._chosen.state.queue.append(request)
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival, to whichever rank, calls for a plan at the next boundary: of an idle rank it does."""
@@ -245,7 +277,7 @@ class Ranks:
         plans, batches = [], []
         for rank, plan in zip(self.ranks, asked, strict=True):
             assert isinstance(rank.backend, RankBackend)
-            plans.append(plan or _nothing(rank))
+            plans.append(plan or rank.idle())
             batches.append(rank.backend.latest if plan else IDLE)
         cost = self.backend.together(batches)
         count = 1  # if an idle rank wants to be asked at a certain time, it is asked at each boundary
@@ -286,9 +318,13 @@ class Ranks:
         """As `Planner.record`: one row of what all ranks do."""
         assert isinstance(plan, RanksPlan)
         self.steps += count
-        rows = [rank.written(own, start, first, count) for rank, own in zip(self.ranks, plan.plans, strict=True)]
+        parts = []
+        for rank, own in zip(self.ranks, plan.plans, strict=True):
+            rank.record(own, start, first, count)
+            assert isinstance(rank.records.rows, RankRows)
+            parts.append(rank.records.rows.latest[TIMES:])
         slope = plan.slope if count > 1 else 0
-        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *map(sum, zip(*rows, strict=True))))
+        self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *map(sum, zip(*parts, strict=True))))
 
     def deliver(self, plan: Plan) -> None:
         """As `Planner.deliver`."""
@@ -323,9 +359,4 @@ class Ranks:
         self.ranks[0].fail(what, kind)
 
     def _of(self, request: Live) -> Planner:
-        return self.ranks[self._rank_of[request.id]]
-
-
-def _nothing(rank: Planner) -> Plan:
-    """The plan of a rank that runs a token for nothing."""
-    return Plan(0, 0, FOREVER, [], False, rank.idle_row(), [], UNPRICED)
+        return self.ranks[self._rank_of[request.row]]

@@ -37,29 +37,17 @@ class ReplicaStep(Step):
     """
 
     __slots__ = (  # a dict is slow beyond thirty attributes
-        *("_admissions", "_admitted_before", "_denied", "_max_model_len", "_more_arrivals", "_needy", "_now"),
-        *("_running", "_scattered", "_speculation", "_stages", "_waiting", "_windowed", "admitted", "backend", "batch"),
-        *(
-            "chunks",
-            "decoded_at",
-            "evicted",
-            "flights",
-            "fresh",
-            "group",
-            "host",
-            "kv_tokens",
-            "moved",
-            "notes",
-            "padding",
-        ),
+        *("_admissions", "_admitted_before", "_denied", "_more_arrivals", "_needy", "_now", "_running", "_scattered"),
+        *("_speculation", "_stages", "_windowed", "admitted", "backend", "batch", "chunks", "decoded_at", "evicted"),
+        *("flights", "fresh", "group", "host", "kv_tokens", "longest", "moved", "notes", "padding", "queue"),
         *("parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
         *("releases", "resumed", "scheduler", "slept", "started", "taken", "tokens", "wake", "whole"),
     )
     now: int = shown("now")
     running: Running = shown("running")
-    waiting: Queue = shown("waiting")
+    waiting: Queue = shown("waiting", "queue")
     more_arrivals: bool = shown("more_arrivals")
-    max_model_len: int = shown("max_model_len")
+    max_model_len: int = shown("max_model_len", "longest")
     stages: int = shown("stages")
     windowed: bool = shown("windowed")
     speculation: Speculation | None = shown("speculation")
@@ -84,11 +72,11 @@ class ReplicaStep(Step):
         self._windowed = pool.windowed
         self._speculation: Speculation | None = None
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
-        self._waiting: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
+        self.queue: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque
         self._now = 0
         self._more_arrivals = True
-        self._max_model_len = max_model_len
+        self.longest = max_model_len
         self.admitted: dict[int, Live] = {}  # in order of admission
         self._running: Running = self.admitted.values()
         self.prefills: dict[int, Live] = {}  # of those: still lacking known tokens
@@ -134,7 +122,7 @@ class ReplicaStep(Step):
         if self.started:
             self.started = []
             if self._scattered:  # only now: a policy may hold on to the queue while it plans
-                self._waiting, self._scattered = OpenQueue(self.waiting), False
+                self.queue, self._scattered = OpenQueue(self.queue), False
         if self.notes is not None:
             self.notes, self._denied, self._needy = [], 0, -1
         self.whole = self.resumed = False
@@ -182,7 +170,7 @@ class ReplicaStep(Step):
         return self.pool.block_size
 
     def ready(self, request: Live) -> bool:  # noqa: D102
-        return self.flights is None or self.flights.ready(request, request.id in self.admitted)
+        return self.flights is None or self.flights.ready(request, request.row in self.admitted)
 
     def cached_tokens(self, request: Live) -> int:  # noqa: D102 - see `__init__`
         return self.pool.hit(request)
@@ -203,18 +191,18 @@ class ReplicaStep(Step):
 
     def keep(self, request: Live) -> None:
         """What has been computed of a request can be found by others from here on."""
-        if self.pool.landed(request) and (table := self.pool.table(request.id)) is not None:
-            self.backend.retable(request.id, table)
+        if self.pool.landed(request) and (table := self.pool.table(request.row)) is not None:
+            self.backend.retable(request.row, table)
 
     def evict(self, blocks: int) -> None:  # noqa: D102
         self.pool.evict(blocks)
 
     def reorder(self, requests: Sequence[Live]) -> None:  # noqa: D102
-        if isinstance(self.waiting, OrderedQueue) or len(requests) != len(self.waiting):
-            self._fail(f"reorder of {len(requests)} requests, where {len(self.waiting)} wait")
-        if {*requests} != {*self.waiting}:
+        if isinstance(self.queue, OrderedQueue) or len(requests) != len(self.queue):
+            self._fail(f"reorder of {len(requests)} requests, where {len(self.queue)} wait")
+        if {*requests} != {*self.queue}:
             self._fail("reorder of other requests than those that wait, or of one twice")
-        self._waiting = deque(requests)
+        self.queue = deque(requests)
 
     def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
         if self.pool.need(request, tokens, in_chunks=True) + spare <= self.pool.free:
@@ -259,7 +247,7 @@ class ReplicaStep(Step):
         return True
 
     def run(self, request: Live, tokens: int) -> bool:  # noqa: D102
-        if request.id not in self.admitted:
+        if request.row not in self.admitted:
             self._fail(f"run of {request}, which is not running")
         if self.flights is not None and not self.flights.ready(request, True):
             self._fail(f"run of {request}, whose token is in flight")
@@ -273,7 +261,7 @@ class ReplicaStep(Step):
                 self._fail(f"run of {request} twice in one step")
             upto = request.stored + tokens
             if not pool.extend(request, upto):
-                self._needy = request.id
+                self._needy = request.row
                 return False
             self.tokens += tokens
             if pool.tracks:
@@ -281,20 +269,20 @@ class ReplicaStep(Step):
             self.resumed |= tokens == 1 and request.produced > 0 and request.remaining == 1
             self.chunks.append((request, tokens))
             return True
-        if self.whole or request.id in self.ran:
+        if self.whole or request.row in self.ran:
             self._fail(f"run of {request} twice in one step")
         if pool.windowed:
             pool.shed(request)
         need = self._next_block(request)
         if need > pool.free:
-            self._needy = request.id
+            self._needy = request.row
             return False
         self.tokens += 1
         pool.decode_one(request, need)
         if pool.tracks and self.flights is not None and not self.flights.tokens(request):
             pool.computed(request, request.computed + 1)  # the token it computes is known, however late others may be
         self.taken += need
-        self.ran[request.id] = request
+        self.ran[request.row] = request
         return True
 
     def admit(  # noqa: D102
@@ -306,10 +294,10 @@ class ReplicaStep(Step):
             what = f"admit of {request}"
             tokens, pad, spare = (self._whole(what, number) for number in (tokens, pad, spare))
             reserve = None if reserve is None else self._whole(what, reserve)
-        if not 1 <= tokens <= request.prompt_tokens + request.produced - hit:
+        if not 1 <= tokens <= request.prompt + request.produced - hit:
             self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
-        if not 0 <= pad <= self.max_model_len:
-            self._fail(f"a padding of {pad} tokens: 0 to {self.max_model_len}, the longest request, are possible")
+        if not 0 <= pad <= self.longest:
+            self._fail(f"a padding of {pad} tokens: 0 to {self.longest}, the longest request, are possible")
         if spare < 0:
             self._fail(f"{spare} blocks to be left free: at least 0 are possible")
         upto = hit + tokens
@@ -328,7 +316,7 @@ class ReplicaStep(Step):
         self.tokens += tokens
         if hit:
             self._resume(request, hit)
-        waiting = self.waiting
+        waiting = self.queue
         if waiting and waiting[0] is request and not request.swapped:
             waiting.popleft()
         else:
@@ -345,13 +333,13 @@ class ReplicaStep(Step):
         self.padding += pad
         self.started.append((request, hit))
         self.kv_tokens += hit
-        self.admitted[request.id] = request
-        self.prefills[request.id] = request
+        self.admitted[request.row] = request
+        self.prefills[request.row] = request
         self.chunks.append((request, tokens))
         return True
 
     def preempt(self, request: Live, how: Preemption = "recompute") -> None:  # noqa: D102
-        if self.admitted.pop(request.id, None) is None:
+        if self.admitted.pop(request.row, None) is None:
             self._fail(f"preempt of {request}, which is not running")
         for other in self.pool.leaning(request, self.admitted):
             self.preempt(other)
@@ -368,13 +356,13 @@ class ReplicaStep(Step):
         elif how != "recompute":
             self._fail(f"preempt of {request} by {how!r}; 'recompute' or 'swap'")
         if self.releases:
-            self.backend.release(request.id)
+            self.backend.release(request.row)
         self._note(Kind.PREEMPT, request, self._needy, computed)
         self.preempted += 1
         if self.scheduler.requeues_last:
-            self.waiting.append(request)
+            self.queue.append(request)
         else:
-            self.waiting.appendleft(request)
+            self.queue.appendleft(request)
 
     def reject(self, request: Live) -> None:  # noqa: D102
         self._leave_queue(request)
@@ -422,9 +410,9 @@ class ReplicaStep(Step):
     def arrange(self) -> None:
         """Make the decode group what the plan chose one by one: park the rest, take the chosen in."""
         for request in self.admitted.values():
-            chosen = request.id in self.ran
+            chosen = request.row in self.ran
             if chosen and request.group is None:
-                del self.parked[request.id]
+                del self.parked[request.row]
                 self.join(request)
                 self.rejoined.append(request)
             elif not chosen and request.group is not None:
@@ -433,12 +421,12 @@ class ReplicaStep(Step):
     def join(self, request: Live) -> None:
         """Let a request decode with the group from the next step on."""
         self.group.join(request)
-        self.fresh[request.id] = request
+        self.fresh[request.row] = request
 
     def park(self, request: Live) -> None:
         """Take a decoding request out of the group; it stays admitted."""
         self.part(request, PARKED)
-        self.parked[request.id] = request
+        self.parked[request.row] = request
 
     def withdraw(self, request: Live) -> None:
         """Take a waiting request out that has ended."""
@@ -448,7 +436,7 @@ class ReplicaStep(Step):
     def hold(self, request: Live) -> None:
         """A member of the group has its answer, and keeps its slot until its batch returns."""
         self.group.die(request)
-        del self.admitted[request.id]
+        del self.admitted[request.row]
         self.batch.append(request)
 
     def dismiss(self, request: Live) -> None:
@@ -463,8 +451,8 @@ class ReplicaStep(Step):
         if request.group is not None:
             self.part(request, phase)
         else:
-            self.prefills.pop(request.id, None)
-            self.parked.pop(request.id, None)
+            self.prefills.pop(request.row, None)
+            self.parked.pop(request.row, None)
         if request.reserved:
             self.pledges.append((request, request.reserved, request.stored, -1))
         self.kv_tokens -= request.stored
@@ -472,12 +460,12 @@ class ReplicaStep(Step):
 
     def part(self, request: Live, phase: Phase) -> None:
         """Take a member out of the group; its latest token is the group's, unless it has joined since."""
-        self.group.leave(request, phase, None if request.id in self.fresh else self.decoded_at)
+        self.group.leave(request, phase, None if request.row in self.fresh else self.decoded_at)
 
     def _note(self, kind: Kind, request: Live, other: int, value: int) -> None:
         """Write down for the journal what happened to a request, if there is one."""
         if self.notes is not None:
-            self.notes.append((kind, request.id, other, value))
+            self.notes.append((kind, request.row, other, value))
 
     def _note_denial(self, request: Live, tokens: int, spare: int, in_chunks: bool = False) -> None:
         """Write down that there was no room, the first few times of a plan: a policy may try its whole queue."""
@@ -493,8 +481,8 @@ class ReplicaStep(Step):
 
     def _unplan(self, request: Live) -> bool:
         """Take a request out of the plan under way; whether a decode was planned for it."""
-        if request.id in self.ran:
-            del self.ran[request.id]
+        if request.row in self.ran:
+            del self.ran[request.row]
         elif self.whole and request.group is not None:
             self.whole = self.group.live > 1 or self.group.dead > 0
         else:
@@ -519,7 +507,7 @@ class ReplicaStep(Step):
 
     def _take_out(self, request: Live) -> None:
         """Take a request out of the queue, wherever it stands. Raises ValueError if it is not there."""
-        waiting = self.waiting
+        waiting = self.queue
         waiting.remove(request)
         self._scattered |= len(waiting) > LONG and isinstance(waiting, deque)
 

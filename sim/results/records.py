@@ -109,7 +109,8 @@ RUN_COLUMNS = (
 
 ADDED_COLUMNS = (*Growth._fields, "spared_blocks", "promised_decodes")  # that version 0.1 did not write
 
-PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
+_RUN = Struct(f"{len(RUN_COLUMNS)}q")
+PACK_RUN, UNPACK_RUN = _RUN.pack, _RUN.unpack  # a row as bytes: half the time of array.extend
 
 
 class MeasuredRow(NamedTuple):
@@ -163,7 +164,7 @@ class Token(Protocol):
 class Ended(Protocol):
     """What is written down of a request that has ended."""
 
-    id: int
+    row: int  # of the trace
     produced: int  # tokens that its client has got
     preemptions: int
 
@@ -215,7 +216,7 @@ class RequestRecords:
 
     def end(self, request: Ended, now: int, status: Status) -> None:
         """Write down what became of ``request``, once. It decodes no more."""
-        i = request.id
+        i = request.row
         first = self.first_token[i]
         if first >= 0:
             self.spoken_ps += request.last.ps - first

@@ -641,10 +641,10 @@ def _no_drafts(speculate: Speculate, group: ReplicaGroup) -> str:
         return "must not be given with a backend that executes steps: it verifies no drafts"
     if group.role != "mixed":
         return "must not be given with prefill and decode replicas: that is not modelled"
+    if group.parallel.data > 1:
+        return "must not be given with ranks of DP-attention: that is not modelled"
     if group.parallel.pipeline > 1:
         return "must not be given with pipeline stages: that is not modelled"
-    if group.parallel.data > 1:
-        return "must not be given with data ranks: that is not modelled"
     if group.kv_groups is not None:
         return "is not modelled where layers give KV back: set policy.disable_hybrid_kv_cache_manager"
     if speculate.method == "ngram" and scheduler.asynchronous:

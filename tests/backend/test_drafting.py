@@ -154,3 +154,16 @@ def test_its_weights_and_kv_are_on_the_same_gpus() -> None:
     without = kv_blocks(LLAMA, H200, Parallel(), reserve_gib=1.92).blocks
 
     assert with_it / without == pytest.approx(53_794 / 56_057, rel=0.01)
+
+
+def test_ranks_with_equal_work_draft_as_one_batch_that_is_spread_over_them() -> None:
+    shape, parallel = model("deepseek-v3"), Parallel(data=8, expert=8)
+    backend = WithDrafts(Efficiency(), head_of(shape, "mtp")).build(shape, H200, parallel)
+    own, spread = verify(4, 4000, 12, 3), verify(32, 32_000, 96, 3)
+
+    assert backend.together([own] * 8) == backend.step(spread)
+    # one rank alone with drafts sets the pace of all: its 16 tokens, and one for nothing on each other rank
+    alone = backend.together([own, *[Batch((), 0, 0)] * 7])
+    plain = backend.together([Batch((), 4, 4000), *[Batch((), 0, 0)] * 7])
+    assert plain.first < alone.first < backend.step(spread).first
+    assert (alone.slope, alone.steps) == (0, 1)

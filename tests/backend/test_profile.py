@@ -17,7 +17,6 @@ from chairlift.backend.calibrated import profile, settings
 from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.calibrated.profile import GpuTime, HostTime, Profile
 from chairlift.backend.cuda_graphs import graph_limit, padded
-from chairlift.backend.parallel import ONE
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.scenario.plugins import BACKENDS
 from kit.command import chairlift
@@ -58,7 +57,7 @@ def test_a_decode_step_is_padded_weighted_and_priced_in_picoseconds() -> None:
     # √(4² + 0.16²) ms, times 1.5 halfway to the knot in log tokens; 16 × 2 µs; 30 ns a token of context
     assert cost.first == pytest.approx((4.0031987 * 1.5 + 0.032 + 0.48) * MS, rel=1e-6)
     assert (cost.slope, cost.steps > 10**9) == (16 * 30_000, True)
-    assert cost.host == (260_000_000, 500_000_000, 130_000_000, WHOLE)
+    assert cost.host == (260_000_000, 500_000_000, 130_000_000, WHOLE, 0)
 
 
 def test_batches_of_one_graph_cost_alike_but_for_their_sequences() -> None:
@@ -76,7 +75,7 @@ def test_a_mixed_step_by_hand() -> None:
     # 1000 tokens, eager: √(4² + 4²) ms; 8 sequences; pairs 50·100 + 50·51/2 + 944·945/2
     assert cost.first == pytest.approx((5.6568542 + 0.016 + 0.5 + 0.452315e-3 + 0.5 + 0.04) * MS, rel=1e-6)
     assert (cost.slope, cost.steps) == (0, 1)
-    assert cost.host == (279_400_000, 14 * MS, 90_000_000, 300_000_000)
+    assert cost.host == (279_400_000, 14 * MS, 90_000_000, 300_000_000, 0)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_leap_equals_step(table: list[tuple[int, int, int]], name: str, draw: in
     loaded = profile.load(name)
 
     def backend() -> Calibrated:
-        return settings.Settings(name, draw=draw).build(specs.model(loaded.model), specs.gpu("h200"), ONE)
+        return settings.Settings(name, draw=draw).build(specs.model(loaded.model), specs.gpu("h200"), loaded.parallel)
 
     leapt, stepped = (
         play(trace, lambda: Vllm(async_scheduling=ahead), backend, blocks=600, leap=leap) for leap in (True, False)

@@ -162,6 +162,7 @@ def clusters(draw: Draw, disaggregated: bool | None = None, safe: bool = False) 
         chunk_launch=draw(st.sampled_from([0, 0, 3000])),
         chunk_tail=draw(st.sampled_from([WHOLE, 0, 700])),
         decode_tail=draw(st.sampled_from([WHOLE, WHOLE, 500])),
+        late=draw(st.booleans()),
         arrival=draw(st.sampled_from([0, 0, 90, 2500])),
     )
     block_size = draw(st.sampled_from([4, 16]))

@@ -14,7 +14,8 @@ from chairlift.policies.sglang import Sglang
 from chairlift.policies.static import Static
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.records import Status
-from chairlift.sim.study import Limits, Setup
+from chairlift.sim.study import Limits, Setup, Speculate
+from chairlift.sim.workload.acceptance import Acceptance
 from kit.clusters import Served, check_endings, check_nothing_left, group, s, same, serve, setup_of
 from kit.worlds import Affine, check_places, shares, trace_of
 
@@ -149,6 +150,31 @@ def test_ranks_with_equal_work_are_as_one_replica_with_the_work_of_one(
     assert all_of_them["rank"] == list(range(ranks)) * len(rows)
     for name in ("status", "admitted_ps", "first_token_ps", "finished_ps", "preemptions", "emitted_tokens"):
         assert all_of_them[name] == [value for value in one[name] for _ in range(ranks)], name
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+def test_ranks_with_equal_drafts_are_as_one_replica_with_the_drafts_of_one(kept: float, ahead: bool) -> None:
+    # all drafts are kept, or none, so that what comes twice does the same on both ranks
+    cost = Affine(fixed=997, token=10, context=1)
+    rows = [(k * 700, 3 + 5 * k % 40, 1 + 7 * k % 30) for k in range(15)]
+    found = []
+    for ranks in (1, 2):
+        replica = vllm(ranks, 30, cost, async_scheduling=ahead, enable_prefix_caching=True, max_num_batched_tokens=24)
+        replica.speculation = replica.make_scheduler().speculation("mtp", 3)
+        trace = trace_of([row for row in rows for _ in range(ranks)])
+        speculate = Speculate(method="mtp", tokens=3, acceptance=Acceptance(rates=[kept] * 3))
+        served = serve(setup_of(trace, [replica], speculate=speculate))
+        check_endings(served)
+        check_nothing_left(served)
+        found.append(served.columns())
+    one, two = found
+
+    assert two["rank"] == [0, 1] * len(rows)
+    for name in ("status", "first_token_ps", "finished_ps", "preemptions", "draft_tokens", "accepted_tokens"):
+        assert two[name] == [value for value in one[name] for _ in range(2)], name
+    assert (sum(one["accepted_tokens"]) > 0) == (kept > 0)
+    assert sum(one["draft_tokens"]) > 0
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -175,6 +175,24 @@ def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: i
     assert set(world.requests.status) <= {Status.FINISHED, Status.TIMED_OUT}
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_journal_changes_nothing(asynchronous: bool) -> None:
+    with_it, without = (
+        play(
+            trace_of(table(3, 40, 2000)),
+            lambda: Vllm(async_scheduling=asynchronous),
+            blocks=8,
+            journal=journal,
+            speculate=drafts(3, length=2),
+        )
+        for journal in (True, False)
+    )
+
+    assert sum(without.requests.preemptions) > 0
+    assert with_it.outcome() == without.outcome()
+    assert with_it.engines[0].records.event_rows
+
+
 @pytest.mark.skipif(not RECORDED.exists(), reason="needs the recordings in ../shared/truth")
 def test_a_recorded_run_with_drafts_is_predicted(tmp_path: Path) -> None:
     """vLLM 0.26 on an H200, Llama-3.1-8B with an EAGLE3 head, 3 drafts, synthetic acceptance of 2.4, 6 requests/s.

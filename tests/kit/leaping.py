@@ -108,6 +108,7 @@ backends = st.builds(
     chunk_launch=st.sampled_from([0, 3000]),
     chunk_tail=st.sampled_from([WHOLE, 0, 700]),
     decode_tail=st.sampled_from([WHOLE, WHOLE, 500]),
+    late=st.booleans(),
     arrival=st.sampled_from([0, 0, 90, 2500]),
     arrival_token=st.sampled_from([0, 0, 2]),
     vouch=st.sampled_from([1, 3, 1 << 60]),

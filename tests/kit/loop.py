@@ -15,6 +15,7 @@ class Work(NamedTuple):
     update: float
     gpu: float
     tail: float = WHOLE
+    head: float = 0
 
 
 class Loop:
@@ -37,7 +38,7 @@ class Loop:
             if work.tail == WHOLE:
                 self.gpu_free = max(ended, self.now) + work.gpu
             else:
-                self.gpu_free = max(max(ended, begun) + work.gpu, self.now + work.tail)
+                self.gpu_free = max(max(ended, begun + work.head) + work.gpu, self.now + work.tail)
         before, self.flying = self.flying, work
         if before is None:
             return None

@@ -10,7 +10,7 @@ import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.backend.parallel import ONE
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import KvGroups, Router, Scheduler
 from chairlift.policies.routers import RoundRobin
@@ -42,6 +42,7 @@ class Affine(Backend):
     chunk_launch: int = 0  # host ps more where there is a chunk
     chunk_tail: int = WHOLE
     decode_tail: int = WHOLE
+    late: bool = False  # launched kernel by kernel, an idle GPU gets its first one after half of the launch
     arrival: int = 0
     arrival_token: int = 0
     vouch: int = FOREVER
@@ -66,8 +67,9 @@ class Affine(Backend):
         tail = self.chunk_tail if batch.prefills else self.decode_tail
         if not (sequences or eager) and tail == WHOLE:
             return self.host
-        schedule, launch, update, _ = self.host
-        return Host(schedule + sequences, launch + eager, update + sequences, tail)
+        schedule, launch, update, *_ = self.host
+        head = (launch + eager) // 2 if self.late and tail != WHOLE else 0
+        return Host(schedule + sequences, launch + eager, update + sequences, tail, head)
 
 
 def sync_vllm() -> Vllm:
@@ -235,6 +237,7 @@ def play(
     speculate: Speculate | None = None,
     limits: Limits | None = None,
     failures: Failures | None = None,
+    pipeline: int = 1,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
 
@@ -243,7 +246,8 @@ def play(
     """
     sample = scheduler()
     block_size = sample.block_tokens or block_size
-    parts = (replicas, "mixed", GPU, ONE, type(sample), {}, Efficiency(), blocks, block_size, "made up")
+    parallel = Parallel(pipeline=pipeline)
+    parts = (replicas, "mixed", GPU, parallel, type(sample), {}, Efficiency(), blocks, block_size, "made up")
     group = Group(*parts, *host_of(*host, block_size), kv_groups=groups, cost=backend, policy=scheduler)
     if speculate is not None:
         group.speculation = sample.speculation(speculate.method, speculate.tokens)

@@ -117,6 +117,7 @@ class Asked(Vllm):
     chunk_launch=st.sampled_from([0, 3000]),
     chunk_tail=st.sampled_from([WHOLE, 0, 700]),
     decode_tail=st.sampled_from([WHOLE, 500]),
+    late=st.booleans(),
     arrival=st.sampled_from([0, 90]),
 )
 def test_boundaries_are_those_of_the_loop(
@@ -127,6 +128,7 @@ def test_boundaries_are_those_of_the_loop(
     chunk_launch: int,
     chunk_tail: int,
     decode_tail: int,
+    late: bool,
     arrival: int,
 ) -> None:
     table = sorted(table)
@@ -137,6 +139,7 @@ def test_boundaries_are_those_of_the_loop(
         chunk_launch=chunk_launch,
         chunk_tail=chunk_tail,
         decode_tail=decode_tail,
+        late=late,
         arrival=arrival,
     )
     policy = Asked(enable_prefix_caching=False, max_num_batched_tokens=32, max_num_seqs=4)
@@ -156,8 +159,8 @@ def test_boundaries_are_those_of_the_loop(
         come = sum(a <= now for a in arrivals)
         work = None
         if tokens:
-            first, _, _, (schedule, launch, update, tail) = next(costs)
-            work = Work(schedule + arrival * (come - taken), launch, update, first, tail)
+            first, _, _, (schedule, launch, update, tail, head) = next(costs)
+            work = Work(schedule + arrival * (come - taken), launch, update, first, tail, head)
         taken = come
         if loop.turn(work) is not None:
             done.append(loop.now)

@@ -12,7 +12,7 @@ from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.by_part import ByPart
 from chairlift.backend.parallel import Parallel
 from chairlift.sim.bad_input import BadInput
-from chairlift.sim.plan.bounds import bound
+from chairlift.sim.plan.bounds import bound, work_of
 from chairlift.sim.plan.file import read_plan
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document, read
@@ -190,3 +190,35 @@ def test_a_config_json_beside_the_scenario_gives_the_model(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config | {"memory_slots": 4}))
     with pytest.raises(BadInput, match="not understood: memory_slots"):
         prepare(read(tmp_path / "s.yaml"), tmp_path)
+
+
+def test_a_step_is_under_way_in_each_stage_if_the_policy_fills_them() -> None:
+    said = {
+        policy: simulate(ready(model="llama-3.1-8b", policy=policy, parallel={"pipeline": 2})).assumptions["pipeline"]
+        for policy in ("vllm", "sarathi")
+    }
+
+    assert said == {
+        "vllm": "a step under way in each of 2 stages, which take equal times",
+        "sarathi": "a step passes all stages before the next begins: this policy keeps one under way",
+    }
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        {"parallel": {"pipeline": 4}},
+        {"speculate": {"method": "eagle3", "tokens": 3, "acceptance": {"length": 2.4}}},
+    ],
+    ids=["stages", "drafts"],
+)
+def test_no_run_serves_more_than_the_bound(system: dict[str, Any]) -> None:
+    """A crowd that fills its stages, or keeps its drafts, is served faster than one step after the other."""
+    crowd = {"requests": 300, "clients": {"concurrency": 128}, "prompt_tokens": 16, "output_tokens": 100}
+    setup = ready(model="llama-3.1-8b", backend={"name": "roofline", "by_part": True}, workload=crowd, **system)
+    served = simulate(setup).summary["request_throughput"]
+    bounds = max(work_of(setup, setup.groups[0]))
+    plain = ready(model="llama-3.1-8b", backend={"name": "roofline", "by_part": True}, workload=crowd)
+
+    assert served <= 1 / bounds
+    assert bounds < max(work_of(plain, plain.groups[0]))

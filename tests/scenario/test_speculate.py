@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.cli.bench import fingerprint
 from chairlift.sim.results.writer import Writer
 from chairlift.sim.scenario.load import load
+from chairlift.sim.scenario.resolved import relocated
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
 from kit.command import chairlift
+from kit.serving import commands, flags
 
 BASE = """\
 model: llama-3.1-8b
@@ -104,6 +107,11 @@ def test_the_prefix_cache_looks_ahead_for_layers_that_read_states(
             "speculate: profile does not price the verification",
         ),
         (EAGLE, ["parallel={pipeline: 2}"], "speculate: must not be given with pipeline stages"),
+        (
+            EAGLE,
+            ["model=qwen3-30b-a3b", "parallel={data: 2, expert: 2}"],
+            "speculate: must not be given with ranks of DP-attention",
+        ),
         (EAGLE, ["speculate.method=ngram"], "speculate: draft must not be given with ngram"),
         (EAGLE, ["speculate.acceptance={length: 5}"], "speculate: length must be at most 1 + tokens, 4 (got 5)"),
         (EAGLE, ["speculate.acceptance={}"], "speculate.acceptance: exactly one of"),
@@ -151,3 +159,25 @@ def test_a_model_that_drafts_is_priced_and_kept_as_it_is(tmp_path: Path) -> None
 
     assert "a pass of qwen2.5-0.5b takes" in outcome.assumptions["drafting"]
     assert sizes["completed"] == 40
+
+
+def test_the_engines_line_says_the_drafts(tmp_path: Path) -> None:
+    lines = commands(setup(tmp_path, EAGLE))
+
+    assert flags(lines[-1])["speculative_config"] == '{"method": "eagle3", "num_speculative_tokens": 3}'
+    assert any('say the checkpoint that drafts as "model" in --speculative-config' in line for line in lines)
+
+
+def test_a_drafting_models_file_is_one_that_the_run_reads(tmp_path: Path) -> None:
+    """A scenario that is put elsewhere still finds it."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 4}
+    config |= {"num_attention_heads": 8, "intermediate_size": 1024, "vocab_size": 128256, "torch_dtype": "bfloat16"}
+    config |= {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    told = EAGLE.replace("eagle3", "draft_model").replace("{vocab: 32000}", "small/config.json")
+    outcome = simulate(setup(tmp_path, told))
+    study = load(tmp_path / "s.yaml")
+
+    assert "a pass of small takes" in outcome.assumptions["drafting"]
+    assert relocated(study.resolved, tmp_path / "runs" / "s")["speculate"]["draft"] == "../../small/config.json"
