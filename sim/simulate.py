@@ -11,7 +11,6 @@ from chairlift.backend.base import Executor
 from chairlift.sim.cluster import predicted_lengths
 from chairlift.sim.cluster.run import run
 from chairlift.sim.replica.engine import Engine
-from chairlift.sim.replica.stages import Staged
 from chairlift.sim.results.metrics import Pool, fleet, summarise
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.refusals import refusals
@@ -24,8 +23,6 @@ LOOPS = {  # an engine loop, as `Setup.loop` names it → what it is
     "asynchronous": "asynchronous: a step is planned while the step before runs, as vLLM does by default",
     "mixed": "asynchronous on some replicas, synchronous on others",
 }
-
-ONE_STEP = "a step passes all stages before the next begins: this policy keeps one under way"
 
 
 def simulate(
@@ -85,20 +82,16 @@ def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[st
             lines[what] = costs[0][what]
         else:
             lines |= {f"{what}{_of(setup, i)}": text for i, text in enumerate(told) if text is not None}
-    for i, (group, first) in enumerate(zip(setup.groups, starts, strict=True)):
+    for i, group in enumerate(setup.groups):
         lines |= {f"{what}{_of(setup, i)}": line for what, line in group.make_scheduler().assumptions().items()}
         what = f"KV pool{_of(setup, i)}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
-        if (pipeline := group.parallel.pipeline) > 1:
-            under_way = isinstance(engines[first], Staged)
-            said = f"a step under way in each of {pipeline} stages, which take equal times"
-            lines[f"pipeline{_of(setup, i)}"] = said if under_way else ONE_STEP
+        lines |= {f"{what}{_of(setup, i)}": line for what, line in group.said.items()}
         if group.caution:
             lines[f"max_model_len{_of(setup, i)}"] = group.caution
     lines["engine loop"] = LOOPS[setup.loop]
-    if (speculate := setup.speculate) is not None:
-        shares = ", ".join(f"{share:.0%}" for share in speculate.acceptance.of(speculate.tokens))
-        lines["drafts"] = f"{speculate.tokens} by {speculate.method}, kept in {shares} of the steps (as given)"
+    if setup.speculate is not None:
+        lines |= setup.speculate.said
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)
     if swaps:

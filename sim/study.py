@@ -110,6 +110,12 @@ class Speculate(Spec):
         self.acceptance.of(self.tokens)
         return self
 
+    @property
+    def said(self) -> dict[str, str]:
+        """What results rest on with these drafts: a word → one line."""
+        shares = ", ".join(f"{share:.0%}" for share in self.acceptance.of(self.tokens))
+        return {"drafts": f"{self.tokens} by {self.method}, kept in {shares} of the steps (as given)"}
+
 
 class Outage(Spec):
     """One planned failure."""
@@ -283,6 +289,24 @@ class ReplicaGroup:
     caution: str = ""  # why the engine itself does not start with what the scenario leaves open
     kv_groups: KvGroups | None = None  # of the model's layers, where the pool tells them apart
     speculation: Speculation | None = None  # how its policy plans drafts, if the scenario has any
+
+    @property
+    def stages(self) -> int:
+        """Steps of a replica that are under way at a time, each in another stage of its pipeline.
+
+        1 where that is not modelled: a step then passes all stages before the next begins.
+        """
+        fills = self.scheduler.fills_pipelines and self.kv_groups is None and self.role == "mixed"
+        return self.parallel.pipeline if fills and self.parallel.data == 1 else 1
+
+    @property
+    def said(self) -> dict[str, str]:
+        """What results rest on with its pipeline, if it has one: a word → one line."""
+        if self.parallel.pipeline == 1:
+            return {}
+        if self.stages == 1:
+            return {"pipeline": "a step passes all stages before the next begins: more at a time is not modelled here"}
+        return {"pipeline": f"a step under way in each of {self.stages} stages, which take equal times"}
 
     @property
     def tables(self) -> int:

@@ -167,9 +167,8 @@ class _Engines:
 
         executes = isinstance(backend, Executor)
         kind: Callable[..., Planner] = Planner
-        stages = stages_of(group, scheduler, pool)
-        if stages > 1:
-            kind = partial(StagedPlanner, stages=stages)
+        if group.stages > 1:
+            kind = partial(StagedPlanner, stages=group.stages)
         if group.speculation is not None and self._accepts is not None:
             kind = partial(VerifyingPlanner, group.speculation, self._accepts)
         planner = kind(
@@ -213,15 +212,6 @@ def make_host(setup: Setup, group: ReplicaGroup) -> HostMemory:
     line_rate = group.gpu.host_gb_per_s
     rate = None if line_rate is None else line_rate * group.host_link
     return host_memory(group.host_gib, kv_bytes, rate, group.block_size, group.scheduler.overlaps_swaps)
-
-
-def stages_of(group: ReplicaGroup, scheduler: Scheduler, pool: CountingPool) -> int:
-    """Steps of a replica that are under way at a time, each in another stage of its pipeline.
-
-    1 where that is not modelled: a step then passes all stages before the next begins.
-    """
-    fills = scheduler.fills_pipelines and not (pool.windowed or pool.keeps or group.parallel.data > 1)
-    return group.parallel.pipeline if fills and group.role == "mixed" else 1
 
 
 def make_pool(

@@ -288,6 +288,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
         lines["workload"] = described(chosen.document, trace, rates, plan.unit)
         if plan.unit == "sessions":
             lines["rate"] = "sessions that start each second, not requests"
+        lines |= {} if setup.speculate is None else setup.speculate.said
         lines["engine loop"] = LOOPS[setup.loop]
         if chosen.synchronous and setup.loop == "synchronous":
             lines["engine loop"] += "; with async_scheduling: true a vllm would plan ahead beside policies that do not"
@@ -296,7 +297,7 @@ def conclude(answer: Answer, runs: Simulations) -> None:
             lines["engine loops differ"] = warning
         for group in setup.groups:
             backend = group.make_backend(setup.model)
-            lines |= backend.assumptions() | group.make_scheduler().assumptions()
+            lines |= backend.assumptions() | group.make_scheduler().assumptions() | group.said
             what = f"KV pool, {group.count} × {group.role}" if len(setup.groups) > 1 else "KV pool"
             lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
             price = price_of(plan.prices, group.gpu.name)

@@ -171,7 +171,7 @@ def _steps(setup: Setup, group: ReplicaGroup, load: _Load) -> Floats:
                     cost = backend.step(Batch(chunks, decodes, round(context))).spacing(scheduler.asynchronous)[0]
                     found.append((length * len(chunks), decodes * each, context * each, cost / PS_PER_S))
     steps = np.array(found, dtype=np.float64)
-    steps[:, 3] *= SLACK / _stages(group)  # as many steps may be under way as there are stages
+    steps[:, 3] *= SLACK / group.stages  # as many steps may be under way as there are stages
     return steps
 
 
@@ -212,16 +212,11 @@ def work_of(setup: Setup, group: ReplicaGroup) -> tuple[float, float]:
     return 1 / prompts, 1 / answers
 
 
-def _stages(group: ReplicaGroup) -> int:
-    """Steps that a replica may have under way at a time, each in another stage of its pipeline."""
-    return group.parallel.pipeline if group.scheduler.fills_pipelines else 1
-
-
 def _prompt_token(backend: Backend, group: ReplicaGroup) -> float:
     """Least picoseconds of a prompt token, in chunks that attend to no earlier chunk; each rank of a step has one."""
     ranks = group.parallel.data
     each = min(backend.step(Batch((Chunk(0, n),) * ranks, 0, 0)).first / (n * ranks) for n in TOKENS)
-    return each / _stages(group)
+    return each / group.stages
 
 
 def _impossible(setup: Setup, promises: Sequence[Promise], reuse: bool) -> str:

@@ -111,6 +111,7 @@ class DraftedStep(ReplicaStep):
             self._fail(f"run of {request}, which is not running")
         if request.row in self.chosen:
             self._fail(f"run of {request} twice in one step")
+        tokens = self._whole(f"run of {request}", tokens)
         if not 1 <= tokens <= request.remaining:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         upto = request.stored + tokens

@@ -2,7 +2,8 @@
 
 Each rank has a `Planner`. `Ranks` stands in an engine's loop where one planner does elsewhere: it asks every rank what
 it wants next, and what they want is one step, which ends when the slowest rank is done. A rank that wants nothing runs
-a token for nothing, since the experts of all ranks are called together. The replica rests once no rank wants anything.
+a token for nothing, since the experts of all ranks are called together. The replica rests once no rank wants anything;
+vLLM's ranks look for that at every 32nd step, and run on for nothing until then.
 
 In three steps of two ranks: A decodes on rank 0 and B's prompt arrives at rank 1. Step 1 has A's decode and B's prompt,
 and takes as long as the prompt. Step 2 has a decode on each rank, and brings B its last token. In step 3 rank 0 decodes

@@ -39,8 +39,8 @@ class ReplicaStep(Step):
     __slots__ = (  # a dict is slow beyond thirty attributes
         *("_admissions", "_admitted_before", "_denied", "_more_arrivals", "_needy", "_now", "_running", "_scattered"),
         *("_speculation", "_stages", "_windowed", "admitted", "backend", "batch", "chunks", "decoded_at", "evicted"),
-        *("flights", "fresh", "group", "host", "kv_tokens", "longest", "moved", "notes", "padding", "queue"),
-        *("parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
+        *("flights", "fresh", "group", "host", "kv_tokens", "longest", "moved", "notes", "padding", "parked"),
+        *("pledges", "pool", "preempted", "prefills", "queue", "ran", "rejected", "rejoined", "released"),
         *("releases", "resumed", "scheduler", "slept", "started", "taken", "tokens", "wake", "whole"),
     )
     now: int = shown("now")
@@ -49,8 +49,8 @@ class ReplicaStep(Step):
     more_arrivals: bool = shown("more_arrivals")
     max_model_len: int = shown("max_model_len", "longest")
     stages: int = shown("stages")
-    windowed: bool = shown("windowed")
     speculation: Speculation | None = shown("speculation")
+    windowed: bool = shown("windowed")
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class ReplicaStep(Step):
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
         self._stages = stages
+        self._speculation: Speculation | None = None
         self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
         self._windowed = pool.windowed
-        self._speculation: Speculation | None = None
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self.queue: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque

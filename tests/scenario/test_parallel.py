@@ -200,7 +200,7 @@ def test_a_step_is_under_way_in_each_stage_if_the_policy_fills_them() -> None:
 
     assert said == {
         "vllm": "a step under way in each of 2 stages, which take equal times",
-        "sarathi": "a step passes all stages before the next begins: this policy keeps one under way",
+        "sarathi": "a step passes all stages before the next begins: more at a time is not modelled here",
     }
 
 
