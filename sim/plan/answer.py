@@ -17,10 +17,11 @@ from chairlift.sim.plan.errors import described as errors_of
 from chairlift.sim.plan.errors import errors, kept, likely
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.flips import Ask, Change, changes
-from chairlift.sim.plan.headroom import Headroom, Margin, headroom, margin
+from chairlift.sim.plan.headroom import Headroom, Margin, fewer, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.pacing import SAMPLE, paced
 from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.questions import said
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.stretches import described, recorded
 from chairlift.sim.results import loops
@@ -66,6 +67,12 @@ class Answer:
         return shell(self.launches, self.beside)
 
     @property
+    def asked(self) -> list[str]:
+        """What the plan's further questions come to, a line each."""
+        spec = self.plan.spec
+        return list(said(spec.ask, spec.given, self.plan.unit, self.races, self.capacities))
+
+    @property
     def chosen(self) -> Candidate | None:
         """The system that the commands and assumptions describe: the answer at the highest rate, if there is one."""
         if self.races:
@@ -108,7 +115,7 @@ def answers(
     for answer in _parts(plan, runs, told):
         conclude(answer, runs)
         yield answer
-    if changing and answer.races and (best := answer.races[-1].winner) is not None:
+    if changing and not plan.spec.ask.spares and answer.races and (best := answer.races[-1].winner) is not None:
         for change in changes(
             plan.candidates, plan.spec.slo, answer.races[-1].rate_per_s, best, _ask(plan, runs, told)
         ):
@@ -142,7 +149,7 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
     check_promises(plan)
     if plan.today is not None and spec.rates:
         today = plan.today
-        rate = spec.rates[0]
+        rate = spec.given[0]
         capacity = _capacity(today, rate, plan, runs, bounds, told)
         answer.capacities = [(today, capacity)]
         yield answer
@@ -169,7 +176,7 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
     for rate in spec.rates:
         told(f"{rate:g}/s")
         wanted = MOST_ON_FRONT if spec.front and rate == spec.rates[-1] else 1  # the front is of the last
-        found = race(plan.candidates, bounds, runs.of, promises, rate, effort, wanted, told=told)
+        found = race(plan.candidates, *_spared(plan, runs, bounds), promises, rate, effort, wanted, told=told)
         answer.races.append(found)
         yield answer
         if (best := found.winner) is not None:
@@ -184,6 +191,32 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
             answer.front.append(_point(entry, promises, runs, bounds, plan))
             mark(answer.front)
             yield answer
+
+
+def _spared(
+    plan: BuyingPlan, runs: Simulations, bounds: Callable[[Candidate], Bound]
+) -> tuple[Callable[[Candidate], Bound], Callable[[Candidate], Measure]]:
+    """How systems are bounded and measured without the spares that the plan asks for."""
+    gone, known = plan.spec.ask.spares, dict[str, Candidate | None]()
+    if not gone:
+        return bounds, runs.of
+
+    def left(candidate: Candidate) -> Candidate | None:
+        if candidate.name not in known:
+            try:
+                known[candidate.name] = candidate if candidate.scales else fewer(candidate, gone)
+            except BadInput:
+                known[candidate.name] = None
+        return known[candidate.name]
+
+    def bounded(candidate: Candidate) -> Bound:
+        rest = left(candidate)
+        return Bound(0.0, f"without {gone} of its replicas nothing is left") if rest is None else bounds(rest)
+
+    def measured(candidate: Candidate) -> Measure:
+        return runs.of(left(candidate) or candidate)
+
+    return bounded, measured
 
 
 def _drawing(runs: Simulations, candidate: Candidate) -> Callable[[int], Measure]:

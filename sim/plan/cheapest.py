@@ -18,7 +18,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from chairlift.sim.plan.bounds import Bound
@@ -119,7 +119,7 @@ def race(
     """The cheapest of ``candidates`` that keeps ``promises`` at ``rate``, and what became of all others.
 
     ``wanted``: how many systems that will do are looked for. Beyond the first, each has the least number of replicas
-    that will do, and those of one price are no longer put into heats.
+    that will do, its runs grow no longer than at first, and those of one price are no longer put into heats.
     ``prune=False`` simulates every candidate that has a setup, for tests to compare with.
     """
     ordered = sorted(candidates, key=lambda c: (c.usd_per_hour, c.name))
@@ -131,7 +131,8 @@ def race(
     def decided(candidate: Candidate) -> Entry:
         nonlocal raced
         told(_progress(rate, candidate, entries, len(ordered), raced, time.monotonic() - started))
-        verdict = decide(measure(candidate), promises, rate, effort)
+        hard = effort if winner is None or not prune else replace(effort, most_requests=effort.requests)
+        verdict = decide(measure(candidate), promises, rate, hard)
         raced += 1
         return Entry(candidate, *_said(verdict, promises), verdict)
 

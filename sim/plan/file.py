@@ -20,6 +20,7 @@ from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, h
 from chairlift.sim.plan.capacity import Effort
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.questions import Asked
 from chairlift.sim.plan.stretches import FIRST_SHARE, LEAST, MOST_SHARE, recorded, rows_of
 from chairlift.sim.scenario import load
 from chairlift.sim.scenario.schema import results_name
@@ -110,6 +111,9 @@ class PlanFile(Based):
     prices: Prices | str | None = Field(
         default=None, description="GPU → price, or a YAML file of such; default: Chairlift's dated table."
     )
+    ask: Asked = Field(
+        default=Asked(), description="Further questions: a budget, an API's price, growth, spares, hours."
+    )
     search: Search = Field(default=Search(), description="How hard to look.")
 
     @field_validator("prices", mode="before")
@@ -120,10 +124,15 @@ class PlanFile(Based):
         return prices
 
     @property
-    def rates(self) -> list[float]:
-        """The rates to buy for, rising and each once."""
+    def given(self) -> list[float]:
+        """The rates that the file names, rising and each once."""
         given = self.rate_per_s if isinstance(self.rate_per_s, list) else [self.rate_per_s]
         return sorted({rate for rate in given if rate is not None})
+
+    @property
+    def rates(self) -> list[float]:
+        """The rates to buy for, rising and each once."""
+        return self.ask.rates(self.given)
 
 
 @dataclass
@@ -172,6 +181,12 @@ def read_plan(
     if rates:
         document.put("rate_per_s", list(rates), "--rate")
     spec = document.check(PlanFile)
+    rule = "is of a load to buy for: give rate_per_s"
+    lost = [key for key in ("growth", "hours", "spares") if getattr(spec.ask, key) and not spec.given]
+    if spec.ask.budget_usd_per_day is not None and spec.given and spec.today is None:
+        lost, rule = ["budget_usd_per_day"], "is of capacities: leave out rate_per_s, or give today"
+    if lost:
+        raise BadInput([document.problem(("ask", key), rule) for key in lost])
     base, folder = base_of(document, spec, path)
     for key, value in spec.set.items():
         base.assign(key, value, origin_of(document, ("set", key)))

@@ -51,6 +51,7 @@ def write(answer: Answer, path: Path) -> None:
         source=path.resolve().parent.name,
         promises=[str(promise) for promise in plan.spec.slo],
         sentence=sentence(answer),
+        asked=answer.asked,
         headlines=list(_headlines(answer)),
         changes=_changes(answer) if answer.changes else None,
         capacities=_capacities(answer) if answer.capacities else None,
@@ -158,7 +159,7 @@ def _band(capacity: Capacity, colour: str) -> list[Figure]:
 
 
 def _headroom(answer: Answer) -> dict[str, Any]:
-    today = answer.plan.spec.rates[0]
+    today = answer.plan.spec.given[0]
     times = list(answer.headroom[0].growth)
     rates = [h.capacity.rate_per_s for h in answer.headroom]
     highs = [h.capacity.high if math.isfinite(h.capacity.high) else h.capacity.rate_per_s for h in answer.headroom]

@@ -85,7 +85,7 @@ def _looks(data: dict[str, Any], number: int) -> Any:
     for capacity in data["capacities"]:
         if capacity["number"] == number:
             yield from capacity["rates"]
-    for race in data["cheapest"]:
+    for race in data["cheapest"] if not data.get("spares") else ():  # those ran without the spares
         for entry in race["systems"]:
             if entry["number"] == number and "verdict" in entry:
                 yield entry["verdict"]

@@ -51,6 +51,8 @@ def show(out: Console, answer: Answer) -> None:
         out.print(_headroom(answer))
     for each in answer.races:
         _show_race(out, each, answer)
+    for line in answer.asked:
+        out.print(escape(line))
     if answer.front:
         out.print(_front(answer))
     if answer.changes:
@@ -71,6 +73,8 @@ def sentence(answer: Answer) -> str:
     if answer.races:
         race = answer.races[-1]
         at = f"at {race.rate_per_s:g} {plan.unit}/s"
+        if gone := plan.spec.ask.spares:
+            at += f" with {gone} replica{'s' * (gone > 1)} gone"
         if race.winner is None:
             return f"None of {len(race.entries)} systems keeps {kept} {at}."
         best = race.winner
@@ -154,7 +158,7 @@ def _capacities(answer: Answer) -> Table:
 
 
 def _headroom(answer: Answer) -> Table:
-    rate = answer.plan.spec.rates[0]
+    rate = answer.plan.spec.given[0]
     times = list(answer.headroom[0].growth)
     table = _table(
         f"headroom over today's {rate:g} {answer.plan.unit}/s",
@@ -309,6 +313,8 @@ def as_json(answer: Answer, folder: Path) -> dict[str, Any]:
         "promises": [promise.model_dump(exclude_none=True) for promise in plan.spec.slo],
         "seed": plan.spec.search.seed,
         "requests": plan.effort().requests,
+        "spares": plan.spec.ask.spares,
+        "asked": answer.asked,
         "systems": [
             {**_system(each), "notes": each.notes, "synchronous": each.synchronous, "scenario": _scenario(each, folder)}
             for each in plan.systems

@@ -1,0 +1,144 @@
+"""Questions that people ask of a plan beside its answer: a budget, an API's price, growth, spares, the hours of a day.
+
+A plan file asks them under ``ask``. Growth and the hours of a day are further rates to buy for, a spare replica is one
+that is paid for and gone; what is left is arithmetic on the answer, in `said`.
+
+Worked example: a system of $3.60 an hour serves requests of 1000 tokens in and 100 out. An API at $0.10 and $0.40 a
+million tokens takes $0.00014 a request, so that the system breaks even from 3.60 / 3600 / 0.00014 = 7.1 requests a
+second on. For $200 a day one has two of them; where each sustains 10/s, they serve 2 · 10 · 86,400 requests a day.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from chairlift.sim.plan.candidates import Candidate
+from chairlift.sim.plan.capacity import Capacity
+from chairlift.sim.plan.cheapest import Race
+from chairlift.sim.plan.costs import Tokens, tokens_of
+from chairlift.sim.workload.strict import Spec
+
+Usd = Annotated[float, Field(gt=0, le=1e12)]
+HOURS = 24
+
+
+class Api(Spec):
+    """What somebody else takes for the same tokens."""
+
+    usd_per_million_in: Usd = Field(description="Dollars a million prompt tokens.")
+    usd_per_million_out: Usd = Field(description="Dollars a million answer tokens.")
+
+    def per_request(self, tokens: Tokens) -> float:
+        """Dollars for one request (or session)."""
+        return (tokens.into * self.usd_per_million_in + tokens.out * self.usd_per_million_out) / 1e6
+
+
+class Growth(Spec):
+    """How the load grows."""
+
+    percent_a_month: Annotated[float, Field(gt=0, le=1000)] = Field(description="Of the load of the month before.")
+    months: Annotated[int, Field(ge=1, le=120)] = Field(description="Until the date to buy for.")
+
+    @property
+    def times(self) -> float:
+        """The load at that date, over today's."""
+        return float((1 + self.percent_a_month / 100) ** self.months)
+
+
+class Asked(Spec):
+    """Further questions."""
+
+    budget_usd_per_day: Usd | None = Field(default=None, description="Tokens a day that each system serves for it.")
+    api: Api | None = Field(default=None, description="From which load on a system costs less than an API.")
+    growth: Growth | None = Field(default=None, description="Also the cheapest system for the load that is to come.")
+    spares: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=0,
+        description="Replicas of the largest group that may be gone while the promises are kept: 1 for N + 1.",
+    )
+    hours: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=HOURS, max_length=HOURS)] | None = (
+        Field(default=None, description="The load of each hour of a day, as multiples of rate_per_s.")
+    )
+
+    def rates(self, given: Sequence[float]) -> list[float]:
+        """The rates to buy for: those ``given``, those of growth and those of the hours, rising and each once."""
+        found = set(given)
+        if self.growth is not None:
+            found |= {_round(rate * self.growth.times) for rate in given}
+        if self.hours is not None:
+            found |= {_round(given[-1] * times) for times in self.hours} if given else set()
+        return sorted(found)
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.6g}")
+
+
+def a_day(races: Sequence[Race], hours: Sequence[float], rate_per_s: float) -> tuple[float, float] | None:
+    """Dollars a day of the cheapest system of each hour, and of the dearest of those all day; None if one has none.
+
+    Example: $3 an hour for twelve hours and $6 for the others make $108 a day; $6 all day are $144.
+    """
+    usd = {race.rate_per_s: math.inf if race.winner is None else race.winner.usd_per_hour for race in races}
+    hourly = [usd.get(_round(rate_per_s * times), math.inf) for times in hours]
+    return (sum(hourly), HOURS * max(hourly)) if all(map(math.isfinite, hourly)) else None
+
+
+def said(
+    ask: Asked,
+    given: Sequence[float],
+    unit: str,
+    raced: Sequence[Race],
+    capacities: Sequence[tuple[Candidate, Capacity]],
+) -> Iterator[str]:
+    """What the questions ``ask`` come to, a line each.
+
+    ``given``: the rates that the file names; ``unit``: what they count, requests or sessions. ``raced``: the answers so
+    far for these and for the further rates that are asked for, and ``capacities`` those that were found.
+    """
+    races = {race.rate_per_s: race for race in raced}
+    won = [(race.rate_per_s, race.winner) for race in raced if race.winner is not None]
+    if (api := ask.api) is not None:
+        for rate, best in won:
+            yield _against(api, best.usd_per_hour, tokens_of(best.candidate), rate, unit)
+        for candidate, capacity in capacities if not won else ():
+            if capacity.reached:
+                yield _against(api, candidate.usd_per_hour, tokens_of(candidate), capacity.rate_per_s, unit)
+    if (budget := ask.budget_usd_per_day) is not None:
+        for candidate, capacity in capacities:
+            each, copies = tokens_of(candidate), int(budget / (HOURS * candidate.usd_per_hour))
+            served = copies * capacity.rate_per_s * 3600 * HOURS
+            yield (
+                f"${budget:,g} a day pay for {copies} × {candidate.name}: {served:,.0f} {unit} a day, "
+                f"{served * each.into / 1e6:,.4g} million tokens in and {served * each.out / 1e6:,.4g} million out"
+            )
+    if (growth := ask.growth) is not None:
+        for rate in given:
+            if (race := races.get(_round(rate * growth.times))) is not None:
+                then = "nothing will do"
+                if race.winner is not None:
+                    then = f"{race.winner.candidate.name}, ${race.winner.usd_per_hour:,.2f}/h"
+                grown = f"{growth.percent_a_month:g} % a month make {rate:g} {unit}/s {race.rate_per_s:g}"
+                yield f"{grown} in {growth.months} months: {then}"
+    if ask.hours is not None and races.keys() >= set(ask.rates(given)):
+        day = a_day(raced, ask.hours, given[-1])
+        if day is None:
+            yield "for an hour of the day nothing will do"
+        else:
+            yield (
+                f"${day[0]:,.2f} a day where the system follows the hours, ${day[1]:,.2f} with the busiest hour's all "
+                f"day: {100 * (1 - day[0] / day[1]):.3g} % less; the time that replicas take to load is not in it"
+            )
+
+
+def _against(api: Api, usd_per_hour: float, tokens: Tokens, rate_per_s: float, unit: str) -> str:
+    """An API's price beside that of a system that serves a rate."""
+    usd = api.per_request(tokens)
+    theirs, even = usd * rate_per_s * 3600, usd_per_hour / 3600 / usd
+    return (
+        f"at {rate_per_s:.4g} {unit}/s the API takes ${theirs:,.2f} an hour, {theirs / usd_per_hour:.3g} times the "
+        f"${usd_per_hour:,.2f} of this system, which breaks even from {even:.3g} {unit}/s on"
+    )
