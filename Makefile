@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test bench gallery profiles lint types check clean
+.PHONY: run test fuzz bench gallery profiles lint types check clean
 
 run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 	$(BIN)/chairlift run anyscale_23x
 
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.installed-dev  ## 20,000 mutated files, each read to an answer or to one message (hours)
+	cd tests && ../$(BIN)/python fuzz.py 20000 1
 
 bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
 	$(BIN)/python -m chairlift.sim.cli.bench

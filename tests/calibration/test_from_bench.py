@@ -105,8 +105,8 @@ def test_planted_factors_are_found_again(tmp_path: Path, monkeypatch: pytest.Mon
         assert parts[part].told, part
         assert parts[part].low <= true <= parts[part].high, part
         assert abs(parts[part].factor / true - 1) < 0.06, part
-    # 150 short requests never fill 8,192 tokens, and never keep the GPU waiting for an eager launch
-    assert not parts["steps with chunks of 8,192 tokens"].told
+    held = [each.low <= factor <= each.high for each, factor in zip(found.parts, np.exp(planted).tolist(), strict=True)]
+    assert sum(held[:CLIENT]) >= CLIENT - 2  # 9 in 10 of the intervals are to hold
     unseen = served(7, truth)
     assert max(off(unseen, found.profile)[f"{q}_{m}_ms"] for q in ("median", "p90") for m in ("ttft", "tpot")) < 0.05
 

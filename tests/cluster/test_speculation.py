@@ -197,7 +197,8 @@ def test_a_journal_changes_nothing(asynchronous: bool) -> None:
 def test_a_recorded_run_with_drafts_is_predicted(tmp_path: Path) -> None:
     """vLLM 0.26 on an H200, Llama-3.1-8B with an EAGLE3 head, 3 drafts, synthetic acceptance of 2.4, 6 requests/s.
 
-    Nothing is fitted to runs of it: drafting costs what decodes of one request showed (`Shares.draft_us`).
+    Nothing is fitted to runs of it: drafting costs what one cell of the decode grid showed, a request of 128 tokens
+    (`Shares.draft_us`).
     """
     with gzip.open(RECORDED, "rt") as file:
         rows = [row for row in csv.DictReader(file) if row["experiment"] == "conv_poisson_q6"]

@@ -25,6 +25,7 @@ import typer
 import yaml
 
 from chairlift.backend.base import Batch, Chunk
+from chairlift.backend.recorder import folder as recorder
 from chairlift.sim.cli import main as cli
 from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.load import load
@@ -51,6 +52,8 @@ LATER = {  # how a command begins → why it is not run here
     "chairlift run hardware_23x": "needs a GPU",
     "chairlift run hardware_policies": "needs a GPU",
     "chairlift agree runs/hardware_policies": "compares what was measured on a GPU",
+    "CHAIRLIFT_RECORDING=DIR vllm serve": "needs vLLM, weights and a GPU",
+    "chairlift-record DIR": "needs what a server wrote",
     "chairlift run runs/my_plan/plan.json": "needs the plan's results, which take a minute",
 }
 SMALLER = {  # command → options that make it small enough to run here
@@ -160,6 +163,13 @@ def test_what_is_not_run_could_be() -> None:
             command_here = group.get_command(None, words[1])
             assert command_here is not None, command
             command_here.make_context(words[1], words[2:])  # raises if an option is unknown
+        elif words[0] == "vllm":
+            module, _, name = words[words.index("--scheduler-cls") + 1].rpartition(".")
+            origin = find_spec(module)
+            assert origin is not None, command
+            assert f"class {name}(" in Path(str(origin.origin)).read_text(encoding="utf-8"), command
+        elif words[0] == "chairlift-record":
+            recorder.parser().parse_args(words[1:])
         else:
             assert words[:2] == ["python", "-m"], command
             assert find_spec(words[2]) is not None, command

@@ -1,0 +1,131 @@
+"""``chairlift-record DIR``: what recording engines wrote into a folder, as a recording to fit a profile to.
+
+::
+
+    CHAIRLIFT_RECORDING=DIR vllm serve … --scheduler-cls chairlift.backend.recorder.vllm.RecordingScheduler
+    # … traffic, or a benchmark; then stop the server
+    chairlift-record DIR --model llama-3.1-8b
+    chairlift calibrate --recording DIR --model llama-3.1-8b --gpu h200
+
+Each process of an engine becomes an experiment. Times count from its first request's arrival.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import gzip
+import json
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chairlift.backend.fitting.recording import REQUEST_COLUMNS, RecordingError, read
+from chairlift.backend.recorder.journal import STEP_COLUMNS
+
+Floats = npt.NDArray[np.float64]
+
+
+def convert(folder: Path, model: str, name: str = "served") -> list[str]:
+    """Write ``<model>_requests.csv.gz``, ``_steps``, ``_summary.json`` and ``_itl.npz``; the names of the experiments.
+
+    Args:
+        folder: where the engines wrote, and where the recording goes.
+        model: as Chairlift calls the model.
+        name: of the experiment; with several processes their numbers are added.
+
+    Raises:
+        RecordingError: nothing was recorded, several engines differ, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise RecordingError(f"{folder}: no such folder")
+    stems = sorted(path.with_suffix("") for path in folder.glob("raw-*.json"))
+    served = [(stem, rows) for stem in stems if (rows := list(_requests(Path(f"{stem}.requests.jsonl"))))]
+    if not served:
+        raise RecordingError(
+            f"{folder}: no engine recorded a request that ended: is its --scheduler-cls the recorder's?"
+        )
+    engines = [json.loads(Path(f"{stem}.json").read_text(encoding="utf-8")) for stem, _ in served]
+    facts = {key: value for key, value in engines[0].items() if key != "limits"}
+    for other in engines[1:]:
+        if {key: value for key, value in other.items() if key != "limits"} != facts:
+            raise RecordingError(f"{folder}: engines of several kinds wrote here; give each a folder of its own")
+    requests, steps, experiments = [], [], []
+    gaps: dict[str, Floats] = {}
+    for (stem, rows), engine in zip(served, engines, strict=True):
+        label = name if len(served) == 1 else f"{name}_{stem.name.removeprefix('raw-')}"
+        start = min(row[0] for row in rows)
+        rows.sort(key=lambda row: row[0])
+        gaps[label] = np.concatenate([np.diff(times) for *_, times in rows])
+        for i, (arrival, added, prompt, times) in enumerate(rows):
+            ends = (f"{times[0] - start:.6f}", f"{times[-1] - start:.6f}")
+            at = (f"{max(0.0, arrival - start):.6f}", f"{max(0.0, added - start):.6f}")
+            requests.append((label, i, *at, prompt, len(times), -1, *ends))
+        own = list(_steps(Path(f"{stem}.steps.csv"), start))
+        steps += [(label, *row) for row in own]
+        experiments.append({"name": label, "steps": len(own), "requests": len(rows), "engine": engine["limits"]})
+    _write(folder / f"{model}_requests.csv.gz", ("experiment", *REQUEST_COLUMNS), requests)
+    _write(folder / f"{model}_steps.csv.gz", ("experiment", *STEP_COLUMNS), steps)
+    np.savez_compressed(folder / f"{model}_itl.npz", **gaps)  # type: ignore[arg-type]
+    summary = json.dumps({"engine": facts, "experiments": experiments}, indent=1) + "\n"
+    (folder / f"{model}_summary.json").write_text(summary, encoding="utf-8")
+    return list(read(folder, model).experiments)
+
+
+def _requests(path: Path) -> Iterator[tuple[float, float, int, Floats]]:
+    """Arrival, taking in, prompt tokens and the times of the tokens of each request that ended."""
+    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            arrival, added, prompt, packed = json.loads(text)
+            times = array("d", base64.b64decode(packed, validate=True))
+        except ValueError as error:
+            raise RecordingError(f"{path}:{line}: not a request of the recorder's: {error}") from None
+        yield arrival, added, prompt, np.array(times)
+
+
+def _steps(path: Path, start: float) -> Iterator[list[str]]:
+    """The steps from ``start`` on, their times counted from there, in the order in which they were done."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    for line, row in enumerate(rows[1:], 2):
+        if len(row) != len(STEP_COLUMNS):
+            if line == len(rows):
+                break  # the engine was killed while it wrote
+            raise RecordingError(f"{path}:{line}: must have {len(STEP_COLUMNS)} columns (got {len(row)})")
+        scheduled, done = float(row[0]) - start, float(row[1]) - start
+        if scheduled >= 0:
+            yield [f"{scheduled:.6f}", f"{done:.6f}", *row[2:]]
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's arguments."""
+    made = argparse.ArgumentParser(prog="chairlift-record", description="Make a recording of what engines wrote.")
+    made.add_argument("folder", type=Path, metavar="DIR", help="what CHAIRLIFT_RECORDING named")
+    made.add_argument("--model", required=True, help="the model in Chairlift's words: llama-3.1-8b")
+    made.add_argument("--name", default="served", help="of the experiment")
+    return made
+
+
+def main() -> None:
+    """The command ``chairlift-record``."""
+    given = parser().parse_args()
+    try:
+        names = convert(given.folder, given.model, given.name)
+    except (RecordingError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    after = f"chairlift calibrate --recording {given.folder} --model {given.model}"
+    sys.stdout.write(f"{', '.join(names)} in {given.folder}; next: {after}\n")
