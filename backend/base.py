@@ -75,6 +75,7 @@ class Batch(NamedTuple):
     padded: int = 0  # token slots computed for nothing (static batching): finished sequences, padding of prompts
     members: Members | None = None  # for an `Executor` only
     drafts: int = 0  # tokens of drafts that its decodes verify, beside the one of each
+    proposes: int = 0  # drafts that each of its requests is given after it
 
 
 WHOLE = -1  # a `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
@@ -142,16 +143,42 @@ class StepCost(NamedTuple):
         return min(self.steps, wait // self.slope + 1)  # then the GPU is the slower
 
 
+def slowest(costs: Sequence[StepCost]) -> StepCost:
+    """The cost of steps that end when the last of ``costs`` does, for as long as that stays the last one.
+
+    Of each kind of host work the longest counts, whosever it is.
+
+    Example: of 100 ps and 3 more each step, and 94 ps and 5 more, the first is the slower for 4 steps (100 and 94, 103
+    and 99, 106 and 104, 109 and 109); then the other one is.
+    """
+    first, slope, steps, host = max(costs)
+    if any(cost.host is not NO_HOST for cost in costs):
+        host = Host(*map(max, zip(*(cost.host for cost in costs), strict=True)))
+    for cost in costs:
+        steps = min(steps, cost.steps)
+        if cost.slope > slope:
+            steps = min(steps, (first - cost.first) // (cost.slope - slope) + 1)
+    return StepCost(first, slope, steps, host)
+
+
 class Backend(ABC):
     """Prices the steps of one replica; a GPU engine also executes them."""
 
     name: str = "backend"
+    prices_drafts: bool = False  # it looks at `Batch.drafts`
     arrival: int = 0  # ps of host time to take in a request, before the engine plans the next step
     arrival_token: int = 0  # ps more for each token of that request's prompt
 
     @abstractmethod
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``, and of the steps after it for as long as nothing but context lengths changes."""
+
+    def together(self, batches: Sequence[Batch]) -> StepCost:
+        """The cost of a step of all ranks of DP-attention, each with a batch of its own: some are empty, not all.
+
+        It ends with the slowest. As if each rank were alone here; a cost model whose ranks share experts knows better.
+        """
+        return slowest([self.step(batch) for batch in batches if batch.prefills or batch.decodes or batch.padded])
 
     def release(self, request_id: int) -> None:  # noqa: B027 - a hook; cost models hold nothing
         """Drop what is kept for a request whose KV is gone: the request has left the replica, or was preempted."""

@@ -9,10 +9,11 @@ where a floor of the step ends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from chairlift.backend import collectives
-from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Chunk, Host, StepCost
+from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Chunk, Host, StepCost, slowest
 from chairlift.backend.efficiency import Shares
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.parts import Costs, Part, in_window
@@ -24,24 +25,33 @@ PIPELINE_US = 10  # of handing a step's activations to the next stage (assumed)
 
 
 class Rank(NamedTuple):
-    """What the slowest rank of DP-attention does in a step; with one rank, all of it."""
+    """What a rank of DP-attention does in a step, and what of the others it waits for; with one rank, all there is."""
 
     prefills: tuple[Chunk, ...]
     slots: int  # decodes and padded slots
     padded: int  # padding of prompts, tokens
     context: int
+    most: int  # tokens of the rank that has most
+    all_tokens: int  # of all ranks, which go to experts
+    drafts: int = 0  # tokens of the decodes beside one each
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it computes."""
+        return self.slots + self.drafts + self.padded + sum(chunk.length for chunk in self.prefills)
 
 
 class ByPart(Backend):
     """Step costs of ``model`` on the GPUs of one replica, part by part.
 
-    Assumed: requests are spread evenly over the ranks of DP-attention, contexts are equally long where windows matter,
-    and one step passes through all stages of a pipeline before the next one begins. Not modelled: kernel tile effects,
-    overlap of collectives with other work, balancing of experts. Raises ValueError where the model cannot be shared out
-    so, or a number that is needed is unknown.
+    `step` spreads its batch evenly over the ranks of DP-attention, `together` has one for each. Assumed: contexts are
+    equally long where windows matter, and one step passes through all stages of a pipeline before the next one begins.
+    Not modelled: kernel tile effects, overlap of collectives with other work, balancing of experts. Raises ValueError
+    where the model cannot be shared out so, or a number that is needed is unknown.
     """
 
     name = "roofline"
+    prices_drafts = True
 
     def __init__(self, model: Model, gpu: GPU, parallel: Parallel, efficiency: Shares) -> None:
         self.model, self.gpu, self.parallel, self.efficiency = model, gpu, parallel.check(model), efficiency
@@ -58,21 +68,43 @@ class ByPart(Backend):
         self._floor = round(e.floor_ms * MS)
         self._host = Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST
         self._collectives(1, 1)  # raises here what it would raise later
-        self._fixed: dict[int, int] = {}  # of decode steps, by slots: all but attention
+        self._fixed: dict[tuple[int, int, int], int] = {}  # of decode steps, by slots: all but attention
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds until their windows are full, or a floor has ended."""
-        if batch.prefills:
+        if batch.prefills or batch.drafts:
             rank = self._rank(batch)
-            first = self._ps(self._parts(rank, batch))
-            return StepCost(max(first, self._launch(self._tokens(batch)), self._floor), 0, 1, self._host)
+            first = self._ps(self._parts(rank))
+            launch = self._launch_of(rank.most, bool(batch.prefills))
+            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
         all_slots = batch.decodes + batch.padded
-        fixed = self._fixed.get(all_slots)
-        if fixed is None:
-            rank = self._rank(batch._replace(context=0))
-            fixed = self._fixed[all_slots] = self._ps(self._parts(rank, batch))
         slots = -(-all_slots // self.parallel.data)
-        context = batch.context * slots // all_slots
+        first, slope, steps = self._decodes(slots, batch.context * slots // all_slots, slots, all_slots)
+        return self._not_below(max(self._floor, self._launch_of(slots, False)), first, slope, steps)
+
+    def together(self, batches: Sequence[Batch]) -> StepCost:
+        """As `Backend.together`: experts see the tokens of all ranks, and a rank without any computes one for nothing.
+
+        Tokens go to their experts when the rank with most of them is ready, and a step without a CUDA graph on one rank
+        has none on any, as in vLLM.
+        """
+        counts = [self._tokens(batch) or 1 for batch in batches]
+        most, all_tokens = max(counts), sum(counts)
+        if any(batch.prefills or batch.drafts for batch in batches):
+            first = max(self._ps(self._parts(self._own(batch, most, all_tokens))) for batch in batches)
+            launch = self._launch_of(most, any(batch.prefills for batch in batches))
+            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
+        each = zip(counts, batches, strict=True)
+        costs = [StepCost(*self._decodes(slots, batch.context, most, all_tokens)) for slots, batch in each]
+        first, slope, steps, _ = slowest(costs)
+        return self._not_below(max(self._floor, self._launch_of(most, False)), first, slope, steps)
+
+    def _decodes(self, slots: int, context: int, most: int, all_slots: int) -> tuple[int, int, int]:
+        """First, slope and steps of decodes on a rank, as if there were no floor."""
+        key = (slots, most, all_slots)
+        fixed = self._fixed.get(key)
+        if fixed is None:
+            fixed = self._fixed[key] = self._ps(self._parts(Rank((), slots, 0, 0, most, all_slots), attention=False))
         slope = self._token * slots
         first, steps = fixed + self._token * context, FOREVER
         if self._in_window:
@@ -81,7 +113,13 @@ class ByPart(Backend):
             if room >= 0:
                 slope += self._in_window * slots
                 steps = room // slots + 1
-        floor = self._floor if all_slots <= self.efficiency.graph_tokens else max(self._floor, self._launch(all_slots))
+        return first, slope, steps
+
+    def _launch_of(self, most: int, prompts: bool) -> int:
+        """No step whose rank with most tokens has so many, some of ``prompts``, is shorter, ps: 0 of one CUDA graph."""
+        return 0 if most <= self.efficiency.graph_tokens and not prompts else self._launch(most)
+
+    def _not_below(self, floor: int, first: int, slope: int, steps: int) -> StepCost:
         if floor > first:
             return StepCost(floor, 0, min(steps, -(-(floor - first) // slope)) if slope else steps, self._host)
         return StepCost(first, slope, steps, self._host)
@@ -99,11 +137,7 @@ class ByPart(Backend):
 
     def explain(self, batch: Batch) -> list[Part]:
         """The parts of the first step of ``batch``, on the GPU that takes longest; their times add up to its cost."""
-        rank = self._rank(batch)
-        parts = self._parts(rank, batch)
-        if not batch.prefills:
-            parts = [part for part in parts if part.name != "KV"]
-            parts.insert(-2, self._decode_attention(rank))
+        parts = self._parts(self._rank(batch))
         short = (self.step(batch).first - self._ps(parts)) / PS
         if short > 0.5 / PS * len(parts) + 1e-9:
             parts.append(Part("waiting for the host", 0, 0, 0, 0, short))
@@ -116,12 +150,15 @@ class ByPart(Backend):
         flops = costs.decode_pair * context + costs.window_pair * inside
         taken = (self._token * context + self._in_window * inside) / PS
         rate = costs.attention_rate()
+        if rank.drafts:  # KV is read once for all tokens of a decode
+            flops *= (rank.slots + rank.drafts) / rank.slots
+            return Part("KV", read, flops, read / costs.byte_rate, flops / rate)
         bound = flops / rate > read / costs.byte_rate
         memory, compute = (read / costs.byte_rate, taken) if bound else (taken, flops / rate)
         return Part("KV", read, flops, memory, compute)
 
     def _tokens(self, batch: Batch) -> int:
-        return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded
+        return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded + batch.drafts
 
     def _launch(self, tokens: int) -> int:
         """No step of so many tokens that is not one CUDA graph is shorter than its launch, ps."""
@@ -130,36 +167,43 @@ class ByPart(Backend):
             return round(e.prepare_ms * MS + model.layers * e.launch_us * US * PS)
         return round(e.prepare_ms * MS + (model.layers + model.expert_layers) * e.eager_us * US * PS)
 
+    def _own(self, batch: Batch, most: int, all_tokens: int) -> Rank:
+        """``batch`` as that of one rank, which computes a token for nothing where it has none."""
+        slots = batch.decodes + (0 if batch.prefills else batch.padded)
+        padded = batch.padded if batch.prefills else 0
+        slots = slots if slots or batch.prefills else 1
+        return Rank(batch.prefills, slots, padded, batch.context, most, all_tokens, batch.drafts)
+
     def _rank(self, batch: Batch) -> Rank:
-        """The work of the rank with most of it: its share of the decodes, and the chunks dealt out, longest first."""
-        ranks = self.parallel.data
+        """The rank with most work: its share of the decodes, and the chunks dealt out, longest first."""
+        ranks, all_tokens = self.parallel.data, self._tokens(batch)
+        if ranks == 1:
+            return self._own(batch, all_tokens, all_tokens)
         all_slots = batch.decodes + (0 if batch.prefills else batch.padded)
         padded = batch.padded if batch.prefills else 0
         slots = -(-all_slots // ranks)
         context = batch.context * slots // all_slots if all_slots else 0
-        if ranks == 1:
-            return Rank(batch.prefills, slots, padded, context)
         dealt: list[list[Chunk]] = [[] for _ in range(ranks)]
         load = [0] * ranks
         for chunk in sorted(batch.prefills, key=lambda chunk: -chunk.length):
             least = load.index(min(load))
             dealt[least].append(chunk)
             load[least] += chunk.length
-        return Rank(tuple(dealt[load.index(max(load))]), slots, -(-padded // ranks), context)
+        drafts = -(-batch.drafts // ranks)
+        rank = Rank(tuple(dealt[load.index(max(load))]), slots, -(-padded // ranks), context, 0, all_tokens, drafts)
+        return rank._replace(most=rank.tokens)
 
-    def _parts(self, rank: Rank, batch: Batch) -> list[Part]:
-        """All parts of a step; of decodes alone without the KV that they read."""
+    def _parts(self, rank: Rank, attention: bool = True) -> list[Part]:
+        """All parts of a step on a rank; without the KV that decodes read, if not ``attention``."""
         costs, e = self._costs, self.efficiency
-        tokens = rank.slots + rank.padded + sum(chunk.length for chunk in rank.prefills)
-        all_tokens = self._tokens(batch)
-        parts = costs.linear(tokens, all_tokens, rank.slots + len(rank.prefills))
+        parts = costs.linear(rank.tokens, rank.all_tokens, rank.slots + rank.drafts + len(rank.prefills))
         if rank.prefills:
             parts.append(self._prompt_attention(rank.prefills))
-            if rank.slots:
-                parts.append(self._decode_attention(rank))
+        if rank.slots and attention:
+            parts.append(self._decode_attention(rank))
         sequences = (rank.slots + len(rank.prefills)) * self.model.layers * e.attention_us * US
         parts.append(Part("kernels", 0, 0, 0, 0, self._kernels + sequences))
-        parts.append(Part("collectives", 0, 0, 0, 0, self._collectives(tokens, all_tokens)))
+        parts.append(Part("collectives", 0, 0, 0, 0, self._collectives(rank.tokens, rank.most)))
         return parts
 
     def _prompt_attention(self, prefills: tuple[Chunk, ...]) -> Part:
@@ -174,16 +218,19 @@ class ByPart(Backend):
         read = costs.kv_bytes * history + costs.window_bytes * recent
         return Part("attention of prompts", read, flops, read / costs.byte_rate, flops / costs.attention_rate())
 
-    def _collectives(self, tokens: int, all_tokens: int) -> float:
-        """Seconds of a step's collectives: two all-reduces a layer; between ranks, one and a way to the experts."""
+    def _collectives(self, tokens: int, most: int) -> float:
+        """Seconds of a step's collectives: two all-reduces a layer; between ranks, one and a way to the experts.
+
+        ``tokens``: of this rank; ``most``: of the rank with most of them.
+        """
         model, parallel, gpu = self.model, self.parallel, self.gpu
-        graph = all_tokens <= self.efficiency.graph_tokens
+        graph = most <= self.efficiency.graph_tokens
         size = tokens * model.hidden * model.bytes_per_activation
         reduce = collectives.all_reduce_us(gpu, parallel.tensor, size, graph)
         spread = model.expert_layers if parallel.data > 1 else 0  # layers whose tokens go to experts of other ranks
         taken = (2 * model.layers - spread) * reduce
         if spread:
-            share = -(-tokens // parallel.tensor)
+            share = -(-most // parallel.tensor)
             each = (gpu, parallel.ranks, share, model.hidden, model.experts_per_token, graph)
             taken += spread * collectives.all_to_all_us(*each)
         if parallel.pipeline > 1:
@@ -222,10 +269,8 @@ class ByPart(Backend):
             lines["collectives"] = "as measured on 8 × H200, scaled by the links' bandwidth; none overlaps other work"
         if parallel.data > 1:
             lines["DP-attention"] = (
-                "requests spread evenly over the ranks; a step ends with the slowest, idle ones wait"
+                "each rank has its own requests and KV; a step ends with the slowest, idle ones run a token for nothing"
             )
-        if parallel.pipeline > 1:
-            lines["pipeline"] = "a step passes all stages before the next begins; vLLM keeps one under way in each"
         if e.floor_ms or e.overhead_ms:
             lines["host"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
         return lines

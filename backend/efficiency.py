@@ -31,5 +31,6 @@ class Shares:
     prepare_ms: Annotated[float, Ge(0)] = 2.0  # by part: nor a step with prompts without so much on top
     eager_us: Annotated[float, Ge(0)] = 750.0  # by part: likewise beyond the graphs; experts take as much again
     graph_tokens: Annotated[int, Ge(0)] = 512  # by part: tokens of the largest captured graph
+    draft_us: Annotated[float, Ge(0)] = 290.0  # of each pass that drafts, besides its work (see `drafting`)
     skew: Annotated[float, Interval(ge=0, le=4)] = 0.0  # by part: of the experts' popularity, a power law; 0: uniform
     expert_rows: Annotated[int, Ge(1)] = 1  # by part: to which a kernel pads each expert's tokens; DeepGEMM: 128

@@ -19,7 +19,9 @@ class Parallel:
         default=1, metadata={"description": "GPUs that share the heads and the width of every layer."}
     )
     pipeline: Count = field(default=1, metadata={"description": "Stages, each of so many of the layers."})
-    data: Count = field(default=1, metadata={"description": "Ranks with attention and KV of their own (DP-attention)."})
+    data: Count = field(
+        default=1, metadata={"description": "Ranks with queue, attention and KV of their own (DP-attention)."}
+    )
     expert: Count = field(
         default=1, metadata={"description": "Groups of GPUs that hold different experts; a divisor of tensor × data."}
     )

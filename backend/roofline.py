@@ -45,6 +45,7 @@ class Roofline(Backend):
     """
 
     name = "roofline"
+    prices_drafts = True
 
     def __init__(self, model: Model, gpu: GPU, parallel: Parallel = ONE, efficiency: Efficiency | None = None) -> None:
         self.model, self.gpu, self.parallel = model, gpu, parallel
@@ -66,9 +67,11 @@ class Roofline(Backend):
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds until another bound of the roofline takes over."""
-        prefills, decodes, context, padded, _, _ = batch
+        prefills, decodes, context, padded, _, drafts, _ = batch
         if prefills:
             return self._with_prompts(batch)
+        if drafts:
+            return self._verifying(batch)
         slots = decodes + padded
         reduce = self._reduce_fixed + self._reduce_token * slots
         compute_slope = self._pair * slots
@@ -85,8 +88,16 @@ class Roofline(Backend):
         steps = _until(compute, compute_slope, memory, memory_slope)
         return new(StepCost, (compute, compute_slope, steps, self._host))
 
+    def _verifying(self, batch: Batch) -> StepCost:
+        """Decodes with drafts: each reads its context once, and multiplies it with all of its tokens."""
+        tokens = batch.decodes + batch.drafts
+        compute = tokens * (self._token + self._sequence) + self._pair * batch.context * tokens // batch.decodes
+        memory = self._weights + self._kv * batch.context
+        first = max(compute, memory) + self._reduce_fixed + self._reduce_token * tokens
+        return StepCost(max(first, self._floor), 0, 1, self._host)
+
     def _with_prompts(self, batch: Batch) -> StepCost:
-        prefills, decodes, context, padded, _, _ = batch
+        prefills, decodes, context, padded, _, drafts, _ = batch
         tokens = pairs = history = 0
         for start, length in prefills:
             tokens += length
@@ -98,11 +109,12 @@ class Roofline(Backend):
         prompt = compute if compute >= memory else memory
         if decodes:
             memory = self._weights + self._kv * context
-            compute = decodes * (self._token + self._sequence) + self._pair * context
+            compute = (decodes + drafts) * (self._token + self._sequence)
+            compute += self._pair * context * (decodes + drafts) // decodes
             decode = compute if compute >= memory else memory
             longer, shorter = (prompt, decode) if prompt >= decode else (decode, prompt)
             prompt = longer + shorter * self._apart // self._apart_of
-        prompt += self._reduce_fixed + self._reduce_token * (padded + decodes)
+        prompt += self._reduce_fixed + self._reduce_token * (padded + decodes + drafts)
         return new(StepCost, (prompt if prompt >= self._floor else self._floor, 0, 1, self._host))
 
     def _all_reduce(self) -> tuple[int, int]:

@@ -270,10 +270,36 @@ class Deployment:
     gpu_bytes: int  # memory of one GPU
     max_model_len: int  # tokens, prompt and output, that a request may have
     pool_tokens: int | None = None  # those that the KV pool can hold of one request; None: not known yet
+    ranks: int = 1  # of DP-attention; each has a policy of its own
 
 
 class PolicyError(Exception):
-    """A policy asked for what cannot be; the message names the policy, the number and the limit."""
+    """A policy or router did what cannot be; the message names it, the step, the number and the limit.
+
+    ``who`` is as in "policy Mine"; ``step``, from 1 on, is the engine step of a replica that was planned, if known.
+    """
+
+    def __init__(self, what: str, who: str = "", step: int | None = None) -> None:
+        super().__init__(what)
+        self.what, self.who, self.step = what, who, step
+
+    def __str__(self) -> str:
+        where = None if self.step is None else f"step {self.step:,}"
+        return ": ".join(filter(None, (self.who, where, self.what)))
+
+    def __reduce__(self) -> tuple[type[PolicyError], tuple[str, str, int | None]]:
+        return type(self), (self.what, self.who, self.step)
+
+
+class NoProgress(PolicyError):
+    """A policy leaves requests unserved: it plans nothing, or nothing comes of what it plans."""
+
+
+class PolicyRaised(PolicyError):
+    """The code of a policy or router raised something, or asked to exit; the message names its file and line too."""
+
+    def __str__(self) -> str:
+        return self.what
 
 
 class Step(ABC):
@@ -440,6 +466,7 @@ class Scheduler(ABC):
     block_tokens: ClassVar[int | None] = None  # tokens a block if the policy fixes it (1: KV by the slot)
     requeues_last: ClassVar[bool] = False  # a preempted request goes to the end of the queue
     fills_pipelines: ClassVar[bool] = False  # with several `Step.stages` it plans, by `Step.run`, who is `Step.ready`
+    ranks_in_turn: ClassVar[bool] = False  # ranks of DP-attention get requests in turn, not by how many they have
     verifies_drafts: ClassVar[bool] = False  # it plans with `Step.speculation`
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
@@ -526,6 +553,10 @@ class Scheduler(ABC):
         `FOREVER` is for an answer that only such an event can change. Steps with a chunk count as one anyhow.
         0: nothing runs in this turn, but ask again at once.
         """
+
+    def speculation(self, method: str, drafts: int) -> Speculation:
+        """How so many ``drafts`` by a ``method`` (eagle3, mtp, draft_model, ngram) are planned (`verifies_drafts`)."""
+        return Speculation(drafts, drafts)
 
     def allowed(self, request: Request, max_model_len: int, blocks: int, block_size: int) -> int:
         """Output tokens that a request which comes may have: at most those that it asks for; 0 refuses it."""

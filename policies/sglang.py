@@ -45,6 +45,7 @@ MIB = 1 << 20
 MOST_REQUESTS = 4096  # that run at once, if the pool has room for them
 CLIP = 4096  # tokens of answer that a request is reckoned with at most (SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION)
 FIRST_RATIO, LEAST_SHARE, DECAY_STEPS = 0.7, 0.14, 600  # of the guess: at first, its floor as a share of that, steps
+RANKS_RATIO = 0.3  # of `schedule_conservativeness`, with ranks of DP-attention (`ServerArgs`)
 SPARE_INPUT = 5  # tokens that a prompt must leave of what a request may have
 RETRACT_STEPS = 20  # steps of room that a retraction makes
 SORT_LIMIT = 128  # waiting requests beyond which no order looks at prefixes
@@ -83,9 +84,9 @@ class Sglang(Scheduler):
         "context_length": "the model's length here: it is the scenario's max_model_len",
         "tp_size": "parallelism here: it is the scenario's tensor_parallel",
         "pp_size": "pipeline parallelism",
-        "dp_size": "data parallelism: use replicas",
-        "enable_dp_attention": "data parallelism of attention",
-        "ep_size": "expert parallelism",
+        "dp_size": "parallelism here: it is the scenario's parallel.data",
+        "enable_dp_attention": "parallelism here: it is the scenario's parallel.data",
+        "ep_size": "parallelism here: it is the scenario's parallel.expert",
         "kv_cache_dtype": "quantised KV: give the model's kv_bytes_per_element instead",
         "speculative_algorithm": "speculative decoding",
         "speculative_num_steps": "speculative decoding",
@@ -132,6 +133,7 @@ class Sglang(Scheduler):
 
     requeues_last: ClassVar[bool] = True
     drops_flight: ClassVar[bool] = True
+    ranks_in_turn: ClassVar[bool] = True  # its load_balance_method round_robin
 
     _joining: list[Request] | None = field(default=None, init=False, repr=False)  # of the last step, if it extended
     _joining_tokens: int = field(default=0, init=False, repr=False)  # tokens of that step
@@ -185,9 +187,14 @@ class Sglang(Scheduler):
 
     @classmethod
     def sized(cls, given: Mapping[str, Any], deployment: Deployment) -> dict[str, Any]:
-        """Chunks as SGLang's server sets them by the memory of the GPU (`ServerArgs`)."""
+        """Chunks as SGLang's server sets them by the memory of the GPU (`ServerArgs`).
+
+        Ranks of DP-attention share the tokens of a chunk, and are less conservative. What is given is of each rank.
+        """
         gib = deployment.gpu_bytes / GIB
         chunk = next(size for room, size in CHUNKS[given.get("version", VERSIONS[-1])] if gib < room)
+        if (ranks := deployment.ranks) > 1:
+            return {"chunked_prefill_size": max(chunk // ranks, 1), "schedule_conservativeness": RANKS_RATIO, **given}
         return {"chunked_prefill_size": chunk, **given}
 
     def static_share(self, gpu_bytes: int, gpus: int, latent: bool) -> float:
@@ -465,7 +472,7 @@ class Sglang(Scheduler):
             self._retract(step)
             retracted = True
             if not step.decode_all():
-                raise PolicyError("policy Sglang: the last running request has no room left")
+                raise PolicyError("the last running request has no room left")
         running.steps += 1
         running.flying = None if self.asynchronous else set()
         self._processed += self._extended
@@ -830,7 +837,7 @@ class _Adder:
 
     def _take(self, request: Request, hit: int, tokens: int, answer: int, cut: bool) -> str:
         if not self._step.admit(request, tokens):
-            raise PolicyError(f"policy Sglang: no room for {tokens} tokens of {request}")
+            raise PolicyError(f"no room for {tokens} tokens of {request}")
         self._plan(request, hit, tokens)
         self.new.append(request)
         if cut:

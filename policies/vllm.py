@@ -43,9 +43,9 @@ class Vllm(Scheduler):
     not_modelled: ClassVar[dict[str, str]] = {
         "enable_lora": "LoRA adapters",
         "max_loras": "LoRA adapters",
-        "speculative_config": "speculative decoding",
-        "num_speculative_tokens": "speculative decoding",
-        "num_lookahead_slots": "speculative decoding",
+        "speculative_config": "drafts here: they are the scenario's speculate",
+        "num_speculative_tokens": "drafts here: they are the scenario's speculate",
+        "num_lookahead_slots": "drafts here: they are the scenario's speculate",
         "kv_transfer_config": "KV connectors and offloading",
         "kv_connector": "KV connectors and offloading",
         "cpu_offload_gb": "KV connectors and offloading",
@@ -58,7 +58,7 @@ class Vllm(Scheduler):
         "max_long_partial_prefills": "concurrent partial prefills, which V1 takes as a setting only",
         "num_scheduler_steps": "multi-step scheduling of V0",
         "pipeline_parallel_size": "parallelism here: it is the scenario's parallel.pipeline",
-        "data_parallel_size": "data parallelism: use replicas",
+        "data_parallel_size": "parallelism here: it is the scenario's parallel.data",
         "decode_context_parallel_size": "context parallelism",
         "prefill_context_parallel_size": "context parallelism",
         "mamba_cache_mode": "Mamba and other layers without attention",
@@ -222,6 +222,16 @@ class Vllm(Scheduler):
             yield "long_prefill_token_threshold", f"must be at most max_model_len, {longest} (got {threshold})"
         if (pool := deployment.pool_tokens) is not None and longest > pool:
             yield "max_model_len", f"must be at most the {pool} tokens that the KV pool holds (got {longest})"
+
+    def speculation(self, method: str, drafts: int) -> Speculation:
+        """Slots ahead for layers that draft (`num_lookahead_tokens`). For those of EAGLE and MTP, which read states of
+        the model, the prefix cache looks a token ahead (`num_hash_lookahead_tokens`), or gives a block less.
+        """
+        lookahead = 0 if method == "ngram" else drafts
+        if method not in ("eagle3", "mtp") or not self.enable_prefix_caching:
+            return Speculation(drafts, lookahead)
+        ahead = self.holds("hashes_ahead", str(self.version))
+        return Speculation(drafts, lookahead, prefix="lookahead" if ahead else "drop")
 
     @property
     def limits_arrivals(self) -> bool:

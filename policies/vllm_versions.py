@@ -50,6 +50,11 @@ RULES = {
         "Beside layers with windows, the longest request must fit without the null block.", since="0.29"
     ),
     "uncapped_alone": Rule("A request that is alone is not held to long_prefill_token_threshold.", since="0.31"),
+    # found in 0.33; versions between 0.23 and that were not looked at
+    "hashes_ahead": Rule(
+        "With EAGLE's or MTP's drafts, a cached block is one with the token behind it, and the last one found is kept.",
+        since="0.33",
+    ),
     "on_after_itself": Rule(
         "Under priority, the loop goes on after a request that had to preempt itself.", since="0.33"
     ),

@@ -11,6 +11,7 @@ from chairlift.backend.base import Executor
 from chairlift.sim.cluster import predicted_lengths
 from chairlift.sim.cluster.run import run
 from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.stages import Staged
 from chairlift.sim.results.metrics import Pool, fleet, summarise
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.refusals import refusals
@@ -23,6 +24,8 @@ LOOPS = {  # an engine loop, as `Setup.loop` names it → what it is
     "asynchronous": "asynchronous: a step is planned while the step before runs, as vLLM does by default",
     "mixed": "asynchronous on some replicas, synchronous on others",
 }
+
+ONE_STEP = "a step passes all stages before the next begins: this policy keeps one under way"
 
 
 def simulate(
@@ -74,21 +77,28 @@ def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[st
     """What a reader of the results must know, by subject. ``engines`` are all replicas', group by group."""
     engine = engines[0]
     lines = {"workload": "; ".join((setup.trace.source, *setup.trace.notes))}
-    firsts = itertools.accumulate((group.count for group in setup.groups[:-1]), initial=0)
-    costs = [engines[first].backend.assumptions() for first in firsts]
+    starts = list(itertools.accumulate((group.count for group in setup.groups[:-1]), initial=0))
+    costs = [engines[start].backend.assumptions() for start in starts]
     for what in dict.fromkeys(itertools.chain.from_iterable(costs)):
         told = [each.get(what) for each in costs]
         if len(set(told)) == 1:
             lines[what] = costs[0][what]
         else:
             lines |= {f"{what}{_of(setup, i)}": text for i, text in enumerate(told) if text is not None}
-    for i, group in enumerate(setup.groups):
+    for i, (group, first) in enumerate(zip(setup.groups, starts, strict=True)):
         lines |= {f"{what}{_of(setup, i)}": line for what, line in group.make_scheduler().assumptions().items()}
         what = f"KV pool{_of(setup, i)}"
         lines[what] = f"{group.blocks:,} blocks of {group.block_size} tokens: {group.kv_source}"
+        if (pipeline := group.parallel.pipeline) > 1:
+            under_way = isinstance(engines[first], Staged)
+            said = f"a step under way in each of {pipeline} stages, which take equal times"
+            lines[f"pipeline{_of(setup, i)}"] = said if under_way else ONE_STEP
         if group.caution:
             lines[f"max_model_len{_of(setup, i)}"] = group.caution
     lines["engine loop"] = LOOPS[setup.loop]
+    if (speculate := setup.speculate) is not None:
+        shares = ", ".join(f"{share:.0%}" for share in speculate.acceptance.of(speculate.tokens))
+        lines["drafts"] = f"{speculate.tokens} by {speculate.method}, kept in {shares} of the steps (as given)"
     if (predictor := engine.scheduler.predictor) is not None:
         lines["predicted lengths"] = predicted_lengths.described(predictor)
     if swaps:

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from chairlift.backend import specs
 from chairlift.backend.base import Backend, Settings
 from chairlift.backend.parallel import Parallel
-from chairlift.policies.base import KvGroups, Router, Scheduler
+from chairlift.policies.base import KvGroups, Router, Scheduler, Speculation
+from chairlift.sim.workload.acceptance import Acceptance
 from chairlift.sim.workload.trace import Trace
 
 # Bounds keep a slip of the pen from taking hours or all memory; each is far beyond what anybody has built.
@@ -47,9 +48,14 @@ class Slo(Spec):
 
 
 class Kv(Spec):
-    """The KV pool of a replica: measured (`blocks` or `tokens`), or worked out from the GPU's memory."""
+    """The KV pool of a replica: measured (`blocks` or `tokens`), or worked out from the GPU's memory.
 
-    blocks: Positive | None = Field(None, description="Blocks of block_size tokens, as an engine's log says.")
+    With ranks of DP-attention (`parallel.data`) what is measured is of each.
+    """
+
+    blocks: Positive | None = Field(
+        None, description="Blocks of block_size tokens, as an engine's log says; of each rank of parallel.data."
+    )
     tokens: Positive | None = Field(None, description="Token slots, instead of blocks.")
     block_size: Positive = Field(16, description="Tokens a block.")
     memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of the memory in use.")
@@ -79,6 +85,30 @@ class Link(Spec):
     gb_per_s: Annotated[float, Field(ge=1e-3, le=1e12)] = Field(description="Bandwidth, 1e9 bytes a second.")
     latency_us: Seconds = Field(10, description="Added to every transfer, microseconds.")
     shared: bool = Field(False, description="One link for all prefill replicas, instead of one each.")
+
+
+class Speculate(Spec):
+    """Drafts of the next tokens, which a step verifies beside computing its own."""
+
+    method: Literal["eagle3", "mtp", "draft_model", "ngram"] = Field(
+        description="What drafts: a layer trained for it, the model's own last layer, a small model, or the prompt."
+    )
+    tokens: Annotated[int, Field(ge=0, le=32)] = Field(description="Drafts of a request and step; 0: none.")
+    acceptance: Acceptance = Field(description="How many of them are kept.")
+    draft: str | dict[str, Any] | None = Field(
+        None,
+        description="The drafting model: a name with draft_model; else numbers of the drafting layer that are not the "
+        "model's own, such as {vocab: 32000}.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Speculate:
+        if self.method == "draft_model" and self.draft is None:
+            raise ValueError("draft is required with draft_model: the name of a model, or its numbers")
+        if self.method == "ngram" and self.draft is not None:
+            raise ValueError("draft must not be given with ngram, which drafts from the prompt")
+        self.acceptance.of(self.tokens)
+        return self
 
 
 class Outage(Spec):
@@ -252,6 +282,7 @@ class ReplicaGroup:
     loop_is_said: bool = False  # the settings given for the policy say whether it plans a step ahead
     caution: str = ""  # why the engine itself does not start with what the scenario leaves open
     kv_groups: KvGroups | None = None  # of the model's layers, where the pool tells them apart
+    speculation: Speculation | None = None  # how its policy plans drafts, if the scenario has any
 
     @property
     def tables(self) -> int:
@@ -300,6 +331,7 @@ class Setup:
     link: Link | None = None  # between prefill and decode replicas; None where all are mixed
     failures: Failures | None = None
     autoscale: Autoscale | None = None
+    speculate: Speculate | None = None  # with drafts
     note: str = ""  # said under a comparison's table
     published: float | None = None  # a published ratio to the first variant
 

@@ -30,7 +30,7 @@ from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
-from chairlift.backend.gpu.step_graphs import Flat, StepGraphs
+from chairlift.backend.gpu.step_graphs import LIMIT, Flat
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
@@ -112,6 +112,7 @@ class TorchEngine(Executor):
         try:
             self._runner = build(Ranks(0, self.gpus), self.device)
             if self._team is not None:
+                self._team.on_loss = self._runner.give_up
                 self._team.ready()
         except ValueError:
             self._disband()
@@ -237,7 +238,7 @@ class TorchEngine(Executor):
         except PackageNotFoundError:
             own = "0"
         facts = {"chairlift": own, "gpu": gpu, "torch": torch.__version__, "dtype": str(self.dtype)}
-        return {**facts, "graph_tokens": str(StepGraphs.limit)} if self.options.graphs else facts
+        return {**facts, "graph_tokens": str(LIMIT)} if self.options.graphs else facts
 
     def assumptions(self) -> dict[str, str]:  # noqa: D102
         o = self.options

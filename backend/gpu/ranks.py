@@ -3,7 +3,8 @@
 Tensor parallelism is as in Megatron-LM (Shoeybi et al. 2019): each GPU has its share of the heads and of the MLP's
 width, and two sums a layer bring the shares together. Experts are shared out whole (expert parallelism): all GPUs route
 all tokens and each computes its own experts; the sum that follows a layer adds them up. The head's vocabulary is cut
-too; the likeliest token is the likeliest of every GPU's likeliest. Collectives are NCCL's, inside captured graphs.
+too; the likeliest token is the likeliest of every GPU's likeliest. Collectives are NCCL's, inside captured graphs; on
+GPUs sums are taken without it as far as `backend.gpu.exchange` has room.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chairlift.backend.base import DeviceError
+from chairlift.backend.gpu.kernels.layers import TOP, Eights, largest, quantised
 
 if TYPE_CHECKING:
     from chairlift.backend.gpu.paged_attention import Heads
@@ -53,12 +55,21 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def quantised(self, weight: Tensor) -> Eights:
+        """Of rows of which every GPU has a part, this one's in 8-bit floats; a row's scale is the same on all."""
+        if self.count == 1:
+            return quantised(weight)
+        top = weight.float().abs().amax(-1).clamp(min=1e-12)
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        scale = top / TOP
+        return Eights((weight.float() / scale[:, None]).clamp(-TOP, TOP).to(torch.float8_e4m3fn), scale)
+
     def largest(self, scores: Tensor) -> Tensor:
         """For each row the column of its largest score, int32; columns are counted over the shares of all GPUs."""
+        best, at = largest(scores, self.rank * scores.shape[1])
         if self.count == 1:
-            return scores.argmax(-1).to(torch.int32)
-        best, at = scores.float().max(-1)
-        mine = torch.stack((best, (at + self.rank * scores.shape[1]).float()))  # exact up to 16,777,216 columns
+            return at
+        mine = torch.stack((best, at.float()))  # exact up to 16,777,216 columns
         each = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(each, mine)
         scores, columns = torch.stack(each).unbind(1)
@@ -100,6 +111,7 @@ class Team:
             self._ends.append(ours)
             self._processes.append(process)
         join(0, count, port, device)
+        self.on_loss: Callable[[], None] = _nothing  # what else there is to end once a process has died
         self._looked = time.monotonic()
 
     def ready(self) -> None:
@@ -151,11 +163,16 @@ class Team:
         process.join(1)
         rank, code = self._processes.index(process) + 1, process.exitcode
         self._kill()
+        self.on_loss()
         return DeviceError(f"the process of GPU {rank} has died (exit code {code}); the others are ended too")
 
     def _kill(self) -> None:
         for process in self._processes:
             process.kill()
+
+
+def _nothing() -> None:
+    pass
 
 
 def join(rank: int, count: int, port: int, device: str) -> None:

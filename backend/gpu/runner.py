@@ -18,7 +18,7 @@ from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, Paging, Spans, new_cache, unfit
 from chairlift.backend.gpu.ranks import ALONE, Ranks
-from chairlift.backend.gpu.step_graphs import Flat, Ints, StepGraphs, World, tokens_of
+from chairlift.backend.gpu.step_graphs import CELLS, LIMIT, Flat, Ints, StepGraphs, World, tokens_of
 from chairlift.backend.gpu.transformer import Tokens
 from chairlift.backend.gpu.weights import check_room, loaded
 from chairlift.backend.shapes import Model
@@ -65,6 +65,10 @@ class Runner:
         self._large = [self._host(1 << 16) for _ in range(TURNS)]  # of steps too large for a graph
         self._changes = [self._host(1 << 12) for _ in range(TURNS)]  # to block tables
         self._turn = 0
+        if self._cuda and ranks.count > 1:
+            from chairlift.backend.gpu.exchange import Exchange  # it needs CuPy
+
+            self.net.exchange = Exchange(ranks, model.hidden, dtype, device)
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         self._world = World(self.net, self._cache, self._tables, self._last, self.sample)
         if self._cuda:
@@ -75,11 +79,19 @@ class Runner:
 
     def close(self) -> None:
         """Free the cache and the graphs; the weights stay for the next engine of the same model."""
+        if self.net.exchange is not None:
+            self.net.exchange.close()
+            self.net.exchange = None
         del self._cache, self._tables, self.net, self._world
         self._graphs, self._step_graphs = {}, None
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
+
+    def give_up(self) -> None:
+        """End what waits for other GPUs, one of whose processes has died."""
+        if self.net.exchange is not None:
+            self.net.exchange.give_up()
 
     def _capture(self) -> None:
         """Capture a decode step of every padded batch size, the largest first: the graphs share a pool of memory."""
@@ -121,9 +133,13 @@ class Runner:
         First ``cells`` of the block tables become ``blocks``; ``whole`` is `Spans.whole`.
         """
         self._turn = (self._turn + 1) % TURNS
-        self.change(cells, blocks)
-        if self._step_graphs is not None and flat.rows.shape[1] <= self._step_graphs.limit:
-            return self._step_graphs.run(flat)
+        small = self._step_graphs is not None and flat.rows.shape[1] <= LIMIT
+        if not small or len(cells) > CELLS:
+            self.change(cells, blocks)
+            cells = blocks = ()
+        if small:
+            assert self._step_graphs is not None
+            return self._step_graphs.run(flat, cells, blocks)
         parts = [flat.rows.reshape(-1), flat.spans.reshape(-1), flat.sampled, flat.takers]
         lengths = [len(part) for part in parts]
         self._large[self._turn] = host = self._grown(self._large[self._turn], sum(lengths))

@@ -9,7 +9,7 @@ graph does that; there is one for each padded number of such rows.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from chairlift.backend.gpu.paged_attention import NOWHERE, Paging, Spans
 from chairlift.backend.gpu.transformer import Tokens, Transformer
 
 LIMIT = 1024  # rows of the largest captured step with chunks
+CELLS = 1024  # of block tables, that such a step may change itself
 SPAN = 5  # integers of a span, see `Spans`
 
 Ints = npt.NDArray[np.int32]
@@ -66,8 +67,6 @@ class StepGraphs:
     Without a GPU the same parts run as they are, over the same buffers.
     """
 
-    limit = LIMIT
-
     def __init__(self, world: World, most: int) -> None:
         net = world.net
         self._world = world
@@ -76,7 +75,8 @@ class StepGraphs:
         self._spans_at = 7 * LIMIT
         self._sampled_at = self._spans_at + SPAN * 2 * most  # each prompt may have padding, a span of its own
         self._counts_at = self._sampled_at + 2 * most  # how many rows, and sampled ones, are somebody's
-        count = self._counts_at + 2
+        self._cells_at = self._counts_at + 2
+        count = self._cells_at + 2 * CELLS
         self._whole = torch.zeros(count, dtype=torch.int32, device=net.device)
         self._host = [torch.zeros(count, dtype=torch.int32, pin_memory=cuda) for _ in range(4)]  # in turn
         self._turn = 0
@@ -84,7 +84,8 @@ class StepGraphs:
         whole: dict[str, Any] = {"dtype": net.dtype, "device": net.device}
         self._residual = torch.zeros((LIMIT, net.model.hidden), **whole)
         self._attended = torch.zeros((LIMIT, net.heads.query * net.heads.size), **whole)
-        self._fill(self._host[0].numpy(), Flat(np.zeros((7, 0), np.int32), *(np.zeros(0, np.int32),) * 3), LIMIT, most)
+        nothing = Flat(np.zeros((7, 0), np.int32), *(np.zeros(0, np.int32),) * 3)
+        self._fill(self._host[0].numpy(), nothing, (), (), LIMIT, most)
         self._whole.copy_(self._host[0])
         self._sizes = graph_sizes(LIMIT)
         self._tails = [*[n for n in self._sizes if n < most], most]
@@ -94,14 +95,17 @@ class StepGraphs:
         self._finish = {size: capture(partial(self._rest, size)) for size in reversed(self._tails)}
 
     @torch.inference_mode()
-    def run(self, flat: Flat) -> Tensor:
-        """Do the step; the next tokens of its sampled rows, on the device."""
+    def run(self, flat: Flat, cells: Sequence[int], blocks: Sequence[int]) -> Tensor:
+        """Do the step; the next tokens of its sampled rows, on the device.
+
+        First these cells of the block tables, at most `CELLS`, become these blocks.
+        """
         rows, wanted = flat.rows.shape[1], len(flat.sampled)
         size = self._sizes[bisect_left(self._sizes, rows)]
         tail = self._tails[bisect_left(self._tails, wanted)]
         self._turn = (self._turn + 1) % len(self._host)
         host = self._host[self._turn]
-        self._fill(host.numpy(), flat, size, tail)
+        self._fill(host.numpy(), flat, cells, blocks, size, tail)
         self._whole.copy_(host, non_blocking=True)
         self._begin[size]()
         if not wanted:
@@ -109,8 +113,8 @@ class StepGraphs:
         tokens: Tensor = self._finish[tail]()
         return tokens[:wanted]
 
-    def _fill(self, to: Ints, flat: Flat, size: int, tail: int) -> None:
-        """Lay ``flat`` out in ``to``, filled up to ``size`` rows and ``tail`` sampled ones that are nobody's."""
+    def _fill(self, to: Ints, flat: Flat, cells: Sequence[int], blocks: Sequence[int], size: int, tail: int) -> None:
+        """Lay a step out in ``to``, filled up to ``size`` rows and ``tail`` sampled ones that are nobody's."""
         n, wanted = flat.rows.shape[1], len(flat.sampled)
         rows = to[: self._spans_at].reshape(7, LIMIT)
         rows[:, :n] = flat.rows
@@ -121,11 +125,16 @@ class StepGraphs:
         spans[: flat.spans.size] = flat.spans.reshape(-1)
         spans[flat.spans.size :] = 0
         sampled, takers = to[self._sampled_at : self._counts_at].reshape(2, -1)
-        to[self._counts_at :] = n, wanted
+        to[self._counts_at : self._cells_at] = n, wanted
+        changed, become = to[self._cells_at :].reshape(2, CELLS)
+        changed[: len(cells)], become[: len(cells)] = cells, blocks
+        changed[len(cells) :] = self._nobody * self._world.tables.shape[1]
         sampled[:wanted], takers[:wanted] = flat.sampled, flat.takers
         sampled[wanted:tail], takers[wanted:tail] = 0, self._nobody
 
     def _up_to_attention(self, size: int) -> None:
+        cells, blocks = self._whole[self._cells_at :].view(2, CELLS)
+        self._world.tables.view(-1)[cells] = blocks
         rows = self._whole[: self._spans_at].view(7, LIMIT)[:, :size]
         spans = Spans(self._whole[self._spans_at : self._sampled_at].view(-1, SPAN), self._world.tables)
         live = self._whole[self._counts_at : self._counts_at + 1]
@@ -134,7 +143,7 @@ class StepGraphs:
 
     def _rest(self, size: int) -> Tensor:
         sampled, takers = self._whole[self._sampled_at : self._counts_at].view(2, -1)[:, :size]
-        live = self._whole[self._counts_at + 1 :]
+        live = self._whole[self._counts_at + 1 : self._cells_at]
         tokens = self._world.sample(self._world.net.leave(self._attended, self._residual, sampled, live))
         self._world.last[takers] = tokens
         return tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from chairlift.backend.gpu.kernels.experts import Experts, mixture
 from chairlift.backend.gpu.kernels.layers import (
     Eights,
     Product,
+    Share,
     gated_e4m3,
     head_norm,
     linear,
@@ -33,6 +34,9 @@ from chairlift.backend.gpu.kernels.layers import (
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
 from chairlift.backend.gpu.ranks import ALONE, Ranks
 from chairlift.backend.shapes import Model
+
+if TYPE_CHECKING:
+    from chairlift.backend.gpu.exchange import Exchange
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,17 @@ class Transformer:
         each step; embedding, head and attention are not. ``skew`` is as in `Experts`. Raises as `PagedAttention`, and
         for layers that are not built.
         """
-        if eights and (not model.gated_mlp or model.experts):
-            raise ValueError(f"{model.name}: weights in FP8 are built for dense gated models (Llama, Mistral, Qwen)")
+        if eights and (not model.gated_mlp or model.experts or model.biases == "attention"):
+            raise ValueError(
+                f"{model.name}: weights in FP8 are built for dense gated models (Llama, Mistral, Qwen), without a bias"
+                " after attention"
+            )
         if model.experts > 256 or model.experts_per_token > 16 or model.shared_ffn or model.dense_layers:
             raise ValueError(
                 f"{model.name}: built are up to 256 experts a layer, 16 of them a token, none shared by all"
             )
         self._arithmetic, self._skew, self._ranks = arithmetic, skew, ranks
+        self.exchange: Exchange | None = None  # of several GPUs: where sums of small steps are taken, if not by NCCL
         self.model = model
         self.heads = heads = ranks.heads(Heads(model.heads, model.kv_heads, model.head_size))
         self.dtype = dtype
@@ -183,7 +191,8 @@ class Transformer:
             for name in (
                 ("qkv", "out", "up", "down") if eights else ()
             ):  # one by one: all of them in 16 bits may not fit
-                setattr(layer, name, quantised(getattr(layer, name)))
+                fit = ranks.quantised if name in ("out", "down") else quantised  # every GPU has a part of their rows
+                setattr(layer, name, fit(getattr(layer, name)))
             self.layers.append(layer)
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
@@ -291,8 +300,12 @@ class Transformer:
         residual = self.embed(step.tokens, step.positions)
         qkv = self._project(0, None, residual)
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
+        exchange = self.exchange
+        halves = exchange is not None and exchange.halved <= rows <= exchange.rows and not self.model.experts
         for i, layer in enumerate(cache):
-            if i:
+            if i and halves:
+                qkv = self._by_halves(i, y, residual)
+            elif i:
                 qkv = self._project(i, self._rest(self.layers[i - 1], y, residual, step.live), residual)
             if step.slots is not None:
                 attention.rotate_and_store(qkv, layer, step.positions, step.slots)
@@ -319,36 +332,101 @@ class Transformer:
         x = self._rest(self.layers[-1], y, residual, live)
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def _project(self, i: int, x: Tensor | Product | None, residual: Tensor) -> Tensor:
-        """Queries, keys and values of layer ``i``, ``[rows, width]``, once ``x`` is added to the residual."""
+    def _by_halves(self, i: int, y: Tensor, residual: Tensor) -> Tensor:
+        """`_rest` of layer ``i`` - 1, `_project` of layer ``i``: one half of the rows is sent while the other runs."""
+        layer, middle = self.layers[i - 1], len(y) // 2
+        halves = slice(0, middle), slice(middle, len(y))
+        x = [self._part(0, y[half], layer.out, layer.out_bias, half) for half in halves]
+        x = [self._mlp(layer, part, residual[half], None, half) for part, half in zip(x, halves, strict=True)]
+        qkv = torch.empty((len(y), self.heads.width), dtype=self.dtype, device=self.device)
+        for part, half in zip(x, halves, strict=True):
+            self._project(i, part, residual[half], qkv[half])
+        return qkv
+
+    def _project(
+        self, i: int, x: Tensor | Product | Share | None, residual: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Queries, keys and values of layer ``i``, ``[rows, width]``, once ``x`` is added to the residual.
+
+        On a GPU they are in ``out``, if that is given.
+        """
         layer = self.layers[i]
         norm = (x, residual, layer.norm, layer.norm_bias, self.epsilon)
         if isinstance(layer.qkv, Eights):
-            qkv = linear_e4m3(residual_norm_e4m3(*norm), layer.qkv, layer.qkv_bias, self.dtype)
+            qkv = linear_e4m3(residual_norm_e4m3(*norm), layer.qkv, layer.qkv_bias, self.dtype, out)
         else:
-            qkv = linear(residual_norm(*norm), layer.qkv, layer.qkv_bias)
+            qkv = linear(residual_norm(*norm), layer.qkv, layer.qkv_bias, out=out)
         if layer.query_norm is not None and layer.key_norm is not None:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv
 
-    def _rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product:
+    def _rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product | Share:
         """What follows a layer's attention, but for adding it to the residual."""
-        norm = (residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
-        if isinstance(layer.out, Eights):
-            assert isinstance(layer.up, Eights)
-            assert isinstance(layer.down, Eights)
-            x = residual_norm_e4m3(self._summed(quantised(y), layer.out), *norm)
-            return self._summed(gated_e4m3(product(x, layer.up, self.dtype)), layer.down)
-        wide = residual_norm(self._ranks.sum(linear(y, layer.out, layer.out_bias)), *norm)
-        if layer.experts is not None:
-            return self._ranks.sum(mixture(wide, layer.experts, live))
-        assert isinstance(layer.up, Tensor)
-        assert isinstance(layer.down, Tensor)
-        wide = linear(wide, layer.up, layer.up_bias, self._activation)
-        return self._ranks.sum(linear(wide, layer.down, layer.down_bias))
+        x = self._part(0, y, layer.out, layer.out_bias)
+        x = self._mlp(layer, self._ranks.sum(x) if isinstance(x, Tensor) else x, residual, live)
+        return self._ranks.sum(x) if isinstance(x, Tensor) else x
 
-    def _summed(self, x: Eights, weight: Eights) -> Tensor | Product:
-        """A product whose sum goes over all GPUs; on one, before its scales."""
-        if self._ranks.count == 1:
-            return product(x, weight, self.dtype)
-        return self._ranks.sum(linear_e4m3(x, weight, None, self.dtype))
+    def _mlp(
+        self,
+        layer: Layer,
+        x: Tensor | Product | Share,
+        residual: Tensor,
+        live: Tensor | None,
+        half: slice | None = None,
+    ) -> Tensor | Product | Share:
+        """This GPU's part of a layer's MLP or experts, once ``x`` is added to the residual; a part as of `_part`."""
+        norm = (x, residual, layer.mlp_norm, layer.mlp_norm_bias, self.epsilon)
+        if layer.experts is not None:
+            share = self._share(1, len(residual))
+            made = mixture(residual_norm(*norm), layer.experts, live, None if share is None else share.values)
+            return made if share is None else share
+        assert layer.up is not None
+        assert layer.down is not None
+        wide: Tensor | Product
+        if isinstance(layer.up, Eights):
+            wide = product(residual_norm_e4m3(*norm), layer.up, self.dtype)
+        else:
+            wide = linear(residual_norm(*norm), layer.up, layer.up_bias, self._activation)
+        return self._part(1, wide, layer.down, layer.down_bias, half)
+
+    def _part(
+        self,
+        place: int,
+        x: Tensor | Product,
+        weight: Tensor | Eights,
+        bias: Tensor | None,
+        half: slice | None = None,
+    ) -> Tensor | Product | Share:
+        """This GPU's part of a product whose sum over all GPUs is to be taken: as `Share`, in a place of the exchange.
+
+        In a step that is too large for that it is a tensor; on one GPU in 8-bit floats a `Product`. One ``half`` of the
+        rows of a large step is sent to the other GPU at once.
+        """
+        rows = len(x if isinstance(x, Tensor) else x.values)
+        share = self._share(place, rows, weight.scale if isinstance(weight, Eights) else None)
+        if half is not None and self.exchange is not None:
+            share = self.exchange.half(place, half, half.start > 0)
+        out = None if share is None else share.values
+        made: Tensor | Product
+        if not isinstance(weight, Eights):
+            assert isinstance(x, Tensor)
+            made = linear(x, weight, bias, out=out)
+        else:
+            scale = None if share is None else share.rows
+            eights = quantised(x, scale) if isinstance(x, Tensor) else gated_e4m3(x, scale)
+            if share is None and self._ranks.count > 1:
+                return linear_e4m3(eights, weight, None, self.dtype)
+            made = product(eights, weight, self.dtype, out)
+            if share is not None and made.rows is None:
+                share = share._replace(rows=None, columns=None)
+        if share is None:
+            return made
+        if self.exchange is not None and not share.ours:
+            self.exchange.send(share)
+        return share
+
+    def _share(self, place: int, rows: int, columns: Tensor | None = None) -> Share | None:
+        """Where this GPU's part of a sum goes; None on one GPU, and for steps that are too large for it."""
+        if self.exchange is None or rows > self.exchange.rows:
+            return None
+        return self.exchange.share(place, rows, columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from chairlift.backend.fitting.steps import steps_of
 from chairlift.backend.gpu.settings import Torch
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration import fit as fitting
-from chairlift.sim.calibration import grid, validate
+from chairlift.sim.calibration import from_bench, grid, validate
 from chairlift.sim.cli import benched
 from chairlift.sim.cli.shipped import complete
 from chairlift.sim.cli.terminal import console, status
@@ -34,7 +35,6 @@ RecordingOption = Annotated[
     Path | None,
     typer.Option("--recording", metavar="DIR", help="A recording: <model>_requests.csv.gz, _steps, _summary."),
 ]
-ModelOption = Annotated[str, typer.Option("--model", metavar="M", help="The recorded model: llama-3.1-8b, opt-13b.")]
 ExperimentsOption = Annotated[
     list[str] | None,
     typer.Option("--experiments", metavar="E", help="Only these, separated by commas. Repeatable."),
@@ -43,8 +43,22 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing 
 
 
 def calibrate(
-    model: ModelOption,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RESULT]...", help="Further results, beside that of --bench.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="The model: llama-3.1-8b, opt-13b.")] = None,
     recording: RecordingOption = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(metavar="RESULT", help="Fit to results of vllm bench serve --save-detailed, at several rates."),
+    ] = None,
+    scenario: Annotated[
+        str | None,
+        typer.Option(metavar="S", help="With --bench: what served; default: vLLM as it comes, of --model on --gpu."),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="P", help="With --bench: the profile to start from.")
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(metavar="torch", help="Measure this engine on a grid first (some minutes), recorded in DIR."),
@@ -65,12 +79,31 @@ def calibrate(
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Fit a profile of step costs to what an engine was recorded doing.
+    """Fit a profile of step costs to what an engine was recorded doing, or to what its clients measured.
 
     Prints how far a fit without each experiment was off on its steps. Refuses data that cannot tell a term, and says
     which and why. [bold]chairlift calibrate --recording DIR --model llama-3.1-8b[/bold]
+
+    With --bench, parts of the nearest profile get factors, with intervals that hold 9 in 10:
+    [bold]chairlift calibrate --bench q4.json q16.json burst.json --model llama-3.1-8b --gpu h200[/bold]
     """
     out = console(least=WIDTH)
+    if bench is not None or more:
+        others = {"--recording": recording, "--backend": backend, "--experiments": experiments, "--plot": plot}
+        if given := [option for option, value in others.items() if value]:
+            raise BadInput(Problem("must not be given beside --bench", file=given[0]))
+        if bench is None:
+            raise BadInput(Problem("results are given with --bench", file=str((more or [Path()])[0])))
+        if (scenario is None) == (model is None) or (scenario is None) == (not gpu):
+            raise BadInput(Problem("give either --scenario S, or --model M and --gpu G", file="calibrate --bench"))
+        deployment = scenario or (model or "", gpu)
+        _from_results(out, [bench, *(more or [])], deployment, start, not fast, name, out_file, quiet)
+        return
+    for option, value in (("--scenario", scenario), ("--from", start)):
+        if value:
+            raise BadInput(Problem("goes with --bench", file=option))
+    if model is None:
+        raise BadInput(Problem("is required", file="--model"))
     if backend not in (None, "torch"):
         raise BadInput(Problem("must be torch, the only backend that executes steps", file="--backend", value=backend))
     if recording is None and backend is None:
@@ -107,6 +140,49 @@ def calibrate(
     for note in profile.notes:
         out.print(f"note: {escape(note)}")
     out.print(f"profile {profile.name} ({profile.digest}) in {escape(str(path))}", style="dim")
+
+
+def _from_results(
+    out: Console,
+    files: Sequence[Path],
+    deployment: str | tuple[str, str],
+    start: str | None,
+    hold_out: bool,
+    name: str,
+    out_file: Path | None,
+    quiet: bool,
+) -> None:
+    with _bad_input(), status(quiet) as progress:
+        found = benched.fitted(files, deployment, start, hold_out, progress)
+        profile = replace(found.profile, name=name or found.profile.name)
+        words = ["chairlift", "calibrate", "--bench", *(file.name for file in files)]
+        words += ["--scenario", deployment] if isinstance(deployment, str) else ["--model", deployment[0]]
+        profile.provenance["command"] = " ".join(words)
+        path = out_file or Path(f"{profile.name}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(profile.to_json(), encoding="utf-8")
+    if quiet:
+        return
+    out.print(_factors(found.parts, str(profile.provenance["from"])))
+    how = "left out of the fit" if hold_out and len(files) > 1 else "in sample"
+    for each, cells in found.cells.items():
+        shown = [cell for cell in cells if not cell.metric.endswith("_cdf_distance")]
+        out.print(_cells_table(f"{each}, {how}", False, shown))
+    for note in profile.notes:
+        out.print(f"note: {escape(note)}", soft_wrap=True)
+    out.print(f"profile {profile.name} ({profile.digest}) in {escape(str(path))}", style="dim")
+
+
+def _factors(parts: Sequence[from_bench.Told], source: str) -> Table:
+    table = Table(title=f"factors on profile {source}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part")
+    for label in ("factor", "9 in 10 from", "to", ""):
+        table.add_column(label, justify="right")
+    for each in parts:
+        client = each.part == from_bench.PARTS[from_bench.CLIENT]
+        values = (f"{1e3 * value:.1f} ms" if client else f"{value:.3f}" for value in each[1:4])
+        table.add_row(each.part, *values, "" if each.told else "the results do not tell")
+    return table
 
 
 def validate_(

@@ -169,7 +169,7 @@ def main() -> None:
     try:
         with terminable():
             app(standalone_mode=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         told = _told(error)
         if not told:
             raise
@@ -181,10 +181,12 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _told(error: Exception) -> list[object]:
-    """What to say of ``error``, line by line; nothing of a defect of Chairlift's own."""
+def _told(error: Exception | SystemExit) -> list[object]:
+    """What to say of ``error``, line by line; nothing of a defect of Chairlift's own, or an exit that it asks for."""
     if isinstance(error, BadInput):
         return list(error.told())
+    if isinstance(error, SystemExit) and "chairlift.sim.scenario.policy_files" not in sys.modules:
+        return []  # nobody else's code has run
     from chairlift.backend.base import DeviceError
     from chairlift.backend.specs import BadTable
     from chairlift.policies.base import PolicyError
@@ -196,7 +198,7 @@ def _told(error: Exception) -> list[object]:
     return [] if blamed is None else [blamed]
 
 
-def _of_the_machine(error: Exception) -> Problem | None:
+def _of_the_machine(error: BaseException) -> Problem | None:
     """What the system refused: a file, the output, memory. None for a defect of Chairlift's own."""
     if isinstance(error, MemoryError):
         return Problem(f"not enough memory{f': {error}' if str(error) else ''}")

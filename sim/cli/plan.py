@@ -16,7 +16,8 @@ from chairlift.sim.cli.sweep import AddressOption, ExecutorOption, JobsOption, c
 from chairlift.sim.cli.terminal import console, status, stopped
 from chairlift.sim.plan import page as plan_page
 from chairlift.sim.plan import tables as plan_tables
-from chairlift.sim.plan.answer import Answer, answers, cache_bounds
+from chairlift.sim.plan.answer import Answer, answers
+from chairlift.sim.plan.bounds import Bounds
 from chairlift.sim.plan.emit import Target, emitted
 from chairlift.sim.plan.file import BuyingPlan, read_plan
 from chairlift.sim.plan.replications import Simulations
@@ -57,6 +58,12 @@ def plan(
         Target | None,
         typer.Option("--emit", help="Print only how the answer is started: for a shell, Docker or Kubernetes."),
     ] = None,
+    what_would_change: Annotated[
+        bool,
+        typer.Option(
+            "--what-would-change", help="Also the smallest change of load, price or promise at which the answer flips."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """What do I buy, and how do I run it, so that this load meets this SLO? With intervals, and what they rest on.
@@ -81,7 +88,7 @@ def plan(
         runs = Simulations(journal, executor_for(executor, jobs, address), tuple(spec.slo), spec.search.seed)
         try:
             with status(quiet, EVERY_S) as told:
-                for answer in answers(found, runs, told):
+                for answer in answers(found, runs, told, what_would_change):
                     plan_tables.write(answer, folder)
         except KeyboardInterrupt as stop:
             err.print(f"interrupted: what was found is in {escape(str(folder))}; the same command goes on")
@@ -107,7 +114,7 @@ def plan(
 
 def _say_bounds(plan: BuyingPlan) -> None:
     """Print what each system can do at most, and why the others cannot be."""
-    bounds = cache_bounds(plan.spec.slo)
+    bounds = Bounds(plan.spec.slo)
     for candidate in sorted(plan.candidates, key=lambda c: c.usd_per_hour):
         if candidate.setup is None:
             out.print(f"{escape(candidate.name)}: [red]{escape(candidate.misfit)}[/red]")

@@ -18,7 +18,7 @@ def audit(cluster: Cluster) -> None:
     """Check a cluster that has served its trace; raises AssertionError, with the law that is broken and its numbers."""
     columns = cluster.requests.columns()
     _littles_law(columns, cluster.request_time)
-    _a_gap_for_each_token(columns, cluster.engines)
+    _a_gap_for_each_token(columns, int(cluster.requests.messages().sum()), cluster.engines)
     _gaps_add_up(cluster.requests.spoken_ps, cluster.engines)
     for engine in cluster.engines:
         _one_step_at_a_time(engine)
@@ -34,9 +34,8 @@ def _littles_law(columns: Columns, request_time: int) -> None:
     assert inside == request_time, f"Little's law: {inside} ps by the records, {request_time} ps by the clock"
 
 
-def _a_gap_for_each_token(columns: Columns, engines: list[Engine]) -> None:
-    """Every token that a client got ends one gap, but for first tokens."""
-    tokens = int(columns["emitted_tokens"].sum())
+def _a_gap_for_each_token(columns: Columns, tokens: int, engines: list[Engine]) -> None:
+    """Every token that a client got ends one gap, but for first tokens; those that come together count as one."""
     firsts = int((columns["first_token_ps"] >= 0).sum())
     gaps = 0
     for engine in engines:

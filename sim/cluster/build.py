@@ -33,9 +33,13 @@ from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
+from chairlift.sim.replica.ranks import RankBackend, Ranks, rank_records
 from chairlift.sim.replica.request import Live
+from chairlift.sim.replica.stages import Staged, StagedPlanner
+from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import Autoscale, ReplicaGroup, Setup
+from chairlift.sim.workload.acceptance import Draws
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.trace import Trace
 
@@ -126,17 +130,34 @@ class _Engines:
 
     def __post_init__(self) -> None:
         self._outputs = array("i", self.setup.trace.output_tokens.tobytes())
+        speculate = self.setup.speculate
+        self._accepts: Draws | None = None
+        if speculate is not None:
+            seed = int(stream(self.setup.seed, "acceptance").integers(1 << 62))
+            self._accepts = Draws(speculate.acceptance.of(speculate.tokens), seed)
         self._first_only = array("b", [1]) * len(self._outputs)  # what a prefill replica has to emit
 
     def make(self, group: ReplicaGroup, replica: Replica) -> Engine:
         """A fresh engine for a replica of ``group``. Raises `BadInput` where its backend cannot serve it."""
+        ranks = group.parallel.data
+        if ranks == 1:
+            planner = self._planner(group, replica, group.blocks)
+            if isinstance(planner, StagedPlanner):
+                return Staged(planner)
+            executes = isinstance(planner.backend, Executor)
+            return make_engine(planner, Execution(planner, self._identity(planner.pool)) if executes else None)
+        backend = _backend(self.setup, group)
+        each = (self._planner(group, replica, group.blocks // ranks, RankBackend(backend, ranks)) for _ in range(ranks))
+        return make_engine(Ranks(list(each), backend, replica.records))
+
+    def _planner(self, group: ReplicaGroup, replica: Replica, blocks: int, backend: Backend | None = None) -> Planner:
+        """A planner with a pool of so many blocks; ``backend``: of a rank, else the replica's own."""
         setup, cluster = self.setup, self.cluster
         prefills = group.role == "prefill"
         scheduler = group.make_scheduler()
-        blocks, size, longest = group.blocks, group.block_size, setup.max_model_len
-        more = (setup.executes, group.kv_groups, longest)
-        pool = make_pool(scheduler, setup.trace, blocks, size, self.identities, *more)
-        backend = _backend(setup, group, pool)
+        more = (setup.executes, group.kv_groups, setup.max_model_len, group.speculation)
+        pool = make_pool(scheduler, setup.trace, blocks, group.block_size, self.identities, *more)
+        backend = backend or _backend(setup, group, pool)
         outputs = self._first_only if prefills else self._outputs
 
         def finish(request: Live, now: int) -> None:
@@ -145,7 +166,13 @@ class _Engines:
             cluster.ended(request, now)
 
         executes = isinstance(backend, Executor)
-        planner = Planner(
+        kind: Callable[..., Planner] = Planner
+        stages = stages_of(group, scheduler, pool)
+        if stages > 1:
+            kind = partial(StagedPlanner, stages=stages)
+        if group.speculation is not None and self._accepts is not None:
+            kind = partial(VerifyingPlanner, group.speculation, self._accepts)
+        planner = kind(
             scheduler,
             backend,
             pool,
@@ -156,12 +183,12 @@ class _Engines:
             leap=self.leap and not executes,
             finish=finish,
             host=None if executes else make_host(setup, group),
-            records=replica.records,
+            records=replica.records if group.parallel.data == 1 else rank_records(replica.records),
             handover=self.handover.take if prefills and self.handover is not None else None,
             journal=self.journal,
         )
-        planner.state.more_arrivals = cluster.more_arrivals
-        return make_engine(planner, Execution(planner, self._identity(pool)) if executes else None)
+        planner.state.expect(cluster.more_arrivals)
+        return planner
 
     def _identity(self, pool: CountingPool) -> Identity:
         """Which prompts of an executed run have tokens in common: the pool's own idea, if it has one."""
@@ -169,11 +196,11 @@ class _Engines:
         return known or Identity(self.setup.trace, EXECUTED_BLOCK)
 
 
-def _backend(setup: Setup, group: ReplicaGroup, pool: CountingPool) -> Backend:
-    """A backend for one replica. Raises `BadInput` where it cannot serve that."""
+def _backend(setup: Setup, group: ReplicaGroup, pool: CountingPool | None = None) -> Backend:
+    """A backend for one replica, and its pool if it has one alone. Raises `BadInput` where it cannot serve that."""
     try:
         backend = group.make_backend(setup.model)
-        if isinstance(backend, Executor):
+        if isinstance(backend, Executor) and pool is not None:
             backend.prepare(pool.total, pool.block_size, setup.max_model_len, pool.tracks)
     except ValueError as error:
         raise BadInput(Problem(str(error), path="backend")) from None
@@ -186,6 +213,15 @@ def make_host(setup: Setup, group: ReplicaGroup) -> HostMemory:
     line_rate = group.gpu.host_gb_per_s
     rate = None if line_rate is None else line_rate * group.host_link
     return host_memory(group.host_gib, kv_bytes, rate, group.block_size, group.scheduler.overlaps_swaps)
+
+
+def stages_of(group: ReplicaGroup, scheduler: Scheduler, pool: CountingPool) -> int:
+    """Steps of a replica that are under way at a time, each in another stage of its pipeline.
+
+    1 where that is not modelled: a step then passes all stages before the next begins.
+    """
+    fills = scheduler.fills_pipelines and not (pool.windowed or pool.keeps or group.parallel.data > 1)
+    return group.parallel.pipeline if fills and group.role == "mixed" else 1
 
 
 def make_pool(

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from chairlift.policies.base import PolicyError
+from chairlift.policies.base import NoProgress
 from chairlift.sim.cluster.clock import ARRIVAL, Alarm, Clock
 from chairlift.sim.cluster.replica import Replica
 from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.request import Live
+from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.results.records import RequestRecords, Status
 
 EXAMPLES = 5  # requests that an error names
@@ -84,19 +85,19 @@ class Cluster:
     def run(self) -> None:
         """Serve the whole trace.
 
-        Raises `PolicyError` if a policy leaves requests unserved although nothing more can happen.
+        Raises `NoProgress` if a policy leaves requests unserved although nothing more can happen.
         """
         Alarm(self.clock, self._times[self._order[0]], ARRIVAL, self._arrive)
         self.clock.run()
         if self.left:
-            raise PolicyError(self._stuck())
+            raise self._stuck()
 
     def watch(self) -> None:
-        """Raise `PolicyError` if nothing has happened for long but what calls this, again and again."""
+        """Raise `NoProgress` if nothing has happened for long but what calls this, again and again."""
         busy = self._arrived < len(self._times) or any(r.engine.end is not None for r in self.replicas)
         self._idle_looks = 0 if busy else self._idle_looks + 1
         if self._idle_looks > PATIENCE:
-            raise PolicyError(self._stuck())
+            raise self._stuck()
 
     def refuse(self, request: Live, now: int) -> None:
         """End a request that no replica has taken: its queue is full."""
@@ -117,7 +118,7 @@ class Cluster:
                 replica.go_down()
         if self.on_end is not None:
             self.on_end(request)
-        followers = self._followers.pop(request.id, None) if self._followers else None
+        followers = self._followers.pop(request.row, None) if self._followers else None
         for row in followers or ():
             self.clock.after(self._think[row], ARRIVAL, partial(self._send_now, row))
 
@@ -140,13 +141,14 @@ class Cluster:
         self._since = now
         self._inside += 1
         if self._followers or self._think:
-            request.arrival = self.requests.arrival[row] = now
+            self.requests.arrival[row] = now
+            request.send(now)
         self._arrived += 1
         last = self._arrived == len(self._times)
         if last:  # a policy that waits for a fuller batch has waited long enough
             self.more_arrivals = False
             for replica in self.replicas:
-                replica.engine.state.more_arrivals = False
+                replica.engine.state.expect(False)
         if self.on_arrival is not None:
             self.on_arrival(request)
         self.front.send(request, now)
@@ -156,15 +158,16 @@ class Cluster:
         if self._progress is not None and (last or self._arrived % REPORT == 0):
             self._progress(self._arrived)
 
-    def _stuck(self) -> str:
+    def _stuck(self) -> NoProgress:
         if not all(pool.replicas for pool in self.pools):
-            return f"{self.left} requests are never served: no replica takes requests any more"
+            return NoProgress(f"{self.left} requests are never served: no replica takes requests any more")
         left = [i for i, status in enumerate(self.requests.status) if status == Status.PENDING]
         engine = self.replicas[max(self.requests.replica[left[0]], 0)].engine
         state = engine.state
         names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")
-        return (
-            f"policy {type(engine.scheduler).__name__}: {len(left)} requests are never served ({names}):"
-            f" it plans nothing with {len(state.admitted)} running, {len(state.waiting)} waiting and"
+        what = (
+            f"{len(left)} requests are never served ({names}):"
+            f" it plans nothing with {len(state.admitted)} running, {len(state.queue)} waiting and"
             f" {engine.pool.free} of {engine.pool.total} blocks free"
         )
+        return NoProgress(what, name_of(engine.scheduler))

@@ -38,7 +38,7 @@ class Handover:
     def take(self, request: Live) -> bool:
         """Take a request over whose prompt is done; False if its first token was its last."""
         cluster = self._cluster
-        if cluster.requests.trace.output_tokens[request.id] <= request.produced:
+        if cluster.requests.trace.output_tokens[request.row] <= request.produced:
             return False
         replica = cluster.replicas[request.at]
         replica.left(request)
@@ -46,15 +46,15 @@ class Handover:
         now = self._clock.now
         lane = -1 if self._shared else replica.index
         start = max(now, self._free_at.get(lane, 0))
-        self._free_at[lane] = sent = start + round(self._token_ps * request.prompt_tokens)
-        self._sent[request.id] = now
-        self._from[request.id] = replica.index
+        self._free_at[lane] = sent = start + round(self._token_ps * request.prompt)
+        self._sent[request.row] = now
+        self._from[request.row] = replica.index
         self._clock.after(sent + self._latency - now, CHANGE, partial(self._arrive, request))
         return True
 
     def _arrive(self, request: Live) -> None:
-        if self._cluster.requests.status[request.id] != Status.PENDING:
+        if self._cluster.requests.status[request.row] != Status.PENDING:
             return  # its client has given up
-        self._come[request.id] = self._clock.now
-        request.load(request.prompt_tokens)
+        self._come[request.row] = self._clock.now
+        request.load(request.prompt)
         self._pool.send(request, self._clock.now)

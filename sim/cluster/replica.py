@@ -17,10 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from chairlift.policies.base import NoProgress
 from chairlift.sim.cluster.clock import BOUNDARY, CHANGE, PLAN, Alarm, Clock
 from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RunRecords
+
+WAKINGS = 100_000  # plans in a row that run nothing: a policy that looks every ms for 100 s whether it should
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Replica:
         self._clock = clock
         self._timer: Alarm | None = None  # at the end of the run under way, or at the time a policy wants to be asked
         self._spare: Alarm | None = None  # a timer that has rung, to be set again
+        self._wakings = 0  # plans in a row that run nothing, and want another one later
+        self._done_at_waking = (0, 0)  # steps and requests at the latest of those
         self._planning = False  # it plans at the end of this instant
         self._boundary_rank = BOUNDARY + index
         self._plan_rank = PLAN + index
@@ -73,12 +78,12 @@ class Replica:
     def submit(self, request: Live, now: int) -> None:
         """Take a request in; it is planned at once if the replica is idle."""
         self.held += 1
-        self.held_tokens += request.prompt_tokens
+        self.held_tokens += request.prompt
         request.at = self.index
         loads = self._loads
         if loads is not None:
             loads.outstanding[self._position] += 1
-            loads.outstanding_tokens[self._position] += request.prompt_tokens
+            loads.outstanding_tokens[self._position] += request.prompt
         heeds = self.engine.heeds_arrival()
         if self.engine.submit(request, now) and heeds:
             self._replan(now)
@@ -86,12 +91,12 @@ class Replica:
     def left(self, request: Live) -> None:
         """A request is here no more: it has ended, or goes on elsewhere."""
         self.held -= 1
-        self.held_tokens -= request.prompt_tokens
+        self.held_tokens -= request.prompt
         request.at = -1
         loads = self._loads
         if loads is not None:
             loads.outstanding[self._position] -= 1
-            loads.outstanding_tokens[self._position] -= request.prompt_tokens
+            loads.outstanding_tokens[self._position] -= request.prompt
         if self.draining and self.held == 0:
             self._clock.after(0, CHANGE, self._drained)
 
@@ -163,6 +168,8 @@ class Replica:
         end = self.engine.begin(now)
         if end is None:
             end = self.engine.state.wake
+            if end is not None:
+                self._check_waking()
         if end is None:
             self._timer = None
         elif (spare := self._spare) is not None:
@@ -185,6 +192,15 @@ class Replica:
             self._plan_soon(now)
         else:
             self._plan(now)
+
+    def _check_waking(self) -> None:
+        """Raise `PolicyError` if the policy has asked to be woken `WAKINGS` times in a row, and run nothing ever."""
+        done = (self.engine.planner.steps, self.held)
+        self._wakings = self._wakings + 1 if done == self._done_at_waking else 0
+        self._done_at_waking = done
+        if self._wakings >= WAKINGS:
+            what = f"it asks to be woken {WAKINGS:,} times in a row, and runs nothing for {self.held} requests"
+            self.engine.planner.fail(what, NoProgress)
 
     def _drained(self) -> None:
         if self.draining and self.held == 0:

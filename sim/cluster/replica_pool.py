@@ -9,6 +9,7 @@ from chairlift.policies.base import PolicyError, Router
 from chairlift.sim.cluster.clock import Clock
 from chairlift.sim.cluster.replica import Loads, Replica
 from chairlift.sim.replica.request import Live
+from chairlift.sim.replica.users_code import blame, name_of
 from chairlift.sim.results.records import RequestRecords, Status
 
 
@@ -48,7 +49,7 @@ class ReplicaPool:
     @property
     def waiting(self) -> list[int]:
         """Requests waiting at each replica."""
-        return [len(replica.engine.state.waiting) for replica in self.replicas]
+        return [len(replica.engine.state.queue) for replica in self.replicas]
 
     def open(self, replica: Replica) -> None:
         """A replica takes requests from now on; those that found none before are sent."""
@@ -58,7 +59,7 @@ class ReplicaPool:
         homeless, self.homeless = self.homeless, []
         self._clock.hold_plans()
         for request in homeless:
-            if self._requests.status[request.id] == Status.PENDING:  # else its client has given up
+            if self._requests.status[request.row] == Status.PENDING:  # else its client has given up
                 self.send(request, self._clock.now)
 
     def shut(self, replica: Replica) -> None:
@@ -76,12 +77,16 @@ class ReplicaPool:
             self.homeless.append(request)
             return
         self.now = now
-        position = self.router.route(request, self._last_look() if self._stale_ps else self)
+        try:
+            position = self.router.route(request, self._last_look() if self._stale_ps else self)
+        except BaseException as error:
+            blame(error, self.router)
+            raise
         if not isinstance(position, int) or not 0 <= position < len(replicas):
-            name = type(self.router).__name__
-            raise PolicyError(f"router {name}: position {position!r}: there are {len(replicas)} replicas, from 0")
+            what = f"position {position!r}: there are {len(replicas)} replicas, from 0"
+            raise PolicyError(what, name_of(self.router))
         chosen = replicas[position]
-        if self._queue_limit is not None and len(chosen.engine.state.waiting) >= self._queue_limit:
+        if self._queue_limit is not None and len(chosen.engine.state.queue) >= self._queue_limit:
             self._refuse(request, now)
             return
         chosen.submit(request, now)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from chairlift.sim.cluster import predicted_lengths
+from chairlift.sim.replica.drafts import Drafted
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 from chairlift.sim.study import Setup
@@ -45,10 +46,17 @@ def request_maker(setup: Setup, identities: dict[tuple[int, int], Identity] | No
     tenants = None if trace.tenant is None else trace.tenant.tolist()
     sessions = None if trace.session is None else trace.session.tolist()
     longest = setup.max_model_len
+    kind = Live if setup.speculate is None else Drafted
 
     def make(i: int) -> Live:
         prompt = prompts[i]
-        request = Live(
+        seen: Sequence[int] = ()
+        if hashes is not None:
+            seen = hashes.row(i).tolist() if tails is None else [*hashes.row(i).tolist(), *tails[i]]
+        elif ends is not None:
+            end = ends[i]
+            seen = range(end - end % CHAIN, end)
+        return kind(
             i,
             arrivals[i],
             prompt,
@@ -57,17 +65,10 @@ def request_maker(setup: Setup, identities: dict[tuple[int, int], Identity] | No
             priorities[i] if priorities is not None else 0,
             tenants[i] if tenants is not None else 0,
             sessions[i] if sessions is not None else -1,
+            going_on is not None and bool(going_on[i]),
+            guesses[i] if guesses is not None else None,
+            seen,
         )
-        if going_on is not None:
-            request.ignore_eos = bool(going_on[i])
-        if guesses is not None:
-            request.predicted_tokens = guesses[i]
-        if hashes is not None:
-            request.hash_ids = hashes.row(i).tolist() if tails is None else [*hashes.row(i).tolist(), *tails[i]]
-        elif ends is not None:
-            end = ends[i]
-            request.hash_ids = range(end - end % CHAIN, end)
-        return request
 
     return make
 

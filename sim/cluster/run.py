@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from chairlift.policies.base import PolicyError
 from chairlift.sim.cluster.audit import audit
 from chairlift.sim.cluster.build import build
 from chairlift.sim.cluster.cluster import Cluster
 from chairlift.sim.replica.counting_pool import PrefixCacheMatters
 from chairlift.sim.replica.prefix_identity import Identity
+from chairlift.sim.replica.users_code import blame, name_of
 from chairlift.sim.study import Setup
 
 
@@ -37,6 +40,10 @@ def run(
         except PrefixCacheMatters:
             identify = True
             continue
+        except BaseException as error:
+            for subject in (*(pool.router for pool in cluster.pools), *(e.scheduler for e in cluster.engines)):
+                blame(error, subject)
+            raise
         finally:
             for engine in cluster.engines:
                 engine.backend.close()
@@ -52,8 +59,13 @@ def _within_limits(cluster: Cluster) -> None:
     ``sequence_limit`` of 3: one with 2 chunks and 1 decode is within it, one with 2 chunks and 2 decodes is not.
     """
     for engine in cluster.engines:
-        limit = engine.scheduler.sequence_limit
-        most = max(int((runs["chunks"] + runs["decodes"]).max(initial=0)) for runs in engine.records.run_parts())
-        if limit is not None and most > limit:
-            name = type(engine.scheduler).__name__
-            raise PolicyError(f"policy {name}: a step of {most} requests: its sequence_limit is {limit}")
+        limit, ranks, done = engine.scheduler.sequence_limit, engine.planner.count, 0
+        if limit is None:
+            continue
+        for runs in engine.records.run_parts():
+            sizes = runs["chunks"] + runs["decodes"]
+            if (over := np.flatnonzero(sizes > limit * ranks)).size:
+                step = done + int(runs["steps"][: over[0]].sum()) + 1
+                what = f"a step of {sizes[over[0]]} requests: its sequence_limit is {limit}"
+                raise PolicyError(what, name_of(engine.scheduler), step)
+            done += int(runs["steps"].sum())

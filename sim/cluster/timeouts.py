@@ -29,12 +29,12 @@ class Patience:
             self._clock.after(self._queue, CHANGE, partial(self._give_up_waiting, request))
 
     def _give_up_waiting(self, request: Live) -> None:
-        if self._cluster.requests.admitted[request.id] < 0:
+        if self._cluster.requests.admitted[request.row] < 0:
             self._give_up(request)
 
     def _give_up(self, request: Live) -> None:
         cluster, now = self._cluster, self._clock.now
-        if cluster.requests.status[request.id] != Status.PENDING:
+        if cluster.requests.status[request.row] != Status.PENDING:
             return
         if request.at >= 0:
             cluster.replicas[request.at].cancel(request)

@@ -92,8 +92,9 @@ def _asked(kind: type[Router], settings: dict[str, Any], keep: Callable[..., Non
     router = kind(**settings)
     router.random = Random(3)
     for number in range(_ASKED):
-        request = Live(number, number * 10**9, chance.randint(1, 49), 62, session=chance.randint(-1, 5))
-        request.hash_ids = [chance.randint(0, 5) for _ in range(chance.randint(0, 4))]
+        prompt, session = chance.randint(1, 49), chance.randint(-1, 5)
+        seen = [chance.randint(0, 5) for _ in range(chance.randint(0, 4))]
+        request = Live(number, number * 10**9, prompt, 62, session=session, hash_ids=seen)
         view = _view(chance, number * 10**9)
         before = copy.deepcopy(view), _public(request)
         told = f"{request!r} of session {request.session}, hash_ids {request.hash_ids}, and {view}"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from chairlift.policies.base import PolicyError, Replicas, Request, Router, Scheduler, Step
+from chairlift.policies.base import NoProgress, PolicyError, PolicyRaised, Replicas, Request, Router, Scheduler, Step
 from chairlift.sim.conformance.cases import PS_PER_MS, Case, Row, setup
 from chairlift.sim.conformance.promises import RAISES, Broken, Promise, Stopped
 from chairlift.sim.results.metrics import inter_token_gaps
@@ -132,8 +132,12 @@ def serve(
     try:
         with _other_chance(seed), patience():
             return simulate(setup(case, given, **arguments), leap)
+    except PolicyRaised as raised:
+        cause = raised.__cause__ or raised
+        what = f"{_blamed(cause, subject.kind)}: {type(cause).__name__}: {cause} ({watch})"
+        raise stop(RAISES, what) from raised
     except PolicyError as error:
-        raise stop(SERVES if "never served" in str(error) else ALLOWED, f"{error} ({watch})") from error
+        raise stop(SERVES if isinstance(error, NoProgress) else ALLOWED, f"{error} ({watch})") from error
     except _Endless:
         what = f"nothing comes of {watch.limit} plans for {len(rows)} requests: {_name(subject)} plans on and on"
         raise stop(SERVES, f"{what} ({watch})") from None
@@ -165,7 +169,7 @@ def _name(subject: Subject) -> str:
     return f"{kind} {subject.kind.__name__}"
 
 
-def _blamed(error: Exception, kind: type[Any]) -> str:
+def _blamed(error: BaseException, kind: type[Any]) -> str:
     """``file:line`` of the last line of the subject's own that ``error`` passed; "" if it passed none."""
     files = {inspect.getsourcefile(each) for each in kind.__mro__ if each.__module__ not in ("builtins", "abc")}
     files -= {inspect.getsourcefile(Scheduler), __file__}

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.plan.bounds import Bound, bound
+from chairlift.sim.plan.bounds import Bound, Bounds
 from chairlift.sim.plan.candidates import Candidate, price_of
-from chairlift.sim.plan.capacity import Capacity, Effort, Errors, Measure, find
+from chairlift.sim.plan.capacity import Capacity, Errors, Measure, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
 from chairlift.sim.plan.costs import tokens_of
 from chairlift.sim.plan.emit import shell
 from chairlift.sim.plan.errors import described as errors_of
 from chairlift.sim.plan.errors import errors, kept, likely
 from chairlift.sim.plan.file import BuyingPlan
+from chairlift.sim.plan.flips import Ask, Change, changes
 from chairlift.sim.plan.headroom import Headroom, Margin, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.pacing import SAMPLE, paced
@@ -24,12 +25,12 @@ from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.stretches import described, recorded
 from chairlift.sim.results import loops
 from chairlift.sim.scenario import load
-from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.simulate import LOOPS
 from chairlift.sim.sweep.statistics import undominated
 
 MOST_CAPACITIES = 64  # systems whose capacity is looked for where there is no rate to buy for
-ROUGH = 0.05  # precision of the capacities of a front's systems
+ROUGH = 0.1  # precision of the capacities of a front's systems
+PART = 0.5  # of the width by errors: where the plan names no precision, chance is not made smaller than that
 MOST_ON_FRONT = 8  # systems
 
 
@@ -54,6 +55,7 @@ class Answer:
     margins: dict[float, Margin] = field(default_factory=dict)  # rate → of the cheapest system for it
     headroom: list[Headroom] = field(default_factory=list)
     front: list[Point] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)  # what would change the answer at the highest rate, if asked
     assumptions: dict[str, str] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)  # of the chosen system
     beside: list[str] = field(default_factory=list)  # what has to be set up beside its engines
@@ -96,18 +98,44 @@ def check_promises(plan: BuyingPlan) -> None:
         raise BadInput(problems)
 
 
-def answers(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
-    """The answer, yielded again after each part; every time, what it holds is final."""
+def answers(
+    plan: BuyingPlan, runs: Simulations, told: Callable[[str], None], changing: bool = False
+) -> Iterator[Answer]:
+    """The answer, yielded again after each part; every time, what it holds is final.
+
+    ``changing``: also what would change it.
+    """
     for answer in _parts(plan, runs, told):
         conclude(answer, runs)
         yield answer
+    if changing and answer.races and (best := answer.races[-1].winner) is not None:
+        for change in changes(
+            plan.candidates, plan.spec.slo, answer.races[-1].rate_per_s, best, _ask(plan, runs, told)
+        ):
+            told(f"what would change the answer: {change.what}")
+            answer.changes = sorted([*answer.changes, change], key=lambda each: (each.nearest, -each.swing))
+            conclude(answer, runs)
+            yield answer
+
+
+def _ask(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Ask:
+    """How candidates are raced under other promises, or at other rates, than the plan's."""
+    known: dict[tuple[str, ...], Bounds] = {}
+
+    def ask(candidates: Sequence[Candidate], promises: Sequence[Promise], rate: float) -> Race:
+        bounds = known.setdefault(tuple(map(str, promises)), Bounds(promises))
+        return race(
+            candidates, bounds, lambda each: runs.of(each, promises=promises), promises, rate, plan.effort(), told=told
+        )
+
+    return ask
 
 
 def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
     """As `answers`, without what the answer rests on."""
     answer = Answer(plan)
     spec, promises, effort = plan.spec, plan.spec.slo, plan.effort()
-    bounds = cache_bounds(promises)
+    bounds = Bounds(promises)
     fitting = [candidate for candidate in plan.candidates if candidate.setup is not None]
     if not fitting and plan.today is None:
         raise BadInput(nowhere(plan))
@@ -115,15 +143,15 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
     if plan.today is not None and spec.rates:
         today = plan.today
         rate = spec.rates[0]
+        capacity = _capacity(today, rate, plan, runs, bounds, told)
+        answer.capacities = [(today, capacity)]
+        yield answer
+        effort = replace(effort, precision=_precision(plan, capacity.errors))
         answer.headroom = headroom(
-            today, rate, spec.headroom, promises, bounds, lambda c, cv: runs.of(c, cv), effort, told
+            today, rate, capacity, spec.headroom, promises, bounds, lambda c, cv: runs.of(c, cv), effort, told
         )
-        answer.capacities = [(today, answer.headroom[0].capacity)]
         yield answer
-        told("errors of the step costs")
-        capacity = answer.headroom[0].capacity
-        capacity.errors = _errors(runs, today, capacity, promises, effort)
-        yield answer
+        effort = plan.effort()
     elif plan.today is not None or not spec.rates:
         systems = [plan.today] if plan.today is not None else fitting
         if len(systems) > MOST_CAPACITIES:
@@ -131,10 +159,8 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
             raise BadInput(plan.document.problem(("rate_per_s",), rule))
         for candidate in systems:
             told(candidate.name)
-            limit = bounds(candidate)
-            capacity = find(runs.of(candidate), promises, limit.rate_per_s / 2, limit.rate_per_s, effort, told)
-            capacity.errors = _errors(runs, candidate, capacity, promises, effort)
-            answer.capacities.append((candidate, capacity))
+            guess = bounds(candidate).rate_per_s / 2
+            answer.capacities.append((candidate, _capacity(candidate, guess, plan, runs, bounds, told)))
             answer.capacities.sort(key=lambda each: _usd_per_rate(*each))
             yield answer
     if not spec.rates or (plan.today is not None and not spec.keys()):
@@ -142,7 +168,8 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
         return
     for rate in spec.rates:
         told(f"{rate:g}/s")
-        found = race(plan.candidates, bounds, runs.of, promises, rate, effort, spec.front, told=told)
+        wanted = MOST_ON_FRONT if spec.front and rate == spec.rates[-1] else 1  # the front is of the last
+        found = race(plan.candidates, bounds, runs.of, promises, rate, effort, wanted, told=told)
         answer.races.append(found)
         yield answer
         if (best := found.winner) is not None:
@@ -159,30 +186,45 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
             yield answer
 
 
-def cache_bounds(promises: list[Promise]) -> Callable[[Candidate], Bound]:
-    """A function that gives each candidate's `bound`, worked out once."""
-    known: dict[int, tuple[Document, Bound]] = {}  # the document too, so that no other one gets its id
-
-    def bounds(candidate: Candidate) -> Bound:
-        document = candidate.document
-        if id(document) not in known:
-            known[id(document)] = document, bound(candidate, promises)
-        return known[id(document)][1]
-
-    return bounds
-
-
 def _drawing(runs: Simulations, candidate: Candidate) -> Callable[[int], Measure]:
     """How the candidate is measured with a draw of its step costs' errors."""
     return lambda draw: runs.of(candidate, draw=draw)
 
 
-def _errors(
-    runs: Simulations, candidate: Candidate, capacity: Capacity, promises: list[Promise], effort: Effort
-) -> Errors | None:
-    """What errors of the candidate's step costs do to its capacity."""
+def _capacity(
+    candidate: Candidate,
+    guess: float,
+    plan: BuyingPlan,
+    runs: Simulations,
+    bounds: Callable[[Candidate], Bound],
+    told: Callable[[str], None],
+) -> Capacity:
+    """The capacity of a candidate that has a setup, with what errors of its step costs do to it.
+
+    The errors are looked at first: chance is then made no smaller than is worth while beside them.
+    """
     assert candidate.setup is not None
-    return errors(_drawing(runs, candidate), capacity, promises, effort, effort.draws, likely(candidate.setup))
+    effort, promises, likely_at = plan.effort(), plan.spec.slo, likely(candidate.setup)
+    known: list[Errors | None] = []
+
+    def fine(rough: Capacity) -> float:
+        told(f"{candidate.name}: errors of the step costs")
+        known.append(errors(_drawing(runs, candidate), rough, promises, effort, effort.draws, likely_at))
+        return _precision(plan, known[0])
+
+    found = find(runs.of(candidate), promises, guess, bounds(candidate).rate_per_s, effort, told, fine=fine)
+    off = known[0] if known else None
+    if off is not None and found.low > 0 and math.isfinite(found.high):
+        found.errors = replace(off, simulated=math.log(found.high / found.low) / 2)
+    return found
+
+
+def _precision(plan: BuyingPlan, off: Errors | None) -> float:
+    """The precision of a capacity whose step costs are off by so much: the plan's, or what is fine enough."""
+    named = "precision" in plan.spec.search.model_fields_set
+    return (
+        plan.effort().precision if named or off is None else max(plan.effort().precision, min(PART * off.half, ROUGH))
+    )
 
 
 def _usd_per_rate(candidate: Candidate, capacity: Capacity) -> float:
@@ -201,7 +243,8 @@ def _point(
     assert entry.verdict is not None
     rate = entry.verdict.rate_per_s
     effort = plan.effort(max(ROUGH, plan.spec.search.precision))
-    capacity = find(runs.of(entry.candidate), promises, rate, bounds(entry.candidate).rate_per_s, effort)
+    most = bounds(entry.candidate).rate_per_s
+    capacity = find(runs.of(entry.candidate), promises, rate, most, effort, kept=entry.verdict)
     name = latency_of(promises)
     mean = entry.verdict.figures.get(name, (math.inf, 0, 0))[0]
     return Point(entry.candidate, mean, name, capacity)

@@ -6,8 +6,8 @@ search looks there too, and reports such rates as islands.
 All rates meet the same random numbers: a replication has the same requests at every rate, and the same gaps between
 them but for their scale. So two rates' results differ by the rate alone. The search has three stages:
 
-1. `screen`: a geometric grid of rates, a few replications each, until its lowest rate keeps the promises and a higher
-   one breaks them. The bracket is the last rate that keeps them, going up, and the first that breaks them.
+1. `screen`: a geometric grid of rates, a few short replications each, until its lowest rate keeps the promises and a
+   higher one breaks them. The bracket is the last rate that keeps them, going up, and the first that breaks them.
 2. `close_in`: secant steps narrow the bracket to a few times the precision asked for.
 3. `prove`: more replications, and then longer ones, until one rate is *proven* to keep the promises, and another, close
    above it, is proven to break one.
@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from chairlift.sim.plan.promises import Promise, Sample
+from chairlift.sim.plan.stretches import LEAST
 from chairlift.sim.plan.verdict import Verdict, judge
 from chairlift.sim.sweep.statistics import student
 
@@ -39,7 +40,8 @@ Told = Callable[[str], None]  # takes a line about progress
 
 GRID = 12  # rates of the screen
 WIDTH = 20.0  # ratio of the highest to the lowest of those rates
-SCREEN = 4  # replications of each of them
+SCREEN = 4  # replications of each of them,
+COARSE = 4  # of this part of the length of others, unless that is too short to settle
 FIRST = 8  # replications of a rate after the screen, at least
 MOST = 32  # replications of a rate, at most; what needs more work than that gets longer replications
 MARGIN = 1.15  # proofs are sought this many expected half-widths away from the centre
@@ -125,16 +127,20 @@ def find(
     bound: float,
     effort: Effort,
     told: Told = lambda _: None,
+    kept: Verdict | None = None,
+    fine: Callable[[Capacity], float] | None = None,
 ) -> Capacity:
     """The capacity of the system that ``measure`` simulates.
 
     ``guess`` is any rate to begin with. ``bound`` is a rate above which none can be served; infinity if none is known.
+    ``kept``: a verdict that the promises are kept; no lower rate is looked at. ``fine``: takes what is known before
+    anything is proven, and says the precision to prove it to, in place of the effort's.
     """
     search = _Search(measure, promises, guess, bound, effort, told)
     try:
-        search.screen()
+        search.screen(kept)
         search.close_in()
-        search.prove()
+        search.prove(effort.precision if fine is None else fine(search.provisional()))
     except Unreachable as unreachable:
         worst = _worst(unreachable.verdict, promises)
         return Capacity(0.0, 0.0, unreachable.verdict.rate_per_s, search.ordered(), worst)
@@ -152,21 +158,25 @@ class _Search:
         self.requests = effort.requests
         self.replications = FIRST
         self.seen: dict[float, Verdict] = {}
+        self.glanced: set[float] = set()  # rates whose runs were not let grow until they settled
         self.below = 0.0  # the bracket: the last rate that holds, going up,
         self.above = math.inf  # and the first that does not
+        self.precision = effort.precision  # of the interval that `prove` seeks
         self.centre = 0.0  # the rate around which proofs are sought; 0 before `prove`
         self.looks = 0  # verdicts so far
         self.spent = 0  # requests so far
         self.notes: list[str] = []
 
-    def look(self, rate: float, replications: int) -> Verdict:
+    def look(self, rate: float, replications: int, longest: int | None = None) -> Verdict:
         """The verdict on ``rate``, on runs that are doubled until they settle or the search may simulate no more.
 
         Runs that still drift then count as overloaded. A verdict that took as much work before is not made again.
+        ``longest``: requests of a run, at most, where the verdict is but a first look.
         """
         rate = float(f"{rate:.6g}")
         old = self.seen.get(rate)
-        if old is not None and old.replications >= replications and old.requests >= self.requests:
+        cut_off = old is not None and old.is_short and rate in self.glanced and longest is None
+        if old is not None and old.replications >= replications and old.requests >= self.requests and not cut_off:
             return old
         requests = self.requests
         while True:
@@ -176,45 +186,66 @@ class _Search:
             )
             self.looks += 1
             self.spent += requests * replications
-            most = requests >= self.effort.most_requests or self.spent > self.effort.budget
+            most = requests >= (longest or self.effort.most_requests) or self.spent > self.effort.budget
             if most or not verdict.is_short or verdict.proof < 0:
                 break
-            requests *= 2
-        if verdict.drifting and verdict.proof >= 0:
+            requests = min(requests * 2, longest or self.effort.most_requests)
+        if longest is None and verdict.drifting and verdict.proof >= 0:
             verdict = replace(verdict, overloaded=True)
-        elif verdict.proof >= 0:
+        elif longest is None and verdict.proof >= 0:
             self.requests = max(self.requests, requests)
         self.seen[rate] = verdict
+        (self.glanced.discard if longest is None else self.glanced.add)(rate)
         return verdict
 
     def ordered(self) -> list[Verdict]:
         """All verdicts in order of rates."""
         return [self.seen[rate] for rate in sorted(self.seen)]
 
-    def screen(self) -> None:
+    def screen(self, kept: Verdict | None) -> None:
         """Look at a grid of rates, extended until its lowest rate holds and a higher one does not.
 
-        Raises `Unreachable` if no rate holds.
+        ``kept``: of a rate below the whole grid that holds, if one is known. Raises `Unreachable` if no rate holds.
         """
+        whole = self.requests
+        self.requests = max(min(LEAST, whole), whole // COARSE)
         top = self.bound if math.isfinite(self.bound) else self.guess * 4
         rates = [top * WIDTH ** (i / (GRID - 1) - 1) for i in range(GRID)]
+        if kept is not None:
+            self.seen[kept.rate_per_s] = kept
+            rates = [rate for rate in rates if rate > kept.rate_per_s]
         for rate in rates:
-            self.look(rate, SCREEN)
+            self.look(rate, SCREEN, whole)
         step = WIDTH ** (1 / (GRID - 1))
-        while not self.ordered()[0].holds:
-            lowest = self.ordered()[0].rate_per_s / step**4
-            if lowest < LOWEST * top:
-                raise Unreachable(self.look(lowest, FIRST))
-            self.look(lowest, SCREEN)
         while self.ordered()[-1].holds:
             rate = self.ordered()[-1].rate_per_s * step
-            if rate > min(self.bound * step, top * WIDTH**2):
+            if rate > min(self.bound * step**6, top * WIDTH**2):  # short runs break none just above the bound
                 self.notes.append(
                     "no rate that was looked at breaks a promise: runs are too short, or the slo is loose"
                 )
                 break
-            self.look(rate, SCREEN)
-        self.bracket()
+            self.look(rate, SCREEN, whole)
+        self.requests = whole
+        looked = {math.inf} if kept is None else {math.inf, kept.rate_per_s}
+        while True:
+            self.bracket()
+            if self.below == 0:
+                lowest = self.ordered()[0].rate_per_s / step**4
+                if lowest < LOWEST * top:
+                    raise Unreachable(self.look(lowest, FIRST))
+                self.look(lowest, SCREEN)
+            elif ends := sorted({self.below, self.above} - looked):  # short runs may have kept what long ones break
+                looked.update(ends)
+                for rate in ends:
+                    self.look(rate, SCREEN)
+            else:
+                return
+
+    def provisional(self) -> Capacity:
+        """What is known before anything is proven: the bracket, and where the promises may break in it."""
+        known = 0 < self.below < self.above < math.inf
+        rate = math.exp(self.crossing()) if known else self.below
+        return Capacity(rate, self.below, self.above, self.ordered(), None)
 
     def bracket(self) -> None:
         """Set ``below`` and ``above`` to where the promises first break, going up, by the verdicts so far."""
@@ -248,8 +279,10 @@ class _Search:
             return (x + y) / 2
         return x + (y - x) * -low.gap / (high.gap - low.gap)
 
-    def prove(self) -> None:
+    def prove(self, precision: float) -> None:
         """Put in more work until a rate close below the centre is proven to hold, and one close above to break.
+
+        ``precision``: half of the width of the interval sought, as a fraction of the rate.
 
         The interval expected at the work so far is the standard error of the gap at the centre over the slope of the
         gap. Where it is too wide, work grows first. Otherwise the search looks that far on either side of the centre;
@@ -258,7 +291,7 @@ class _Search:
         if self.below == 0 or not math.isfinite(self.above):
             return
         begun = self.looks
-        precision = self.effort.precision
+        self.precision = precision
         self.centre = math.exp(self.crossing())
         moves = 0
         while self.looks < begun + 2 * LOOKS:
@@ -271,7 +304,7 @@ class _Search:
                 self.centre = math.sqrt(self.below * self.above)
             else:
                 self.centre *= math.exp(min(max(-centre.gap / slope, -NEAR / 2), NEAR / 2))
-            if half * MARGIN > precision and self.grow(min(half * MARGIN / precision, 4.0) ** 2):
+            if half * MARGIN > precision and self.grow(min(half * MARGIN / precision, 2.0) ** 2):
                 moves = 0
                 continue
             self.look_around(min(max(half * MARGIN, precision / 2), NEAR))
@@ -279,7 +312,7 @@ class _Search:
             if high - low <= 2 * precision * self.centre * 1.0001:
                 break
             moves += 1
-            if moves <= MOVES and half * MARGIN <= precision and 0 < low < high < math.inf:
+            if moves <= MOVES and half * MARGIN <= precision and high <= low * math.exp(8 * precision):
                 self.centre = math.sqrt(low * high)
             elif self.grow(2.0):
                 moves = 0
@@ -318,7 +351,7 @@ class _Search:
         Neither is nearer to the centre than a third of the precision: of many verdicts close to the truth, each right
         with the confidence asked for, one errs sooner or later. 0 and infinity where nothing is proven.
         """
-        low, high, apart = 0.0, math.inf, math.exp(self.effort.precision / 3)
+        low, high, apart = 0.0, math.inf, math.exp(self.precision / 3)
         doubted = False  # whether a rate below the present one seems broken
         for verdict in self.trusted():
             rate = verdict.rate_per_s
@@ -356,7 +389,7 @@ class _Search:
         rate = self.below if self.centre == 0 else min(max(self.fitted(), low), high)
         limiting = _worst(self.seen[self.above], self.promises) if math.isfinite(self.above) else None
         islands = [verdict.rate_per_s for verdict in self.trusted() if verdict.rate_per_s > high and verdict.holds]
-        if high - low > 2 * self.effort.precision * max(rate, 1e-12) * 1.01:
+        if high - low > 2 * self.precision * max(rate, 1e-12) * 1.01:
             rows = any(verdict.worth < verdict.replications for verdict in self.seen.values())
             why = (
                 "the recorded file has no more rows"

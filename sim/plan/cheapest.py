@@ -2,7 +2,9 @@
 
 A system that a bound excludes is never simulated, and neither is one that costs more than the answer. All others meet
 the same requests, in growing numbers, until it is proven that all promises are kept or that one is broken. Most systems
-that are too small are proven so by a few thousand requests.
+that are too small are proven so by a few short runs. Of systems that cost the same, heats of the same requests leave
+the half that is furthest from breaking a promise, and then half of those (successive halving: Jamieson and Talwalkar,
+AISTATS 2016); the best that is left is simulated until it is proven to keep them, and the others are behind.
 
 Worked example at 60 requests a second: an L4 at $0.80 can serve no more than 15/s by its bound and is excluded; two of
 them likewise. One A100 at $1.80 is simulated and breaks a promise. One H100 at $2.50 is simulated and keeps all. Two
@@ -21,8 +23,9 @@ from itertools import groupby
 
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import FIRST, MOST, SCREEN, Effort, Measure
+from chairlift.sim.plan.capacity import COARSE, FIRST, MOST, SCREEN, Effort, Measure
 from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.stretches import LEAST
 from chairlift.sim.plan.verdict import Verdict, judge
 
 LONGER = 8  # replications grow at most to this multiple of their first length; then it is too close to say
@@ -33,7 +36,8 @@ class Entry:
     """What became of one candidate at one rate."""
 
     candidate: Candidate
-    outcome: str  # "kept", "broken", "open" (too close to say), "excluded" (by a bound), "dearer" (than the answer)
+    outcome: str  # "kept", "broken", "open" (too close to say), "excluded" (by a bound), "dearer" (than the answer),
+    # or "behind" (as dear as one that will do, and in heats nearer to breaking a promise)
     why: str  # the same in words
     verdict: Verdict | None = None  # None: it was not simulated
 
@@ -61,9 +65,13 @@ class Race:
 def decide(measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort) -> Verdict:
     """The verdict on ``rate``, from as many requests as it takes to prove it either way, within limits.
 
-    Replications grow in number up to `MOST`, then in length; in length first if they are too short to have settled.
-    Where they are stretches of a recorded file, they grow no further once the file has nothing new to say.
+    Short runs come first. Replications grow in number up to `MOST`, then in length; in length first if they are too
+    short to have settled. Where they are stretches of a recorded file, they grow no further once the file has nothing
+    new to say; and none grows where all that the limits allow could hardly prove anything.
     """
+    verdict = _glance(measure, promises, rate, effort)
+    if _is_hopeless(verdict):
+        return verdict
     requests, replications = effort.requests, SCREEN
     most = min(effort.most_requests, LONGER * effort.requests)
     while True:
@@ -71,6 +79,10 @@ def decide(measure: Measure, promises: Sequence[Promise], rate: float, effort: E
         if verdict.proof < 0 or (verdict.proof > 0 and replications >= FIRST and not verdict.is_short):
             return verdict
         if verdict.is_used_up and not verdict.is_short:
+            return verdict
+        more = (MOST / replications) * (most / requests)
+        likely = (abs(verdict.gap) + verdict.gap_se) * math.sqrt(more)  # of the gap, in today's standard errors
+        if replications >= FIRST and not verdict.is_short and likely < 2 * verdict.gap_se < math.inf:
             return verdict
         if verdict.is_short and requests < most and replications >= FIRST:
             requests = min(most, requests * 2)
@@ -82,6 +94,17 @@ def decide(measure: Measure, promises: Sequence[Promise], rate: float, effort: E
             return verdict
 
 
+def _glance(measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort, part: int = COARSE) -> Verdict:
+    """The verdict of a few runs of one ``part``-th of the usual length."""
+    requests = max(min(LEAST, effort.requests), effort.requests // part)
+    return judge(promises, measure(rate, requests, SCREEN), rate, requests, effort.confidence)
+
+
+def _is_hopeless(verdict: Verdict) -> bool:
+    """Whether short runs prove that a promise is broken, by more than their start: settled, or still getting worse."""
+    return verdict.proof < 0 and (verdict.drifting or not verdict.is_short)
+
+
 def race(
     candidates: Iterable[Candidate],
     bounds: Callable[[Candidate], Bound],
@@ -89,13 +112,14 @@ def race(
     promises: Sequence[Promise],
     rate: float,
     effort: Effort,
-    each_system: bool = False,
+    wanted: int = 1,
     prune: bool = True,
     told: Callable[[str], None] = lambda _: None,
 ) -> Race:
     """The cheapest of ``candidates`` that keeps ``promises`` at ``rate``, and what became of all others.
 
-    ``each_system``: find, beyond the answer, also the least number of replicas of every other system that will do.
+    ``wanted``: how many systems that will do are looked for. Beyond the first, each has the least number of replicas
+    that will do, and those of one price are no longer put into heats.
     ``prune=False`` simulates every candidate that has a setup, for tests to compare with.
     """
     ordered = sorted(candidates, key=lambda c: (c.usd_per_hour, c.name))
@@ -103,29 +127,68 @@ def race(
     winner: Entry | None = None
     served: set[str] = set()
     started, raced = time.monotonic(), 0
-    for _, tier in groupby(ordered, key=lambda c: c.usd_per_hour):
-        kept: list[Entry] = []
-        for candidate in tier:
+
+    def decided(candidate: Candidate) -> Entry:
+        nonlocal raced
+        told(_progress(rate, candidate, entries, len(ordered), raced, time.monotonic() - started))
+        verdict = decide(measure(candidate), promises, rate, effort)
+        raced += 1
+        return Entry(candidate, *_said(verdict, promises), verdict)
+
+    for _, group in groupby(ordered, key=lambda c: c.usd_per_hour):
+        racing: list[Candidate] = []
+        for candidate in group:
             entry = _excluded(candidate, bounds, rate) if prune or candidate.setup is None else None
             if entry is None and prune and winner is not None and candidate.usd_per_hour >= winner.usd_per_hour:
-                if not each_system:
+                if len(served) >= wanted:
                     entry = Entry(candidate, "dearer", f"{winner.candidate.name} will do for less")
                 elif candidate.system in served:
                     entry = Entry(candidate, "dearer", "fewer replicas of it will do")
             if entry is None:
-                told(_progress(rate, candidate, entries, len(ordered), raced, time.monotonic() - started))
-                verdict = decide(measure(candidate), promises, rate, effort)
-                raced += 1
-                entry = Entry(candidate, *_said(verdict, promises), verdict)
-            entries.append(entry)
+                racing.append(candidate)
+            else:
+                entries.append(entry)
+        if prune and wanted == 1:
+            racing = _heats(racing, measure, promises, rate, effort)
+        first: Entry | None = None  # of this price that will do
+        for candidate in racing:
+            if first is not None and prune and wanted == 1 and not candidate.scales:
+                entries.append(Entry(candidate, "behind", f"as dear as {first.candidate.name}, and no better in heats"))
+                continue
+            entries.append(entry := decided(candidate))
             if entry.outcome == "kept":
-                kept.append(entry)
+                first = first or entry
                 served.add(candidate.system)
-        if winner is not None:
-            kept.append(winner)
-        if kept:  # of those of equal price, the one furthest from breaking a promise
-            winner = min(kept, key=lambda e: (e.usd_per_hour, e.verdict.gap if e.verdict else math.inf))
+                if winner is None or _order(entry) < _order(winner):
+                    winner = entry
     return Race(rate, winner, entries)
+
+
+def _order(entry: Entry) -> tuple[float, float]:
+    """The cheapest first; of those of equal price, the one furthest from breaking a promise."""
+    return entry.usd_per_hour, entry.verdict.gap if entry.verdict else math.inf
+
+
+def _heats(
+    racing: list[Candidate],
+    measure: Callable[[Candidate], Measure],
+    promises: Sequence[Promise],
+    rate: float,
+    effort: Effort,
+) -> list[Candidate]:
+    """Candidates of one price, the one that seems furthest from breaking a promise first, by successive halving.
+
+    In each heat all runs have the same requests; the better half meets the next heat, of runs twice as long.
+    """
+    out: list[Candidate] = []  # those that left, the later ones in front
+    part = 2 * COARSE
+    while len(racing) > 2 and part > 1:
+        gaps = {candidate.name: _glance(measure(candidate), promises, rate, effort, part).gap for candidate in racing}
+        racing = sorted(racing, key=lambda candidate: (gaps[candidate.name], candidate.name))
+        half = (len(racing) + 1) // 2
+        racing, out = racing[:half], racing[half:] + out
+        part //= 2
+    return racing + out
 
 
 def _progress(

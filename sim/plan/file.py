@@ -43,7 +43,9 @@ class Search(Spec):
     """How hard to look."""
 
     precision: Annotated[float, Field(ge=0.002, le=0.5)] = Field(
-        default=0.02, description="Half of the width of a capacity's interval, as a fraction of it."
+        default=0.02,
+        description="Half of the width of a capacity's interval, as a fraction of it; where the file does not say it, "
+        "no less than half of the width by the step costs' errors.",
     )
     confidence: Annotated[float, Field(ge=0.5, le=0.999)] = Field(default=0.95, description="Of intervals and proofs.")
     requests: Annotated[int, Field(ge=200, le=10**6)] = Field(

@@ -71,7 +71,11 @@ def margin(
     measure: Callable[[Candidate], Measure],
     effort: Effort,
 ) -> Margin:
-    """The margin of a candidate that keeps the promises at ``rate``, by halving `STEPS`."""
+    """The margin of a candidate that keeps the promises at ``rate``, by halving `STEPS`.
+
+    Runs grow no longer for it: what they cannot tell is too close to say.
+    """
+    effort = dataclasses.replace(effort, most_requests=effort.requests)
     kept, broken = 0, len(STEPS)  # STEPS[kept - 1] is kept, STEPS[broken] is broken
     unsure = len(STEPS)  # from here on nothing was proven
     while kept < min(broken, unsure):
@@ -125,6 +129,7 @@ def fewer(candidate: Candidate, failed: int) -> Candidate:
 def headroom(
     today: Candidate,
     rate: float,
+    capacity: Capacity,
     stress: Stress,
     promises: Sequence[Promise],
     bounds: Callable[[Candidate], Bound],
@@ -132,8 +137,11 @@ def headroom(
     effort: Effort,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Headroom]:
-    """What becomes of the deployment ``today``, which serves ``rate`` requests per second, under each stress."""
-    cases: list[tuple[str, Candidate, float | None]] = [("as it is", today, None)]
+    """What becomes of the deployment ``today``, which serves ``rate`` requests per second, under each stress.
+
+    ``capacity``: what it has as it is.
+    """
+    cases: list[tuple[str, Candidate, float | None]] = []
     replicas = sum(group.count for group in today.setup.groups) if today.setup else 1
     if stress.failed_replicas:
         if stress.failed_replicas < replicas:
@@ -141,10 +149,12 @@ def headroom(
         else:
             told(f"there are but {replicas} replicas: without {stress.failed_replicas} nothing is left")
     cases += [(f"gaps of CV {cv:g}", today, cv) for cv in stress.burst_cvs]
-    found = []
+    capacities = [("as it is", capacity)]
     for name, candidate, cv in cases:
         told(name)
-        capacity = find(measure(candidate, cv), promises, rate, bounds(candidate).rate_per_s, effort, told)
-        growth = {times: Headroom.holds(capacity, rate * times) for times in (1.0, *stress.growth)}
-        found.append(Headroom(name, capacity, growth))
-    return found
+        most = bounds(candidate).rate_per_s
+        capacities.append((name, find(measure(candidate, cv), promises, rate, most, effort, told)))
+    return [
+        Headroom(name, each, {times: Headroom.holds(each, rate * times) for times in (1.0, *stress.growth)})
+        for name, each in capacities
+    ]

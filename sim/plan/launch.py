@@ -11,6 +11,7 @@ The flags are those of ``vllm serve`` (vllm/engine/arg_utils.py, 0.23 to 0.33) a
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 from chairlift.backend import memory, specs
 from chairlift.policies import routers
 from chairlift.policies.base import Scheduler
-from chairlift.policies.sglang import Sglang
+from chairlift.policies.sglang import RANKS_RATIO, Sglang
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.study import Autoscale, Kv, ReplicaGroup, Setup
@@ -38,7 +39,7 @@ VLLM_OPTIONAL = (  # settings whose flags are left out where they are vLLM's def
     "disable_hybrid_kv_cache_manager",
     "prefix_cache_retention_interval",
 )
-VLLM_BY_RANK = ("max_num_batched_tokens", "max_num_seqs", "max_num_scheduled_tokens", "max_num_active_seqs")
+SGLANG_SHARED = ("chunked_prefill_size", "max_running_requests")
 SGLANG_ALWAYS = ("schedule_policy", "schedule_conservativeness", "chunked_prefill_size", "max_prefill_tokens")
 CONNECTOR = '{"kv_connector": "NixlConnector", "kv_role": "kv_both"}'  # a router says which replica prefills
 
@@ -168,7 +169,7 @@ def _changed(setup: Setup) -> str:
 
 
 def _vllm(setup: Setup, group: ReplicaGroup, policy: Vllm, kv: Kv) -> Iterator[str]:
-    """Flags of ``vllm serve``. Its limits and its pool are those of one rank of data parallelism."""
+    """Flags of ``vllm serve``. Its limits and its pool are those of one rank of data parallelism, as here."""
     ranks = group.parallel.data
     longest = min(setup.max_model_len, group.room(setup.max_model_len))
     yield from ("--tensor-parallel-size", str(group.parallel.tensor), "--max-model-len", str(longest))
@@ -176,8 +177,8 @@ def _vllm(setup: Setup, group: ReplicaGroup, policy: Vllm, kv: Kv) -> Iterator[s
         yield from (f"--{flag}-parallel-size", str(degree)) if degree > 1 else ()
     if group.parallel.expert > 1:
         yield "--enable-expert-parallel"
-    yield from ("--max-num-batched-tokens", str(policy.max_num_batched_tokens // ranks))
-    yield from ("--max-num-seqs", str(policy.max_num_seqs // ranks))
+    yield from ("--max-num-batched-tokens", str(policy.max_num_batched_tokens))
+    yield from ("--max-num-seqs", str(policy.max_num_seqs))
     yield from ("--gpu-memory-utilization", f"{kv.memory_utilization:g}", "--block-size", str(group.block_size))
     if _pool_is_given(policy, kv):
         yield from ("--num-gpu-blocks-override", str(group.blocks // ranks + 1))  # with the null block
@@ -193,9 +194,13 @@ def _vllm(setup: Setup, group: ReplicaGroup, policy: Vllm, kv: Kv) -> Iterator[s
         if (value := getattr(policy, name)) != getattr(Vllm, name):
             yield f"--{name.replace('_', '-')}"
             if value is not True:
-                value = value // ranks if name in VLLM_BY_RANK else value
                 said = f"{value:.17g}" if isinstance(value, float) else str(value)
                 yield "None" if value == "dense" else said
+    if (speculate := setup.speculate) is not None:
+        told: dict[str, Any] = {"method": speculate.method, "num_speculative_tokens": speculate.tokens}
+        if isinstance(speculate.draft, str):
+            told["model"] = speculate.draft
+        yield from ("--speculative-config", json.dumps(told))
     if (graphs := _graphs(group)) is not None:
         yield from ("--max-cudagraph-capture-size", str(graphs))
     if group.role != "mixed":
@@ -222,6 +227,8 @@ def _sglang(setup: Setup, group: ReplicaGroup, policy: Sglang) -> Iterator[str]:
         value = getattr(policy, each.name)
         if not each.init or each.name in ("version", "page_size") or value is None:
             continue
+        if parallel.data > 1:
+            value = _of_all_ranks(each.name, value, parallel.data)
         if value is True:
             yield f"--{each.name.replace('_', '-')}"
         elif each.name in SGLANG_ALWAYS or value != each.default:
@@ -232,16 +239,21 @@ def _sglang(setup: Setup, group: ReplicaGroup, policy: Sglang) -> Iterator[str]:
         yield from ("--disaggregation-mode", group.role)
 
 
+def _of_all_ranks(name: str, value: Any, ranks: int) -> Any:
+    """A setting of each of SGLang's ranks as its flag has it: those that the ranks share out, for all of them."""
+    if name == "schedule_conservativeness":
+        return value / RANKS_RATIO
+    return value * ranks if name in SGLANG_SHARED and value > 0 else value
+
+
 def _notes(setup: Setup, group: ReplicaGroup, policy: Scheduler, kv: Kv) -> list[str]:
     """What a line of an engine does not say of a group."""
     found = []
+    if (speculate := setup.speculate) is not None:
+        found.append(f"drafts: how many are kept was given, {speculate.acceptance.model_dump(exclude_none=True)}")
+        if speculate.method in ("eagle3", "draft_model"):
+            found.append('drafts: say the checkpoint that drafts as "model" in --speculative-config')
     parallel = group.parallel
-    for name in VLLM_BY_RANK:
-        whole = getattr(policy, name, None) or 0
-        if whole % parallel.data and isinstance(policy, Vllm):
-            found.append(
-                f"{name}: {whole} were simulated, and {parallel.data} ranks have {whole // parallel.data} each"
-            )
     if 1 < parallel.expert < parallel.ranks and isinstance(policy, Vllm):
         found.append(f"vLLM has {parallel.ranks} groups of experts, of which {parallel.expert} were simulated")
     if setup.max_model_len > group.blocks // parallel.data * group.block_size and isinstance(policy, Vllm):
@@ -261,6 +273,7 @@ def _pool_is_given(policy: Scheduler, kv: Kv) -> bool:
 
 def _graphs(group: ReplicaGroup) -> int | None:
     """Tokens of the largest captured CUDA graph, where the scenario asks for another size than the backend assumes."""
-    asked = getattr(group.backend, "graph_tokens", None)
-    usual = getattr(type(group.backend), "graph_tokens", None)
+    backend = getattr(group.backend, "settings", group.backend)  # with drafts: those of the model served
+    asked = getattr(backend, "graph_tokens", None)
+    usual = getattr(type(backend), "graph_tokens", None)
     return None if asked == usual else asked

@@ -14,8 +14,21 @@ from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Race
 from chairlift.sim.plan.costs import cost_of
+from chairlift.sim.plan.flips import SWING
 from chairlift.sim.plan.promises import Promise
-from chairlift.sim.plan.tables import OUTCOMES, bought, feasible, interval, latency_name, said_of
+from chairlift.sim.plan.tables import (
+    CHANGING,
+    FLIPS,
+    OUTCOMES,
+    bought,
+    feasible,
+    flips,
+    interval,
+    latency_name,
+    said_of,
+    sentence,
+    told_apart,
+)
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, note
 
@@ -37,7 +50,9 @@ def write(answer: Answer, path: Path) -> None:
         question=plan.spec.question or "",
         source=path.resolve().parent.name,
         promises=[str(promise) for promise in plan.spec.slo],
+        sentence=sentence(answer),
         headlines=list(_headlines(answer)),
+        changes=_changes(answer) if answer.changes else None,
         capacities=_capacities(answer) if answer.capacities else None,
         headroom=_headroom(answer) if answer.headroom else None,
         races=[_race(race, answer.plan.unit) for race in answer.races],
@@ -184,8 +199,7 @@ def _race(race: Race, unit: str) -> dict[str, Any]:
     excluded = race.of("excluded")
     return {
         "title": f"{race.rate_per_s:g} {unit}/s",
-        "said": f"Of {len(race.entries)} systems {len(simulated)} were simulated, {len(excluded)} excluded by bounds, "
-        f"{len(race.of('dearer'))} dearer than what will do.",
+        "said": f"{told_apart(race).capitalize()}.",
         "simulated": [(e.candidate.name, f"{e.usd_per_hour:,.2f}", e.outcome, e.why) for e in simulated],
         "excluded": [
             (e.candidate.name, f"{e.candidate.usd_per_hour:,.2f}" if e.candidate.setup else "–", e.why)
@@ -228,6 +242,30 @@ def _front(answer: Answer) -> dict[str, Any]:
         "rows": rows,
         "figures": [(title, _figure([trace], "$ an hour", "ms"), [])],
     }
+
+
+def _changes(answer: Answer) -> dict[str, Any]:
+    """What would change the answer: a table, and a tornado of the price at each assumption's swing."""
+    now = answer.races[-1].winner
+    assert now is not None
+    told = sorted((c for c in answer.changes if c.swing > 0), key=lambda c: c.swing)  # the widest bar at the top
+    bars: list[Figure] = []
+    for i, words in enumerate((f"÷ {SWING:g}", f"× {SWING:g}")):
+        reach = [c.usd[i] - now.usd_per_hour if math.isfinite(c.usd[i]) else None for c in told]
+        text = ["" if math.isfinite(c.usd[i]) else "nothing will do" for c in told]
+        bar: Figure = {"type": "bar", "orientation": "h", "name": words, "x": reach, "y": [c.what for c in told]}
+        bar |= {"base": now.usd_per_hour, "marker": {"color": hue(i)}, "text": text, "textposition": "outside"}
+        bar |= {"customdata": [c.usd[i] if math.isfinite(c.usd[i]) else None for c in told]}
+        bar["hovertemplate"] = f"%{{y}} {words}: $%{{customdata:.2f}} an hour<extra></extra>"
+        bars.append(bar)
+    figure = _figure(bars, "$ an hour", "")
+    figure["layout"] |= {"barmode": "overlay", "height": 90 + 34 * len(told)}
+    figure["layout"]["yaxis"] = {"automargin": True}
+    title = (
+        f"price of the answer where an assumption is {SWING:g} times as large or as small; now ${now.usd_per_hour:,.2f}"
+    )
+    keys = [(hue(i), f"{sign} {SWING:g}") for i, sign in enumerate("÷×")]
+    return {"head": FLIPS, "rows": flips(answer), "said": CHANGING, "figures": [(title, figure, keys)] if told else []}
 
 
 def _figure(traces: list[Figure], x: str, y: str, shapes: Sequence[Figure] = ()) -> Figure:

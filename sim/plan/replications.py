@@ -67,27 +67,42 @@ class Simulations:
     simulated_s: float = field(default=0.0, init=False)  # seconds of both, on the replicas' clocks
     _counted: set[str] = field(default_factory=set, init=False)  # keys of replications that the three figures hold
 
-    def of(self, candidate: Candidate, cv: float | None = None, draw: int = 0) -> Measure:
+    def of(
+        self,
+        candidate: Candidate,
+        cv: float | None = None,
+        draw: int = 0,
+        promises: Sequence[Promise] | None = None,
+    ) -> Measure:
         """How a search measures ``candidate``.
 
         ``cv``: with gaps of that coefficient of variation. ``draw``: with that draw of its step costs' errors.
+        ``promises``: other ones than the plan's.
         """
+        judged = self.promises if promises is None else tuple(promises)
 
         def measure(rate: float, requests: int, replications: int) -> Sequence[Sample]:
             requests = max(requests, math.ceil(rate * candidate.least_s))
-            runs = [self._replication(candidate, rate, requests, i, cv, draw) for i in range(replications)]
+            runs = [self._replication(candidate, judged, rate, requests, i, cv, draw) for i in range(replications)]
             return self._samples(candidate, runs, requests)
 
         return measure
 
     def _replication(
-        self, candidate: Candidate, rate: float, requests: int, i: int, cv: float | None, draw: int
+        self,
+        candidate: Candidate,
+        promises: tuple[Promise, ...],
+        rate: float,
+        requests: int,
+        i: int,
+        cv: float | None,
+        draw: int,
     ) -> Replication:
         """The replication with the ``i``-th seed."""
         seed = self.seed + i
         document = paced(candidate.document, rate, requests, cv, seed)
         folder, labels, trust = candidate.folder, candidate.labels, candidate.trust
-        of_plan = self.promises, rate, requests, draw
+        of_plan = promises, rate, requests, draw
         return Replication(document, folder, labels, seed, trust, *of_plan, synchronous=candidate.synchronous)
 
     def _samples(self, candidate: Candidate, runs: list[Replication], requests: int) -> list[Sample]:

@@ -22,6 +22,7 @@ from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Entry, Race
 from chairlift.sim.plan.costs import cost_of
 from chairlift.sim.plan.file import BuyingPlan
+from chairlift.sim.plan.flips import FAR, SWING
 from chairlift.sim.plan.headroom import Margin
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.results.catalogue import LATENCY
@@ -40,6 +41,7 @@ def show(out: Console, answer: Answer) -> None:
     plan = answer.plan
     if plan.spec.question:
         out.print(escape(plan.spec.question), style="italic")
+    out.print(f"[bold]{escape(sentence(answer))}[/bold]")
     if answer.capacities:
         out.print(_capacities(answer))
         for candidate, capacity in answer.capacities:
@@ -51,6 +53,9 @@ def show(out: Console, answer: Answer) -> None:
         _show_race(out, each, answer)
     if answer.front:
         out.print(_front(answer))
+    if answer.changes:
+        out.print(_changes(answer))
+        out.print(CHANGING, style="dim")
     out.print("\n[bold]What this rests on[/bold]")
     for name, line in answer.assumptions.items():
         out.print(f"  {escape(name)}: {escape(line)}", style="dim")
@@ -58,6 +63,24 @@ def show(out: Console, answer: Answer) -> None:
         out.print("\n[bold]Run it[/bold]")
         for command in answer.commands:
             out.print(escape(command), soft_wrap=True)
+
+
+def sentence(answer: Answer) -> str:
+    """The answer in one sentence."""
+    plan, kept = answer.plan, " and ".join(map(str, answer.plan.spec.slo))
+    if answer.races:
+        race = answer.races[-1]
+        at = f"at {race.rate_per_s:g} {plan.unit}/s"
+        if race.winner is None:
+            return f"None of {len(race.entries)} systems keeps {kept} {at}."
+        best = race.winner
+        return f"The cheapest that keeps {kept} {at} is {best.candidate.name}, for ${best.usd_per_hour:,.2f} an hour."
+    if not answer.capacities:
+        return ""
+    candidate, capacity = answer.capacities[0]
+    if not capacity.reached:
+        return f"{candidate.name} does not keep {kept} at any load."
+    return f"{candidate.name} keeps {kept} up to {interval(capacity)} {plan.unit}/s."
 
 
 def interval(capacity: Capacity) -> str:
@@ -177,13 +200,18 @@ def _show_race(out: Console, race: Race, answer: Answer) -> None:
     counts: dict[str, list[Entry]] = {}
     for entry in race.of("excluded"):
         counts.setdefault(_kind(entry.why), []).append(entry)
-    dearer = len(race.of("dearer"))
-    out.print(
-        f"of {len(race.entries)} systems {len(simulated)} were simulated, "
-        f"{len(race.of('excluded'))} excluded by bounds, {dearer} dearer than what will do"
-    )
+    out.print(told_apart(race))
     for kind, entries in list(counts.items())[:REASONS]:
         out.print(f"  {kind}: {len(entries)}; e.g. {escape(entries[-1].candidate.name)}: {escape(entries[-1].why)}")
+
+
+def told_apart(race: Race) -> str:
+    """How many systems were simulated, and why the others were not."""
+    counts = {outcome: len(race.of(outcome)) for outcome in ("excluded", "dearer", "behind")}
+    simulated = sum(entry.verdict is not None for entry in race.entries)
+    line = f"of {len(race.entries)} systems {simulated} were simulated, {counts['excluded']} excluded by bounds, "
+    line += f"{counts['dearer']} dearer than what will do"
+    return line + f", {counts['behind']} behind in heats of the same price" * bool(counts["behind"])
 
 
 def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:
@@ -233,6 +261,29 @@ def _front(answer: Answer) -> Table:
         row = [escape(point.candidate.name), f"{point.candidate.usd_per_hour:,.2f}"]
         row += [f"{usd:,.3g}" for usd in cost_of(point.candidate, rate, answer.plan.prices)]
         table.add_row("•" if point.is_best else "", *row, f"{point.latency_ms:,.4g}", interval(point.capacity))
+    return table
+
+
+def flips(answer: Answer) -> list[tuple[str, ...]]:
+    """A row for each assumption: its name, the price at its swing, and the nearest changes that flip the answer."""
+
+    def usd(value: float) -> str:
+        return f"{value:,.2f}" if math.isfinite(value) else "nothing"
+
+    return [(c.what, usd(c.usd[0]), usd(c.usd[1]), str(c.less or "–"), str(c.more or "–")) for c in answer.changes]
+
+
+FLIPS = ("assumption", f"$/h at ÷ {SWING:g}", f"$/h at × {SWING:g}", "flips when smaller", "flips when greater")
+CHANGING = (
+    "the answer flips where the cheapest that will do has another price; load and limits are tried from half to "
+    f"{FAR:g} times what they are, and flips found to within 4.4 %"
+)
+
+
+def _changes(answer: Answer) -> Table:
+    table = _table(f"what would change the answer at {answer.races[-1].rate_per_s:g} {answer.plan.unit}/s", *FLIPS)
+    for row in flips(answer):
+        table.add_row(*map(escape, row))
     return table
 
 
@@ -304,6 +355,15 @@ def as_json(answer: Answer, folder: Path) -> dict[str, Any]:
                 "on_it": p.is_best,
             }
             for p in answer.front
+        ],
+        "changes": [
+            {
+                "what": c.what,
+                "less": None if c.less is None else c.less._asdict(),
+                "more": None if c.more is None else c.more._asdict(),
+                "usd_per_hour": [_finite(usd) for usd in c.usd],
+            }
+            for c in answer.changes
         ],
         "assumptions": answer.assumptions,
         "commands": answer.commands,

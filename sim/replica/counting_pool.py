@@ -77,18 +77,18 @@ class CountingPool:
 
     def open(self, request: Live, tokens: int) -> None:
         """Give a waiting request the blocks of its first ``tokens`` tokens; `need` of them are free."""
-        self._given[request.id] = blocks = -(-tokens // self.block_size)
+        self._given[request.row] = blocks = -(-tokens // self.block_size)
         self.free -= blocks
 
     def extend(self, request: Live, tokens: int) -> bool:
         """See to it that a request's blocks cover ``tokens`` tokens; False, and nothing done, if too few are free."""
         blocks = -(-tokens // self.block_size)
-        more = blocks - self._given[request.id]
+        more = blocks - self._given[request.row]
         if more > 0:
             if more > self.free:
                 return False
             self.free -= more
-            self._given[request.id] = blocks
+            self._given[request.row] = blocks
         return True
 
     def shed(self, request: Live) -> None:
@@ -132,7 +132,7 @@ class CountingPool:
 
     def opening(self, request: Live, tokens: int) -> Hashable:
         """Equal for two requests if their first ``tokens`` tokens are."""
-        return request.id
+        return request.row
 
     def evict(self, blocks: int) -> None:
         """Forget what is cached and not held until ``blocks`` blocks are neither; a pool may do so when it likes."""
@@ -151,7 +151,7 @@ class CountingPool:
     def close(self, request: Live, tokens: int) -> None:
         """A request gives all its blocks back; it had taken them for ``tokens`` tokens."""
         blocks = -(-tokens // self.block_size)
-        given = self._given.pop(request.id)
+        given = self._given.pop(request.row)
         self.free += given if given > blocks else blocks
 
     def leaning(self, request: Live, admitted: dict[int, Live]) -> Iterator[Live]:

@@ -49,7 +49,7 @@ class Decodes:
         request.phase = DECODING
         request.offset = computed - self.steps
         self.live += 1
-        self.context += computed + 1 + request.pad
+        self.context += computed + 1 + request.padded
         if request.reserved > computed:
             self.reserved += 1
         else:
@@ -62,7 +62,7 @@ class Decodes:
         ``when`` holds the time of its latest token; None if that came before it joined.
         """
         computed = request.offset + self.steps
-        self.context -= computed + 1 + request.pad
+        self.context -= computed + 1 + request.padded
         self._stops(request, computed)
         request.phase = phase
         if when is not None:
@@ -77,7 +77,7 @@ class Decodes:
     def bury(self, request: Live) -> None:
         """Take a dead member out."""
         self.dead -= 1
-        self.context -= request.offset + self.steps + 1 + request.pad
+        self.context -= request.offset + self.steps + 1 + request.padded
 
     def outgrow(self, request: Live) -> None:
         """A member's reservation is used up: from here it grows block by block."""
@@ -90,13 +90,13 @@ class Decodes:
         self.growing += 1
         self.phases[phase] += 1
         if self.members is not None:
-            self.members[phase][request.id] = request
+            self.members[phase][request.row] = request
 
     def _stops(self, request: Live, computed: int) -> None:
         """A member produces no tokens any more; it has ``computed`` tokens in KV."""
         request.group = None
         request.stored = computed
-        request.produced = computed - request.prompt_tokens + 1
+        request.produced = computed - request.prompt + 1
         self.live -= 1
         if request.reserved:
             self.reserved -= 1
@@ -105,7 +105,7 @@ class Decodes:
         self.growing -= 1
         self.phases[phase] -= 1
         if self.members is not None:
-            del self.members[phase][request.id]
+            del self.members[phase][request.row]
 
     def blocks_needed(self, steps: int) -> int:
         """Blocks that the next ``steps`` steps take from the pool."""
@@ -189,10 +189,10 @@ class Ends:
     def add(self, request: Live) -> None:
         """A request has joined the group."""
         offset = request.offset
-        end = request.prompt_tokens + self.outputs[request.id] - 1 - offset
+        end = request.prompt + self.outputs[request.row] - 1 - offset
         if request.reserved and request.reserved - offset < end:  # the reservation runs out before the answer does
             end = request.reserved - offset
-        heappush(self.heap, (end, request.id, request.rank, offset, request))
+        heappush(self.heap, (end, request.row, request.rank, offset, request))
 
     def horizon(self) -> int:
         """Steps until the next member's end; `FOREVER` without members."""
@@ -212,7 +212,7 @@ class Ends:
         _, _, rank, offset, request = heappop(self.heap)
         if request.offset != offset or request.phase is not DECODING or request.rank != rank:
             return None
-        if offset + self._group.steps < request.prompt_tokens + self.outputs[request.id] - 1:
+        if offset + self._group.steps < request.prompt + self.outputs[request.row] - 1:
             self._group.outgrow(request)
             self.add(request)
             return None

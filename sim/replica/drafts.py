@@ -90,12 +90,12 @@ class Chosen(NamedTuple):
 class DraftedStep(ReplicaStep):
     """The step of a replica whose decodes verify drafts. All decodes are `PARKED`: none joins the decode group."""
 
-    __slots__ = ("chosen", "speculation", "wanted")
+    __slots__ = ("chosen", "wanted")
     speculation: Speculation
 
     def __init__(self, speculation: Speculation, *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)
-        self.speculation = speculation
+        self._speculation = speculation
         self.chosen: dict[int, Chosen] = {}  # of the plan, in the order of its making
         self.wanted = False  # somebody in the plan can use drafts after it
 
@@ -107,15 +107,15 @@ class DraftedStep(ReplicaStep):
         self._fail("decode_all where drafts are verified: their decodes are run one by one")
 
     def run(self, request: Drafted, tokens: int) -> bool:  # noqa: D102
-        if request.id not in self.admitted:
+        if request.row not in self.admitted:
             self._fail(f"run of {request}, which is not running")
-        if request.id in self.chosen:
+        if request.row in self.chosen:
             self._fail(f"run of {request} twice in one step")
         if not 1 <= tokens <= request.remaining:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         upto = request.stored + tokens
         if not self.pool.extend(request, self._slots(upto)):
-            self._needy = request.id
+            self._needy = request.row
             return False
         self.tokens += tokens
         self.pool.computed(request, upto)
@@ -156,13 +156,13 @@ class DraftedStep(ReplicaStep):
 
     def _choose(self, request: Drafted, tokens: int, drafts: int, padding: bool = False) -> None:
         decodes = request.phase is not PREFILLING
-        self.chosen[request.id] = Chosen(request, tokens, drafts, padding, decodes, request.preemptions)
+        self.chosen[request.row] = Chosen(request, tokens, drafts, padding, decodes, request.preemptions)
         if not self.wanted:  # the output of its last step cannot be followed by drafts, nor that of a chunk
-            chunk = request.stored + tokens < request.prompt_tokens + request.produced
+            chunk = request.stored + tokens < request.prompt + request.produced
             self.wanted = not (chunk or request.produced + 1 + (request.ahead > 0) >= request.max_tokens)
 
     def _unplan(self, request: Drafted) -> bool:
-        chosen = self.chosen.pop(request.id, None)
+        chosen = self.chosen.pop(request.row, None)
         if chosen is not None:
             self.tokens -= chosen.tokens
             self.chunks = [chunk for chunk in self.chunks if chunk[0] is not request]
@@ -183,7 +183,7 @@ class DraftedPool(PrefixPool):
         self._drops_last = drops_last
 
     def computed(self, request: Live, tokens: int) -> None:  # noqa: D102
-        known = request.prompt_tokens + request.produced - self._identity.ahead
+        known = request.prompt + request.produced - self._identity.ahead
         super().computed(request, min(tokens, known))
 
     def close(self, request: Live, tokens: int) -> None:  # noqa: D102
@@ -196,4 +196,4 @@ class DraftedPool(PrefixPool):
         return blocks
 
     def _hashed(self, request: Live, decoding: bool, planned: bool) -> int:
-        return self._done[request.id]
+        return self._done[request.row]

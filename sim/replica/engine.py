@@ -27,9 +27,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from chairlift.backend.base import NO_HOST, WHOLE
+from chairlift.policies.base import NoProgress
+from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.ranks import Ranks, RanksPool, RanksState
 from chairlift.sim.replica.request import NEVER, WAITING, Live, at
+from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
 from chairlift.sim.results.records import PACK_RUN, Kind, Status
 
@@ -38,20 +42,23 @@ _SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
 class Engine(ABC):
-    """A replica's loop over the steps that its ``planner`` plans. ``execution``: its steps really run."""
+    """A replica's loop over the steps that its ``planner`` plans. ``execution``: its steps really run.
+
+    With DP-attention the planner is that of all its ranks, whose steps are one.
+    """
 
     __slots__ = (  # without them a run takes 2 % longer
         *("_ask", "_cancelled", "_count", "_execution", "_latest", "_plan", "_start", "backend", "end", "index"),
         *("planner", "pool", "records", "scheduler", "state"),
     )
 
-    def __init__(self, planner: Planner, execution: Execution | None = None) -> None:
-        self.planner = planner
+    def __init__(self, planner: Planner | Ranks, execution: Execution | None = None) -> None:
+        self.planner: Planner | Ranks = planner
         self.index = planner.index
         self.scheduler = planner.scheduler
         self.backend = planner.backend
-        self.pool = planner.pool
-        self.state = planner.state
+        self.pool: CountingPool | RanksPool = planner.pool
+        self.state: ReplicaStep | RanksState = planner.state
         self.records = planner.records
         self.end: int | None = None  # of the run under way
         self._execution = execution
@@ -87,34 +94,31 @@ class Engine(ABC):
         if planner.journal is not None:
             planned = self.end is not None and self._plan is not None  # without it
             row = planner.row_to_come() + planned
-            planner.journal.write(now, row, Kind.ARRIVE, request.id, -1, len(self.state.waiting))
+            planner.journal.write(now, row, Kind.ARRIVE, request.row, -1, len(self.state.queue))
         if self._execution is not None:
             self._execution.arrived(request)
-        planner.requests.replica[request.id] = self.index
+        planner.requests.replica[request.row] = self.index
         if not planner.takes(request, now):
             planner.end_request(request, now, Status.REJECTED)
             return False
         if request.phase is not WAITING:
             request.queue()
-        self.state.waiting.append(request)
-        planner.intake += planner.arrival + planner.arrival_token * request.prompt_tokens
+        self.state.queue.append(request)
+        planner.intake += planner.arrival + planner.arrival_token * request.prompt
         return True
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now calls for a plan: at once if idle, else at the next boundary (ask before `submit`)."""
         if self.end is None:
             return True
-        planner = self.planner
-        return self._count > 1 and (
-            planner.arrival > 0 or planner.arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
-        )
+        return self._count > 1 and self.planner.heeds_arrival()
 
     def cancel(self, request: Live, now: int) -> None:
         """The client has given up on a request that is here; a running one leaves at the next boundary.
 
         The caller cuts the run, or plans if the replica is idle.
         """
-        if request.id in self.state.admitted and self.end is not None:
+        if request.row in self.state.admitted and self.end is not None:
             self._cancelled.append(request)
         else:
             self.planner.strike(request, now)
@@ -141,7 +145,7 @@ class Engine(ABC):
             if plan is not None or not (changed or self.planner.again):
                 return plan
             idle += not changed
-        self.planner.fail(f"nothing runs at {now} ps, however often it is asked")
+        self.planner.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
 
     def _let_go(self, now: int) -> None:
         """Those whose client has given up leave, between two steps."""
@@ -217,14 +221,12 @@ class Ahead(Engine):
         settle   the step in flight has landed: it is recorded, its tokens go to the clients, who has all leaves
                  the plan is committed; its last step flies
 
-    One step flies at a time (`Planner.flight`). Several, as pipeline stages have, would be a queue of plans there: each
-    owns the holder of its landing, and requests refer to holders. What the policy may plan meanwhile is known already
-    (`sim.replica.pipeline`).
+    One step flies at a time (`Planner.flight`); several, as stages of a pipeline have, in `sim.replica.stages`.
     """
 
     __slots__ = ("_gpu_end", "_gpu_next")
 
-    def __init__(self, planner: Planner, execution: Execution | None = None) -> None:
+    def __init__(self, planner: Planner | Ranks, execution: Execution | None = None) -> None:
         super().__init__(planner, execution)
         self._gpu_end = 0  # when the GPU is done with the step in flight
         self._gpu_next = 0  # likewise with the first step of the plan after it
@@ -368,6 +370,6 @@ class Ahead(Engine):
         return alike
 
 
-def make_engine(planner: Planner, execution: Execution | None = None) -> Engine:
+def make_engine(planner: Planner | Ranks, execution: Execution | None = None) -> Engine:
     """The loop that the planner's policy asks for."""
     return (Ahead if planner.scheduler.asynchronous else Synchronous)(planner, execution)

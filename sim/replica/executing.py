@@ -19,6 +19,7 @@ from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.session_prompts import Turns
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.results.records import MeasuredRow
 
 _UNKNOWN = Host()  # of a step whose host work is measured, not priced
@@ -45,7 +46,7 @@ class Execution:
 
     def arrived(self, request: Live) -> None:
         """A request has come."""
-        self._turns.arrived(request.id)
+        self._turns.arrived(request.row)
 
     def wake(self) -> None:
         """The replica has something to plan; if it was idle, time is measured from here."""
@@ -99,7 +100,7 @@ class Execution:
         try:
             self._executor.launch(batch._replace(members=_Members(state, self._turns)))
         except RuntimeError as error:  # more sequences than it has room for
-            raise PolicyError(f"policy {type(state.scheduler).__name__}: {error}") from None
+            raise PolicyError(str(error), name_of(state.scheduler)) from None
         return StepCost(0, 0, 1, _UNKNOWN)
 
 
@@ -111,17 +112,17 @@ class _Members:
         self._turns = turns
         self.prompts = [
             Prompt(
-                r.id,
+                r.row,
                 r.stored,
                 tokens,
                 r.pad if r.stored == 0 else 0,
-                r.stored + tokens >= r.prompt_tokens + r.produced,
+                r.stored + tokens >= r.prompt + r.produced,
             )
             for r, tokens in state.chunks
         ]
         decoding = state.whole or bool(state.ran)
-        self.decodes = [r.id for r in state.admitted.values() if r.group is not None] if decoding else []
-        self.dead = [r.id for r in state.batch] if decoding else []
+        self.decodes = [r.row for r in state.admitted.values() if r.group is not None] if decoding else []
+        self.dead = [r.row for r in state.batch] if decoding else []
 
     def table(self, request: int) -> Sequence[int] | None:
         """The pool's blocks of a request."""

@@ -133,7 +133,7 @@ class HybridPool(CountingPool):
         return need + found.free
 
     def open(self, request: Live, tokens: int) -> None:  # noqa: D102
-        number = request.id
+        number = request.row
         found = self._look_up(request)
         self._found = None  # its lists are the request's from here on
         users, stale = self._users, self._stale
@@ -144,7 +144,7 @@ class HybridPool(CountingPool):
                 users[block] += 1
         self.free -= found.free
         length = -(-tokens // self.block_size)
-        kept = [self._kept(request.prompt_tokens - 1), self._kept(found.junction)]
+        kept = [self._kept(request.prompt - 1), self._kept(found.junction)]
         self._held[number] = _Held(found.tables, found.gone, found.hits, length, kept)
         self._own += length
         for i, table in enumerate(found.tables):
@@ -153,9 +153,9 @@ class HybridPool(CountingPool):
         self._odd[number] = request
 
     def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
-        self._odd[request.id] = request
+        self._odd[request.row] = request
         self.shed(request)
-        held = self._held[request.id]
+        held = self._held[request.row]
         more = -(-tokens // self.block_size) - held.length
         if more * self.tables > self.free:
             return False
@@ -168,7 +168,7 @@ class HybridPool(CountingPool):
 
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
         if need:
-            self._grow(self._held[request.id], 1)
+            self._grow(self._held[request.row], 1)
         if self.publishes:
             self.computed(request, request.computed if self._late else request.computed + 1)
 
@@ -186,7 +186,7 @@ class HybridPool(CountingPool):
             if odd:
                 acting |= {number: r for number, r in odd.items() if r.group is group}
             for request in sorted(acting.values(), key=admission):
-                number, computed = request.id, request.offset + step
+                number, computed = request.row, request.offset + step
                 flying = int(late)
                 if begins:
                     flying = self._flying(request, number in fresh)
@@ -238,13 +238,13 @@ class HybridPool(CountingPool):
                 gone = self._skipped(request.offset + clock - self._late)
                 before = self._skipped(request.offset + clock - self._late - size)
                 out += gone - before
-                if request.id not in self._odd:
-                    own += max(0, gone - max(before, self._held[request.id].public))
+                if request.row not in self._odd:
+                    own += max(0, gone - max(before, self._held[request.row].public))
             if step == 1:
                 for request in self._odd.values():
                     if request.group is group:
                         gone = self._skipped(request.offset + clock - self._late)
-                        out += max(0, gone - self._held[request.id].gone)
+                        out += max(0, gone - self._held[request.row].gone)
             low += sliding * own
             high += sliding * out
             if waits and high > free:
@@ -252,24 +252,24 @@ class HybridPool(CountingPool):
         return steps
 
     def computed(self, request: Live, tokens: int) -> None:  # noqa: D102
-        held = self._held[request.id]
+        held = self._held[request.row]
         full = tokens // self.block_size
         if full > held.done:
             held.done = full
-            if self._identity is not None and (shareable := self._identity.shareable[request.id]):
-                self._publish(request.id, held, min(full, shareable))
+            if self._identity is not None and (shareable := self._identity.shareable[request.row]):
+                self._publish(request.row, held, min(full, shareable))
 
     def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
-        held = self._held[request.id]
+        held = self._held[request.row]
         if decoding:
             held.done = max(held.done, (request.computed + planned - self._late) // self.block_size)
         if self._identity is not None:
-            self._publish(request.id, held, held.done)
+            self._publish(request.row, held, held.done)
 
     def close(self, request: Live, tokens: int) -> None:  # noqa: D102
-        held = self._held.pop(request.id)
+        held = self._held.pop(request.row)
         self._own -= held.length
-        self._odd.pop(request.id, None)
+        self._odd.pop(request.row, None)
         done = max(held.done, (tokens - self._late) // self.block_size)
         kept = self._kept_of(held, held.gone, held.length)
         for i, table in enumerate(held.tables):
@@ -289,7 +289,7 @@ class HybridPool(CountingPool):
         flight = self.flight
         if flight is None:
             return 0
-        if request.group is not None and not joined and flight.decoding and request.id not in self._odd:
+        if request.group is not None and not joined and flight.decoding and request.row not in self._odd:
             return 1
         for other, tokens in flight.chunks:
             if other is request:
@@ -304,14 +304,14 @@ class HybridPool(CountingPool):
 
     def _slide(self, request: Live, processed: int) -> None:
         """Give back what slides out of the windows once ``processed`` tokens are."""
-        held = self._held[request.id]
+        held = self._held[request.row]
         gone = min(self._skipped(processed), held.length)
         count = gone - held.gone
         if count <= 0:
             return
         kept = self._kept_of(held, held.gone, gone)
         if self._identity is not None and (kept is None or kept):
-            self._publish(request.id, held, gone)
+            self._publish(request.row, held, gone)
         for i in self._sliding:
             table = held.tables[i]
             out = table[:count]
@@ -436,9 +436,9 @@ class HybridPool(CountingPool):
 
     def _look_up(self, request: Live) -> _Found:
         found = self._found
-        if found is not None and found.request == request.id:
+        if found is not None and found.request == request.row:
             return found
-        number, size, tables = request.id, self.block_size, self.tables
+        number, size, tables = request.row, self.block_size, self.tables
         keys = self._keys_of(request)
         hits = known = self._run(keys, self._full) if self._full else len(keys)
         if self._chunked:
@@ -461,10 +461,10 @@ class HybridPool(CountingPool):
         """Of the full blocks that a waiting request could find; the last known token is computed in any case."""
         if self._identity is None:
             return ()
-        full = (request.prompt_tokens + request.produced - 1) // self.block_size
+        full = (request.prompt + request.produced - 1) // self.block_size
         if not request.preemptions:
-            full = min(full, self._identity.shareable[request.id])
-        return self._identity.keys(request.id, 0, full) if full else ()
+            full = min(full, self._identity.shareable[request.row])
+        return self._identity.keys(request.row, 0, full) if full else ()
 
     def _run(self, keys: Sequence[int], groups: Sequence[int]) -> int:
         """How many leading ``keys`` all of the groups know."""

@@ -43,25 +43,29 @@ class InFlight:
     def ready(self, request: Live, running: bool) -> bool:
         """Whether a request may be in the plan at hand."""
         if not running:
-            return request.id not in self._steps
+            return request.row not in self._steps
         if self._asynchronous:
-            return self._turn >= self._eligible.get(request.id, 0)
-        return request.id not in self._tokens
+            return self._turn >= self._eligible.get(request.row, 0)
+        return request.row not in self._tokens
 
     def tokens(self, request: Live) -> int:
         """Tokens of a request that are planned and not in."""
-        return self._tokens.get(request.id, 0)
+        return self._tokens.get(request.row, 0)
+
+    def emitting(self, plan: Plan) -> list[Live]:
+        """Whose token a plan in flight brings."""
+        return self._plans[plan][1]
 
     def launch(self, plan: Plan, decodes: Iterable[Live]) -> None:
         """A plan is committed, in which ``decodes`` decode."""
         emitting = [*decodes, *plan.emitting]
         members = [*decodes, *(request for request, _ in plan.chunks)]
         for request in members:
-            self._steps[request.id] = self._steps.get(request.id, 0) + 1
+            self._steps[request.row] = self._steps.get(request.row, 0) + 1
         for request in emitting:
-            self._tokens[request.id] = self._tokens.get(request.id, 0) + 1
+            self._tokens[request.row] = self._tokens.get(request.row, 0) + 1
             if self._asynchronous:
-                self._eligible[request.id] = self._turn + self._stages
+                self._eligible[request.row] = self._turn + self._stages
         self._plans[plan] = members, emitting
 
     def land(self, plan: Plan) -> list[Live]:
@@ -69,11 +73,11 @@ class InFlight:
         members, emitting = self._plans.pop(plan)
         for counts, requests in ((self._steps, members), (self._tokens, emitting)):
             for request in requests:
-                counts[request.id] -= 1
-                if not counts[request.id]:
-                    del counts[request.id]
+                counts[request.row] -= 1
+                if not counts[request.row]:
+                    del counts[request.row]
         return emitting
 
     def forget(self, request: Live) -> None:
         """A request has left for good."""
-        self._eligible.pop(request.id, None)
+        self._eligible.pop(request.row, None)

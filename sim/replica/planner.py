@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, new
-from chairlift.policies.base import FOREVER, PolicyError, Scheduler
+from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, StepCost, new
+from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
@@ -14,8 +14,10 @@ from chairlift.sim.replica.journal import Journal
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
+from chairlift.sim.replica.users_code import blame, name_of
 from chairlift.sim.results.records import NO_GROWTH, PACK_RUN, Growth, Kind, RequestRecords, RunRecords, Status, StepRow
 
+FRUITLESS = 2_000  # plans that preempt somebody, in a row: if no token comes of them, none ever will
 _HELD, _SPARED = StepRow._fields.index("held_blocks"), StepRow._fields.index("spared_blocks")
 
 
@@ -33,10 +35,12 @@ class Planner:
     Raises `PolicyError` if the policy wants a synchronous batch planned ahead, or cannot fill a pipeline.
     """
 
+    count = 1  # of planners whose steps are one
     __slots__ = (  # without them a run takes 2 % longer
-        *("_ahead", "_budget", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest", "_overshoots"),
-        *("_promised", "again", "arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool"),
-        *("price", "records", "requests", "scheduler", "state", "steps"),
+        *("_ahead", "_budget", "_ended", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest"),
+        *("_overshoots", "_preempting", "_progress", "_promised", "again", "arrival", "arrival_token", "backend"),
+        *("flight", "index", "intake", "journal", "pool", "price", "records", "requests", "scheduler", "state"),
+        "steps",
     )
 
     def __init__(
@@ -57,9 +61,9 @@ class Planner:
         stages: int = 1,
     ) -> None:
         if stages > 1 and (not scheduler.fills_pipelines or pool.windowed or pool.keeps):
-            raise PolicyError(f"policy {type(scheduler).__name__}: several steps in flight are not modelled here")
+            raise PolicyError("several steps in flight are not modelled here", name_of(scheduler))
         if scheduler.asynchronous and scheduler.batch_synchronous:
-            raise PolicyError(f"policy {type(scheduler).__name__}: a synchronous batch cannot be planned ahead")
+            raise PolicyError("a synchronous batch cannot be planned ahead", name_of(scheduler))
         self.scheduler = scheduler
         self.backend = backend
         self.pool = pool
@@ -87,6 +91,13 @@ class Planner:
         self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
         self._handover = handover
+        self._preempting = 0  # plans that preempted since the latest look for progress
+        self._progress = (0, 0)  # at that look: requests that had ended, and tokens of those that were here
+        self._ended = 0  # requests that have left for good
+
+    def heeds_arrival(self) -> bool:
+        """Whether an arrival now, while a run is under way, calls for a plan at the next boundary."""
+        return self.arrival > 0 or self.arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
 
     def _make_step(self, *parts: Any) -> ReplicaStep:
         return ReplicaStep(*parts)
@@ -98,11 +109,11 @@ class Planner:
         failed or handed it over, is not taken.
         """
         state, pool = self.state, self.pool
-        allowed = self.scheduler.allowed(request, state.max_model_len, pool.total, pool.block_size)
+        allowed = self.scheduler.allowed(request, state.longest, pool.total, pool.block_size)
         if allowed < request.max_tokens:
-            request.max_tokens = allowed
-            self._ends.shorten(request.id, allowed)
-        final = request.prompt_tokens + self._ends.outputs[request.id]
+            request.cap(allowed)
+            self._ends.shorten(request.row, allowed)
+        final = request.prompt + self._ends.outputs[request.row]
         return allowed > request.produced and final <= self._longest and not self._turned_away(now)
 
     def _turned_away(self, now: int) -> bool:
@@ -114,14 +125,14 @@ class Planner:
         if not self.scheduler.limits_arrivals:
             return False
         state, first_token = self.state, self.requests.first_token
-        here = [*state.admitted.values(), *state.waiting, *(request for at, request in self._left if at == now)]
+        here = [*state.admitted.values(), *state.queue, *(request for at, request in self._left if at == now)]
         prompts = 0
         for request in here:
-            first = first_token[request.id]
+            first = first_token[request.row]
             if first < 0 and request.emitted:
                 first = request.last.ps
             if not 0 <= first < now:
-                prompts += request.prompt_tokens
+                prompts += request.prompt
         return self.scheduler.turns_away(len(here), prompts)
 
     def ask(self, now: int, start: When) -> Plan | None:
@@ -133,10 +144,14 @@ class Planner:
         state = self.state
         state.open(now)
         intake, self.intake = self.intake, 0
-        vouched = self.scheduler.schedule(state)
+        try:
+            vouched = self.scheduler.schedule(state)
+        except BaseException as error:
+            blame(error, self.scheduler, self._step)
+            raise
         self.again = vouched == 0
         if not isinstance(vouched, int) or vouched < 0:
-            self.fail(f"vouched for {vouched} steps")
+            self.fail(f"vouched for {vouched!r} steps: a whole number from 0 on is possible")
         if state.tokens > self._budget:
             self.fail(f"a step of {state.tokens} tokens: its budget is {self._budget}")
         if self.journal is not None:
@@ -146,13 +161,15 @@ class Planner:
         if state.started:
             records = self.requests
             for request, hit in state.started:
-                if records.admitted[request.id] < 0:
-                    records.admitted[request.id] = now
-                    records.cached_tokens[request.id] = hit
+                if records.admitted[request.row] < 0:
+                    records.admitted[request.row] = now
+                    records.cached_tokens[request.row] = hit
         if state.moved or state.pledges:
             self._settle()
         if state.rejected or state.preempted:
             vouched = 1  # the queue has changed
+            if state.preempted:
+                self._check_progress()
             for request in state.rejected:
                 self.end_request(request, now, Status.REJECTED)
         gathered = self._gather(now)
@@ -161,7 +178,7 @@ class Planner:
         decoding, batch, prompt_tokens = gathered
         if self.again:
             self.fail("vouched for 0 steps")
-        _, decodes, context, padded, _, _ = batch
+        _, decodes, context, padded, *_ = batch
         chunks = state.chunks
         group = state.group
         cost = self.price(self._as_decodes(batch) if state.resumed else batch)
@@ -172,10 +189,10 @@ class Planner:
         if state.host.busy:
             state.slept += state.host.delay(first)
         leaps = self._leaps and decoding and not (chunks or state.ran or state.slept or intake)
-        if leaps and not (self.pool.publishes and state.waiting):  # whoever waits may find what is being generated
+        if leaps and not (self.pool.publishes and state.queue):  # whoever waits may find what is being generated
             count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
             if count > 1 and group.growing:
-                count = self.pool.lasts(group, count, state.taken, bool(state.waiting))
+                count = self.pool.lasts(group, count, state.taken, bool(state.queue))
         late, late_gaps = 0, NO_GAPS
         if decoding and (state.fresh or state.decoded_at is not start):
             late, late_gaps = self._late(start, decodes)
@@ -187,7 +204,7 @@ class Planner:
             context,
             late,
             len(state.admitted),
-            len(state.waiting),
+            len(state.queue),
             self.pool.total - self.pool.free,
             self.pool.spared,
             state.kv_tokens,
@@ -228,7 +245,7 @@ class Planner:
         prefills: tuple[Chunk, ...] = ()
         if chunks:
             prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
-        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0))
+        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0, 0))
         return decoding, batch, state.tokens - decodes if chunks else 0
 
     def _as_decodes(self, batch: Batch) -> Batch:
@@ -239,7 +256,7 @@ class Planner:
         fifth token of the answer, as a decode does.
         """
         chunks = self.state.chunks
-        last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt_tokens + r.produced for r, t in chunks]
+        last = [t == 1 and r.produced > 0 and r.stored + 1 == r.prompt + r.produced for r, t in chunks]
         prefills = tuple(chunk for chunk, decode in zip(batch.prefills, last, strict=True) if not decode)
         starts = [chunk.start + 1 for chunk, decode in zip(batch.prefills, last, strict=True) if decode]
         return batch._replace(
@@ -275,6 +292,8 @@ class Planner:
                         due.end(when)  # its slot is paid for until its batch returns
                     elif self._overshoots == "never" or not self._goes_on(due):
                         group.leave(due, DRAINING, when)
+        elif count > 1:  # other ranks' steps
+            self._leap(plan, count)
         if plan.chunks:
             emitting: list[Live] = []
             for request, tokens in plan.chunks:
@@ -283,11 +302,11 @@ class Planner:
                     self._promised -= tokens
                 if not request.compute(tokens, when):
                     continue
-                del state.prefills[request.id]
+                del state.prefills[request.row]
                 emitting.append(request)
-                if outputs[request.id] > request.produced:
+                if outputs[request.row] > request.produced:
                     group.join(request)
-                    state.fresh[request.id] = request
+                    state.fresh[request.row] = request
                     ends.add(request)
                     continue
                 ending.append(request)
@@ -295,7 +314,7 @@ class Planner:
                     group.join(request)
                 elif self._overshoots != "never" and self._goes_on(request):
                     group.join(request)
-                    state.fresh[request.id] = request
+                    state.fresh[request.row] = request
                     continue
                 request.drain()
             plan.emitting = emitting
@@ -313,7 +332,7 @@ class Planner:
         """
         pool, steps = self.pool, count - self._ahead
         held, spared = pool.total - pool.free - plan.row[_HELD], pool.spared - plan.row[_SPARED]
-        growth = pool.leap(self.state.group, count, steps)
+        growth = pool.leap(self.state.group, count, steps) if plan.decoding else NO_GROWTH
         if held or spared:
             moment = steps * (steps - 1) // 2
             more = (held * (steps - 1), held * moment, spared * (steps - 1), spared * moment)
@@ -345,7 +364,7 @@ class Planner:
         if self._holds:
             for request in ending:
                 if self.journal is not None:
-                    self.journal.write(now, self.journal.row, Kind.DONE, request.id, -1, 0)
+                    self.journal.write(now, self.journal.row, Kind.DONE, request.row, -1, 0)
                 state.hold(request)
             return []
         for request in ending:
@@ -357,30 +376,30 @@ class Planner:
         ending = plan.ending
         requests = ending
         if plan.emitting:
-            last = {r.id for r in plan.emitting}
-            requests = [*plan.emitting, *(r for r in ending if r.id not in last)]
+            last = {r.row for r in plan.emitting}
+            requests = [*plan.emitting, *(r for r in ending if r.row not in last)]
         if len(requests) > 1:
             requests = self.scheduler.landing(requests)  # type: ignore[arg-type, assignment]
-        last = {r.id for r in ending}
+        last = {r.row for r in ending}
         for request in requests:
-            if request.id in last:
+            if request.row in last:
                 self._finish_one(request, now, behind)
             else:
                 self.state.keep(request)
-        return [r for r in requests if r.id in last]
+        return [r for r in requests if r.row in last]
 
     def _land_flight(self, plan: Plan) -> None:
         """Where several steps fly: the tokens of ``plan`` are in, and what they complete can be found."""
         flights = self.state.flights
         assert flights is not None
         for request in flights.land(plan):
-            if self._ahead and self.pool.tracks and request.id in self.state.admitted:
+            if self._ahead and self.pool.tracks and request.row in self.state.admitted:
                 self.pool.computed(request, request.computed - flights.tokens(request))
 
     def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
         """A request has its answer, and leaves."""
         state = self.state
-        if state.admitted.pop(request.id, None) is None:  # preempted while its last token was in flight
+        if state.admitted.pop(request.row, None) is None:  # preempted while its last token was in flight
             state.withdraw(request)
         elif request.group is not None:  # it decodes once more, for nothing
             again = False
@@ -400,28 +419,29 @@ class Planner:
 
     def drop(self, request: Live) -> None:
         """The token of a request that is under way is nobody's: the request has ended, or will generate it again."""
-        self.backend.drop(request.id)
+        self.backend.drop(request.row)
         if self.journal is not None:
-            self.journal.write(self.state.now, self.journal.row, Kind.DROP, request.id, -1, 0)
+            self.journal.write(self.state.now, self.journal.row, Kind.DROP, request.row, -1, 0)
 
     def _goes_on(self, request: Live) -> bool:
         """Whether a request whose last token is planned is planned once more, since that token is not seen yet."""
-        return self._overshoots == "always" or self._ends.outputs[request.id] < request.max_tokens
+        return self._overshoots == "always" or self._ends.outputs[request.row] < request.max_tokens
 
     def end_request(self, request: Live, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""
         records = self.requests
-        pending = not records.status[request.id]
+        self._ended += 1
+        pending = not records.status[request.row]
         if pending and self.scheduler.limits_arrivals and status is not Status.REJECTED:
             self._left = [(at, other) for at, other in self._left if at == now]
             self._left.append((now, request))
         if not pending:  # it was cancelled while its batch was under way, and kept its slot until now
             if self.state.releases:
-                self.backend.release(request.id)
+                self.backend.release(request.row)
         elif self._handover is None or status is not Status.FINISHED or not self._handover(request):
             records.end(request, now, status)
             if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
-                self.backend.release(request.id)
+                self.backend.release(request.row)
             if self._finish is not None:
                 self._finish(request, now)
         if self.journal is not None and request.phase is not HELD:  # of one that is held, once its batch returns
@@ -429,15 +449,15 @@ class Planner:
             # that decodes once more for nothing
             late = status is Status.TIMED_OUT or (status is Status.FINISHED and request.phase is AWAY)
             row = self.row_to_come() if late else self.journal.row
-            became = Status(records.status[request.id])
+            became = Status(records.status[request.row])
             kind = Kind.HANDOVER if became is Status.PENDING else Kind.END
-            self.journal.write(now if pending else records.finished[request.id], row, kind, request.id, -1, became)
+            self.journal.write(now if pending else records.finished[request.row], row, kind, request.row, -1, became)
 
     def record(self, plan: Plan, start: int, first: int, count: int) -> None:
         """Write down the first ``count`` steps of ``plan``, or its last one, that began at ``start``."""
         if self.journal is not None:
             for request, tokens in plan.chunks:
-                self.journal.write(start, self.journal.row, Kind.CHUNK, request.id, -1, tokens)
+                self.journal.write(start, self.journal.row, Kind.CHUNK, request.row, -1, tokens)
         self.steps += count
         row = plan.row
         if plan.undelivered:  # no gap is theirs
@@ -451,24 +471,31 @@ class Planner:
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
 
+    def idle(self) -> Plan:
+        """A plan of as many steps as others want, in which nothing of this planner's runs."""
+        state, pool = self.state, self.pool
+        here = (len(state.admitted), len(state.waiting), pool.total - pool.free, pool.spared)
+        row = (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
+        return Plan(0, 0, FOREVER, [], False, row, [], StepCost(0))
+
     def deliver(self, plan: Plan) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""
         now = plan.when.ps
         first_token = self.requests.first_token
         for request in plan.emitting:
-            if first_token[request.id] >= 0:  # it was preempted: its client waits for this token since the one before
+            if first_token[request.row] >= 0:  # it was preempted: its client waits for this token since the one before
                 self.records.gap_rows.extend((now - request.before.ps, 1))
             else:
-                first_token[request.id] = now
+                first_token[request.row] = now
 
     def strike(self, request: Live, now: int) -> None:
         """A cancelled request leaves, between two steps."""
         state, flight = self.state, self.flight
-        if self.requests.status[request.id] != Status.PENDING:
+        if self.requests.status[request.row] != Status.PENDING:
             return  # its last token came with the very step
         flying = self._flies(request)
-        if request.id in state.admitted:
-            del state.admitted[request.id]
+        if request.row in state.admitted:
+            del state.admitted[request.row]
             state.vacate(request, AWAY)
             self.scheduler.ended(request)
         elif request.phase is not HELD and request.phase is not AWAY:
@@ -494,7 +521,7 @@ class Planner:
         state, flight = self.state, self.flight
         state.release()
         self._answer_batch(now)
-        lost = [*state.admitted.values(), *state.waiting]
+        lost = [*state.admitted.values(), *state.queue]
         for request in lost:
             flying = self._flies(request)
             if request.group is not None:
@@ -506,7 +533,7 @@ class Planner:
         self.flight = None
         if self.journal is not None:
             for request in lost:
-                self.journal.write(now, self.journal.row, Kind.LOST, request.id, -1, 0)
+                self.journal.write(now, self.journal.row, Kind.LOST, request.row, -1, 0)
         return lost
 
     def row_to_come(self) -> int:
@@ -524,7 +551,7 @@ class Planner:
         if not flight.decoding:
             return False
         if request.group is not None:  # who joined since the flight was committed is in `emitting`, or was parked
-            return request.id not in self.state.fresh
+            return request.row not in self.state.fresh
         return request.last is flight.when  # parked or preempted by the plan under way
 
     def _settle(self) -> None:
@@ -533,7 +560,7 @@ class Planner:
         for request, tokens, out in state.moved:
             self.requests.moved(request, tokens, out)
         for request, reserved, computed, sign in state.pledges:
-            final = request.prompt_tokens + self._ends.outputs[request.id] - 1
+            final = request.prompt + self._ends.outputs[request.row] - 1
             self._promised += sign * max(0, min(reserved, final) - computed)
         state.moved, state.pledges = [], []
 
@@ -571,14 +598,38 @@ class Planner:
             late += old
         return late, gaps
 
-    def fail(self, what: str) -> NoReturn:
+    def fail(self, what: str, kind: type[PolicyError] = PolicyError) -> NoReturn:
         """Say what the policy has done wrong."""
-        raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
+        raise kind(what, name_of(self.scheduler), self._step)
+
+    @property
+    def _step(self) -> int:
+        """The number of the engine step that is planned."""
+        return self.steps + (self.flight is not None) + 1
+
+    def _check_progress(self) -> None:
+        """Raise `PolicyError` if nothing comes of `FRUITLESS` plans that took blocks away.
+
+        A plan that preempts nobody makes progress, since what a request lacks is finite. In three steps: A, with a
+        prompt of 100 tokens, has 50 of them computed; the policy preempts it and computes the same 50 again; and so on:
+        nobody gets a token, and nobody leaves.
+        """
+        self._preempting += 1
+        if self._preempting < FRUITLESS:
+            return
+        here = (*self.state.admitted.values(), *self.state.queue)
+        ends, emitted = self._ended, sum(request.emitted for request in here)
+        if (ends, emitted) <= self._progress:
+            self.fail(
+                f"no token came of the latest {FRUITLESS:,} plans that preempted: {len(here)} requests are here",
+                NoProgress,
+            )
+        self._preempting, self._progress = 0, (ends, emitted)
 
 
 def _unsay(flight: Plan, request: Live) -> None:
     """The token in flight of a request will not come. The request has left the group by now, if it was in it."""
-    own = request in flight.emitting or request.id in flight.fresh  # it was not in the group the step before
+    own = request in flight.emitting or request.row in flight.fresh  # it was not in the group the step before
     request.unsay(request.before if own else flight.decoded_before)
 
 

@@ -96,7 +96,7 @@ class PrefixPool(CountingPool):
         return -(-tokens // self.block_size) - len(blocks) + free
 
     def open(self, request: Live, tokens: int) -> None:  # noqa: D102
-        number = request.id
+        number = request.row
         _, head, free = self._look_up(request)
         self._found = None  # its list is the request's from here on
         users, stale = self._users, self._stale
@@ -115,12 +115,12 @@ class PrefixPool(CountingPool):
 
     def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
         blocks = -(-tokens // self.block_size)
-        more = blocks - self._given[request.id]
+        more = blocks - self._given[request.row]
         if more > 0:
             if more > self.free:
                 return False
             self._take(more)
-            self._given[request.id] = blocks
+            self._given[request.row] = blocks
         return True
 
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
@@ -153,7 +153,7 @@ class PrefixPool(CountingPool):
 
     def computed(self, request: Live, tokens: int) -> None:  # noqa: D102
         full = tokens // self.block_size
-        number = request.id
+        number = request.row
         if full > self._done[number]:
             self._done[number] = full
             shareable = self._identity.shareable[number]
@@ -161,19 +161,19 @@ class PrefixPool(CountingPool):
                 self._publish(number, min(full, shareable))
 
     def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
-        number = request.id
+        number = request.row
         self._done[number] = full = self._hashed(request, decoding, planned)
         self._publish(number, full)
 
     def _hashed(self, request: Live, decoding: bool, planned: bool) -> int:
         """Blocks of a request about to be preempted that have a hash."""
-        full = self._done[request.id]
+        full = self._done[request.row]
         if decoding:
             full = max(full, (request.computed + planned - self._late) // self.block_size)
         return full
 
     def close(self, request: Live, tokens: int) -> None:  # noqa: D102
-        number = request.id
+        number = request.row
         head = self._heads.pop(number)
         done = self._done.pop(number)
         own = max(self._given.pop(number), -(-tokens // self.block_size)) - len(head)
@@ -218,21 +218,21 @@ class PrefixPool(CountingPool):
     def _look_up(self, request: Live) -> tuple[int, list[int], int]:
         """The blocks that hold a waiting request's leading tokens; the last known token is computed in any case."""
         found = self._found
-        if found is not None and found[0] == request.id:
+        if found is not None and found[0] == request.row:
             return found
         blocks = self._findable(request)
         free = 0
         if blocks:
             users = self._users
             free = [users[block] for block in blocks].count(0)
-        self._found = found = (request.id, blocks, free)
+        self._found = found = (request.row, blocks, free)
         return found
 
     def _findable(self, request: Live) -> list[int]:
         """The cached blocks that a waiting request's leading tokens are in."""
         blocks: list[int] = []
-        number = request.id
-        full = (request.prompt_tokens + request.produced - 1) // self.block_size
+        number = request.row
+        full = (request.prompt + request.produced - 1) // self.block_size
         if not request.preemptions:
             full = min(full, self._identity.shareable[number])
         cached = self._cached
@@ -312,27 +312,27 @@ class TablePool(PrefixPool):
 
     def open(self, request: Live, tokens: int) -> None:  # noqa: D102 - documented in `CountingPool`, as all below
         super().open(request, tokens)
-        self._tables[request.id] = [*self._heads[request.id]]
-        self._cover(request.id)
+        self._tables[request.row] = [*self._heads[request.row]]
+        self._cover(request.row)
 
     def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
         fits = super().extend(request, tokens)
-        self._cover(request.id)
+        self._cover(request.row)
         return fits
 
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
         super().decode_one(request, need)
         if need:
-            self._tables[request.id].append(self._spare.pop())
+            self._tables[request.row].append(self._spare.pop())
 
     def leaning(self, request: Live, admitted: dict[int, Live]) -> Iterator[Live]:  # noqa: D102
         heads = self._heads
-        for block in heads[request.id][request.computed // self.block_size :]:
+        for block in heads[request.row][request.computed // self.block_size :]:
             while self._users[block] > 1:
-                yield next(r for r in reversed(admitted.values()) if block in heads[r.id])
+                yield next(r for r in reversed(admitted.values()) if block in heads[r.row])
 
     def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
-        number = request.id
+        number = request.row
         full = min(self._hashed(request, decoding, planned), request.computed // self.block_size)
         head = self._heads[number]
         for block in head[full:]:
@@ -346,7 +346,7 @@ class TablePool(PrefixPool):
         return self._tables[request]
 
     def close(self, request: Live, tokens: int) -> None:  # noqa: D102
-        self._spare += self._tables.pop(request.id)[len(self._heads[request.id]) :]
+        self._spare += self._tables.pop(request.row)[len(self._heads[request.row]) :]
         super().close(request, tokens)
 
     def _cover(self, number: int) -> None:

@@ -147,11 +147,11 @@ class RadixPool(CountingPool):
         return self._look_up(request, True)[2]
 
     def opening(self, request: Live, tokens: int) -> Hashable:  # noqa: D102
-        return opening(self._streams_of(request.id), 0, tokens)
+        return opening(self._streams_of(request.row), 0, tokens)
 
     def open(self, request: Live, tokens: int) -> None:  # noqa: D102
         _, _, node, hit = self._look_up(request, False)
-        number = request.id
+        number = request.row
         self._given[number] = pages = -(-tokens // self.block_size)
         self._own += pages
         self._owned[number] = owned = hit // self.block_size
@@ -172,7 +172,7 @@ class RadixPool(CountingPool):
         self.evict(need)
         self.free -= need
         self._own += need
-        self._given[request.id] += need
+        self._given[request.row] += need
 
     def decode_all(self, group: Decodes, steps: range, fresh: Mapping[int, Live] = NOBODY_ELSE) -> None:
         """The group does these steps; there is room. Before each a page for every member is neither held nor cached."""
@@ -232,7 +232,7 @@ class RadixPool(CountingPool):
         self._dropping = True
 
     def close(self, request: Live, tokens: int) -> None:  # noqa: D102
-        number = request.id
+        number = request.row
         dropped, self._dropping = self._dropping, False
         if not dropped:
             self._store(request, tokens, done=True)
@@ -260,10 +260,10 @@ class RadixPool(CountingPool):
     def _look_up(self, request: Live, whole: bool) -> tuple[int, bool, Node, int]:
         """Where a waiting request's known tokens leave the tree; but for ``whole`` the last one is computed anyhow."""
         found = self._found
-        if found is None or found[0] != request.id or found[1] is not whole or self._tables is not None:
-            known = request.prompt_tokens + request.produced
-            node = self._match(self._streams_of(request.id), known if whole else known - 1)
-            self._found = found = (request.id, whole, node, node.stop)
+        if found is None or found[0] != request.row or found[1] is not whole or self._tables is not None:
+            known = request.prompt + request.produced
+            node = self._match(self._streams_of(request.row), known if whole else known - 1)
+            self._found = found = (request.row, whole, node, node.stop)
         return found
 
     def _match(self, streams: Streams, tokens: int) -> Node:
@@ -350,9 +350,9 @@ class RadixPool(CountingPool):
 
         Whether some of its pages are others now: two had computed the same.
         """
-        number, size = request.id, self.block_size
+        number, size = request.row, self.block_size
         streams = self._streams_of(number)
-        end = min(tokens, request.prompt_tokens + request.emitted) // size * size
+        end = min(tokens, request.prompt + request.emitted) // size * size
         found, node = self._insert(streams, end)
         pages, owned, before = end // size, self._owned[number], found // size
         table = self.table(number)
@@ -365,7 +365,7 @@ class RadixPool(CountingPool):
             if before < pages:
                 node.pages = table[before:pages]
         if self._unified:
-            prompt = request.prompt_tokens // size * size
+            prompt = request.prompt // size * size
             if 0 < prompt < end:
                 self._insert(streams, prompt)  # a node ends where the answer begins
         elif not done:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Protocol
+from operator import attrgetter
+from typing import Any, NoReturn, Protocol
 
 from chairlift.policies.base import Request
 
@@ -64,6 +65,18 @@ class Phase(IntEnum):
 AWAY, WAITING, PREFILLING, DECODING, PARKED, DRAINING, HELD = Phase
 
 
+def shown(name: str, kept: str = "") -> Any:
+    """What a policy reads under ``name``, and cannot write: it is ``kept`` under another name, ``_name`` by default.
+
+    What the simulator reads often it reads under that other name: a property takes three times as long.
+    """
+
+    def refuse(_self: object, _value: object) -> NoReturn:
+        raise AttributeError(f"{name} is read-only: a policy reads it, and changes nothing of a request or a step")
+
+    return property(attrgetter(kept or f"_{name}"), refuse)
+
+
 class Live(Request):
     """A request and what it has computed, emitted and reserved.
 
@@ -77,25 +90,25 @@ class Live(Request):
     """
 
     __slots__ = (
-        *("arrival", "hash_ids", "id", "ignore_eos", "max_tokens", "output_tokens", "pad", "predicted_tokens"),
-        *("preemptions", "priority", "prompt_tokens", "session", "swapped", "tenant"),
-        *("asked", "at", "before", "group", "last", "loaded", "offset", "phase", "produced", "rank", "reserved"),
+        *("_arrival", "_hash_ids", "_ignore_eos", "_max_tokens", "_output_tokens", "_predicted_tokens"),
+        *("_preemptions", "_priority", "_session", "_swapped", "_tenant", "asked", "at", "before", "group", "last"),
+        *("loaded", "offset", "padded", "phase", "produced", "prompt", "rank", "reserved", "row"),
         "stored",
     )
-    id: int
-    arrival: int
-    prompt_tokens: int
-    max_tokens: int
-    ignore_eos: bool
-    output_tokens: int | None
-    priority: int
-    tenant: int
-    session: int
-    hash_ids: Sequence[int]
-    predicted_tokens: int | None
-    preemptions: int
-    swapped: int
-    pad: int
+    id: int = shown("id", "row")
+    arrival: int = shown("arrival")
+    prompt_tokens: int = shown("prompt_tokens", "prompt")
+    max_tokens: int = shown("max_tokens")
+    ignore_eos: bool = shown("ignore_eos")
+    output_tokens: int | None = shown("output_tokens")
+    priority: int = shown("priority")
+    tenant: int = shown("tenant")
+    session: int = shown("session")
+    hash_ids: Sequence[int] = shown("hash_ids")
+    predicted_tokens: int | None = shown("predicted_tokens")
+    preemptions: int = shown("preemptions")
+    swapped: int = shown("swapped")
+    pad: int = shown("pad", "padded")
 
     def __init__(
         self,
@@ -107,21 +120,24 @@ class Live(Request):
         priority: int = 0,
         tenant: int = 0,
         session: int = -1,
+        ignore_eos: bool = False,
+        predicted_tokens: int | None = None,
+        hash_ids: Sequence[int] = (),
     ) -> None:
-        self.id = id
-        self.arrival = arrival
-        self.prompt_tokens = prompt_tokens
-        self.max_tokens = self.asked = max_tokens  # a replica may allow less than was asked for
-        self.output_tokens = output_tokens
-        self.priority = priority
-        self.tenant = tenant
-        self.session = session
-        self.ignore_eos = False
-        self.hash_ids = ()
-        self.predicted_tokens = None
-        self.preemptions = 0
-        self.swapped = 0
-        self.pad = 0
+        self.row = id  # of the trace
+        self._arrival = arrival
+        self.prompt = prompt_tokens  # tokens
+        self._max_tokens = self.asked = max_tokens  # a replica may allow less than was asked for
+        self._output_tokens = output_tokens
+        self._priority = priority
+        self._tenant = tenant
+        self._session = session
+        self._ignore_eos = ignore_eos
+        self._hash_ids = hash_ids
+        self._predicted_tokens = predicted_tokens
+        self._preemptions = 0
+        self._swapped = 0
+        self.padded = 0  # dead tokens computed with its prompt
         self.phase = WAITING
         self.at = -1  # the replica that it is on
         self.group: Counter | None = None  # that it decodes with
@@ -144,19 +160,27 @@ class Live(Request):
     @property
     def emitted(self) -> int:  # noqa: D102
         group = self.group
-        return self.produced if group is None else self.offset + group.steps - self.prompt_tokens + 1
+        return self.produced if group is None else self.offset + group.steps - self.prompt + 1
 
     @property
     def remaining(self) -> int:  # noqa: D102
         if self.group is not None:
             return 1
-        return 0 if self.phase is DRAINING else self.prompt_tokens + self.produced - self.stored
+        return 0 if self.phase is DRAINING else self.prompt + self.produced - self.stored
 
     @property
     def decoding(self) -> bool:  # noqa: D102
         return self.group is not None or (self.produced > 0 and self.stored > 0 and self.remaining == 1)
 
     # what happens to it
+
+    def send(self, now: int) -> None:
+        """It is sent now, later than its trace says: it follows another."""
+        self._arrival = now
+
+    def cap(self, tokens: int) -> None:
+        """Its replica allows it so many tokens of answer."""
+        self._max_tokens = tokens
 
     def queue(self) -> None:
         """It comes to another replica."""
@@ -168,12 +192,12 @@ class Live(Request):
         self.stored = hit
         self.rank = rank
         self.reserved = reserved
-        self.pad = pad
+        self.padded = pad
 
     def compute(self, tokens: int, when: When) -> bool:
         """A chunk of it is computed by ``when``; whether its next token comes with that."""
         self.stored = stored = self.stored + tokens
-        if stored < self.prompt_tokens + self.produced:
+        if stored < self.prompt + self.produced:
             return False
         self.produced += 1
         self.before, self.last = self.last, when
@@ -191,10 +215,10 @@ class Live(Request):
     def requeue(self) -> int:
         """It is preempted; tokens of KV that it loses. If its last token is in flight it goes on to drain."""
         lost, self.stored = self.stored, 0
-        self.loaded = self.reserved = self.pad = 0
+        self.loaded = self.reserved = self.padded = 0
         if self.phase is not DRAINING:
             self.phase = WAITING
-        self.preemptions += 1
+        self._preemptions += 1
         return lost
 
     def unsay(self, last: When) -> None:
@@ -206,11 +230,11 @@ class Live(Request):
 
     def swap_out(self, tokens: int) -> None:
         """The KV of its first ``tokens`` tokens goes to host memory."""
-        self.swapped = self.loaded = tokens
+        self._swapped = self.loaded = tokens
 
     def swap_in(self) -> None:
         """Its KV in host memory is taken back, or of no more use."""
-        self.swapped = 0
+        self._swapped = 0
 
     def load(self, tokens: int) -> None:
         """The KV of its first ``tokens`` tokens has come from elsewhere."""
@@ -220,8 +244,8 @@ class Live(Request):
         """It leaves its replica, and keeps the tokens that its client has."""
         self.phase = AWAY
         self.group = None
-        self.max_tokens = self.asked
-        self.stored = self.reserved = self.loaded = self.pad = self.swapped = 0
+        self._max_tokens = self.asked
+        self.stored = self.reserved = self.loaded = self.padded = self._swapped = 0
 
     def __repr__(self) -> str:
-        return f"Request({self.id}, prompt {self.prompt_tokens}, computed {self.computed}, emitted {self.emitted})"
+        return f"Request({self.row}, prompt {self.prompt}, computed {self.computed}, emitted {self.emitted})"

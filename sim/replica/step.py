@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import NoReturn
+from operator import index
+from typing import Any, NoReturn, TypeAlias
 
 from chairlift.backend.base import Backend, Batch, Chunk
-from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Step
+from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Speculation, Step
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.pipeline import InFlight
-from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
+from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase, shown
+from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.replica.waiting_queue import LONG, OpenQueue, OrderedQueue
 from chairlift.sim.results.records import Kind
 
 DENIALS = 8  # noted of one plan
+END_OF_TIME = 1 << 62  # ps, 53 days: times are kept in 64 bits
+Queue: TypeAlias = deque[Live] | OrderedQueue | OpenQueue
 
 
 class ReplicaStep(Step):
@@ -33,12 +37,20 @@ class ReplicaStep(Step):
     """
 
     __slots__ = (  # a dict is slow beyond thirty attributes
-        *("_admissions", "_admitted_before", "_denied", "_needy", "_scattered", "admitted", "backend", "batch"),
-        *("chunks", "decoded_at", "evicted", "flights", "fresh", "group", "host", "kv_tokens", "max_model_len"),
-        *("more_arrivals", "moved", "notes", "now", "padding", "parked", "pledges", "pool", "preempted"),
-        *("prefills", "ran", "rejected", "rejoined", "released", "releases", "resumed", "running", "scheduler"),
-        *("slept", "stages", "started", "taken", "tokens", "waiting", "wake", "whole", "windowed"),
+        *("_admissions", "_admitted_before", "_denied", "_more_arrivals", "_needy", "_now", "_running", "_scattered"),
+        *("_speculation", "_stages", "_windowed", "admitted", "backend", "batch", "chunks", "decoded_at", "evicted"),
+        *("flights", "fresh", "group", "host", "kv_tokens", "longest", "moved", "notes", "padding", "queue"),
+        *("parked", "pledges", "pool", "preempted", "prefills", "ran", "rejected", "rejoined", "released"),
+        *("releases", "resumed", "scheduler", "slept", "started", "taken", "tokens", "wake", "whole"),
     )
+    now: int = shown("now")
+    running: Running = shown("running")
+    waiting: Queue = shown("waiting", "queue")
+    more_arrivals: bool = shown("more_arrivals")
+    max_model_len: int = shown("max_model_len", "longest")
+    stages: int = shown("stages")
+    windowed: bool = shown("windowed")
+    speculation: Speculation | None = shown("speculation")
 
     def __init__(
         self,
@@ -55,17 +67,18 @@ class ReplicaStep(Step):
         self.pool = pool
         self.host = host or HostMemory()
         self.group = Decodes(pool.block_size, pool.follows)
-        self.stages = stages
+        self._stages = stages
         self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
-        self.windowed = pool.windowed
+        self._windowed = pool.windowed
+        self._speculation: Speculation | None = None
         self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
-        self.waiting: deque[Live] | OrderedQueue | OpenQueue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
+        self.queue: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque
-        self.now = 0
-        self.more_arrivals = True
-        self.max_model_len = max_model_len
+        self._now = 0
+        self._more_arrivals = True
+        self.longest = max_model_len
         self.admitted: dict[int, Live] = {}  # in order of admission
-        self.running: Running = self.admitted.values()
+        self._running: Running = self.admitted.values()
         self.prefills: dict[int, Live] = {}  # of those: still lacking known tokens
         self.parked: dict[int, Live] = {}  # of those: decoding, but left out of the latest decode step
         self.batch: list[Live] = []  # finished, keeping their slot
@@ -96,7 +109,7 @@ class ReplicaStep(Step):
 
     def open(self, now: int) -> None:
         """Start a new plan."""
-        self.now = now
+        self._now = now
         self._admitted_before = self._admissions
         self.chunks = []
         if self.ran:
@@ -109,7 +122,7 @@ class ReplicaStep(Step):
         if self.started:
             self.started = []
             if self._scattered:  # only now: a policy may hold on to the queue while it plans
-                self.waiting, self._scattered = OpenQueue(self.waiting), False
+                self.queue, self._scattered = OpenQueue(self.queue), False
         if self.notes is not None:
             self.notes, self._denied, self._needy = [], 0, -1
         self.whole = self.resumed = False
@@ -117,6 +130,10 @@ class ReplicaStep(Step):
         self.wake = None
         if self.flights is not None:
             self.flights.turn()
+
+    def expect(self, arrivals: bool) -> None:
+        """Say whether requests will arrive yet."""
+        self._more_arrivals = arrivals
 
     # what a policy sees
 
@@ -153,7 +170,7 @@ class ReplicaStep(Step):
         return self.pool.block_size
 
     def ready(self, request: Live) -> bool:  # noqa: D102
-        return self.flights is None or self.flights.ready(request, request.id in self.admitted)
+        return self.flights is None or self.flights.ready(request, request.row in self.admitted)
 
     def cached_tokens(self, request: Live) -> int:  # noqa: D102 - see `__init__`
         return self.pool.hit(request)
@@ -174,16 +191,18 @@ class ReplicaStep(Step):
 
     def keep(self, request: Live) -> None:
         """What has been computed of a request can be found by others from here on."""
-        if self.pool.landed(request) and (table := self.pool.table(request.id)) is not None:
-            self.backend.retable(request.id, table)
+        if self.pool.landed(request) and (table := self.pool.table(request.row)) is not None:
+            self.backend.retable(request.row, table)
 
     def evict(self, blocks: int) -> None:  # noqa: D102
         self.pool.evict(blocks)
 
     def reorder(self, requests: Sequence[Live]) -> None:  # noqa: D102
-        if len(requests) != len(self.waiting) or isinstance(self.waiting, OrderedQueue):
-            self._fail(f"reorder of {len(requests)} requests, where {len(self.waiting)} wait")
-        self.waiting = deque(requests)
+        if isinstance(self.queue, OrderedQueue) or len(requests) != len(self.queue):
+            self._fail(f"reorder of {len(requests)} requests, where {len(self.queue)} wait")
+        if {*requests} != {*self.queue}:
+            self._fail("reorder of other requests than those that wait, or of one twice")
+        self.queue = deque(requests)
 
     def fits(self, request: Live, tokens: int, spare: int = 0) -> bool:  # noqa: D102
         if self.pool.need(request, tokens, in_chunks=True) + spare <= self.pool.free:
@@ -228,10 +247,12 @@ class ReplicaStep(Step):
         return True
 
     def run(self, request: Live, tokens: int) -> bool:  # noqa: D102
-        if request.id not in self.admitted:
+        if request.row not in self.admitted:
             self._fail(f"run of {request}, which is not running")
         if self.flights is not None and not self.flights.ready(request, True):
             self._fail(f"run of {request}, whose token is in flight")
+        if type(tokens) is not int:
+            tokens = self._whole(f"run of {request}", tokens)
         if not 1 <= tokens <= request.remaining:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
         pool = self.pool
@@ -240,7 +261,7 @@ class ReplicaStep(Step):
                 self._fail(f"run of {request} twice in one step")
             upto = request.stored + tokens
             if not pool.extend(request, upto):
-                self._needy = request.id
+                self._needy = request.row
                 return False
             self.tokens += tokens
             if pool.tracks:
@@ -248,20 +269,20 @@ class ReplicaStep(Step):
             self.resumed |= tokens == 1 and request.produced > 0 and request.remaining == 1
             self.chunks.append((request, tokens))
             return True
-        if self.whole or request.id in self.ran:
+        if self.whole or request.row in self.ran:
             self._fail(f"run of {request} twice in one step")
         if pool.windowed:
             pool.shed(request)
         need = self._next_block(request)
         if need > pool.free:
-            self._needy = request.id
+            self._needy = request.row
             return False
         self.tokens += 1
         pool.decode_one(request, need)
         if pool.tracks and self.flights is not None and not self.flights.tokens(request):
             pool.computed(request, request.computed + 1)  # the token it computes is known, however late others may be
         self.taken += need
-        self.ran[request.id] = request
+        self.ran[request.row] = request
         return True
 
     def admit(  # noqa: D102
@@ -269,10 +290,16 @@ class ReplicaStep(Step):
     ) -> bool:
         pool = self.pool
         hit = pool.hit(request) if pool.tracks else request.loaded
-        if not 1 <= tokens <= request.prompt_tokens + request.produced - hit:
+        if type(tokens) is not int or reserve is not None or pad or spare:
+            what = f"admit of {request}"
+            tokens, pad, spare = (self._whole(what, number) for number in (tokens, pad, spare))
+            reserve = None if reserve is None else self._whole(what, reserve)
+        if not 1 <= tokens <= request.prompt + request.produced - hit:
             self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
-        if pad < 0:
-            self._fail(f"a padding of {pad} tokens")
+        if not 0 <= pad <= self.longest:
+            self._fail(f"a padding of {pad} tokens: 0 to {self.longest}, the longest request, are possible")
+        if spare < 0:
+            self._fail(f"{spare} blocks to be left free: at least 0 are possible")
         upto = hit + tokens
         if reserve is not None:
             if reserve < upto:
@@ -289,7 +316,7 @@ class ReplicaStep(Step):
         self.tokens += tokens
         if hit:
             self._resume(request, hit)
-        waiting = self.waiting
+        waiting = self.queue
         if waiting and waiting[0] is request and not request.swapped:
             waiting.popleft()
         else:
@@ -306,13 +333,13 @@ class ReplicaStep(Step):
         self.padding += pad
         self.started.append((request, hit))
         self.kv_tokens += hit
-        self.admitted[request.id] = request
-        self.prefills[request.id] = request
+        self.admitted[request.row] = request
+        self.prefills[request.row] = request
         self.chunks.append((request, tokens))
         return True
 
     def preempt(self, request: Live, how: Preemption = "recompute") -> None:  # noqa: D102
-        if self.admitted.pop(request.id, None) is None:
+        if self.admitted.pop(request.row, None) is None:
             self._fail(f"preempt of {request}, which is not running")
         for other in self.pool.leaning(request, self.admitted):
             self.preempt(other)
@@ -329,13 +356,13 @@ class ReplicaStep(Step):
         elif how != "recompute":
             self._fail(f"preempt of {request} by {how!r}; 'recompute' or 'swap'")
         if self.releases:
-            self.backend.release(request.id)
+            self.backend.release(request.row)
         self._note(Kind.PREEMPT, request, self._needy, computed)
         self.preempted += 1
         if self.scheduler.requeues_last:
-            self.waiting.append(request)
+            self.queue.append(request)
         else:
-            self.waiting.appendleft(request)
+            self.queue.appendleft(request)
 
     def reject(self, request: Live) -> None:  # noqa: D102
         self._leave_queue(request)
@@ -351,13 +378,17 @@ class ReplicaStep(Step):
         self.batch = []
 
     def pause(self, ps: int) -> None:  # noqa: D102
-        if ps < 0:
-            self._fail(f"a pause of {ps} ps")
+        ps = self._whole("a pause", ps)
+        if not 0 <= ps <= END_OF_TIME - self.now - self.slept:
+            self._fail(f"a pause of {ps} ps at {self.now} ps: 0 ps is the shortest, and a run ends by {END_OF_TIME} ps")
         self.slept += ps
 
     def wake_at(self, ps: int) -> None:  # noqa: D102
+        ps = self._whole("wake_at", ps)
         if ps <= self.now:
             self._fail(f"wake_at {ps} ps: it is {self.now} ps already")
+        if ps > END_OF_TIME:
+            self._fail(f"wake_at {ps} ps: a run ends by {END_OF_TIME} ps")
         self.wake = ps
 
     def _resume(self, request: Live, hit: int) -> None:
@@ -379,9 +410,9 @@ class ReplicaStep(Step):
     def arrange(self) -> None:
         """Make the decode group what the plan chose one by one: park the rest, take the chosen in."""
         for request in self.admitted.values():
-            chosen = request.id in self.ran
+            chosen = request.row in self.ran
             if chosen and request.group is None:
-                del self.parked[request.id]
+                del self.parked[request.row]
                 self.join(request)
                 self.rejoined.append(request)
             elif not chosen and request.group is not None:
@@ -390,12 +421,12 @@ class ReplicaStep(Step):
     def join(self, request: Live) -> None:
         """Let a request decode with the group from the next step on."""
         self.group.join(request)
-        self.fresh[request.id] = request
+        self.fresh[request.row] = request
 
     def park(self, request: Live) -> None:
         """Take a decoding request out of the group; it stays admitted."""
         self.part(request, PARKED)
-        self.parked[request.id] = request
+        self.parked[request.row] = request
 
     def withdraw(self, request: Live) -> None:
         """Take a waiting request out that has ended."""
@@ -405,7 +436,7 @@ class ReplicaStep(Step):
     def hold(self, request: Live) -> None:
         """A member of the group has its answer, and keeps its slot until its batch returns."""
         self.group.die(request)
-        del self.admitted[request.id]
+        del self.admitted[request.row]
         self.batch.append(request)
 
     def dismiss(self, request: Live) -> None:
@@ -420,8 +451,8 @@ class ReplicaStep(Step):
         if request.group is not None:
             self.part(request, phase)
         else:
-            self.prefills.pop(request.id, None)
-            self.parked.pop(request.id, None)
+            self.prefills.pop(request.row, None)
+            self.parked.pop(request.row, None)
         if request.reserved:
             self.pledges.append((request, request.reserved, request.stored, -1))
         self.kv_tokens -= request.stored
@@ -429,12 +460,12 @@ class ReplicaStep(Step):
 
     def part(self, request: Live, phase: Phase) -> None:
         """Take a member out of the group; its latest token is the group's, unless it has joined since."""
-        self.group.leave(request, phase, None if request.id in self.fresh else self.decoded_at)
+        self.group.leave(request, phase, None if request.row in self.fresh else self.decoded_at)
 
     def _note(self, kind: Kind, request: Live, other: int, value: int) -> None:
         """Write down for the journal what happened to a request, if there is one."""
         if self.notes is not None:
-            self.notes.append((kind, request.id, other, value))
+            self.notes.append((kind, request.row, other, value))
 
     def _note_denial(self, request: Live, tokens: int, spare: int, in_chunks: bool = False) -> None:
         """Write down that there was no room, the first few times of a plan: a policy may try its whole queue."""
@@ -450,8 +481,8 @@ class ReplicaStep(Step):
 
     def _unplan(self, request: Live) -> bool:
         """Take a request out of the plan under way; whether a decode was planned for it."""
-        if request.id in self.ran:
-            del self.ran[request.id]
+        if request.row in self.ran:
+            del self.ran[request.row]
         elif self.whole and request.group is not None:
             self.whole = self.group.live > 1 or self.group.dead > 0
         else:
@@ -476,9 +507,16 @@ class ReplicaStep(Step):
 
     def _take_out(self, request: Live) -> None:
         """Take a request out of the queue, wherever it stands. Raises ValueError if it is not there."""
-        waiting = self.waiting
+        waiting = self.queue
         waiting.remove(request)
         self._scattered |= len(waiting) > LONG and isinstance(waiting, deque)
 
+    def _whole(self, what: str, number: Any) -> int:
+        """``number``, which a policy has given for ``what``, as an int. Raises PolicyError if it is no whole number."""
+        try:
+            return index(number)
+        except TypeError:
+            self._fail(f"{what}: {number!r} is not a whole number")
+
     def _fail(self, what: str) -> NoReturn:
-        raise PolicyError(f"policy {type(self.scheduler).__name__}: {what}")
+        raise PolicyError(what, name_of(self.scheduler))

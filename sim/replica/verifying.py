@@ -15,7 +15,7 @@ from chairlift.sim.replica.drafts import Chosen, Drafted, DraftedStep
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
 from chairlift.sim.replica.step_plan import Plan
-from chairlift.sim.results.records import Status
+from chairlift.sim.results.records import DRAFT_COLUMNS, Status
 
 
 class Verified(NamedTuple):
@@ -49,6 +49,8 @@ class VerifyingPlanner(Planner):
         if not policy.verifies_drafts or self.pool.windowed or self.pool.keeps or self.state.stages > 1:
             raise PolicyError(f"policy {type(policy).__name__}: speculation is not modelled here")
         self._leaps = False
+        if DRAFT_COLUMNS[0] not in self.requests.extra:
+            self.requests.count_drafts()
 
     def _make_step(self, *parts: Any) -> DraftedStep:
         return DraftedStep(self._speculation, *parts)
@@ -57,6 +59,11 @@ class VerifyingPlanner(Planner):
         plan = super().ask(now, start)
         if plan is not None:
             self._verified[plan] = Verified(self.state.chosen, self.drafting)
+        return plan
+
+    def idle(self) -> Plan:  # noqa: D102
+        plan = super().idle()
+        self._verified[plan] = Verified({}, 0)
         return plan
 
     @property
@@ -75,19 +82,30 @@ class VerifyingPlanner(Planner):
             start, tokens = chosen.request.stored, chosen.tokens
             if chosen.decodes:
                 decodes += 1
-                context += start + tokens
+                context += start + tokens - self._rejected_ahead(chosen.request)
                 drafts += chosen.drafts
             else:
                 prefills.append(Chunk(start, tokens))
                 prompt_tokens += tokens - chosen.drafts
-        return decodes > 0, Batch(tuple(prefills), decodes, context, 0, None, drafts), prompt_tokens
+        return decodes > 0, Batch(tuple(prefills), decodes, context, 0, None, drafts, self.drafting), prompt_tokens
+
+    def _rejected_ahead(self, request: Drafted) -> int:
+        """Drafts in flight of a request that will be rejected: when the step after them runs, its GPU knows."""
+        flying = self._verified[self.flight].chosen.get(request.row) if self.flight is not None else None
+        if flying is None or not flying.drafts or flying.preemptions != request.preemptions:
+            return 0
+        return flying.drafts - self._kept(flying)
+
+    def _kept(self, chosen: Chosen) -> int:
+        """Drafts of a step, whose output is the next that its request gets, that are kept."""
+        return 0 if chosen.padding else self._accepts(chosen.request.row, chosen.request.produced, chosen.drafts)
 
     def _as_decodes(self, batch: Batch) -> Batch:
         """As `Planner._as_decodes`; who was padded has drafts beside the one token that it lacks."""
         prefills = []
         decodes, context, drafts = batch.decodes, batch.context, batch.drafts
         for chunk, (request, tokens) in zip(batch.prefills, self.state.chunks, strict=True):
-            padding, known = self.state.chosen[request.id].drafts, request.prompt_tokens + request.produced
+            padding, known = self.state.chosen[request.row].drafts, request.prompt + request.produced
             if padding or (tokens == 1 and request.produced > 0 and chunk.start + 1 == known):
                 decodes += 1
                 context += chunk.start + tokens
@@ -115,11 +133,11 @@ class VerifyingPlanner(Planner):
                 continue
             ending.append(request)
             if decodes:
-                plan.fresh[request.id] = request
+                plan.fresh[request.row] = request
             else:
                 emitting.append(request)
-                del state.prefills[request.id]
-                state.parked[request.id] = request
+                del state.prefills[request.row]
+                state.parked[request.row] = request
             if self._ahead:
                 request.ahead += 1 + drafts
                 request.drafts = next_drafts
@@ -132,16 +150,18 @@ class VerifyingPlanner(Planner):
         ended: list[Live] = []
         for request in plan.ending:
             assert isinstance(request, Drafted)
-            _, _, drafts, padding, _, preemptions = chosen[request.id]
-            stored = request.preemptions == preemptions  # else its blocks are gone, but its tokens come all the same
-            accepted = 0 if padding else self._accepts(request.id, request.produced, drafts)
-            given = min(1 + accepted, outputs[request.id] - request.produced)
+            verified = chosen[request.row]
+            drafts = verified.drafts
+            stored = request.preemptions == verified.preemptions  # else its blocks are gone, but its tokens come
+            given = min(1 + self._kept(verified), outputs[request.row] - request.produced)
             request.produced += given
+            if drafts and not verified.padding:
+                self.requests.verified(request.row, drafts, given - 1)
             if stored:
                 self._take_back(request, drafts + 1 - given)
                 request.ahead = max(0, request.ahead - given)
-                self.pool.computed(request, request.prompt_tokens + request.produced - 1)
-            if request.produced == outputs[request.id]:
+                self.pool.computed(request, request.prompt + request.produced - 1)
+            if request.produced == outputs[request.row]:
                 ended.append(request)
                 self._finish_one(request, now, behind)
             elif stored and self._ahead:
@@ -157,13 +177,13 @@ class VerifyingPlanner(Planner):
 
     def _see_end(self, request: Drafted) -> None:
         """A request whose answer ends with what is in flight, though all drafts be rejected, is planned no more."""
-        final = request.prompt_tokens + self._ends.outputs[request.id]
+        final = request.prompt + self._ends.outputs[request.row]
         ends = request.ahead > 0 and request.stored + 2 - request.ahead >= final
         request.phase = DRAINING if ends else PARKED
 
     def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
         state = self.state
-        if behind is not None and self._verified[behind].chosen.pop(request.id, None) is not None:
+        if behind is not None and self._verified[behind].chosen.pop(request.row, None) is not None:
             behind.undelivered += 1
             self.drop(request)
             if request in behind.ending:
@@ -171,7 +191,7 @@ class VerifyingPlanner(Planner):
             request.phase = AWAY
         else:
             request.phase = DRAINING
-        if state.admitted.pop(request.id, None) is None:  # preempted while its last token was in flight
+        if state.admitted.pop(request.row, None) is None:  # preempted while its last token was in flight
             state.withdraw(request)
         else:
             state.vacate(request, request.phase)

@@ -18,7 +18,7 @@ class OrderedQueue(list[Live]):
 
     def __init__(self, scheduler: Scheduler) -> None:
         super().__init__()
-        self._key = lambda r: (scheduler.order(r), r.arrival, r.id)
+        self._key = lambda r: (scheduler.order(r), r.arrival, r.row)
 
     def append(self, request: Live) -> None:
         """Put ``request`` where the order wants it."""

@@ -83,7 +83,7 @@ def explain(run: RunResults, requests: list[int]) -> list[Life]:
         raise BadInput(
             Problem("kept no journal of its requests: run it again with --events", file=run.label or "the run")
         )
-    columns = run.requests(*FACTS)
+    columns = run.requests(*FACTS, *(name for name in ("accepted_tokens",) if run.has_column(name)))
     total = len(columns["status"])
     lives = {}
     for i in requests:
@@ -134,12 +134,14 @@ class _Teller:
         self.events = events
         self.start = steps["start_ps"]
         self.end = ends_ps(steps)
+        self._drafted = False  # the request at hand has got tokens several at a time
         denied = np.flatnonzero(events["kind"] == Kind.DENY)
         self._denied = dict(zip(events["run"][denied][::-1].tolist(), denied[::-1].tolist(), strict=True))  # the first
 
     def tell(self, life: Life) -> Iterator[Moment]:
         """The lines of one request's stay on the replica."""
         events = self.events
+        self._drafted = life.facts.get("accepted_tokens", 0) > 0
         mine = np.flatnonzero(events["request"] == life.request)
         mine = mine[np.argsort(events["run"][mine], kind="stable")]
         rows = [tuple(int(events[name][i]) for name in ("time_ps", "run", "kind", "other", "value")) for i in mine]
@@ -281,7 +283,8 @@ class _Teller:
         gaps = np.maximum(begin[at] - before + ps, ps + slope * (count - 1))
         longest = int(np.argmax(gaps))
         total = int(finish[at[-1]] - before[0])
-        words = f"decodes {_tokens(tokens)} in {_span(total)}, one every {_span(total / tokens)}"
+        what = f"in {tokens:,} steps, with drafts kept," if self._drafted else _tokens(tokens)
+        words = f"decodes {what} in {_span(total)}, one every {_span(total / tokens)}"
         if gaps[longest] > 1.5 * total / tokens:
             row = first + int(at[longest])
             fill = int(self.steps["prefill_tokens"][row])

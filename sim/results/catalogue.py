@@ -107,6 +107,16 @@ REPLICAS = (  # what replicas did for it
         "Prompt tokens found in the prefix cache ÷ prompt tokens of admitted requests.",
         True,
     ),
+    Metric(
+        "accepted_length",
+        "accepted length",
+        "x",
+        "more",
+        "Tokens a step that verifies drafts: 1 + drafts that became tokens of an answer ÷ such steps of a request.",
+        True,
+    ),
+    Metric("draft_tokens", "drafts verified", "", "", "Drafts of tokens that steps verified, kept or not.", True),
+    Metric("drafts_wasted", "drafts wasted", "%", "less", "Drafts that became no token ÷ drafts verified.", True),
     Metric("preemptions", "preemptions", "", "less", "Times that a running request lost its KV to make room."),
     Metric("swaps", "swapped", "", "less", "Preemptions whose KV went to host memory.", True),
     Metric("swapped_tokens", "tokens swapped", "", "less", "Tokens whose KV moved to host memory or back.", True),
@@ -139,7 +149,14 @@ LATENCIES = (
     Metric(
         "tpot", "TPOT", "ms", "less", "Time per output token: (E2E − TTFT) ÷ (output tokens − 1), if there are several."
     ),
-    Metric("itl", "ITL", "ms", "less", "Inter-token latency: every gap between two tokens of a request, pooled."),
+    Metric(
+        "itl",
+        "ITL",
+        "ms",
+        "less",
+        "Inter-token latency: every gap between two tokens of a request, pooled. Tokens that come together, as kept "
+        "drafts do, come in one message: one gap, as vLLM's benchmark counts it.",
+    ),
     Metric("e2el", "E2E", "ms", "less", "End to end: arrival → last token (a static batch: its return)."),
     Metric("normalized_latency", "E2E per token", "ms", "less", "E2E ÷ output tokens."),
     Metric(

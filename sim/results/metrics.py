@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from chairlift.sim.results.catalogue import LATENCIES, PERCENTILES, STATISTICS, fields
 from chairlift.sim.results.fairness import between_tenants
-from chairlift.sim.results.records import Growth, RequestRecords, RunRecords, Status
+from chairlift.sim.results.records import DRAFT_COLUMNS, Growth, RequestRecords, RunRecords, Status
 from chairlift.sim.results.token_gaps import all_gaps, gaps_of_finished
 from chairlift.sim.results.weighted import weighted_statistics
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
@@ -177,6 +177,7 @@ def summarise(
         summary.update(zip(fields(name), found, strict=True))
     summary.update(occupancy(runs, pools))
     summary["prefix_hit_rate"] = _hit_rate(requests)
+    summary.update(_drafts(requests))
     summary.update(between_tenants(requests))
     summary["preemptions"] = int(sum(requests.preemptions))
     summary["swaps"], summary["swapped_tokens"] = sum(requests.swaps), sum(requests.swapped_tokens)
@@ -196,6 +197,18 @@ def _hit_rate(requests: RequestRecords) -> float:
     admitted = np.frombuffer(requests.admitted, dtype=np.int64) >= 0
     prompts = int(requests.trace.prompt_tokens[admitted].sum())
     return sum(requests.cached_tokens) / prompts if prompts else 0.0
+
+
+def _drafts(requests: RequestRecords) -> dict[str, float | int | None]:
+    """What verifying drafts came to; nothing where none are."""
+    if DRAFT_COLUMNS[0] not in requests.extra:
+        return {}
+    steps, drafts, accepted = (sum(requests.extra[name]) for name in DRAFT_COLUMNS)
+    return {
+        "accepted_length": 1 + accepted / steps if steps else None,
+        "draft_tokens": drafts,
+        "drafts_wasted": 1 - accepted / drafts if drafts else None,
+    }
 
 
 def _transfers(requests: RequestRecords) -> dict[str, Floats]:

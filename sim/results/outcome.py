@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from chairlift.sim.results.reader import RunResults, of_run
 from chairlift.sim.results.records import RequestRecords, RunRecords
-from chairlift.sim.results.run_tables import labels_of, replica_table, request_table, run_facts
+from chairlift.sim.results.run_tables import extra_of, labels_of, replica_table, request_table, run_facts
 from chairlift.sim.study import Setup
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Outcome:
         True
         """
         if rows == "requests":
-            return request_table(self.requests, {}, self.setup.link is not None, labels_of(self.setup))
+            return request_table(self.requests, {}, extra_of([self.setup]), labels_of(self.setup))
         if rows == "steps":
             return replica_table(self.runs, {}, RunRecords.run_parts)
         if rows != "events":

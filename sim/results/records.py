@@ -109,7 +109,8 @@ RUN_COLUMNS = (
 
 ADDED_COLUMNS = (*Growth._fields, "spared_blocks", "promised_decodes")  # that version 0.1 did not write
 
-PACK_RUN = Struct(f"{len(RUN_COLUMNS)}q").pack  # a row as bytes: half the time of array.extend
+_RUN = Struct(f"{len(RUN_COLUMNS)}q")
+PACK_RUN, UNPACK_RUN = _RUN.pack, _RUN.unpack  # a row as bytes: half the time of array.extend
 
 
 class MeasuredRow(NamedTuple):
@@ -136,6 +137,12 @@ EVENT_COLUMNS = (  # of a journal, see `sim.replica.journal`
 
 GAP_COLUMNS = ("gap_ps", "count")  # inter-token gaps that are not the duration of a step
 
+DRAFT_COLUMNS = (  # of requests, where drafts are verified
+    "verifications",  # outputs of steps that verified drafts of it
+    "draft_tokens",  # drafts that those verified
+    "accepted_tokens",  # of those, the ones that are tokens of its answer
+)
+
 HANDOVER_COLUMNS = (  # of requests, where prefill and decode replicas are apart; -1 where it did not happen
     "handed_over_ps",  # its prompt was done, and its KV ready to be sent
     "taken_over_ps",  # its KV lay at the decode side
@@ -157,7 +164,7 @@ class Token(Protocol):
 class Ended(Protocol):
     """What is written down of a request that has ended."""
 
-    id: int
+    row: int  # of the trace
     produced: int  # tokens that its client has got
     preemptions: int
 
@@ -187,6 +194,21 @@ class RequestRecords:
         self.spoken_ps = 0  # from first to latest token, summed over the requests that have ended
         self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
 
+    def count_drafts(self) -> None:
+        """Keep `DRAFT_COLUMNS` from here on."""
+        self.extra.update({name: array("i", [0]) * len(self.status) for name in DRAFT_COLUMNS})
+
+    def verified(self, request: int, drafts: int, accepted: int) -> None:
+        """Write down that a step has verified ``drafts`` drafts of a request, of which it keeps so many."""
+        for name, count in zip(DRAFT_COLUMNS, (1, drafts, accepted), strict=True):
+            self.extra[name][request] += count
+
+    def messages(self) -> npt.NDArray[np.int64]:
+        """Tokens that each client has got, but those that came together with the one before count as one."""
+        emitted = np.array(self.emitted, dtype=np.int64)
+        accepted = self.extra.get("accepted_tokens")
+        return emitted if accepted is None else emitted - np.array(accepted, dtype=np.int64)
+
     def moved(self, request: Request, tokens: int, out: bool = False) -> None:
         """Write down that the KV of ``tokens`` tokens goes to host memory (``out``) or back."""
         self.swaps[request.id] += out
@@ -194,7 +216,7 @@ class RequestRecords:
 
     def end(self, request: Ended, now: int, status: Status) -> None:
         """Write down what became of ``request``, once. It decodes no more."""
-        i = request.id
+        i = request.row
         first = self.first_token[i]
         if first >= 0:
             self.spoken_ps += request.last.ps - first

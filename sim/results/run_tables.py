@@ -11,11 +11,12 @@ import pyarrow as pa
 
 from chairlift.sim.results.metrics import limits, request_latencies
 from chairlift.sim.results.reader import CODES
-from chairlift.sim.results.records import HANDOVER_COLUMNS, RequestRecords, RunRecords
+from chairlift.sim.results.records import DRAFT_COLUMNS, HANDOVER_COLUMNS, RequestRecords, RunRecords
 from chairlift.sim.study import ReplicaGroup, Setup
 
 Parts = Callable[[RunRecords], Iterable[Mapping[str, npt.NDArray[np.int64]]]]
 ROW_GROUP = 1 << 20  # rows of steps or events that are written at a time; also PyArrow's own
+NO_MORE: Mapping[str, int] = {}
 LABELS = ("tenant", "session", "priority")  # columns of a trace that say who sends a request; a trace may lack them
 
 
@@ -24,27 +25,38 @@ def labels_of(setup: Setup) -> list[str]:
     return [name for name in LABELS if getattr(setup.trace, name) is not None]
 
 
+def extra_of(setups: Iterable[Setup]) -> dict[str, int]:
+    """Columns of requests that only some of ``setups`` have, and what the others have there; -1 stands for none."""
+    found: dict[str, int] = {}
+    for setup in setups:
+        found |= dict.fromkeys(HANDOVER_COLUMNS if setup.link is not None else (), -1)
+        found |= dict.fromkeys(("rank",) if any(group.parallel.data > 1 for group in setup.groups) else (), -1)
+        found |= dict.fromkeys(DRAFT_COLUMNS if setup.speculate is not None else (), 0)
+    return found
+
+
 def request_table(
-    requests: RequestRecords, label: dict[str, str], moves: bool = False, also: Sequence[str] = ()
+    requests: RequestRecords, label: dict[str, str], extra: Mapping[str, int] = NO_MORE, also: Sequence[str] = ()
 ) -> pa.Table:
     """A row a request: lengths, times in ps (null where the event did not happen), latencies in ms.
 
-    ``label`` says which run of a comparison the rows belong to. ``moves`` adds the columns of a hand-over of KV, empty
-    in a run without one. ``also`` names those of `LABELS` to add.
+    ``label`` says which run of a comparison the rows belong to. ``extra``: see `extra_of`. ``also`` names those
+    of `LABELS` to add.
     """
     columns = requests.columns()
     for name in also:
         given = getattr(requests.trace, name)
         columns[name] = np.full(len(requests.status), -1, dtype=np.int64) if given is None else given
-    if moves:
-        none = np.full(len(requests.status), -1, dtype=np.int64)
-        columns = {**dict.fromkeys(HANDOVER_COLUMNS, none), **columns}
+    lacking = {
+        n: np.full(len(requests.status), value, np.int64 if value < 0 else np.int32) for n, value in extra.items()
+    }
+    columns = {**lacking, **columns}
     arrays: dict[str, Any] = _labels(label, len(columns["status"]))
     for name, values in columns.items():
         if name == "status":
             arrays[name] = pa.array(CODES[name]).take(pa.array(values)).dictionary_encode()
-        elif name.endswith("_ps") or name == "prefill_replica":
-            arrays[name] = pa.array(values, mask=np.asarray(values) < 0)
+        elif name.endswith("_ps") or name in ("prefill_replica", "rank"):
+            arrays[name] = pa.array(values, pa.int64(), mask=np.asarray(values) < 0)
         else:
             arrays[name] = pa.array(values)
     for name, values in request_latencies(requests).items():
@@ -122,8 +134,8 @@ def _replicas(setup: Setup, group: ReplicaGroup) -> list[dict[str, Any]]:
         "policy": type(policy).__name__,
         "kv_blocks": group.blocks,
         "block_size": group.block_size,
-        "token_limit": policy.token_limit,
-        "sequence_limit": policy.sequence_limit,
+        "token_limit": policy.token_limit and policy.token_limit * group.parallel.data,
+        "sequence_limit": policy.sequence_limit and policy.sequence_limit * group.parallel.data,
         "batch_synchronous": policy.batch_synchronous,
         "asynchronous": policy.asynchronous,
     }

@@ -80,7 +80,7 @@ def gaps_of_finished(requests: RequestRecords, runs: list[RunRecords]) -> Gaps:
     """The gaps of the requests that finished. `Gaps.of_others` counts requests that could not be taken out."""
     columns = requests.columns()
     pool = all_gaps(runs)
-    given_up = (np.asarray(columns["status"]) != Status.FINISHED) & (np.asarray(columns["emitted_tokens"]) > 1)
+    given_up = (np.asarray(columns["status"]) != Status.FINISHED) & (requests.messages() > 1)
     if not given_up.any():
         return pool
     taken: list[tuple[Ints, Ints]] = []  # gaps, and how often each is to be taken out
@@ -91,10 +91,8 @@ def gaps_of_finished(requests: RequestRecords, runs: list[RunRecords]) -> Gaps:
         if not len(mine):
             continue
         steps = _steps(each)
-        first, end, emitted = (
-            np.asarray(columns[name])[mine].astype(np.int64)
-            for name in ("first_token_ps", "finished_ps", "emitted_tokens")
-        )
+        first, end = (np.asarray(columns[name])[mine].astype(np.int64) for name in ("first_token_ps", "finished_ps"))
+        emitted = requests.messages()[mine]
         begin = np.searchsorted(steps.ends, first, side="right")
         # A step that had begun by the end counts its decodes to the full, whoever left meanwhile.
         stop = np.searchsorted(steps.ends - steps.durations, end, side="left")

@@ -26,7 +26,7 @@ from chairlift.sim.results.metrics import Latencies
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.recording import Recorder
 from chairlift.sim.results.records import RunRecords
-from chairlift.sim.results.run_tables import LABELS, labels_of, replica_tables, request_table, run_facts
+from chairlift.sim.results.run_tables import LABELS, extra_of, labels_of, replica_tables, request_table, run_facts
 from chairlift.sim.study import Study
 
 CDFS = ("ttft", "e2el", "normalized_latency")  # latencies that every finished request has
@@ -52,7 +52,7 @@ class Writer:
         self._outcomes: list[Outcome] = []
         self._study = study
         self._compares = len(study.setups) > 1
-        self._moves = any(setup.link is not None for setup in study.setups)
+        self._extra = extra_of(study.setups)
         self._summaries: list[dict[str, Any]] = []
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._recorders: dict[str, Recorder] = {}
@@ -92,7 +92,7 @@ class Writer:
     def _add(self, outcome: Outcome) -> None:
         setup = outcome.setup
         label = {"case": setup.case, "variant": setup.variant} if self._compares else {}
-        self._append("requests", [request_table(outcome.requests, label, self._moves, self._columns)])
+        self._append("requests", [request_table(outcome.requests, label, self._extra, self._columns)])
         self._append("steps", replica_tables(outcome.runs, label, RunRecords.run_parts))
         if any(each.event_rows for each in outcome.runs):
             self._append("events", replica_tables(outcome.runs, label, RunRecords.event_parts))

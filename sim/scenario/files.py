@@ -56,18 +56,22 @@ def files_read(document: Document, folder: Path) -> dict[KeyPath, Named]:
 
 
 def _of_system(system: Mapping[str, Any], at: KeyPath, folder: Path) -> Iterator[tuple[KeyPath, Named]]:
-    """Files of policy, router, model and backend; ``system`` stands at ``at``."""
+    """Files of policy, router, models and backend; ``system`` stands at ``at``."""
     for key in ("policy", "router"):
         choice, place = system.get(key), (*at, key)
         if isinstance(choice, Mapping):
             choice, place = choice.get("name"), (*place, "name")
         if isinstance(choice, str) and (own := file_and_class(choice)) is not None:
             yield place, _named(folder / own[0], rest=choice[len(own[0]) :])
-    model, place = system.get("model"), (*at, "model")
-    if isinstance(model, Mapping):
-        model, place = model.get("name"), (*place, "name")
-    if isinstance(model, str) and model.endswith(".json"):
-        yield place, _named(folder / model, names=2)  # a model is called as the folder of its file
+    speculate = system.get("speculate")
+    models = {(*at, "model"): system.get("model")}
+    if isinstance(speculate, Mapping):
+        models[*at, "speculate", "draft"] = speculate.get("draft")
+    for place, model in models.items():
+        if isinstance(model, Mapping):
+            model, place = model.get("name"), (*place, "name")
+        if isinstance(model, str) and model.endswith(".json"):
+            yield place, _named(folder / model, names=2)  # a model is called as the folder of its file
     backend, place = system.get("backend"), (*at, "backend")
     settings = backend if isinstance(backend, Mapping) else {}
     profiles = {place: backend, (*place, "profile"): settings.get("profile")}

@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chairlift.backend.drafting import WithDrafts, in_memory
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
+from chairlift.backend.shapes import Model
 from chairlift.policies.base import Deployment, Scheduler
 from chairlift.sim.bad_input import MOST_TOLD, BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.loops import is_said, same_loop
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
-from chairlift.sim.scenario.resolve import Lookup, kv_pool
+from chairlift.sim.scenario.resolve import Lookup, find_draft, kv_pool
 from chairlift.sim.scenario.resolved import named_systems, resolved
 from chairlift.sim.scenario.schema import Case, Group, Scenario, System, Variant, results_name
 from chairlift.sim.scenario.yaml_document import NAMING, Document, read
-from chairlift.sim.study import Autoscale, Kv, Limits, ReplicaGroup, Setup, Slo, Study
+from chairlift.sim.study import Autoscale, Kv, Limits, ReplicaGroup, Setup, Slo, Speculate, Study
 from chairlift.sim.workload.trace import Trace
 from chairlift.sim.workload.workload import build
 
@@ -386,9 +389,19 @@ class _Resolver(Lookup):
         if model and longest > model.max_model_len:
             rule = f"must be at most the model's own {model.max_model_len} tokens"
             self._problems.append(self._document.problem(longest_at, rule, longest))
+        speculate, speculate_at = pick("speculate")
+        drafted = None
+        if speculate is not None and speculate.tokens and model:
+            found = self._try((*speculate_at, "draft"), lambda: (speculate, find_draft(speculate, model, self._folder)))
+            drafted = found or None
+        kept = None
+        if drafted is not None and (draft := drafted[1]) is not None:
+            kept = in_memory(draft, drafted[0].method)
         for i, group in enumerate(replicas if isinstance(replicas, list) else [Group(count=replicas)]):
             from_file = group.policy is not None or not self._policies
-            groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file))
+            groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file, kept))
+        if drafted is not None and model:
+            self._add_drafts(drafted, speculate_at, model, groups)
         self._check_roles(replicas, replicas_at, pick)
         self._check_outages(replicas, pick)
         self._check_predictors([group for group in groups if group is not None], pick)
@@ -408,6 +421,7 @@ class _Resolver(Lookup):
             failures=pick("failures")[0],
             start_up_ps=round(pick("start_up_s", 0)[0] * 1e12),
             autoscale=pick("autoscale")[0],
+            speculate=None if drafted is None else drafted[0],
             limits=pick("limits", Limits())[0],
             slo=pick("slo", Slo())[0],
             seed=scenario.seed,
@@ -416,11 +430,20 @@ class _Resolver(Lookup):
         )
 
     def _group(
-        self, model: Any, longest: int, group: Group, at: KeyPath, need: Pick, pick: Pick, from_file: bool
+        self,
+        model: Any,
+        longest: int,
+        group: Group,
+        at: KeyPath,
+        need: Pick,
+        pick: Pick,
+        from_file: bool,
+        draft: Model | None,
     ) -> ReplicaGroup | None:
         """One group of replicas; None if something is wrong with it, which is then noted.
 
         ``group`` stands at ``at``. Keys that it leaves out come from the variant, or else from the scenario.
+        ``draft``: what drafts for the model, as far as it takes memory.
         """
         before = len(self._problems)
 
@@ -440,13 +463,13 @@ class _Resolver(Lookup):
             return None
         scheduler, settings = policy
         given = {key: settings[key] for key in choice if key in settings} if isinstance(choice, dict) else {}
-        deployment = Deployment(gpu.name, gpu.memory_bytes, longest)
+        deployment = Deployment(gpu.name, gpu.memory_bytes, longest, ranks=parallel.data)
         settings = settings | (self._try(policy_at, lambda: scheduler.sized(given, deployment)) or {})
         sample = self._try(policy_at, lambda: scheduler(**settings)) if len(self._problems) == before else None
         fit = None
         if sample is not None and self._try(parallel_at, lambda: parallel.check(model)):
             fit_at = gpu_at if kv is None else kv_at
-            fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, parallel, longest))
+            fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, parallel, longest, draft))
         if getattr(backend[0], "executes", False):
             self._check_executes(group, at, pick)
         elif fit is not None:
@@ -480,6 +503,25 @@ class _Resolver(Lookup):
             if problem not in self._problems:  # another group may have it too
                 self._problems.append(problem)
         return None if len(self._problems) > before else made
+
+    def _add_drafts(
+        self,
+        drafted: tuple[Speculate, Model | None],
+        at: KeyPath,
+        model: Model,
+        groups: Sequence[ReplicaGroup | None],
+    ) -> None:
+        """Let ``groups`` serve with drafts: what these cost, and how policies plan them; what cannot be is noted."""
+        speculate, draft = drafted
+        for group in groups:
+            if group is None:
+                continue
+            if rule := _no_drafts(speculate, group):
+                self._problems.append(self._document.problem(at, rule))
+                continue
+            group.speculation = group.make_scheduler().speculation(speculate.method, speculate.tokens)
+            group.backend = WithDrafts(group.backend, draft)
+            self._try(at, partial(group.make_backend, model))
 
     def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:
         """How the GPUs of one replica share the model: as the group says, or else the variant, or else the scenario.
@@ -588,3 +630,23 @@ class _Resolver(Lookup):
         if not scale.min <= count <= scale.max:
             rule = f"must start from replicas between min and max (got {count})"
             self._problems.append(self._document.problem(at, rule))
+
+
+def _no_drafts(speculate: Speculate, group: ReplicaGroup) -> str:
+    """Why a group cannot serve with drafts; "" if it can."""
+    scheduler = group.make_scheduler()
+    if not scheduler.verifies_drafts:
+        return "is modelled with the policy vllm only"
+    if getattr(group.backend, "executes", False):
+        return "must not be given with a backend that executes steps: it verifies no drafts"
+    if group.role != "mixed":
+        return "must not be given with prefill and decode replicas: that is not modelled"
+    if group.parallel.data > 1:
+        return "must not be given with ranks of DP-attention: that is not modelled"
+    if group.parallel.pipeline > 1:
+        return "must not be given with pipeline stages: that is not modelled"
+    if group.kv_groups is not None:
+        return "is not modelled where layers give KV back: set policy.disable_hybrid_kv_cache_manager"
+    if speculate.method == "ngram" and scheduler.asynchronous:
+        return "method ngram needs policy.async_scheduling: false; vLLM refuses both together"
+    return ""

@@ -67,7 +67,7 @@ def _run(path: Path) -> ModuleType:
     sys.modules[loader.name] = module  # dataclasses look their module up by name
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(_where_it_broke(error, path)) from error
     return module
 
@@ -116,7 +116,7 @@ def classes(module: ModuleType, contract: type[Any]) -> list[type[Any]]:
     ]
 
 
-def _where_it_broke(error: Exception, path: Path) -> Problem:
+def _where_it_broke(error: BaseException, path: Path) -> Problem:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return Problem(f"cannot be imported: SyntaxError: {error.msg}", str(path), error.lineno)
     said = f"cannot be imported: {type(error).__name__}: {error}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chairlift.backend import hf_config, memory, specs
+from chairlift.backend import drafting, hf_config, memory, specs
 from chairlift.backend.calibrated.profile import shipped
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import KvGroups, Scheduler
@@ -15,7 +15,7 @@ from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.yaml_document import Document, read
-from chairlift.sim.study import Kv
+from chairlift.sim.study import Kv, Speculate
 
 
 class Lookup:
@@ -127,15 +127,31 @@ def find_model(choice: str | dict[str, Any], folder: Path) -> specs.Model:
     return specs.changed(found, choice) if isinstance(choice, dict) else found
 
 
-def step_limits(policy: Scheduler, max_model_len: int, ranks: int) -> tuple[int, int]:
-    """Tokens and requests of a step at most, on each of ``ranks`` that share them: what its memory is kept for.
+def find_draft(speculate: Speculate, model: specs.Model, folder: Path) -> specs.Model | None:
+    """The model, or the layer, that drafts for ``model``; None if none does. Raises as `find_model`, or ValueError."""
+    told = speculate.draft
+    if speculate.method == "ngram":
+        return None
+    if speculate.method == "draft_model":
+        assert told is not None
+        return find_model(told, folder)
+    own = drafting.head_of(model, speculate.method)
+    if told is None:
+        return own
+    if isinstance(told, str):
+        raise ValueError(f"must be numbers of the drafting layer, such as {{vocab: 32000}} (got {told})")
+    return specs.changed(own, told)
+
+
+def step_limits(policy: Scheduler, max_model_len: int) -> tuple[int, int]:
+    """Tokens and requests of a step at most, of one rank: what its memory is kept for.
 
     A policy without a limit of its own counts as `memory.TOKENS` and `memory.SEQUENCES`.
     """
     tokens = getattr(policy, "max_num_batched_tokens", policy.token_limit or memory.TOKENS)
     tokens = max(max_model_len, 2048) if tokens is None else tokens  # vLLM's first version: a whole prompt
     sequences = policy.sequence_limit or memory.SEQUENCES
-    return -(-tokens // ranks), -(-sequences // ranks)
+    return tokens, sequences
 
 
 def kv_groups(policy: Scheduler, model: specs.Model, parallel: Parallel) -> KvGroups | None:
@@ -146,7 +162,7 @@ def kv_groups(policy: Scheduler, model: specs.Model, parallel: Parallel) -> KvGr
 
 
 class Pool(NamedTuple):
-    """The KV pool of one replica."""
+    """The KV pool of one replica; the pools of its ranks of DP-attention, added up."""
 
     blocks: int  # that requests can use
     block_size: int  # tokens
@@ -155,9 +171,17 @@ class Pool(NamedTuple):
 
 
 def kv_pool(
-    kv: Kv, policy: Scheduler, model: specs.Model, gpu: specs.GPU, parallel: Parallel, max_model_len: int
+    kv: Kv,
+    policy: Scheduler,
+    model: specs.Model,
+    gpu: specs.GPU,
+    parallel: Parallel,
+    max_model_len: int,
+    draft: specs.Model | None = None,
 ) -> Pool:
-    """The KV pool of one replica.
+    """The KV pool of one replica. ``draft``: a model beside the one served, which has weights and KV of its own.
+
+    A number of blocks or tokens that is given is that of one rank of DP-attention.
 
     Raises ValueError, one sentence, where the settings contradict each other, where no block fits, or where the policy
     swaps KV over a link of unknown speed.
@@ -169,7 +193,7 @@ def kv_pool(
         raise ValueError("give blocks or tokens, not both")
     if getattr(policy, "disable_hybrid_kv_cache_manager", False):
         model = replace(model, window=0, window_layers=0, chunked=False)
-    own, groups = policy.pool_blocks, kv_groups(policy, model, parallel)
+    own, groups, ranks = policy.pool_blocks, kv_groups(policy, model, parallel), parallel.data
     if own is not None:
         blocks, source = own, f"a setting of policy {type(policy).__name__}"
         if blocks < 1:
@@ -181,22 +205,23 @@ def kv_pool(
         if blocks < 1:
             raise ValueError(f"tokens must hold at least one block of {block_size} (got {kv.tokens})")
     else:
-        tokens, sequences = step_limits(policy, max_model_len, parallel.data)
+        tokens, sequences = step_limits(policy, max_model_len)
         share, static = kv.memory_utilization, policy.static_share(gpu.memory_bytes, parallel.gpus, bool(model.latent))
         if static is not None and "memory_utilization" not in kv.model_fields_set:
             share = static
-        sizes = (kv.reserve_gib, tokens, sequences, None, static is not None)
+        sizes = (kv.reserve_gib, tokens, sequences, draft, static is not None)
         fit = memory.kv_blocks(model, gpu, parallel, block_size, share, *sizes)
-        blocks, source = fit.blocks, fit.explain()
+        blocks, source = fit.blocks // ranks, fit.explain()
         if groups is not None:
-            blocks, source = fit.engine_blocks * parallel.data, fit.explain(by_group=True)
+            blocks, source = fit.engine_blocks, fit.explain(by_group=True)
+    if ranks > 1 and source == "given":
+        source = f"given, for each of {ranks} ranks"
     if idle := _without_effect(kv, policy, block_size):
         source += f"; not used: {', '.join(idle)}"
     if policy.block_tokens is not None:  # the same memory, in blocks of the size that the policy fixes
-        if own is None and kv.tokens is not None:
-            return Pool(kv.tokens // policy.block_tokens, policy.block_tokens, source, groups)
-        return Pool(blocks * block_size // policy.block_tokens, policy.block_tokens, source, groups)
-    return Pool(blocks, block_size, source, groups)
+        blocks = blocks * block_size if own is not None or kv.tokens is None else kv.tokens
+        blocks, block_size = blocks // policy.block_tokens, policy.block_tokens
+    return Pool(blocks * ranks, block_size, source, groups)
 
 
 def _without_effect(kv: Kv, policy: Scheduler, block_size: int) -> list[str]:

@@ -25,6 +25,7 @@ from chairlift.sim.study import (
     Seconds,
     Slo,
     Spec,
+    Speculate,
 )
 from chairlift.sim.workload.spec import Workload
 
@@ -98,6 +99,7 @@ class System(Spec):
     limits: Limits | None = Field(None, description="Queue limits and timeouts.")
     policy: Choice | None = Field(None, description="The scheduler: its name, or name and settings.")
     backend: Choice | None = Field(None, description="What a step costs (default roofline).")
+    speculate: Speculate | None = Field(None, description="Speculative decoding: drafts that a step verifies.")
     kv: Kv | None = Field(None, description="The KV pool; default: worked out from the GPU's memory.")
     slo: Slo | None = Field(None, description="What a good request must meet.")
 

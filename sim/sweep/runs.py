@@ -29,7 +29,7 @@ from chairlift.sim.scenario import plugins
 from chairlift.sim.scenario.files import Named, files_read
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.loops import synchronous
-from chairlift.sim.scenario.policy_files import Trust
+from chairlift.sim.scenario.policy_files import Trust, blame
 from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.sweep.axes import Scalar
@@ -176,12 +176,14 @@ def run_one(run: Run) -> Row:
         metrics = {name: value for name, value in _numbers(summary) if name not in _WALL_CLOCK}
     except OF_THE_MACHINE:
         raise
-    except Exception as wrong:
+    except (Exception, SystemExit) as wrong:
+        if isinstance(wrong, SystemExit) and blame(wrong) is None:
+            raise
         error = failure(wrong)
     return Row(run.key, error, metrics, wall, time.perf_counter() - started, loop)
 
 
-def failure(wrong: Exception) -> str:
+def failure(wrong: BaseException) -> str:
     """What to say of a run that raised ``wrong``: its message, and for a defect the place in the code."""
     if isinstance(wrong, MemoryError):
         return f"not enough memory: {wrong}".removesuffix(": ")

@@ -254,6 +254,33 @@ def test_ranks_of_dp_attention_end_with_the_one_that_has_most() -> None:
     assert dealt.flops == 2 * alone.flops
 
 
+def test_a_step_of_ranks_ends_with_the_slowest_and_its_experts_see_all_tokens() -> None:
+    # DeepSeek-V3 on 8 ranks, of which rank 2 has 4 decodes on 9000 tokens of KV and rank 5 one on 5000; the others run
+    # a token for nothing, so that experts see 4 + 1 + 6 tokens. Rank 2 is the slowest: 9000 * 61 * 576 * 2 B of KV
+    backend = ideal(model("deepseek-v3"), parallel=Parallel(data=8, expert=8))
+    batches = [decode(0, 0)] * 8
+    batches[2], batches[5] = decode(4, 9000), decode(1, 5000)
+    cost = backend.together(batches)
+
+    def seconds(tokens: int, context: int, *names: str) -> float:
+        parts = backend.explain(decode(tokens, context))
+        return sum(part.seconds for part in parts if part.name in names)
+
+    own = ("attention", "MLP", "shared experts", "router", "head", "kernels", "collectives")
+    known = {part.name for part in backend.explain(decode(32, 72_000))}
+    assert known <= {*own, "experts", "KV"}
+    alone = seconds(32, 72_000, *own)  # spread evenly: 4 decodes on 9000 tokens on each rank
+    experts = experts_of(backend, decode(11, 11)).seconds
+    kv = 9000 * 61 * 576 * 2 / 4800e9
+    flops = 2 * 61 * 128 * (2 * 512 + 64) * 9000 / (989e12)
+    assert cost.first / PS == pytest.approx(alone + experts + max(kv, flops), rel=1e-5)
+    assert cost.slope == 4 * backend.together([decode(1, 1), *batches[:1] * 7]).slope
+    # a prompt on one rank is what all wait for
+    batches[5] = prompt((0, 4096))
+    assert backend.together(batches).first > backend.together([decode(0, 0), *batches[3:], decode(0, 0)]).first
+    assert backend.together(batches).steps == 1
+
+
 def test_a_pipeline_passes_all_stages_and_hands_on_in_between() -> None:
     shape = model("llama-3.1-70b-fp8")
     one, four = (ideal(shape, parallel=Parallel(pipeline=stages)) for stages in (1, 4))
@@ -365,6 +392,17 @@ def test_vouched_steps_cost_what_each_costs_on_its_own(
     for i in {*range(min(cost.steps, MOST)), min(cost.steps, 1 << 30) - 1}:
         later = batch._replace(context=batch.context + i * (decodes + padded))
         alone = backend.step(later)
+        assert (alone.first, alone.host) == (cost.first + cost.slope * i, cost.host)
+
+
+@given(backends, st.lists(st.tuples(st.integers(0, 40), st.integers(1, 200)), min_size=4, max_size=4))
+def test_vouched_steps_of_ranks_cost_what_each_costs_on_its_own(backend: ByPart, ranks: list[tuple[int, int]]) -> None:
+    batches = [decode(decodes, decodes * each) for decodes, each in ranks[: backend.parallel.data]]
+    assume(any(batch.decodes for batch in batches))
+    cost = backend.together(batches)
+    assert cost.steps >= 1
+    for i in {*range(min(cost.steps, MOST)), min(cost.steps, 1 << 30) - 1}:
+        alone = backend.together([b._replace(context=b.context + i * b.decodes) for b in batches])
         assert (alone.first, alone.host) == (cost.first + cost.slope * i, cost.host)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,7 @@ from chairlift.backend.gpu.kernels.layers import (  # noqa: E402
     gated,
     gated_e4m3,
     head_norm,
+    largest,
     linear,
     linear_e4m3,
     product,
@@ -233,13 +235,17 @@ def whole(x: Eights | Product) -> torch.Tensor:
     """What these numbers stand for."""
     if isinstance(x, Eights):
         return x.values.double() * x.scale.double()[:, None]
+    if x.rows is None or x.columns is None:
+        return x.values.double()
     return x.values.double() * x.rows.double()[:, None] * x.columns.double()
 
 
 EIGHTH = 0.04  # an e4m3 has 3 bits after its first: errors of at most 1/16, evenly spread 0.036 of the norm
 
 
-@pytest.mark.parametrize("shape", [(1, 4096, 6144), (2, 14336, 48), (3, 256, 16), (64, 4096, 4096), (300, 14336, 512)])
+@pytest.mark.parametrize(
+    "shape", [(1, 4096, 6144), (2, 14336, 48), (3, 256, 16), (64, 4096, 4096), (300, 14336, 512), (2050, 512, 64)]
+)
 def test_products_of_8_bit_floats_equal_double_precision(shape: tuple[int, int, int]) -> None:
     """Of numbers that 8 bits hold, products are as exact as those of halves; to fit them into 8 bits costs `EIGHTH`."""
     rows, width, n = shape
@@ -274,6 +280,21 @@ def test_layers_in_8_bit_floats_equal_double_precision(width: int) -> None:
     assert error(residual_norm(scaled, residual.clone(), weight, None, 1e-5), wanted) < 1e-2
     gate, up = whole(scaled).chunk(2, -1)
     assert error(whole(gated_e4m3(scaled)), torch.nn.functional.silu(gate) * up) < EIGHTH
+    applied = Product(whole(scaled).to(torch.bfloat16), None, None)
+    assert error(whole(gated_e4m3(applied)), torch.nn.functional.silu(gate) * up) < EIGHTH
+    assert error(residual_norm(applied, residual.clone(), weight, None, 1e-5), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 128256), (33, 1024), (257, 8)])
+def test_the_largest_of_each_row(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    scores = torch.randn(shape, device=DEVICE).to(dtype) - 3
+    best, column = largest(scores, 7)
+
+    top = scores.float().amax(-1)
+    assert torch.equal(best, top)
+    first = (scores.float() == top[:, None]).float().argmax(-1)  # of equal ones the first
+    assert torch.equal(column.long(), first + 7)
 
 
 def test_head_norm_equals_double_precision() -> None:
@@ -329,7 +350,7 @@ class Members:
         """Blocks are the engine's own."""
 
     def tokens(self, request: int) -> list[int]:
-        return [(request * 31 + 7 * i * i) % 1021 for i in range(3000)]
+        return [(request * 31 + 7 * i * i) % 1021 for i in range(9000)]
 
 
 @pytest.mark.parametrize(("graphs", "quantization"), [(True, "none"), (False, "none"), (True, "fp8")])
@@ -362,6 +383,84 @@ def test_the_engine_chooses_the_likeliest_tokens(graphs: bool, quantization: str
         assert len(answer) == 1 + 2 * (20 - r - 1) + 60
         assert ((logits.max(-1).values - chosen) < (0.12 if quantization == "none" else 0.5) * spread).all()
     engine.close()
+
+
+def test_a_request_goes_on_in_other_blocks() -> None:
+    """`retable`: what was cached lies in other blocks from now on, and the next steps read and write those."""
+    answers = []
+    for moved in (False, True):
+        engine = TorchEngine(SMALL, specs.gpu("h200"), Torch(max_batch=4, seed=3))
+        engine.prepare(64, 16, 4096, named=True)
+        members = Named([Prompt(0, 0, 100, 0, True)], [])
+        engine.launch(Batch((), 0, 0, 0, members))
+        engine.wait()
+        for i in range(12):
+            if moved and i == 4:
+                other = [30 + block for block in members.blocks]
+                cache = engine._runner._cache
+                cache[:, 30:60] = cache[:, :30]
+                cache[:, :30] = math.nan
+                members.blocks = other
+                engine.retable(0, other)
+            step = Named([], [0])
+            step.blocks = members.blocks
+            engine.launch(Batch((), 1, 0, 0, step))
+            engine.wait()
+        answers.append(engine.generated[0])
+        engine.close()
+
+    assert len(answers[0]) == 13
+    assert answers[0] == answers[1]
+
+
+class Named(Members):
+    def __init__(self, prompts: list[Prompt], decodes: list[int]) -> None:
+        super().__init__(prompts, decodes)
+        self.blocks = list(range(3, 27))
+
+    def table(self, request: int) -> list[int]:
+        return self.blocks
+
+
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+EXPERTS = replace(SMALL, name="experts", experts=16, experts_per_token=4, expert_ffn=128, qk_norm=True)
+
+
+@two
+@pytest.mark.parametrize(
+    ("model", "quantization", "graphs"),
+    [(SMALL, "none", True), (SMALL, "none", False), (SMALL, "fp8", True), (EXPERTS, "none", True)],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_two_gpus_choose_likely_tokens_of_one(model: Model, quantization: str, graphs: bool) -> None:
+    """Sums by kernels that read the other GPU's memory; 5,000 rows sent by halves; those of 9,000 by NCCL."""
+    lengths = {0: 20, 1: 333, 2: 1100, 3: 2500, 4: 5000, 5: 9000}
+    options = Torch(max_batch=8, graphs=graphs, seed=3, quantization=quantization)
+    found, nets = {}, {}
+    for gpus in (1, 2):
+        engine = TorchEngine(model, specs.gpu("h200"), options, gpus)
+        engine.prepare(30_000, 1, 9100, named=False)
+        running: list[int] = []
+        for r, n in lengths.items():
+            engine.launch(Batch((), 0, 0, 0, Members([Prompt(r, 0, n, 0, True)], list(running))))
+            engine.wait()
+            running.append(r)
+        for _ in range(20):
+            engine.launch(Batch((), 0, 0, 0, Members([], running)))
+            engine.wait()
+        found[gpus], nets[gpus] = engine.generated, engine._runner.net
+        engine.close()
+    for r, n in lengths.items():
+        answer = found[2][r]
+        assert len(answer) == 21 + 5 - r
+        if model.experts:  # a token's experts change where the router's scores are near: only most tokens are the same
+            assert found[1][r][0] == answer[0]
+            continue
+        tokens = torch.tensor([x % 1024 for x in Members([], []).tokens(r)[:n]] + answer[:-1], device=DEVICE)
+        logits = plain_logits(nets[1], tokens)[n - 1 :].float()
+        chosen = logits.gather(1, torch.tensor(answer, device=DEVICE)[:, None])[:, 0]
+        within = 0.12 if quantization == "none" else 0.5
+        assert ((logits.max(-1).values - chosen) < within * logits.std(-1)).all()
 
 
 def plain_logits(net, tokens):  # type: ignore[no-untyped-def]

@@ -95,11 +95,14 @@ def test_a_process_that_dies_is_one_clear_error_and_none_is_left() -> None:
     step(engine, [Prompt(0, 0, 20, 0, True)], [])
     team: Any = engine._team
     [process] = team._processes
+    lost: list[bool] = []
+    team.on_loss = lambda: lost.append(True)  # on a GPU kernels wait for the other process: they are let go
     os.kill(process.pid, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"^the process of GPU 1 has died \(exit code -9\)"):
         steps(engine, 100)
     assert time.monotonic() - began < 10
+    assert lost == [True]
     assert not process.is_alive()
 
 

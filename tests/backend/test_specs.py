@@ -256,6 +256,32 @@ def test_a_bf16_peak_is_a_multiple_of_the_fp32_peak(name: str) -> None:
     assert gpu(name).bf16_tflops == pytest.approx(times * fp32, rel=0.013)  # the L40S' runs at 2.49 GHz, not 2.52
 
 
+# Cores (SMs, CUs), GHz at which the peak is told, dense BF16 FLOPs a core and cycle; bits of the memory bus, Gb/s a pin
+CLOCKS = {
+    "a100-40gb": (108, 1.410, 2048, 5120, 2.430),
+    "a100-80gb": (108, 1.410, 2048, 5120, 3.186),
+    "h100": (132, 1.830, 4096, 5120, 5.239),
+    "h200": (132, 1.830, 4096, 6144, 6.250),
+    "l4": (58, 2.040, 1024, 192, 12.5),
+    "a10g": (80, 1.710, 512, 384, 12.5),
+    "mi300x": (304, 2.100, 2048, 8192, 5.2),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CLOCKS))
+def test_peaks_and_bandwidths_are_those_of_cores_and_clocks(name: str) -> None:
+    cores, ghz, flops, bits, rate = CLOCKS[name]
+
+    assert gpu(name).bf16_tflops == pytest.approx(cores * ghz * flops / 1e3, rel=0.002)
+    assert gpu(name).hbm_gb_per_s == pytest.approx(bits * rate / 8, rel=0.006)
+
+
+@pytest.mark.parametrize(("lanes", "gigatransfers", "generation"), [(16, 16, 31.5), (16, 32, 63)])
+def test_a_host_link_is_pcie_after_its_encoding(lanes: int, gigatransfers: int, generation: float) -> None:
+    assert generation == pytest.approx(lanes * gigatransfers / 8 * 128 / 130, rel=0.001)
+    assert {g.host_gb_per_s for g in GPUS.values()} == {31.5, 63, 450}  # or NVLink-C2C, of a GB200
+
+
 @pytest.mark.parametrize("name", list(GPUS))
 def test_half_the_bits_are_twice_the_peak(name: str) -> None:
     """So it is in every data sheet, but for two peaks that round: 733 of 362.05, and 242 of 121."""

@@ -28,6 +28,7 @@ from kit.places import IMPORTS
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 
 from chairlift.backend import machine  # noqa: E402
+from chairlift.backend.gpu import runner  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from chairlift.backend.parallel import ONE  # noqa: E402
@@ -140,7 +141,12 @@ def test_cached_blocks_are_reused(folder: Path, ahead: bool) -> None:
     check_greedy(got)
 
 
-def test_prompts_are_computed_in_chunks_beside_decodes(folder: Path) -> None:
+@pytest.mark.parametrize("room", [1024, 1])
+def test_prompts_are_computed_in_chunks_beside_decodes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """Their blocks enter the tables in the graph of the step; without ``room`` for all, before it."""
+    monkeypatch.setattr(runner, "CELLS", room)
     options = {"max_num_batched_tokens": 16, "async_scheduling": False, "enable_prefix_caching": False}
     got = answers(folder, made([(0, 10, 30), (0, 90, 5), (0, 33, 5)]), Vllm, options)
 
@@ -232,7 +238,7 @@ def test_padding_as_long_as_the_longest_sequence_and_longer(folder: Path) -> Non
     trace = made([(0, 90, 70), (0, 3, 20)])
     check_greedy(answers(folder, trace, WidePadding, {"pad": LONGEST}))
 
-    with pytest.raises(PolicyError, match="WidePadding: a padding of 161 tokens: sequences have at most 160"):
+    with pytest.raises(PolicyError, match="WidePadding: step 1: a padding of 161 tokens: 0 to 160, the longest"):
         answers(folder, trace, WidePadding, {})
 
 

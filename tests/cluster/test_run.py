@@ -24,5 +24,5 @@ def test_a_policy_keeps_the_limit_that_it_says(
 
     assert result.status == status
     if status:
-        assert result.err == "error: policy Mine: a step of 3 requests: its sequence_limit is 2\n"
+        assert result.err == "error: policy Mine: step 1: a step of 3 requests: its sequence_limit is 2\n"
         assert "a step of" in chairlift("check", "mine.py", "--case", "room").out

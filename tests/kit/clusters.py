@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from chairlift.backend.base import Backend
-from chairlift.backend.parallel import ONE
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Scheduler
 from chairlift.policies.vllm import Vllm
@@ -20,7 +20,7 @@ from chairlift.sim.replica.engine import Engine
 from chairlift.sim.results.records import RequestRecords, Status
 from chairlift.sim.study import Link, Setup
 from kit.worlds import GPU as GPU  # for those who build clusters
-from kit.worlds import MODEL, Affine, Group, host_of, most, sorted_gaps
+from kit.worlds import MODEL, Affine, Group, host_of, most, planners, sorted_gaps
 from kit.worlds import setup_of as setup_of  # likewise
 
 
@@ -32,13 +32,18 @@ def group(
     blocks: int = 1000,
     block_size: int = 16,
     cost: Backend | None = None,
+    ranks: int = 1,
 ) -> Group:
-    """``count`` replicas; vLLM's policy is a step at a time and without a cache unless ``settings`` say otherwise."""
+    """``count`` replicas; vLLM's policy is a step at a time and without a cache unless ``settings`` say otherwise.
+
+    ``blocks``: of each of ``ranks``.
+    """
     if settings is None:
         settings = {"async_scheduling": False, "enable_prefix_caching": False} if scheduler is Vllm else {}
     if (own := scheduler(**settings).block_tokens) is not None:
         blocks, block_size = blocks * block_size // own, own
-    parts = (count, role, GPU, ONE, scheduler, settings, Efficiency(), blocks, block_size, "made up")
+    parallel = Parallel(data=ranks)
+    parts = (count, role, GPU, parallel, scheduler, settings, Efficiency(), blocks * ranks, block_size, "made up")
     return Group(*parts, *host_of(6, 1000, block_size), cost=cost or Affine())
 
 
@@ -130,10 +135,11 @@ def check_nothing_left(served: Served) -> None:
     """No request, block or count is left on any replica."""
     for replica in served.replicas:
         engine = replica.engine
-        state, decodes = engine.state, engine.state.group
-        assert engine.pool.free == engine.pool.total
-        assert (state.kv_tokens, engine.planner.promised, len(state.waiting), len(state.admitted)) == (0, 0, 0, 0)
-        assert (decodes.context, decodes.live, decodes.dead) == (0, 0, 0)
+        for planner in planners(engine):
+            state, decodes = planner.state, planner.state.group
+            assert planner.pool.free == planner.pool.total
+            assert (state.kv_tokens, planner.promised, len(state.waiting), len(state.admitted)) == (0, 0, 0, 0)
+            assert (decodes.context, decodes.live, decodes.dead) == (0, 0, 0)
         assert (replica.held, replica.draining) == (0, False)
     for pool in served.pools:
         assert len(set(pool.indices)) == len(pool.indices)

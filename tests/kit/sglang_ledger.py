@@ -154,8 +154,8 @@ class Replay:
                 step = max(step, self.pending[0]["arrival_step"])
 
     def _arrive(self, q: dict[str, Any], step: int) -> None:
-        request = Live(q["id"], step, q["prompt_tokens"], q["max_new_tokens"], priority=q["priority"] or 0)
-        request.ignore_eos = q["ignore_eos"]
+        lengths, priority = (q["prompt_tokens"], q["max_new_tokens"]), q["priority"] or 0
+        request = Live(q["id"], step, *lengths, priority=priority, ignore_eos=q["ignore_eos"])
         if not self.engine.submit(request, step):
             raise RuntimeError(f"request {q['id']} can never fit")
 

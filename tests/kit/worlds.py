@@ -10,7 +10,7 @@ import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.base import FOREVER, NO_HOST, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.backend.parallel import ONE
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import KvGroups, Router, Scheduler
 from chairlift.policies.routers import RoundRobin
@@ -18,10 +18,12 @@ from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.audit import audit
 from chairlift.sim.cluster.build import build
 from chairlift.sim.replica.engine import Engine
+from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.ranks import Ranks
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.metrics import Pool, areas, durations_ps, occupancy
 from chairlift.sim.results.records import RequestRecords, Status
-from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo
+from chairlift.sim.study import Failures, Limits, ReplicaGroup, Setup, Slo, Speculate
 from chairlift.sim.workload.trace import Trace
 
 MODEL = specs.model("opt-13b")
@@ -47,7 +49,7 @@ class Affine(Backend):
     cap: int = FOREVER  # context beyond which the slope vanishes (a breakpoint)
 
     def step(self, batch: Batch) -> StepCost:
-        tokens = sum(c.length for c in batch.prefills) + batch.decodes + batch.padded
+        tokens = sum(c.length for c in batch.prefills) + batch.decodes + batch.padded + batch.drafts
         pairs = sum(c.start * c.length for c in batch.prefills)
         slots = batch.decodes + batch.padded
         first = self.fixed + self.token * tokens + pairs + self.context * min(batch.context, self.cap)
@@ -135,6 +137,11 @@ def sorted_gaps(engine: Engine) -> list[tuple[int, int]]:
     return sorted(count.items())
 
 
+def planners(engine: Engine) -> Sequence[Planner]:
+    """The planner of each rank of a replica."""
+    return engine.planner.ranks if isinstance(engine.planner, Ranks) else [engine.planner]
+
+
 def check_places(engine: Engine) -> None:
     """At no time is more stored, or promised, than is held, or more held than there is."""
     blocks, size, tables = pool = Pool(engine.pool.total, engine.pool.block_size, engine.pool.tables)
@@ -151,7 +158,7 @@ def check_places(engine: Engine) -> None:
 def most(engine: Engine, trace: Trace, i: int) -> int:
     """Tokens that a replica lets request ``i`` have."""
     prompt = int(trace.prompt_tokens[i])
-    pool, longest = engine.pool, engine.state.max_model_len
+    pool, longest = planners(engine)[0].pool, planners(engine)[0].state.max_model_len
     cap = longest - prompt if trace.max_tokens is None else int(trace.max_tokens[i])
     return engine.scheduler.allowed(Live(i, 0, prompt, cap), longest, pool.total, pool.block_size)
 
@@ -175,7 +182,8 @@ def check_books(world: World) -> None:
         assert not state.admitted
         gaps += sum(weight for _, weight in sorted_gaps(engine))
         check_places(engine)
-    assert gaps == sum(r.emitted) - sum(first >= 0 for first in r.first_token)  # a token, a gap; but for first ones
+    # a gap for each token, but for first ones and those that come together with another
+    assert gaps == r.messages().sum() - sum(first >= 0 for first in r.first_token)
 
 
 @dataclass
@@ -226,17 +234,25 @@ def play(
     host: tuple[int, int] = (0, 1),
     journal: bool = False,
     groups: KvGroups | None = None,
+    speculate: Speculate | None = None,
+    limits: Limits | None = None,
+    failures: Failures | None = None,
+    pipeline: int = 1,
 ) -> World:
     """Serve ``trace`` on ``replicas`` equal replicas, round robin; ``host``: blocks of host memory, ps to move one.
 
     Each block of a prefix cache is known, whether the trace shares prefixes or not. ``groups``: of the model's layers,
-    if some have a window.
+    if some have a window. ``speculate``: drafts that its decodes verify.
     """
     sample = scheduler()
     block_size = sample.block_tokens or block_size
-    parts = (replicas, "mixed", GPU, ONE, type(sample), {}, Efficiency(), blocks, block_size, "made up")
+    parallel = Parallel(pipeline=pipeline)
+    parts = (replicas, "mixed", GPU, parallel, type(sample), {}, Efficiency(), blocks, block_size, "made up")
     group = Group(*parts, *host_of(*host, block_size), kv_groups=groups, cost=backend, policy=scheduler)
-    cluster = build(setup_of(trace, [group], max_model_len=max_model_len), leap, journal=journal)
+    if speculate is not None:
+        group.speculation = sample.speculation(speculate.method, speculate.tokens)
+    more = {"speculate": speculate, "limits": limits or Limits(), "failures": failures}
+    cluster = build(setup_of(trace, [group], max_model_len=max_model_len, **more), leap, journal=journal)
     cluster.run()
     audit(cluster)
     return World(cluster.requests, cluster.engines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Effort
-from chairlift.sim.plan.cheapest import race
+from chairlift.sim.plan.cheapest import Race, race
 from chairlift.sim.plan.costs import cost_of, tokens_of
 from chairlift.sim.plan.file import BuyingPlan, read_plan
 from chairlift.sim.plan.headroom import margin
@@ -125,3 +126,46 @@ def test_answers_say_cost_and_margin(tmp_path: Path) -> None:
     assert np.isfinite(winner["margin"]["broken"] or 0)
     assert "1,000 in and 100 out a request" in text
     assert "per million tokens" in (tmp_path / "out" / "plan.html").read_text()
+
+
+def test_a_race_with_heats_finds_what_brute_force_finds(tmp_path: Path) -> None:
+    """Replicas that are M/M/1 queues keep "90 %: E2E ≤ 5757 ms" up to 0.6/s each, at 1.2 times the speed to 0.79/s."""
+    promise = Promise(share=0.9, e2el_ms=5757)
+    axes = "axes: {replicas: [1, 2, 3, 4], policy.max_num_seqs: [8, 16, 24, 32, 40, 48, 56, 64]}\n"
+    candidates = plan(tmp_path, axes).candidates
+    simulated: Counter[str] = Counter()
+
+    def capacity(candidate: Candidate) -> float:
+        speed = 1.2 if candidate.labels["policy.max_num_seqs"] == 40 else 1.0
+        return candidate.gpus * speed * (1 + math.log(0.1) / (5.757 * speed))
+
+    def measure(candidate: Candidate):  # type: ignore[no-untyped-def]
+        speed = 1.2 if candidate.labels["policy.max_num_seqs"] == 40 else 1.0
+        queue = Queue([Promise(share=0.9, e2el_ms=5757 * speed)], 1)  # on the clock of its services
+
+        def measured(rate: float, requests: int, replications: int):  # type: ignore[no-untyped-def]
+            simulated[candidate.name] += requests * replications
+            return queue(rate / candidate.gpus / speed, requests, replications)
+
+        return measured
+
+    def bounds(candidate: Candidate) -> Bound:
+        return Bound(1.2 * candidate.gpus, "")
+
+    def raced(prune: bool) -> Race:
+        return race(candidates, bounds, measure, [promise], 1.5, Effort(requests=4000), prune=prune)
+
+    pruned = raced(True)
+    effort = sum(simulated.values())
+    simulated.clear()
+    brute = raced(False)
+
+    assert pruned.winner is not None
+    assert brute.winner is not None
+    assert pruned.winner.candidate.name == brute.winner.candidate.name == "replicas 2, max_num_seqs 40"
+    for found in (pruned, brute):
+        assert all(capacity(e.candidate) > 1.5 for e in found.of("kept"))
+        assert all(capacity(e.candidate) < 1.5 for e in [*found.of("broken"), *found.of("excluded")])
+    assert {e.candidate.gpus for e in pruned.of("behind")} == {2}  # as dear as the answer
+    assert len(pruned.entries) == len(brute.entries) == 32
+    assert effort < sum(simulated.values()) / 4

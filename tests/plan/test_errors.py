@@ -153,8 +153,8 @@ def test_answers_say_both_widths_and_which_dominates(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(
         "base:\n  model: llama-3.1-8b\n  gpu: h100\n  max_model_len: 4096\n  policy: {name: vllm, max_num_seqs: 32}\n"
         "  workload: {arrivals: {poisson: {rate_per_s: 1}}, prompt_tokens: 100, output_tokens: 10}\n"
-        "slo: [{percentile: 90, ttft_ms: 300}]\n"
-        "search: {requests: 200, most_requests: 400, precision: 0.2, draws: 4}\naxes: {gpu: [h100]}\n"
+        "slo: [{percentile: 90, ttft_ms: 100}]\n"
+        "search: {requests: 200, most_requests: 800, precision: 0.2, draws: 4}\naxes: {gpu: [h100]}\n"
     )
     result = chairlift("plan", str(tmp_path / "p.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1")
     [capacity] = json.loads((tmp_path / "out" / "plan.json").read_text())["capacities"]

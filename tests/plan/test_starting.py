@@ -61,12 +61,12 @@ def test_a_given_pool_is_used_to_its_last_token(tmp_path: Path) -> None:
 
 
 def test_ranks_of_dp_attention_each_have_room_for_a_request(tmp_path: Path) -> None:
-    gpu = "gpu: h100\n  parallel: {data: 2, expert: 2}\n  kv: {blocks: 2000}"
+    gpu = "gpu: h100\n  parallel: {data: 2, expert: 2}\n  kv: {blocks: 1000}"
     plan = PLAN.replace("llama-3.1-8b", "qwen3-30b-a3b").replace("gpu: l4", gpu)
     [one, asked] = candidates(tmp_path, "  max_model_len: [null, 20000]\n", plan)
 
     assert one.setup is not None
-    assert one.setup.max_model_len == 1000 * 16  # of 2000 blocks each rank has half
+    assert one.setup.max_model_len == 1000 * 16  # of a rank
     assert asked.setup is None  # a length that is asked for is not cut
     assert asked.misfit == "max_model_len: must be at most the 16000 tokens that the KV pool holds (got 20000)"
 

@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {  # promise, what stands there, 
         "            step.admit(request, 1)",
         "is not waiting (plan ",
     ),
-    "vouches for nothing": ("allowed", "return 1", "return 0", "policy Mine: vouched for 0 steps (plan "),
+    "vouches for nothing": ("allowed", "return 1", "return 0", "policy Mine: step 1: vouched for 0 steps (plan "),
     "leaves a tenant waiting": (
         "serves",
         "list(step.waiting)",

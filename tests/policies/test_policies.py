@@ -667,7 +667,7 @@ def test_a_verb_that_cannot_be_names_the_policy_the_number_and_the_limit(
     ],
 )
 def test_a_step_over_the_budget_is_refused(script: Sequence[Callable[[Step], object]], tokens: int) -> None:
-    with pytest.raises(PolicyError, match=rf"policy Scripted: a step of {tokens} tokens: its budget is 5"):
+    with pytest.raises(PolicyError, match=rf"policy Scripted: step [\d,]+: a step of {tokens} tokens: its budget is 5"):
         serve([(0, 6, 5), (0, 6, 5)], lambda: Scripted(script, budget=5))
 
 
@@ -757,7 +757,7 @@ def test_a_policy_that_serves_nobody_is_told_so_at_the_end() -> None:
     [True, pytest.param(False)],
 )
 def test_a_policy_that_vouches_for_no_step_is_refused(leap: bool) -> None:
-    with pytest.raises(PolicyError, match="policy Absent: vouched for 0 steps"):
+    with pytest.raises(PolicyError, match="policy Absent: step 1: vouched for 0 steps"):
         serve([(0, 5, 9)], Absent, leap=leap)
 
 

@@ -61,9 +61,7 @@ class View:
 
 
 def request(session: int = -1, hash_ids: list[int] | None = None, number: int = 0) -> Request:
-    made = Live(number, 0, 16, 16, session=session)
-    made.hash_ids = hash_ids or []
-    return made
+    return Live(number, 0, 16, 16, session=session, hash_ids=hash_ids or [])
 
 
 def ready(router: Router) -> Any:

@@ -225,7 +225,7 @@ def test_an_asynchronous_policy_cannot_swap() -> None:
     class Ahead(OutOnce):
         asynchronous = True  # type: ignore[assignment]
 
-    with pytest.raises(PolicyError, match=r"policy Ahead: preempt of Request\(0, .* by swap while a step is under way"):
+    with pytest.raises(PolicyError, match=r"step 3: preempt of Request\(0, .* by swap while a step is under way"):
         played(Ahead, (9, KV))
 
 

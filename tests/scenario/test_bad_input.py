@@ -663,7 +663,7 @@ def test_policy_that_overspends_its_budget() -> None:
     result = with_policy(ADMIT_ALL + "        return 1\n")
 
     assert result.status == 2
-    name, number, limit = "policy Mine: a step of ", " tokens: its ", "budget is 2048\n"
+    name, number, limit = "policy Mine: step 1: a step of ", " tokens: its ", "budget is 2048\n"
     assert result.err.startswith(f"error: {name}")
     assert result.err.endswith(number + limit)
     assert int(result.err.removeprefix(f"error: {name}").removesuffix(number + limit)) > 2048
@@ -676,13 +676,13 @@ BROKEN_RULES = {
     ),
     "admits twice": (
         "        request = step.waiting[0]\n" + 2 * "        step.admit(request, 1)\n" + "        return 1\n",
-        "policy Mine: Request(0, prompt ",
+        "policy Mine: step 1: Request(0, prompt ",
     ),
     "vouches for nothing": (
         "        step.decode_all()\n"
         "        if not step.running:\n            step.admit(step.waiting[0], step.waiting[0].remaining)\n"
         "        return 0\n",
-        "policy Mine: vouched for 0 steps",
+        "policy Mine: step 1: vouched for 0 steps",
     ),
 }
 
@@ -707,7 +707,7 @@ CRASHES = {
     ),
     "hands over nonsense": (
         "        step.admit(step.waiting[0], 'all')\n        return 1\n",
-        "mine.py:14: raised TypeError: ",
+        "policy Mine: step 1: admit of Request(0, ",
     ),
     "crashes as it is made": (
         "        return 1\n\n    def __post_init__(self) -> None:\n        self.room = self.bugdet\n",

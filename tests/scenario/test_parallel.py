@@ -12,7 +12,7 @@ from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.by_part import ByPart
 from chairlift.backend.parallel import Parallel
 from chairlift.sim.bad_input import BadInput
-from chairlift.sim.plan.bounds import bound
+from chairlift.sim.plan.bounds import bound, work_of
 from chairlift.sim.plan.file import read_plan
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document, read
@@ -89,6 +89,9 @@ def test_an_executing_backend_refuses_what_it_does_not_build() -> None:
         {"model": "gemma-3-27b-fp8"},
         {"model": "deepseek-v3", "parallel": {"data": 8, "expert": 8}},
         {"model": "deepseek-v3", "parallel": {"tensor": 4, "data": 2, "expert": 8}, "gpu": "b200"},
+        {"model": "gpt-oss-120b", "parallel": {"tensor": 2, "data": 3, "expert": 2}, "kv": {"blocks": 1200}},
+        {"model": "llama-4-scout", "parallel": {"data": 4, "expert": 4}, "policy": "sglang"},
+        {"model": "qwen3-30b-a3b", "parallel": {"data": 2}, "kv": {"blocks": 520}},
         {"model": "llama-3.3-70b-fp8", "parallel": {"tensor": 2, "pipeline": 2}},
         {"model": "mixtral-8x7b", "backend": {"name": "roofline", "skew": 1.2}},
     ],
@@ -130,17 +133,36 @@ def test_plans_count_and_price_every_gpu_of_a_replica(tmp_path: Path) -> None:
     assert rates[4] > 1.5 * 16384 / alone / float(setup.trace.prompt_tokens.mean())
 
 
-def test_the_command_says_the_degrees_and_the_limits_of_a_rank(tmp_path: Path) -> None:
+def test_the_command_says_the_degrees_and_the_limits_of_a_rank() -> None:
     policy = {"name": "vllm", "max_num_batched_tokens": 16384, "max_num_seqs": 512}
     parallel = {"tensor": 2, "data": 4, "expert": 8}
     line = serve_line(ready(model="qwen3-30b-a3b", policy=policy, parallel=parallel))
     for flags in (
         *("--tensor-parallel-size 2", "--data-parallel-size 4", "--enable-expert-parallel"),
-        *("--max-num-batched-tokens 4096", "--max-num-seqs 128"),
+        *("--max-num-batched-tokens 16384", "--max-num-seqs 512"),
     ):
         assert flags in line
     other = commands(ready(model="qwen3-30b-a3b", policy=policy, parallel={**parallel, "expert": 4}))
     assert other[0] == "# vLLM has 8 groups of experts, of which 4 were simulated"
+    given = {"name": "sglang", "chunked_prefill_size": 2048, "max_running_requests": 64}
+    line = serve_line(ready(model="qwen3-30b-a3b", policy=given, parallel=parallel))
+    # SGLang shares these two out over its ranks, and takes three tenths of the third
+    for flags in ("--chunked-prefill-size 8192", "--max-running-requests 256", "--schedule-conservativeness 1 "):
+        assert flags in line + " "
+
+
+def test_limits_and_pools_that_are_given_are_those_of_a_rank() -> None:
+    parallel = {"data": 4, "expert": 4}
+    [own] = ready(model="qwen3-30b-a3b", parallel=parallel, kv={"blocks": 1000}).groups
+    assert (own.blocks, own.room(100_000)) == (4000, 16_000)
+    assert own.kv_source.startswith("given, for each of 4 ranks")
+    [one], [four] = (ready(model="qwen3-30b-a3b", parallel=p).groups for p in ({"tensor": 1}, parallel))
+    assert four.blocks % 4 == 0
+    assert four.blocks // 4 > one.blocks  # a quarter of the experts on each GPU
+    [plain], [ranked] = (ready(model="qwen3-30b-a3b", policy="sglang", parallel=p).groups for p in ({}, parallel))
+    size = plain.scheduler_settings["chunked_prefill_size"]
+    assert ranked.scheduler_settings["chunked_prefill_size"] == size // 4
+    assert ranked.scheduler_settings["schedule_conservativeness"] == 0.3
 
 
 def test_pools_are_those_of_the_policys_step() -> None:
@@ -168,3 +190,35 @@ def test_a_config_json_beside_the_scenario_gives_the_model(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config | {"memory_slots": 4}))
     with pytest.raises(BadInput, match="not understood: memory_slots"):
         prepare(read(tmp_path / "s.yaml"), tmp_path)
+
+
+def test_a_step_is_under_way_in_each_stage_if_the_policy_fills_them() -> None:
+    said = {
+        policy: simulate(ready(model="llama-3.1-8b", policy=policy, parallel={"pipeline": 2})).assumptions["pipeline"]
+        for policy in ("vllm", "sarathi")
+    }
+
+    assert said == {
+        "vllm": "a step under way in each of 2 stages, which take equal times",
+        "sarathi": "a step passes all stages before the next begins: this policy keeps one under way",
+    }
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        {"parallel": {"pipeline": 4}},
+        {"speculate": {"method": "eagle3", "tokens": 3, "acceptance": {"length": 2.4}}},
+    ],
+    ids=["stages", "drafts"],
+)
+def test_no_run_serves_more_than_the_bound(system: dict[str, Any]) -> None:
+    """A crowd that fills its stages, or keeps its drafts, is served faster than one step after the other."""
+    crowd = {"requests": 300, "clients": {"concurrency": 128}, "prompt_tokens": 16, "output_tokens": 100}
+    setup = ready(model="llama-3.1-8b", backend={"name": "roofline", "by_part": True}, workload=crowd, **system)
+    served = simulate(setup).summary["request_throughput"]
+    bounds = max(work_of(setup, setup.groups[0]))
+    plain = ready(model="llama-3.1-8b", backend={"name": "roofline", "by_part": True}, workload=crowd)
+
+    assert served <= 1 / bounds
+    assert bounds < max(work_of(plain, plain.groups[0]))

@@ -96,3 +96,32 @@ def test_disaggregation_ratio() -> None:
 
     assert best(chat) in ("4 prefill, 4 decode", "5 prefill, 3 decode")
     assert best(code) == "7 prefill, 1 decode"
+
+
+def test_speculation() -> None:
+    """The best number of drafts falls with the load; all of them pay alone, and many lose at a full one."""
+    alone, half, full = (
+        summaries("speculation", requests, case)
+        for requests, case in ((2, "1 client"), (128, "64 clients"), (512, "256 clients"))
+    )
+    gains = [
+        {name: summary["output_throughput"] / found["none"]["output_throughput"] for name, summary in found.items()}
+        for found in (alone, half, full)
+    ]
+    best = [max(gain, key=lambda name: gain[name]) for gain in gains]
+
+    assert best[0] in ("K 3", "K 5", "K 7")
+    assert best[1:] == ["K 3", "K 1"]
+    assert min(gain for name, gain in gains[0].items() if name != "none") > 1.4
+    assert gains[2]["K 7"] < gains[2]["K 5"] < 1
+
+
+def test_pipeline() -> None:
+    """Alone, stages only add up; a crowd that fills them makes up for it with two stages."""
+    alone, crowd = summaries("pipeline", 2, "1 client"), summaries("pipeline", 600, "256 clients")
+    rates = [{name: summary["output_throughput"] for name, summary in found.items()} for found in (alone, crowd)]
+
+    assert rates[0]["PP 4"] < 0.4 * rates[0]["TP 4"]
+    assert 0.4 * rates[0]["TP 4"] < rates[0]["TP 2 PP 2"] < 0.7 * rates[0]["TP 4"]
+    assert rates[1]["TP 2 PP 2"] > 0.95 * rates[1]["TP 4"]
+    assert rates[1]["PP 4"] > 0.7 * rates[1]["TP 4"]

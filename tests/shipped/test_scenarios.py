@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from chairlift.sim.plan.file import read_plan
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
 from kit.places import ROOT
@@ -106,3 +108,14 @@ def test_a_scenario_answers_for_a_mixture_of_experts_and_for_fp8(path: Path, mod
     for setup in study.setups[:2]:
         if not setup.executes and len(setup.trace) <= 2000:
             assert simulate(setup).summary["completed"] > 0
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "llama-3.1-8b-fp8"])
+@pytest.mark.parametrize("path", sorted((SCENARIOS / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_plan_has_systems_for_a_mixture_of_experts_and_for_fp8(path: Path, model: str) -> None:
+    candidates = read_plan(path, [f"model={model}"], trust=True).candidates
+    setups = [candidate.setup for candidate in candidates if candidate.setup is not None]
+    assert setups
+    for setup in (setups[0], setups[-1]):
+        few = replace(setup, trace=setup.trace.head(60))
+        assert simulate(few).summary["completed"] == 60

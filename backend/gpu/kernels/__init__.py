@@ -10,22 +10,43 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # a ``CUlaunchAttributeID``
 SHARED_BYTES = 232_448  # what a thread block may have on Hopper, 227 KiB
+
+
+class _Attribute(ctypes.Structure):
+    """CUDA's ``CUlaunchAttribute``."""
+
+    _fields_ = (
+        *(("id", ctypes.c_int), ("before", ctypes.c_char * 4)),
+        *(("value", ctypes.c_int), ("after", ctypes.c_char * 60)),
+    )
+
+
+class _Launch(ctypes.Structure):
+    """CUDA's ``CUlaunchConfig``."""
+
+    _fields_ = (
+        *(("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint)),
+        *(("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint)),
+    )
 
 
 class Kernel:
     """One compiled kernel. Tensors are passed as they are (no copies): their data pointer is the argument.
 
-    It is launched through the CUDA driver itself with arguments that are only filled in, for a step without a graph
-    makes hundreds of launches, and building their arguments anew took most of its host's time.
+    A kernel may start before the one ahead of it in the stream has ended, and waits for it itself (``in_order`` in
+    ``half.cuh``). It is launched through the CUDA driver itself with arguments that are only filled in, for a step
+    without a graph makes hundreds of launches, and building their arguments anew took most of its host's time.
     """
 
-    def __init__(self, function: Any, shared_bytes: int) -> None:
+    def __init__(self, function: Any, shared_bytes: int, early: bool = True) -> None:
         if shared_bytes > 48 * 1024:
             function.max_dynamic_shared_size_bytes = shared_bytes
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.kernel.ptr)
-        self._shared = shared_bytes
+        attribute = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._launch = _Launch(shared_bytes=shared_bytes, attributes=ctypes.pointer(attribute), count=int(early))
         self._slots: list[Any] = []
         self._addresses: Any = None
 
@@ -42,11 +63,11 @@ class Kernel:
             self._addresses = (ctypes.c_void_p * len(pointers))(*pointers)
         for slot, value in zip(self._slots, arguments, strict=True):
             slot.value = value if value is None or isinstance(value, int | float) else _plain(value)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        height = grid[1] if len(grid) > 1 else 1
-        failed = _driver().cuLaunchKernel(
-            self._handle, grid[0], height, 1, threads, 1, 1, self._shared, stream, self._addresses, None
-        )
+        launch = self._launch
+        launch.grid[:] = grid[0], grid[1] if len(grid) > 1 else 1, 1
+        launch.block[:] = threads, 1, 1
+        launch.stream = torch.cuda.current_stream().cuda_stream
+        failed = _driver().cuLaunchKernelEx(ctypes.byref(launch), self._handle, self._addresses, None)
         if failed:
             raise RuntimeError(f"CUDA error {failed} when launching a kernel on {grid} × {threads} threads")
 
@@ -70,12 +91,15 @@ def _driver() -> Any:
 
 
 @cache
-def kernel(file: str, name: str, shared_bytes: int = 0, **defines: int) -> Kernel:
-    """The kernel ``name`` of ``kernels/<file>.cu`` with these macros. Raises RuntimeError without CuPy."""
+def kernel(file: str, name: str, shared_bytes: int = 0, early: bool = True, **defines: int) -> Kernel:
+    """The kernel ``name`` of ``kernels/<file>.cu`` with these macros. Raises RuntimeError without CuPy.
+
+    Not ``early``: it is launched once all that is ahead of it has ended, as after a copy it must be.
+    """
     try:
         import cupy
     except ImportError as error:
         raise RuntimeError("the GPU engine needs CuPy: pip install 'chairlift[gpu]'") from error
     options = ("--std=c++17", f"-I{FOLDER}", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
     module = cupy.RawModule(code=(FOLDER / f"{file}.cu").read_text(encoding="utf-8"), options=options)
-    return Kernel(module.get_function(name), shared_bytes)
+    return Kernel(module.get_function(name), shared_bytes, early)

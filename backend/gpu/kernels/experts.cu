@@ -17,10 +17,13 @@ __device__ __forceinline__ float uniform(u32 a, u32 b, u32 c) {  // in (0, 1), a
 // The TOP experts of each row and their weights; a warp a row. Rows from *live on are nobody's: their pairs are -1, and so are
 // pairs with experts of other GPUs than this one, which has `own` of them from `first` on and counts from there.
 // skew < 0: by the router's logits. Else experts are drawn with chances ∝ rank^-skew, for measurements (0: all alike); the
-// layer's ranks are its own, and the same row draws anew whenever its logits change.
+// layer's ranks are its own, and the same row draws anew whenever its logits change. Pairs of each of this GPU's experts are
+// counted (`counts`, zero before) and numbered in any order (`place`).
 extern "C" __global__ void choose(const half_t* __restrict__ logits, int* __restrict__ chosen, float* __restrict__ weights,
-                                  const int* __restrict__ live, int rows, float skew, int layer, int first, int own) {
+                                  const int* __restrict__ live, int rows, float skew, int layer, int first, int own,
+                                  int* __restrict__ counts, int* __restrict__ place) {
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  in_order();
   if (row >= rows) return;
   if (live && row >= *live) {
     if (lane < TOP) chosen[row * TOP + lane] = -1;
@@ -77,31 +80,22 @@ extern "C" __global__ void choose(const half_t* __restrict__ logits, int* __rest
     if (lane == k) choice = at, weight = share;
   }
   if (lane < TOP) {
-    chosen[row * TOP + lane] = choice >= first && choice < first + own ? choice - first : -1;
+    const int mine = choice >= first && choice < first + own ? choice - first : -1;
+    chosen[row * TOP + lane] = mine;
+    if (mine >= 0) place[row * TOP + lane] = atomicAdd(counts + mine, 1);  // their order changes no row's result
     weights[row * TOP + lane] = NORM ? weight / sum : weight;
   }
 }
 
-// counters[e] += 1, for all lanes at once; what it was before, as if they came one after the other. -1 for e < 0.
-__device__ __forceinline__ int add_one(int* counters, int e) {
-  const u32 same = __match_any_sync(__activemask(), e);  // one addition for lanes with the same expert
-  const int lane = threadIdx.x % 32, leader = __ffs(same) - 1;
-  int before = 0;
-  if (lane == leader && e >= 0) before = atomicAdd(counters + e, __popc(same));
-  before = __shfl_sync(same, before, leader);
-  return e < 0 ? -1 : before + __popc(same & ((1u << lane) - 1));
-}
-
-// One thread block. For `pairs` pairs: where each one's row is once the pairs of an expert lie together (`place`, -1 of
-// nobody's), which row it is of (`source`), where each expert's rows end (`ends`), and the tiles of at most `high` rows that
-// they make: expert (-1: no tile), first row, end of the expert's rows, three arrays of `most`.
-extern "C" __global__ void arrange(const int* __restrict__ chosen, int* __restrict__ place, int* __restrict__ source,
-                                   int* __restrict__ ends, int* __restrict__ tiles, int pairs, int high, int most) {
-  __shared__ int counts[EXPERTS], next[EXPERTS], first_tile[EXPERTS + 1];
-  for (int e = threadIdx.x; e < EXPERTS; e += blockDim.x) counts[e] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < pairs; i += blockDim.x) add_one(counts, chosen[i]);
-  __syncthreads();
+// For `pairs` pairs, once `choose` has counted them (`counts`) and numbered those of each expert (`place`): where each one's
+// row is once the pairs of an expert lie together (`place`, -1 of nobody's), which row it is of (`source`), where each
+// expert's rows end (`ends`), and the tiles of at most `high` rows that they make: expert (-1: no tile), first row, end of the
+// expert's rows, three arrays of `most`. All thread blocks add up the counts; the first says what there is but one of.
+extern "C" __global__ void arrange(const int* __restrict__ chosen, const int* __restrict__ counts, int* __restrict__ place,
+                                   int* __restrict__ source, int* __restrict__ ends, int* __restrict__ tiles, int pairs,
+                                   int high, int most) {
+  __shared__ int starts[EXPERTS], first_tile[EXPERTS + 1];
+  in_order();
   if (threadIdx.x < 32) {  // running sums of rows and of tiles over the experts, by one warp
     int rows = 0, tile = 0;
     for (int base = 0; base < EXPERTS; base += 32) {
@@ -113,8 +107,7 @@ extern "C" __global__ void arrange(const int* __restrict__ chosen, int* __restri
         if (threadIdx.x >= d) a += x, b += y;
       }
       if (e < EXPERTS) {
-        next[e] = rows + a - n;
-        ends[e] = rows + a;
+        starts[e] = rows + a - n;
         first_tile[e] = tile + b - (n + high - 1) / high;
       }
       rows += __shfl_sync(~0u, a, 31);
@@ -123,18 +116,21 @@ extern "C" __global__ void arrange(const int* __restrict__ chosen, int* __restri
     if (threadIdx.x == 0) first_tile[EXPERTS] = tile;
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < EXPERTS; e += blockDim.x)
-    for (int i = 0; i * high < counts[e]; ++i) {
-      const int t = first_tile[e] + i;
-      tiles[t] = e;
-      tiles[most + t] = next[e] + i * high;
-      tiles[2 * most + t] = next[e] + counts[e];
+  if (blockIdx.x == 0) {
+    for (int e = threadIdx.x; e < EXPERTS; e += blockDim.x) {
+      const int n = counts[e];
+      ends[e] = starts[e] + n;
+      for (int i = 0; i * high < n; ++i) {
+        const int t = first_tile[e] + i;
+        tiles[t] = e;
+        tiles[most + t] = starts[e] + i * high;
+        tiles[2 * most + t] = starts[e] + n;
+      }
     }
-  for (int t = first_tile[EXPERTS] + threadIdx.x; t < most; t += blockDim.x) tiles[t] = -1;
-  __syncthreads();
-  for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-    const int e = chosen[i];
-    const int at = add_one(next, e);  // the order among an expert's rows changes no row's result
+    for (int t = first_tile[EXPERTS] + threadIdx.x; t < most; t += blockDim.x) tiles[t] = -1;
+  }
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < pairs; i += gridDim.x * blockDim.x) {
+    const int e = chosen[i], at = e < 0 ? -1 : starts[e] + place[i];
     place[i] = at;
     if (e >= 0) source[at] = i / TOP;
   }
@@ -145,6 +141,7 @@ extern "C" __global__ void combine(const uint4* __restrict__ y, const int* __res
                                    const float* __restrict__ weights, uint4* __restrict__ out, int pieces) {
   int at[TOP];
   float weight[TOP];
+  in_order();
 #pragma unroll
   for (int k = 0; k < TOP; ++k) at[k] = place[blockIdx.x * TOP + k], weight[k] = weights[blockIdx.x * TOP + k];
   for (int i = threadIdx.x; i < pieces; i += blockDim.x) {

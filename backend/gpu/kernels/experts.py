@@ -27,12 +27,13 @@ class Experts(NamedTuple):
     first: int = 0  # of this GPU's own experts
 
 
-def mixture(x: Tensor, experts: Experts, live: Tensor | None) -> Tensor:
+def mixture(x: Tensor, experts: Experts, live: Tensor | None, out: Tensor | None = None) -> Tensor:
     """What the experts of each row of ``x`` [rows, hidden] make of it, added up by their weights: ``[rows, hidden]``.
 
     ``live`` [1] int32 says how many rows are somebody's; the others become zero and read no weights. With ``skew`` the
     experts are drawn as if at random, so that the cost of a balance can be measured with weights that are random: a
-    drawn expert's weight is still the router's. Where other GPUs have experts too, the sum is over this one's.
+    drawn expert's weight is still the router's. Where other GPUs have experts too, the sum is over this one's; on a
+    GPU it goes to ``out``, if that is given.
     """
     logits = functional.linear(x, experts.router)
     if not x.is_cuda:
@@ -42,24 +43,29 @@ def mixture(x: Tensor, experts: Experts, live: Tensor | None) -> Tensor:
     rows, hidden = x.shape
     count, top, pairs = len(experts.up), experts.top, len(x) * experts.top
     macros = {"BF16": int(x.dtype == torch.bfloat16), "EXPERTS": count, "TOP": top, "NORM": int(experts.norm)}
-    integers = torch.zeros(3 * pairs + count, dtype=torch.int32, device=x.device)
-    chosen, place, source, ends = integers.split((pairs, pairs, pairs, count))
+    integers = torch.zeros(3 * pairs + 2 * count, dtype=torch.int32, device=x.device)
+    chosen, place, source, counts, ends = integers.split((pairs, pairs, pairs, count, count))
     weights = torch.empty(pairs, dtype=torch.float32, device=x.device)
     skew = -1.0 if experts.skew is None else float(experts.skew)
     kernel("experts", "choose", **{**macros, "EXPERTS": len(experts.router)})(
-        (-(-rows // 8),), 256, logits, chosen, weights, live, rows, skew, experts.layer, experts.first, count
+        (-(-rows // 8),),
+        256,
+        *(logits, chosen, weights, live, rows, skew, experts.layer, experts.first, count, counts, place),
     )
     tall = high(rows)
     most = min(pairs, pairs // tall + count)
     tiles = torch.empty((3, most), dtype=torch.int32, device=x.device)
-    kernel("experts", "arrange", **macros)((1,), 1024, chosen, place, source, ends, tiles, pairs, tall, most)
+    blocks = min(-(-pairs // 1024), 64)
+    kernel("experts", "arrange", **macros)(
+        (blocks,), 1024, chosen, counts, place, source, ends, tiles, pairs, tall, most
+    )
     if rows <= SMALL:
         wide = gated(grouped(x, experts.up, source, tiles, pairs, tall))
         y = grouped(wide, experts.down, None, tiles, pairs, tall)
     else:
         wide = gated(torch._grouped_mm(x[source], experts.up.transpose(1, 2), offs=ends))
         y = torch._grouped_mm(wide, experts.down.transpose(1, 2), offs=ends)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     kernel("experts", "combine", **macros)((rows,), min(256, hidden // 8), y, place, weights, out, hidden // 8)
     return out
 

@@ -19,18 +19,19 @@ __device__ __forceinline__ uint4 stream(const uint4* from) {  // read once: keep
   return v;
 }
 
-__device__ __forceinline__ void dot(const uint4* __restrict__ weight, const uint4* __restrict__ x, int lane,
+__device__ __forceinline__ void dot(const uint4* __restrict__ weight, const uint4* x, int lane,
                                     float (&sum)[ROWS]) {
 #pragma unroll 1
   for (int base = 0; base < K / 8; base += 32 * AHEAD) {
     uint4 w[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) w[i] = stream(weight + base + i * 32 + lane);
+    in_order();  // nobody writes weights: only x is to be waited for
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
 #pragma unroll
       for (int m = 0; m < ROWS; ++m) {
-        const uint4 v = __ldg(x + m * (K / 8) + base + i * 32 + lane);
+        const uint4 v = x[m * (K / 8) + base + i * 32 + lane];
         sum[m] += product_of(w[i].x, v.x);
         sum[m] += product_of(w[i].y, v.y);
         sum[m] += product_of(w[i].z, v.z);
@@ -44,10 +45,13 @@ __device__ __forceinline__ void dot(const uint4* __restrict__ weight, const uint
 }
 
 extern "C" __global__ void __launch_bounds__(128, PER_SM)
-gemv(const uint4* __restrict__ x, const uint4* __restrict__ weight, const half_t* __restrict__ bias,
+gemv(const uint4* x, const uint4* __restrict__ weight, const half_t* __restrict__ bias,
      half_t* __restrict__ out, int n) {
   const int row = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (row >= n) return;
+  if (row >= n) {
+    in_order();
+    return;
+  }
   float sum[ROWS] = {};
   dot(weight + (u64)row * (K / 8), x, lane, sum);
 #if KIND == 2

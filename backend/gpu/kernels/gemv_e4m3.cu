@@ -51,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM)
 gemv_e4m3(const uint4* __restrict__ x, const uint4* __restrict__ weight, const half_t* __restrict__ bias,
           const float* __restrict__ x_scale, const float* __restrict__ weight_scale, half_t* __restrict__ out, int n) {
   extern __shared__ __align__(16) uint4 staged[];  // [ROWS][2][K / 16], eight halves each
+  in_order();
   for (int i = threadIdx.x; i < ROWS * (K / 16); i += THREADS) {
     const uint4 v = x[i];
     const u32 four[4] = {v.x, v.y, v.z, v.w};

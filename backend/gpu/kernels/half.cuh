@@ -4,6 +4,12 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short half_t;
 
+// Kernels are launched before the one ahead of them in the stream has ended (programmatic dependent launch): each of their
+// threads calls this before it reads or writes anything that another kernel writes or reads.
+__device__ __forceinline__ void in_order() {
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+}
+
 __device__ __forceinline__ float to_float(u32 bits) {
 #if BF16
   return __uint_as_float(bits << 16);

@@ -59,6 +59,7 @@ __device__ __forceinline__ Eight scaled(Eight x, float row, const float* column)
 // x[row][i] *= the row's scale · the column's (+ bias), in pieces of 8.
 extern "C" __global__ void apply_scales(uint4* __restrict__ x, const float* __restrict__ rows, const float* __restrict__ columns,
                                         const uint4* __restrict__ bias, int pieces, u64 count) {
+  in_order();
   for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += (u64)gridDim.x * blockDim.x) {
     const u64 row = at / pieces, i = at - row * pieces;
     Eight y = scaled(Eight(x[at]), rows[row], columns + i * 8);
@@ -96,6 +97,7 @@ __device__ __forceinline__ void write_e4m3(const Eight (&held)[EACH], uint2* out
 // out = x as e4m3, a thread block a row.
 extern "C" __global__ void quantise(const uint4* __restrict__ x, uint2* __restrict__ out, float* __restrict__ scale) {
   __shared__ float shared[32];
+  in_order();
   Eight held[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
@@ -106,21 +108,27 @@ extern "C" __global__ void quantise(const uint4* __restrict__ x, uint2* __restri
 }
 
 #ifdef GATED
-// out = silu(x[:WIDTH]) · x[WIDTH:] as e4m3, where x is still to be scaled; a thread block a row.
+// out = silu(x[:WIDTH]) · x[WIDTH:] as e4m3, where x may still have to be scaled; a thread block a row.
 extern "C" __global__ void gated_e4m3(const uint4* __restrict__ x, const float* __restrict__ row_scale,
                                       const float* __restrict__ column_scale, uint2* __restrict__ out,
                                       float* __restrict__ scale) {
   __shared__ float shared[32];
   const int pieces = WIDTH / 8;
+  in_order();
+#if SCALED
   const float of_row = row_scale[blockIdx.x];
+#endif
   Eight held[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= pieces) continue;
     const u64 at = (u64)blockIdx.x * 2 * pieces + i;
-    const Eight gate = scaled(Eight(x[at]), of_row, column_scale + i * 8);
-    const Eight up = scaled(Eight(x[at + pieces]), of_row, column_scale + WIDTH + i * 8);
+    Eight gate(x[at]), up(x[at + pieces]);
+#if SCALED
+    gate = scaled(gate, of_row, column_scale + i * 8);
+    up = scaled(up, of_row, column_scale + WIDTH + i * 8);
+#endif
 #pragma unroll
     for (int j = 0; j < 8; ++j) held[k].x[j] = gate.x[j] / (1.f + __expf(-gate.x[j])) * up.x[j];
   }
@@ -129,14 +137,82 @@ extern "C" __global__ void gated_e4m3(const uint4* __restrict__ x, const float* 
 #endif
 #endif
 
+#ifndef PEERS
+#define PEERS 1
+#endif
+#if PEERS > 1
+// What every GPU has in the memory that all of them read: whose share lies ready, counted in turns; which turn the last norm
+// was of; how many of its thread blocks have begun this one; and which turn was the last that others were told of.
+struct Flags {
+  u32 ready[PEERS], turn, begun, told;
+};
+
+// That this GPU's share lies ready, to all others.
+__device__ __forceinline__ void tell(const u64* bases, int rank, int flags_at, u32 turn) {
+  for (int p = 0; p < PEERS; ++p)
+    if (p != rank)
+      asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(((Flags*)(bases[p] + flags_at))->ready + rank), "r"(turn)
+                   : "memory");
+}
+
+// Wait for what the others tell. Whoever waits for more than 20 s waits for a process that has died.
+__device__ __forceinline__ void await(const Flags* mine, int rank, u32 turn) {
+  u64 began, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
+  for (int p = 0; p < PEERS; ++p) {
+    u32 seen = turn;
+    if (p != rank) do {
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(mine->ready + p) : "memory");
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        if (now - began > 20000000000ull) __trap();
+      } while ((int)(seen - turn) < 0);
+  }
+}
+
+// Tell the others that this GPU's share is ready, and wait for theirs; by all thread blocks of a norm.
+__device__ __forceinline__ void meet(const u64* bases, int rank, int flags_at) {
+  if (threadIdx.x == 0) {
+    Flags* mine = (Flags*)(bases[rank] + flags_at);
+    const u32 turn = *(volatile u32*)&mine->turn + 1;
+    if (blockIdx.x == 0) tell(bases, rank, flags_at, turn);
+    await(mine, rank, turn);
+    if (atomicAdd(&mine->begun, 1) == gridDim.x - 1) mine->begun = 0, mine->turn = turn;
+  }
+  __syncthreads();
+}
+
+// Tell the others that what was copied to them has arrived; one thread.
+extern "C" __global__ void tell_of_copy(const u64* __restrict__ bases, int rank, int flags_at) {
+  Flags* mine = (Flags*)(bases[rank] + flags_at);
+  in_order();
+  tell(bases, rank, flags_at, ++mine->told);
+}
+
+// Wait for what the others copy to this GPU; one thread. No other kernel starts meanwhile: its thread blocks would fill the
+// GPU, and leave no room for the one that tells the others.
+extern "C" __global__ void wait_for_copy(const u64* __restrict__ bases, int rank, int flags_at) {
+  Flags* mine = (Flags*)(bases[rank] + flags_at);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  await(mine, rank, ++mine->turn);
+}
+#endif
+
 #ifdef RMS
 // residual += x (if x is given), out = norm(residual) · weight (+ bias); a thread block a row.
+// PEERS (more than 1): x is the sum of what that many GPUs gave. Each one's lies at its place of `sources`, elements
+// `values_at` bytes from there, scales of rows `scales_at`.
 extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __restrict__ residual,
                                          const uint4* __restrict__ weight, const uint4* __restrict__ bias,
                                          void* __restrict__ out, float epsilon, const float* __restrict__ row_scale,
-                                         const float* __restrict__ column_scale, float* __restrict__ out_scale) {
+                                         const float* __restrict__ column_scale, float* __restrict__ out_scale,
+                                         const u64* __restrict__ bases, const u64* __restrict__ sources, int rank,
+                                         int values_at, int scales_at, int flags_at, int ours) {
   __shared__ float shared[32];
   const int pieces = WIDTH / 8;
+  in_order();
+#if PEERS > 1
+  if (ours) meet(bases, rank, flags_at);
+#endif
   const u64 row = (u64)blockIdx.x * pieces;
   Eight held[EACH];
   float sum = 0.f;
@@ -145,6 +221,26 @@ extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __r
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= pieces) continue;
     held[k] = Eight(residual[row + i]);
+#if PEERS > 1
+    Eight all;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) all.x[j] = 0.f;
+#pragma unroll
+    for (int p = 0; p < PEERS; ++p) {  // in the same order on all GPUs: their residuals stay equal bit for bit
+      const char* base = (const char*)sources[p];
+      Eight more(__ldcg((const uint4*)(base + values_at) + row + i));
+#if SCALED
+      more = scaled(more, __ldcg((const float*)(base + scales_at) + blockIdx.x), column_scale + i * 8);
+#endif
+#pragma unroll
+      for (int j = 0; j < 8; ++j) all.x[j] += more.x[j];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) held[k].x[j] += all.x[j];
+    const uint4 rounded = held[k].packed();
+    residual[row + i] = rounded;
+    held[k] = Eight(rounded);  // what the next layer will read
+#else
     if (x) {
 #if SCALED
       const Eight more = scaled(Eight(x[row + i]), row_scale[blockIdx.x], column_scale + i * 8);
@@ -157,6 +253,7 @@ extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __r
       residual[row + i] = rounded;
       held[k] = Eight(rounded);  // what the next layer will read
     }
+#endif
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum += RMS ? held[k].x[j] * held[k].x[j] : held[k].x[j];
   }
@@ -194,8 +291,45 @@ extern "C" __global__ void residual_norm(const uint4* __restrict__ x, uint4* __r
 }
 #endif
 
+// The largest element of each row and the column it stands in, the first of equal ones; columns are counted from `from`.
+// A thread block of 1,024 threads a row. `best` may be missing.
+extern "C" __global__ void largest(const uint4* __restrict__ x, float* __restrict__ best, int* __restrict__ column,
+                                   int pieces, int from) {
+  __shared__ float tops[32];
+  __shared__ int columns[32];
+  in_order();
+  const uint4* row = x + (u64)blockIdx.x * pieces;
+  float top = __int_as_float(0xff800000);
+  int at = 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < pieces; i += 1024) {
+    const Eight v(row[i]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (v.x[j] > top) top = v.x[j], at = i * 8 + j;
+  }
+  auto best_of_warp = [&] {
+#pragma unroll
+    for (int d = 16; d; d /= 2) {
+      const float other = __shfl_xor_sync(~0u, top, d);
+      const int other_at = __shfl_xor_sync(~0u, at, d);
+      if (other > top || (other == top && other_at < at)) top = other, at = other_at;
+    }
+  };
+  best_of_warp();
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top, columns[threadIdx.x / 32] = at;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  top = tops[threadIdx.x], at = columns[threadIdx.x];
+  best_of_warp();
+  if (threadIdx.x) return;
+  column[blockIdx.x] = from + at;
+  if (best) best[blockIdx.x] = top;
+}
+
 // out[t][i] = silu(x[t][i]) · x[t][pieces + i], in pieces of 8.
 extern "C" __global__ void gated(const uint4* __restrict__ x, uint4* __restrict__ out, int pieces, u64 count) {
+  in_order();
   for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < count; at += (u64)gridDim.x * blockDim.x) {
     const u64 token = at / pieces, i = at - token * pieces;
     const Eight gate(x[token * 2 * pieces + i]), up(x[(token * 2 + 1) * pieces + i]);
@@ -212,6 +346,7 @@ extern "C" __global__ void head_norm(half_t* __restrict__ qkv, const half_t* __r
                                      const half_t* __restrict__ key_weight, int query_heads, int key_heads, int stride,
                                      float epsilon) {
   const int head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  in_order();
   if (head >= query_heads + key_heads) return;
   u32* x = (u32*)(qkv + (u64)blockIdx.x * stride + head * D);
   const u32* weight = (const u32*)(head < query_heads ? query_weight : key_weight);
@@ -239,6 +374,7 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
                                             const int* __restrict__ positions, const int* __restrict__ slots,
                                             const float2* __restrict__ rotation, int query_heads, int key_heads, int stride) {
   half_t* row = qkv + (u64)blockIdx.x * stride;
+  in_order();
   const int slot = slots[blockIdx.x];
   if (slot == -2) return;
   const int token = slot % TILE;

@@ -13,7 +13,8 @@ from torch.nn import functional
 from chairlift.backend.gpu.kernels import kernel
 
 TOP = 448.0  # the largest number that e4m3 has
-FEW = 512  # rows
+FEW = 512  # rows up to which the library's product with a scale a row is slow: up to twice the other's time
+MANY = 2048  # rows from which it is the faster one
 
 
 class Eights(NamedTuple):
@@ -26,27 +27,52 @@ class Eights(NamedTuple):
 class Product(NamedTuple):
     """What a product of `Eights` gave before its scales: ``values[i, j] · rows[i] · columns[j]``.
 
-    The kernel that reads it applies the scales, since it goes over every element anyway: so the product can be the
-    library's fastest, which knows one scale for all of a matrix.
+    The kernel that reads it applies the scales, since it goes over every element anyway: so the product can be the one
+    of the library that knows one scale for all of a matrix, which is the fastest for few rows.
     """
 
     values: Tensor  # [rows, columns]
-    rows: Tensor  # float32 [rows]
-    columns: Tensor  # float32 [columns]
+    rows: Tensor | None  # float32 [rows]; None: scales are applied
+    columns: Tensor | None  # float32 [columns]
 
     def whole(self) -> Tensor:
         """The product, in plain torch."""
+        if self.rows is None or self.columns is None:
+            return self.values
         return (self.values.float() * self.rows[:, None] * self.columns).to(self.values.dtype)
 
 
+class Share(NamedTuple):
+    """What this GPU has of a product that is the sum of what every GPU has: the norm that reads it adds them up.
+
+    Where the others' lie is said in bytes from their place of ``sources``, see `backend.gpu.exchange`.
+    """
+
+    values: Tensor  # [rows, columns], in memory that all GPUs read; before its scales, if it has any
+    rows: Tensor | None  # float32 [rows], likewise
+    columns: Tensor | None  # float32 [columns], the same on all GPUs
+    bases: Tensor  # int64 [GPUs]: where each one's memory starts
+    sources: Tensor  # int64 [GPUs]
+    rank: int
+    values_at: int
+    scales_at: int
+    flags_at: int  # bytes from the start of each one's memory
+    ours: int  # 1: the norm meets the others at the flags; 0: shares are copied, and whoever copies one tells of it
+
+
 def residual_norm(
-    x: Tensor | Product | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+    x: Tensor | Product | Share | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
 ) -> Tensor:
     """``residual += x`` in place (if x is given), and its norm (LayerNorm with a bias); all ``[rows, width]``."""
     if residual.is_cuda:
         out = torch.empty_like(residual)
         _norm(x, residual, weight, bias, epsilon, out, None)
         return out
+    assert not isinstance(x, Share)
     if x is not None:
         residual += x.whole() if isinstance(x, Product) else x
     if bias is not None:
@@ -56,7 +82,11 @@ def residual_norm(
 
 
 def residual_norm_e4m3(
-    x: Tensor | Product | None, residual: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float
+    x: Tensor | Product | Share | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
 ) -> Eights:
     """As `residual_norm`, its result in 8-bit floats."""
     if residual.is_cuda:
@@ -67,7 +97,7 @@ def residual_norm_e4m3(
 
 
 def _norm(
-    x: Tensor | Product | None,
+    x: Tensor | Product | Share | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -75,14 +105,19 @@ def _norm(
     out: Tensor,
     scale: Tensor | None,
 ) -> None:
-    values, rows, columns = x if isinstance(x, Product) else (x, None, None)
+    values, rows, columns = x[:3] if isinstance(x, Product | Share) else (x, None, None)
+    bases, sources, *places = x[3:] if isinstance(x, Share) else (None, None, 0, 0, 0, 0, 0)
+    if isinstance(x, Share) and not x.ours:
+        kernel("layers", "wait_for_copy", BF16=1, PEERS=len(x.bases))((1,), 1, x.bases, x.rank, x.flags_at)
     threads, each = _shares(residual.shape[1])
     run = kernel(
         *("layers", "residual_norm"),
         **{"BF16": int(residual.dtype == torch.bfloat16), "RMS": int(bias is None), "WIDTH": residual.shape[1]},
         **{"EACH": each, "SCALED": int(rows is not None), "QUANT": int(scale is not None)},
+        PEERS=1 if sources is None else len(sources),
     )
-    run((len(residual),), threads, values, residual, weight, bias, out, epsilon, rows, columns, scale)
+    given = (values, residual, weight, bias, out, epsilon, rows, columns, scale)
+    run((len(residual),), threads, *given, bases, sources, *places)
 
 
 def _shares(width: int) -> tuple[int, int]:
@@ -91,16 +126,16 @@ def _shares(width: int) -> tuple[int, int]:
     return -(-width // (8 * 32 * each)) * 32, each
 
 
-def empty_eights(rows: int, width: int, device: torch.device) -> Eights:
-    """Room for so many rows."""
+def empty_eights(rows: int, width: int, device: torch.device, scale: Tensor | None = None) -> Eights:
+    """Room for so many rows; that of their scales may be given."""
     values = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=device)
-    return Eights(values, torch.empty(rows, dtype=torch.float32, device=device))
+    return Eights(values, torch.empty(rows, dtype=torch.float32, device=device) if scale is None else scale)
 
 
-def quantised(x: Tensor) -> Eights:
-    """``x`` in 8-bit floats, the largest of each row as 448."""
+def quantised(x: Tensor, scale: Tensor | None = None) -> Eights:
+    """``x`` in 8-bit floats, the largest of each row as 448; on a GPU its scales go to ``scale``, if that is given."""
     if x.is_cuda and x.dtype != torch.float32:
-        out = empty_eights(len(x), x.shape[1], x.device)
+        out = empty_eights(len(x), x.shape[1], x.device, scale)
         threads, each = _shares(x.shape[1])
         run = kernel("layers", "quantise", BF16=int(x.dtype == torch.bfloat16), WIDTH=x.shape[1], EACH=each)
         run((len(x),), threads, x, out.values, out.scale)
@@ -109,40 +144,45 @@ def quantised(x: Tensor) -> Eights:
     return Eights((x.float() / scale[:, None]).clamp(-TOP, TOP).to(torch.float8_e4m3fn), scale)
 
 
-def product(x: Eights, weight: Eights, dtype: torch.dtype) -> Product:
-    """``x`` · ``weight``ᵀ in ``dtype``, before its scales."""
+def product(x: Eights, weight: Eights, dtype: torch.dtype, out: Tensor | None = None) -> Product:
+    """``x`` · ``weight``ᵀ in ``dtype``, before its scales where that is faster; on a GPU in ``out`` if given."""
     if _fits_gemv(x):
-        values = _gemv(x, weight, None, dtype, scales=False)
-    elif x.values.is_cuda:
+        values = _gemv(x, weight, None, dtype, False, out)
+    elif not x.values.is_cuda:
+        values = (x.values.float() @ weight.values.float().t()).to(dtype)
+    elif len(x.values) >= MANY:
+        return Product(_by_rows(x, weight, None, dtype, out), None, None)
+    else:
         one = _one(x.values.device)
         values = torch._scaled_mm(
-            x.values, weight.values.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True
+            *(x.values, weight.values.t(), one, one), out_dtype=dtype, use_fast_accum=True, out=out
         )
-    else:
-        values = (x.values.float() @ weight.values.float().t()).to(dtype)
     return Product(values, x.scale, weight.scale)
 
 
-def linear_e4m3(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x`` · ``weight``ᵀ (+ bias) in ``dtype``, scales applied."""
+def linear_e4m3(
+    x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """``x`` · ``weight``ᵀ (+ bias) in ``dtype``, scales applied; on a GPU in ``out``, if that is given."""
     if _fits_gemv(x):
-        return _gemv(x, weight, bias, dtype, scales=True)
+        return _gemv(x, weight, bias, dtype, True, out)
     if not x.values.is_cuda:
         whole = product(x, weight, dtype).whole()
         return whole if bias is None else whole + bias
-    if (
-        len(x.values) <= FEW
-    ):  # the library's product with a scale a row is slow for few rows: up to twice the other's time
-        y = product(x, weight, dtype).values
-        count = y.numel() // 8
-        run = kernel("layers", "apply_scales", BF16=int(dtype == torch.bfloat16))
-        run((min(-(-count // 256), 4096),), 256, y, x.scale, weight.scale, bias, y.shape[1] // 8, np.uint64(count))
-        return y
+    if len(x.values) > FEW:
+        return _by_rows(x, weight, bias, dtype, out)
+    y = product(x, weight, dtype, out).values
+    count = y.numel() // 8
+    run = kernel("layers", "apply_scales", BF16=int(dtype == torch.bfloat16))
+    run((min(-(-count // 256), 4096),), 256, y, x.scale, weight.scale, bias, y.shape[1] // 8, np.uint64(count))
+    return y
+
+
+def _by_rows(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """By the library's product with a scale a row and a scale a column, on a GPU."""
+    scales = (x.scale[:, None], weight.scale[None, :])
     return torch._scaled_mm(
-        *(x.values, weight.values.t(), x.scale[:, None], weight.scale[None, :]),
-        bias=bias,
-        out_dtype=dtype,
-        use_fast_accum=True,
+        *(x.values, weight.values.t(), *scales), bias=bias, out_dtype=dtype, use_fast_accum=True, out=out
     )
 
 
@@ -150,11 +190,13 @@ def _fits_gemv(x: Eights) -> bool:
     return x.values.is_cuda and len(x.values) <= 2 and x.values.shape[1] % 512 == 0
 
 
-def _gemv(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype, scales: bool) -> Tensor:
+def _gemv(
+    x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype, scales: bool, out: Tensor | None
+) -> Tensor:
     """One or two rows by weights, both in 8-bit floats, on a GPU."""
     rows, width = x.values.shape
     n = len(weight.values)
-    out = torch.empty((rows, n), dtype=dtype, device=x.values.device)
+    out = torch.empty((rows, n), dtype=dtype, device=x.values.device) if out is None else out
     run = kernel(
         *("gemv_e4m3", "gemv_e4m3", 2 * rows * width),
         **{"BF16": int(dtype == torch.bfloat16), "ROWS": rows, "K": width, "PER_SM": 5},
@@ -170,15 +212,16 @@ def _one(device: torch.device) -> Tensor:
     return torch.ones((), dtype=torch.float32, device=device)
 
 
-def gated_e4m3(x: Product) -> Eights:
-    """`gated` of a product before its scales, in 8-bit floats."""
+def gated_e4m3(x: Product, scale: Tensor | None = None) -> Eights:
+    """`gated` of a product before its scales, in 8-bit floats; ``scale`` as above."""
     if x.values.is_cuda:
         width = x.values.shape[1] // 2
-        out = empty_eights(len(x.values), width, x.values.device)
+        out = empty_eights(len(x.values), width, x.values.device, scale)
         threads, each = _shares(width)
         run = kernel(
             *("layers", "gated_e4m3"),
             **{"BF16": int(x.values.dtype == torch.bfloat16), "WIDTH": width, "EACH": each, "GATED": 1},
+            SCALED=int(x.rows is not None),
         )
         run((len(x.values),), threads, *x, out.values, out.scale)
         return out
@@ -197,8 +240,12 @@ def gated(x: Tensor) -> Tensor:
     return functional.silu(x[:, :width]) * x[:, width:]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain") -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "plain", out: Tensor | None = None
+) -> Tensor:
     """``x`` [rows, in] · ``weight`` [out, in]ᵀ (+ bias), then a ReLU (``kind`` "relu") or SwiGLU's gate ("gated").
+
+    A "plain" product goes to ``out``, if that is given.
 
     "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
     rows on a GPU go through a kernel of ours that reads the weights at 93 to 99 % of the copy bandwidth, where cuBLAS
@@ -206,7 +253,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "p
     """
     width = x.shape[1]
     if x.is_cuda and len(x) <= 2 and width % 256 == 0:
-        out = torch.empty((len(x), len(weight) // (2 if kind == "gated" else 1)), dtype=x.dtype, device=x.device)
+        if out is None:
+            out = torch.empty((len(x), len(weight) // (2 if kind == "gated" else 1)), dtype=x.dtype, device=x.device)
         run = kernel(
             *("gemv", "gemv"),
             **{"BF16": int(x.dtype == torch.bfloat16), "ROWS": len(x), "K": width, "PER_SM": 5},
@@ -217,6 +265,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, kind: str = "p
         return out
     if kind == "gated":
         return gated(functional.linear(x, weight, bias))
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if kind == "plain":
         return functional.linear(x, weight, bias)
     if x.is_cuda and bias is not None:
@@ -236,3 +286,17 @@ def head_norm(qkv: Tensor, query: Tensor, key: Tensor, query_heads: int, key_hea
     for part, weight in ((heads[:, :query_heads], query), (heads[:, query_heads : query_heads + key_heads], key)):
         wide = part.float()
         part.copy_((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(part.dtype) * weight)
+
+
+def largest(scores: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Of each row the largest score, float32, and its column, int32, counted from ``first``."""
+    rows, width = scores.shape
+    if scores.is_cuda and scores.dtype != torch.float32 and width % 8 == 0:
+        best = torch.empty(rows, dtype=torch.float32, device=scores.device)
+        column = torch.empty(rows, dtype=torch.int32, device=scores.device)
+        run = kernel("layers", "largest", BF16=int(scores.dtype == torch.bfloat16))
+        if rows:
+            run((rows,), 1024, scores, best, column, width // 8, first)
+        return best, column
+    best, column = scores.float().max(-1)
+    return best, (column + first).to(torch.int32)

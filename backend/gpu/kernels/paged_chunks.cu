@@ -56,6 +56,7 @@ __device__ __forceinline__ int before_me(int x, int* sums, int& all) {
 // plan[0]: entries; then the entries, each of which stands for all KV heads.
 extern "C" __global__ void plan_chunks(const int* __restrict__ spans, int* __restrict__ plan, int count, int heads, int grid) {
   __shared__ int sums[32];
+  in_order();
   const int each = (count + blockDim.x - 1) / blockDim.x;  // spans a thread
   const int from = min(count, (int)threadIdx.x * each), to = min(count, from + each);
   int tiles = 0, stages = 0;
@@ -126,6 +127,7 @@ paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   __syncthreads();
+  in_order();
   const int total = plan[0] * heads;
   int used = 0;  // stages consumed so far, of all items
   for (int item = blockIdx.x; item < total; item += gridDim.x) {

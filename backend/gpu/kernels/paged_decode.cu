@@ -46,6 +46,7 @@ __device__ __forceinline__ int owner(int total, int at, int warps) {
 extern "C" __global__ void plan_decode(const int* __restrict__ lengths, const int* __restrict__ rows, int* __restrict__ plan,
                                        int batch, int heads, int grid) {
   __shared__ int ends[MAX_BATCH + 1], sums[32];
+  in_order();
   if (threadIdx.x == 0) ends[0] = 0;
   int before = 0;
   for (int base = 0; base < batch; base += blockDim.x) {  // running sum of tiles
@@ -139,6 +140,7 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
   __shared__ int spans[WARPS][2];   // of each warp's two partial results: 0: its unit goes on, 1: it ends, -1: none
   __shared__ int units[WARPS][2][3];  // and its unit: number, first tile on the line, tiles
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  in_order();
   const int total = plan[0];
   if (total == 0) return;
   const int warps = max(1, min((int)gridDim.x * WARPS, total / MIN_TILES));

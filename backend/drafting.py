@@ -1,0 +1,111 @@
+"""What drafting costs: the layers that guess the next tokens, beside the steps that verify their guesses.
+
+After a step, the drafting layers pass over all of its tokens, which fills their KV and gives the first draft of each
+request; each further draft takes a pass over one token of each request. Source: vLLM 0.33,
+`vllm/v1/worker/gpu/spec_decode` (EAGLE, MTP, draft models).
+
+A pass also takes what does not shrink with its work: preparing it, sampling its tokens, and its part of the rejection
+sampler. `Shares.draft_us` is measured: vLLM 0.26 on an H200 took 6.30 ms for a decode of Llama-3.1-8B with 3 drafts of
+an EAGLE3 head, 4.79 without; of those 1.51 ms the parts that are priced explain 0.64, which leaves 290 µs a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from chairlift.backend.base import Backend, Batch, Settings, StepCost
+from chairlift.backend.parallel import Parallel
+from chairlift.backend.shapes import GPU, Model
+
+
+def head_of(model: Model, method: str) -> Model:
+    """The layer that drafts for ``model``, unless a scenario says more of it.
+
+    "eagle3": a dense layer with the model's attention and a head of its own. "mtp": one of the model's own last layers;
+    it shares embedding and head with the model.
+    """
+    alike: dict[str, Any] = {"layers": 1, "window": 0, "window_layers": 0, "chunked": False, "dense_layers": 0}
+    alike |= {"other_parameters": 0, "mtp_layers": 0, "learned_positions": 0}
+    if method == "mtp":
+        return replace(model, name=f"{model.name} MTP", **alike)
+    alike |= dict.fromkeys(("experts", "experts_per_token", "expert_ffn", "shared_ffn"), 0)
+    alike |= dict.fromkeys(("attention_bytes_per_param", "mlp_bytes_per_param", "expert_bytes_per_param"))
+    alike |= {"head_bytes_per_param": None, "arithmetic": None, "quantization": "none", "quantized": "layers"}
+    alike |= {"tied_embeddings": True, "expert_ffn_multiple": 1}
+    return replace(model, name=f"{model.name} {method}", **alike)
+
+
+def in_memory(draft: Model, method: str) -> Model:
+    """``draft`` as far as it takes memory of its own: embedding and head of MTP layers are the model's."""
+    return replace(draft, vocab=1) if method == "mtp" else draft
+
+
+@dataclass(frozen=True)
+class WithDrafts:
+    """The backend of ``settings`` with a ``draft`` model beside the one served; None: drafts cost nothing."""
+
+    settings: Settings
+    draft: Model | None
+
+    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
+        """The cost model. Raises ValueError as that of ``settings`` does, and where that cannot price drafts."""
+        backend = self.settings.build(model, gpu, parallel)
+        if not backend.prices_drafts:
+            raise ValueError(f"{backend.name} does not price the verification of drafts: use roofline")
+        if self.draft is None:
+            return Drafting(backend)
+        settings: Any = self.settings
+        known = {field.name for field in fields(settings)}
+        own = {name: 0.0 for name in ("floor_ms", "overhead_ms", "prepare_ms") if name in known}  # of the whole step
+        each = round(getattr(settings, "draft_us", 0.0) * 10**6)
+        return Drafting(backend, replace(settings, **own).build(self.draft, gpu, parallel), self.draft.name, each)
+
+
+def _further(batch: Batch) -> Batch:
+    """The pass after the first over the requests of ``batch``: a token of each."""
+    context = batch.context + sum(chunk.start + chunk.length for chunk in batch.prefills)
+    return Batch((), batch.decodes + len(batch.prefills), context)
+
+
+class Drafting(Backend):
+    """Prices steps as ``target`` does, and the passes of the ``draft`` after them; None: those cost nothing.
+
+    ``called``: the drafting model's name. ``each``: ps of a pass besides.
+    """
+
+    prices_drafts = True
+
+    def __init__(self, target: Backend, draft: Backend | None = None, called: str = "", each: int = 0) -> None:
+        self.target, self.draft, self._called, self._each = target, draft, called, each
+        self.name = target.name
+        self.arrival, self.arrival_token = target.arrival, target.arrival_token
+
+    def step(self, batch: Batch) -> StepCost:
+        """The cost of ``batch`` and of the `Batch.proposes` drafts after it."""
+        cost = self.target.step(batch)
+        if self.draft is None or not batch.proposes:
+            return cost
+        further = self.draft.step(_further(batch)).first if batch.proposes > 1 else 0
+        return self._with_passes(cost, self.draft.step(batch).first, further, batch.proposes)
+
+    def together(self, batches: Sequence[Batch]) -> StepCost:
+        """As `step`, of a step of all ranks; a rank passes over its tokens as often as any other."""
+        cost, proposes = self.target.together(batches), max(batch.proposes for batch in batches)
+        if self.draft is None or not proposes:
+            return cost
+        further = self.draft.together([_further(batch) for batch in batches]).first if proposes > 1 else 0
+        return self._with_passes(cost, self.draft.together(batches).first, further, proposes)
+
+    def _with_passes(self, cost: StepCost, first: int, further: int, passes: int) -> StepCost:
+        """``cost`` and that of ``passes`` passes: ``first`` ps of the first one, ``further`` of each after it."""
+        return StepCost(cost.first + first + (passes - 1) * further + passes * self._each, 0, 1, cost.host)
+
+    def assumptions(self) -> dict[str, str]:
+        """Those of the cost model within, and what drafting costs."""
+        said = "drafts cost nothing"
+        if self.draft is not None:
+            one = (self.draft.step(Batch((), 1, 1)).first + self._each) / 1e9
+            said = f"a pass of {self._called} takes {one:.2f} ms at least, one for each draft"
+        return {**self.target.assumptions(), "drafting": said}

@@ -1,0 +1,167 @@
+"""``chairlift calibrate --bench``: parts of a profile from what clients measured, steps hidden."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from chairlift.backend import specs
+from chairlift.backend.calibrated.profile import Profile, between, load
+from chairlift.backend.fitting.recording import read
+from chairlift.sim.calibration import bench
+from chairlift.sim.calibration.from_bench import CHUNKS, CLIENT, DECODES, PARTS, Run, carried, changed, fit, nearest
+from chairlift.sim.calibration.validate import setup_of
+from chairlift.sim.results.metrics import Latencies, inter_token_gaps
+from chairlift.sim.scenario.load import load as load_scenario
+from chairlift.sim.workload.formats.vllm_bench import Result, result
+from kit.benched import result_of
+from kit.command import chairlift
+from kit.places import TRUTH
+
+H200 = specs.gpu("h200")
+START = "h200-llama-3.1-8b-vllm-0.26"
+SCENARIO = {
+    "model": "llama-3.1-8b",
+    "gpu": "h200",
+    "policy": {"name": "vllm", "max_num_batched_tokens": 4096, "max_num_seqs": 128},
+}
+needs_truth = pytest.mark.skipif(not TRUTH.is_dir(), reason="no recordings beside the checkout")
+
+
+def recorded_runs(folder: Path, names: tuple[str, ...], profile: Profile) -> list[Run]:
+    """Results made of recorded requests alone, for the recorded limits."""
+    recording = read(TRUTH / "h200-vllm-0.23", "llama-3.1-8b")
+    runs = []
+    for name in names:
+        experiment = recording.experiments[name]
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(result_of(experiment.requests, experiment.itl_s)))
+        found = result(path)
+        runs.append(Run(found, bench.replayed(setup_of(experiment, recording, profile), found)))
+    return runs
+
+
+def off(run: Run, profile: Profile) -> dict[str, float]:
+    """Relative errors of a prediction, by metric."""
+    predicted, measured = run.predicted(profile).metrics(), bench.recorded(run.result).metrics()
+    return {name: abs(predicted[name] / value - 1) for name, value in measured.items() if value}
+
+
+@needs_truth
+def test_a_run_that_was_not_seen_is_predicted_by_another_versions_profile(tmp_path: Path) -> None:
+    """From vLLM 0.26's profile to 0.23: fitted at 6 a second and to a burst, judged at 20 a second."""
+    start = load(START)
+    *seen, unseen = recorded_runs(tmp_path, ("conv_poisson_q6", "seed_burst", "conv_poisson_q20"), start)
+    found = fit(seen, start, H200, hold_out=False)
+    errors = off(unseen, found.profile)
+
+    assert errors["duration"] <= 0.03
+    for quantile in ("median", "p90", "p99"):
+        assert errors[f"{quantile}_ttft_ms"] <= 0.12
+        assert errors[f"{quantile}_tpot_ms"] <= 0.12
+    # what a burst of 256 sequences tells: scheduling took 21 µs a request in 0.23, and takes 30 in 0.26
+    host = found.parts[PARTS.index("scheduling and updating")]
+    assert host.told
+    assert host.low < 21 / 30 < host.high
+
+
+def served(rate_per_s: float, profile: Profile) -> Run:
+    """What clients would measure of a simulated server that has the steps of ``profile``."""
+    Path("s.json").write_text(json.dumps(SCENARIO | {"workload": load_of(rate_per_s)}))
+    [setup] = load_scenario("s.json").setups
+    outcome = Run(cast(Result, None), setup).outcome(profile)
+    times = Latencies(outcome.requests)
+    gaps = np.repeat(*inter_token_gaps(outcome.runs))
+    count = len(setup.trace)
+    seen = times.of("ttft") / 1e3, times.of("e2el") / 1e3, gaps / 1e3
+    return Run(Result(Path(f"q{rate_per_s}"), setup.trace, np.arange(count), count, *seen, None, None), setup)
+
+
+def load_of(rate_per_s: float) -> dict[str, Any]:
+    return {
+        "requests": 150,
+        "arrivals": {"poisson": {"rate_per_s": rate_per_s}},
+        "prompt_tokens": {"uniform": {"low": 50, "high": 900}},
+        "output_tokens": {"uniform": {"low": 20, "high": 200}},
+    }
+
+
+def test_planted_factors_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated server whose decode steps take 1.1 times as long, and launches 1.3 times, at two rates."""
+    monkeypatch.chdir(tmp_path)
+    planted = np.zeros(len(PARTS))
+    planted[: len(DECODES)] = np.log(1.1)
+    planted[PARTS.index("launches by graph pieces")] = np.log(1.3)
+    truth = changed(load(START), planted)
+    found = fit([served(rate, truth) for rate in (3, 12)], load(START), H200, hold_out=False)
+    parts = {each.part: each for each in found.parts}
+
+    for part, true in (("decode steps of 16", 1.1), ("launches by graph pieces", 1.3)):
+        assert parts[part].told, part
+        assert parts[part].low <= true <= parts[part].high, part
+        assert abs(parts[part].factor / true - 1) < 0.06, part
+    # 150 short requests never fill 8,192 tokens, and never keep the GPU waiting for an eager launch
+    assert not parts["steps with chunks of 8,192 tokens"].told
+    unseen = served(7, truth)
+    assert max(off(unseen, found.profile)[f"{q}_{m}_ms"] for q in ("median", "p90") for m in ("ttft", "tpot")) < 0.05
+
+
+def test_a_factor_bends_its_part_alone() -> None:
+    profile = load(START)
+    logs = np.zeros(len(PARTS))
+    logs[len(DECODES) + 1 + CHUNKS.index(1024)] = np.log(1.5)
+    bent = changed(profile, logs)
+    at = np.array([128.0, 1024.0, 8192.0, 362.0387])  # the last lies in the middle between 128 and 1,024
+    factors = between(bent.gpu_time.chunk_residual, at) / between(profile.gpu_time.chunk_residual, at)
+
+    assert factors[:3] == pytest.approx([1, 1.5, 1])
+    assert factors[3] == pytest.approx(1.5**0.5, rel=0.01)
+    assert replace(bent, gpu_time=profile.gpu_time) == profile
+    assert changed(profile, np.zeros(len(PARTS))).host == profile.host
+    assert len(PARTS) - 1 == CLIENT
+
+
+def test_the_nearest_profile_is_of_the_model_the_gpu_and_the_version() -> None:
+    model = specs.model("llama-3.1-8b")
+
+    assert nearest(model, H200, 1, "0.23").name == "h200-llama-3.1-8b-vllm-0.23"
+    assert nearest(model, specs.gpu("h100"), 1, "0.26").name == "h200-llama-3.1-8b-vllm-0.26"
+    # OPT-13B has 1.6 times the parameters of Llama-3.1-8B, and 6.25 times its KV a token
+    other = carried(load("h200-opt-13b-vllm-0.23"), model, H200)
+    opt = load("h200-opt-13b-vllm-0.23").gpu_time
+    assert other.model == "llama-3.1-8b"
+    assert opt.weights_s / other.gpu_time.weights_s == pytest.approx(12.85 / 8.03, rel=0.01)
+    assert opt.kv_s / other.gpu_time.kv_s == pytest.approx(819_200 / 131_072)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--bench", "b.json"], "give either --scenario S, or --model M and --gpu G"),
+        (["b.json", "--model", "opt-13b", "--gpu", "h200"], "b.json: results are given with --bench"),
+        (["--bench", "no.json", "--model", "opt-13b", "--gpu", "h200"], "no.json: no such file"),
+        (["--bench", "b.json", "--model", "opt-31b", "--gpu", "h200"], "opt-31b"),
+        (["--bench", "b.json", "--model", "opt-13b", "--gpu", "h200", "--from", "x"], "no profile 'x'"),
+        (
+            ["--bench", "b.json", "--model", "opt-13b", "--recording", "r"],
+            "--recording: must not be given beside --bench",
+        ),
+        (["--from", "x", "--model", "opt-13b"], "--from: goes with --bench"),
+    ],
+)
+def test_what_cannot_be_fitted_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], rule: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    columns = {"arrival_s": [0.0, 1.0], "first_token_s": [0.5, 1.5], "last_token_s": [1.0, 2.0]}
+    lengths = {"prompt_tokens": [5, 6], "output_tokens": [3, 3]}
+    Path("b.json").write_text(json.dumps(result_of({name: np.array(v) for name, v in {**columns, **lengths}.items()})))
+    found = chairlift("calibrate", *arguments)
+
+    assert found.status == 2
+    assert rule in found.err

@@ -1,0 +1,222 @@
+"""Whole runs with drafts: against runs without, closed forms, and whatever happens to requests meanwhile."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chairlift.backend.base import Batch, StepCost
+from chairlift.policies.vllm import Vllm
+from chairlift.sim.results.metrics import Pool, summarise
+from chairlift.sim.results.records import DRAFT_COLUMNS, Status
+from chairlift.sim.scenario.load import load
+from chairlift.sim.simulate import simulate
+from chairlift.sim.study import Failures, Limits, Outage, Slo, Speculate
+from chairlift.sim.workload.acceptance import Acceptance, Draws
+from kit.places import TRUTH
+from kit.worlds import Affine, World, check_books, play, trace_of
+
+RECORDED = TRUTH / "h200-vllm-0.26" / "llama-3.1-8b-eagle3_requests.csv.gz"
+TIMES = ("first_token_s", "last_token_s")
+
+
+def drafts(tokens: int = 3, method: str = "eagle3", **acceptance: Any) -> Speculate:
+    draft = "opt-125m" if method == "draft_model" else None
+    return Speculate(method=method, tokens=tokens, acceptance=Acceptance(**acceptance), draft=draft)  # type: ignore[arg-type]
+
+
+def table(seed: int, requests: int, rate_ps: int = 20_000) -> list[tuple[int, int, int]]:
+    """Requests with prompts of 2 to 60 tokens, answers of 1 to 40, at random times."""
+    draw = np.random.default_rng(seed)
+    arrivals = np.sort(draw.integers(0, requests * rate_ps, requests))
+    return [(int(at), int(draw.integers(2, 60)), int(draw.integers(1, 40))) for at in arrivals]
+
+
+@dataclass
+class WithDeadTokens(Affine):
+    """As `Affine`, each decode with so many dead tokens beside its own, which lie in its context too."""
+
+    dead: int = 3
+
+    def step(self, batch: Batch) -> StepCost:
+        dead = self.dead * batch.decodes
+        return super().step(batch._replace(context=batch.context + dead, drafts=dead))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@settings(max_examples=8)
+@given(seed=st.integers(0, 99), tokens=st.integers(1, 7))
+def test_drafts_of_which_none_is_kept_are_dead_tokens(asynchronous: bool, cached: bool, seed: int, tokens: int) -> None:
+    """With room for all, a run is the plain one with so many dead tokens a decode."""
+    trace = trace_of(table(seed, 20))
+
+    def policy() -> Vllm:
+        return Vllm(async_scheduling=asynchronous, enable_prefix_caching=cached, max_num_batched_tokens=100_000)
+
+    plain = play(trace, policy, lambda: WithDeadTokens(dead=tokens), leap=False)
+    drafted = play(trace, policy, Affine, speculate=drafts(tokens, rates=[0] * tokens))
+
+    # all but how full the pool was: slots are taken ahead of drafts
+    assert drafted.outcome()[:-1] == plain.outcome()[:-1]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_one_request_alone_takes_a_step_for_each_output(asynchronous: bool, share: float) -> None:
+    """1,000 ps a step, whatever is in it: from first token to last as many steps as outputs."""
+    speculate = drafts(4, rates=[share] * 4)
+    accepts = Draws((share,) * 4, 0)
+    world = play(
+        trace_of([(0, 30, 200)]),
+        lambda: Vllm(async_scheduling=asynchronous),
+        lambda: Affine(token=0, context=0),
+        speculate=speculate,
+    )
+    r = world.requests
+    counts = {name: r.extra[name][0] for name in DRAFT_COLUMNS}
+    outputs = (r.finished[0] - r.first_token[0]) // 1000
+
+    assert counts["verifications"] == outputs == r.messages()[0] - 1
+    assert counts["draft_tokens"] == 4 * outputs
+    assert counts["accepted_tokens"] == 199 - outputs
+    if share in (0.0, 1.0):
+        assert outputs == {0.0: 199, 1.0: -(-199 // 5)}[share]
+        assert accepts(0, 1, 4) == 4 * share
+
+
+def test_the_same_drafts_are_kept_whatever_the_policy_does() -> None:
+    trace = trace_of(table(1, 60))
+    speculate = drafts(3, length=2.4)
+    worlds = [
+        play(trace, lambda n=n, a=a: Vllm(max_num_seqs=n, async_scheduling=a), speculate=speculate)  # type: ignore[misc]
+        for n, a in ((64, False), (5, False), (5, True))
+    ]
+
+    assert len({tuple(world.requests.finished) for world in worlds}) > 1
+    assert len({tuple(world.requests.extra["accepted_tokens"]) for world in worlds}) == 1
+
+
+def test_the_accepted_length_is_the_one_asked_for() -> None:
+    world = play(trace_of([(0, 20, 2000) for _ in range(20)]), Vllm, speculate=drafts(3, length=2.4))
+    summary = summarise(world.requests, [e.records for e in world.engines], [Pool(1000, 16, 1)], Slo(), 1.0)
+
+    # 20 answers of some 833 outputs; a standard error of 1.2 / sqrt(16,660) is 0.01
+    assert summary["accepted_length"] == pytest.approx(2.4, abs=0.03)
+    assert summary["drafts_wasted"] == pytest.approx(1 - 1.4 / 3, abs=0.01)
+    assert summary["draft_tokens"] == sum(world.requests.extra["draft_tokens"])
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 999),
+    tokens=st.integers(1, 5),
+    asynchronous=st.booleans(),
+    cached=st.booleans(),
+    priority=st.booleans(),
+    blocks=st.integers(7, 40),
+    budget=st.integers(16, 200),
+    method=st.sampled_from(["eagle3", "draft_model"]),
+)
+def test_books_balance_however_tight_memory_is(
+    seed: int,
+    tokens: int,
+    asynchronous: bool,
+    cached: bool,
+    priority: bool,
+    blocks: int,
+    budget: int,
+    method: str,
+) -> None:
+    """Every token comes once, every gap is counted, no block is left: `audit` and `check_books`."""
+    groups = np.arange(25) % 4
+    trace = trace_of(
+        table(seed, 25, 2000),
+        priority=[i % 3 for i in range(25)],
+        prefix_group=groups,
+        prefix_tokens=np.minimum(np.array([prompt for _, prompt, _ in table(seed, 25, 2000)]), 20),
+    )
+
+    def policy() -> Vllm:
+        return Vllm(
+            async_scheduling=asynchronous,
+            enable_prefix_caching=cached,
+            scheduling_policy="priority" if priority else "fcfs",
+            max_num_batched_tokens=budget,
+            max_num_seqs=16,
+        )
+
+    check_books(play(trace, policy, blocks=blocks, max_model_len=112, speculate=drafts(tokens, method, length=1.6)))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@settings(max_examples=25)
+@given(seed=st.integers(0, 999), timeout=st.floats(5e-9, 2e-7), at=st.floats(1e-9, 3e-7))
+def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: int, timeout: float, at: float) -> None:
+    """What clients got until then stays; `audit` adds up all gaps."""
+    world: World = play(
+        trace_of(table(seed, 25, 5000)),
+        lambda: Vllm(async_scheduling=asynchronous),
+        blocks=20,
+        replicas=2,
+        speculate=drafts(3, length=2),
+        limits=Limits(timeout_s=timeout),
+        failures=Failures(schedule=[Outage(replica=0, at_s=at, for_s=1e-8)]),
+    )
+
+    assert set(world.requests.status) <= {Status.FINISHED, Status.TIMED_OUT}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_journal_changes_nothing(asynchronous: bool) -> None:
+    with_it, without = (
+        play(
+            trace_of(table(3, 40, 2000)),
+            lambda: Vllm(async_scheduling=asynchronous),
+            blocks=8,
+            journal=journal,
+            speculate=drafts(3, length=2),
+        )
+        for journal in (True, False)
+    )
+
+    assert sum(without.requests.preemptions) > 0
+    assert with_it.outcome() == without.outcome()
+    assert with_it.engines[0].records.event_rows
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="needs the recordings in ../shared/truth")
+def test_a_recorded_run_with_drafts_is_predicted(tmp_path: Path) -> None:
+    """vLLM 0.26 on an H200, Llama-3.1-8B with an EAGLE3 head, 3 drafts, synthetic acceptance of 2.4, 6 requests/s.
+
+    Nothing is fitted to runs of it: drafting costs what decodes of one request showed (`Shares.draft_us`).
+    """
+    with gzip.open(RECORDED, "rt") as file:
+        rows = [row for row in csv.DictReader(file) if row["experiment"] == "conv_poisson_q6"]
+    names = ("arrival_s", "prompt_tokens", "output_tokens")
+    lines = [",".join(names), *(",".join(row[name] for name in names) for row in rows)]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "s.yaml").write_text(
+        "model: llama-3.1-8b\ngpu: h200\nmax_model_len: 16384\nbackend: {name: roofline, by_part: true}\n"
+        "policy: {name: vllm, version: 0.26, max_num_batched_tokens: 8192, max_num_seqs: 256, num_gpu_blocks: 53794}\n"
+        "speculate: {method: eagle3, tokens: 3, acceptance: {synthetic: 2.4}, draft: {vocab: 32000}}\n"
+        "workload: {file: t.csv, max_tokens: exact}\n"
+    )
+    [found] = load(tmp_path / "s.yaml").setups
+    summary = simulate(found).summary
+    times = {name: np.array([float(row[name]) for row in rows]) for name in ("arrival_s", *TIMES)}
+    outputs = np.array([int(row["output_tokens"]) for row in rows])
+    tpot = (times["last_token_s"] - times["first_token_s"])[outputs > 1] * 1e3 / (outputs[outputs > 1] - 1)
+
+    assert summary["duration"] == pytest.approx(times["last_token_s"].max() - times["arrival_s"].min(), rel=0.03)
+    assert summary["median_tpot_ms"] == pytest.approx(np.median(tpot), rel=0.06)
+    e2e = (times["last_token_s"] - times["arrival_s"]) * 1e3
+    assert summary["median_e2el_ms"] == pytest.approx(np.median(e2e), rel=0.06)
