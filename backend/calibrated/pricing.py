@@ -76,7 +76,7 @@ class Calibrated(Backend):
         computed = padded(all_tokens, self.limit) if self.profile.piecewise else all_tokens
         matmuls = self._matmuls.get(computed)
         if matmuls is None:
-            seconds = float(self._gpu.matmuls(np.array([computed], dtype=np.float64), self._gpu.chunk_residual)[0])
+            seconds = float(self._gpu.chunk_matmuls(np.array([computed], dtype=np.float64))[0])
             matmuls = self._matmuls[computed] = max(1, round(seconds * PS))
         gpu = matmuls + self._sequence * sequences + self._kv_mixed * batch.context
         gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks

@@ -98,6 +98,15 @@ class GpuTime:
     expert_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the experts that one token is sent to
     piecewise_floor_s: Seconds = 0.0  # of a step with chunks that fits the captured graphs
     eager_floor_s: Seconds = 0.0  # of a larger one
+    tile_tokens: Annotated[int, Field(ge=1, le=1024)] = 1  # matmuls of steps with chunks compute whole tiles of so many
+    odd_tiles: Factor = 1.0  # by which an odd number of tiles takes longer: tiles are computed in pairs
+
+    def chunk_matmuls(self, tokens: Floats) -> Floats:
+        """Seconds of the matmuls of steps with chunks, of ``tokens`` tokens."""
+        tiles = np.ceil(tokens / self.tile_tokens)
+        whole = self.matmuls(tiles * self.tile_tokens, self.chunk_residual)
+        found: Floats = whole * np.where((tiles % 2 == 1) & (self.tile_tokens > 1), self.odd_tiles, 1.0)
+        return found
 
     def matmuls(self, tokens: Floats, residual: Knots) -> Floats:
         """Seconds of the matmuls of ``tokens`` tokens, corrected by ``residual``."""

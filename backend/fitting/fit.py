@@ -38,10 +38,12 @@ CHUNK_KNOTS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 30
 KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
 NOISE = 0.02  # by how much a step differs from steps like it, relative
-STRAY = 3  # by how many powers of e a term may differ from where its search starts
+STRAY = 10  # by how much the root of a term may differ from where its search starts, in units of that
 DIFF = 1e-4  # the step of numeric derivatives, wide enough for the kinks where the host takes over from the GPU
 STIFF = 0.05  # by how much neighbouring knots of a residual may differ
 TIED = 0.15  # by how much a residual may differ from 1
+TILE = 128  # tokens of a tile of matmul kernels
+TELLS = 0.97  # a form with a further term must have a loss so much smaller
 FEWEST = 200  # steps of a recording
 CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
 WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
@@ -91,10 +93,14 @@ def _fit(steps: Steps, share: float) -> Fit:
     workers = host.eager_s < WORKERS_S and not steps.launch_known
     both = _Form(share, mixed=len(mixed) >= 20, chunks=True, workers=workers)
     spans = _spans(steps, launch)
-    gpu, head, tail = both.fitted(steps, spans)
+    gpu, head, tail, off = both.fitted(steps, spans)
+    in_tiles = both.in_tiles(TILE).fitted(steps, spans)
+    if in_tiles[-1] < TELLS * off:
+        gpu, head, tail, _ = in_tiles
     singles = _singles(steps, rows, seconds)
     gpu = _mean(gpu, steps, singles, 0.0, 0.0, "decode_residual", "kv_residual")
-    ends_with_chunk = spans.known & (steps.chunks > 0)[spans.rows.max(axis=1)]
+    # In a train of chunks the GPU's clock sinks; it is such trains, not prompts after a rest, that a load is made of.
+    ends_with_chunk = spans.known & (steps.chunks > 0)[spans.rows.max(axis=1)] & (spans.free > -np.inf)
     gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk)), head, tail, "chunk_residual")
     if not steps.launch_known:
         host = replace(host, head_s=head, tail_s=tail)
@@ -161,7 +167,7 @@ class _Form:
         "sequence_s": 5e-6,
         "kv_s": 30e-9,
         "kv_mixed_s": 60e-9,
-        "pair_s": 1e-12,
+        "pair_s": 1e-9,
         "chunk_s": 0.2e-3,
         "request_s": 20e-6,
         "experts_s": 10e-3,
@@ -169,16 +175,24 @@ class _Form:
         "eager_floor_s": 20e-3,
         "head_s": 2e-3,
         "tail_s": 1e-3,
+        "odd_tiles": 1.0,
     }
 
     def __init__(self, share: float, mixed: bool, chunks: bool, workers: bool) -> None:
         self.share = share  # of the experts that a token is sent to; 0: there are none
         self.mixed = mixed  # whether decodes in steps with chunks have a rate of their own
         self.chunks = chunks  # whether there are steps with chunks at all
+        self.tile = 1  # tokens of a tile of the matmuls of steps with chunks
         self.workers = workers  # whether launches kernel by kernel set a floor to GPU time
 
-    def fitted(self, steps: Steps, spans: Spans) -> tuple[GpuTime, float, float]:
-        """The coefficients by which ``spans`` of ``steps`` end when they did, and head and tail of `HostTime`."""
+    def in_tiles(self, tokens: int) -> _Form:
+        """This form, where matmuls of steps with chunks compute whole tiles of ``tokens`` tokens, two at a time."""
+        other = _Form(self.share, self.mixed, self.chunks, self.workers)
+        other.tile = tokens
+        return other
+
+    def fitted(self, steps: Steps, spans: Spans) -> tuple[GpuTime, float, float, float]:
+        """The coefficients by which ``spans`` of ``steps`` end when they did, head and tail of `HostTime`, the loss."""
         from scipy.optimize import least_squares
 
         last = spans.rows.max(axis=1)
@@ -204,14 +218,15 @@ class _Form:
         cuts = np.cumsum([len(names), *sizes])[:-1]
 
         def gpu_of(x: Floats) -> tuple[GpuTime, float, float]:
-            terms = {name: start[name] * math.exp(v) for name, v in zip(names, x, strict=False)}
+            terms = {name: start[name] * float(v * v) for name, v in zip(names, x, strict=False)}
             terms["sharpness"] += 1
             head, tail = terms.pop("head_s", 0.0), terms.pop("tail_s", 0.0)
+            terms["tile_tokens"] = self.tile
             terms.setdefault("kv_mixed_s", terms["kv_s"])
             logs = np.split(x, cuts)[1:]
             tables = [tuple(zip(k, np.exp(v).tolist(), strict=True)) for k, v in zip(knots, logs, strict=True)]
             named: dict[str, Any] = dict(zip(("decode_residual", "chunk_residual", "kv_residual"), tables, strict=True))
-            none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s"}, 0.0)
+            none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s", "odd_tiles"}, 0.0)
             return GpuTime(**{**none, **terms}, **named, expert_share=self.share), head, tail
 
         def off(x: Floats) -> Floats:
@@ -222,13 +237,15 @@ class _Form:
             log = np.concatenate([log, late]) / NOISE
             robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1, of the data only
             parts = [robust * np.concatenate([weight, weight])]
-            parts.append(x[: len(names)] / STRAY)
+            parts.append((x[: len(names)] - 1) / STRAY)
             for table in np.split(x, cuts)[1:]:
                 parts += [np.diff(table) / STIFF, table / TIED]
             return np.concatenate(parts)
 
-        found = least_squares(off, np.zeros(len(names) + sum(sizes)), method="lm", ftol=1e-5, diff_step=DIFF)
-        return gpu_of(found.x)
+        found = least_squares(
+            off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), method="lm", ftol=1e-5, diff_step=DIFF
+        )
+        return (*gpu_of(found.x), float(found.cost))
 
     def _start(self, steps: Steps, seconds: Floats) -> dict[str, float]:
         """Where the search begins: a value of each term that takes part."""
@@ -239,6 +256,8 @@ class _Form:
                 del start[name]
         if not self.mixed:
             start.pop("kv_mixed_s", None)
+        if self.tile == 1:
+            del start["odd_tiles"]
         if self.share:
             start["experts_s"] = max(1e-3, float(np.quantile(seconds, 0.75)) - start["weights_s"])
         else:

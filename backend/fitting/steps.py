@@ -178,7 +178,7 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     floor = np.array([0.0, gpu.piecewise_floor_s, gpu.eager_floor_s])[steps.kind]
     matmuls = np.where(
         chunked,
-        gpu.matmuls(steps.computed, gpu.chunk_residual),
+        gpu.chunk_matmuls(steps.computed),
         gpu.matmuls(steps.computed, gpu.decode_residual),
     )
     kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes))

@@ -138,7 +138,7 @@ def with_errors(profile: Profile, held: Held) -> Profile:
 
 def _cut(numbers: dict[str, Any]) -> dict[str, Any]:
     def short(value: float) -> float:
-        return float(np.format_float_scientific(value, SIGNIFICANT - 1))
+        return value if isinstance(value, int) else float(np.format_float_scientific(value, SIGNIFICANT - 1))
 
     return {
         key: tuple((int(at), short(factor)) for at, factor in value) if isinstance(value, tuple) else short(value)

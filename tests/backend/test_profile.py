@@ -78,6 +78,20 @@ def test_a_mixed_step_by_hand() -> None:
     assert cost.host == (279_400_000, 14 * MS, 90_000_000, 300_000_000, 0)
 
 
+def test_whole_tiles_are_computed_two_at_a_time() -> None:
+    tiled = replace(GPU_TIME, token_s=4e-6, tile_tokens=128, odd_tiles=1.25)
+    backend = Calibrated(replace(MADE, gpu_time=tiled))
+
+    def matmuls(tokens: int) -> float:
+        rest = GPU_TIME.pair_s * tokens * (tokens + 1) / 2 + GPU_TIME.chunk_s + GPU_TIME.request_s
+        return backend.step(Batch((Chunk(0, tokens),), 0, 0)).first / 1e12 - rest - GPU_TIME.sequence_s
+
+    # √(4² + (4e-3 · 1024)²) ms for eight tiles; nine tiles for one token more, and another quarter: they are ten
+    assert matmuls(1024) == pytest.approx(5.7250e-3, rel=1e-3)
+    assert matmuls(1025) == pytest.approx(1.25 * 6.1012e-3, rel=1e-3)
+    assert matmuls(1152) == pytest.approx(matmuls(1025), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("tokens", "limit", "computed"),
     [

@@ -150,6 +150,23 @@ def test_shipped_profiles_do_not_get_worse(model: str) -> None:
 
 
 @needs_truth
+def test_a_model_on_two_gpus_is_predicted_by_a_fit_that_knows_its_grids_alone() -> None:
+    """FP8 on two GPUs: matmuls in pairs of tiles, launches by worker processes. Every figure is within its band."""
+    recording = read(TRUTH / "h200-vllm-0.26", "llama-3.1-70b-fp8-tp2")
+    [run] = recording.select(["conv_poisson_q4.5"])
+
+    fitted = fitting.fitted(recording, [each for each in recording.experiments.values() if each.is_grid])
+    cells = validate.validate(recording, [run], lambda _: fitted)
+
+    assert (fitted.model, fitted.tensor_parallel) == ("llama-3.1-70b-fp8", 2)
+    assert fitted.gpu_time.tile_tokens == 128
+    assert fitted.gpu_time.eager_floor_s > 0.05  # 80 layers launched kernel by kernel
+    judged = [validate.allowed(cell, burst=False) for cell in cells]
+    assert judged.count(True) == 12
+    assert judged.count(False) == 0
+
+
+@needs_truth
 def test_a_repeat_is_left_out_together_with_what_it_repeats() -> None:
     recording = read(RECORDED, "llama-3.1-8b")
     named = recording.select(["conv_poisson_q20", "noise_conv_poisson_q20_again"])

@@ -23,7 +23,7 @@ class Planted:
     token: float = 21e-6
     kv: float = 33e-9
     kv_mixed: float = 60e-9
-    pair: float = 0.9e-12
+    pair: float = 0.9e-9
     schedule: float = 80e-6
     schedule_request: float = 8e-6
     update: float = 140e-6
