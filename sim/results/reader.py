@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 
 from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.results.catalogue import FIELDS
 from chairlift.sim.results.records import ADDED_COLUMNS, EVENT_COLUMNS, Kind, Status
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -284,6 +285,12 @@ def read(folder: Path) -> Results:
         summaries = _json(folder, "comparison.json", _SUMMARIES)
     else:
         summaries = [_json(folder, "summary.json", _SUMMARY)]
+    for summary in summaries:
+        for name, value in summary.items():
+            if name in FIELDS and not (value is None or isinstance(value, int | float)):
+                file = folder / ("comparison.json" if facts.compares else "summary.json")
+                rule = f"is damaged, or {ANOTHER_VERSION}: it must be a number"
+                raise BadInput(Problem(rule, file=str(file), path=name, value=value))
     if len(summaries) != len(facts.runs):
         rule = f"tells of {len(facts.runs)} runs, but the summaries of {len(summaries)}: run the scenario again"
         raise BadInput(Problem(rule, file=str(folder / "study.json"), path="runs"))
