@@ -641,8 +641,6 @@ def _no_drafts(speculate: Speculate, group: ReplicaGroup) -> str:
         return "must not be given with a backend that executes steps: it verifies no drafts"
     if group.role != "mixed":
         return "must not be given with prefill and decode replicas: that is not modelled"
-    if group.parallel.data > 1:
-        return "must not be given with ranks of DP-attention: that is not modelled"
     if group.parallel.pipeline > 1:
         return "must not be given with pipeline stages: that is not modelled"
     if group.kv_groups is not None:

@@ -107,11 +107,6 @@ def test_the_prefix_cache_looks_ahead_for_layers_that_read_states(
             "speculate: profile does not price the verification",
         ),
         (EAGLE, ["parallel={pipeline: 2}"], "speculate: must not be given with pipeline stages"),
-        (
-            EAGLE,
-            ["model=qwen3-30b-a3b", "parallel={data: 2, expert: 2}"],
-            "speculate: must not be given with ranks of DP-attention",
-        ),
         (EAGLE, ["speculate.method=ngram"], "speculate: draft must not be given with ngram"),
         (EAGLE, ["speculate.acceptance={length: 5}"], "speculate: length must be at most 1 + tokens, 4 (got 5)"),
         (EAGLE, ["speculate.acceptance={}"], "speculate.acceptance: exactly one of"),
