@@ -206,7 +206,7 @@ def test_a_length_that_fits_needs_no_word(tmp_path: Path, more: str) -> None:
 
 def test_ranks_have_pools_of_their_own(tmp_path: Path) -> None:
     text = BASE.replace("llama-3.1-8b", "qwen3-30b-a3b") + "policy: vllm\ngpu: h200\nmax_model_len: 16000\n"
-    (tmp_path / "s.yaml").write_text(text + "kv: {blocks: 1500}\nparallel: {data: 2}\n")
+    (tmp_path / "s.yaml").write_text(text + "kv: {blocks: 750}\nparallel: {data: 2}\n")
 
     with pytest.raises(BadInput, match="must be at most the 12000 tokens that the KV pool holds"):
         load(tmp_path / "s.yaml")
