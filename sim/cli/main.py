@@ -33,7 +33,11 @@ COMMANDS = {
         "schema",
         "Print the JSON Schema of scenario files, for editors that complete and check YAML.",
     ),
-    "calibrate": ("calibrate", "calibrate", "Fit a profile of step costs to what an engine was recorded doing."),
+    "calibrate": (
+        "calibrate",
+        "calibrate",
+        "Fit a profile of step costs to what an engine was recorded doing, or to what its clients measured.",
+    ),
     "validate": (
         "calibrate",
         "validate_",
