@@ -9,8 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 	$(BIN)/chairlift run anyscale_23x
 
-test: $(VENV)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## all tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 fuzz: $(VENV)/.installed-dev  ## 20,000 mutated files, each read to an answer or to one message (hours)
 	cd tests && ../$(BIN)/python fuzz.py 20000 1
