@@ -1,8 +1,8 @@
 """``make fuzz``: mutated scenarios, sweeps, traces and results, each read to an answer or to one message.
 
 A mutation changes one text of a good file: a key is misspelt, a number becomes another kind of number, bytes are cut,
-doubled or changed. Three counts must be 0: tracebacks, commands that take more than `HANG_S`, and commands that accept
-a misspelt key. ``python tests/fuzz.py 20000 7`` tries so many with that seed.
+doubled or changed. Three counts must be 0: tracebacks, commands that take longer than `patience` allows, and commands
+that accept a misspelt key. ``python tests/fuzz.py 20000 7`` tries so many with that seed.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
+from chairlift.sim.conformance.serving import Hangs, hanging, patience
 from kit.command import SCENARIO, chairlift
 
-HANG_S = 10
 NUMBERS = ("0", "-1", "1e30", ".inf", ".nan", "1.5", "''", "null", "true", "[1]", "{a: 1}", "10000000000000000000000")
 SMALL = SCENARIO.replace("requests: 30", "requests: 3")
 TRACE = "arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,20,5\n0.5,30,1\n1.0,7,9\n"
@@ -45,10 +42,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # file that is mutated → what reads 
     "runs/s/steps.parquet": ("report", "runs/s"),
 }
 KEY = re.compile(rb"(?m)^ *([a-z][a-z_]{3,}):")
-
-
-class Late(BaseException):
-    """A command takes longer than `HANG_S`."""
 
 
 def misspelt(data: bytes, draw: random.Random) -> bytes:
@@ -91,22 +84,6 @@ def doubled(data: bytes, draw: random.Random) -> bytes:
 MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (misspelt, renumbered, cut, flipped, doubled)
 
 
-@contextmanager
-def in_time() -> Iterator[None]:
-    """Raise `Late` in the midst of what takes too long."""
-
-    def late(_signal: int, _frame: FrameType | None) -> None:
-        raise Late
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, HANG_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def fuzz(times: int, seed: int, tell: Callable[[str], object]) -> Counter[str]:
     """Try so many mutations in a folder of their own; how often each kind of answer came."""
     draw, counts, home = random.Random(seed), Counter[str](), Path.cwd()
@@ -133,10 +110,10 @@ def fuzz(times: int, seed: int, tell: Callable[[str], object]) -> Counter[str]:
 
 def _tried(command: tuple[str, ...], must_fail: bool, what: str, tell: Callable[[str], object]) -> str:
     try:
-        with in_time():
+        with patience():
             result = chairlift(*command)
-    except Late:
-        tell(f"{what}: no end after {HANG_S} s")
+    except Hangs:
+        tell(f"{what}: {hanging()}")
         return "hangs"
     except Exception:
         tell(f"{what}: {traceback.format_exc()}")

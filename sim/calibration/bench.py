@@ -15,6 +15,7 @@ from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration.validate import Observed, rates
 from chairlift.sim.results.metrics import per_output_token
 from chairlift.sim.study import Setup
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats.vllm_bench import Result
 from chairlift.sim.workload.trace import COLUMNS, Trace
 
@@ -31,7 +32,7 @@ def recorded(result: Result) -> Observed:
         "e2el": result.latency_s * 1e3,
         "itl": result.itl_s * 1e3,
     }
-    ends = result.trace.arrival_ps / 1e12 + result.latency_s
+    ends = result.trace.arrival_ps / PS_PER_S + result.latency_s
     return Observed(rates(float(ends.max()), len(outputs), int(outputs.sum())), series)
 
 

@@ -14,6 +14,7 @@ from chairlift.sim.scenario.yaml_document import Document
 from chairlift.sim.scenario.yaml_document import read as read_document
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup
+from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats import vllm_bench
 
 
@@ -31,7 +32,7 @@ def compared(scenario: str, file: Path, progress: Callable[[str], None]) -> tupl
     if (lost := len(setup.trace) - outcome.summary["completed"]) > 0:
         notes.append(f"{lost:,} requests that the server answered are not completed in the prediction")
     cells = validate.compare(file.name, validate.observed(outcome), bench.recorded(result))
-    burst = int(setup.trace.arrival_ps[-1]) <= validate.SAME_TIME_S * 1e12
+    burst = int(setup.trace.arrival_ps[-1]) <= validate.SAME_TIME_S * PS_PER_S
     return cells, burst, notes
 
 

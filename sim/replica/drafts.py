@@ -153,7 +153,7 @@ class DraftedStep(ReplicaStep):
 
     def _slots(self, tokens: int) -> int:
         """Tokens of KV that a request needs to compute its first ``tokens`` tokens."""
-        return min(tokens + self.speculation.lookahead, self.max_model_len)
+        return min(tokens + self.speculation.lookahead, self.longest)
 
     def _choose(self, request: Drafted, tokens: int, drafts: int, padding: bool = False) -> None:
         decodes = request.phase is not PREFILLING

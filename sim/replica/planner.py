@@ -178,7 +178,7 @@ class Planner:
         decoding, batch, prompt_tokens = gathered
         if self.again:
             self.fail("vouched for 0 steps")
-        _, decodes, context, padded, *_ = batch
+        _, decodes, context, padded, _, _, _ = batch
         chunks = state.chunks
         group = state.group
         cost = self.price(self._as_decodes(batch) if state.resumed else batch)
@@ -474,7 +474,7 @@ class Planner:
     def idle(self) -> Plan:
         """A plan of as many steps as others want, in which nothing of this planner's runs."""
         state, pool = self.state, self.pool
-        here = (len(state.admitted), len(state.waiting), pool.total - pool.free, pool.spared)
+        here = (len(state.admitted), len(state.queue), pool.total - pool.free, pool.spared)
         row = (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
         return Plan(0, 0, FOREVER, [], False, row, [], StepCost(0))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chairlift.policies.base import FOREVER
-from chairlift.sim.workload.trace import Trace, streams
+from chairlift.sim.workload.trace import Trace, named_tokens, streams
 
 OWN, GROUP, SESSION, HASHED = range(4)
 INDEX_BITS = 24  # blocks a request can have
@@ -43,8 +43,7 @@ class Identity:
         if trace.hash_ids is not None:
             self._hashes = trace.hash_ids.values.tolist()
             self._offsets = trace.hash_ids.offsets.tolist()
-            named = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens)
-            covered = np.maximum(named - ahead, 0) // block_size
+            covered = np.maximum(named_tokens(trace) - ahead, 0) // block_size
             self._hashed = covered.tolist()
             shareable = np.maximum(shareable, covered)
         if self._stream is not None:

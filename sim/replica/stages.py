@@ -21,6 +21,7 @@ from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.results.records import Status
 
 _SILENCE = at(-1)  # ends no step: whoever decodes is late, and their gap is counted from their latest token
@@ -34,7 +35,7 @@ class StagedPlanner(Planner):
     def __init__(self, *parts: object, **more: object) -> None:
         super().__init__(*parts, **more)  # type: ignore[arg-type]
         if self.state.flights is None:
-            raise PolicyError(f"policy {type(self.scheduler).__name__}: a pipeline has several stages")
+            raise PolicyError("a pipeline has several stages", name_of(self.scheduler))
         self.flying: list[Plan] = []  # those whose output is not in, the oldest first
         self.delivered: dict[int, When] = {}  # request → when the latest of its tokens that is in came
 

@@ -15,6 +15,7 @@ from chairlift.sim.replica.drafts import Chosen, Drafted, DraftedStep
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
 from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.results.records import DRAFT_COLUMNS, Status
 
 
@@ -47,7 +48,7 @@ class VerifyingPlanner(Planner):
         super().__init__(*parts, **more)
         policy = self.scheduler
         if not policy.verifies_drafts or self.pool.windowed or self.pool.keeps or self.state.stages > 1:
-            raise PolicyError(f"policy {type(policy).__name__}: speculation is not modelled here")
+            raise PolicyError("speculation is not modelled here", name_of(policy))
         self._leaps = False
         if DRAFT_COLUMNS[0] not in self.requests.extra:
             self.requests.count_drafts()

@@ -20,7 +20,7 @@ import numpy as np
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
-from chairlift.sim.workload.trace import IntArray, Trace, streams
+from chairlift.sim.workload.trace import IntArray, Trace, named_tokens, streams
 
 NOT_SAID = ("priority", "tenant")  # columns that no file of these tools has
 MOST_ID = 2**31 - 1  # GuideLLM's ids have 32 bits
@@ -105,7 +105,7 @@ def block_ids(trace: Trace, block: int) -> Iterator[list[int]]:
     Example: two prompts of 40 and 50 tokens share a prefix of 32. In blocks of 16 their ids are 0 1 2 and 0 1 3 4.
     """
     known: dict[tuple[object, ...], int] = {}
-    named, shared = _named(trace), _shared(trace)
+    named, shared = named_tokens(trace), _shared(trace)
     turns, groups = streams(trace), trace.prefix_group
     for row, prompt in enumerate(trace.prompt_tokens.tolist()):
         theirs = [] if trace.hash_ids is None else trace.hash_ids.row(row).tolist()
@@ -124,14 +124,6 @@ def block_ids(trace: Trace, block: int) -> Iterator[list[int]]:
         yield ids
 
 
-def _named(trace: Trace) -> IntArray:
-    """Of each prompt, the leading tokens that ids of the trace name. Shape: ``(n,)``."""
-    if trace.hash_ids is None:
-        return np.zeros(len(trace), np.int64)
-    found: IntArray = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens)
-    return found
-
-
 def _shared(trace: Trace) -> IntArray:
     """Of each prompt, the leading tokens of its session (all of them) or of its group. Shape: ``(n,)``."""
     found = np.zeros(len(trace), np.int64)
@@ -143,7 +135,7 @@ def _shared(trace: Trace) -> IntArray:
 
 def _lost(trace: Trace, block: int) -> Iterator[str]:
     """What a file with blocks of ``block`` tokens does not say of ``trace``, a sentence each."""
-    whole = np.maximum(_named(trace), _shared(trace))
+    whole = np.maximum(named_tokens(trace), _shared(trace))
     if beyond := int(np.where(whole < trace.prompt_tokens, whole % block, 0).sum()):
         yield f"{beyond:,} shared prompt tokens lie beyond whole blocks of {block} tokens, so they are not shared there"
     turns = streams(trace)

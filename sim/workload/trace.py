@@ -173,6 +173,14 @@ class Trace:
         return self if n >= len(self) else self.slice(0, n)
 
 
+def named_tokens(trace: Trace) -> IntArray:
+    """Of each prompt, the leading tokens that ids of the trace name; 0 without ids. Shape: ``(n,)``."""
+    if trace.hash_ids is None:
+        return np.zeros(len(trace), np.int64)
+    found: IntArray = np.minimum(np.diff(trace.hash_ids.offsets) * trace.hash_block, trace.prompt_tokens)
+    return found
+
+
 def streams(trace: Trace) -> list[int] | None:
     """For each request the number of the token stream it continues, -1 without a session.
 

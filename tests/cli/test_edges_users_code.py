@@ -109,18 +109,8 @@ REQUEST = (
     *("output_tokens", "predicted_tokens", "ignore_eos", "preemptions", "computed", "emitted", "remaining", "decoding"),
 )
 STEP = (
-    *(
-        "now",
-        "running",
-        "waiting",
-        "more_arrivals",
-        "stages",
-        "max_model_len",
-        "windowed",
-        "speculation",
-        "free_blocks",
-    ),
-    *("total_blocks", "decodes", "prefilling", "held", "block_size", "decode_steps", "free_host_blocks"),
+    *("now", "running", "waiting", "more_arrivals", "stages", "max_model_len", "windowed", "speculation"),
+    *("free_blocks", "total_blocks", "decodes", "prefilling", "held", "block_size", "decode_steps", "free_host_blocks"),
 )
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Host, StepCost
 from chairlift.policies.vllm import Vllm
-from chairlift.sim.results.records import Status
-from chairlift.sim.study import Failures, Limits, Outage
+from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, mixed, table, tight
 from kit.worlds import Affine, World, check_books, play, sorted_gaps, trace_of
 
 
@@ -112,12 +110,6 @@ def test_launches_follow_each_other_on_the_host() -> None:
     assert list(world.requests.first_token) == [1235, 1835]
 
 
-def table(seed: int, requests: int) -> list[tuple[int, int, int]]:
-    draw = np.random.default_rng(seed)
-    arrivals = np.sort(draw.integers(0, requests * 2000, requests))
-    return [(int(at), int(draw.integers(2, 60)), int(draw.integers(1, 40))) for at in arrivals]
-
-
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 999),
@@ -131,53 +123,17 @@ def table(seed: int, requests: int) -> list[tuple[int, int, int]]:
 def test_books_balance_however_tight_memory_is(
     seed: int, stages: int, asynchronous: bool, cached: bool, priority: bool, blocks: int, budget: int
 ) -> None:
-    rows = table(seed, 25)
-    trace = trace_of(
-        rows,
-        priority=[i % 3 for i in range(25)],
-        prefix_group=np.arange(25) % 4,
-        prefix_tokens=np.minimum(np.array([prompt for _, prompt, _ in rows]), 20),
-    )
-
-    def policy() -> Vllm:
-        return Vllm(
-            async_scheduling=asynchronous,
-            enable_prefix_caching=cached,
-            scheduling_policy="priority" if priority else "fcfs",
-            max_num_batched_tokens=budget,
-            max_num_seqs=16,
-        )
-
-    check_books(play(trace, policy, blocks=blocks, max_model_len=112, pipeline=stages))
+    policy = tight(asynchronous, cached, priority, budget)
+    check_books(play(mixed(seed), policy, blocks=blocks, max_model_len=112, pipeline=stages))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @settings(max_examples=25)
 @given(seed=st.integers(0, 999), timeout=st.floats(5e-9, 2e-7), at=st.floats(1e-9, 3e-7))
 def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: int, timeout: float, at: float) -> None:
-    """What clients got until then stays; `audit` adds up all gaps."""
-    world = play(
-        trace_of(table(seed, 25)),
-        lambda: Vllm(async_scheduling=asynchronous),
-        blocks=20,
-        replicas=2,
-        pipeline=3,
-        limits=Limits(timeout_s=timeout),
-        failures=Failures(schedule=[Outage(replica=0, at_s=at, for_s=1e-8)]),
-    )
-
-    assert set(world.requests.status) <= {Status.FINISHED, Status.TIMED_OUT}
+    check_those_who_leave(table(seed, 25), asynchronous, timeout, at, pipeline=3)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_journal_changes_nothing(asynchronous: bool) -> None:
-    with_it, without = (
-        play(
-            trace_of(table(3, 40)), lambda: Vllm(async_scheduling=asynchronous), blocks=12, journal=journal, pipeline=3
-        )
-        for journal in (True, False)
-    )
-
-    assert sum(without.requests.preemptions) > 0
-    assert with_it.outcome() == without.outcome()
-    assert with_it.engines[0].records.event_rows
+    check_a_journal_changes_nothing(asynchronous, blocks=12, pipeline=3)

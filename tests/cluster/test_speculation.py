@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from chairlift.backend.base import Batch, StepCost
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import Pool, summarise
-from chairlift.sim.results.records import DRAFT_COLUMNS, Status
+from chairlift.sim.results.records import DRAFT_COLUMNS
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
-from chairlift.sim.study import Failures, Limits, Outage, Slo, Speculate
+from chairlift.sim.study import Slo, Speculate
 from chairlift.sim.workload.acceptance import Acceptance, Draws
+from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, mixed, table, tight
 from kit.places import TRUTH
-from kit.worlds import Affine, World, check_books, play, trace_of
+from kit.worlds import Affine, check_books, play, trace_of
 
 RECORDED = TRUTH / "h200-vllm-0.26" / "llama-3.1-8b-eagle3_requests.csv.gz"
 TIMES = ("first_token_s", "last_token_s")
@@ -31,13 +32,6 @@ TIMES = ("first_token_s", "last_token_s")
 def drafts(tokens: int = 3, method: str = "eagle3", **acceptance: Any) -> Speculate:
     draft = "opt-125m" if method == "draft_model" else None
     return Speculate(method=method, tokens=tokens, acceptance=Acceptance(**acceptance), draft=draft)  # type: ignore[arg-type]
-
-
-def table(seed: int, requests: int, rate_ps: int = 20_000) -> list[tuple[int, int, int]]:
-    """Requests with prompts of 2 to 60 tokens, answers of 1 to 40, at random times."""
-    draw = np.random.default_rng(seed)
-    arrivals = np.sort(draw.integers(0, requests * rate_ps, requests))
-    return [(int(at), int(draw.integers(2, 60)), int(draw.integers(1, 40))) for at in arrivals]
 
 
 @dataclass
@@ -57,7 +51,7 @@ class WithDeadTokens(Affine):
 @given(seed=st.integers(0, 99), tokens=st.integers(1, 7))
 def test_drafts_of_which_none_is_kept_are_dead_tokens(asynchronous: bool, cached: bool, seed: int, tokens: int) -> None:
     """With room for all, a run is the plain one with so many dead tokens a decode."""
-    trace = trace_of(table(seed, 20))
+    trace = trace_of(table(seed, 20, 20_000))
 
     def policy() -> Vllm:
         return Vllm(async_scheduling=asynchronous, enable_prefix_caching=cached, max_num_batched_tokens=100_000)
@@ -94,7 +88,7 @@ def test_one_request_alone_takes_a_step_for_each_output(asynchronous: bool, shar
 
 
 def test_the_same_drafts_are_kept_whatever_the_policy_does() -> None:
-    trace = trace_of(table(1, 60))
+    trace = trace_of(table(1, 60, 20_000))
     speculate = drafts(3, length=2.4)
     worlds = [
         play(trace, lambda n=n, a=a: Vllm(max_num_seqs=n, async_scheduling=a), speculate=speculate)  # type: ignore[misc]
@@ -137,60 +131,22 @@ def test_books_balance_however_tight_memory_is(
     method: str,
 ) -> None:
     """Every token comes once, every gap is counted, no block is left: `audit` and `check_books`."""
-    groups = np.arange(25) % 4
-    trace = trace_of(
-        table(seed, 25, 2000),
-        priority=[i % 3 for i in range(25)],
-        prefix_group=groups,
-        prefix_tokens=np.minimum(np.array([prompt for _, prompt, _ in table(seed, 25, 2000)]), 20),
+    policy = tight(asynchronous, cached, priority, budget)
+    check_books(
+        play(mixed(seed), policy, blocks=blocks, max_model_len=112, speculate=drafts(tokens, method, length=1.6))
     )
-
-    def policy() -> Vllm:
-        return Vllm(
-            async_scheduling=asynchronous,
-            enable_prefix_caching=cached,
-            scheduling_policy="priority" if priority else "fcfs",
-            max_num_batched_tokens=budget,
-            max_num_seqs=16,
-        )
-
-    check_books(play(trace, policy, blocks=blocks, max_model_len=112, speculate=drafts(tokens, method, length=1.6)))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @settings(max_examples=25)
 @given(seed=st.integers(0, 999), timeout=st.floats(5e-9, 2e-7), at=st.floats(1e-9, 3e-7))
 def test_clients_that_give_up_and_replicas_that_fail(asynchronous: bool, seed: int, timeout: float, at: float) -> None:
-    """What clients got until then stays; `audit` adds up all gaps."""
-    world: World = play(
-        trace_of(table(seed, 25, 5000)),
-        lambda: Vllm(async_scheduling=asynchronous),
-        blocks=20,
-        replicas=2,
-        speculate=drafts(3, length=2),
-        limits=Limits(timeout_s=timeout),
-        failures=Failures(schedule=[Outage(replica=0, at_s=at, for_s=1e-8)]),
-    )
-
-    assert set(world.requests.status) <= {Status.FINISHED, Status.TIMED_OUT}
+    check_those_who_leave(table(seed, 25, 5000), asynchronous, timeout, at, speculate=drafts(3, length=2))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_journal_changes_nothing(asynchronous: bool) -> None:
-    with_it, without = (
-        play(
-            trace_of(table(3, 40, 2000)),
-            lambda: Vllm(async_scheduling=asynchronous),
-            blocks=8,
-            journal=journal,
-            speculate=drafts(3, length=2),
-        )
-        for journal in (True, False)
-    )
-
-    assert sum(without.requests.preemptions) > 0
-    assert with_it.outcome() == without.outcome()
-    assert with_it.engines[0].records.event_rows
+    check_a_journal_changes_nothing(asynchronous, blocks=8, speculate=drafts(3, length=2))
 
 
 @pytest.mark.skipif(not RECORDED.exists(), reason="needs the recordings in ../shared/truth")
