@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pyarrow import csv
 from chairlift.backend.checked import a_file
 from chairlift.backend.cuda_graphs import GPT_OSS_TOKENS
 from chairlift.backend.names import hint
-from chairlift.backend.parallel import Parallel
+from chairlift.backend.parallel import Parallel, labelled
 
 Column = npt.NDArray[Any]
 Table = dict[str, Column]
@@ -109,7 +108,7 @@ class Recording:
     @property
     def shape(self) -> str:
         """The model's own name: that of the files, without what it says of the parallelism."""
-        return re.sub(r"(-tp\d+)?(-ep)?$", "", self.model) if self.parallel.gpus > 1 else self.model
+        return labelled(self.model)[0] if self.parallel.gpus > 1 else self.model
 
     def select(self, names: list[str] | None) -> list[Experiment]:
         """The experiments called ``names``; all if None. Raises `RecordingError` with the nearest name."""
