@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend.calibrated.profile import GpuTime, HostTime
+from chairlift.backend.fitting.slopes import TABLES, Ends, of_terms
 from chairlift.backend.fitting.steps import (
     CLEAR,
     EAGER,
@@ -39,7 +40,6 @@ KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
 NOISE = 0.02  # by how much a step differs from steps like it, relative
 STRAY = 10  # by how much the root of a term may differ from where its search starts, in units of that
-DIFF = 1e-4  # the step of numeric derivatives, wide enough for the kinks where the host takes over from the GPU
 STIFF = 0.05  # by how much neighbouring knots of a residual may differ
 TIED = 0.15  # by how much a residual may differ from 1
 TILE = 128  # tokens of a tile of matmul kernels
@@ -141,7 +141,7 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
 
     def told(factor: float) -> Floats:
         gpu_s = predicted(lifted(factor), steps)
-        found: Floats = spans.seconds(gpu_s, steps.chunks > 0, head, tail)[span, last]
+        found: Floats = Ends.of(spans, gpu_s, steps.chunks > 0, head, tail).seconds[span, last]
         return found
 
     late = seconds / told(1.0)
@@ -225,26 +225,63 @@ class _Form:
             terms.setdefault("kv_mixed_s", terms["kv_s"])
             logs = np.split(x, cuts)[1:]
             tables = [tuple(zip(k, np.exp(v).tolist(), strict=True)) for k, v in zip(knots, logs, strict=True)]
-            named: dict[str, Any] = dict(zip(("decode_residual", "chunk_residual", "kv_residual"), tables, strict=True))
+            named: dict[str, Any] = dict(zip(TABLES, tables, strict=True))
             none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s", "odd_tiles"}, 0.0)
             return GpuTime(**{**none, **terms}, **named, expert_share=self.share), head, tail
 
+        weights = np.concatenate([weight, weight])
+        kept_at: dict[str, Any] = {}  # of the last `x`: SciPy asks for the derivatives where it has asked for values
+
+        def logs(x: Floats) -> tuple[Floats, Ends, npt.NDArray[np.int64]]:
+            """How far off each span's end is, and each span's latest step before; in `NOISE`."""
+            if "x" not in kept_at or not np.array_equal(kept_at["x"], x):
+                gpu, head, tail = gpu_of(x)
+                ends = Ends.of(spans, predicted(gpu, few), chunked, head, tail)
+                log = np.where(spans.known, np.log(ends.seconds[span, at] / seconds), 0.0)
+                over = np.where(inner, ends.seconds / observed, 0.0)
+                latest = over.argmax(axis=1)
+                late = np.log(np.maximum(over[span, latest], 1.0))
+                kept_at.update(x=x.copy(), found=(np.concatenate([log, late]) / NOISE, ends, latest))
+            found: tuple[Floats, Ends, npt.NDArray[np.int64]] = kept_at["found"]
+            return found
+
         def off(x: Floats) -> Floats:
-            gpu, head, tail = gpu_of(x)
-            ends = spans.seconds(predicted(gpu, few), chunked, head, tail)
-            log = np.where(spans.known, np.log(ends[span, at] / seconds), 0.0)
-            late = np.log(np.where(inner, np.maximum(ends / observed, 1.0), 1.0).max(axis=1))
-            log = np.concatenate([log, late]) / NOISE
+            log, *_ = logs(x)
             robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1, of the data only
-            parts = [robust * np.concatenate([weight, weight])]
-            parts.append((x[: len(names)] - 1) / STRAY)
+            parts = [robust * weights, (x[: len(names)] - 1) / STRAY]
             for table in np.split(x, cuts)[1:]:
                 parts += [np.diff(table) / STIFF, table / TIED]
             return np.concatenate(parts)
 
-        found = least_squares(
-            off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), method="lm", ftol=1e-5, diff_step=DIFF
+        def slopes(x: Floats) -> Floats:
+            log, ends, latest = logs(x)
+            terms = of_terms(gpu_of(x)[0], few)
+            if "kv_mixed_s" not in start:
+                terms["kv_s"] = terms["kv_s"] + terms["kv_mixed_s"]
+            inward = np.array([2 * start[name] * v for name, v in zip(names, x, strict=False)])
+            none = np.zeros(len(few))
+            of_steps = np.concatenate(
+                [np.stack([terms.get(name, none) for name in names], axis=1), *(terms[name] for name in TABLES)], axis=1
+            )
+            row, column = np.concatenate([span, span]), np.concatenate([at, latest])
+            found = ends.slopes(spans, row, column, of_steps)
+            for name, by in (("head_s", ends.head), ("tail_s", ends.tail)):
+                if name in start:
+                    found[:, names.index(name)] = by[row, column]
+            found[:, : len(names)] *= inward
+            root = np.sqrt(1 + log * log)
+            by_log = np.sqrt((1 + root) / 2) / root  # of soft L1
+            some = np.concatenate([spans.known, log[len(span) :] > 0])
+            scale = np.where(some, by_log * weights / NOISE / np.where(some, ends.seconds[row, column], 1.0), 0.0)
+            return np.concatenate([found * scale[:, None], ties])
+
+        width = len(names) + sum(sizes)
+        eye = np.eye(width)
+        ties = np.concatenate(
+            [eye[: len(names)] / STRAY]
+            + [part for table in np.split(eye, cuts)[1:] for part in (np.diff(table, axis=0) / STIFF, table / TIED)]
         )
+        found = least_squares(off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), jac=slopes, method="lm", ftol=1e-5)
         return (*gpu_of(found.x), float(found.cost))
 
     def _start(self, steps: Steps, seconds: Floats) -> dict[str, float]:
