@@ -28,7 +28,7 @@ from kit.places import IMPORTS
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 
 from chairlift.backend import machine  # noqa: E402
-from chairlift.backend.fitting.recording import read  # noqa: E402
+from chairlift.backend.fitting.recording import Recording  # noqa: E402
 from chairlift.backend.gpu import runner  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
@@ -564,10 +564,11 @@ def test_a_recording_says_how_many_gpus_shared_the_model() -> None:
     result = run("--set", "tensor_parallel=2", "--set", "model.vocab=96")
 
     assert (result.status, result.err) == (0, "")
-    recorded = read(Path("out/recording"), "tiny-tp2")
+    summary = json.loads(Path("out/recording/tiny-tp2_summary.json").read_text())
+    recorded = Recording(Path(), "tiny-tp2", summary["engine"], {})
     assert recorded.parallel == Parallel(tensor=2)
     assert recorded.shape == "tiny"
-    assert len(recorded.select(None)) == 1
+    assert len(summary["experiments"]) == 1
 
 
 @in_a_folder_of_its_own
