@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import GpuTime, HostTime
+from chairlift.backend.calibrated.profile import DraftTime, GpuTime, HostTime
 from chairlift.backend.fitting.steps import (
     CLEAR,
     EAGER,
@@ -28,12 +28,12 @@ from chairlift.backend.fitting.steps import (
     Waits,
     chunk_times,
     decode_times,
-    idle_launches,
     launch_times,
     predicted,
+    usual_launches,
 )
 
-DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 CHUNK_KNOTS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
@@ -46,6 +46,8 @@ TILE = 128  # tokens of a tile of matmul kernels
 TELLS = 0.97  # a form with a further term must have a loss so much smaller
 FEWEST = 200  # steps of a recording
 CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
+DRAFT_SHARE = 1 / 16  # of a token's matmuls, those of the layer that drafts: where the search for it starts
+HEAD_S, TAIL_S = 2e-3, 1e-3  # of a launch kernel by kernel: likewise
 WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
 GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less on an H200's host
 
@@ -75,7 +77,7 @@ def fit(steps: Steps, expert_share: float = 0.0) -> Fit:
 
 
 def _fit(steps: Steps, share: float) -> Fit:
-    usual = idle_launches(steps)
+    usual = usual_launches(steps)
     rows, seconds = decode_times(steps, usual)
     _spread(steps, rows, "decode-only", "kv_s", steps.context)
     _spread(steps, rows, "decode-only", "weights_s", steps.computed)
@@ -110,6 +112,41 @@ def _fit(steps: Steps, share: float) -> Fit:
     return Fit(gpu, host, counts, tuple(notes))
 
 
+def fit_drafts(steps: Steps, base: GpuTime) -> Fit:
+    """The cost model of ``steps`` of an engine that speculates; ``base`` is its GPU time without drafts.
+
+    What drafts add to GPU time is fitted, and all of the host's time. Raises `CalibrationError`.
+    """
+    from scipy.optimize import least_squares
+    from threadpoolctl import threadpool_limits
+
+    if len(steps) < FEWEST:
+        raise CalibrationError(f"{len(steps)} steps are too few: at least {FEWEST} are needed")
+    usual = usual_launches(steps)
+    rows, seconds = decode_times(steps, usual)
+    _spread(steps, rows, "decode-only", "pass_s and draft_s", steps.drafts)
+    more = seconds - predicted(base, steps)[rows]  # than without drafts
+    each_pass, each_draft = _linear([steps.proposes[rows], steps.drafts[rows]], more, 1e-4)
+    begin = np.array([each_pass, base.token_s * DRAFT_SHARE, each_draft, HEAD_S, TAIL_S]).clip(1e-9)
+    rough = replace(base, drafting=DraftTime(*begin[:3].tolist()))
+    decode_s = np.where(steps.kind == GRAPH, predicted(rough, steps), 0.0)
+    notes: list[str] = []
+    host, launched = _host(steps, decode_s, usual, notes)
+    seen = _Seen.of(steps, _spans(steps, np.array([host.graph_s, host.piecewise_s, host.eager_s])))
+
+    def made(x: Floats) -> tuple[GpuTime, float, float]:
+        *terms, head, tail = (begin * x * x).tolist()
+        return replace(base, drafting=DraftTime(*terms)), head, tail
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        found = least_squares(
+            lambda x: np.concatenate([seen.off(*made(x)), (x - 1) / STRAY]), np.ones(5), method="lm", diff_step=DIFF
+        )
+    gpu, head, tail = made(found.x)
+    counts = {"steps": len(steps), "decode": len(rows), "launch": launched}
+    return Fit(gpu, replace(host, head_s=head, tail_s=tail), counts, tuple(notes))
+
+
 def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by: Floats) -> None:
     """Raise `CalibrationError` unless ``rows`` are enough, and differ enough in ``by``, to identify ``term``."""
     if len(rows) < 30:
@@ -141,7 +178,7 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
 
     def told(factor: float) -> Floats:
         gpu_s = predicted(lifted(factor), steps)
-        found: Floats = spans.seconds(gpu_s, steps.chunks > 0, head, tail)[span, last]
+        found: Floats = spans.seconds(gpu_s, steps.singly, head, tail)[span, last]
         return found
 
     late = seconds / told(1.0)
@@ -173,8 +210,8 @@ class _Form:
         "experts_s": 10e-3,
         "piecewise_floor_s": 5e-3,
         "eager_floor_s": 20e-3,
-        "head_s": 2e-3,
-        "tail_s": 1e-3,
+        "head_s": HEAD_S,
+        "tail_s": TAIL_S,
         "odd_tiles": 1.0,
     }
 
@@ -195,25 +232,14 @@ class _Form:
         """The coefficients by which ``spans`` of ``steps`` end when they did, head and tail of `HostTime`, the loss."""
         from scipy.optimize import least_squares
 
-        last = spans.rows.max(axis=1)
-        kept, weight = _sample(steps, last)
-        spans = spans.take(kept)
-        used, places = np.unique(spans.rows, return_inverse=True)
-        few = _take(steps, used)
-        spans = replace(spans, rows=places.reshape(spans.rows.shape))
-        length = (spans.done < np.inf).sum(axis=1)
-        span, at = np.arange(len(spans)), length - 1
-        observed = spans.done - spans.origin[:, None]
-        seconds = observed[span, at]
-        inner = np.arange(observed.shape[1]) < (at + ~spans.known)[:, None]
-        chunked = few.chunks > 0
+        seen = _Seen.of(steps, spans)
+        few = seen.steps
         knots = [_within(DECODE_KNOTS, few.computed[few.chunks == 0])]
         knots.append(_within(CHUNK_KNOTS, few.computed[few.chunks > 0]) if self.chunks else (1,))
         knots.append(_within(KV_KNOTS, few.decodes[few.chunks == 0]))
         sizes = [len(k) for k in knots]
 
-        alone = (length == 1) & spans.known
-        start = self._start(_take(few, spans.rows[alone, 0]), seconds[alone])
+        start = self._start(*seen.single())
         names = list(start)
         cuts = np.cumsum([len(names), *sizes])[:-1]
 
@@ -230,14 +256,7 @@ class _Form:
             return GpuTime(**{**none, **terms}, **named, expert_share=self.share), head, tail
 
         def off(x: Floats) -> Floats:
-            gpu, head, tail = gpu_of(x)
-            ends = spans.seconds(predicted(gpu, few), chunked, head, tail)
-            log = np.where(spans.known, np.log(ends[span, at] / seconds), 0.0)
-            late = np.log(np.where(inner, np.maximum(ends / observed, 1.0), 1.0).max(axis=1))
-            log = np.concatenate([log, late]) / NOISE
-            robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1, of the data only
-            parts = [robust * np.concatenate([weight, weight])]
-            parts.append((x[: len(names)] - 1) / STRAY)
+            parts = [seen.off(*gpu_of(x)), (x[: len(names)] - 1) / STRAY]
             for table in np.split(x, cuts)[1:]:
                 parts += [np.diff(table) / STIFF, table / TIED]
             return np.concatenate(parts)
@@ -273,6 +292,43 @@ class _Form:
             many = steps.computed >= np.quantile(steps.computed, 0.9)
             start["token_s"] = float(np.median((seconds / steps.computed)[many]))
         return start
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A sample of the spans of a recording, and how far off them the ends of steps are that a cost model foresees."""
+
+    steps: Steps  # those of the spans
+    spans: Spans  # whose rows are of these steps
+    weight: Floats  # (spans,)
+
+    @classmethod
+    def of(cls, steps: Steps, spans: Spans) -> _Seen:
+        """A sample of ``spans`` of ``steps``."""
+        kept, weight = _sample(steps, spans.rows.max(axis=1))
+        spans = spans.take(kept)
+        used, places = np.unique(spans.rows, return_inverse=True)
+        return cls(_take(steps, used), replace(spans, rows=places.reshape(spans.rows.shape)), weight)
+
+    def single(self) -> tuple[Steps, Floats]:
+        """The steps that are a span alone, and how long they took."""
+        spans = self.spans
+        alone = ((spans.done < np.inf).sum(axis=1) == 1) & spans.known
+        return _take(self.steps, spans.rows[alone, 0]), (spans.done[:, 0] - spans.origin)[alone]
+
+    def off(self, gpu: GpuTime, head: float, tail: float) -> Floats:
+        """(2 · spans,): by how many `NOISE` each span's end is off, and by how many it is late on an end within it."""
+        spans = self.spans
+        span, at = np.arange(len(spans)), (spans.done < np.inf).sum(axis=1) - 1
+        observed = spans.done - spans.origin[:, None]
+        inner = np.arange(observed.shape[1]) < (at + ~spans.known)[:, None]
+        ends = spans.seconds(predicted(gpu, self.steps), self.steps.singly, head, tail)
+        log = np.where(spans.known, np.log(ends[span, at] / observed[span, at]), 0.0)
+        late = np.log(np.where(inner, np.maximum(ends / observed, 1.0), 1.0).max(axis=1))
+        log = np.concatenate([log, late]) / NOISE
+        robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1
+        found: Floats = robust * np.concatenate([self.weight, self.weight])
+        return found
 
 
 def _singles(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> Spans:
@@ -371,6 +427,8 @@ def _host(steps: Steps, decode_s: Floats, usual: Floats, notes: list[str]) -> tu
     graph_s = min(bound, GRAPH_LAUNCH_S)
     if steps.launch_known:
         graph_s = float(np.median(steps.launch[steps.kind == GRAPH]))
+    elif steps.drafts.any():
+        graph_s = float(usual[GRAPH])
     else:
         notes.append(
             f"launch of a whole graph is hidden by the GPU everywhere: below {bound * 1e3:.1f} ms,"

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chairlift.backend.calibrated.profile import Drafts
 from chairlift.backend.drafting import WithDrafts, in_memory
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
@@ -520,7 +521,7 @@ class _Resolver(Lookup):
                 self._problems.append(self._document.problem(at, rule))
                 continue
             group.speculation = group.make_scheduler().speculation(speculate.method, speculate.tokens)
-            group.backend = WithDrafts(group.backend, draft)
+            group.backend = WithDrafts(group.backend, draft, Drafts(speculate.method, speculate.tokens))
             self._try(at, partial(group.make_backend, model))
 
     def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:
