@@ -81,7 +81,7 @@ class WithDrafts:
         known = {field.name for field in fields(settings)}
         own = {name: 0.0 for name in OF_A_STEP if name in known}
         each = round(getattr(settings, "draft_us", 0.0) * 10**6)
-        return Drafting(backend, replace(settings, **own).build(self.draft, gpu, parallel), self.draft.name, each)
+        return Drafting(backend, self._passes(replace(settings, **own), gpu, parallel), self.draft.name, each)
 
     def _profiled(self, target: Calibrated, gpu: GPU, parallel: Parallel) -> Backend:
         """``target``, whose steps hold the passes or else get them: priced by the roofline, launched as measured."""
@@ -90,8 +90,33 @@ class WithDrafts:
         if self.draft is None:
             return Drafting(target)
         by_part = Efficiency(by_part=True, prepare_ms=0.0)
-        passes = by_part.build(self.draft, gpu, parallel)
+        passes = self._passes(by_part, gpu, parallel)
         return Drafting(target, passes, self.draft.name, round(by_part.draft_us * 10**6), LAUNCH_US * 10**6)
+
+    def _passes(self, settings: Settings, gpu: GPU, parallel: Parallel) -> Backend:
+        """What prices the passes of the draft: without experts each rank of DP-attention has a draft of its own."""
+        assert self.draft is not None
+        if self.draft.experts or parallel.ranks == parallel.tensor and parallel.expert == 1:
+            return settings.build(self.draft, gpu, parallel)
+        return EachRank(settings.build(self.draft, gpu, Parallel(parallel.tensor)), parallel.data)
+
+
+class EachRank(Backend):
+    """Steps of ``ranks`` ranks that share nothing: the slowest tells."""
+
+    def __init__(self, one: Backend, ranks: int) -> None:
+        self.one, self.ranks, self.name = one, ranks, one.name
+
+    def step(self, batch: Batch) -> StepCost:
+        """That of the rank with most of ``batch``, which is spread evenly: of the chunks every so many-th by length."""
+        longest = sorted(batch.prefills, key=lambda chunk: -chunk.length)
+        decodes, drafts, padded = (-(-n // self.ranks) for n in (batch.decodes, batch.drafts, batch.padded))
+        context = batch.context * decodes // max(1, batch.decodes)
+        return self.one.step(Batch(tuple(longest[:: self.ranks]), decodes, context, padded, None, drafts))
+
+    def together(self, batches: Sequence[Batch]) -> StepCost:
+        """The slowest of the ranks' own."""
+        return self.one.together(batches)
 
 
 def _further(batch: Batch) -> Batch:

@@ -473,7 +473,7 @@ class _Resolver(Lookup):
             fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, parallel, longest, draft))
         if getattr(backend[0], "executes", False):
             self._check_executes(group, at, pick)
-        elif fit is not None:
+        elif fit is not None and draft is None:  # else `_add_drafts` tries it, with those
             self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, parallel))
         made: ReplicaGroup | None = None
         if sample is not None and fit is not None and len(self._problems) == before:

@@ -200,6 +200,25 @@ def test_its_weights_and_kv_are_on_the_same_gpus() -> None:
     assert with_it / without == pytest.approx(53_794 / 56_057, rel=0.01)
 
 
+def test_a_dense_draft_is_each_ranks_own() -> None:
+    """Of 8 ranks with equal work, a pass takes what it takes on one GPU alone."""
+    shape, parallel = model("deepseek-v3"), Parallel(data=8, expert=8)
+    layer = head_of(shape, "eagle3")
+    backend, one = (
+        WithDrafts(Efficiency(by_part=True), layer, EAGLE3).build(shape, H200, parallel),
+        Efficiency(by_part=True, prepare_ms=0.0).build(layer, H200, ONE),
+    )
+    chunks = tuple(Chunk(0, length) for length in (100, 200, 300, 400, 500, 600, 700, 800))
+    plain = Efficiency(by_part=True).build(shape, H200, parallel)
+    own, spread = verify(4, 4000, 12, 3), Batch(chunks, 32, 32_000, 0, None, 96, 3)
+
+    passes = one.step(own).first + 2 * one.step(Batch((), 4, 4000)).first + 3 * 290_000_000
+    assert backend.together([own] * 8).first - plain.together([own] * 8).first == passes
+    longest = own._replace(prefills=(Chunk(0, 800),))
+    passes = one.step(longest).first + 2 * one.step(Batch((), 5, 4450)).first + 3 * 290_000_000
+    assert backend.step(spread).first - plain.step(spread).first == passes
+
+
 def test_ranks_with_equal_work_draft_as_one_batch_that_is_spread_over_them() -> None:
     shape, parallel = model("deepseek-v3"), Parallel(data=8, expert=8)
     backend = WithDrafts(Efficiency(), head_of(shape, "mtp"), Drafts("mtp", 3)).build(shape, H200, parallel)

@@ -103,8 +103,14 @@ def test_the_prefix_cache_looks_ahead_for_layers_that_read_states(
         (EAGLE, ["policy=sarathi"], "speculate: is modelled with the policy vllm only"),
         (
             EAGLE,
-            ["backend=h200-llama-3.1-8b-vllm-0.23"],
-            "speculate: profile does not price the verification",
+            ["backend=h200-llama-3.1-8b-eagle3-vllm-0.26", "speculate.method=mtp"],
+            "speculate: profile h200-llama-3.1-8b-eagle3-vllm-0.26 was measured with 3 drafts by eagle3, not with",
+        ),
+        (EAGLE, ["backend=h200-opt-13b-vllm-0.23"], "speculate: profile h200-opt-13b-vllm-0.23 is of opt-13b, not of"),
+        (
+            "",
+            ["backend=h200-llama-3.1-8b-eagle3-vllm-0.26"],
+            "backend: profile h200-llama-3.1-8b-eagle3-vllm-0.26 was measured with 3 drafts by eagle3, not without any",
         ),
         (EAGLE, ["parallel={pipeline: 2}"], "speculate: must not be given with pipeline stages"),
         (EAGLE, ["speculate.method=ngram"], "speculate: draft must not be given with ngram"),
