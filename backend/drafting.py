@@ -96,7 +96,7 @@ class WithDrafts:
     def _passes(self, settings: Settings, gpu: GPU, parallel: Parallel) -> Backend:
         """What prices the passes of the draft: without experts each rank of DP-attention has a draft of its own."""
         assert self.draft is not None
-        if self.draft.experts or parallel.ranks == parallel.tensor and parallel.expert == 1:
+        if self.draft.experts or (parallel.data, parallel.expert) == (1, 1):
             return settings.build(self.draft, gpu, parallel)
         return EachRank(settings.build(self.draft, gpu, Parallel(parallel.tensor)), parallel.data)
 

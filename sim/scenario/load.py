@@ -24,7 +24,7 @@ from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.loops import is_said, same_loop
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
-from chairlift.sim.scenario.resolve import Lookup, find_draft, kv_pool
+from chairlift.sim.scenario.resolve import Lookup, find_draft, kv_pool, with_lengths
 from chairlift.sim.scenario.resolved import named_systems, resolved
 from chairlift.sim.scenario.schema import Case, Group, Scenario, System, Variant, results_name
 from chairlift.sim.scenario.yaml_document import NAMING, Document, read
@@ -392,6 +392,9 @@ class _Resolver(Lookup):
             self._problems.append(self._document.problem(longest_at, rule, longest))
         speculate, speculate_at = pick("speculate")
         drafted = None
+        if speculate is not None:
+            acceptance_at = (*speculate_at, "acceptance", "file")
+            speculate = self._try(acceptance_at, lambda: with_lengths(speculate, self._folder))
         if speculate is not None and speculate.tokens and model:
             found = self._try((*speculate_at, "draft"), lambda: (speculate, find_draft(speculate, model, self._folder)))
             drafted = found or None
