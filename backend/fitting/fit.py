@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend.calibrated.profile import DraftTime, GpuTime, HostTime
+from chairlift.backend.fitting.slopes import TABLES, Ends, of_terms
 from chairlift.backend.fitting.steps import (
     CLEAR,
     EAGER,
@@ -39,7 +40,6 @@ KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
 NOISE = 0.02  # by how much a step differs from steps like it, relative
 STRAY = 10  # by how much the root of a term may differ from where its search starts, in units of that
-DIFF = 1e-4  # the step of numeric derivatives, wide enough for the kinks where the host takes over from the GPU
 STIFF = 0.05  # by how much neighbouring knots of a residual may differ
 TIED = 0.15  # by how much a residual may differ from 1
 TILE = 128  # tokens of a tile of matmul kernels
@@ -48,6 +48,7 @@ FEWEST = 200  # steps of a recording
 CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
 DRAFT_SHARE = 1 / 16  # of a token's matmuls, those of the layer that drafts: where the search for it starts
 HEAD_S, TAIL_S = 2e-3, 1e-3  # of a launch kernel by kernel: likewise
+DIFF = 1e-4  # the step of numeric derivatives, wide enough for the kinks where the host takes over from the GPU
 WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
 GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less on an H200's host
 
@@ -140,7 +141,10 @@ def fit_drafts(steps: Steps, base: GpuTime) -> Fit:
 
     with threadpool_limits(limits=1, user_api="blas"):
         found = least_squares(
-            lambda x: np.concatenate([seen.off(*made(x)), (x - 1) / STRAY]), np.ones(5), method="lm", diff_step=DIFF
+            lambda x: np.concatenate([seen.robust(seen.logs(*made(x))[0]), (x - 1) / STRAY]),
+            np.ones(5),
+            method="lm",
+            diff_step=DIFF,
         )
     gpu, head, tail = made(found.x)
     counts = {"steps": len(steps), "decode": len(rows), "launch": launched}
@@ -178,7 +182,7 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
 
     def told(factor: float) -> Floats:
         gpu_s = predicted(lifted(factor), steps)
-        found: Floats = spans.seconds(gpu_s, steps.singly, head, tail)[span, last]
+        found: Floats = Ends.of(spans, gpu_s, steps.singly, head, tail).seconds[span, last]
         return found
 
     late = seconds / told(1.0)
@@ -233,7 +237,8 @@ class _Form:
         from scipy.optimize import least_squares
 
         seen = _Seen.of(steps, spans)
-        few = seen.steps
+        few, spans = seen.steps, seen.spans
+        span, at = np.arange(len(spans)), seen.last
         knots = [_within(DECODE_KNOTS, few.computed[few.chunks == 0])]
         knots.append(_within(CHUNK_KNOTS, few.computed[few.chunks > 0]) if self.chunks else (1,))
         knots.append(_within(KV_KNOTS, few.decodes[few.chunks == 0]))
@@ -251,19 +256,54 @@ class _Form:
             terms.setdefault("kv_mixed_s", terms["kv_s"])
             logs = np.split(x, cuts)[1:]
             tables = [tuple(zip(k, np.exp(v).tolist(), strict=True)) for k, v in zip(knots, logs, strict=True)]
-            named: dict[str, Any] = dict(zip(("decode_residual", "chunk_residual", "kv_residual"), tables, strict=True))
+            named: dict[str, Any] = dict(zip(TABLES, tables, strict=True))
             none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s", "odd_tiles"}, 0.0)
             return GpuTime(**{**none, **terms}, **named, expert_share=self.share), head, tail
 
+        kept_at: dict[str, Any] = {}  # of the last `x`: SciPy asks for the derivatives where it has asked for values
+
+        def logs(x: Floats) -> tuple[Floats, Ends, npt.NDArray[np.int64]]:
+            """How far off each span's end is, and each span's latest step before; in `NOISE`."""
+            if "x" not in kept_at or not np.array_equal(kept_at["x"], x):
+                kept_at.update(x=x.copy(), found=seen.logs(*gpu_of(x)))
+            found: tuple[Floats, Ends, npt.NDArray[np.int64]] = kept_at["found"]
+            return found
+
         def off(x: Floats) -> Floats:
-            parts = [seen.off(*gpu_of(x)), (x[: len(names)] - 1) / STRAY]
+            parts = [seen.robust(logs(x)[0]), (x[: len(names)] - 1) / STRAY]
             for table in np.split(x, cuts)[1:]:
                 parts += [np.diff(table) / STIFF, table / TIED]
             return np.concatenate(parts)
 
-        found = least_squares(
-            off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), method="lm", ftol=1e-5, diff_step=DIFF
+        def slopes(x: Floats) -> Floats:
+            log, ends, latest = logs(x)
+            terms = of_terms(gpu_of(x)[0], few)
+            if "kv_mixed_s" not in start:
+                terms["kv_s"] = terms["kv_s"] + terms["kv_mixed_s"]
+            inward = np.array([2 * start[name] * v for name, v in zip(names, x, strict=False)])
+            none = np.zeros(len(few))
+            of_steps = np.concatenate(
+                [np.stack([terms.get(name, none) for name in names], axis=1), *(terms[name] for name in TABLES)], axis=1
+            )
+            row, column = np.concatenate([span, span]), np.concatenate([at, latest])
+            found = ends.slopes(spans, row, column, of_steps)
+            for name, by in (("head_s", ends.head), ("tail_s", ends.tail)):
+                if name in start:
+                    found[:, names.index(name)] = by[row, column]
+            found[:, : len(names)] *= inward
+            root = np.sqrt(1 + log * log)
+            by_log = np.sqrt((1 + root) / 2) / root  # of soft L1
+            some = np.concatenate([spans.known, log[len(span) :] > 0])
+            scale = np.where(some, by_log * seen.weights / NOISE / np.where(some, ends.seconds[row, column], 1.0), 0.0)
+            return np.concatenate([found * scale[:, None], ties])
+
+        width = len(names) + sum(sizes)
+        eye = np.eye(width)
+        ties = np.concatenate(
+            [eye[: len(names)] / STRAY]
+            + [part for table in np.split(eye, cuts)[1:] for part in (np.diff(table, axis=0) / STIFF, table / TIED)]
         )
+        found = least_squares(off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), jac=slopes, method="lm", ftol=1e-5)
         return (*gpu_of(found.x), float(found.cost))
 
     def _start(self, steps: Steps, seconds: Floats) -> dict[str, float]:
@@ -296,11 +336,11 @@ class _Form:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A sample of the spans of a recording, and how far off them the ends of steps are that a cost model foresees."""
+    """A sample of the spans of a recording, and how far off them the ends are that a cost model foresees."""
 
     steps: Steps  # those of the spans
     spans: Spans  # whose rows are of these steps
-    weight: Floats  # (spans,)
+    weights: Floats  # (2 · spans,): of `logs`
 
     @classmethod
     def of(cls, steps: Steps, spans: Spans) -> _Seen:
@@ -308,26 +348,39 @@ class _Seen:
         kept, weight = _sample(steps, spans.rows.max(axis=1))
         spans = spans.take(kept)
         used, places = np.unique(spans.rows, return_inverse=True)
-        return cls(_take(steps, used), replace(spans, rows=places.reshape(spans.rows.shape)), weight)
+        spans = replace(spans, rows=places.reshape(spans.rows.shape))
+        return cls(_take(steps, used), spans, np.concatenate([weight, weight]))
+
+    @property
+    def last(self) -> npt.NDArray[np.int64]:
+        """(spans,): the column of each span's last step."""
+        found: npt.NDArray[np.int64] = (self.spans.done < np.inf).sum(axis=1) - 1
+        return found
 
     def single(self) -> tuple[Steps, Floats]:
         """The steps that are a span alone, and how long they took."""
         spans = self.spans
-        alone = ((spans.done < np.inf).sum(axis=1) == 1) & spans.known
+        alone = (self.last == 0) & spans.known
         return _take(self.steps, spans.rows[alone, 0]), (spans.done[:, 0] - spans.origin)[alone]
 
-    def off(self, gpu: GpuTime, head: float, tail: float) -> Floats:
-        """(2 · spans,): by how many `NOISE` each span's end is off, and by how many it is late on an end within it."""
-        spans = self.spans
-        span, at = np.arange(len(spans)), (spans.done < np.inf).sum(axis=1) - 1
-        observed = spans.done - spans.origin[:, None]
+    def logs(self, gpu: GpuTime, head: float, tail: float) -> tuple[Floats, Ends, npt.NDArray[np.int64]]:
+        """How far off each span's end is, then each span's latest step before, in `NOISE`; the ends, and that step.
+
+        ``head`` and ``tail`` are those of `HostTime`.
+        """
+        spans, at = self.spans, self.last
+        span, observed = np.arange(len(spans)), spans.done - spans.origin[:, None]
         inner = np.arange(observed.shape[1]) < (at + ~spans.known)[:, None]
-        ends = spans.seconds(predicted(gpu, self.steps), self.steps.singly, head, tail)
-        log = np.where(spans.known, np.log(ends[span, at] / observed[span, at]), 0.0)
-        late = np.log(np.where(inner, np.maximum(ends / observed, 1.0), 1.0).max(axis=1))
-        log = np.concatenate([log, late]) / NOISE
-        robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1
-        found: Floats = robust * np.concatenate([self.weight, self.weight])
+        ends = Ends.of(spans, predicted(gpu, self.steps), self.steps.singly, head, tail)
+        log = np.where(spans.known, np.log(ends.seconds[span, at] / observed[span, at]), 0.0)
+        over = np.where(inner, ends.seconds / observed, 0.0)
+        latest = over.argmax(axis=1)
+        late = np.log(np.maximum(over[span, latest], 1.0))
+        return np.concatenate([log, late]) / NOISE, ends, latest
+
+    def robust(self, logs: Floats) -> Floats:
+        """Soft L1 of ``logs``, weighted: a stall now and then moves nothing."""
+        found: Floats = np.sign(logs) * np.sqrt(2 * (np.sqrt(1 + logs * logs) - 1)) * self.weights
         return found
 
 

@@ -374,22 +374,6 @@ class Spans:
         """The spans with these numbers."""
         return Spans(**{name: column[kept] for name, column in vars(self).items()})
 
-    def seconds(self, gpu_s: Floats, singly: Bools, head: float, tail: float) -> Floats:
-        """(spans, longest): when each step ends on the GPU, from the origin, if it takes ``gpu_s[rows]``.
-
-        ``head`` and ``tail`` are those of `HostTime`, for steps that are launched kernel by kernel: where
-        ``singly[rows]``.
-        """
-        ended = self.free.copy()
-        found = np.empty(self.rows.shape)
-        work, by_kernel = gpu_s[self.rows], singly[self.rows]
-        for j in range(self.rows.shape[1]):
-            begin = np.where(by_kernel[:, j], self.begun[:, j] + head, self.launched[:, j])
-            ended = np.maximum(ended, begin) + work[:, j]
-            ended = np.where(by_kernel[:, j], np.maximum(ended, self.launched[:, j] + tail), ended)
-            found[:, j] = ended - self.origin
-        return found
-
 
 def launch_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
     """Launches of steps with chunks that show: the indices of the steps, and the launches' seconds.
