@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chairlift.sim.plan.promises import Sample
 from chairlift.sim.sweep.journal import NAME
 from kit.command import SCENARIO
 from kit.places import IMPORTS, TESTS
@@ -159,10 +160,15 @@ def _entries(folder: str) -> dict[str, str]:
     """What the journal knows, as text (NaN is no number equal to itself), without the clock's figures."""
     if not (Path(folder) / NAME).exists():
         return {}
-    clocked = ("wall_s", "run_s", "simulated_s")
+    clocked = ("wall_s", "run_s")
+    place = Sample._fields.index("wall_s")
+    known = written_down(Path(folder))
+    for entry in known.values():
+        if "sample" in entry:
+            entry["sample"][place] = 0.0
     return {
         key: json.dumps({name: value for name, value in entry.items() if name not in clocked})
-        for key, entry in written_down(Path(folder)).items()
+        for key, entry in known.items()
     }
 
 
