@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test fuzz bench fast wheel gallery profiles lint types check clean
+.PHONY: run test fuzz kills bench fast wheel gallery profiles lint types check clean
 
 run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 	$(BIN)/chairlift run anyscale_23x
@@ -12,8 +12,11 @@ run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 test: $(VENV)/.installed-dev  ## all tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-fuzz: $(VENV)/.installed-dev  ## 20,000 mutated files, each read to an answer or to one message (hours)
-	cd tests && ../$(BIN)/python fuzz.py 20000 1
+fuzz: $(VENV)/.installed-dev  ## damaged files of every kind, each read to an answer or to one message (some 20 minutes)
+	cd tests && ../$(BIN)/python fuzz.py scripted && ../$(BIN)/python fuzz.py 20000 1
+
+kills: $(VENV)/.installed-dev  ## 200 kills of commands at random moments: nothing lost, nothing mixed (half an hour)
+	cd tests && ../$(BIN)/python kills.py 200 1
 
 bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
 	$(BIN)/python -m chairlift.sim.cli.bench

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a machine that only measures lacks it
     from pydantic import ValidationError
@@ -30,6 +30,18 @@ def a_file(path: Path, most: int | None = None) -> Path:
         rule = f"is {found.st_size:,} bytes long; such a file has at most {most:,}"
         raise OSError(errno.EFBIG, rule, str(path))
     return path
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of ``pairs``, for ``object_pairs_hook`` of `json`. Raises ValueError for a key that stands twice.
+
+    JSON does not say which of two values counts, and readers differ in it.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
 
 
 def wrong(error: ValidationError) -> str:

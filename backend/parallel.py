@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import astuple, dataclass, field
+from typing import Annotated
 
-from chairlift.backend.shapes import Count, Model
+from annotated_types import Ge, Le
+from pydantic import ConfigDict, Strict, with_config
+
+from chairlift.backend.shapes import Model
+
+Count = Annotated[int, Strict(), Ge(1), Le(1024)]
 
 
+@with_config(ConfigDict(extra="forbid", strict=False))  # a mapping of a strict document may become one
 @dataclass(frozen=True)
 class Parallel:
     """The degrees of parallelism of one replica, which has tensor × pipeline × data GPUs.

@@ -12,17 +12,18 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from chairlift.backend import names
 
 GIB = 2**30
 ABSENT = object()  # the value of a number that is not given
 
-Count = Annotated[int, Ge(1)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
-WholeNumber = Annotated[int, Ge(0)]
+MOST = 10**15  # of any number: parameters of a model, FLOP/s of a GPU in units of 1e12; products stay finite
+Count = Annotated[int, Ge(1), Le(MOST)]
+Positive = Annotated[float, Gt(0), Le(MOST)]
+NotNegative = Annotated[float, Ge(0), Le(MOST)]
+WholeNumber = Annotated[int, Ge(0), Le(MOST)]
 
 
 class Wrong(NamedTuple):
@@ -451,4 +452,6 @@ def _broken(rule: Any, value: Any) -> str | None:
                 return f"must be above {bound.gt}"
             if isinstance(bound, Ge) and not value >= bound.ge:  # type: ignore[operator]
                 return f"must be at least {bound.ge}"
+            if isinstance(bound, Le) and not value <= bound.le:  # type: ignore[operator]
+                return f"must be at most {bound.le}"
     return None

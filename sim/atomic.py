@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import shutil
 import sqlite3
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, cast
 
 
 class Busy(OSError):
@@ -21,14 +24,34 @@ class Busy(OSError):
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to. The file takes the place of ``path`` at the end, or goes if that fails.
 
-    Each process has a file of its own, so that several may write the same ``path``: the last one stays.
+    Each process has a file of its own, so that several may write the same ``path``: the last one stays. What is no
+    file of its own (a pipe, a device, a link) is not replaced but written to.
     """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all. Raises OSError."""
+    with writing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[str]]:
+    """A file of text that becomes ``path``, whole or not at all; gzipped where the name ends so. Raises OSError."""
+    with replacing(path) as partial, partial.open("wb") as raw:
+        # gzip would write the name of the partial file, and the time, into its header
+        packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else raw
+        with io.TextIOWrapper(cast("IO[bytes]", packed), encoding="utf-8", newline="") as file:
+            yield file
 
 
 class NewFolder:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 _ESCAPED = {"\n": " ", "\r": "", "\t": " "}  # a problem is one line, whatever a file or a library puts into it
 NOTHING = object()  # a problem without a value to show
 MOST_TOLD = 100  # problems of one input: nobody reads more
+MOST_SHOWN = 60  # characters of a value or a name
 
 
 class Problem(NamedTuple):
@@ -51,8 +52,10 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     Letters count as equal whatever their case: ``vLLM`` is near ``vllm``.
     """
     if near := nearest(word, known):
-        return f" – did you mean '{near}'?"
-    shown = ", ".join(sorted(known)[:12]) + (", …" if len(known) > 12 else "")
+        return f" – did you mean {_short(near)}?"
+    shown = ", ".join(name if len(name) <= MOST_SHOWN else _short(name) for name in sorted(known)[:12]) + (
+        ", …" if len(known) > 12 else ""
+    )
     return f" – allowed: {shown}" if shown else ""
 
 
@@ -69,4 +72,4 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.55) -> str | None
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."

@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, Strict, model_validator
 
 from chairlift.backend import specs
 from chairlift.backend.base import Backend, Settings
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import KvGroups, Router, Scheduler, Speculation
 from chairlift.sim.workload.acceptance import Acceptance
+from chairlift.sim.workload.strict import Spec
 from chairlift.sim.workload.trace import Trace
 
 # Bounds keep a slip of the pen from taking hours or all memory; each is far beyond what anybody has built.
@@ -31,12 +32,6 @@ PositiveSeconds = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
 PositiveNumber = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 PositiveMs = Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)]
 Gib = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-
-
-class Spec(BaseModel):
-    """A part of a scenario file; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Slo(Spec):
@@ -251,7 +246,9 @@ class Claim(Spec):
     """A published number, shown beside ours."""
 
     says: str = Field(description="What was published, and where.")
-    published: float | tuple[float, float] = Field(description="The number, or the least and the most.")
+    published: float | Annotated[tuple[float, float], Strict(False)] = Field(
+        description="The number, or the least and the most."
+    )
     metric: str = Field("request_throughput", description="A field of summary.json.")
     of: str = Field(description="The variant that it is of.")
     over: str | None = Field(None, description="The variant that it is a ratio to.")

@@ -1,131 +1,113 @@
-"""``make fuzz``: mutated scenarios, sweeps, traces and results, each read to an answer or to one message.
+"""``make fuzz``: damaged files of every kind that Chairlift reads, each read to an answer or to one message.
 
-A mutation changes one text of a good file: a key is misspelt, a number becomes another kind of number, bytes are cut,
-doubled or changed. Three counts must be 0: tracebacks, commands that take longer than `patience` allows, and commands
-that accept a misspelt key. ``python tests/fuzz.py 20000 7`` tries so many with that seed.
+``python tests/fuzz.py scripted`` does everything that `kit.damage` knows of to every place of a good file of each
+reader (`kit.readers`); ``python tests/fuzz.py 20000 7`` draws so many mutations with that seed. Four counts must be 0:
+tracebacks, hangs, refusals that do not name the file, and silent acceptances: nonsense that is not refused, changes the
+answer, and of which the answer does not speak. A word behind the numbers keeps to the readers whose names hold it.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import re
-import shutil
+import resource
 import sys
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from chairlift.sim.conformance.serving import Hangs, hanging, patience
-from kit.command import SCENARIO, chairlift
+from kit.damage import Damaged, mutated, scripted
+from kit.readers import SILENT, WRONG, Reader, Tried, table, tried
 
-NUMBERS = ("0", "-1", "1e30", ".inf", ".nan", "1.5", "''", "null", "true", "[1]", "{a: 1}", "10000000000000000000000")
-SMALL = SCENARIO.replace("requests: 30", "requests: 3")
-TRACE = "arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,20,5\n0.5,30,1\n1.0,7,9\n"
-FILES = {
-    "s.yaml": SMALL,
-    "w.yaml": "base: s.yaml\naxes: {seed: [1, 2]}\n",
-    "t.csv": TRACE,
-    "f.yaml": SMALL[: SMALL.index("workload:")] + "workload: {file: t.csv}\n",
-}
-COMMANDS: dict[str, tuple[str, ...]] = {  # file that is mutated → what reads it
-    "s.yaml": ("run", "s.yaml", "-q"),
-    "w.yaml": ("sweep", "w.yaml", "-q", "-j", "1"),
-    "t.csv": ("run", "f.yaml", "-q"),
-    "f.yaml": ("run", "f.yaml", "-q"),
-    "runs/s/summary.json": ("report", "runs/s"),
-    "runs/s/study.json": ("report", "runs/s"),
-    "runs/s/scenario.yaml": ("run", "runs/s/scenario.yaml", "-q"),
-    "runs/s/requests.parquet": ("explain", "--slowest", "1", "--in", "runs/s"),
-    "runs/s/steps.parquet": ("report", "runs/s"),
-}
-KEY = re.compile(rb"(?m)^ *([a-z][a-z_]{3,}):")
+Counts = Counter[tuple[str, str]]  # (reader, what came of it) → how often
+MEMORY = 6 << 30  # bytes of data that one process may have
 
 
-def misspelt(data: bytes, draw: random.Random) -> bytes:
-    """``data`` with letters in one of its keys that make it no other key; what a file says of its making is text."""
-    keys = list(KEY.finditer(data.partition(b"provenance:")[0]))
-    if not keys:
-        return data
-    at = draw.choice(keys).start(1)
-    return data[: at + 2] + b"qxq" + data[at + 2 :]
+def judged(reader: Reader, damaged: Damaged, good: Tried) -> Tried:
+    """What came of ``damaged``, where the good file comes to ``good``."""
+    found = tried(reader, damaged.data)
+    free = damaged.what.startswith(reader.free) if reader.free else False
+    if found.kind == "accepted" and damaged.nonsense and not free:
+        if reader.strict:
+            return Tried(SILENT, told="nonsense is accepted")
+        if found.answer != good.answer and not found.noticed:
+            return Tried(SILENT, told="nonsense is accepted, and changes the answer")
+    return found
 
 
-def renumbered(data: bytes, draw: random.Random) -> bytes:
-    """``data`` with one of its numbers made another."""
-    found = list(re.finditer(rb"\d+(\.\d+)?", data))
-    if not found:
-        return data
-    place = draw.choice(found)
-    return data[: place.start()] + draw.choice(NUMBERS).encode() + data[place.end() :]
-
-
-def cut(data: bytes, draw: random.Random) -> bytes:
-    """``data`` without its end."""
-    return data[: draw.randrange(len(data) + 1)]
-
-
-def flipped(data: bytes, draw: random.Random) -> bytes:
-    """``data`` with one byte made another."""
-    if not data:
-        return data
-    at = draw.randrange(len(data))
-    return data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :]
-
-
-def doubled(data: bytes, draw: random.Random) -> bytes:
-    """``data`` with a piece of it twice."""
-    low, high = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-    return data[:high] + data[low:high] + data[high:]
-
-
-MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (misspelt, renumbered, cut, flipped, doubled)
-
-
-def fuzz(times: int, seed: int, tell: Callable[[str], object]) -> Counter[str]:
-    """Try so many mutations in a folder of their own; how often each kind of answer came."""
-    draw, counts, home = random.Random(seed), Counter[str](), Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            for name, text in FILES.items():
-                Path(name).write_text(text)
-            assert chairlift("run", "s.yaml", "-q").status == 0
-            shutil.copytree("runs", "whole")
-            for number in range(times):
-                name, mutate = draw.choice(list(COMMANDS)), draw.choice(MUTATIONS)
-                good = Path(name).read_bytes()
-                bad = mutate(good, draw)
-                Path(name).write_bytes(bad)
-                counts[_tried(COMMANDS[name], mutate is misspelt and bad != good, f"{number} {name}", tell)] += 1
-                shutil.rmtree("runs")
-                shutil.copytree("whole", "runs")
-                Path(name).write_bytes(good)
-        finally:
-            os.chdir(home)
+def fuzz(
+    readers: Iterable[Reader], damage: Callable[[Reader], Iterator[Damaged]], tell: Callable[[str], object]
+) -> Counts:
+    """Try all ``damage`` of each reader; ``tell`` hears of each that is wrong."""
+    counts = Counts()
+    with in_a_folder():
+        for reader in readers:
+            good = tried(reader, reader.good)
+            assert good.kind == "accepted", (reader.name, good)
+            assert tried(reader, reader.good) == good, f"{reader.name} gives another answer the second time"
+            for damaged in damage(reader):
+                found = judged(reader, damaged, good)
+                counts[reader.name, found.kind] += 1
+                if found.kind in WRONG:
+                    tell(f"{reader.name}: {damaged.what}: {found.kind}: {found.told}")
     return counts
 
 
-def _tried(command: tuple[str, ...], must_fail: bool, what: str, tell: Callable[[str], object]) -> str:
-    try:
-        with patience():
-            result = chairlift(*command)
-    except Hangs:
-        tell(f"{what}: {hanging()}")
-        return "hangs"
-    except Exception:
-        tell(f"{what}: {traceback.format_exc()}")
-        return "tracebacks"
-    if result.status == 0 and must_fail:
-        tell(f"{what}: a misspelt key is accepted")
-        return "silent acceptances"
-    return "accepted" if result.status == 0 else "refused"
+def drawn(times: int, seed: int) -> Callable[[Reader], Iterator[Damaged]]:
+    """So many mutations of each reader's file, of random numbers that are its own."""
+
+    def damage(reader: Reader) -> Iterator[Damaged]:
+        draw = random.Random(f"{seed} {reader.name}")
+        for _ in range(times):
+            yield mutated(reader.good, reader.how, draw)
+
+    return damage
+
+
+def every(reader: Reader) -> Iterator[Damaged]:
+    """All scripted damage of a reader's file."""
+    return scripted(reader.good, reader.how)
+
+
+@contextmanager
+def in_a_folder() -> Iterator[None]:
+    """Work in a folder that is thrown away."""
+    home = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(home)
+
+
+def summed(counts: Counts) -> tuple[str, int]:
+    """A line a reader and one of all; and how many are wrong."""
+    lines = []
+    for name in dict.fromkeys(name for name, _ in counts):
+        told = ", ".join(f"{kind} {n:,}" for (each, kind), n in sorted(counts.items()) if each == name)
+        lines.append(f"{name}: {told}")
+    kinds = Counter[str]()
+    for (_, kind), n in counts.items():
+        kinds[kind] += n
+    wrong = sum(kinds[kind] for kind in WRONG)
+    told = ", ".join(f"{kind} {n:,}" for kind, n in sorted(kinds.items()))
+    return "\n".join([*lines, f"{sum(kinds.values()):,} in all: {told}; wrong: {wrong}"]), wrong
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: whether anything is wrong."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    times, *rest = arguments
+    seed, word = (1, "".join(rest)) if times == "scripted" else (int(rest[0]), "".join(rest[1:]))
+    readers = table(word)
+    damage = every if times == "scripted" else drawn(-(-int(times) // len(readers)), seed)
+    told, wrong = summed(fuzz(readers, damage, lambda line: print(line, flush=True)))  # noqa: T201
+    sys.stdout.write(told + "\n")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    found = fuzz(int(sys.argv[1]), int(sys.argv[2]), lambda line: sys.stdout.write(f"{line}\n"))
-    wrong = sum(found[kind] for kind in ("tracebacks", "hangs", "silent acceptances"))
-    sys.stdout.write(", ".join(f"{kind}: {count:,}" for kind, count in sorted(found.items())) + f" - wrong: {wrong}\n")
-    sys.exit(wrong > 0)
+    sys.exit(main(sys.argv[1:]))

@@ -34,10 +34,9 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from pydantic_core import from_json
 from typing_extensions import TypedDict
 
-from chairlift.backend.checked import MOST_TEXT, a_file, wrong
+from chairlift.backend.checked import MOST_TEXT, a_file, once, wrong
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.names import hint
 from chairlift.backend.parallel import Parallel
@@ -304,8 +303,8 @@ def parse(text: str) -> Profile:
     Errors that the file holds of other numbers than its own are left out, and a note says so.
     """
     try:
-        data = from_json(text)
-    except ValueError as error:
+        data = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"not JSON: {error}") from None
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise ProfileError(f"format must be {FORMAT}")

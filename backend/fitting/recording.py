@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from chairlift.backend.calibrated.profile import Drafts
-from chairlift.backend.checked import a_file
+from chairlift.backend.checked import a_file, once
 from chairlift.backend.cuda_graphs import GPT_OSS_TOKENS
 from chairlift.backend.names import hint
 from chairlift.backend.parallel import Parallel, labelled
@@ -173,13 +174,7 @@ def read(folder: Path, model: str) -> Recording:
         name = facts["name"]
         limits = facts.get("engine")
         limits = dict(limits) if isinstance(limits, dict) else {}
-        missing = [k for k in LIMITS if not isinstance(limits.get(k), int)]
-        if missing:
-            raise RecordingError(f"{at}.engine: {name} lacks {', '.join(missing)}")
-        for key in LIMITS:
-            least = 2 if key == "num_gpu_blocks" else 1  # vLLM counts its null block among them
-            if isinstance(limits[key], bool) or not least <= limits[key] <= MOST:
-                raise RecordingError(f"{at}.engine.{key}: must be at least {least} (got {limits[key]!r})")
+        check_limits(limits, f"{at}.engine", name)
         if _is_gpt_oss(summary["engine"]):
             limits.setdefault("graph_tokens", min(GPT_OSS_TOKENS, limits["max_num_batched_tokens"]))
         if name in recording.experiments:
@@ -190,6 +185,14 @@ def read(folder: Path, model: str) -> Recording:
         ]
         _check(name, own[0], own[1], folder)
         recording.experiments[name] = Experiment(name, limits, facts, own[0], own[1], gaps.get(name))
+    for file, names in (
+        ("requests.csv.gz", set(requests["experiment"].tolist())),
+        ("steps.csv.gz", set(steps["experiment"].tolist())),
+        ("itl.npz", gaps.keys()),
+    ):
+        if others := sorted(map(str, names - recording.experiments.keys())):
+            rule = f"holds rows of {others[0]!r}, an experiment that {summary_path.name} does not list"
+            raise RecordingError(f"{folder / (prefix + file)}: {rule}")
     return recording
 
 
@@ -219,6 +222,27 @@ def _add_drafts(steps: Table, recording: Recording) -> None:
     steps["proposes"] = np.full(len(decodes), 0 if drafts is None else drafts.tokens)
 
 
+def check_limits(limits: dict[str, Any], at: str, name: str) -> None:
+    """Raise `RecordingError` unless the limits of the engine of experiment ``name``, which stand ``at``, are sound."""
+    missing = [key for key in LIMITS if not isinstance(limits.get(key), int)]
+    if missing:
+        raise RecordingError(f"{at}: {name} lacks {', '.join(missing)}")
+    for key in LIMITS:
+        least = 2 if key == "num_gpu_blocks" else 1  # vLLM counts its null block among them
+        if isinstance(limits[key], bool) or not least <= limits[key] <= MOST:
+            rule = f"must be at most {MOST:g}" if limits[key] > MOST else f"must be at least {least}"
+            raise RecordingError(f"{at}.{key}: {rule} (got {limits[key]!r})")
+
+
+def check_engine(engine: dict[str, Any], at: str) -> None:
+    """Raise `RecordingError` unless what is read of an engine's facts, which stand ``at``, is sound."""
+    for key in ("gpu", "vllm"):
+        if not isinstance(engine.get(key, ""), str):
+            raise RecordingError(f"{at}.{key}: must be text (got {engine[key]!r})")
+    if not re.match(r"\d+\.\d+", engine.get("vllm", "0.0")):
+        raise RecordingError(f"{at}.vllm: must be a version, such as 0.26.0 (got {engine['vllm']!r})")
+
+
 def _is_gpt_oss(engine: dict[str, Any]) -> bool:
     """Whether the recorded engine is vLLM with gpt-oss, of which it captures larger graphs."""
     model = engine.get("model")
@@ -227,11 +251,12 @@ def _is_gpt_oss(engine: dict[str, Any]) -> bool:
 
 def _summary(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(a_file(path).read_text(encoding="utf-8"))
+        data = json.loads(a_file(path).read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise RecordingError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("engine"), dict):
         raise RecordingError(f"{path}: needs an object `engine`, what was recorded on what")
+    check_engine(data["engine"], f"{path}: engine")
     if not isinstance(data.get("experiments"), list) or not data["experiments"]:
         raise RecordingError(f"{path}: needs a list `experiments`")
     return data
@@ -248,8 +273,12 @@ def _table(path: Path, columns: tuple[str, ...], ends: str = "") -> Table:
         raise RecordingError(f"{path}: no such file")
     try:
         table = csv.read_csv(path)
-    except (pa.ArrowException, OSError, EOFError) as error:
+        if binary := [name for name in table.column_names if pa.types.is_binary(table.schema.field(name).type)]:
+            raise RecordingError(f"{path}: {binary[0]} is not UTF-8 text")
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise RecordingError(f"{path}: not readable as CSV: {str(error).splitlines()[0]}") from None
+    if len(set(table.column_names)) < len(table.column_names):
+        raise RecordingError(f"{path}: names a column twice")
     missing = [name for name in ("experiment", *columns) if name not in table.column_names]
     if missing:
         raise RecordingError(f"{path}: lacks the columns {', '.join(missing)}")
@@ -288,7 +317,7 @@ def _gaps(path: Path) -> Table:
     if not path.is_file():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with a_file(path).open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
             gaps = {name: arrays[name].astype(np.float64) for name in arrays.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise RecordingError(f"{path}: not readable as an .npz file: {error}") from None

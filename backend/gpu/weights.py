@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chairlift.backend import hf_config
-from chairlift.backend.checked import MOST_TEXT, a_file
+from chairlift.backend.checked import MOST_TEXT, a_file, once
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.ranks import Ranks
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
@@ -130,7 +130,8 @@ def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Cal
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a folder of weights. Raises ValueError, one sentence."""
     try:
-        config = json.loads(a_file(folder / "config.json", MOST_TEXT).read_text(encoding="utf-8"))
+        text = a_file(folder / "config.json", MOST_TEXT).read_text(encoding="utf-8")
+        config = json.loads(text, object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict):

@@ -16,6 +16,7 @@ import argparse
 import base64
 import csv
 import gzip
+import io
 import json
 import sys
 from array import array
@@ -26,7 +27,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.fitting.recording import REQUEST_COLUMNS, RecordingError, read
+from chairlift.backend.checked import a_file, once
+from chairlift.backend.fitting.recording import (
+    MOST,
+    REQUEST_COLUMNS,
+    RecordingError,
+    check_engine,
+    check_limits,
+    read,
+)
 from chairlift.backend.recorder.journal import STEP_COLUMNS
 
 Floats = npt.NDArray[np.float64]
@@ -51,7 +60,7 @@ def convert(folder: Path, model: str, name: str = "served") -> list[str]:
         raise RecordingError(
             f"{folder}: no engine recorded a request that ended: is its --scheduler-cls the recorder's?"
         )
-    engines = [json.loads(Path(f"{stem}.json").read_text(encoding="utf-8")) for stem, _ in served]
+    engines = [_engine(Path(f"{stem}.json")) for stem, _ in served]
     facts = {key: value for key, value in engines[0].items() if key != "limits"}
     for other in engines[1:]:
         if {key: value for key, value in other.items() if key != "limits"} != facts:
@@ -70,6 +79,7 @@ def convert(folder: Path, model: str, name: str = "served") -> list[str]:
         own = list(_steps(Path(f"{stem}.steps.csv"), start))
         steps += [(label, *row) for row in own]
         experiments.append({"name": label, "steps": len(own), "requests": len(rows), "engine": engine["limits"]})
+    (folder / f"{model}_summary.json").unlink(missing_ok=True)  # without one it is no recording, whatever ends this
     _write(folder / f"{model}_requests.csv.gz", ("experiment", *REQUEST_COLUMNS), requests)
     _write(folder / f"{model}_steps.csv.gz", ("experiment", *STEP_COLUMNS), steps)
     np.savez_compressed(folder / f"{model}_itl.npz", **gaps)  # type: ignore[arg-type]
@@ -80,31 +90,67 @@ def convert(folder: Path, model: str, name: str = "served") -> list[str]:
 
 def _requests(path: Path) -> Iterator[tuple[float, float, int, Floats]]:
     """Arrival, taking in, prompt tokens and the times of the tokens of each request that ended."""
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for line, text in enumerate(_text(path).splitlines(), 1):
         try:
             arrival, added, prompt, packed = json.loads(text)
-            times = array("d", base64.b64decode(packed, validate=True))
-        except ValueError as error:
+            times = np.array(array("d", base64.b64decode(packed, validate=True)))
+            if isinstance(arrival, bool) or isinstance(added, bool):
+                raise ValueError("its times must be numbers")
+            facts = np.array([arrival, added, *times], np.float64)
+            if type(prompt) is not int or not 1 <= prompt <= MOST:
+                raise ValueError(f"its prompt has {prompt!r} tokens")
+            if not len(times) or not (np.abs(facts) <= MOST).all() or (np.diff(times) < 0).any():
+                raise ValueError("its times must be numbers of seconds, those of its tokens in order")
+        except (ValueError, TypeError, RecursionError) as error:
             raise RecordingError(f"{path}:{line}: not a request of the recorder's: {error}") from None
-        yield arrival, added, prompt, np.array(times)
+        yield arrival, added, prompt, times
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    """What the engine is, and its ``limits``."""
+    try:
+        found = json.loads(_text(path), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise RecordingError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("limits"), dict):
+        raise RecordingError(f"{path}: needs an object `limits`")
+    check_limits(found["limits"], f"{path}: limits", path.stem)
+    check_engine(found, str(path))
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return a_file(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordingError(f"{path}: not text: {error}") from None
 
 
 def _steps(path: Path, start: float) -> Iterator[list[str]]:
     """The steps from ``start`` on, their times counted from there, in the order in which they were done."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
+    try:
+        rows = list(csv.reader(io.StringIO(_text(path), newline="")))
+    except csv.Error as error:
+        raise RecordingError(f"{path}: not readable as CSV: {error}") from None
+    if not rows or tuple(rows[0]) != STEP_COLUMNS:
+        raise RecordingError(f"{path}:1: must name the columns {', '.join(STEP_COLUMNS)}")
     for line, row in enumerate(rows[1:], 2):
         if len(row) != len(STEP_COLUMNS):
             if line == len(rows):
                 break  # the engine was killed while it wrote
             raise RecordingError(f"{path}:{line}: must have {len(STEP_COLUMNS)} columns (got {len(row)})")
+        try:
+            if not all(abs(float(cell)) <= MOST for cell in row) or min(map(float, row[2:])) < 0:
+                raise ValueError(f"must be numbers of at least 0 and at most {MOST:g}")
+        except ValueError as error:
+            raise RecordingError(f"{path}:{line}: {error}") from None
         scheduled, done = float(row[0]) - start, float(row[1]) - start
         if scheduled >= 0:
             yield [f"{scheduled:.6f}", f"{done:.6f}", *row[2:]]
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+    with gzip.GzipFile(path, "wb", mtime=0) as packed, io.TextIOWrapper(packed, encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

@@ -16,10 +16,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from chairlift.backend.checked import a_file
+from chairlift.backend.checked import a_file, once
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.results import catalogue
 
+MOST = 1e18  # of a metric
 METRICS = ("total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
 
 
@@ -71,7 +72,7 @@ def agreements(measured: Path, predicted: Path, metrics: Sequence[str] = METRICS
         if len(names) < 2:
             raise BadInput(Problem("needs at least two systems to rank", file=str(measured), value=case))
         for metric in metrics:
-            columns = [{n: float(runs[case, n].get(metric) or "nan") for n in names} for runs in (ours, theirs)]
+            columns = [{n: _metric(runs[case, n], metric) for n in names} for runs in (ours, theirs)]
             if missing := [n for column in columns for n, value in column.items() if math.isnan(value)]:
                 raise BadInput(Problem(f"no {metric} of {missing[0]}", file=str(measured)))
             found.append(Agreement(case, metric, columns[0], columns[1]))
@@ -81,12 +82,31 @@ def agreements(measured: Path, predicted: Path, metrics: Sequence[str] = METRICS
 def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     path = folder if folder.suffix == ".json" else folder / "comparison.json"
     try:
-        rows = json.loads(a_file(path).read_text(encoding="utf-8"))
+        rows = json.loads(a_file(path).read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "variant" in row for row in rows):
         raise BadInput(Problem("must be the comparison.json of a run that compares systems", file=str(path)))
-    return {(row.get("case", ""), row["variant"]): row for row in rows}
+    for row in rows:
+        for key in ("case", "variant"):
+            if not isinstance(row.get(key, ""), str):
+                raise BadInput(Problem("must be text", file=str(path), path=key, value=row[key]))
+        for name, value in row.items():
+            if name in catalogue.FIELDS and not (value is None or _is_number(value)):
+                raise BadInput(Problem("must be a finite number", file=str(path), path=name, value=value))
+    found = {(row.get("case", ""), row["variant"]): row for row in rows}
+    if len(found) < len(rows):
+        raise BadInput(Problem("holds a run twice", file=str(path)))
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
+
+
+def _metric(row: dict[str, Any], name: str) -> float:
+    value = row.get(name)
+    return float(value) if value else math.nan
 
 
 def _sign(x: float) -> int:

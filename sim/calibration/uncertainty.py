@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from chairlift.sim.atomic import replacing
+from chairlift.sim.atomic import write_text
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.simulate import simulate
 from chairlift.sim.study import Setup, Study
@@ -106,6 +106,4 @@ def _write(found: Sequence[tuple[Setup, Runs]], folder: Path) -> None:
         {"case": setup.case, "variant": setup.variant, "draws": len(runs), "intervals": intervals(runs)}
         for setup, runs in found
     ]
-    path = folder / "uncertainty.json"
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(folder / "uncertainty.json", json.dumps(rows, indent=2, allow_nan=False) + "\n")

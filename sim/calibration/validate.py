@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
 
 from chairlift.backend import memory, specs
 from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.calibrated.settings import Given
+from chairlift.backend.checked import wrong
 from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
 from chairlift.policies.base import KvGroups
@@ -141,6 +143,15 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
     known = {f.name for f in fields(Vllm) if f.init}
     settings = {key: value for key, value in limits.items() if key in known}
+    hints = get_type_hints(Vllm, include_extras=True)
+    for key, value in settings.items():
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            rule = (
+                f"{recording.folder}: the engine of {experiment.name}: {key} {wrong(error).removeprefix('the file ')}"
+            )
+            raise RecordingError(rule) from None
     if "vllm" in recording.engine:
         settings["version"] = nearest(recording.engine["vllm"])
     parallel = profile.parallel

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from chairlift.sim.atomic import write_text
 from chairlift.sim.calibration.agreement import agreements
 from chairlift.sim.cli.terminal import console, run_folder
 
@@ -30,7 +31,7 @@ def agree(
     out = console(least=WIDTH)
     found = agreements(run_folder(measured), run_folder(predicted))
     if json_file is not None:
-        json_file.write_text(json.dumps([each.json() for each in found], indent=1) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps([each.json() for each in found], indent=1) + "\n")
     names = list(found[0].measured)
     table = Table(box=None, pad_edge=False, title="predicted against measured, %", title_justify="left")
     for column in ("case", "metric", *names, "τ", "regret"):

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from chairlift.sim.atomic import write_text
 from chairlift.sim.cli.compiled import told
 from chairlift.sim.cluster.clock import time_bare_timeouts
 from chairlift.sim.results.outcome import Outcome
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
             row["hash"][:12],
         )
     console.print(table)
-    options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_text(options.out, json.dumps(rows, indent=2) + "\n")
     found = {row["name"]: row["hash"] for row in rows}
     differ = [pair for pair in SAME if len({found.get(name) for name in pair}) > 1]
     for pair in differ:

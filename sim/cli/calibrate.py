@@ -23,6 +23,7 @@ from chairlift.backend.fitting.recording import Experiment, Recording, Recording
 from chairlift.backend.fitting.steps import steps_of
 from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.parallel import labelled
+from chairlift.sim.atomic import write_text
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration import fit as fitting
 from chairlift.sim.calibration import from_bench, grid, validate
@@ -128,7 +129,7 @@ def calibrate(
     profile.provenance["command"] = command + (f" --experiments {','.join(_names(experiments))}" if experiments else "")
     with _bad_input():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(profile.to_json(), encoding="utf-8")
+        write_text(path, profile.to_json())
         if plot is not None:
             _parity(held, plot)
     if quiet:
@@ -164,7 +165,7 @@ def _from_results(
         profile.provenance["command"] = " ".join(words)
         path = out_file or Path(f"{profile.name}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(profile.to_json(), encoding="utf-8")
+        write_text(path, profile.to_json())
     if quiet:
         return
     out.print(_factors(found.parts, str(profile.provenance["from"])))
@@ -250,7 +251,7 @@ def validate_(
         finally:
             if json_file is not None:
                 rows = [cell.json() for cell in cells]
-                json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                write_text(json_file, json.dumps(rows, indent=1) + "\n")
     if not quiet:
         _bands(out, cells, {each.name for each in chosen if validate.is_burst(each)})
 
@@ -259,7 +260,7 @@ def _beside(out: Console, scenario: str, file: Path, json_file: Path | None, qui
     with _bad_input(), status(quiet) as progress:
         cells, burst, notes = benched.compared(scenario, file, progress)
         if json_file is not None:
-            json_file.write_text(json.dumps([cell.json() for cell in cells], indent=1) + "\n", encoding="utf-8")
+            write_text(json_file, json.dumps([cell.json() for cell in cells], indent=1) + "\n")
     if quiet:
         return
     out.print(_cells_table(file.name, burst, cells))

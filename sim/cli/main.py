@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cli.compiled import stale
-from chairlift.sim.cli.terminal import Interruptible, console, forgive_encodings, terminable
+from chairlift.sim.cli.terminal import Interruptible, console, forgive_encodings, interruptible, terminable
 
 # A command's module, its function (or group of commands) there, and what the list of commands says of it: the first
 # sentence of its docstring, written here once more so that `chairlift --help` need not import the whole simulator.
@@ -175,7 +175,7 @@ def main() -> None:
     """The console script: bad input is one message and exit status 2, never a traceback."""
     forgive_encodings()
     try:
-        with terminable():
+        with interruptible(), terminable():
             app(standalone_mode=True)
     except (Exception, SystemExit) as error:
         told = _told(error)

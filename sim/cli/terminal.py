@@ -57,18 +57,31 @@ def stopped(by: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(by, Terminated) else signal.SIGINT)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, a signal ends the process with one line."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        console(stderr=True).print("interrupted")
+        raise SystemExit(stopped(stop)) from None
+
+
 class Interruptible(TyperGroup):
     """Commands that say in one line that they were interrupted."""
+
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        """Read the options. What comes of a signal later is told by `invoke`."""
+        with interruptible():
+            return super().make_context(*arguments, **more)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-        except KeyboardInterrupt as stop:
-            console(stderr=True).print("interrupted")
-            raise SystemExit(stopped(stop)) from None
+            with interruptible():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
         except BrokenPipeError as error:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it once more at its end
             raise BadInput(Problem(f"cannot be written: {error.strerror}", file="standard output")) from None

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from chairlift.backend import specs
+from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, held_to_one_loop, scenario_of
 from chairlift.sim.plan.capacity import Effort
@@ -120,7 +121,10 @@ class PlanFile(Based):
     @classmethod
     def _plain_numbers(cls, prices: object) -> object:
         if isinstance(prices, dict):
-            return {k: {"usd_per_gpu_hour": v} if isinstance(v, int | float) else v for k, v in prices.items()}
+            return {
+                k: {"usd_per_gpu_hour": v} if isinstance(v, int | float) and not isinstance(v, bool) else v
+                for k, v in prices.items()
+            }
         return prices
 
     @property
@@ -254,14 +258,23 @@ def _ours(key: str) -> str:
     return f"{key} of the base does not count in a plan, whose own {said} says it" if said else ""
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:
     """The plan's own prices, those of the file it names, or Chairlift's table."""
     if isinstance(spec.prices, dict):
         return spec.prices
     if isinstance(spec.prices, str):
-        table = read(folder / spec.prices)
+        path = folder / spec.prices
+        try:
+            a_file(path)
+        except OSError as error:
+            raise BadInput(document.problem(("prices",), f"{error.strerror or error}", spec.prices)) from None
+        table = read(path)
         for gpu, price in table.data.items():
-            if isinstance(price, int | float):
+            if _is_number(price):
                 table.data[gpu] = {"usd_per_gpu_hour": price}
         return table.check(Prices)
     return {

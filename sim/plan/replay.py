@@ -6,12 +6,16 @@ replication's figures to the last digit, since plans and runs price steps and dr
 
 from __future__ import annotations
 
-import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from chairlift.backend.checked import a_file, once, wrong
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.pacing import paced
 from chairlift.sim.plan.promises import Promise, measured
@@ -37,6 +41,60 @@ class Replay:
         """Each figure's name, what the plan had, and what ``outcome`` has."""
         here = measured(self.promises, outcome.requests, outcome.runs, 0.0).figures
         return [(name, there, here[name]) for name, there in self.figures.items() if name in here]
+
+
+_STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+_Requests = Annotated[int, Field(ge=1, le=10**9)]
+
+
+@with_config(_STRICT)
+class _Look(TypedDict):
+    """A verdict on one system at one rate."""
+
+    rate_per_s: Annotated[float, Field(gt=0, le=1e12)]
+    requests: _Requests
+    first: dict[str, float | None]
+
+
+@with_config(_STRICT)
+class _System(TypedDict):
+    system: str
+    synchronous: bool
+    scenario: dict[str, Any]
+
+
+@with_config(_STRICT)
+class _Capacity(TypedDict):
+    number: int
+    rates: list[_Look]
+
+
+@with_config(_STRICT)
+class _Entry(TypedDict):
+    number: int
+    verdict: NotRequired[_Look]
+
+
+@with_config(_STRICT)
+class _Race(TypedDict):
+    systems: list[_Entry]
+
+
+@with_config(_STRICT)
+class _Plan(TypedDict):
+    """What is read of a ``plan.json``."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0)]
+    requests: _Requests
+    promises: Annotated[list[Promise], Field(min_length=1)]
+    spares: int | None
+    systems: list[_System]
+    capacities: list[_Capacity]
+    cheapest: list[_Race]
+
+
+_PLAN: TypeAdapter[_Plan] = TypeAdapter(_Plan)
 
 
 def is_plan(path: Path) -> bool:
@@ -66,7 +124,7 @@ def replayed(path: Path, number: int, rate_per_s: float | None, trust: Trust = F
         rate_per_s = looks[-1]["rate_per_s"]
     known = next((look for look in reversed(looks) if look["rate_per_s"] == rate_per_s), None)
     requests = data["requests"] if known is None else known["requests"]
-    promises = tuple(Promise.model_validate(each) for each in data["promises"])
+    promises = tuple(data["promises"])
     document = paced(Document(system["scenario"], {}, str(path)), rate_per_s, requests, None, data["seed"])
     seed, alike = data["seed"], system["synchronous"]
     run = Replication(document, path.parent, {}, seed, trust, promises, rate_per_s, requests, synchronous=alike)
@@ -80,22 +138,27 @@ def replayed(path: Path, number: int, rate_per_s: float | None, trust: Trust = F
     return Replay(study, promises, rate_per_s, system["system"], figures)
 
 
-def _looks(data: dict[str, Any], number: int) -> Any:
+def _looks(data: _Plan, number: int) -> Iterator[_Look]:
     """All verdicts of a plan on a system, those of races last."""
     for capacity in data["capacities"]:
         if capacity["number"] == number:
             yield from capacity["rates"]
-    for race in data["cheapest"] if not data.get("spares") else ():  # those ran without the spares
+    for race in data["cheapest"] if not data["spares"] else ():  # those ran without the spares
         for entry in race["systems"]:
             if entry["number"] == number and "verdict" in entry:
                 yield entry["verdict"]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """The content of a ``plan.json``; None if the file is anything else."""
+def _read(path: Path) -> _Plan | None:
+    """The content of a ``plan.json``; None if the file is anything else. Raises `BadInput` for a damaged one."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = a_file(path).read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError):
         return None
-    keys = {"systems", "promises", "seed", "requests", "capacities", "cheapest"}
-    return copy.deepcopy(data) if isinstance(data, dict) and keys <= data.keys() else None
+    if not isinstance(data, dict) or not {"systems", "promises", "capacities", "cheapest"} <= data.keys():
+        return None
+    try:
+        return _PLAN.validate_json(text)
+    except ValidationError as error:
+        raise BadInput(Problem(f"is damaged: {wrong(error)}", file=str(path))) from None

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from chairlift.sim.atomic import replacing
+from chairlift.sim.atomic import replacing, write_text
 from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Capacity
@@ -448,8 +448,7 @@ def write(answer: Answer, folder: Path) -> None:
     """``plan.json`` and, a row for each system and rate looked at, ``plan.parquet`` in ``folder``. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json(answer, folder), indent=2, allow_nan=False, default=str) + "\n"
-    with replacing(folder / "plan.json") as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(folder / "plan.json", text)
     rows = list(_rows(answer))
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))

@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from chairlift.sim.atomic import replacing
 from chairlift.sim.results.catalogue import FIELDS, LATENCIES, STATISTICS, fields, has_latency, shown, text
 from chairlift.sim.results.writer import made_by
 
@@ -99,7 +100,8 @@ class Page:
     def write(self, path: Path, template: str, **values: Any) -> int:
         """Fill in ``template`` and write it to ``path``; the size in bytes. Raises OSError."""
         content = _templates().get_template(template).render(page=self, **values).encode()
-        path.write_bytes(content)
+        with replacing(path) as partial:
+            partial.write_bytes(content)
         return len(content)
 
 

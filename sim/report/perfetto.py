@@ -7,14 +7,14 @@ Source: Trace Event Format, https://docs.google.com/document/d/1CvAClvFfyA5R-PhY
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 
+from chairlift.sim.atomic import writing
 from chairlift.sim.report.slots import Cell, Slots, seat
 from chairlift.sim.results.metrics import ends_ps
 from chairlift.sim.results.reader import Columns, Results, RunResults
@@ -40,7 +40,7 @@ def write(results: Results, runs: list[RunResults], path: Path, span_s: tuple[fl
     """
     count = 0
     low, high = (0, LATEST_PS) if span_s is None else (int(min(s * PS_PER_S, LATEST_PS)) for s in span_s)
-    with cast("IO[str]", gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w", encoding="utf-8")) as file:
+    with writing(path) as file:
         file.write('{"displayTimeUnit":"ms","otherData":' + json.dumps({"scenario": results.name}) + ',"traceEvents":[')
         process = 0
         for run in runs:

@@ -6,9 +6,11 @@ sizes of its replicas and the limits of their policies. `sim.results.writer` wri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from chairlift.backend.checked import a_file, wrong
+from chairlift.backend.checked import a_file, once, wrong
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.results.catalogue import FIELDS
 from chairlift.sim.results.records import ADDED_COLUMNS, EVENT_COLUMNS, Kind, Status
@@ -102,6 +104,7 @@ class _Study:
     waterfall: list[dict[str, str]]
     compares: bool
     runs: list[_Run]
+    sha256: dict[str, str] = field(default_factory=dict)  # of each table's file; of none in folders of older versions
 
 
 _STUDY = TypeAdapter(_Study)
@@ -114,8 +117,9 @@ T = TypeVar("T")
 class Tables:
     """The Parquet tables of a folder. Where a file keeps what is read once, the rows of a run when asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sha256: Mapping[str, str]) -> None:
         self._folder = folder
+        self._sha256 = sha256
         self._known: dict[str, pq.FileMetaData] = {}
 
     def columns(self, name: str) -> list[str]:
@@ -141,6 +145,9 @@ class Tables:
                 table = file.read_row_groups(wanted, list(dict.fromkeys(columns)))
         if len(table) != count:
             raise BadInput(Problem(f"holds {len(table):,} of the {count:,} rows of this run", file=str(path)))
+        for column in table.column_names:
+            if rule := _unsound(column, table[column], whole=name != "requests"):
+                raise BadInput(Problem(f"is damaged, or {ANOTHER_VERSION}: {rule}", file=str(path), path=column))
         return table
 
     def _path(self, name: str) -> Path:
@@ -148,14 +155,18 @@ class Tables:
 
     def _metadata(self, name: str) -> pq.FileMetaData:
         if name not in self._known:
-            self._known[name] = pq.read_metadata(a_file(self._path(name)))
+            path = a_file(self._path(name))
+            if name in self._sha256 and sha256_of(path) != self._sha256[name]:
+                rule = "is damaged, or not of this run: study.json has another checksum; run the scenario again"
+                raise BadInput(Problem(rule, file=str(path)))
+            self._known[name] = pq.read_metadata(path)
         return self._known[name]
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise BadInput(Problem(f"cannot be read: {error}", file=str(self._path(name)))) from None
 
 
@@ -173,6 +184,12 @@ class InMemory:
     def rows(self, name: str, first: int, count: int, columns: Sequence[str]) -> pa.Table:
         """The ``count`` rows of table ``name`` from row ``first`` on."""
         return self._tables[name].select(list(dict.fromkeys(columns))).slice(first, count)
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RunResults:
@@ -294,7 +311,7 @@ def read(folder: Path) -> Results:
     if len(summaries) != len(facts.runs):
         rule = f"tells of {len(facts.runs)} runs, but the summaries of {len(summaries)}: run the scenario again"
         raise BadInput(Problem(rule, file=str(folder / "study.json"), path="runs"))
-    tables = Tables(folder)
+    tables = Tables(folder, facts.sha256)
     places: list[dict[str, tuple[int, int]]] = []
     for each in facts.runs:
         past = places[-1] if places else {}
@@ -318,7 +335,10 @@ def of_run(tables: dict[str, pa.Table], facts: dict[str, Any], summary: dict[str
 def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
     path = folder / name
     try:
-        return kind.validate_json(a_file(path).read_bytes())
+        text = a_file(path).read_bytes()
+        found = kind.validate_json(text)
+        json.loads(text, object_pairs_hook=once)
+        return found
     except FileNotFoundError:
         if not folder.is_dir():
             rule = f"has no {name}: not a results folder, there is no such folder"
@@ -332,8 +352,24 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
         if first["type"] == "json_invalid":
             raise BadInput(Problem(f"cannot be read: {first['ctx']['error']}", file=str(path))) from None
         raise BadInput(Problem(f"is damaged, or {ANOTHER_VERSION}: {wrong(error)}", file=str(path))) from None
-    except OSError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
+
+
+def _unsound(name: str, column: pa.ChunkedArray, whole: bool) -> str:
+    """What is wrong with a column: a name that nobody knows, or what is no number. ``whole``: it has whole numbers."""
+    import pyarrow.compute as pc
+
+    if name in CODES:
+        text = pa.types.is_string(getattr(column.type, "value_type", column.type))
+        known = text and pc.all(pc.is_in(column.cast(pa.string()), pa.array(CODES[name]))).as_py()
+        return f"it must have {', '.join(CODES[name])}" if known is False else ""
+    if whole:
+        return "" if pa.types.is_integer(column.type) and not column.null_count else "it must have whole numbers"
+    if name == "tenant":
+        return ""  # its name, or its number
+    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
+    return "" if number else "it must have numbers"
 
 
 def _columns(table: pa.Table) -> Columns:

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from chairlift.sim.atomic import NewFolder, replacing
+from chairlift.sim.atomic import NewFolder, write_text
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.results import claims
 from chairlift.sim.results.metrics import Latencies
 from chairlift.sim.results.outcome import Outcome
+from chairlift.sim.results.reader import sha256_of
 from chairlift.sim.results.recording import Recorder, recorded_as
 from chairlift.sim.results.records import RunRecords
 from chairlift.sim.results.run_tables import LABELS, extra_of, labels_of, replica_tables, request_table, run_facts
@@ -120,6 +121,7 @@ class Writer:
     def _finish(self) -> None:
         for table in self._tables.values():
             table.close()
+        self._facts["sha256"] = {name: sha256_of(self.folder / f"{name}.parquet") for name in self._tables}
         self._tables = {}
         documents: list[tuple[str, Any, int]] = [("study.json", self._facts, 1)]
         if self._summaries:
@@ -131,7 +133,7 @@ class Writer:
             (self.folder / name).write_text(f"{text}\n", encoding="utf-8")
         if self._study.claims:
             found = claims.checked(self._study.claims, self._outcomes)
-            _replace(self.folder / "claims.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+            write_text(self.folder / "claims.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
         if self._compares and "cdf" in self._study.tables:
             self._write_cdf(self._outcomes)
 
@@ -173,11 +175,6 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(folder))) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def made_by() -> str:

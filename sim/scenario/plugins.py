@@ -243,7 +243,7 @@ def settings(kind: type[Any]) -> type[BaseModel]:
 
 @cache
 def _settings(kind: type[Any]) -> type[BaseModel]:
-    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid"), **fields(kind))  # type: ignore[call-overload,no-any-return]
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid", strict=True), **fields(kind))  # type: ignore[call-overload,no-any-return]
 
 
 def fields(kind: type[Any]) -> dict[str, tuple[Any, Any]]:

@@ -24,10 +24,10 @@ from chairlift.sim.study import (
     Rung,
     Seconds,
     Slo,
-    Spec,
     Speculate,
 )
 from chairlift.sim.workload.spec import Workload
+from chairlift.sim.workload.strict import Spec
 
 TableName = Literal["throughput", "latency", "fleet", "tenants", "cdf"]
 Choice = str | dict[str, Any]  # a name, or a mapping with `name` and settings

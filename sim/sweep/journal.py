@@ -72,7 +72,9 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            code = error.sqlite_errorcode & 0xFF  # the higher bits say more of the same
+            code = (
+                getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            )  # higher bits say more; text that is no UTF-8 has no code
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 rule = "another process is writing here"
             elif code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):

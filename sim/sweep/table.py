@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from chairlift.backend.checked import wrong
+from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.sweep.axes import Scalar
@@ -29,7 +29,8 @@ class _About(TypedDict):
 
 _ABOUT = TypeAdapter(_About)
 _META = b"chairlift"
-_LAST = ("loop", "key", "version", *TIMES)
+_TEXTS = ("loop", "key", "version")
+_LAST = (*_TEXTS, *TIMES)
 
 
 def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, Row]]) -> None:
@@ -85,8 +86,8 @@ def read(path: Path) -> Results:
             rule = "no results of a sweep here: run chairlift sweep first"
         raise BadInput(Problem(rule, file=str(path)))
     try:
-        table = pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(a_file(file))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         said = str(error).partition("\n")[0]
         raise BadInput(Problem(f"not a readable Parquet file: {said}", file=str(file))) from None
     about_it = (table.schema.metadata or {}).get(_META)
@@ -100,7 +101,26 @@ def read(path: Path) -> Results:
     if absent := [name for name in (*axes, "seed", "error", *_LAST) if name not in table.column_names]:
         raise BadInput(Problem(f"is damaged: it lacks the column {absent[0]}", file=str(file)))
     metrics = [name for name in table.column_names if name not in (*axes, "seed", "error", *_LAST)]
-    return Results(str(file), about["sweep"], axes, metrics, table.to_pylist())
+    kinds = {"seed": pa.types.is_integer, "error": pa.types.is_string} | dict.fromkeys(_TEXTS, pa.types.is_string)
+    kinds |= dict.fromkeys((*metrics, *TIMES), _is_number) | dict.fromkeys(axes, _is_label)
+    for name, kind in kinds.items():
+        if table[name].type != pa.null() and not kind(table[name].type):
+            raise BadInput(Problem(f"is damaged: {name} cannot be of type {table[name].type}", file=str(file)))
+    if table["seed"].null_count or table["error"].null_count:
+        raise BadInput(Problem("is damaged: a row has no seed or no error", file=str(file)))
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise BadInput(Problem(f"is damaged: text that is not UTF-8: {error.reason}", file=str(file))) from None
+    return Results(str(file), about["sweep"], axes, metrics, rows)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    return _is_number(kind) or bool(pa.types.is_string(kind) or pa.types.is_boolean(kind))
 
 
 def _labels(values: list[Scalar]) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chairlift.sim.atomic import writing
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 from chairlift.sim.workload.trace import IntArray, Trace, named_tokens, streams
@@ -81,7 +82,7 @@ def export(trace: Trace, path: Path, tool: Tool) -> list[str]:
     columns = (times, trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), block_ids(trace, tool.block))
     digits = len(str(tool.unit_ps)) - 1  # of a fraction: down to a picosecond
     try:
-        with path.open("w", encoding="utf-8") as file:
+        with writing(path) as file:
             for time, prompt, output, ids in zip(*columns, strict=True):
                 fraction = f"{time % tool.unit_ps:0{digits}d}".rstrip("0") or "0"
                 file.write(f'{{"timestamp": {time // tool.unit_ps}.{fraction}, "input_length": {prompt}, ')

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from chairlift.backend.checked import a_file
+from chairlift.backend.checked import a_file, once
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.random_streams import stream
@@ -35,6 +36,7 @@ from chairlift.sim.workload.trace import IntArray, Trace
 
 Floats = npt.NDArray[np.float64]
 
+MOST_TOKENS = 2**31 - 1  # of a request
 MOST_MEMBERS = 1 << 30  # bytes of all clients' files: ServeGen's largest model has a tenth of that
 
 _MEMBER = re.compile(r"(?:.*/)?(chunk-\d{1,9})-(trace\.csv|dataset\.json)")
@@ -220,7 +222,7 @@ def _clients(path: Path, _mtime_ns: int, _size: int) -> list[Client]:
         for name, text in _members(path):
             if found := _MEMBER.fullmatch(name):
                 texts.setdefault(found[1], {})[found[2]] = text
-    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise BadInput(Problem(f"not a readable archive or folder: {error}", str(path), path="servegen.file")) from None
     chunks = {name: files for name, files in texts.items() if "trace.csv" in files}
     if not chunks:
@@ -236,7 +238,7 @@ def _members(path: Path) -> Iterator[tuple[str, str]]:
     if path.is_dir():
         for each in _files(path):
             left -= a_file(each, left).stat().st_size
-            yield each.name, each.read_text(encoding="utf-8")
+            yield each.name, _decoded(each.name, each.read_bytes())
         return
     with tarfile.open(a_file(path)) as archive:
         for member in archive:
@@ -244,7 +246,14 @@ def _members(path: Path) -> Iterator[tuple[str, str]]:
             if file is not None:
                 if (left := left - member.size) < 0:
                     raise OSError(f"its clients' files are longer than {MOST_MEMBERS:,} bytes")
-                yield member.name, file.read().decode("utf-8")
+                yield member.name, _decoded(member.name, file.read())
+
+
+def _decoded(name: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(f"{name}: not UTF-8 text: {error.reason}") from None
 
 
 def _client(file: str, name: str, texts: dict[str, str]) -> Client:
@@ -267,8 +276,14 @@ def _client(file: str, name: str, texts: dict[str, str]) -> Client:
     lengths: dict[int, dict[str, str]] = {}
     if "dataset.json" in texts:
         try:
-            lengths = {int(float(start)): dict(fields) for start, fields in json.loads(texts["dataset.json"]).items()}
-        except (ValueError, AttributeError, TypeError) as error:
+            data = json.loads(texts["dataset.json"], object_pairs_hook=once)
+            lengths = {int(float(start)): dict(fields) for start, fields in data.items()}
+            for fields in lengths.values():
+                for name, text in fields.items():
+                    if not isinstance(text, str):
+                        raise ValueError(f"{name} must be text like '{{45: 0.01}}'")
+                    _pairs(text)
+        except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise BadInput(Problem(f"not a dataset of ServeGen's: {error}", f"{file}-dataset.json")) from None
     columns: Sequence[Any] = list(zip(*rows, strict=True)) or [(), (), (), ()]
     return Client(
@@ -288,4 +303,7 @@ def _pairs(text: str) -> tuple[IntArray, Floats] | None:
     if not found:
         return None
     values = np.array([int(value) for value, _ in found], np.int64)
-    return values, np.cumsum([float(weight) for _, weight in found])
+    edges = np.cumsum([float(weight) for _, weight in found])
+    if not (values <= MOST_TOKENS).all() or not 0 < edges[-1] < math.inf:
+        raise ValueError(f"numbers must be at most {MOST_TOKENS:,}, and weights above 0: {text[:40]}")
+    return values, edges

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 
@@ -160,6 +162,50 @@ def test_a_damaged_table_is_one_line(name: str) -> None:
     refused("report", "o", names=str(file))
     pq.write_table(pa.table({"a": [1]}), file)
     refused("report", "o", names=str(file))
+
+
+def test_a_table_that_is_not_the_runs_own_is_refused() -> None:
+    assert chairlift("run", "s.yaml", "--out", "o", "-q").status == 0
+    file = Path("o/requests.parquet")
+    table = pq.read_table(file)
+    said = json.loads(Path("o/study.json").read_text())["sha256"]
+    assert said["requests"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+    longer = pa.compute.add(table["prompt_tokens"], 1)
+    pq.write_table(table.set_column(table.column_names.index("prompt_tokens"), "prompt_tokens", longer), file)
+    refused("explain", "0", "--in", "o", names="o/requests.parquet", says="study.json has another checksum")
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "values", "says"),
+    [
+        ("events", "kind", "odd", "it must have arrive"),
+        ("events", "value", "1.5", "it must have whole numbers"),
+        ("requests", "arrival_ps", "x", "it must have numbers"),
+    ],
+)
+def test_a_table_of_a_folder_without_checksums_is_checked_by_kind(
+    name: str, column: str, values: str, says: str
+) -> None:
+    assert chairlift("run", "s.yaml", "--out", "o", "-q").status == 0
+    study = json.loads(Path("o/study.json").read_text())
+    Path("o/study.json").write_text(json.dumps(damaged(study, ("sha256",), ...)))
+    table = pq.read_table(f"o/{name}.parquet")
+    other = pa.array([values] * len(table) if values != "1.5" else [1.5] * len(table))
+    pq.write_table(table.set_column(table.column_names.index(column), column, other), f"o/{name}.parquet")
+    refused("explain", "0", "--in", "o", names=f"o/{name}.parquet: {column}", says=says)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [("seed", "x", "seed cannot be of type string"), ("error", 1, "error cannot be of type int64")],
+)
+def test_a_column_of_a_sweep_that_cannot_be_is_one_line(column: str, value: object, says: str) -> None:
+    assert chairlift("sweep", "w.yaml", "--out", "o", "-q", "-j", "1").status == 0
+    table = pq.read_table("o/results.parquet")
+    other = table.set_column(table.column_names.index(column), column, pa.array([value] * len(table)))
+    pq.write_table(other.replace_schema_metadata(table.schema.metadata), "o/results.parquet")
+    refused("compare", "o", "--metric", "mean_ttft_ms", names="o/results.parquet", says=says)
 
 
 def test_a_damaged_sweep_is_one_line() -> None:

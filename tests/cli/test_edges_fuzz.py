@@ -1,42 +1,247 @@
-"""The fast part of ``make fuzz``: mutated files are read or refused, in time, and no misspelt key passes."""
+"""The fast part of ``make fuzz``, whether it would see what it looks for, and what it found."""
 
 from __future__ import annotations
 
+import json
 import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fuzz import FILES, fuzz, misspelt
-from kit.command import chairlift
+from fuzz import drawn, every, fuzz, in_a_folder, judged, summed
+from kit.command import SCENARIO, Result, chairlift, replaced
+from kit.damage import Csv, Damaged, Json, Yaml, mutated, places, scripted
+from kit.places import IMPORTS
+from kit.readers import HANG, SILENT, TRACEBACK, UNSAID, WRONG, Reader, table, tried
+
+SLOW = ("page:", "plan:", "weights:")  # a tenth of a second or more for each file, or torch
 
 
-def test_no_mutation_is_a_traceback_a_hang_or_accepted_in_silence() -> None:
+@pytest.fixture(scope="module")
+def readers() -> list[Reader]:
+    """All but slow ones."""
+    made = [*table("trace"), *table("scenario"), *table("rec"), *table("results"), *table("ServeGen"), *table("log")]
+    made += [*table("profile"), *table("agree"), *table("sweep"), *table("prices"), *table("config"), *table("bench")]
+    return list({reader.name: reader for reader in made if not reader.name.startswith(SLOW)}.values())
+
+
+def test_no_scripted_damage_is_wrong(readers: list[Reader]) -> None:
     told: list[str] = []
 
-    counts = fuzz(40, 3, told.append)
+    def some(reader: Reader) -> Iterator[Damaged]:
+        return islice(every(reader), len(reader.name), None, 61)
+
+    counts = fuzz(readers, some, told.append)
 
     assert told == []
-    assert set(counts) <= {"accepted", "refused"}
-    assert counts["refused"] > 0 < counts["accepted"]
+    assert len({name for name, _ in counts}) > 40
+    assert {kind for _, kind in counts} >= {"accepted", "refused"}
+    assert sum(counts.values()) > 150
 
 
-def test_a_misspelt_key_is_another() -> None:
-    data = FILES["s.yaml"].encode()
+def test_no_mutation_is_wrong(readers: list[Reader]) -> None:
+    told: list[str] = []
 
-    assert misspelt(data, random.Random(1)) != data
-    assert misspelt(b"0.5,30,1\n", random.Random(1)) == b"0.5,30,1\n"
+    counts = fuzz(readers, drawn(2, 5), told.append)
+
+    assert told == []
+    assert sum(counts.values()) == 2 * len(readers)
 
 
-def test_a_summary_holds_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what `make fuzz` found: a list in place of a number was a traceback
+# ---- whether it would see what it looks for ----
+
+
+def of(read: Any, strict: bool = False, good: bytes = b'{"a": 1}') -> Reader:
+    return Reader("made", "f.json", Json(), read, strict=strict, files={"f.json": good})
+
+
+def content() -> Any:
+    return json.loads(Path("f.json").read_text())
+
+
+def as_a_number() -> Result:
+    return Result(0, str(float(content()["a"])), "")  # takes True for 1.0
+
+
+def ignores_it() -> Result:
+    content()
+    return Result(0, "always the same", "")
+
+
+def crashes() -> Result:
+    raise KeyError("a")
+
+
+def says_nothing() -> Result:
+    return Result(2, "", "error: cannot be read\n")
+
+
+def says_so() -> Result:
+    return Result(2, "", "error: f.json: cannot be read\n")
+
+
+def waits() -> Result:
+    while True:
+        pass
+
+
+NONSENSE = Damaged("a = True", b'{"a": true}', True)
+OTHER = Damaged("a = 2", b'{"a": 2}', False)
+
+
+@pytest.mark.parametrize(
+    ("read", "strict", "damaged", "kind"),
+    [
+        (as_a_number, False, Damaged("a is misspelt", b'{"a": "7"}', True), SILENT),
+        (as_a_number, False, OTHER, "accepted"),
+        (as_a_number, False, Damaged("a = 1", b'{"a": 1.0}', True), "accepted"),  # the same answer
+        (ignores_it, False, NONSENSE, "accepted"),
+        (ignores_it, True, NONSENSE, SILENT),
+        (crashes, False, OTHER, TRACEBACK),
+        (says_nothing, False, OTHER, UNSAID),
+        (says_so, True, NONSENSE, "refused"),
+    ],
+)
+def test_what_is_wrong_is_seen(read: Any, strict: bool, damaged: Damaged, kind: str) -> None:
+    reader = of(read, strict)
+    with in_a_folder():
+        good = tried(reader, reader.good)
+        assert judged(reader, damaged, good).kind == kind
+    assert (kind in WRONG) == (kind not in ("accepted", "refused"))
+
+
+def test_what_does_not_end_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kit.readers.HANG_S", 0.05)
+    with in_a_folder():
+        assert tried(of(waits), b"{}").kind == HANG
+
+
+def test_wrong_ones_are_counted_and_told() -> None:
+    told: list[str] = []
+    reader = of(as_a_number)
+
+    counts = fuzz([reader], lambda _reader: iter([OTHER, Damaged("a = '7'", b'{"a": "7"}', True)]), told.append)
+
+    assert summed(counts)[1] == 1
+    assert told == ["made: a = '7': silent acceptances: nonsense is accepted, and changes the answer"]
+
+
+@pytest.mark.parametrize(
+    ("how", "data"),
+    [
+        (Json(), b'{"a": 1, "b": ["x", {"c": 2.5}]}'),
+        (Json(lines=True), b'{"a": 1}\n{"a": 2}\n'),
+        (Yaml(), b"a: 1\nb: [x, {c: 2.5}]\n"),
+        (Csv(), b"a,b\n1,x\n2,y\n"),
+    ],
+)
+def test_every_place_of_a_file_is_damaged(how: Any, data: bytes) -> None:
+    found = list(scripted(data, how))
+
+    assert how.load(how.dump(how.load(data))) == how.load(data)
+    for at in places(how.load(data)):
+        told = ".".join(map(str, at))
+        mine = [each for each in found if each.what.startswith((f"{told} =", f"{told} is", f"{told} stands"))]
+        assert len(mine) > 8
+        assert any(each.nonsense for each in mine)
+    drawn_ones = {mutated(data, how, random.Random(seed)).data for seed in range(50)}
+    assert len(drawn_ones) > 25
+
+
+# ---- what it found ----
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("s.yaml").write_text(FILES["s.yaml"])
-    assert chairlift("run", "s.yaml", "-q").status == 0
-    path = Path("runs/s/summary.json")
-    path.write_text(path.read_text().replace('"completed": 3', '"completed": [3]'))
+    Path("s.yaml").write_text(SCENARIO)
+    return tmp_path
 
-    result = chairlift("report", "runs/s")
 
-    assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "runs/s/summary.json: completed: is damaged" in result.err
+def refused(*command: str, says: str) -> None:
+    result = chairlift(*command)
+    assert (result.status, result.out) == (2, ""), result
+    assert result.err.startswith("error: ")
+    assert says in result.err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("seed=true", "seed: must be a whole number (got True)"),
+        ("replicas=yes", "replicas: must be a whole number"),
+        ("replicas='2'", "replicas: must be a whole number"),
+        ("policy.max_num_seqs=true", "policy.max_num_seqs: must be"),
+        ("slo.ttft_ms=true", "slo.ttft_ms: must be a number (got True)"),
+        ("parallel.tensor=true", "parallel.tensor: must be a whole number (got True)"),
+        ("claims=[{says: x, published: [.nan, 1], of: s}]", "claims.0.published"),
+        ("claims=[{says: x, published: .inf, of: s}]", "claims.0.published"),
+        ("gpu={name: h100, memory_gib: 1.0e+300}", "gpu.memory_gib: must be at most 1000000000000000 (got 1e+300)"),
+    ],
+)
+def test_a_number_is_a_number(here: Path, change: str, says: str) -> None:
+    refused("run", "s.yaml", "-q", "--set", change, says=says)
+
+
+def test_a_long_name_is_not_repeated_at_length(here: Path) -> None:
+    name = "x\\0" * 2500
+    Path("s.yaml").write_text(SCENARIO + f'compare: [{{name: "{name}"}}, {{name: b}}]\nbaseline: [a]\n')
+
+    result = chairlift("run", "s.yaml", "-q")
+
+    assert result.status == 2
+    assert "s.yaml" in result.err
+    assert len(result.err) < 500
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"a":' * 5000, '"a' + "b" * 5000, '"a"b"c"\n1,2,3\n'])
+def test_a_trace_of_no_format_is_described_whatever_its_first_line(here: Path, text: str) -> None:
+    Path("t.csv").write_text(text)
+    refused("trace", "describe", "t.csv", says="t.csv")
+
+
+def test_a_key_that_stands_twice_in_json_is_refused(here: Path) -> None:
+    row = '{"timestamp": 0, "input_length": 600, "output_length": 5, "input_length": 700, "hash_ids": [1, 2]}\n'
+    Path("t.jsonl").write_text(row)
+    refused("trace", "describe", "t.jsonl", says="t.jsonl:1: not JSON: the key 'input_length' stands twice")
+
+
+def test_a_table_of_prices_that_is_not_there_is_told_with_the_plan(here: Path) -> None:
+    Path("q.yaml").write_text(replaced("seed: 7\n", ""))
+    Path("p.yaml").write_text(
+        "base: q.yaml\nslo: [{percentile: 99, ttft_ms: 500}]\nrate_per_s: 1\naxes: {replicas: [1]}\nprices: dear.yaml\n"
+    )
+    refused("plan", "p.yaml", "--dry-run", says="p.yaml:5: prices: No such file or directory (got 'dear.yaml')")
+
+
+def test_a_client_of_servegen_that_is_no_text_is_named(here: Path) -> None:
+    Path("m").mkdir()
+    Path("m/chunk-0-trace.csv").write_bytes(b"0,1,1,Gamma,1,\xff\n")
+    Path("s.yaml").write_text(SCENARIO[: SCENARIO.index("workload:")] + "workload: {servegen: {file: m}, requests: 3}")
+    refused("run", "s.yaml", "-q", says="chunk-0-trace.csv: not UTF-8 text")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a signal of POSIX")
+def test_an_interrupt_while_chairlift_is_imported_is_no_traceback(here: Path) -> None:
+    """The signal comes as the command line's own module is looked for."""
+    script = (
+        "import os, runpy, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'chairlift.sim.cli.main':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['chairlift', 'list', 'policies']\n"
+        "runpy.run_module('chairlift', run_name='__main__')\n"
+    )
+    environment = {"PYTHONPATH": str(IMPORTS), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
             *("plan", "sweep", "simulate", "scenario", "replica.prefix_identity", "report.html", "results", "study"),
             *("workload", *SPINE),
         ),
-        ("base", "memory", "slowed", "specs", "shapes", "calibrated.profile"),
+        ("base", "checked", "memory", "slowed", "specs", "shapes", "calibrated.profile"),
         ("base", "routers", "sglang", "vllm"),
     ),
     "cli": (ALL, ALL, ALL),
@@ -215,7 +215,7 @@ def test_wheel_holds_packages_and_scenarios() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [".package/chairlift"]
-    scripts = {"chairlift": "chairlift.sim.cli.main:main", "chairlift-record": "chairlift.backend.recorder.folder:main"}
+    scripts = {"chairlift": "chairlift.__main__:main", "chairlift-record": "chairlift.backend.recorder.folder:main"}
     assert project["project"]["scripts"] == scripts
     assert project["project"]["requires-python"] == ">=3.11"
 

@@ -34,7 +34,14 @@ def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -
     names = ("request_start_ns", "input_sequence_length", "output_sequence_length")
     measured = Measured(path, "aiperf_profile", "ns", names)
     lines = list(read_json_lines(path, None))
-    turns = any(isinstance(turn := value(row, "metadata", "turn_index"), int) and turn > 0 for _, row in lines)
+    turns = False  # whether any request is not the first of its session
+    for line, row in lines:
+        turn, session = (first(value(row, "metadata", name)) for name in ("turn_index", "x_correlation_id"))
+        if turn is not ABSENT and (type(turn) is not int or turn < 0):
+            measured.refuse("must be a whole number", line, "metadata.turn_index", turn)
+        if session is not ABSENT and not isinstance(session, str):
+            measured.refuse("must be text", line, "metadata.x_correlation_id", session)
+        turns = turns or (type(turn) is int and turn > 0)
     for line, row in lines:
         if isinstance(row, str):
             measured.refuse(row, line)

@@ -13,13 +13,13 @@ Columns: ``arrival_s,prompt_tokens,output_tokens`` and, if wanted,
 from __future__ import annotations
 
 import csv
-import gzip
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
 from chairlift.backend.checked import a_file
+from chairlift.sim.atomic import replacing, writing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats import foreign
@@ -135,8 +135,7 @@ def save(trace: Trace, path: str | Path) -> None:
         if path.suffix == ".parquet":
             _write_parquet(path, columns)
         else:
-            packed = path.suffix == ".gz"
-            with (gzip.open if packed else open)(path, "wt", encoding="utf-8", newline="") as file:
+            with writing(path) as file:
                 _write_csv(file, columns)
     except OSError as error:
         raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
@@ -161,4 +160,5 @@ def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
     arrays = {name: pa.array(values) for name, values in columns.items() if name not in _IN_SECONDS.values()}
     for name in columns.keys() & _IN_SECONDS.values():
         arrays[name] = pa.array([Decimal(ps).scaleb(-12) for ps in columns[name]], pa.decimal128(19, 12))
-    pq.write_table(pa.table({name: arrays[name] for name in columns}), path)
+    with replacing(path) as partial:
+        pq.write_table(pa.table({name: arrays[name] for name in columns}), partial)

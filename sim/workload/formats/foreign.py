@@ -73,10 +73,13 @@ def columns(start: bytes) -> list[str]:
     if line.startswith(("{", "[")):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return re.findall(r'"([\w.@-]+)" *:', line)
         return list(flat(row)) if isinstance(row, dict) else []
-    return [name.strip() for name in next(csv.reader([line], delimiter=delimiter(start)), [])]
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter(start)), [])]
+    except csv.Error:
+        return []
 
 
 def flat(row: dict[str, object], above: str = "") -> dict[str, object]:

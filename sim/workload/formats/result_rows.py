@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chairlift.sim.bad_input import NOTHING
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats.columns import codes, in_time_order, in_unit, trace_of
 from chairlift.sim.workload.formats.text_tables import Table, whole
@@ -59,9 +60,9 @@ class Measured:
         """Leave out ``count`` requests that failed: what they would have generated is not known."""
         self._lost += count
 
-    def refuse(self, rule: str, line: int | None = None) -> None:
+    def refuse(self, rule: str, line: int | None = None, column: str = "", value: object = NOTHING) -> None:
         """Add a problem."""
-        self._table.refuse(rule, line)
+        self._table.refuse(rule, line, column, value)
 
     def trace(self, limit: int | None, drop_empty: bool, notes: Sequence[str] = ()) -> Trace:
         """The trace of the first ``limit`` requests by their start; times count from the first. Raises `BadInput`."""

@@ -16,7 +16,7 @@ from itertools import compress
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from chairlift.backend.checked import a_file
+from chairlift.backend.checked import a_file, once
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean, nearest
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import shortened
@@ -191,7 +191,7 @@ def read_json_lines(path: Path, limit: int | None) -> Iterator[tuple[int, dict[s
             continue
         count += 1
         try:
-            row = json.loads(text, parse_float=Decimal, parse_constant=Decimal)
+            row = json.loads(text, parse_float=Decimal, parse_constant=Decimal, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             yield line, f"not JSON: {error}"
             continue
@@ -255,7 +255,8 @@ def read_json_document(path: Path) -> Any:
     if len(raw) == MOST_DOCUMENT:
         raise BadInput(Problem(f"is longer than {MOST_DOCUMENT:,} bytes, unpacked", file=str(path)))
     try:
-        return json.loads(raw.decode("utf-8-sig"), parse_float=Decimal, parse_constant=Decimal)
+        text = raw.decode("utf-8-sig")
+        return json.loads(text, parse_float=Decimal, parse_constant=Decimal, object_pairs_hook=once)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise BadInput(Problem(f"not UTF-8 text: {error.reason}", str(path), line)) from None

@@ -10,6 +10,7 @@ clocks, its ``completed`` tells rows that are missing.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chairlift.backend.checked import wrong
+from chairlift.backend.checked import once, wrong
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats.text_tables import MOST_DOCUMENT, opened
@@ -157,7 +158,9 @@ def _parsed(path: Path) -> _File:
     if len(raw) == MOST_DOCUMENT:
         raise BadInput(Problem(f"is longer than {MOST_DOCUMENT:,} bytes, unpacked", file=str(path)))
     try:
-        return _File.model_validate_json(raw.removeprefix(b"\xef\xbb\xbf"))
+        found = _File.model_validate_json(raw := raw.removeprefix(b"\xef\xbb\xbf"))
+        json.loads(raw, object_pairs_hook=once)
+        return found
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         rule = wrong(error)
