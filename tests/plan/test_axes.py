@@ -1,0 +1,64 @@
+"""A pruned race over each kind of axis finds what simulating every system finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chairlift.sim.plan.bounds import Bounds
+from chairlift.sim.plan.cheapest import race
+from chairlift.sim.plan.file import read_plan
+from chairlift.sim.plan.replications import Simulations
+from chairlift.sim.sweep.journal import Journal
+from chairlift.sim.sweep.local import Local
+
+PLAN = """\
+base:
+  model: llama-3.1-8b
+  gpu: h100
+  backend: roofline
+  max_model_len: 4096
+  policy: vllm
+  workload:
+    arrivals: {poisson: {rate_per_s: 1}}
+    prompt_tokens: {uniform: {low: 100, high: 900}}
+    output_tokens: {uniform: {low: 5, high: 40}}
+slo:
+  - {percentile: 95, ttft_ms: 400}
+  - {percentile: 95, tpot_ms: 40}
+rate_per_s: 70
+search: {requests: 400, most_requests: 1600, precision: 0.05}
+"""
+DRAFTS = "{method: eagle3, tokens: 2, acceptance: {length: 1.6}}"
+APART = "[{count: 1, role: prefill}, {count: 1, role: decode}]"
+SPACES = {
+    "router": "axes: {router: [round_robin, least_outstanding], replicas: [1, 2, 3]}",
+    "parallel": "axes: {parallel: [{tensor: 1}, {tensor: 2}], replicas: [1, 2]}",
+    "quantised": "axes: {model: [llama-3.1-8b, llama-3.1-8b-fp8], replicas: [1, 2]}",
+    "policy": "axes: {policy: [vllm, sglang], replicas: [1, 2]}",
+    "speculation": f"axes: {{speculate: [null, {DRAFTS}], replicas: [1, 2]}}",
+    "apart": f"zip: [{{replicas: [1, 2, {APART}], link: [null, null, {{gb_per_s: 50}}]}}]",
+}
+
+
+@pytest.mark.parametrize("axis", SPACES)
+def test_pruned_is_brute_force(axis: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(PLAN + SPACES[axis] + "\n")
+    plan = read_plan(tmp_path / "p.yaml")
+    assert all(candidate.setup is not None for candidate in plan.candidates)
+    promises, effort = plan.spec.slo, plan.spec.search.effort()
+    with Journal(tmp_path / "out") as journal:
+        runs = Simulations(journal, Local(1), tuple(promises))
+        pruned, brute = (
+            race(plan.candidates, Bounds(promises), runs.of, promises, 70.0, effort, prune=prune)
+            for prune in (True, False)
+        )
+
+    assert pruned.winner is not None
+    assert brute.winner is not None
+    assert pruned.winner.usd_per_hour == brute.winner.usd_per_hour
+    truth = {entry.candidate.name: entry.outcome for entry in brute.entries}
+    assert all(truth[entry.candidate.name] == "broken" for entry in pruned.of("excluded"))
+    assert all(truth[entry.candidate.name] == entry.outcome for entry in pruned.entries if entry.verdict is not None)
+    assert len({truth[name] for name in truth}) > 1  # the space is not all of one kind
