@@ -8,6 +8,7 @@ let regimes and batch sizes count of which there are few steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -29,9 +30,10 @@ from chairlift.backend.fitting.steps import (
     Waits,
     chunk_times,
     decode_times,
-    idle_launches,
     launch_times,
+    own_launches,
     predicted,
+    usual_launches,
 )
 
 DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -75,15 +77,17 @@ def fit(steps: Steps, expert_share: float = 0.0) -> Fit:
 
 
 def _fit(steps: Steps, share: float) -> Fit:
-    usual = idle_launches(steps)
+    usual = usual_launches(steps)
     rows, seconds = decode_times(steps, usual)
     _spread(steps, rows, "decode-only", "kv_s", steps.context)
     _spread(steps, rows, "decode-only", "weights_s", steps.computed)
     rough, *_ = _Form(share, mixed=False, chunks=False, workers=False).fitted(steps, _singles(steps, rows, seconds))
     decode_s = np.where(steps.kind == GRAPH, predicted(rough, steps), 0.0)
     notes: list[str] = []
-    host, launched = _host(steps, decode_s, usual, notes)
-    launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+    known_s = np.where(steps.kind == GRAPH, decode_s, np.nan)
+    shown = launch_times(steps, known_s, usual)
+    host = _host(steps, *shown, usual, notes)
+    launch = own_launches(steps, *shown, np.array([host.graph_s, host.piecewise_s, host.eager_s]))
     chunk_rows, *_ = chunk_times(steps, decode_s, launch)
     _spread(steps, chunk_rows, "chunk", "token_s", steps.prompt)
     _spread(steps, chunk_rows, "chunk", "pair_s", steps.pairs)
@@ -100,13 +104,20 @@ def _fit(steps: Steps, share: float) -> Fit:
     singles = _singles(steps, rows, seconds)
     gpu = _mean(gpu, steps, singles, 0.0, 0.0, "decode_residual", "kv_residual")
     # In a train of chunks the GPU's clock sinks; it is such trains, not prompts after a rest, that a load is made of.
+    # Where the GPU waited for a launch within a train, that the launch took long is not the GPU's doing.
+    ends = Ends.of(spans, predicted(gpu, steps), steps.chunks > 0, head, tail)
+    last = (spans.done < np.inf).sum(axis=1) - 1
+    busy = ends.first[np.arange(len(spans)), last] == 0
     ends_with_chunk = spans.known & (steps.chunks > 0)[spans.rows.max(axis=1)] & (spans.free > -np.inf)
-    gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk)), head, tail, "chunk_residual")
+    gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk & busy)), head, tail, "chunk_residual")
+    # In worker processes a launch holds no loop up: a step that ends late tells of the floor under its GPU time.
+    if not workers:
+        shown = launch_times(steps, predicted(gpu, steps), launch, head)
     if not steps.launch_known:
-        host = replace(host, head_s=head, tail_s=tail)
+        host = replace(host, head_s=head, tail_s=tail, **_launches(steps, *shown))
     if workers:
         notes.append("worker processes launch the steps: kernel by kernel, that sets a floor to their GPU time")
-    counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": launched}
+    counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": len(shown[0])}
     return Fit(gpu, host, counts, tuple(notes))
 
 
@@ -128,12 +139,14 @@ def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by:
 def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *tables: str) -> GpuTime:
     """``gpu`` with its ``tables`` lifted from the typical step to the mean one: a run's total time is to be right.
 
-    A robust fit describes the typical step, and stalls make the mean longer. The worst percent is left out.
+    A robust fit describes the typical step, and stalls make the mean longer. The worst percent is left out. Each run
+    has a factor by which its total is right; theirs is the usual one (`_usual`), so that one disturbed run lifts none.
     """
     if not len(spans):
         return gpu
     span, last = np.arange(len(spans)), (spans.done < np.inf).sum(axis=1) - 1
     seconds = spans.done[span, last] - spans.origin
+    run = steps.experiment[spans.rows[span, last]]
 
     def lifted(factor: float) -> GpuTime:
         tables_of = {name: tuple((at, value * factor) for at, value in getattr(gpu, name)) for name in tables}
@@ -146,14 +159,20 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
 
     late = seconds / told(1.0)
     kept = late <= np.quantile(late, 0.99)
-    low, high = 0.8, 1.25
-    for _ in range(12):
-        middle = math.sqrt(low * high)
-        if told(middle)[kept].sum() < seconds[kept].sum():
-            low = middle
-        else:
-            high = middle
-    return lifted(math.sqrt(low * high))
+    recorded: Floats = np.bincount(run, np.where(kept, seconds, 0.0)).astype(np.float64)
+    factors = np.geomspace(0.8, 1.25, 19)
+    totals = np.stack([np.bincount(run, np.where(kept, told(factor), 0.0)) for factor in factors])
+    runs = np.flatnonzero(recorded)
+    own = [float(np.interp(recorded[each], totals[:, each], factors)) for each in runs]
+    return lifted(_usual(own, np.sqrt(np.bincount(run)[runs])))
+
+
+def _usual(values: Sequence[float], weights: Floats) -> float:
+    """The weighted median; between the two values in the middle it is interpolated."""
+    order = np.argsort(values)
+    weight = weights[order]
+    reached = np.cumsum(weight) - weight / 2
+    return float(np.interp(weight.sum() / 2, reached, np.array(values)[order]))
 
 
 class _Form:
@@ -195,17 +214,16 @@ class _Form:
         """The coefficients by which ``spans`` of ``steps`` end when they did, head and tail of `HostTime`, the loss."""
         from scipy.optimize import least_squares
 
-        last = spans.rows.max(axis=1)
-        kept, weight = _sample(steps, last)
+        kept, weight = _sample(steps, spans.rows.max(axis=1))
         spans = spans.take(kept)
         used, places = np.unique(spans.rows, return_inverse=True)
         few = _take(steps, used)
         spans = replace(spans, rows=places.reshape(spans.rows.shape))
         length = (spans.done < np.inf).sum(axis=1)
-        span, at = np.arange(len(spans)), length - 1
+        span, last = np.arange(len(spans)), length - 1
         observed = spans.done - spans.origin[:, None]
-        seconds = observed[span, at]
-        inner = np.arange(observed.shape[1]) < (at + ~spans.known)[:, None]
+        seconds = observed[span, last]
+        inner = np.arange(observed.shape[1]) < (last + ~spans.known)[:, None]
         chunked = few.chunks > 0
         knots = [_within(DECODE_KNOTS, few.computed[few.chunks == 0])]
         knots.append(_within(CHUNK_KNOTS, few.computed[few.chunks > 0]) if self.chunks else (1,))
@@ -237,7 +255,7 @@ class _Form:
             if "x" not in kept_at or not np.array_equal(kept_at["x"], x):
                 gpu, head, tail = gpu_of(x)
                 ends = Ends.of(spans, predicted(gpu, few), chunked, head, tail)
-                log = np.where(spans.known, np.log(ends.seconds[span, at] / seconds), 0.0)
+                log = np.where(spans.known, np.log(ends.seconds[span, last] / seconds), 0.0)
                 over = np.where(inner, ends.seconds / observed, 0.0)
                 latest = over.argmax(axis=1)
                 late = np.log(np.maximum(over[span, latest], 1.0))
@@ -263,7 +281,7 @@ class _Form:
             of_steps = np.concatenate(
                 [np.stack([terms.get(name, none) for name in names], axis=1), *(terms[name] for name in TABLES)], axis=1
             )
-            row, column = np.concatenate([span, span]), np.concatenate([at, latest])
+            row, column = np.concatenate([span, span]), np.concatenate([last, latest])
             found = ends.slopes(spans, row, column, of_steps)
             for name, by in (("head_s", ends.head), ("tail_s", ends.tail)):
                 if name in start:
@@ -281,7 +299,7 @@ class _Form:
             [eye[: len(names)] / STRAY]
             + [part for table in np.split(eye, cuts)[1:] for part in (np.diff(table, axis=0) / STIFF, table / TIED)]
         )
-        found = least_squares(off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), jac=slopes, method="lm", ftol=1e-5)
+        found = least_squares(off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), jac=slopes, method="lm", ftol=1e-4)
         return (*gpu_of(found.x), float(found.cost))
 
     def _start(self, steps: Steps, seconds: Floats) -> dict[str, float]:
@@ -378,29 +396,21 @@ def _linear(columns: list[Floats], values: Floats, noise: float) -> Floats:
     return result
 
 
-def _host(steps: Steps, decode_s: Floats, usual: Floats, notes: list[str]) -> tuple[HostTime, int]:
+def _host(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, usual: Floats, notes: list[str]) -> HostTime:
     one = np.ones(len(steps))
     schedule = _linear([one, steps.sequences, steps.prompt], steps.schedule_cpu, 2e-5)
     known = np.isfinite(steps.turn)
     turn_columns = [one, steps.turn_tokens, steps.added, steps.added_tokens]
     turn = _linear([c[known] for c in turn_columns], steps.turn[known], 5e-5)
-    rows, seconds = launch_times(steps, decode_s, usual)
-    launch = {}
-    for kind in (PIECEWISE, EAGER):
-        mine = steps.kind[rows] == kind
-        if mine.any():
-            if steps.launch_known:  # every launch, not only those that outlast the GPU
-                launch[kind] = float(np.median(seconds[mine]))
-            else:
-                launch[kind] = _typical(seconds[mine], steps.experiment[rows][mine])
+    launch = _launches(steps, rows, seconds)
     if not launch:
         raise CalibrationError(
             "piecewise_s and eager_s cannot be identified: no launch of a step with a chunk shows; record requests"
             " that come while an engine decodes a small batch"
         )
     for kind, other in ((PIECEWISE, EAGER), (EAGER, PIECEWISE)):
-        if kind not in launch:
-            launch[kind] = launch[other]
+        if f"{KINDS[kind]}_s" not in launch:
+            launch[f"{KINDS[kind]}_s"] = launch[f"{KINDS[other]}_s"]
             notes.append(f"no {KINDS[kind]} launch shows: taken to be as long as a {KINDS[other]} one")
     waits = Waits.of(steps, usual)
     room = (steps.done - waits.ready)[np.isfinite(waits.ready) & (waits.kind == GRAPH)]
@@ -422,11 +432,23 @@ def _host(steps: Steps, decode_s: Floats, usual: Floats, notes: list[str]) -> tu
         arrival_s=turn[2],
         arrival_token_s=turn[3],
         graph_s=graph_s,
-        piecewise_s=launch[PIECEWISE],
-        eager_s=launch[EAGER],
-        tail_s=_tail(steps, launch[EAGER]) if steps.gpu_known else 0.0,
+        tail_s=_tail(steps, launch["eager_s"]) if steps.gpu_known else 0.0,
+        **launch,
     )
-    return HostTime(**{name: float(value) for name, value in vars(host).items()}), len(rows)
+    return HostTime(**{name: float(value) for name, value in vars(host).items()})
+
+
+def _launches(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> dict[str, float]:
+    """The typical launch of each kind of which some of the steps ``rows`` are, by its name in `HostTime`."""
+    found = {}
+    for kind in (PIECEWISE, EAGER):
+        mine = steps.kind[rows] == kind
+        if mine.any():
+            if steps.launch_known:  # every launch, not only those that outlast the GPU
+                found[f"{KINDS[kind]}_s"] = float(np.median(seconds[mine]))
+            else:
+                found[f"{KINDS[kind]}_s"] = _typical(seconds[mine], steps.experiment[rows][mine])
+    return found
 
 
 def _tail(steps: Steps, launch: float) -> float:
@@ -436,11 +458,14 @@ def _tail(steps: Steps, launch: float) -> float:
 
 
 def _typical(seconds: Floats, experiment: npt.NDArray[np.int64]) -> float:
-    """The mean of the runs' trimmed means, for a host is faster on some days, and a long run is still one day."""
+    """The median of the runs' trimmed means: a long run is still one day of a host, and one bad day is no usual one.
+
+    A run weighs by the root of its number of values. Between the two runs in the middle the median is interpolated.
+    """
     means, weights = [], []
     for each in np.unique(experiment):
         mine = np.sort(seconds[experiment == each])
         cut = len(mine) // 20
         means.append(mine[cut : len(mine) - cut].mean())
-        weights.append(np.sqrt(len(mine)))
-    return float(np.average(means, weights=weights))
+        weights.append(math.sqrt(len(mine)))
+    return _usual(means, np.array(weights))
