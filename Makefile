@@ -29,6 +29,8 @@ profiles: $(VENV)/.installed
 	  $(BIN)/chairlift calibrate --recording $$(dirname $$summary) --model $$model \
 	    --out backend/calibrated/profiles/h200-$$model-vllm-0.26.json || exit 1; \
 	done
+	$(BIN)/chairlift calibrate --recording $(RECORDINGS)/h200-vllm-0.26 --model llama-3.1-8b-eagle3 \
+	  --out backend/calibrated/profiles/h200-llama-3.1-8b-eagle3-vllm-0.26.json  # on top of the one without drafts
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
 from chairlift.backend.base import Backend
 from chairlift.backend.calibrated import profile
+from chairlift.backend.calibrated.profile import Drafts
 from chairlift.backend.calibrated.settings import Settings
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
@@ -27,24 +28,39 @@ class Auto:
 
     def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         """The backend of `chosen`. Raises `ProfileError` for a draw of the errors of the roofline, which knows none."""
-        name = chosen(model, gpu, parallel)
+        found: Backend = self.settings(model, gpu, parallel).build(model, gpu, parallel)
+        return found
+
+    def settings(self, model: Model, gpu: GPU, parallel: Parallel, drafts: Drafts | None = None) -> Any:
+        """Those of a profile or of the roofline, for steps that verify ``drafts``. Raises as `build`."""
+        name = chosen(model, gpu, parallel, drafts)
         if name is not None:
-            return Settings(name, draw=self.draw).build(model, gpu, parallel)
+            return Settings(name, draw=self.draw)
         if self.draw:
             raise profile.ProfileError(f"no profile fits {model.name} on {gpu.name}, and the roofline knows no errors")
-        return Efficiency().build(model, gpu, parallel)
+        return Efficiency()
 
 
-def chosen(model: Model, gpu: GPU, parallel: Parallel) -> str | None:
+def chosen(model: Model, gpu: GPU, parallel: Parallel, drafts: Drafts | None = None) -> str | None:
     """The name of the shipped profile that prices a replica's steps; None: none fits.
 
     A profile fits a model by its name, and a replica by its degrees of parallelism. Profiles of vLLM come first, among
-    them those of the GPU itself, and among these that of the newest version.
+    them those of the GPU itself, among these those of engines that made ``drafts`` so, and among these that of the
+    newest version. None made drafts in another way.
     """
-    fitting = [p for p in _shipped() if p.model == model.name and p.parallel == parallel]
+    methods = (None, drafts and drafts.method)
+    fitting = [
+        p
+        for p in _shipped()
+        if p.model == model.name and p.parallel == parallel and (p.drafts and p.drafts.method) in methods
+    ]
     if not fitting:
         return None
-    return max(fitting, key=lambda p: (p.engine.startswith("vllm"), p.gpu == gpu.name, _version(p.engine))).name
+
+    def order(p: profile.Profile) -> tuple[object, ...]:
+        return p.engine.startswith("vllm"), p.gpu == gpu.name, p.drafts is not None, _version(p.engine)
+
+    return max(fitting, key=order).name
 
 
 def _version(engine: str) -> tuple[int, ...]:

@@ -7,6 +7,9 @@ request; each further draft takes a pass over one token of each request. Source:
 A pass also takes what does not shrink with its work: preparing it, sampling its tokens, and its part of the rejection
 sampler. `Shares.draft_us` is measured: vLLM 0.26 on an H200 took 6.30 ms for a decode of Llama-3.1-8B with 3 drafts of
 an EAGLE3 head, 4.79 without; of those 1.51 ms the parts that are priced explain 0.64, which leaves 290 µs a pass.
+
+A profile of an engine with drafts has all of that measured. One of an engine without prices the verification, and the
+passes are priced apart, as beside the roofline; each takes the host `LAUNCH_US` to launch.
 """
 
 from __future__ import annotations
@@ -15,9 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from chairlift.backend.base import Backend, Batch, Settings, StepCost
+from chairlift.backend.automatic import Auto
+from chairlift.backend.base import WHOLE, Backend, Batch, Settings, StepCost
+from chairlift.backend.calibrated.pricing import Calibrated
+from chairlift.backend.calibrated.profile import Drafts
+from chairlift.backend.calibrated.settings import Settings as Profiled
 from chairlift.backend.parallel import Parallel
+from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model
+
+OF_A_STEP = ("floor_ms", "overhead_ms", "prepare_ms")  # settings that hold once for a step, not for each pass
+# Of launching a pass, where it shows: vLLM 0.26 on an H200 launched a step of Llama-3.1-8B with 3 drafts of an EAGLE3
+# head in 14.9 ms, without in 10.7, in pieces of a graph; kernel by kernel in 33 and 26.
+LAUNCH_US = 1400
 
 
 def head_of(model: Model, method: str) -> Model:
@@ -44,23 +57,66 @@ def in_memory(draft: Model, method: str) -> Model:
 
 @dataclass(frozen=True)
 class WithDrafts:
-    """The backend of ``settings`` with a ``draft`` model beside the one served; None: drafts cost nothing."""
+    """The backend of ``settings`` with a ``draft`` model beside the one served; None: drafts cost nothing.
+
+    ``drafts``: how an engine speculates, by which a profile of such an engine is known. Its steps hold the drafting.
+    """
 
     settings: Settings
     draft: Model | None
+    drafts: Drafts
 
     def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         """The cost model. Raises ValueError as that of ``settings`` does, and where that cannot price drafts."""
-        backend = self.settings.build(model, gpu, parallel)
+        settings: Any = self.settings
+        if isinstance(settings, Auto):
+            settings = settings.settings(model, gpu, parallel, self.drafts)
+        if isinstance(settings, Profiled):
+            return self._profiled(settings.build(model, gpu, parallel, self.drafts), gpu, parallel)
+        backend = settings.build(model, gpu, parallel)
         if not backend.prices_drafts:
             raise ValueError(f"{backend.name} does not price the verification of drafts: use roofline")
         if self.draft is None:
             return Drafting(backend)
-        settings: Any = self.settings
         known = {field.name for field in fields(settings)}
-        own = {name: 0.0 for name in ("floor_ms", "overhead_ms", "prepare_ms") if name in known}  # of the whole step
+        own = {name: 0.0 for name in OF_A_STEP if name in known}
         each = round(getattr(settings, "draft_us", 0.0) * 10**6)
-        return Drafting(backend, replace(settings, **own).build(self.draft, gpu, parallel), self.draft.name, each)
+        return Drafting(backend, self._passes(replace(settings, **own), gpu, parallel), self.draft.name, each)
+
+    def _profiled(self, target: Calibrated, gpu: GPU, parallel: Parallel) -> Backend:
+        """``target``, whose steps hold the passes or else get them: priced by the roofline, launched as measured."""
+        if target.profile.drafts is not None:
+            return target
+        if self.draft is None:
+            return Drafting(target)
+        by_part = Efficiency(by_part=True, prepare_ms=0.0)
+        passes = self._passes(by_part, gpu, parallel)
+        return Drafting(target, passes, self.draft.name, round(by_part.draft_us * 10**6), LAUNCH_US * 10**6)
+
+    def _passes(self, settings: Settings, gpu: GPU, parallel: Parallel) -> Backend:
+        """What prices the passes of the draft: without experts each rank of DP-attention has a draft of its own."""
+        assert self.draft is not None
+        if self.draft.experts or (parallel.data, parallel.expert) == (1, 1):
+            return settings.build(self.draft, gpu, parallel)
+        return EachRank(settings.build(self.draft, gpu, Parallel(parallel.tensor)), parallel.data)
+
+
+class EachRank(Backend):
+    """Steps of ``ranks`` ranks that share nothing: the slowest tells."""
+
+    def __init__(self, one: Backend, ranks: int) -> None:
+        self.one, self.ranks, self.name = one, ranks, one.name
+
+    def step(self, batch: Batch) -> StepCost:
+        """That of the rank with most of ``batch``, which is spread evenly: of the chunks every so many-th by length."""
+        longest = sorted(batch.prefills, key=lambda chunk: -chunk.length)
+        decodes, drafts, padded = (-(-n // self.ranks) for n in (batch.decodes, batch.drafts, batch.padded))
+        context = batch.context * decodes // max(1, batch.decodes)
+        return self.one.step(Batch(tuple(longest[:: self.ranks]), decodes, context, padded, None, drafts))
+
+    def together(self, batches: Sequence[Batch]) -> StepCost:
+        """The slowest of the ranks' own."""
+        return self.one.together(batches)
 
 
 def _further(batch: Batch) -> Batch:
@@ -72,13 +128,15 @@ def _further(batch: Batch) -> Batch:
 class Drafting(Backend):
     """Prices steps as ``target`` does, and the passes of the ``draft`` after them; None: those cost nothing.
 
-    ``called``: the drafting model's name. ``each``: ps of a pass besides.
+    ``called``: the drafting model's name. ``each``: ps of a pass besides; ``launch``: of the host, to launch it.
     """
 
     prices_drafts = True
 
-    def __init__(self, target: Backend, draft: Backend | None = None, called: str = "", each: int = 0) -> None:
-        self.target, self.draft, self._called, self._each = target, draft, called, each
+    def __init__(
+        self, target: Backend, draft: Backend | None = None, called: str = "", each: int = 0, launch: int = 0
+    ) -> None:
+        self.target, self.draft, self._called, self._each, self._launch = target, draft, called, each, launch
         self.name = target.name
         self.arrival, self.arrival_token = target.arrival, target.arrival_token
 
@@ -100,7 +158,11 @@ class Drafting(Backend):
 
     def _with_passes(self, cost: StepCost, first: int, further: int, passes: int) -> StepCost:
         """``cost`` and that of ``passes`` passes: ``first`` ps of the first one, ``further`` of each after it."""
-        return StepCost(cost.first + first + (passes - 1) * further + passes * self._each, 0, 1, cost.host)
+        host = cost.host
+        if self._launch:  # the GPU works off the step, which is launched first, meanwhile
+            head, tail = (host.launch, 0) if host.tail == WHOLE else (host.head, host.tail)
+            host = host._replace(launch=host.launch + passes * self._launch, head=head, tail=tail)
+        return StepCost(cost.first + first + (passes - 1) * further + passes * self._each, 0, 1, host)
 
     def assumptions(self) -> dict[str, str]:
         """Those of the cost model within, and what drafting costs."""

@@ -107,7 +107,8 @@ class Speculate(Spec):
             raise ValueError("draft is required with draft_model: the name of a model, or its numbers")
         if self.method == "ngram" and self.draft is not None:
             raise ValueError("draft must not be given with ngram, which drafts from the prompt")
-        self.acceptance.of(self.tokens)
+        if self.acceptance.file is None:  # else once that is read
+            self.acceptance.of(self.tokens)
         return self
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from chairlift.backend.base import FOREVER, PS, WHOLE, Backend, Batch, Host, StepCost
-from chairlift.backend.calibrated.profile import Profile, between
+from chairlift.backend.calibrated.profile import DraftTime, Profile, between
 from chairlift.backend.cuda_graphs import padded
 
 
@@ -17,6 +17,7 @@ class Calibrated(Backend):
     """Prices steps by ``profile``, whose largest CUDA graph ``graph_tokens`` replaces if it is given."""
 
     name = "profile"
+    prices_drafts = True
 
     def __init__(self, profile: Profile, graph_tokens: int | None = None) -> None:
         self.profile = profile
@@ -26,6 +27,9 @@ class Calibrated(Backend):
         self._kv_mixed = _ps(gpu.kv_mixed_s)
         self._pair_fs = round(gpu.pair_s * PS * 1000)
         self._sequence = _ps(gpu.sequence_s)
+        drafting = gpu.drafting or DraftTime(0.0, 0.0, gpu.sequence_s)
+        self._pass, self._draft = _ps(drafting.pass_s), _ps(drafting.draft_s)
+        self._draft_token = _ps(drafting.token_s)
         self._chunk, self._request = _ps(gpu.chunk_s), _ps(gpu.request_s)
         self._schedule = _ps(host.schedule_s), _ps(host.schedule_request_s), _ps(host.schedule_token_s)
         self._update = _ps(host.update_s), _ps(host.update_request_s)
@@ -35,12 +39,15 @@ class Calibrated(Backend):
         self._floor = {"piecewise": _ps(gpu.piecewise_floor_s), "eager": _ps(gpu.eager_floor_s)}
         self.arrival, self.arrival_token = _ps(host.arrival_s), _ps(host.arrival_token_s)
         self._decodes: dict[int, tuple[int, int, Host]] = {}
+        self._verifying: dict[tuple[int, int, int], tuple[int, int, Host]] = {}
         self._matmuls: dict[int, int] = {}
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds for as long as the batch keeps its members."""
         if batch.prefills:
             return self._with_chunks(batch)
+        if batch.drafts or batch.proposes:
+            return self._with_drafts(batch)
         slots = batch.decodes + batch.padded
         found = self._decodes.get(slots)
         if found is None:
@@ -48,19 +55,35 @@ class Calibrated(Backend):
         fixed, kv, host = found
         return StepCost(fixed + kv * batch.context, kv * slots, FOREVER, host)
 
-    def _decode_only(self, slots: int) -> tuple[int, int, Host]:
-        """Of a step of ``slots`` decodes alone: its fixed ps, its ps a token of context, and the host's time."""
-        tokens = padded(slots, self.limit)
+    def _with_drafts(self, batch: Batch) -> StepCost:
+        """The cost of decodes with drafts alone; how far contexts grow until the next step is not known."""
+        key = batch.decodes + batch.padded, batch.drafts, batch.proposes
+        found = self._verifying.get(key)
+        if found is None:
+            found = self._verifying[key] = self._decode_only(*key)
+        fixed, kv, host = found
+        return StepCost(fixed + kv * batch.context, 0, 1, host)
+
+    def _decode_only(self, slots: int, drafts: int = 0, proposes: int = 0) -> tuple[int, int, Host]:
+        """Of a step of ``slots`` decodes alone: its fixed ps, its ps a token of context, and the host's time.
+
+        ``drafts``: tokens that they verify beside one each; ``proposes``: drafts of each after it.
+        """
+        tokens = padded(slots + drafts, self.limit)
         seconds = float(self._gpu.matmuls(np.array([tokens], dtype=np.float64), self._gpu.decode_residual)[0])
         fixed = max(1, round(seconds * PS)) + self._sequence * slots
-        whole = tokens <= self.limit
+        if drafts or proposes:
+            fixed += self._draft * drafts + self._pass * proposes + self._draft_token * tokens * (proposes > 0)
+        graph = tokens <= self.limit
+        whole = graph and self.profile.drafts is None  # with drafts, the passes that make them follow the graph
+        kind = "graph" if graph else "eager"
         schedule, update = self._schedule, self._update
         host = Host(
             schedule[0] + schedule[1] * slots,
-            self._launch["graph" if whole else "eager"],
+            self._launch[kind],
             update[0] + update[1] * slots,
             WHOLE if whole else self._tail,
-            0 if whole else self._head["eager"],
+            0 if whole else self._head[kind],
         )
         kv = _ps(self._gpu.kv_s * float(between(self._gpu.kv_residual, np.array([slots]))[0]))
         return fixed, kv, host
@@ -72,13 +95,16 @@ class Calibrated(Backend):
             pairs += length * (2 * start + length + 1) // 2
         chunks = len(batch.prefills)
         sequences = batch.decodes + chunks
-        all_tokens = tokens + batch.decodes + batch.padded
+        all_tokens = tokens + batch.decodes + batch.padded + batch.drafts
         computed = padded(all_tokens, self.limit) if self.profile.piecewise else all_tokens
         matmuls = self._matmuls.get(computed)
         if matmuls is None:
             seconds = float(self._gpu.chunk_matmuls(np.array([computed], dtype=np.float64))[0])
             matmuls = self._matmuls[computed] = max(1, round(seconds * PS))
         gpu = matmuls + self._sequence * sequences + self._kv_mixed * batch.context
+        if batch.drafts or batch.proposes:
+            gpu += self._draft * batch.drafts + self._pass * batch.proposes
+            gpu += self._draft_token * computed * (batch.proposes > 0)
         gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
         kind = "piecewise" if computed <= self.limit and self.profile.piecewise else "eager"
         schedule, update = self._schedule, self._update
@@ -97,6 +123,8 @@ class Calibrated(Backend):
         lines = {"cost model": f"profile {profile.name} ({profile.digest}): {profile.engine}, {profile.model}"}
         if profile.scaled:
             lines["scaled, not measured"] = profile.scaled
+        if profile.drafts:
+            lines["drafting"] = f"measured {profile.drafts}: a pass takes {self._pass / 1e9:.2f} ms, one for each draft"
         errors = profile.errors
         for found, what in (
             (errors.get("gpu"), "GPU time"),

@@ -10,6 +10,12 @@ GPU time of a step that computes T tokens (padded to a CUDA graph's size where o
 
 It is at least the floor of its kind of step, where worker processes launch it kernel by kernel.
 
+Of an engine that speculates, T counts the drafts that decodes verify, and to a step come (`DraftTime`)::
+
+    pass · K                                          the passes that make K drafts after it
+    + token · T                                       the first of them goes over all of its tokens
+    + draft · D                                       head and sampler of the D drafts that it verifies
+
 Host time: scheduling and updating, each fixed + per request + per token; launching, by how the step runs (one CUDA
 graph, piecewise graphs, or kernel by kernel); taking requests in. `backend.fitting.fit` fits all of it to a recording,
 `backend.calibrated.pricing` prices steps by it. The file is JSON, `FORMAT` 1.
@@ -79,6 +85,16 @@ def between(residual: Knots, at: Floats) -> Floats:
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
+class DraftTime:
+    """What drafts add to GPU time, seconds; the module's docstring has the form."""
+
+    pass_s: Seconds  # each pass that makes a draft of every sequence
+    token_s: Seconds  # each token of the step
+    draft_s: Seconds  # each draft that is verified
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
 class GpuTime:
     """The coefficients of GPU time, seconds; the module's docstring has the form."""
 
@@ -100,6 +116,7 @@ class GpuTime:
     eager_floor_s: Seconds = 0.0  # of a larger one
     tile_tokens: Annotated[int, Field(ge=1, le=1024)] = 1  # matmuls of steps with chunks compute whole tiles of so many
     odd_tiles: Factor = 1.0  # by which an odd number of tiles takes longer: tiles are computed in pairs
+    drafting: DraftTime | None = None  # of an engine that speculates
 
     def chunk_matmuls(self, tokens: Floats) -> Floats:
         """Seconds of the matmuls of steps with chunks, of ``tokens`` tokens."""
@@ -127,6 +144,7 @@ class GpuTime:
             token_s=self.token_s / compute,
             sequence_s=self.sequence_s / min(compute, bandwidth),
             pair_s=self.pair_s / compute,
+            drafting=self.drafting and replace(self.drafting, token_s=self.drafting.token_s / compute),
         )
 
 
@@ -147,6 +165,19 @@ class HostTime:
     eager_s: Seconds  # launch of a larger step, kernel by kernel
     tail_s: Seconds  # GPU work left once such a launch has ended, however short the step
     head_s: Seconds = 0.0  # from the start of such a launch until an idle GPU gets its first kernel
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True)
+class Drafts:
+    """How an engine speculated when it was measured."""
+
+    method: Annotated[str, Field(min_length=1, max_length=100)]  # "eagle3", …
+    tokens: Annotated[int, Field(ge=1, le=32)]  # drafts of a request and step
+
+    def __str__(self) -> str:
+        """In a sentence: how an engine serves."""
+        return f"with {self.tokens} drafts by {self.method}"
 
 
 @with_config(_STRICT)
@@ -203,6 +234,7 @@ class Profile:
     piecewise: bool = True  # whether small steps with chunks replay graphs too, and so are padded to a captured size
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1  # groups of GPUs that hold different experts
+    drafts: Drafts | None = None  # that its steps verify; None: the engine did not speculate
     provenance: dict[str, Any] = field(default_factory=dict)
     errors: Errors = field(default_factory=Errors)  # relative, left out of the fit
     spread: dict[Regime, list[Spread]] = field(default_factory=dict)  # the shortest steps first
@@ -212,12 +244,12 @@ class Profile:
 
     def to_json(self) -> str:
         """The profile's file."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        return json.dumps(self._said(), indent=1) + "\n"
 
     @property
     def digest(self) -> str:
         """Twelve hex digits of a hash of the file, which results quote: it changes with any number."""
-        said = {"format": FORMAT, **asdict(self)}
+        said = self._said()
         del said["errors_of"]  # says nothing that the rest does not
         return hashlib.sha256((json.dumps(said, indent=1) + "\n").encode()).hexdigest()[:12]
 
@@ -230,8 +262,15 @@ class Profile:
     def numbers(self) -> str:
         """Twelve hex digits of a hash of all that prices depend on."""
         priced = ("model", "gpu", "gpu_time", "host", "graph_tokens", "piecewise", "tensor_parallel", "expert_parallel")
-        said = asdict(self)
-        return hashlib.sha256(json.dumps([said[name] for name in priced]).encode()).hexdigest()[:12]
+        said = self._said()
+        words = [said[name] for name in (*priced, *(["drafts"] if self.drafts else []))]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]
+
+    def _said(self) -> dict[str, Any]:
+        said = {"format": FORMAT, **asdict(self)}
+        if self.drafts is None:  # as before there were any
+            del said["drafts"], said["gpu_time"]["drafting"]
+        return said
 
 
 def load(choice: str) -> Profile:

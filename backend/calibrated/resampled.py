@@ -57,9 +57,9 @@ class Resampled(Calibrated):
         run, logs = self._spreads[regime][bisect_left(self._lengths[regime], ps)]
         return run * math.exp(float(np.interp(word / 2**64, QUANTILES, logs)))
 
-    def _decode_only(self, slots: int) -> tuple[int, int, Host]:
-        fixed, kv, host = super()._decode_only(slots)
-        factor = self._factor(0, fixed, slots)
+    def _decode_only(self, slots: int, drafts: int = 0, proposes: int = 0) -> tuple[int, int, Host]:
+        fixed, kv, host = super()._decode_only(slots, drafts, proposes)
+        factor = self._factor(0, fixed, slots, *([drafts] if drafts else []))
         return max(1, round(fixed * factor)), round(kv * factor), host
 
     def _with_chunks(self, batch: Batch) -> StepCost:

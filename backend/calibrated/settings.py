@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from chairlift.backend import specs
 from chairlift.backend.calibrated.pricing import Calibrated
-from chairlift.backend.calibrated.profile import Profile, ProfileError, load
+from chairlift.backend.calibrated.profile import Drafts, Profile, ProfileError, load
 from chairlift.backend.calibrated.resampled import Resampled
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import GPU, Model
@@ -23,10 +23,12 @@ class Settings:
     graph_tokens: Annotated[int, Ge(1)] | None = None  # tokens of the largest captured CUDA graph; None: as recorded
     draw: Annotated[int, Ge(0)] = 0  # which draw of its errors to add; 0: none
 
-    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Calibrated:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel, drafts: Drafts | None = None) -> Calibrated:
         """The cost model; scaled by `scaled`, which it then says, where the GPU is not the profile's.
 
-        Raises `ProfileError` if there is no such profile, or if it is of another model or number of GPUs.
+        ``drafts``: those that its steps verify. A profile of an engine without any tells what it costs to verify them,
+        but not to make them. Raises `ProfileError` if there is no such profile, or if it is of another model, number of
+        GPUs, or method of drafting.
         """
         profile = load(self.profile)
         if profile.model != model.name:
@@ -34,6 +36,9 @@ class Settings:
         if profile.parallel != parallel:
             own, asked = ((p.tensor if p.only_tensor else f"{p.gpus} ({p})") for p in (profile.parallel, parallel))
             raise ProfileError(f"profile {profile.name} is of {own} GPUs, not of {asked}")
+        if profile.drafts and (drafts is None or drafts.method != profile.drafts.method):
+            rule = f"was measured {profile.drafts}, not {drafts or 'without any'}: name another one, or auto"
+            raise ProfileError(f"profile {profile.name} {rule}")
         if profile.gpu != gpu.name:
             if profile.scaled:
                 rule = "itself scaled, and must not be scaled again: name a measured profile"

@@ -8,15 +8,15 @@ let regimes and batch sizes count of which there are few steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import GpuTime, HostTime
-from chairlift.backend.fitting.slopes import TABLES, Ends, of_terms
+from chairlift.backend.calibrated.profile import DraftTime, GpuTime, HostTime
+from chairlift.backend.fitting.slopes import DRAFTING, TABLES, Ends, of_terms
 from chairlift.backend.fitting.steps import (
     CLEAR,
     EAGER,
@@ -36,7 +36,7 @@ from chairlift.backend.fitting.steps import (
     usual_launches,
 )
 
-DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+DECODE_KNOTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 CHUNK_KNOTS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 KV_KNOTS = (1, 4, 16, 32, 64, 128, 256)
 BINS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 1e9])
@@ -48,6 +48,8 @@ TILE = 128  # tokens of a tile of matmul kernels
 TELLS = 0.97  # a form with a further term must have a loss so much smaller
 FEWEST = 200  # steps of a recording
 CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
+DRAFT_SHARE = 1 / 16  # of a token's matmuls, those of the layer that drafts: where the search for it starts
+HEAD_S, TAIL_S = 2e-3, 1e-3  # of a launch kernel by kernel: likewise
 WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
 GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less on an H200's host
 
@@ -105,9 +107,7 @@ def _fit(steps: Steps, share: float) -> Fit:
     gpu = _mean(gpu, steps, singles, 0.0, 0.0, "decode_residual", "kv_residual")
     # In a train of chunks the GPU's clock sinks; it is such trains, not prompts after a rest, that a load is made of.
     # Where the GPU waited for a launch within a train, that the launch took long is not the GPU's doing.
-    ends = Ends.of(spans, predicted(gpu, steps), steps.chunks > 0, head, tail)
-    last = (spans.done < np.inf).sum(axis=1) - 1
-    busy = ends.first[np.arange(len(spans)), last] == 0
+    busy = Ends.of(spans, predicted(gpu, steps), steps.singly, head, tail).first[spans.at_last] == 0
     ends_with_chunk = spans.known & (steps.chunks > 0)[spans.rows.max(axis=1)] & (spans.free > -np.inf)
     gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk & busy)), head, tail, "chunk_residual")
     # In worker processes a launch holds no loop up: a step that ends late tells of the floor under its GPU time.
@@ -119,6 +119,39 @@ def _fit(steps: Steps, share: float) -> Fit:
         notes.append("worker processes launch the steps: kernel by kernel, that sets a floor to their GPU time")
     counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": len(shown[0])}
     return Fit(gpu, host, counts, tuple(notes))
+
+
+def fit_drafts(steps: Steps, base: GpuTime) -> Fit:
+    """The cost model of ``steps`` of an engine that speculates; ``base`` is its GPU time without drafts.
+
+    What drafts add to GPU time is fitted, and all of the host's time. Raises `CalibrationError`.
+    """
+    from threadpoolctl import threadpool_limits
+
+    if len(steps) < FEWEST:
+        raise CalibrationError(f"{len(steps)} steps are too few: at least {FEWEST} are needed")
+    usual = usual_launches(steps)
+    rows, seconds = decode_times(steps, usual)
+    _spread(steps, rows, "decode-only", "pass_s and draft_s", steps.drafts)
+    more = seconds - predicted(base, steps)[rows]  # than without drafts
+    each_pass, each_draft = _linear([steps.proposes[rows], steps.drafts[rows]], more, 1e-4)
+    begin = np.array([each_pass, base.token_s * DRAFT_SHARE, each_draft]).clip(1e-9)
+    start = dict(zip(DRAFTING, begin.tolist(), strict=True))
+
+    def made(terms: dict[str, float], _: Sequence[Floats] = ()) -> GpuTime:
+        return replace(base, drafting=DraftTime(*(terms[name] for name in DRAFTING)))
+
+    decode_s = np.where(steps.kind == GRAPH, predicted(made(start), steps), 0.0)
+    notes: list[str] = []
+    shown = launch_times(steps, np.where(steps.kind == GRAPH, decode_s, np.nan), usual)
+    host = _host(steps, *shown, usual, notes)
+    launch = own_launches(steps, *shown, np.array([host.graph_s, host.piecewise_s, host.eager_s]))
+    seen = _Seen.of(steps, _spans(steps, launch))
+    with threadpool_limits(limits=1, user_api="blas"):
+        # Finer than fits of the whole form: few terms move a loss that is mostly of the given rest.
+        gpu, head, tail, _ = seen.fitted(made, {**start, "head_s": HEAD_S, "tail_s": TAIL_S}, ftol=1e-8)
+    counts = {"steps": len(steps), "decode": len(rows), "launch": len(shown[0])}
+    return Fit(gpu, replace(host, head_s=head, tail_s=tail), counts, tuple(notes))
 
 
 def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by: Floats) -> None:
@@ -144,9 +177,8 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
     """
     if not len(spans):
         return gpu
-    span, last = np.arange(len(spans)), (spans.done < np.inf).sum(axis=1) - 1
-    seconds = spans.done[span, last] - spans.origin
-    run = steps.experiment[spans.rows[span, last]]
+    seconds = spans.done[spans.at_last] - spans.origin
+    run = steps.experiment[spans.rows[spans.at_last]]
 
     def lifted(factor: float) -> GpuTime:
         tables_of = {name: tuple((at, value * factor) for at, value in getattr(gpu, name)) for name in tables}
@@ -154,7 +186,7 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
 
     def told(factor: float) -> Floats:
         gpu_s = predicted(lifted(factor), steps)
-        found: Floats = Ends.of(spans, gpu_s, steps.chunks > 0, head, tail).seconds[span, last]
+        found: Floats = Ends.of(spans, gpu_s, steps.singly, head, tail).seconds[spans.at_last]
         return found
 
     late = seconds / told(1.0)
@@ -192,8 +224,8 @@ class _Form:
         "experts_s": 10e-3,
         "piecewise_floor_s": 5e-3,
         "eager_floor_s": 20e-3,
-        "head_s": 2e-3,
-        "tail_s": 1e-3,
+        "head_s": HEAD_S,
+        "tail_s": TAIL_S,
         "odd_tiles": 1.0,
     }
 
@@ -212,95 +244,21 @@ class _Form:
 
     def fitted(self, steps: Steps, spans: Spans) -> tuple[GpuTime, float, float, float]:
         """The coefficients by which ``spans`` of ``steps`` end when they did, head and tail of `HostTime`, the loss."""
-        from scipy.optimize import least_squares
-
-        kept, weight = _sample(steps, spans.rows.max(axis=1))
-        spans = spans.take(kept)
-        used, places = np.unique(spans.rows, return_inverse=True)
-        few = _take(steps, used)
-        spans = replace(spans, rows=places.reshape(spans.rows.shape))
-        length = (spans.done < np.inf).sum(axis=1)
-        span, last = np.arange(len(spans)), length - 1
-        observed = spans.done - spans.origin[:, None]
-        seconds = observed[span, last]
-        inner = np.arange(observed.shape[1]) < (last + ~spans.known)[:, None]
-        chunked = few.chunks > 0
+        seen = _Seen.of(steps, spans)
+        few = seen.steps
         knots = [_within(DECODE_KNOTS, few.computed[few.chunks == 0])]
         knots.append(_within(CHUNK_KNOTS, few.computed[few.chunks > 0]) if self.chunks else (1,))
         knots.append(_within(KV_KNOTS, few.decodes[few.chunks == 0]))
-        sizes = [len(k) for k in knots]
 
-        alone = (length == 1) & spans.known
-        start = self._start(_take(few, spans.rows[alone, 0]), seconds[alone])
-        names = list(start)
-        cuts = np.cumsum([len(names), *sizes])[:-1]
-
-        def gpu_of(x: Floats) -> tuple[GpuTime, float, float]:
-            terms = {name: start[name] * float(v * v) for name, v in zip(names, x, strict=False)}
+        def made(terms: dict[str, float], logs: Sequence[Floats]) -> GpuTime:
             terms["sharpness"] += 1
-            head, tail = terms.pop("head_s", 0.0), terms.pop("tail_s", 0.0)
-            terms["tile_tokens"] = self.tile
             terms.setdefault("kv_mixed_s", terms["kv_s"])
-            logs = np.split(x, cuts)[1:]
             tables = [tuple(zip(k, np.exp(v).tolist(), strict=True)) for k, v in zip(knots, logs, strict=True)]
             named: dict[str, Any] = dict(zip(TABLES, tables, strict=True))
             none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s", "odd_tiles"}, 0.0)
-            return GpuTime(**{**none, **terms}, **named, expert_share=self.share), head, tail
+            return GpuTime(**{**none, **terms}, **named, tile_tokens=self.tile, expert_share=self.share)
 
-        weights = np.concatenate([weight, weight])
-        kept_at: dict[str, Any] = {}  # of the last `x`: SciPy asks for the derivatives where it has asked for values
-
-        def logs(x: Floats) -> tuple[Floats, Ends, npt.NDArray[np.int64]]:
-            """How far off each span's end is, and each span's latest step before; in `NOISE`."""
-            if "x" not in kept_at or not np.array_equal(kept_at["x"], x):
-                gpu, head, tail = gpu_of(x)
-                ends = Ends.of(spans, predicted(gpu, few), chunked, head, tail)
-                log = np.where(spans.known, np.log(ends.seconds[span, last] / seconds), 0.0)
-                over = np.where(inner, ends.seconds / observed, 0.0)
-                latest = over.argmax(axis=1)
-                late = np.log(np.maximum(over[span, latest], 1.0))
-                kept_at.update(x=x.copy(), found=(np.concatenate([log, late]) / NOISE, ends, latest))
-            found: tuple[Floats, Ends, npt.NDArray[np.int64]] = kept_at["found"]
-            return found
-
-        def off(x: Floats) -> Floats:
-            log, *_ = logs(x)
-            robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1, of the data only
-            parts = [robust * weights, (x[: len(names)] - 1) / STRAY]
-            for table in np.split(x, cuts)[1:]:
-                parts += [np.diff(table) / STIFF, table / TIED]
-            return np.concatenate(parts)
-
-        def slopes(x: Floats) -> Floats:
-            log, ends, latest = logs(x)
-            terms = of_terms(gpu_of(x)[0], few)
-            if "kv_mixed_s" not in start:
-                terms["kv_s"] = terms["kv_s"] + terms["kv_mixed_s"]
-            inward = np.array([2 * start[name] * v for name, v in zip(names, x, strict=False)])
-            none = np.zeros(len(few))
-            of_steps = np.concatenate(
-                [np.stack([terms.get(name, none) for name in names], axis=1), *(terms[name] for name in TABLES)], axis=1
-            )
-            row, column = np.concatenate([span, span]), np.concatenate([last, latest])
-            found = ends.slopes(spans, row, column, of_steps)
-            for name, by in (("head_s", ends.head), ("tail_s", ends.tail)):
-                if name in start:
-                    found[:, names.index(name)] = by[row, column]
-            found[:, : len(names)] *= inward
-            root = np.sqrt(1 + log * log)
-            by_log = np.sqrt((1 + root) / 2) / root  # of soft L1
-            some = np.concatenate([spans.known, log[len(span) :] > 0])
-            scale = np.where(some, by_log * weights / NOISE / np.where(some, ends.seconds[row, column], 1.0), 0.0)
-            return np.concatenate([found * scale[:, None], ties])
-
-        width = len(names) + sum(sizes)
-        eye = np.eye(width)
-        ties = np.concatenate(
-            [eye[: len(names)] / STRAY]
-            + [part for table in np.split(eye, cuts)[1:] for part in (np.diff(table, axis=0) / STIFF, table / TIED)]
-        )
-        found = least_squares(off, np.repeat([1.0, 0.0], [len(names), sum(sizes)]), jac=slopes, method="lm", ftol=1e-4)
-        return (*gpu_of(found.x), float(found.cost))
+        return seen.fitted(made, self._start(*seen.single()), [len(each) for each in knots])
 
     def _start(self, steps: Steps, seconds: Floats) -> dict[str, float]:
         """Where the search begins: a value of each term that takes part."""
@@ -328,6 +286,122 @@ class _Form:
             many = steps.computed >= np.quantile(steps.computed, 0.9)
             start["token_s"] = float(np.median((seconds / steps.computed)[many]))
         return start
+
+
+@dataclass(frozen=True)
+class _Off:
+    """How far off ends of steps are that a cost model foresees: each span's last, and the latest of those before."""
+
+    gpu: GpuTime
+    ends: Ends
+    row: npt.NDArray[np.int64]  # (2 · spans,): of which of ``ends``
+    column: npt.NDArray[np.int64]  # likewise
+    log: Floats  # (2 · spans,): in `NOISE`; 0 where an end is not known, or one before the last is not late
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A sample of the spans of a recording, to which cost models are fitted."""
+
+    steps: Steps  # those of the spans
+    spans: Spans  # whose rows are of these steps
+    weight: Floats  # (spans,)
+
+    @classmethod
+    def of(cls, steps: Steps, spans: Spans) -> _Seen:
+        """A sample of ``spans`` of ``steps``."""
+        kept, weight = _sample(steps, spans.rows.max(axis=1))
+        spans = spans.take(kept)
+        used, places = np.unique(spans.rows, return_inverse=True)
+        return cls(_take(steps, used), replace(spans, rows=places.reshape(spans.rows.shape)), weight)
+
+    def single(self) -> tuple[Steps, Floats]:
+        """The steps that are a span alone, and how long they took."""
+        spans = self.spans
+        _, last = spans.at_last
+        alone = (last == 0) & spans.known
+        return _take(self.steps, spans.rows[alone, 0]), (spans.done[:, 0] - spans.origin)[alone]
+
+    def off(self, gpu: GpuTime, head: float, tail: float) -> _Off:
+        """How far off the ends are by ``gpu``, and ``head`` and ``tail`` of `HostTime`."""
+        spans = self.spans
+        span, last = spans.at_last
+        observed = spans.done - spans.origin[:, None]
+        inner = np.arange(observed.shape[1]) < (last + ~spans.known)[:, None]
+        ends = Ends.of(spans, predicted(gpu, self.steps), self.steps.singly, head, tail)
+        log = np.where(spans.known, np.log(ends.seconds[span, last] / observed[span, last]), 0.0)
+        over = np.where(inner, ends.seconds / observed, 0.0)
+        latest = over.argmax(axis=1)
+        late = np.log(np.maximum(over[span, latest], 1.0))
+        row, column = np.concatenate([span, span]), np.concatenate([last, latest])
+        return _Off(gpu, ends, row, column, np.concatenate([log, late]) / NOISE)
+
+    def fitted(
+        self,
+        made: Callable[[dict[str, float], Sequence[Floats]], GpuTime],
+        start: dict[str, float],
+        sizes: Sequence[int] = (),
+        ftol: float = 1e-4,
+    ) -> tuple[GpuTime, float, float, float]:
+        """The GPU time by which the spans end when they did, head and tail of `HostTime`, and the loss.
+
+        ``made`` makes GPU time of the terms, which are sought from ``start`` on, and of the logarithms of `TABLES`,
+        which are sought from 0 on and have as many knots as ``sizes`` says. If ``start`` has head and tail, they are
+        sought too; otherwise they are 0. The search ends when the loss changes by no more than the share ``ftol``.
+        """
+        from scipy.optimize import least_squares
+
+        names, values = list(start), np.array(list(start.values()))
+        cuts = np.cumsum([len(names), *sizes])[:-1]
+        begin = np.repeat([1.0, 0.0], [len(names), sum(sizes)])  # terms are searched by their roots: none is below 0
+        eye = np.eye(len(begin))
+        ties = np.concatenate(
+            [eye[: len(names)] / STRAY]
+            + [part for table in np.split(eye, cuts)[1:] for part in (np.diff(table, axis=0) / STIFF, table / TIED)]
+        )
+        weights = np.concatenate([self.weight, self.weight])
+        kept: dict[bytes, _Off] = {}  # of the last `x`: SciPy asks for the derivatives where it has asked for values
+
+        def model(x: Floats) -> tuple[GpuTime, float, float]:
+            roots, *logs = np.split(x, cuts)
+            terms = dict(zip(names, (values * (roots * roots)).tolist(), strict=True))
+            head, tail = terms.pop("head_s", 0.0), terms.pop("tail_s", 0.0)
+            return made(terms, logs), head, tail
+
+        def at(x: Floats) -> _Off:
+            if x.tobytes() not in kept:
+                found = self.off(*model(x))
+                kept.clear()
+                kept[x.tobytes()] = found
+            return kept[x.tobytes()]
+
+        def off(x: Floats) -> Floats:
+            log = at(x).log
+            robust = np.sign(log) * np.sqrt(2 * (np.sqrt(1 + log * log) - 1))  # soft L1, of the data only
+            return np.concatenate([robust * weights, ties @ (x - begin)])
+
+        def slopes(x: Floats) -> Floats:
+            here = at(x)
+            terms = of_terms(here.gpu, self.steps)
+            if "kv_mixed_s" not in start:  # then decodes beside chunks read at the rate of the others
+                terms["kv_s"] = terms["kv_s"] + terms["kv_mixed_s"]
+            none = np.zeros(len(self.steps))
+            of_steps = [np.stack([terms.get(name, none) for name in names], axis=1)]
+            of_steps += [terms[name] for name in TABLES[: len(sizes)]]
+            found = here.ends.slopes(self.spans, here.row, here.column, np.concatenate(of_steps, axis=1))
+            for name, by in (("head_s", here.ends.head), ("tail_s", here.ends.tail)):
+                if name in start:
+                    found[:, names.index(name)] = by[here.row, here.column]
+            found[:, : len(names)] *= 2 * values * x[: len(names)]
+            root = np.sqrt(1 + here.log * here.log)
+            by_log = np.sqrt((1 + root) / 2) / root  # of soft L1
+            some = np.concatenate([self.spans.known, here.log[len(self.spans) :] > 0])
+            seconds = np.where(some, here.ends.seconds[here.row, here.column], 1.0)
+            scale = np.where(some, by_log * weights / NOISE / seconds, 0.0)
+            return np.concatenate([found * scale[:, None], ties])
+
+        found = least_squares(off, begin, jac=slopes, method="lm", ftol=ftol)
+        return (*model(found.x), float(found.cost))
 
 
 def _singles(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> Spans:
@@ -418,6 +492,8 @@ def _host(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, usual: Flo
     graph_s = min(bound, GRAPH_LAUNCH_S)
     if steps.launch_known:
         graph_s = float(np.median(steps.launch[steps.kind == GRAPH]))
+    elif steps.drafts.any():
+        graph_s = float(usual[0, GRAPH])
     else:
         notes.append(
             f"launch of a whole graph is hidden by the GPU everywhere: below {bound * 1e3:.1f} ms,"

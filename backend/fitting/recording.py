@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
+from chairlift.backend.calibrated.profile import Drafts
 from chairlift.backend.checked import a_file
 from chairlift.backend.cuda_graphs import GPT_OSS_TOKENS
 from chairlift.backend.names import hint
@@ -54,6 +55,7 @@ STEP_COLUMNS = (
     "waiting",
     "preempted",
 )
+MOST_DRAFTS = 32  # of a request and step
 MOST = 1e12  # of any number in a recording: tokens, or seconds (30,000 years)
 LIMITS = ("num_gpu_blocks", "max_num_batched_tokens", "max_num_seqs", "block_size")
 
@@ -107,9 +109,36 @@ class Recording:
         return Parallel(tensor=tensor, expert=tensor if extra.get("enable_expert_parallel") else 1)
 
     @property
+    def drafts(self) -> Drafts | None:
+        """How it speculated, by vLLM's names of its arguments; None if it did not."""
+        extra = self.engine.get("extra")
+        told = extra.get("speculative") if isinstance(extra, dict) else None
+        if told is None:
+            return None
+        if not isinstance(told, dict) or not isinstance(told.get("method"), str):
+            raise RecordingError(f"{self.folder}: engine.extra.speculative needs a method (got {told!r})")
+        tokens = told.get("num_speculative_tokens")
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MOST_DRAFTS:
+            rule = f"must be a whole number from 1 to {MOST_DRAFTS} (got {tokens!r})"
+            raise RecordingError(f"{self.folder}: engine.extra.speculative.num_speculative_tokens {rule}")
+        return Drafts(told["method"], tokens)
+
+    @property
+    def accepted(self) -> float:
+        """Tokens of a request and step on average, as vLLM's synthetic rejection sampler spread them."""
+        if self.drafts is None:
+            return 1.0
+        length, most = self.engine["extra"]["speculative"].get("synthetic_acceptance_length"), 1 + self.drafts.tokens
+        if isinstance(length, bool) or not isinstance(length, int | float) or not 1 <= length <= most:
+            rule = f"must be a number from 1 to {most}: how many drafts are kept (got {length!r})"
+            raise RecordingError(f"{self.folder}: engine.extra.speculative.synthetic_acceptance_length {rule}")
+        return float(length)
+
+    @property
     def shape(self) -> str:
-        """The model's own name: that of the files, without what it says of the parallelism."""
-        return re.sub(r"(-tp\d+)?(-ep)?$", "", self.model) if self.parallel.gpus > 1 else self.model
+        """The model's own name: that of the files, without what it says of parallelism and drafts."""
+        name = self.model if self.drafts is None else self.model.removesuffix(f"-{self.drafts.method}")
+        return re.sub(r"(-tp\d+)?(-ep)?$", "", name) if self.parallel.gpus > 1 else name
 
     def select(self, names: list[str] | None) -> list[Experiment]:
         """The experiments called ``names``; all if None. Raises `RecordingError` with the nearest name."""
@@ -136,7 +165,8 @@ def read(folder: Path, model: str) -> Recording:
     requests = _table(folder / f"{prefix}requests.csv.gz", REQUEST_COLUMNS, ends="last_token_s")
     steps = _table(folder / f"{prefix}steps.csv.gz", STEP_COLUMNS)
     gaps = _gaps(folder / f"{prefix}itl.npz")
-    experiments: dict[str, Experiment] = {}
+    recording = Recording(folder, model, summary["engine"], {})
+    _add_drafts(steps, recording)
     for i, facts in enumerate(summary["experiments"]):
         at = f"{summary_path}: experiments.{i}"
         if not isinstance(facts, dict) or not isinstance(facts.get("name"), str):
@@ -153,15 +183,41 @@ def read(folder: Path, model: str) -> Recording:
                 raise RecordingError(f"{at}.engine.{key}: must be at least {least} (got {limits[key]!r})")
         if _is_gpt_oss(summary["engine"]):
             limits.setdefault("graph_tokens", min(GPT_OSS_TOKENS, limits["max_num_batched_tokens"]))
-        if name in experiments:
+        if name in recording.experiments:
             raise RecordingError(f"{at}: a second experiment {name!r}")
         own = [
             {c: column[table["experiment"] == name] for c, column in table.items() if c != "experiment"}
             for table in (requests, steps)
         ]
         _check(name, own[0], own[1], folder)
-        experiments[name] = Experiment(name, limits, facts, own[0], own[1], gaps.get(name))
-    return Recording(folder, model, summary["engine"], experiments)
+        recording.experiments[name] = Experiment(name, limits, facts, own[0], own[1], gaps.get(name))
+    return recording
+
+
+def _add_drafts(steps: Table, recording: Recording) -> None:
+    """``proposes``, the drafts that each sequence gets after a step, and ``decode_tokens``, those verified among them.
+
+    A row that does not say the latter is taken to verify all.
+
+    Raises `RecordingError` where that is no number, or fewer than the decodes.
+    """
+    drafts, decodes = recording.drafts, steps["decode_requests"]
+    every = decodes * (1 if drafts is None else 1 + drafts.tokens)
+    told = steps.get("decode_tokens", every)
+    if told.dtype.kind not in "iuf":
+        raise RecordingError(f"{recording.folder}: decode_tokens of a step must be a number")
+    tokens = np.where(np.isnan(told.astype(float)), every, told)  # rows that were merged from two may lack it
+    wrong = ~((tokens >= decodes) & (tokens <= MOST))
+    if drafts is None and (tokens > decodes).any():
+        raise RecordingError(
+            f"{recording.folder}: steps verify drafts, but engine.extra.speculative does not say which"
+        )
+    if wrong.any():
+        bad, at = tokens[wrong][0], int(np.argmax(wrong)) + 1
+        rule = f"must be at least decode_requests, {decodes[wrong][0]:g} (got {bad:g})"
+        raise RecordingError(f"{recording.folder}: decode_tokens of step {at} {rule}")
+    steps["decode_tokens"] = tokens
+    steps["proposes"] = np.full(len(decodes), 0 if drafts is None else drafts.tokens)
 
 
 def _is_gpt_oss(engine: dict[str, Any]) -> bool:
@@ -185,8 +241,9 @@ def _summary(path: Path) -> dict[str, Any]:
 def _table(path: Path, columns: tuple[str, ...], ends: str = "") -> Table:
     """The columns of a CSV file, gzipped or not; those named ``columns`` are checked numbers.
 
-    Rows of grids that lack ``ends``, or that were scheduled before their grid began, are left out: a grid may be cut
-    off, and its steps before then still tell what they tell.
+    Rows of grids that lack ``ends`` are left out: a grid may be cut off, and its steps before then still tell what they
+    tell. So are steps that were scheduled before their experiment began, for they are of what ran before it: of a
+    request that ended in the step before, an engine that plans ahead computes one more.
     """
     if not path.is_file():
         raise RecordingError(f"{path}: no such file")
@@ -197,11 +254,11 @@ def _table(path: Path, columns: tuple[str, ...], ends: str = "") -> Table:
     missing = [name for name in ("experiment", *columns) if name not in table.column_names]
     if missing:
         raise RecordingError(f"{path}: lacks the columns {', '.join(missing)}")
-    grid = pc.starts_with(table["experiment"].cast(pa.string()), "grid_")
     if ends:
+        grid = pc.starts_with(table["experiment"].cast(pa.string()), "grid_")
         table = table.filter(pc.invert(pc.and_(grid, pc.is_null(table[ends]))))
     elif pa.types.is_floating(table["schedule_s"].type):
-        table = table.filter(pc.invert(pc.and_(grid, pc.less(table["schedule_s"], 0.0))))
+        table = table.filter(pc.invert(pc.fill_null(pc.less(table["schedule_s"], 0.0), False)))
     if not len(table):
         raise RecordingError(f"{path}: holds no rows, only the names of its columns")
     found: Table = {}

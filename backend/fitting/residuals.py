@@ -56,18 +56,18 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
     durations = np.empty(n)
     gpu_end = -np.inf
     done_before = 0.0
-    columns = (begun, ends, gpu_s, steps.kind, steps.woke | steps.first, steps.done, steps.schedule, follows)
+    columns = (begun, ends, gpu_s, steps.singly, steps.woke | steps.first, steps.done, steps.schedule, follows)
     table = zip(*(c.tolist() for c in columns), strict=True)
     later = np.append(ends[1:], np.inf).tolist()
-    for i, (start, end, work, kind, fresh, done, scheduled, more) in enumerate(table):
+    for i, (start, end, work, singly, fresh, done, scheduled, more) in enumerate(table):
         if fresh:
             gpu_end = -np.inf
         else:
             end = min(end, done_before)  # the launch ends before the output of the step before is processed
-        if kind == GRAPH:
-            gpu_end = max(gpu_end, end) + work
-        else:
+        if singly:
             gpu_end = max(max(gpu_end, min(start, end) + host.head_s) + work, end + host.tail_s)
+        else:
+            gpu_end = max(gpu_end, end) + work
         foreseen = max(gpu_end, later[i]) if more else gpu_end
         durations[i] = foreseen - scheduled if fresh else max(foreseen - done_before, host.update_s)
         # What is known once the output has come: the GPU had ended by then, and only then unless a launch ended later.

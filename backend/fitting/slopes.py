@@ -8,7 +8,7 @@ derivative is that of the second and third step's GPU time, whatever the first o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,14 @@ from chairlift.backend.calibrated.profile import GpuTime, Knots, between
 from chairlift.backend.fitting.steps import EAGER, PIECEWISE, Floats, Spans, Steps
 
 TABLES = ("decode_residual", "chunk_residual", "kv_residual")
+DRAFTING = ("drafting.pass_s", "drafting.token_s", "drafting.draft_s")  # of `DraftTime`, in its order
 
 
 def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     """Derivatives of each step's GPU seconds by the fields of ``gpu``. Shape of each: ``(steps,)``.
 
-    Of a table of residuals: by the logarithm of its value at each knot. Shape: ``(steps, knots)``.
+    Of a table of residuals: by the logarithm of its value at each knot. Shape: ``(steps, knots)``. Of what drafts add:
+    by the fields of `DraftTime`, as `DRAFTING` names them, if ``gpu`` has any.
     """
     chunked = steps.chunks > 0
     tiles = np.ceil(steps.computed / gpu.tile_tokens)
@@ -58,6 +60,10 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * kv_factor) * steps.context
     rest = gpu.sequence_s * steps.sequences + gpu.pair_s * steps.pairs + chunked * gpu.chunk_s
     work = bound * factor + kv + rest + gpu.request_s * steps.chunks
+    if gpu.drafting is not None:
+        of_drafts = (steps.proposes, steps.computed, steps.drafts)
+        found |= dict(zip(DRAFTING, of_drafts, strict=True))
+        work += sum(each * n for each, n in zip(astuple(gpu.drafting), of_drafts, strict=True))
     for name, kind in (("piecewise_floor_s", PIECEWISE), ("eager_floor_s", EAGER)):
         at_floor = chunked & (steps.kind == kind) & (getattr(gpu, name) > work)
         if at_floor.any():
@@ -94,10 +100,11 @@ class Ends:
     tail: npt.NDArray[np.bool_]  # (spans, longest): and of ``tail``
 
     @classmethod
-    def of(cls, spans: Spans, gpu_s: Floats, chunked: npt.NDArray[np.bool_], head: float, tail: float) -> Ends:
-        """Those of ``spans``, whose steps take ``gpu_s[rows]``; ``head`` and ``tail`` are those of `HostTime`.
+    def of(cls, spans: Spans, gpu_s: Floats, singly: npt.NDArray[np.bool_], head: float, tail: float) -> Ends:
+        """Those of ``spans``, whose steps take ``gpu_s[rows]``.
 
-        They are of steps of which ``chunked[rows]`` holds.
+        ``head`` and ``tail`` are those of `HostTime`, for steps that are launched kernel by kernel: where
+        ``singly[rows]``.
         """
         ended, first = spans.free.copy(), np.zeros(len(spans), dtype=np.int64)
         by_head, by_tail = np.zeros(len(spans), dtype=bool), np.zeros(len(spans), dtype=bool)
@@ -106,15 +113,15 @@ class Ends:
         for j in range(shape[1]):
             live = np.flatnonzero(spans.done[:, j] < np.inf)
             rows = spans.rows[live, j]
-            with_chunks, launched = chunked[rows], spans.launched[live, j]
-            begin = np.where(with_chunks, spans.begun[live, j] + head, launched)
+            by_kernel, launched = singly[rows], spans.launched[live, j]
+            begin = np.where(by_kernel, spans.begun[live, j] + head, launched)
             before = ended[live]
             waits = begin > before
             end = np.maximum(before, begin) + gpu_s[rows]
-            cut = with_chunks & (launched + tail > end)
+            cut = by_kernel & (launched + tail > end)
             end = np.where(cut, launched + tail, end)
             first[live] = np.where(cut, j + 1, np.where(waits, j, first[live]))
-            by_head[live] = ~cut & np.where(waits, with_chunks, by_head[live])
+            by_head[live] = ~cut & np.where(waits, by_kernel, by_head[live])
             by_tail[live] = cut | (~waits & by_tail[live])
             ended[live] = end
             found.seconds[live, j] = end - spans.origin[live]

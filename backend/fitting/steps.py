@@ -23,13 +23,14 @@ from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment, Table
 
 CLEAR = 1.15  # a step that takes so many times its launch is taken to show the GPU's time
-SURE = 1.75  # after so many times the usual launch of its kind a launch has surely ended
+SURE = np.array([1.25, 1.75, 1.75])  # after so many times the usual launch of its kind a launch has surely ended
 SHORTEST_S = 0.0025  # and after no less than this
 SHOWN_S = 0.0004  # by so much a launch must outlast the GPU's work to be told from it
 OWN = 8  # launches of a run from which its own usual launch is told
 HEAD_S = 0.004  # within this a launch that goes kernel by kernel has surely reached the GPU
 MOST_STEPS = 24  # of a span: what comes later tells little of each
 ALIKE = 3  # steps whose median says what is usual for them
+SHORT = 0.02  # the share of outputs that come no later than a launch ends, where the GPU mostly is the later one
 STALL = 5  # a step that takes so many times as long as those like it did something else: a kernel was compiled, say
 
 Floats = npt.NDArray[np.float64]
@@ -56,6 +57,8 @@ class Steps:
     prompt: Floats  # tokens of the chunks
     pairs: Floats  # of a query and a key of the chunks
     decodes: Floats
+    drafts: Floats  # tokens that the decodes verify, beside one each
+    proposes: Floats  # drafts that each sequence gets after the step
     context: Floats  # tokens of KV that the decodes read
     computed: Floats  # tokens, padded to a graph's size
     kind: npt.NDArray[np.int64]  # of `KINDS`
@@ -85,6 +88,15 @@ class Steps:
         return self.decodes + self.chunks
 
     @property
+    def singly(self) -> Bools:
+        """Which steps are launched kernel by kernel, so that the GPU works along; the others are one CUDA graph.
+
+        Where decodes verify drafts, their graph is launched first, and then the passes that draft.
+        """
+        found: Bools = (self.kind != GRAPH) | (self.drafts > 0)
+        return found
+
+    @property
     def regime(self) -> npt.NDArray[np.int64]:
         """Each step's place in `backend.calibrated.profile.REGIMES`: 0 decode-only, 1 chunk-only, 2 mixed."""
         found: npt.NDArray[np.int64] = np.where(self.chunks == 0, 0, np.where(self.decodes == 0, 1, 2))
@@ -103,9 +115,10 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
     n = len(done)
     chunks, prompt = table["prefill_requests"].astype(float), table["prefill_tokens"].astype(float)
     decodes = table["decode_requests"].astype(float)
+    drafts = table["decode_tokens"] - decodes
     limit = graph_limit(experiment.limits)
     sizes = np.array(graph_sizes(limit))
-    tokens = prompt + decodes
+    tokens = prompt + decodes + drafts
     fits = tokens <= sizes[-1]
     if not experiment.limits.get("piecewise_graphs", True):
         fits &= chunks == 0
@@ -150,6 +163,8 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "prompt": prompt,
         "pairs": table["prefill_pairs"].astype(np.float64),
         "decodes": decodes,
+        "drafts": drafts,
+        "proposes": table["proposes"].astype(np.float64),
         "context": table["decode_context_tokens"].astype(np.float64),
         "computed": computed.astype(np.float64),
         "kind": kind,
@@ -193,12 +208,12 @@ def stalls(experiment: Experiment) -> tuple[Floats, Floats]:
     before it. What happens there is no step's cost: kernels are compiled on their first use, say.
     """
     columns: dict[str, Any] = _columns(0, experiment)
-    shape = [columns[name] for name in ("chunks", "decodes", "computed")]
+    chunks, decodes, computed, woke = (columns[name] for name in ("chunks", "decodes", "computed", "woke"))
     done, schedule = columns["done"], columns["schedule"]
     seconds = done - np.maximum(schedule, np.concatenate([[-np.inf], done[:-1]]))
-    long = _stalled(done - schedule, *shape, columns["woke"], ALIKE) & _stalled(seconds, *shape, columns["woke"], ALIKE)
-    rows = np.flatnonzero(long)
-    return done[rows], (seconds - _usual(seconds, *shape, ALIKE))[rows]
+    long = _stalled(done - schedule, chunks, decodes, computed, woke, ALIKE)
+    rows = np.flatnonzero(long & _stalled(seconds, chunks, decodes, computed, woke, ALIKE))
+    return done[rows], (seconds - _usual(seconds, chunks, decodes, computed, ALIKE))[rows]
 
 
 def without_stalls(experiment: Experiment) -> Experiment:
@@ -243,6 +258,9 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
         + chunked * gpu.chunk_s
         + gpu.request_s * steps.chunks
     )
+    if gpu.drafting is not None:
+        each = gpu.drafting
+        found += each.pass_s * steps.proposes + each.token_s * steps.computed + each.draft_s * steps.drafts
     return np.maximum(found, np.where(chunked, floor, 0.0))
 
 
@@ -257,20 +275,33 @@ class Waits:
     @classmethod
     def of(cls, steps: Steps, launch: Floats) -> Waits:
         """Of each of ``steps``, where ``launch[experiment, kind]`` holds the usual seconds of a launch."""
-        follows = ~steps.last & ~np.append(steps.woke[1:], True)
-        ready = np.where(follows, np.append((steps.schedule + steps.schedule_cpu)[1:], np.inf), np.inf)
+        follows, ready = _next_launch(steps)
         kind = np.append(steps.kind[1:], GRAPH)
         room = np.where(follows, steps.done - ready, np.inf)
-        return cls(ready, kind, room > np.maximum(SURE * launch[steps.experiment, kind], SHORTEST_S))
+        return cls(ready, kind, room > np.maximum(SURE[kind] * launch[steps.experiment, kind], SHORTEST_S))
+
+
+def _next_launch(steps: Steps) -> tuple[Bools, Floats]:
+    """Whether a step was followed by another without a rest between them, and from when on that could be launched."""
+    follows: Bools = ~steps.last & ~np.append(steps.woke[1:], True)
+    return follows, np.where(follows, np.append((steps.schedule + steps.schedule_cpu)[1:], np.inf), np.inf)
 
 
 def usual_launches(steps: Steps) -> Floats:
     """The usual launch of each kind, seconds, alike for all experiments. Shape: ``(experiments, kinds)``.
 
-    Where the engine was idle, it schedules the next step right after the launch.
+    Where the engine was idle, it schedules the next step right after the launch. That of a whole graph is short, and
+    hidden. With drafts it is not, for their passes and the sampling between them are launched one by one: no output is
+    processed before the launch of the next step has ended, so the shortest times between its start and an output tell
+    it.
     """
     begun, ends, idle = _idle(steps)
     usual = USUAL_LAUNCH.copy()
+    if steps.drafts.any():
+        follows, ready = _next_launch(steps)
+        mine = follows & (steps.kind == GRAPH) & np.append(steps.kind[1:] == GRAPH, False)
+        if mine.any():
+            usual[GRAPH] = np.quantile((steps.done - ready)[mine], SHORT)
     for kind in (PIECEWISE, EAGER):
         mine = idle & (steps.kind == kind)
         if mine.sum() >= 3:
@@ -412,6 +443,11 @@ class Spans:
     def take(self, kept: npt.NDArray[np.int64]) -> Spans:
         """The spans with these numbers."""
         return Spans(**{name: column[kept] for name, column in vars(self).items()})
+
+    @property
+    def at_last(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The row and the column of each span's last step."""
+        return np.arange(len(self)), (self.done < np.inf).sum(axis=1) - 1
 
 
 def launch_times(

@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from chairlift.backend import specs
-from chairlift.backend.calibrated.profile import Errors, Profile
+from chairlift.backend.automatic import chosen
+from chairlift.backend.calibrated.profile import DraftTime, Errors, Profile, load
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
@@ -50,7 +51,12 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         shape = specs.model(recording.shape)
     except LookupError as error:
         raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
-    fit = calibrate.fit(steps_of(list(experiments)), shape.experts_per_token / max(1, shape.experts))
+    steps, base = steps_of(list(experiments)), None
+    if recording.drafts is None:
+        fit = calibrate.fit(steps, shape.experts_per_token / max(1, shape.experts))
+    else:
+        base = _without_drafts(recording, gpu)
+        fit = calibrate.fit_drafts(steps, base.gpu_time)
     label = next((f"{key} {engine[key]}" for key in ("vllm", "chairlift", "engine") if key in engine), "unknown engine")
     version = ".".join(label.split()[-1].split(".")[:2])
     return Profile(
@@ -63,6 +69,7 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         graph_tokens=max(each.limits.get("graph_tokens", GRAPH_TOKENS) for each in experiments),
         tensor_parallel=recording.parallel.tensor,
         expert_parallel=recording.parallel.expert,
+        drafts=recording.drafts,
         piecewise=all(each.limits.get("piecewise_graphs", True) for each in experiments),
         provenance={
             "gpu": engine.get("gpu"),
@@ -70,9 +77,21 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
             "date": datetime.now(UTC).date().isoformat(),
             "experiments": [each.name for each in experiments],
             "rows": fit.rows,
+            **({} if base is None else {"without drafts": f"{base.name} ({base.digest})"}),
         },
         notes=fit.notes,
     )
+
+
+def _without_drafts(recording: Recording, gpu: str) -> Profile:
+    """The shipped profile of the same model, GPU and parallelism, to which drafts add their time."""
+    name = chosen(specs.model(recording.shape), specs.gpu(gpu), recording.parallel)
+    found = None if name is None else load(name)
+    if found is None or found.gpu != gpu:
+        raise calibrate.CalibrationError(
+            f"what drafts add cannot be told: no shipped profile of {recording.shape} on {gpu} tells a step without"
+        )
+    return found
 
 
 def leave_one_out(
@@ -138,7 +157,11 @@ def with_errors(profile: Profile, held: Held) -> Profile:
 
 
 def _cut(numbers: dict[str, Any]) -> dict[str, Any]:
-    def short(value: float) -> float:
+    def short(value: Any) -> Any:
+        if isinstance(value, DraftTime):
+            return DraftTime(**_cut(vars(value)))
+        if value is None:
+            return None
         return value if isinstance(value, int) else float(np.format_float_scientific(value, SIGNIFICANT - 1))
 
     return {

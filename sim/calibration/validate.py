@@ -28,8 +28,9 @@ from chairlift.policies.vllm_versions import nearest
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps, per_output_token
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.simulate import simulate
-from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo
+from chairlift.sim.study import Limits, ReplicaGroup, Setup, Slo, Speculate
 from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.acceptance import Acceptance
 from chairlift.sim.workload.trace import Trace
 
 Floats = npt.NDArray[np.float64]
@@ -95,7 +96,10 @@ def recorded(experiment: Experiment) -> Observed:
         "e2el": (last - arrival) * 1e3,
     }
     if experiment.itl_s is not None:
-        series["itl"] = experiment.itl_s * 1e3
+        gaps = experiment.itl_s
+        if experiment.steps["proposes"].any():  # tokens that came in one message have no gap between them
+            gaps = gaps[gaps > 0]
+        series["itl"] = gaps * 1e3
     duration = float(last.max() - arrival.min())
     scalars = rates(duration, len(outputs), int(outputs.sum()))
     scalars["steps"] = len(experiment.steps["done_s"])
@@ -141,6 +145,17 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
     if "vllm" in recording.engine:
         settings["version"] = nearest(recording.engine["vllm"])
     parallel = profile.parallel
+    drafts, speculate, speculation = recording.drafts, None, None
+    if drafts != profile.drafts:
+        asked, own = (f"{each}" if each else "without drafts" for each in (drafts, profile.drafts))
+        raise RecordingError(f"{recording.folder}: recorded {asked}, but profile {profile.name} was measured {own}")
+    if drafts is not None:
+        kept = Acceptance(synthetic=recording.accepted)
+        try:
+            speculate = Speculate.model_validate({**vars(drafts), "acceptance": kept})
+        except ValueError:
+            raise RecordingError(f"{recording.folder}: drafts by {drafts.method} are not modelled") from None
+        speculation = Vllm(**settings).speculation(drafts.method, drafts.tokens)
     group = ReplicaGroup(
         count=1,
         role="mixed",
@@ -152,6 +167,7 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         blocks=limits["num_gpu_blocks"] - 1,
         block_size=limits["block_size"],
         kv_source=f"recorded num_gpu_blocks {limits['num_gpu_blocks']}, one of them vLLM's null block",
+        speculation=speculation,
         kv_groups=KvGroups(memory.windows(model, parallel), model.chunked) if model.window_layers else None,
     )
     return Setup(
@@ -166,6 +182,7 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         slo=Slo(),
         seed=0,
         limits=Limits(),
+        speculate=speculate,
     )
 
 

@@ -15,6 +15,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import file_and_class
 from chairlift.sim.scenario.yaml_document import Document
+from chairlift.sim.workload.acceptance import named_curve
 from chairlift.sim.workload.spec import Workload
 from chairlift.sim.workload.workload import files_of
 
@@ -67,6 +68,10 @@ def _of_system(system: Mapping[str, Any], at: KeyPath, folder: Path) -> Iterator
     models = {(*at, "model"): system.get("model")}
     if isinstance(speculate, Mapping):
         models[*at, "speculate", "draft"] = speculate.get("draft")
+        acceptance = speculate.get("acceptance")
+        if isinstance(acceptance, Mapping) and isinstance(told := acceptance.get("file"), str):
+            name, _ = named_curve(told)
+            yield (*at, "speculate", "acceptance", "file"), _named(folder / name, rest=told[len(name) :])
     for place, model in models.items():
         if isinstance(model, Mapping):
             model, place = model.get("name"), (*place, "name")

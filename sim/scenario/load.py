@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from chairlift.backend.calibrated.profile import Drafts
 from chairlift.backend.drafting import WithDrafts, in_memory
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
@@ -23,7 +24,7 @@ from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.loops import is_said, same_loop
 from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
-from chairlift.sim.scenario.resolve import Lookup, find_draft, kv_pool
+from chairlift.sim.scenario.resolve import Lookup, find_draft, kv_pool, with_lengths
 from chairlift.sim.scenario.resolved import named_systems, resolved
 from chairlift.sim.scenario.schema import Case, Group, Scenario, System, Variant, results_name
 from chairlift.sim.scenario.yaml_document import NAMING, Document, read
@@ -391,6 +392,9 @@ class _Resolver(Lookup):
             self._problems.append(self._document.problem(longest_at, rule, longest))
         speculate, speculate_at = pick("speculate")
         drafted = None
+        if speculate is not None:
+            acceptance_at = (*speculate_at, "acceptance", "file")
+            speculate = self._try(acceptance_at, lambda: with_lengths(speculate, self._folder))
         if speculate is not None and speculate.tokens and model:
             found = self._try((*speculate_at, "draft"), lambda: (speculate, find_draft(speculate, model, self._folder)))
             drafted = found or None
@@ -472,7 +476,7 @@ class _Resolver(Lookup):
             fit = self._try(fit_at, lambda: kv_pool(kv or Kv(), sample, model, gpu, parallel, longest, draft))
         if getattr(backend[0], "executes", False):
             self._check_executes(group, at, pick)
-        elif fit is not None:
+        elif fit is not None and draft is None:  # else `_add_drafts` tries it, with those
             self._try(backend_at, lambda: backend[0](**backend[1]).build(model, gpu, parallel))
         made: ReplicaGroup | None = None
         if sample is not None and fit is not None and len(self._problems) == before:
@@ -520,7 +524,7 @@ class _Resolver(Lookup):
                 self._problems.append(self._document.problem(at, rule))
                 continue
             group.speculation = group.make_scheduler().speculation(speculate.method, speculate.tokens)
-            group.backend = WithDrafts(group.backend, draft)
+            group.backend = WithDrafts(group.backend, draft, Drafts(speculate.method, speculate.tokens))
             self._try(at, partial(group.make_backend, model))
 
     def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:

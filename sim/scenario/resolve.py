@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from chairlift.backend import drafting, hf_config, memory, specs
 from chairlift.backend.calibrated.profile import shipped
+from chairlift.backend.checked import wrong
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import KvGroups, Scheduler
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
@@ -16,6 +19,7 @@ from chairlift.sim.scenario.messages import Path as KeyPath
 from chairlift.sim.scenario.policy_files import Trust
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.study import Kv, Speculate
+from chairlift.sim.workload.acceptance import Acceptance, curve_in, named_curve
 
 
 class Lookup:
@@ -141,6 +145,23 @@ def find_draft(speculate: Speculate, model: specs.Model, folder: Path) -> specs.
     if isinstance(told, str):
         raise ValueError(f"must be numbers of the drafting layer, such as {{vocab: 32000}} (got {told})")
     return specs.changed(own, told)
+
+
+def with_lengths(speculate: Speculate, folder: Path) -> Speculate:
+    """``speculate`` with the lengths of the file that its acceptance names. Raises as `read`, or ValueError."""
+    told = speculate.acceptance.file
+    if told is None:
+        return speculate
+    name, label = named_curve(told)
+    data = read(folder / name).data
+    try:
+        found = Acceptance(lengths=curve_in(data, label))
+        found.of(speculate.tokens)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {wrong(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error.args[0]}") from None
+    return speculate.model_copy(update={"acceptance": found})
 
 
 def step_limits(policy: Scheduler, max_model_len: int) -> tuple[int, int]:

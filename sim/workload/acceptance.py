@@ -6,8 +6,10 @@ fall. One and their sum is the accepted length: the tokens that a request gets f
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -53,6 +55,14 @@ class Acceptance(OneOf):
         json_schema_extra={"enum": [*CURVES, None]},
     )
 
+    lengths: Annotated[list[Length], Field(min_length=1, max_length=32)] | None = Field(
+        default=None, description="A curve of one's own: tokens a step on average with 1 draft, with 2, …"
+    )
+    file: str | None = Field(
+        default=None,
+        description="Such a curve in a YAML file, as InferenceX has them (1: 1.8, 2: 2.4, …); FILE:LABEL of several.",
+    )
+
     @field_validator("curve")
     @classmethod
     def _known_curve(cls, name: str | None) -> str | None:
@@ -68,11 +78,15 @@ class Acceptance(OneOf):
             if any(after > before for before, after in zip(self.rates, self.rates[1:], strict=False)):
                 raise ValueError("rates must not rise: a draft is kept only if all before it are")
             return tuple(self.rates[:drafts])
-        if self.curve is not None:
-            lengths = CURVES[self.curve]
+        if self.curve is not None or self.lengths is not None:
+            lengths = CURVES[self.curve] if self.curve is not None else tuple(self.lengths or ())
+            what = f"curve {self.curve} ends" if self.curve is not None else "lengths end"
             if drafts > len(lengths):
-                raise ValueError(f"curve {self.curve} ends at {len(lengths)} drafts (tokens is {drafts})")
-            return _of_curve(lengths[:drafts])
+                raise ValueError(f"{what} at {len(lengths)} drafts (tokens is {drafts})")
+            if drafts and lengths[drafts - 1] > 1 + drafts:
+                most = f"at most {1 + drafts} with {drafts} drafts (got {lengths[drafts - 1]:g})"
+                raise ValueError(f"lengths must be {most}")
+            return _of_curve(lengths[:drafts]) if drafts else ()
         name = "length" if self.length is not None else "synthetic"
         more = (self.length or self.synthetic or 1.0) - 1
         if more > drafts:
@@ -80,6 +94,44 @@ class Acceptance(OneOf):
         if name == "synthetic":
             return tuple(min(1.0, max(0.0, more - j)) for j in range(drafts))
         return _geometric(more, drafts)
+
+
+def named_curve(text: str) -> tuple[str, str]:
+    """``own.yaml:thinking_off`` → ``("own.yaml", "thinking_off")``; no label: ``""``."""
+    found = re.fullmatch(r"(.*\.(?:ya?ml|json)):(.+)", text)
+    return (text, "") if found is None else (found[1], found[2])
+
+
+def curve_in(data: Mapping[str, Any], label: str) -> list[float]:
+    """The curve in a file of ``data``: lengths by number of drafts, alone or under labels, of which ``label`` is one.
+
+    Raises ValueError, one sentence, if there is no such curve, or it lacks a number of drafts.
+    """
+    curves = list(_curves(data, ""))
+    found = [curve for known, curve in curves if label in ("", known)]
+    if len(found) != 1:
+        known = ", ".join(known for known, _ in curves) or "none"
+        asked = f"one curve {label}" if label else "one curve alone, so say which as FILE:LABEL"
+        raise ValueError(f"does not hold {asked} (got {known})")
+    curve = found[0]
+    given = sorted(curve)
+    if given != list(range(1, len(given) + 1)):
+        raise ValueError(f"a curve must have the lengths with 1, 2, … drafts, none left out (got those with {given})")
+    return [curve[drafts] for drafts in given]
+
+
+def _curves(data: Mapping[str, Any], label: str) -> Iterator[tuple[str, dict[int, float]]]:
+    """Each curve within ``data``, which stands at ``label``, with the last label that leads to it."""
+    numbers = {key: value for key, value in data.items() if isinstance(key, str) and key.isdecimal()}
+    if numbers:
+        for key, value in data.items():
+            if key not in numbers or isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"a curve must hold numbers by number of drafts (got {key}: {value!r})")
+        yield label, {int(key): float(value) for key, value in numbers.items()}
+        return
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _curves(value, key)
 
 
 def _geometric(more: float, drafts: int) -> tuple[float, ...]:

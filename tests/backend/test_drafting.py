@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from chairlift.backend.automatic import Auto, chosen
 from chairlift.backend.base import Backend, Batch, Chunk, StepCost
 from chairlift.backend.by_part import ByPart
+from chairlift.backend.calibrated.profile import Drafts, ProfileError
 from chairlift.backend.calibrated.settings import Settings
-from chairlift.backend.drafting import WithDrafts, head_of, in_memory
+from chairlift.backend.drafting import LAUNCH_US, WithDrafts, head_of, in_memory
 from chairlift.backend.memory import kv_blocks
 from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.roofline import Efficiency, Roofline
@@ -19,6 +21,7 @@ PS = 10**12
 IDEAL = Efficiency(mfu=1, bandwidth=1, link=1)
 LLAMA = model("llama-3.1-8b")
 H200 = gpu("h200")
+EAGLE3 = Drafts("eagle3", 3)
 
 
 def verify(decodes: int, context: int, drafts: int, proposes: int = 0) -> Batch:
@@ -95,37 +98,78 @@ class Counts(Backend):
 class Made:
     """Settings of `Counts`."""
 
+    kind: type[Backend] = Counts
+
     def build(self, *_: object) -> Backend:
-        return Counts()
+        return self.kind()
 
 
 def test_each_draft_takes_a_pass_of_what_drafts() -> None:
     """2 decodes with 6 drafts and a prompt of 100, then 3 drafts: one pass over 108 tokens, two over 3."""
     settings = Made()
-    backend = WithDrafts(settings, LLAMA).build(LLAMA, H200, ONE)
+    backend = WithDrafts(settings, LLAMA, EAGLE3).build(LLAMA, H200, ONE)
     batch = Batch((Chunk(0, 100),), 2, 50, 0, None, 6, 3)
 
     assert backend.step(batch).first == 2 * (1000 + 108 + 50) + 2 * (1000 + 3 + 150)
     assert backend.step(batch._replace(proposes=1)).first == 2 * (1000 + 108 + 50)
     assert backend.step(batch._replace(proposes=0)).first == 1000 + 108 + 50
-    assert WithDrafts(settings, None).build(LLAMA, H200, ONE).step(batch).first == 1000 + 108 + 50
+    assert WithDrafts(settings, None, EAGLE3).build(LLAMA, H200, ONE).step(batch).first == 1000 + 108 + 50
 
 
 def test_a_pass_takes_as_long_as_measured() -> None:
     """vLLM 0.26 on an H200: a decode of one request with 3 drafts took 6.30 ms, of 4 requests 6.37, of 8 6.55."""
     settings = Efficiency(by_part=True)
-    backend = WithDrafts(settings, replace(head_of(LLAMA, "eagle3"), vocab=32_000)).build(LLAMA, H200, ONE)
+    backend = WithDrafts(settings, replace(head_of(LLAMA, "eagle3"), vocab=32_000), EAGLE3).build(LLAMA, H200, ONE)
 
     for decodes, measured in ((1, 6.30), (4, 6.37), (8, 6.55)):
         cost = backend.step(verify(decodes, decodes * 140, 3 * decodes, 3))
         assert cost.first / 1e9 == pytest.approx(measured, rel=0.03)
 
 
+class Blind(Counts):
+    """It looks at no drafts."""
+
+    prices_drafts = False
+
+
 def test_a_backend_that_knows_no_drafts_is_refused() -> None:
-    settings = Settings("h200-llama-3.1-8b-vllm-0.23")
+    settings = Made(Blind)
 
     with pytest.raises(ValueError, match="does not price the verification of drafts: use roofline"):
-        WithDrafts(settings, None).build(LLAMA, H200, ONE)
+        WithDrafts(settings, None, EAGLE3).build(LLAMA, H200, ONE)
+
+
+def test_a_profile_measured_with_drafts_holds_their_passes() -> None:
+    settings = WithDrafts(Auto(), replace(head_of(LLAMA, "eagle3"), vocab=32_000), EAGLE3)
+    backend = settings.build(LLAMA, H200, ONE)
+
+    assert backend.assumptions()["cost model"].startswith("profile h200-llama-3.1-8b-eagle3-vllm-0.26")
+    # vLLM 0.26 on an H200: a decode of one request with 3 drafts took 6.30 ms, of 4 requests 6.37, of 8 6.55
+    for decodes, measured in ((1, 6.30), (4, 6.37), (8, 6.55)):
+        cost = backend.step(verify(decodes, decodes * 140, 3 * decodes, 3))
+        assert cost.first / 1e9 == pytest.approx(measured, rel=0.03)
+
+
+def test_beside_a_profile_without_drafts_their_passes_are_priced_apart() -> None:
+    """Then the same steps, of which the profile of the plain engine says how long their verification takes."""
+    plain = Settings("h200-llama-3.1-8b-vllm-0.26")
+    apart = WithDrafts(plain, replace(head_of(LLAMA, "eagle3"), vocab=32_000), EAGLE3).build(LLAMA, H200, ONE)
+
+    for decodes, measured in ((1, 6.30), (4, 6.37), (8, 6.55)):
+        cost = apart.step(verify(decodes, decodes * 140, 3 * decodes, 3))
+        assert cost.first / 1e9 == pytest.approx(measured, rel=0.05)
+    bare = plain.build(LLAMA, H200, ONE)
+    host, alone = apart.step(verify(1, 140, 3, 3)).host, bare.step(verify(1, 140, 3)).host
+    assert (host.launch - alone.launch, host.head) == (3 * LAUNCH_US * 10**6, alone.launch)
+
+
+@pytest.mark.parametrize("drafts", [None, Drafts("mtp", 3)])
+def test_a_profile_of_another_way_of_drafting_is_refused(drafts: Drafts | None) -> None:
+    settings = Settings("h200-llama-3.1-8b-eagle3-vllm-0.26")
+
+    with pytest.raises(ProfileError, match="was measured with 3 drafts by eagle3, not"):
+        settings.build(LLAMA, H200, ONE, drafts)
+    assert not (chosen(LLAMA, H200, ONE, drafts) or "").startswith(settings.profile)
 
 
 def test_the_layer_that_drafts() -> None:
@@ -156,9 +200,28 @@ def test_its_weights_and_kv_are_on_the_same_gpus() -> None:
     assert with_it / without == pytest.approx(53_794 / 56_057, rel=0.01)
 
 
+def test_a_dense_draft_is_each_ranks_own() -> None:
+    """Of 8 ranks with equal work, a pass takes what it takes on one GPU alone."""
+    shape, parallel = model("deepseek-v3"), Parallel(data=8, expert=8)
+    layer = head_of(shape, "eagle3")
+    backend, one = (
+        WithDrafts(Efficiency(by_part=True), layer, EAGLE3).build(shape, H200, parallel),
+        Efficiency(by_part=True, prepare_ms=0.0).build(layer, H200, ONE),
+    )
+    chunks = tuple(Chunk(0, length) for length in (100, 200, 300, 400, 500, 600, 700, 800))
+    plain = Efficiency(by_part=True).build(shape, H200, parallel)
+    own, spread = verify(4, 4000, 12, 3), Batch(chunks, 32, 32_000, 0, None, 96, 3)
+
+    passes = one.step(own).first + 2 * one.step(Batch((), 4, 4000)).first + 3 * 290_000_000
+    assert backend.together([own] * 8).first - plain.together([own] * 8).first == passes
+    longest = own._replace(prefills=(Chunk(0, 800),))
+    passes = one.step(longest).first + 2 * one.step(Batch((), 5, 4450)).first + 3 * 290_000_000
+    assert backend.step(spread).first - plain.step(spread).first == passes
+
+
 def test_ranks_with_equal_work_draft_as_one_batch_that_is_spread_over_them() -> None:
     shape, parallel = model("deepseek-v3"), Parallel(data=8, expert=8)
-    backend = WithDrafts(Efficiency(), head_of(shape, "mtp")).build(shape, H200, parallel)
+    backend = WithDrafts(Efficiency(), head_of(shape, "mtp"), Drafts("mtp", 3)).build(shape, H200, parallel)
     own, spread = verify(4, 4000, 12, 3), verify(32, 32_000, 96, 3)
 
     assert backend.together([own] * 8) == backend.step(spread)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.calibrated import profile
 from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.cuda_graphs import padded
@@ -72,8 +74,6 @@ def test_planted_context_cost_is_found(fit: calibrate.Fit, decodes: int) -> None
 
 @pytest.mark.parametrize("tokens", [1, 16, 128, 200, 256])
 def test_planted_decode_steps_are_found(fit: calibrate.Fit, tokens: int) -> None:
-    from chairlift.backend.base import Batch
-
     context, computed = 400 * tokens, padded(tokens, 512)
     priced = Calibrated(profile.Profile("made", MODEL, "h200", "vllm", fit.gpu, fit.host))
 
@@ -89,6 +89,69 @@ def test_planted_chunks_are_found(fit: calibrate.Fit, tokens: int) -> None:
     found += gpu.pair_s * tokens * (tokens + 1) / 2
 
     assert found == pytest.approx(PLANTED.gpu(tokens, 0, 0, tokens * (tokens + 1) // 2, True), rel=0.03)
+
+
+DRAFTS = replace(PLANTED, drafts=3, each_pass=0.6e-3, draft_token=1e-6, draft=4e-6, graph=0.004, eager=0.02)
+SPECULATIVE = {"method": "eagle3", "num_speculative_tokens": 3, "synthetic_acceptance_length": 2.4}
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("drafted"), [record(DRAFTS)], f"{MODEL}-eagle3", **SPECULATIVE)
+
+
+def test_what_drafts_add_is_found(fit: calibrate.Fit, drafted: Path, tmp_path: Path) -> None:
+    recording = read(drafted, f"{MODEL}-eagle3")
+    found = calibrate.fit_drafts(steps_of(recording.select(None)), fit.gpu)
+
+    assert (recording.shape, recording.drafts, recording.accepted) == (MODEL, profile.Drafts("eagle3", 3), 2.4)
+    added = found.gpu.drafting
+    assert added is not None
+    assert added.pass_s == pytest.approx(DRAFTS.each_pass, rel=0.1)
+    priced = Calibrated(profile.Profile("made", MODEL, "h200", "vllm", found.gpu, found.host))
+    for decodes in (4, 32, 64, 128):
+        cost = priced.step(Batch((), decodes, decodes * 400, 0, None, 3 * decodes, 3))
+        planted = DRAFTS.gpu(4 * decodes, decodes, decodes * 400, 0, False)
+        assert cost.first / 1e12 == pytest.approx(planted, rel=0.04), decodes
+    for tokens in (1024, 4000):
+        cost = priced.step(Batch((Chunk(0, tokens),), 0, 0, proposes=3))
+        planted = DRAFTS.gpu(tokens, 0, 0, tokens * (tokens + 1) // 2, True)
+        assert cost.first / 1e12 == pytest.approx(planted, rel=0.04), tokens
+    assert replace(found.gpu, drafting=None) == fit.gpu
+    for name, planted in (("graph_s", DRAFTS.graph), ("piecewise_s", DRAFTS.piecewise), ("eager_s", DRAFTS.eager)):
+        assert getattr(found.host, name) == pytest.approx(planted, rel=0.1), name
+    other = write(tmp_path, [record(DRAFTS, seed=2, name="other")], f"{MODEL}-eagle3", **SPECULATIVE)
+    steps = steps_of(read(other, f"{MODEL}-eagle3").select(None))
+    for regime, off in residuals.summary([residuals.foresee(found.gpu, found.host, steps)]).items():
+        assert off["median"] < 0.03, regime
+
+
+def test_steps_with_drafts_are_priced_by_the_form(fit: calibrate.Fit) -> None:
+    """64 decodes that verify 3 drafts each: 256 tokens; then 3 passes."""
+    drafting = profile.DraftTime(pass_s=0.5e-3, token_s=2e-6, draft_s=3e-6)
+    gpu = replace(fit.gpu, drafting=drafting, sequence_s=1e-6, kv_s=0.0)
+    priced = Calibrated(profile.Profile("made", MODEL, "h200", "vllm", gpu, fit.host))
+    dead = 192  # tokens for nothing, which go through the same matmuls
+    for chunks, tokens, sequences in (((), 256, dead), ((Chunk(0, 1000),), 1256, 0)):
+        alone = priced.step(Batch(chunks, 64, 64_000, padded=dead))
+        cost = priced.step(Batch(chunks, 64, 64_000, 0, None, 192, 3))
+        more = 3 * 0.5e-3 + tokens * 2e-6 + 192 * 3e-6 - sequences * 1e-6
+        assert (cost.first - alone.first) / 1e12 == pytest.approx(more, abs=1e-9)
+        assert (cost.slope, cost.steps) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"method": 3}, "engine.extra.speculative needs a method"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a whole number from 1 to 32 (got 0)"),
+    ],
+)
+def test_what_a_recording_says_of_drafts_is_checked(tmp_path: Path, change: dict[str, object], rule: str) -> None:
+    folder = write(tmp_path, [record(DRAFTS)], MODEL, **{**SPECULATIVE, **change})
+
+    with pytest.raises(RecordingError, match=re.escape(rule)):
+        read(folder, MODEL)
 
 
 def test_unseen_steps_are_foreseen(fit: calibrate.Fit, tmp_path: Path) -> None:

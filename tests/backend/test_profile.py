@@ -130,7 +130,10 @@ def test_leap_equals_step(table: list[tuple[int, int, int]], name: str, draw: in
     loaded = profile.load(name)
 
     def backend() -> Calibrated:
-        return settings.Settings(name, draw=draw).build(specs.model(loaded.model), specs.gpu("h200"), loaded.parallel)
+        drafts = loaded.drafts  # which are then none
+        return settings.Settings(name, draw=draw).build(
+            specs.model(loaded.model), specs.gpu("h200"), loaded.parallel, drafts
+        )
 
     leapt, stepped = (
         play(trace, lambda: Vllm(async_scheduling=ahead), backend, blocks=600, leap=leap) for leap in (True, False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import pytest
 
-from chairlift.backend.calibrated.profile import GpuTime
-from chairlift.backend.fitting.slopes import TABLES, Ends, of_terms
+from chairlift.backend.calibrated.profile import DraftTime, GpuTime
+from chairlift.backend.fitting.slopes import DRAFTING, TABLES, Ends, of_terms
 from chairlift.backend.fitting.steps import EAGER, GRAPH, PIECEWISE, Floats, Spans, Steps, predicted
 
 DENSE = GpuTime(
@@ -28,6 +30,7 @@ DENSE = GpuTime(
 EXPERTS = replace(DENSE, experts_s=20e-3, expert_share=1 / 16, sharpness=1.3)
 TILES = replace(DENSE, tile_tokens=128, odd_tiles=1.16, chunk_residual=((1, 1.0),))
 FLOORS = replace(DENSE, piecewise_floor_s=9e-3, eager_floor_s=40e-3)
+DRAFTS = replace(DENSE, drafting=DraftTime(pass_s=5e-4, token_s=1e-6, draft_s=4e-6))
 
 
 def steps(chunks: list[int], tokens: list[int], decodes: list[int], kind: list[int]) -> Steps:
@@ -40,6 +43,8 @@ def steps(chunks: list[int], tokens: list[int], decodes: list[int], kind: list[i
         "decodes": np.array(decodes, dtype=float),
         "context": np.array(decodes, dtype=float) * 700,
         "pairs": np.array(chunks, dtype=float) * 130_000,
+        "drafts": np.array(decodes, dtype=float) * 3,
+        "proposes": np.full(n, 3.0),
         "kind": np.array(kind),
     }
     return Steps(**made)  # type: ignore[arg-type]
@@ -53,14 +58,29 @@ MANY = steps(
 )
 
 
-@pytest.mark.parametrize("gpu", [DENSE, EXPERTS, TILES, FLOORS])
+def value(gpu: GpuTime, name: str) -> float:
+    """The field ``name`` of ``gpu`` or, with a point in it, of what drafts add."""
+    found: float = attrgetter(name)(gpu)
+    return found
+
+
+def with_value(gpu: GpuTime, name: str, number: float) -> GpuTime:
+    """``gpu`` with another number in that field."""
+    if gpu.drafting is not None and name in DRAFTING:
+        return replace(gpu, drafting=replace(gpu.drafting, **{name.removeprefix("drafting."): number}))
+    changed: Any = {name: number}
+    return replace(gpu, **changed)
+
+
+@pytest.mark.parametrize("gpu", [DENSE, EXPERTS, TILES, FLOORS, DRAFTS, replace(FLOORS, drafting=DRAFTS.drafting)])
 def test_derivatives_are_those_that_differences_show(gpu: GpuTime) -> None:
     found = of_terms(gpu, MANY)
-    terms = [name for name in found if name not in TABLES and getattr(gpu, name)]
+    terms = [name for name in found if name not in TABLES and value(gpu, name)]
 
+    assert set(DRAFTING) & set(terms) == (set(DRAFTING) if gpu.drafting else set())
     for name in terms:
-        step = 1e-6 * getattr(gpu, name)
-        up, down = (replace(gpu, **{name: getattr(gpu, name) + sign * step}) for sign in (1, -1))
+        step = 1e-6 * value(gpu, name)
+        up, down = (with_value(gpu, name, value(gpu, name) + sign * step) for sign in (1, -1))
         differences = (predicted(up, MANY) - predicted(down, MANY)) / (2 * step)
         np.testing.assert_allclose(found[name], differences, rtol=1e-4, atol=1e-8)
     for name in TABLES:
@@ -93,23 +113,23 @@ def spans(begun: list[float], launched: list[float], free: float) -> Spans:
 
 def test_an_end_is_the_sum_of_what_led_to_it() -> None:
     work = np.array([3.0, 4.0, 5.0])
-    chunked = np.zeros(3, dtype=bool)
+    singly = np.zeros(3, dtype=bool)
 
     # launched at 0, 6 and 7: the first ends at 3, the second waits for its launch and ends at 10, the third at 15
-    ends = Ends.of(spans([0, 5, 6], [0, 6, 7], 0.0), work, chunked, 0.0, 0.0)
+    ends = Ends.of(spans([0, 5, 6], [0, 6, 7], 0.0), work, singly, 0.0, 0.0)
 
     assert ends.seconds.tolist() == [[3.0, 10.0, 15.0]]
     assert ends.first.tolist() == [[0, 1, 1]]
 
 
 def test_launches_kernel_by_kernel_have_a_head_and_a_tail() -> None:
-    work, chunked = np.array([3.0, 1.0, 5.0]), np.ones(3, dtype=bool)
+    work, singly = np.array([3.0, 1.0, 5.0]), np.ones(3, dtype=bool)
     of_steps = np.eye(3)
     found = spans([0, 5, 9], [2, 9, 12], -np.inf)
 
     # 0 + 2 (head) + 3 = 5; 5 + 2 + 1 = 8, but the launch goes on to 9 and leaves 1 (tail) behind it: 10;
     # 9 + 2 = 11 + 5 = 16
-    ends = Ends.of(found, work, chunked, 2.0, 1.0)
+    ends = Ends.of(found, work, singly, 2.0, 1.0)
     slopes = ends.slopes(found, np.zeros(3, dtype=np.int64), np.arange(3), of_steps)
 
     assert ends.seconds.tolist() == [[5.0, 10.0, 16.0]]
@@ -123,12 +143,12 @@ def test_derivatives_of_ends_are_those_that_differences_show(seed: int) -> None:
     rng = np.random.default_rng(seed)
     begun = np.cumsum(rng.uniform(0, 6, (1, 3)), axis=1)
     found = spans(begun[0].tolist(), (begun[0] + rng.uniform(0, 4, 3)).tolist(), float(rng.uniform(-5, 5)))
-    work, chunked = rng.uniform(1, 6, 3), rng.random(3) < 0.5
+    work, singly = rng.uniform(1, 6, 3), rng.random(3) < 0.5
 
     def at(head: float, tail: float, gpu_s: Floats) -> Floats:
-        return Ends.of(found, gpu_s, chunked, head, tail).seconds[0]
+        return Ends.of(found, gpu_s, singly, head, tail).seconds[0]
 
-    ends = Ends.of(found, work, chunked, 1.0, 0.5)
+    ends = Ends.of(found, work, singly, 1.0, 0.5)
     slopes = ends.slopes(found, np.zeros(3, dtype=np.int64), np.arange(3), np.eye(3))
 
     h = 1e-6

@@ -168,6 +168,31 @@ def test_a_model_on_two_gpus_is_predicted_by_a_fit_that_knows_its_grids_alone() 
 
 
 @needs_truth
+@pytest.mark.parametrize("name", ["conv_poisson_q6", "conv_poisson_q16"])
+def test_a_run_with_drafts_is_predicted_by_a_fit_without_it(name: str) -> None:
+    """EAGLE3, 3 drafts. Asked: 3 % of the duration, 10 % of the TTFT, 6 % of TPOT and E2E; and steps within 5 %."""
+    recording = read(TRUTH / "h200-vllm-0.26", "llama-3.1-8b-eagle3")
+    [run] = recording.select([name])
+
+    fitted = fitting.fitted(recording, [each for each in recording.experiments.values() if each is not run])
+    cells = {cell.metric: cell for cell in validate.validate(recording, [run], lambda _: fitted)}
+
+    assert (fitted.model, fitted.drafts) == ("llama-3.1-8b", profile.Drafts("eagle3", 3))
+    asked = {"duration": 0.03, "median_ttft_ms": 0.1, "median_tpot_ms": 0.06, "median_e2el_ms": 0.06, "steps": 0.05}
+    for metric, most in asked.items():
+        assert abs(cells[metric].relative_error or 0) <= most, cells[metric]
+
+
+@needs_truth
+def test_drafts_need_a_profile_that_was_measured_with_them() -> None:
+    recording = read(TRUTH / "h200-vllm-0.26", "llama-3.1-8b-eagle3")
+    [run] = recording.select(["conv_poisson_q6"])
+
+    with pytest.raises(RecordingError, match=r"recorded with 3 drafts by eagle3, but profile .* without drafts"):
+        validate.predict(run, recording, profile.load("h200-llama-3.1-8b-vllm-0.26"))
+
+
+@needs_truth
 def test_a_repeat_is_left_out_together_with_what_it_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = read(RECORDED, "llama-3.1-8b")
     named = recording.select(["conv_poisson_q20", "noise_conv_poisson_q20_again"])

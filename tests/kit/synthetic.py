@@ -31,11 +31,18 @@ class Planted:
     piecewise: float = 0.007
     eager: float = 0.015
     graph: float = 0.0005
+    drafts: int = 0  # of each sequence and step
+    each_pass: float = 0.0  # that drafts
+    draft_token: float = 0.0  # each token of the step
+    draft: float = 0.0  # each draft that is verified
 
     def gpu(self, tokens: int, decodes: int, context: int, pairs: int, chunked: bool) -> float:
-        """A step's GPU time; the larger of two bounds, and attention."""
+        """A step's GPU time; the larger of two bounds, attention, and drafting."""
         kv = self.kv_mixed if chunked else self.kv
-        return max(self.weights, self.token * tokens) + kv * context + self.pair * pairs
+        found = max(self.weights, self.token * tokens) + kv * context + self.pair * pairs
+        if self.drafts:
+            found += self.drafts * (self.each_pass + self.draft * decodes) + self.draft_token * tokens
+        return found
 
 
 @dataclass
@@ -69,7 +76,7 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
                 flying = None
                 loop.now += 0.01
                 continue
-            tokens = chunk + running
+            tokens = chunk + running * (1 + planted.drafts)
             graph = tokens <= 512
             computed = int(GRAPHS[np.searchsorted(GRAPHS, tokens)]) if graph else tokens
             pairs = chunk * (chunk + 1) // 2
@@ -81,7 +88,7 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
             launch *= float(np.exp(random.normal(0, noise)))
             update = planted.update + planted.update_request * sequences
             at = loop.now
-            done = loop.turn(Work(schedule, launch, update, gpu, 0.0 if chunk else -1))
+            done = loop.turn(Work(schedule, launch, update, gpu, 0.0 if chunk or planted.drafts else -1))
             if flying is not None and done is not None:
                 flying[1] = done
                 log.steps.append(flying)
@@ -114,7 +121,9 @@ REQUESTS = (
 )
 
 
-def write(folder: Path, logs: list[Log], model: str = "llama-3.1-8b", graph_tokens: int = 512) -> Path:
+def write(
+    folder: Path, logs: list[Log], model: str = "llama-3.1-8b", graph_tokens: int = 512, **speculative: object
+) -> Path:
     """The recording's three files, of an engine whose largest CUDA graph had so many tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     for what, header in (("steps", STEPS), ("requests", REQUESTS)):
@@ -123,7 +132,11 @@ def write(folder: Path, logs: list[Log], model: str = "llama-3.1-8b", graph_toke
             lines += [",".join([log.name, *(f"{v:.9g}" for v in row)]) for row in getattr(log, what)]
         (folder / f"{model}_{what}.csv.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
     summary = {
-        "engine": {"gpu": "NVIDIA H200", "vllm": "0.23.0"},
+        "engine": {
+            "gpu": "NVIDIA H200",
+            "vllm": "0.23.0",
+            **({"extra": {"speculative": speculative}} if speculative else {}),
+        },
         "experiments": [{"name": log.name, "engine": {**LIMITS, "graph_tokens": graph_tokens}} for log in logs],
     }
     (folder / f"{model}_summary.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -54,6 +54,40 @@ def test_no_drafts_are_the_run_without_the_key(tmp_path: Path) -> None:
     }
 
 
+FROM_FILE = "speculate: {method: eagle3, tokens: 2, acceptance: {file: 'own/al.yaml:off'}, draft: {vocab: 32000}}\n"
+
+
+def test_a_curve_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "al.yaml").write_text("m:\n  on: {1: 1.9, 2: 2.7}\n  off: {1: 1.8, 2: 2.3, 3: 2.5}\n")
+    from_file = setup(tmp_path, FROM_FILE)
+    inline = setup(tmp_path, FROM_FILE.replace("file: 'own/al.yaml:off'", "lengths: [1.8, 2.3, 2.5]"))
+
+    assert from_file.speculate is not None
+    assert from_file.speculate.acceptance.of(2) == pytest.approx([0.8, 0.5])
+    assert fingerprint(simulate(from_file)) == fingerprint(simulate(inline))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        ("off: {1: 1.8}\n", "own/al.yaml: lengths end at 1 drafts (tokens is 2)"),
+        ("off: {1: 1.8, 3: 2}\n", "own/al.yaml: a curve must have the lengths with 1, 2"),
+        ("on: {1: 1.8, 2: 2}\n", "own/al.yaml: does not hold one curve off (got on)"),
+        ("off: {1: 0.8, 2: 2}\n", "own/al.yaml: lengths.0 must be greater than or equal to 1 (got 0.8)"),
+        ("off: {1: 1.8, 2: 4}\n", "own/al.yaml: lengths must be at most 3 with 2 drafts (got 4)"),
+    ],
+)
+def test_a_file_without_the_curve_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+    (tmp_path / "own").mkdir()
+    if text is not None:
+        (tmp_path / "own" / "al.yaml").write_text(text)
+
+    [told] = refusals(tmp_path, FROM_FILE)
+    assert said in told
+
+
 def test_drafts_shorten_answers_and_are_told(tmp_path: Path) -> None:
     plain, drafted = simulate(setup(tmp_path, "")), simulate(setup(tmp_path, EAGLE))
 
@@ -103,8 +137,14 @@ def test_the_prefix_cache_looks_ahead_for_layers_that_read_states(
         (EAGLE, ["policy=sarathi"], "speculate: is modelled with the policy vllm only"),
         (
             EAGLE,
-            ["backend=h200-llama-3.1-8b-vllm-0.23"],
-            "speculate: profile does not price the verification",
+            ["backend=h200-llama-3.1-8b-eagle3-vllm-0.26", "speculate.method=mtp"],
+            "speculate: profile h200-llama-3.1-8b-eagle3-vllm-0.26 was measured with 3 drafts by eagle3, not with",
+        ),
+        (EAGLE, ["backend=h200-opt-13b-vllm-0.23"], "speculate: profile h200-opt-13b-vllm-0.23 is of opt-13b, not of"),
+        (
+            "",
+            ["backend=h200-llama-3.1-8b-eagle3-vllm-0.26"],
+            "backend: profile h200-llama-3.1-8b-eagle3-vllm-0.26 was measured with 3 drafts by eagle3, not without any",
         ),
         (EAGLE, ["parallel={pipeline: 2}"], "speculate: must not be given with pipeline stages"),
         (EAGLE, ["speculate.method=ngram"], "speculate: draft must not be given with ngram"),

@@ -84,6 +84,9 @@ def everything(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "model", BASE | {"model": "tiny/config.json"}
     yield "profile", BASE | llama | {"backend": "own.json"}
     yield "profile setting", BASE | llama | {"backend": {"name": "profile", "profile": "own.json"}}
+    (folder / "curve.yaml").write_text("on: {1: 1.8, 2: 2.4}\n")
+    drafts = {"method": "eagle3", "tokens": 2, "acceptance": {"file": "curve.yaml:on"}}
+    yield "curve", BASE | {"policy": vllm, "speculate": drafts}
     yield "trace", BASE | {"workload": {"file": "trace.csv"}}
     yield "companions", BASE | {"workload": {"file": "pulse/0_trace.jsonl"}}
     yield "clients", BASE | {"workload": clients}
@@ -92,7 +95,19 @@ def everything(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 NAMES = [
-    *("policy", "class", "groups", "model", "profile", "profile setting", "trace", "companions", "clients", "mix"),
+    *(
+        "policy",
+        "class",
+        "groups",
+        "model",
+        "profile",
+        "profile setting",
+        "curve",
+        "trace",
+        "companions",
+        "clients",
+        "mix",
+    ),
     "none",
 ]
 _opened: list[str] | None = None

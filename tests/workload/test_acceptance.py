@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
-from chairlift.sim.workload.acceptance import CURVES, Acceptance, Draws
+from chairlift.sim.scenario.yaml_document import read
+from chairlift.sim.workload.acceptance import CURVES, Acceptance, Draws, curve_in, named_curve
+from kit.places import TRUTH
 
 
 @pytest.mark.parametrize("drafts", [1, 2, 3, 7])
@@ -21,6 +26,51 @@ def test_a_synthetic_length_keeps_the_first_drafts_always() -> None:
     """2.4 tokens with 3 drafts: the first always, the second in 4 steps of 10, the third never."""
     assert Acceptance(synthetic=2.4).of(3) == pytest.approx([1, 0.4, 0])
     assert Acceptance(synthetic=1).of(2) == (0, 0)
+
+
+def test_lengths_of_ones_own_are_a_curve() -> None:
+    """1.8, 2.3 and 2.9: additions of 0.8, 0.5 and 0.6, the last two of which are pooled."""
+    assert Acceptance(lengths=[1.8, 2.3, 2.9]).of(3) == pytest.approx([0.8, 0.55, 0.55])
+    assert Acceptance(lengths=[1.8, 2.3, 2.9]).of(1) == pytest.approx([0.8])
+    with pytest.raises(ValueError, match="lengths end at 2 drafts"):
+        Acceptance(lengths=[1.8, 2.3]).of(3)
+    with pytest.raises(ValueError, match="lengths must be at most 2 with 1 drafts"):
+        Acceptance(lengths=[2.3]).of(1)
+
+
+def test_a_file_holds_one_curve_or_several_by_label() -> None:
+    on, off = {"1": 1.83, "2": 2.43}, {"1": 1.8, "2": 2}
+    both = {"kimi": {"thinking_on": on, "thinking_off": off}}
+
+    assert curve_in(on, "") == curve_in({"kimi": on}, "") == curve_in({"kimi": on}, "kimi") == [1.83, 2.43]
+    assert curve_in(both, "thinking_off") == [1.8, 2]
+    assert named_curve("a/b.yaml:thinking_off") == ("a/b.yaml", "thinking_off")
+    assert named_curve("C:/b.yaml") == ("C:/b.yaml", "")
+
+
+@pytest.mark.parametrize(
+    ("data", "label", "said"),
+    [
+        ({"kimi": {"on": {"1": 1.8}, "off": {"1": 1.7}}}, "", "say which as FILE:LABEL (got on, off)"),
+        ({"kimi": {"on": {"1": 1.8}}}, "of", "does not hold one curve of (got on)"),
+        ({"kimi": 3}, "", "(got none)"),
+        ({"1": 1.8, "3": 2.5}, "", "none left out (got those with [1, 3])"),
+        ({"1": 1.8, "2": "much"}, "", "a curve must hold numbers by number of drafts (got 2: 'much')"),
+        ({"1": 1.8, "note": 2.1}, "", "(got note: 2.1)"),
+    ],
+)
+def test_a_file_without_such_a_curve_is_refused(data: dict[str, Any], label: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        curve_in(data, label)
+
+
+@pytest.mark.skipif(not TRUTH.exists(), reason="needs the measured curves in ../shared/truth")
+@pytest.mark.parametrize("name", CURVES)
+def test_shipped_curves_are_those_measured(name: str) -> None:
+    file, _, label = name.partition("/")
+    data = read(TRUTH / "outside" / "acceptance_lengths" / f"{file}.yaml").data
+
+    assert tuple(curve_in(data, label or "thinking_on")) == CURVES[name]
 
 
 @pytest.mark.parametrize("name", CURVES)
