@@ -1,8 +1,8 @@
 """The batch sizes for which an engine captures CUDA graphs, and how a step is padded to one of them.
 
 The sizes are those of vLLM 0.23 (``cudagraph_capture_sizes``, by default): 1, 2, 4, the multiples of 8 up to 256, and
-then the multiples of 16. Our own engine captures the same ones, and goes on up to 1,024. A step of 9 tokens, say,
-replays the graph of 16.
+then the multiples of 16. Our own engine captures the same ones, and goes on up to 1,024, with experts by multiples of
+256 up to 4,096 (`backend.gpu.step_graphs`). A step of 9 tokens, say, replays the graph of 16.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 
 GPT_OSS_TOKENS = 1024  # likewise of gpt-oss, whatever ``max_num_seqs``: vLLM's GptOssForCausalLMConfig
 GRAPH_TOKENS = 512  # tokens of the largest graph that vLLM 0.23 captures
+COARSE = 1024  # tokens from which on sizes lie 256 apart, not 16
 
 
 def graph_limit(limits: Mapping[str, int]) -> int:
@@ -28,7 +29,8 @@ def graph_limit(limits: Mapping[str, int]) -> int:
 @cache
 def graph_sizes(limit: int) -> tuple[int, ...]:
     """Tokens of each captured graph, ascending; none is larger than ``limit``."""
-    return tuple(n for n in (1, 2, 4, *range(8, 256, 8), *range(256, limit + 1, 16)) if n <= limit)
+    fine = (1, 2, 4, *range(8, 256, 8), *range(256, COARSE, 16))
+    return tuple(n for n in (*fine, *range(COARSE, limit + 1, 256)) if n <= limit)
 
 
 def padded(tokens: int, limit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import astuple, dataclass, field
 
 from chairlift.backend.shapes import Count, Model
@@ -46,6 +47,11 @@ class Parallel:
         """Whether there is no other kind of parallelism."""
         return self.gpus == self.tensor and self.expert == 1
 
+    @property
+    def label(self) -> str:
+        """What the name of a recording says of it behind the model's: ``-tp2-ep``; "" of one GPU."""
+        return (f"-tp{self.tensor}" if self.tensor > 1 else "") + ("-ep" if self.expert > 1 else "")
+
     def __str__(self) -> str:
         named = [f"{short} {n}" for short, n in zip(("TP", "PP", "DP", "EP"), astuple(self), strict=True) if n > 1]
         return ", ".join(named) or "1 GPU"
@@ -74,3 +80,11 @@ class Parallel:
 
 
 ONE = Parallel()
+
+
+def labelled(name: str) -> tuple[str, Parallel]:
+    """The model in the name of a recording, and how GPUs shared it: the inverse of `Parallel.label`."""
+    found = re.fullmatch(r"(.+?)(?:-tp([1-9]\d*)(-ep)?)?", name)
+    assert found is not None
+    tensor = int(found[2] or 1)
+    return found[1], Parallel(tensor=tensor, expert=tensor if found[3] else 1)

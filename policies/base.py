@@ -36,6 +36,7 @@ from random import Random
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from annotated_types import Ge, Gt, Le
+from mypy_extensions import mypyc_attr
 
 
 class Running(Collection["Request"], Reversible["Request"], Protocol):
@@ -158,7 +159,8 @@ class PrefixNode(Protocol):
         """Tokens from the root to its end."""
 
 
-class Request(ABC):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Request:
     """One request as a policy sees it. A policy reads these properties, and changes nothing of a request.
 
     A policy never sees how long the answer will be: nothing that it can reach from a `Step` or a request knows that.
@@ -302,20 +304,52 @@ class PolicyRaised(PolicyError):
         return self.what
 
 
-class Step(ABC):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Step:
     """What a policy may see and do at a step boundary, and nothing else.
 
     Valid during one call of `Scheduler.schedule`; do not keep it, nor any list it returns.
     """
 
-    now: int  # ps
-    running: Running  # admitted and not finished, in order of admission
-    waiting: Sequence[Request]  # order of arrival, preempted ones first; or by `Scheduler.order`
-    more_arrivals: bool  # False once no request will ever arrive again
-    max_model_len: int  # tokens, prompt and output, that the model can hold of one request
-    stages: int = 1  # of a pipeline; with more, several steps are in flight at once (`Scheduler.fills_pipelines`)
-    windowed: bool = False  # requests give blocks back while they run: what slides out of windows (`Scheduler.hybrid`)
-    speculation: Speculation | None = None  # drafts are verified; the running take their turns by `run`, one by one
+    @property
+    @abstractmethod
+    def now(self) -> int:
+        """The time, ps."""
+
+    @property
+    @abstractmethod
+    def running(self) -> Running:
+        """Admitted and not finished, in order of admission."""
+
+    @property
+    @abstractmethod
+    def waiting(self) -> Sequence[Request]:
+        """In order of arrival, preempted ones first; or by `Scheduler.order`."""
+
+    @property
+    @abstractmethod
+    def more_arrivals(self) -> bool:
+        """False once no request will ever arrive again."""
+
+    @property
+    @abstractmethod
+    def max_model_len(self) -> int:
+        """Tokens, prompt and output, that the model can hold of one request."""
+
+    @property
+    def stages(self) -> int:
+        """Of a pipeline; with more than one, several steps are in flight at once (`Scheduler.fills_pipelines`)."""
+        return 1
+
+    @property
+    def windowed(self) -> bool:
+        """Whether requests give blocks back while they run: what slides out of windows (`Scheduler.hybrid`)."""
+        return False
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How drafts are verified, if they are; the running then take their turns by `run`, one by one."""
+        return None
 
     @property
     @abstractmethod
@@ -453,6 +487,7 @@ class Step(ABC):
         """Ask for another plan at time ``ps`` if the replica is idle until then."""
 
 
+@mypyc_attr(native_class=False)
 class Scheduler(ABC):
     """Decides, at a step boundary, what one replica runs next. Subclasses are dataclasses.
 
@@ -642,6 +677,7 @@ class Replicas(Protocol):
         """Requests waiting there, not running yet."""
 
 
+@mypyc_attr(native_class=False)
 class Router(ABC):
     """Chooses a replica for each request. Subclasses are dataclasses; their fields are their settings.
 

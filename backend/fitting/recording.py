@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from chairlift.backend.calibrated.profile import Drafts
 from chairlift.backend.checked import a_file
 from chairlift.backend.cuda_graphs import GPT_OSS_TOKENS
 from chairlift.backend.names import hint
-from chairlift.backend.parallel import Parallel
+from chairlift.backend.parallel import Parallel, labelled
 
 Column = npt.NDArray[Any]
 Table = dict[str, Column]
@@ -138,7 +137,7 @@ class Recording:
     def shape(self) -> str:
         """The model's own name: that of the files, without what it says of parallelism and drafts."""
         name = self.model if self.drafts is None else self.model.removesuffix(f"-{self.drafts.method}")
-        return re.sub(r"(-tp\d+)?(-ep)?$", "", name) if self.parallel.gpus > 1 else name
+        return labelled(name)[0] if self.parallel.gpus > 1 else name
 
     def select(self, names: list[str] | None) -> list[Experiment]:
         """The experiments called ``names``; all if None. Raises `RecordingError` with the nearest name."""

@@ -6,8 +6,8 @@ next step (asynchronous scheduling). A token stays on the device for the next st
 device.
 
 Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`), and so do steps with chunks of up
-to 1,024 rows (`backend.gpu.step_graphs`); larger ones run eagerly. On a CPU the same code runs plain torch, which is
-meant for tests with tiny models.
+to 1,024 rows, with experts more (`backend.gpu.step_graphs`); larger ones run eagerly. On a CPU the same code runs plain
+torch, which is meant for tests with tiny models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
-from chairlift.backend.gpu.step_graphs import LIMIT, Flat
+from chairlift.backend.gpu.step_graphs import Flat, graph_rows
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
@@ -238,7 +238,7 @@ class TorchEngine(Executor):
         except PackageNotFoundError:
             own = "0"
         facts = {"chairlift": own, "gpu": gpu, "torch": torch.__version__, "dtype": str(self.dtype)}
-        return {**facts, "graph_tokens": str(LIMIT)} if self.options.graphs else facts
+        return {**facts, "graph_tokens": str(graph_rows(self.model, self.gpus))} if self.options.graphs else facts
 
     def assumptions(self) -> dict[str, str]:  # noqa: D102
         o = self.options

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chairlift.backend.gpu.kernels import kernel
-from chairlift.backend.gpu.kernels.layers import Share
+from chairlift.backend.gpu.kernels.layers import Share, largest
 from chairlift.backend.gpu.ranks import Ranks
 
 ROWS = 8192 + 256  # of the largest step that goes this way: a budget's prompts and decodes beside them
 HALVED = 4096  # rows from which two GPUs send each other halves, see `Exchange.half`
 HEAD = 4096  # bytes at the start, for the flags by which GPUs meet (``Flags`` in ``layers.cu``)
-FLAGS = 256  # bytes from those of whole shares to those of first halves, and to those of second ones
+FLAGS = 256  # bytes from those of whole shares to those of first halves, of second ones, and of likeliest tokens
+SETS = 4  # of flags
 
 
 class Exchange:
@@ -36,7 +37,8 @@ class Exchange:
         self.halved = HALVED if ranks.count == 2 else ROWS + 1
         self._row = width * dtype.itemsize
         shares = 2 * ROWS * self._row  # bytes
-        self._values, self._scales = HEAD + 8 * ROWS, HEAD  # where they begin
+        self._scales, self._best, self._columns = HEAD, HEAD + 8 * ROWS, HEAD + 12 * ROWS  # where they begin
+        self._values = HEAD + 16 * ROWS
         inbox = self._values + shares
         size = inbox + shares if ranks.count == 2 else inbox
         self._device = cupy.cuda.Device(device.index or 0)
@@ -58,7 +60,9 @@ class Exchange:
         self._inbox = self._others[0] + shares  # what is sent goes there, as far from it as it is here from the start
         memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(self._own, size, self), 0)
         whole = torch.as_tensor(cupy.ndarray((size,), cupy.uint8, memory), device=device)
-        self._row_scales = whole[HEAD : self._values].view(torch.float32).view(2, ROWS)
+        self._row_scales = whole[self._scales : self._best].view(torch.float32).view(2, ROWS)
+        self._likeliest = whole[self._best : self._columns].view(torch.float32)
+        self._likeliest_at = whole[self._columns : self._values].view(torch.int32)
         self._rows = whole[self._values : inbox].view(dtype).view(2, ROWS, width)
         self._met = torch.full((ranks.count,), 1 << 30, dtype=torch.int32).pin_memory()
         self._beside = torch.cuda.Stream(device, priority=-1)  # to tell the other is not to wait for a product
@@ -87,10 +91,20 @@ class Exchange:
             run = kernel("layers", "tell_of_copy", early=False, BF16=1, PEERS=2)
             run((1,), 1, self._bases, share.rank, share.flags_at)
 
+    def largest(self, scores: Tensor) -> Tensor:
+        """`Ranks.largest`. Whoever writes scores again has met all others in a layer since, so they have read them."""
+        rows, width = scores.shape
+        largest(scores, self._ranks.rank * width, (self._likeliest[:rows], self._likeliest_at[:rows]))
+        out = torch.empty(rows, dtype=torch.int32, device=scores.device)
+        run = kernel("layers", "largest_of_all", BF16=1, PEERS=self._ranks.count)
+        places = (self._best, self._columns, (SETS - 1) * FLAGS)
+        run((-(-rows // 256),), 256, self._bases, self._ranks.rank, *places, out, rows)
+        return out
+
     def give_up(self) -> None:
         """Let kernels of this GPU wait for nobody any more: another process has died, and they would wait for ever."""
         stream = torch.cuda.Stream(priority=-1).cuda_stream
-        for flags in range(3):  # by copies, which find room on a GPU full of kernels that wait
+        for flags in range(SETS):  # by copies, which find room on a GPU full of kernels that wait
             to, size = self._own + flags * FLAGS, 4 * len(self._met)
             cupy.cuda.runtime.memcpyAsync(to, self._met.data_ptr(), size, cupy.cuda.runtime.memcpyHostToDevice, stream)
 

@@ -81,13 +81,19 @@ def unfit(heads: Heads, block: int) -> str | None:
     return None
 
 
-def _long(tokens: int) -> bool:
-    """Whether cuDNN's attention is faster than ours for a whole prompt.
+def _filled(tokens: int) -> int:
+    """The length that cuDNN's attention computes a prompt at: a multiple of `LONG`."""
+    return -(-tokens // LONG) * LONG
 
-    On an H200 it takes 96 µs a layer of Llama-3.1-8B for 2,048 tokens and 1,174 for 8,192, ours 129 and some 1,640; but
-    lengths are padded to a multiple of 1,024 for it, and the copies this takes cost it the lead below 4,096.
+
+def _long(whole: Sequence[int]) -> bool:
+    """Whether cuDNN's attention is faster than ours, where a step's spans are whole prompts of these lengths.
+
+    On an H200 it takes 96 µs a layer of Llama-3.1-8B for 2,048 tokens and 1,174 for 8,192, ours 129 and some 1,640. So
+    a prompt alone in its step may be filled up by a seventh; of several, copies to fill them up take the lead away.
     """
-    return LONG <= tokens <= LONGEST and (tokens % LONG == 0 or tokens > 4096)
+    alone = 1.15 if len(whole) == 1 else 1.0
+    return bool(whole) and all(LONG <= n <= LONGEST and _filled(n) <= alone * n for n in whole)
 
 
 def new_cache(layers: int, blocks: int, block: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -230,12 +236,19 @@ class PagedAttention:
 
     def plan_chunks(self, spans: Spans, rows: int) -> Tensor | None:
         """Share spans of at most ``rows`` rows out over the GPU, once a step: what `chunks` needs in each layer."""
-        if not self._cuda or all(_long(n) for n in spans.whole or (0,)):
+        if not self._cuda or _long(spans.whole):
             return None
         entries = rows // self._tokens + len(spans.each) + 4 * self._grid
         plan = torch.empty(8 * (1 + entries), dtype=torch.int32, device=spans.each.device)
         self._share_chunks((1,), 1024, spans.each, plan, len(spans.each), self.heads.kv, self._grid)
         return plan
+
+    def room(self, spans: Spans | None, rows: int) -> int:
+        """For how many rows `chunks` wants room in ``qkv``, the last ones zero, in a step of so many rows."""
+        if not self._cuda or spans is None or len(spans.whole) != 1 or not _long(spans.whole):
+            return rows
+        [tokens] = spans.whole  # the last rows
+        return rows - tokens + _filled(tokens)
 
     def append_and_decode(self, qkv: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         """One new token a sequence: rotate, store its key and value, attend.
@@ -284,7 +297,7 @@ class PagedAttention:
         store(cache, slots[kept], key[kept], value[kept])
 
     def chunks(self, qkv: Tensor, cache: Tensor, spans: Spans, plan: Tensor | None, out: Tensor) -> Tensor:
-        """Attention of rows that are rotated and stored: ``qkv`` [rows, width] → ``out`` [rows, query · size].
+        """Attention of rows that are rotated and stored: ``qkv`` [`room`, width] → ``out`` [rows, query · size].
 
         Rows that no span has are left as they are. ``plan`` is from `plan_chunks`. Returns ``out``, or another tensor
         in its place where one span has all rows.
@@ -300,12 +313,13 @@ class PagedAttention:
             return out
         query, key, value = qkv.view(len(qkv), -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
         if self._cuda:
-            at = len(qkv) - sum(spans.whole)
-            if at == 0 and len(spans.whole) == 1:
-                return self._whole(query, key, value).flatten(1)
+            at = len(out) - sum(spans.whole)
             for n in spans.whole:
-                mine = slice(at, at + n)
-                out[mine] = self._whole(query[mine], key[mine], value[mine]).flatten(1)
+                mine = slice(at, at + _filled(n))
+                found = self._whole(query[mine], key[mine], value[mine]).flatten(1)[:n]
+                if n == len(out):
+                    return found
+                out[at : at + n] = found
                 at += n
             return out
         for first, n, known, padding, row in spans.each.tolist():
@@ -316,13 +330,11 @@ class PagedAttention:
         return out
 
     def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One whole prompt by cuDNN: ``[n, heads, size]`` each."""
-        n, more = len(query), -len(query) % LONG  # tokens after the last change nothing for those before
-        parts = (functional.pad(x, (0, 0, 0, 0, 0, more)) if more else x for x in (query, key, value))
-        q, k, v = (x[None].transpose(1, 2) for x in parts)
+        """One whole prompt by cuDNN: ``[n, heads, size]`` each, n a multiple of `LONG`."""
+        q, k, v = (x[None].transpose(1, 2) for x in (query, key, value))
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             done = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return done[0].transpose(0, 1)[:n]
+        return done[0].transpose(0, 1)
 
     def _launch(self, kernel: kernels.Kernel, query: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         kernel(

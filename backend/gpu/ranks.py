@@ -3,8 +3,8 @@
 Tensor parallelism is as in Megatron-LM (Shoeybi et al. 2019): each GPU has its share of the heads and of the MLP's
 width, and two sums a layer bring the shares together. Experts are shared out whole (expert parallelism): all GPUs route
 all tokens and each computes its own experts; the sum that follows a layer adds them up. The head's vocabulary is cut
-too; the likeliest token is the likeliest of every GPU's likeliest. Collectives are NCCL's, inside captured graphs; on
-GPUs sums are taken without it as far as `backend.gpu.exchange` has room.
+too; the likeliest token is the likeliest of every GPU's likeliest. Collectives are NCCL's where `backend.gpu.exchange`
+has no room, so in no captured graph: NCCL gives up those that wait for a process that has died once no graph is left.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ class Team:
         rank, code = self._processes.index(process) + 1, process.exitcode
         self._kill()
         self.on_loss()
+        if dist.is_initialized() and dist.get_backend() == "nccl":  # its kernels wait for the dead one too
+            dist.distributed_c10d._abort_process_group()
         return DeviceError(f"the process of GPU {rank} has died (exit code {code}); the others are ended too")
 
     def _kill(self) -> None:

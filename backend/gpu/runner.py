@@ -18,7 +18,7 @@ from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, Paging, Spans, new_cache, unfit
 from chairlift.backend.gpu.ranks import ALONE, Ranks
-from chairlift.backend.gpu.step_graphs import CELLS, LIMIT, Flat, Ints, StepGraphs, World, tokens_of
+from chairlift.backend.gpu.step_graphs import CELLS, Flat, Ints, StepGraphs, World, graph_rows, tokens_of
 from chairlift.backend.gpu.transformer import Tokens
 from chairlift.backend.gpu.weights import check_room, loaded
 from chairlift.backend.shapes import Model
@@ -74,6 +74,7 @@ class Runner:
         if self._cuda:
             self.net.attention.warm_up(dtype, device, max_model_len)
         self._step_graphs = StepGraphs(self._world, batch) if options.graphs else None
+        self._limit = graph_rows(model, ranks.count)
         if self._cuda and options.graphs:
             self._capture()
 
@@ -133,13 +134,13 @@ class Runner:
         First ``cells`` of the block tables become ``blocks``; ``whole`` is `Spans.whole`.
         """
         self._turn = (self._turn + 1) % TURNS
-        small = self._step_graphs is not None and flat.rows.shape[1] <= LIMIT
+        small = self._step_graphs is not None and flat.rows.shape[1] <= self._limit
         if not small or len(cells) > CELLS:
             self.change(cells, blocks)
             cells = blocks = ()
         if small:
             assert self._step_graphs is not None
-            return self._step_graphs.run(flat, cells, blocks)
+            return self._step_graphs.run(flat, cells, blocks, n)
         parts = [flat.rows.reshape(-1), flat.spans.reshape(-1), flat.sampled, flat.takers]
         lengths = [len(part) for part in parts]
         self._large[self._turn] = host = self._grown(self._large[self._turn], sum(lengths))
@@ -180,7 +181,9 @@ class Runner:
         if self._options.temperature:  # the largest of these is a draw by the softmax (Gumbel)
             noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log()
             logits = logits.float() / self._options.temperature - noise
-        return self.ranks.largest(logits)
+        exchange = self.net.exchange
+        near = exchange is not None and 0 < len(logits) <= exchange.rows
+        return exchange.largest(logits) if near and exchange is not None else self.ranks.largest(logits)
 
     def _host(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, pin_memory=self._cuda)

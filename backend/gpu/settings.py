@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from chairlift.backend.base import Backend
@@ -18,7 +18,13 @@ class Torch(Options):
     executes: ClassVar[bool] = True
 
     def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
-        """The engine, on so many GPUs of a host. Raises ValueError without torch, or if it cannot serve the model."""
+        """The engine, on so many GPUs of a host. Raises ValueError without torch, or if it cannot serve the model.
+
+        A model whose layers are in FP8 (``llama-3.1-8b-fp8``) is served as ``quantization: fp8`` says.
+        """
+        options = self
+        if model.quantization == "fp8" and model.quantized == "layers":
+            model, options = replace(model, quantization="none"), replace(self, quantization="fp8")
         if parallel.pipeline != 1 or parallel.data != 1:
             raise ValueError(f"the torch backend shares a replica out by tensors and experts only (got {parallel})")
         if model.experts and parallel.expert != parallel.tensor:
@@ -35,4 +41,4 @@ class Torch(Options):
             if error.name not in ("torch", "cupy"):
                 raise
             raise ValueError(f"the torch backend needs {error.name}: pip install 'chairlift[gpu]'") from None
-        return TorchEngine(model, gpu, self, parallel.tensor)
+        return TorchEngine(model, gpu, options, parallel.tensor)

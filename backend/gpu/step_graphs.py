@@ -21,8 +21,12 @@ from torch import Tensor
 from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.paged_attention import NOWHERE, Paging, Spans
 from chairlift.backend.gpu.transformer import Tokens, Transformer
+from chairlift.backend.shapes import Model
 
-LIMIT = 1024  # rows of the largest captured step with chunks
+LIMIT = 1024  # rows of the largest captured step with chunks;
+EXPERTS_LIMIT = 2048  # with experts, a GPU that shares them: launched one by one, their kernels hold the GPU up,
+EXPERTS_MOST = 4096  # and of any number of GPUs
+ALONE = 256  # rows up to which steps without decodes have graphs of their own, without their kernel
 CELLS = 1024  # of block tables, that such a step may change itself
 SPAN = 5  # integers of a span, see `Spans`
 
@@ -41,6 +45,14 @@ class Flat(NamedTuple):
     spans: Ints
     sampled: Ints
     takers: Ints
+
+
+def graph_rows(model: Model, gpus: int) -> int:
+    """Rows of the largest captured step with chunks, where ``gpus`` share the model.
+
+    Rows that fill a step up to a captured size cost dense layers their whole time, and experts none.
+    """
+    return min(EXPERTS_LIMIT * gpus, EXPERTS_MOST) if model.experts else LIMIT
 
 
 class World(NamedTuple):
@@ -62,7 +74,7 @@ def tokens_of(world: World, rows: Tensor, spans: Spans, decodes: int) -> Tokens:
 
 
 class StepGraphs:
-    """The graphs of steps with chunks, of at most `limit` rows and ``most`` sequences.
+    """The graphs of steps with chunks, of at most `graph_rows` rows and ``most`` sequences.
 
     Without a GPU the same parts run as they are, over the same buffers.
     """
@@ -71,8 +83,9 @@ class StepGraphs:
         net = world.net
         self._world = world
         self._nobody = len(world.last) - 1
+        self._limit = limit = graph_rows(net.model, net.ranks.count)
         cuda = net.device.type == "cuda"
-        self._spans_at = 7 * LIMIT
+        self._spans_at = 7 * limit
         self._sampled_at = self._spans_at + SPAN * 2 * most  # each prompt may have padding, a span of its own
         self._counts_at = self._sampled_at + 2 * most  # how many rows, and sampled ones, are somebody's
         self._cells_at = self._counts_at + 2
@@ -82,21 +95,22 @@ class StepGraphs:
         self._turn = 0
         self._most = most
         whole: dict[str, Any] = {"dtype": net.dtype, "device": net.device}
-        self._residual = torch.zeros((LIMIT, net.model.hidden), **whole)
-        self._attended = torch.zeros((LIMIT, net.heads.query * net.heads.size), **whole)
+        self._residual = torch.zeros((limit, net.model.hidden), **whole)
+        self._attended = torch.zeros((limit, net.heads.query * net.heads.size), **whole)
         nothing = Flat(np.zeros((7, 0), np.int32), *(np.zeros(0, np.int32),) * 3)
-        self._fill(self._host[0].numpy(), nothing, (), (), LIMIT, most)
+        self._fill(self._host[0].numpy(), nothing, (), (), limit, most)
         self._whole.copy_(self._host[0])
-        self._sizes = graph_sizes(LIMIT)
+        self._sizes = graph_sizes(limit)
         self._tails = [*[n for n in self._sizes if n < most], most]
         capture = _Capture() if cuda else _as_it_is
         # the largest first: all share one pool of memory
-        self._begin = {size: capture(partial(self._up_to_attention, size)) for size in reversed(self._sizes)}
+        kinds = [(size, decodes) for size in reversed(self._sizes) for decodes in (True, False)[: 1 + (size <= ALONE)]]
+        self._begin = {kind: capture(partial(self._up_to_attention, *kind)) for kind in kinds}
         self._finish = {size: capture(partial(self._rest, size)) for size in reversed(self._tails)}
 
     @torch.inference_mode()
-    def run(self, flat: Flat, cells: Sequence[int], blocks: Sequence[int]) -> Tensor:
-        """Do the step; the next tokens of its sampled rows, on the device.
+    def run(self, flat: Flat, cells: Sequence[int], blocks: Sequence[int], decodes: int) -> Tensor:
+        """Do the step, whose first ``decodes`` rows decode; the next tokens of its sampled rows, on the device.
 
         First these cells of the block tables, at most `CELLS`, become these blocks.
         """
@@ -107,7 +121,7 @@ class StepGraphs:
         host = self._host[self._turn]
         self._fill(host.numpy(), flat, cells, blocks, size, tail)
         self._whole.copy_(host, non_blocking=True)
-        self._begin[size]()
+        self._begin[size, bool(decodes) or size > ALONE]()
         if not wanted:
             return self._whole[:0]
         tokens: Tensor = self._finish[tail]()
@@ -116,7 +130,7 @@ class StepGraphs:
     def _fill(self, to: Ints, flat: Flat, cells: Sequence[int], blocks: Sequence[int], size: int, tail: int) -> None:
         """Lay a step out in ``to``, filled up to ``size`` rows and ``tail`` sampled ones that are nobody's."""
         n, wanted = flat.rows.shape[1], len(flat.sampled)
-        rows = to[: self._spans_at].reshape(7, LIMIT)
+        rows = to[: self._spans_at].reshape(7, self._limit)
         rows[:, :n] = flat.rows
         rows[:, n:size] = 0
         rows[0, n:size] = rows[4, n:size] = self._nobody
@@ -132,13 +146,13 @@ class StepGraphs:
         sampled[:wanted], takers[:wanted] = flat.sampled, flat.takers
         sampled[wanted:tail], takers[wanted:tail] = 0, self._nobody
 
-    def _up_to_attention(self, size: int) -> None:
+    def _up_to_attention(self, size: int, decodes: bool) -> None:
         cells, blocks = self._whole[self._cells_at :].view(2, CELLS)
         self._world.tables.view(-1)[cells] = blocks
-        rows = self._whole[: self._spans_at].view(7, LIMIT)[:, :size]
+        rows = self._whole[: self._spans_at].view(7, self._limit)[:, :size]
         spans = Spans(self._whole[self._spans_at : self._sampled_at].view(-1, SPAN), self._world.tables)
         live = self._whole[self._counts_at : self._counts_at + 1]
-        step = tokens_of(self._world, rows, spans, size)._replace(live=live)
+        step = tokens_of(self._world, rows, spans, size if decodes else 0)._replace(live=live)
         self._attended[:size], self._residual[:size] = self._world.net.attended(step, self._world.cache)
 
     def _rest(self, size: int) -> Tensor:

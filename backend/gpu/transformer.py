@@ -160,16 +160,17 @@ class Transformer:
         each step; embedding, head and attention are not. ``skew`` is as in `Experts`. Raises as `PagedAttention`, and
         for layers that are not built.
         """
-        if eights and (not model.gated_mlp or model.experts or model.biases == "attention"):
+        if eights and (not model.gated_mlp or model.biases == "attention"):
             raise ValueError(
-                f"{model.name}: weights in FP8 are built for dense gated models (Llama, Mistral, Qwen), without a bias"
-                " after attention"
+                f"{model.name}: weights in FP8 are built for gated models (Llama, Mistral, Qwen), without a bias after"
+                " attention"
             )
         if model.experts > 256 or model.experts_per_token > 16 or model.shared_ffn or model.dense_layers:
             raise ValueError(
                 f"{model.name}: built are up to 256 experts a layer, 16 of them a token, none shared by all"
             )
-        self._arithmetic, self._skew, self._ranks = arithmetic, skew, ranks
+        self._arithmetic, self._skew = arithmetic, skew
+        self.ranks = ranks
         self.exchange: Exchange | None = None  # of several GPUs: where sums of small steps are taken, if not by NCCL
         self.model = model
         self.heads = heads = ranks.heads(Heads(model.heads, model.kv_heads, model.head_size))
@@ -192,7 +193,10 @@ class Transformer:
                 ("qkv", "out", "up", "down") if eights else ()
             ):  # one by one: all of them in 16 bits may not fit
                 fit = ranks.quantised if name in ("out", "down") else quantised  # every GPU has a part of their rows
-                setattr(layer, name, fit(getattr(layer, name)))
+                if getattr(layer, name) is not None:
+                    setattr(layer, name, fit(getattr(layer, name)))
+            if eights and layer.experts is not None:
+                layer.experts = layer.experts.quantised()
             self.layers.append(layer)
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
@@ -204,7 +208,7 @@ class Transformer:
     def _llama_layer(self, weight: Callable[..., Tensor], at: str, i: int) -> Layer:
         m = self.model
         names, biased, dense = ("q_proj", "k_proj", "v_proj"), m.biases in ("qkv", "attention"), not m.experts
-        width = self._ranks.part(m.ffn)
+        width = self.ranks.part(m.ffn)
         gates_and_ups = (f"{at}mlp.{name}.weight" for name in ("gate_proj", "up_proj"))
         out_bias = weight(at + "self_attn.o_proj.bias", m.hidden) if m.biases == "attention" else None
         return Layer(
@@ -228,7 +232,7 @@ class Transformer:
     def _experts(self, weight: Callable[..., Tensor], at: str, layer: int) -> Experts:
         m = self.model
         gate, up, down = self._arithmetic.expert_names
-        own = range(m.experts)[self._ranks.part(m.experts)]
+        own = range(m.experts)[self.ranks.part(m.experts)]
         ups = torch.empty((len(own), 2 * m.expert_ffn, m.hidden), dtype=self.dtype, device=self.device)
         downs = torch.empty((len(own), m.hidden, m.expert_ffn), dtype=self.dtype, device=self.device)
         for i in range(m.experts):  # those of other GPUs too: numbers drawn at random are to be the same everywhere
@@ -244,7 +248,7 @@ class Transformer:
     def _opt_layer(self, weight: Callable[..., Tensor], at: str, _: int) -> Layer:
         m = self.model
         names, biased = ("q_proj", "k_proj", "v_proj"), m.biases == "all"
-        width = self._ranks.part(m.ffn)
+        width = self.ranks.part(m.ffn)
 
         def bias(name: str, size: int) -> Tensor | None:
             return weight(f"{at}{name}.bias", size) if biased else None
@@ -271,16 +275,16 @@ class Transformer:
         """Queries', keys' and values' rows of this GPU's heads, one after the other."""
         m, found = self.model, []
         for name, heads in zip(names, (m.heads, m.kv_heads, m.kv_heads), strict=True):
-            found.append(weight(name, heads * m.head_size, *width)[self._ranks.part(heads, m.head_size)])
+            found.append(weight(name, heads * m.head_size, *width)[self.ranks.part(heads, m.head_size)])
         return torch.cat(found)
 
     def _from_heads(self, weight: Tensor) -> Tensor:
         """The columns of a matrix that this GPU's heads are multiplied with."""
-        return weight[:, self._ranks.part(self.model.heads, self.model.head_size)].contiguous()
+        return weight[:, self.ranks.part(self.model.heads, self.model.head_size)].contiguous()
 
     def _once(self, bias: Tensor | None) -> Tensor | None:
         """A bias that is added to a sum over all GPUs: by one of them."""
-        return bias if self._ranks.rank == 0 else None
+        return bias if self.ranks.rank == 0 else None
 
     @torch.inference_mode()
     def forward(self, step: Tokens, cache: Tensor) -> Tensor:
@@ -298,23 +302,33 @@ class Transformer:
             attention.plan(step.paging)
         plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
         residual = self.embed(step.tokens, step.positions)
-        qkv = self._project(0, None, residual)
+        table = self._table(attention.room(step.spans, rows), rows)
+        out = None if table is None else table[:rows]
+        qkv = self._project(0, None, residual, out)
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
         exchange = self.exchange
         halves = exchange is not None and exchange.halved <= rows <= exchange.rows and not self.model.experts
         for i, layer in enumerate(cache):
             if i and halves:
-                qkv = self._by_halves(i, y, residual)
+                qkv = self._by_halves(i, y, residual, out)
             elif i:
-                qkv = self._project(i, self._rest(self.layers[i - 1], y, residual, step.live), residual)
+                qkv = self._project(i, self._rest(self.layers[i - 1], y, residual, step.live), residual, out)
             if step.slots is not None:
                 attention.rotate_and_store(qkv, layer, step.positions, step.slots)
             if step.paging is not None:
                 decodes = len(step.paging.lengths)
                 attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
             if step.spans is not None:
-                y = attention.chunks(qkv, layer, step.spans, plan, y)
+                y = attention.chunks(qkv if table is None else table, layer, step.spans, plan, y)
         return y, residual
+
+    def _table(self, room: int, rows: int) -> Tensor | None:
+        """Where queries, keys and values go, if attention wants ``room`` for more than ``rows``: those are 0."""
+        if room == rows:
+            return None
+        table = torch.empty((room, self.heads.width), dtype=self.dtype, device=self.device)
+        table[rows:] = 0
+        return table
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What enters the first layer: ``[rows, hidden]``."""
@@ -332,13 +346,13 @@ class Transformer:
         x = self._rest(self.layers[-1], y, residual, live)
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def _by_halves(self, i: int, y: Tensor, residual: Tensor) -> Tensor:
+    def _by_halves(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None) -> Tensor:
         """`_rest` of layer ``i`` - 1, `_project` of layer ``i``: one half of the rows is sent while the other runs."""
         layer, middle = self.layers[i - 1], len(y) // 2
         halves = slice(0, middle), slice(middle, len(y))
         x = [self._part(0, y[half], layer.out, layer.out_bias, half) for half in halves]
         x = [self._mlp(layer, part, residual[half], None, half) for part, half in zip(x, halves, strict=True)]
-        qkv = torch.empty((len(y), self.heads.width), dtype=self.dtype, device=self.device)
+        qkv = y.new_empty((len(y), self.heads.width)) if out is None else out
         for part, half in zip(x, halves, strict=True):
             self._project(i, part, residual[half], qkv[half])
         return qkv
@@ -363,8 +377,8 @@ class Transformer:
     def _rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product | Share:
         """What follows a layer's attention, but for adding it to the residual."""
         x = self._part(0, y, layer.out, layer.out_bias)
-        x = self._mlp(layer, self._ranks.sum(x) if isinstance(x, Tensor) else x, residual, live)
-        return self._ranks.sum(x) if isinstance(x, Tensor) else x
+        x = self._mlp(layer, self.ranks.sum(x) if isinstance(x, Tensor) else x, residual, live)
+        return self.ranks.sum(x) if isinstance(x, Tensor) else x
 
     def _mlp(
         self,
@@ -414,7 +428,7 @@ class Transformer:
         else:
             scale = None if share is None else share.rows
             eights = quantised(x, scale) if isinstance(x, Tensor) else gated_e4m3(x, scale)
-            if share is None and self._ranks.count > 1:
+            if share is None and self.ranks.count > 1:
                 return linear_e4m3(eights, weight, None, self.dtype)
             made = product(eights, weight, self.dtype, out)
             if share is not None and made.rows is None:

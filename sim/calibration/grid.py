@@ -15,7 +15,7 @@ import numpy as np
 
 from chairlift.backend import memory, specs
 from chairlift.backend.base import Settings
-from chairlift.backend.parallel import ONE
+from chairlift.backend.parallel import ONE, Parallel
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.recording import Recorder
@@ -56,15 +56,18 @@ def measure(
     backend: Settings,
     folder: Path,
     progress: Callable[[str], None] = lambda _name: None,
+    parallel: Parallel = ONE,
 ) -> None:
     """Run the grid on ``backend`` and record it in ``folder``. Raises ValueError where it cannot serve ``model``."""
     kv = Kv()
-    fit = memory.kv_blocks(model, gpu, ONE, kv.block_size, kv.memory_utilization, kv.reserve_gib)
+    fit = memory.kv_blocks(model, gpu, parallel, kv.block_size, kv.memory_utilization, kv.reserve_gib)
     recorder = Recorder(folder)
     for name, trace, budget in grid(model, fit.blocks * kv.block_size):
         progress(name)
         settings: dict[str, Any] = {"max_num_batched_tokens": budget, "max_num_seqs": 256}
-        group = ReplicaGroup(1, "mixed", gpu, ONE, Vllm, settings, backend, fit.blocks, kv.block_size, fit.explain())
+        group = ReplicaGroup(
+            1, "mixed", gpu, parallel, Vllm, settings, backend, fit.blocks, kv.block_size, fit.explain()
+        )
         setup = Setup("", name, trace, model, model.max_model_len, [group], RoundRobin, {}, Slo(), SEED, Limits())
         recorder.add(simulate(setup), name)
 

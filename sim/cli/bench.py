@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from chairlift.sim.cli.compiled import told
 from chairlift.sim.cluster.clock import time_bare_timeouts
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import load
@@ -43,6 +44,9 @@ CASES: list[Case] = [
     ("10^5, synchronous", 100_000, 8, {"policy.async_scheduling": "false"}, True),
     ("10^5, shared prefixes, no cache", 100_000, 8, {**SHARED, "policy.enable_prefix_caching": "false"}, True),
     ("10^5, shared prefixes, cache", 100_000, 8, SHARED, True),
+    ("10^5, 1,000 replicas", 100_000, 1_000, {}, True),
+    ("10^5, sglang", 100_000, 8, {"policy": "sglang"}, True),
+    ("10^5, experts", 100_000, 8, {"model": "qwen3-30b-a3b"}, True),
 ]
 QUICK = ("10^4", "10^4, no leap", "10^5")
 SAME = [("10^4", "10^4, no leap")]  # must agree
@@ -57,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     console = Console(width=120)
-    table = Table(title="seconds are of one core", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"seconds are of one core; {told()}", title_justify="left", box=None, pad_edge=False)
     table.add_column("case", no_wrap=True)
     for label in ("seconds", "requests/s", "steps", "mean leap", "peak MiB", "× bare timeouts", "results"):
         table.add_column(label, justify="right")

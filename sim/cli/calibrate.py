@@ -22,6 +22,7 @@ from chairlift.backend.fitting.fit import CalibrationError
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError, read
 from chairlift.backend.fitting.steps import STALL, stalls, steps_of
 from chairlift.backend.gpu.settings import Torch
+from chairlift.backend.parallel import labelled
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration import fit as fitting
 from chairlift.sim.calibration import from_bench, grid, validate
@@ -111,7 +112,10 @@ def calibrate(
     recording = recording or Path("recordings") / model
     with _bad_input(), status(quiet) as progress:
         if backend is not None:
-            grid.measure(specs.model(model), specs.gpu(gpu or "h200"), Torch(), recording, progress)
+            name_of, parallel = labelled(model)
+            shape = specs.model(name_of)
+            engine = Torch(routing_skew=0.0 if shape.experts else None)  # a router of random weights chooses anything
+            grid.measure(shape, specs.gpu(gpu or "h200"), engine, recording, progress, parallel)
         source = read(recording, model)
         chosen = source.select(_names(experiments))
         progress("fit")

@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from chairlift.sim.cli.compiled import stale, told
 from chairlift.sim.cli.terminal import console
 from chairlift.sim.scenario.load import prepare
 from chairlift.sim.scenario.yaml_document import Document
@@ -53,9 +54,20 @@ def doctor() -> None:
     )
 
 
+def version_() -> None:
+    """Print the version, and whether the core runs compiled: `make fast` and `make wheel` compile it."""
+    out.print(f"chairlift {_version('chairlift') or 'from a checkout'}, {_core()}")
+
+
+def _core() -> str:
+    changed = ", ".join(path.name for path in stale())
+    return f"{told()}; older than {changed}: compile it again, or make clean" if changed else told()
+
+
 def _installed() -> Iterator[tuple[str, str]]:
     """A name and what there is of it, a row each."""
     yield "chairlift", _version("chairlift") or "not installed: it runs from a checkout"
+    yield "core", _core()
     yield "python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"
     for name in NEEDED:
         yield name, _version(name) or "missing: reinstall chairlift"

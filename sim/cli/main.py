@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.cli.compiled import stale
 from chairlift.sim.cli.terminal import Interruptible, console, forgive_encodings, terminable
 
 # A command's module, its function (or group of commands) there, and what the list of commands says of it: the first
@@ -99,6 +99,7 @@ COMMANDS = {
         "new",
         "Begin a scenario, sweep or plan of your own with a copy of a shipped one, comments and all.",
     ),
+    "version": ("doctor", "version_", "Print the version, and whether the core runs compiled."),
     "doctor": (
         "doctor",
         "doctor",
@@ -154,7 +155,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console().print(f"chairlift {version('chairlift')}")
+        import_module("chairlift.sim.cli.doctor").version_()
         raise typer.Exit
 
 
@@ -164,7 +165,9 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    pass
+    if changed := stale():
+        rule = "was changed after it was compiled: make fast compiles it again, make clean goes back to Python"
+        raise BadInput([Problem(rule, file=str(path)) for path in changed])
 
 
 def main() -> None:

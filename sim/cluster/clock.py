@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from heapq import heappop
 
 import simpy
 from simpy.events import Event
@@ -30,6 +31,19 @@ class Clock(simpy.Environment):
     def now(self) -> int:
         """The simulated time, ps."""
         return self._now  # type: ignore[return-value]  # SimPy allows float; integers in, integers out
+
+    def serve(self) -> None:
+        """Ring all alarms, until none is set.
+
+        As SimPy's `run`, without a call and a look for failures at each event: alarms are all that stands in its heap,
+        and an alarm does not fail. That is a tenth of a run's time.
+        """
+        heap = self._queue
+        while heap:
+            self._now, _, _, alarm = heappop(heap)
+            calls, alarm.callbacks = alarm.callbacks, None  # type: ignore[assignment]  # SimPy means: it has rung
+            for call in calls:
+                call(alarm)
 
     def after(self, delay: int, priority: int, call: Callable[[], object]) -> None:
         """Call ``call`` in ``delay`` ps; ``priority`` is its place among what falls on that instant."""

@@ -88,7 +88,7 @@ class Cluster:
         Raises `NoProgress` if a policy leaves requests unserved although nothing more can happen.
         """
         Alarm(self.clock, self._times[self._order[0]], ARRIVAL, self._arrive)
-        self.clock.run()
+        self.clock.serve()
         if self.left:
             raise self._stuck()
 
@@ -161,7 +161,7 @@ class Cluster:
     def _stuck(self) -> NoProgress:
         if not all(pool.replicas for pool in self.pools):
             return NoProgress(f"{self.left} requests are never served: no replica takes requests any more")
-        left = [i for i, status in enumerate(self.requests.status) if status == Status.PENDING]
+        left = [i for i, status in enumerate(bytes(self.requests.status)) if status == Status.PENDING]
         engine = self.replicas[max(self.requests.replica[left[0]], 0)].engine
         state = engine.state
         names = ", ".join(map(str, left[:EXAMPLES])) + (", …" if len(left) > EXAMPLES else "")

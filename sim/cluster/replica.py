@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mypy_extensions import mypyc_attr
+
 from chairlift.policies.base import NoProgress
 from chairlift.sim.cluster.clock import BOUNDARY, CHANGE, PLAN, Alarm, Clock
 from chairlift.sim.replica.engine import Engine
@@ -34,6 +36,7 @@ class Loads:
     outstanding_tokens: list[int]  # their prompts' tokens
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Replica:
     """One engine on the clock. ``make_engine`` makes a fresh one, after a failure too: one that goes on with records.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from chairlift.policies.base import PolicyError, Router
 from chairlift.sim.cluster.clock import Clock
@@ -77,8 +78,9 @@ class ReplicaPool:
             self.homeless.append(request)
             return
         self.now = now
+        router: Any = self.router  # which may answer anything
         try:
-            position = self.router.route(request, self._last_look() if self._stale_ps else self)
+            position = router.route(request, self._last_look() if self._stale_ps else self)
         except BaseException as error:
             blame(error, self.router)
             raise

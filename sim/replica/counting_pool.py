@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Protocol
 
+from mypy_extensions import mypyc_attr
+
 from chairlift.policies.base import PrefixNode
 from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes
 from chairlift.sim.replica.request import Live
@@ -18,9 +20,10 @@ from chairlift.sim.results.records import Growth
 class _Root:
     """The root of a radix tree without anything in it."""
 
-    parent = None
-    children: Mapping[Hashable, PrefixNode] = {}
-    stop = 0
+    def __init__(self) -> None:
+        self.parent: PrefixNode | None = None
+        self.children: Mapping[Hashable, PrefixNode] = {}
+        self.stop = 0
 
 
 NO_PREFIX: PrefixNode = _Root()
@@ -33,6 +36,7 @@ class Flight(Protocol):
     decoding: bool  # whether it holds a token of each member of the decode group
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class CountingPool:
     """``total`` blocks of ``block_size`` tokens, ``free`` of them nobody's.
 
@@ -45,7 +49,6 @@ class CountingPool:
     publishes = False  # whether decoding can make blocks that others find
     keeps = False  # whether it wants to know which prompts a step has computed: `landed`
     windowed = False  # whether requests give blocks back while they run: `shed`, `flight`
-    spared = 0  # blocks that requests would hold beyond those that are held: of each its own, and none slid out
     tables = 1  # tables of blocks that a request has: 16 more tokens take a block in each
 
     __slots__ = ("_given", "block_size", "flight", "free", "room", "total")
@@ -59,6 +62,11 @@ class CountingPool:
         self.room = total * block_size  # tokens that a request may have in KV
         self.flight: Flight | None = None  # kept only of a pool that is ``windowed``
         self._given: dict[int, int] = {}  # request → blocks that `open` and `extend` gave it
+
+    @property
+    def spared(self) -> int:
+        """Blocks that requests would hold beyond those that are held: of each its own, and none slid out."""
+        return 0
 
     def blocks(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens occupy."""
@@ -174,6 +182,7 @@ class PrefixCacheMatters(Exception):
     """A run that was counted without a prefix cache would have used it; run it again with one."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class StandInPool(CountingPool):
     """Counts in place of a prefix cache for as long as that cannot matter.
 

@@ -38,7 +38,7 @@ class Drafted(Live):
     @property
     def known(self) -> int:
         """Tokens of its prompt and its answer, those in flight included."""
-        return self.prompt_tokens + self.produced + self.ahead
+        return self.prompt + self.produced + self.ahead
 
     @property
     def remaining(self) -> int:  # noqa: D102 - documented in the contract, as those below
@@ -90,12 +90,11 @@ class Chosen(NamedTuple):
 class DraftedStep(ReplicaStep):
     """The step of a replica whose decodes verify drafts. All decodes are `PARKED`: none joins the decode group."""
 
-    __slots__ = ("chosen", "wanted")
-    speculation: Speculation
+    __slots__ = ("chosen", "rule", "wanted")
 
     def __init__(self, speculation: Speculation, *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)
-        self._speculation = speculation
+        self._speculation = self.rule = speculation
         self.chosen: dict[int, Chosen] = {}  # of the plan, in the order of its making
         self.wanted = False  # somebody in the plan can use drafts after it
 
@@ -135,7 +134,7 @@ class DraftedStep(ReplicaStep):
             self._fail("a reservation or a padding where drafts are verified")
         hit = self.pool.hit(request)
         padding = max(0, hit + tokens - request.known)
-        if padding > self.speculation.drafts:
+        if padding > self.rule.drafts:
             self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
         slots = self._slots(hit + tokens)
         if self.pool.need(request, slots) + spare > self.pool.free:
@@ -153,14 +152,14 @@ class DraftedStep(ReplicaStep):
 
     def _slots(self, tokens: int) -> int:
         """Tokens of KV that a request needs to compute its first ``tokens`` tokens."""
-        return min(tokens + self.speculation.lookahead, self.longest)
+        return min(tokens + self.rule.lookahead, self.longest)
 
     def _choose(self, request: Drafted, tokens: int, drafts: int, padding: bool = False) -> None:
         decodes = request.phase is not PREFILLING
-        self.chosen[request.row] = Chosen(request, tokens, drafts, padding, decodes, request.preemptions)
+        self.chosen[request.row] = Chosen(request, tokens, drafts, padding, decodes, request.lost)
         if not self.wanted:  # the output of its last step cannot be followed by drafts, nor that of a chunk
             chunk = request.stored + tokens < request.prompt + request.produced
-            self.wanted = not (chunk or request.produced + 1 + (request.ahead > 0) >= request.max_tokens)
+            self.wanted = not (chunk or request.produced + 1 + (request.ahead > 0) >= request.limit)
 
     def _unplan(self, request: Drafted) -> bool:
         chosen = self.chosen.pop(request.row, None)

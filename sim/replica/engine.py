@@ -24,7 +24,9 @@ tokens refer to. Until n+1 is planned it says a time later than now, exact where
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+
+from mypy_extensions import mypyc_attr
 
 from chairlift.backend.base import NO_HOST, WHOLE
 from chairlift.policies.base import NoProgress
@@ -41,7 +43,8 @@ PATIENCE = 1_000  # plans in a row that run nothing and want another
 _SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
-class Engine(ABC):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Engine:
     """A replica's loop over the steps that its ``planner`` plans. ``execution``: its steps really run.
 
     With DP-attention the planner is that of all its ranks, whose steps are one.
@@ -154,6 +157,7 @@ class Engine(ABC):
             self.planner.strike(request, now)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Synchronous(Engine):
     """Plan, run, take in, one after the other::
 
@@ -211,6 +215,7 @@ class Synchronous(Engine):
             self.settle(self._start + duration(plan.first, plan.slope, whole))
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Ahead(Engine):
     """Plan a step while the one before is in flight::
 

@@ -41,13 +41,13 @@ class HostMemory:
 
     def fetch(self, request: Live) -> None:
         """A swapped request starts again: its KV moves back."""
-        self._incoming += -(-request.swapped // self._block_size)
+        self._incoming += -(-request.in_host // self._block_size)
         self.busy = True
         self.drop(request)
 
     def drop(self, request: Live) -> None:
         """A request's swapped KV is of no more use."""
-        self.free += -(-request.swapped // self._block_size)
+        self.free += -(-request.in_host // self._block_size)
         request.swap_in()
 
     def delay(self, step_ps: int) -> int:

@@ -65,12 +65,14 @@ class HybridPool(CountingPool):
     further.
     """
 
-    tracks = follows = windowed = True
+    tracks = True
+    follows = True
+    windowed = True
 
     __slots__ = (
         *("_cached", "_chunked", "_copies", "_edge", "_found", "_full", "_held", "_identity", "_keys", "_late", "_odd"),
         *("_most", "_own", "_queue", "_retention", "_sliding", "_span", "_stale", "_uncached_first", "_users"),
-        *("_window", "tables"),
+        *("_window", "publishes", "tables"),
     )
 
     def __init__(
@@ -107,17 +109,14 @@ class HybridPool(CountingPool):
         self._keys: dict[int, int] = {}  # block → key of its content and group
         self._cached: dict[int, int] = {}  # such a key → the block with that content, the first of several
         self._copies: dict[int, dict[int, None]] = {}  # such a key → the others, in order of caching
+        self.publishes = identity is not None and identity.answers_too
         self._own = 0  # blocks in each group of all requests, those that are gone or shared included
         self._held: dict[int, _Held] = {}
         self._odd: dict[int, Live] = {}  # whose blocks slide out in another rhythm than one every ``block_size`` tokens
         self._found: _Found | None = None  # the latest look-up
 
     @property
-    def publishes(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`, as all below
-        return self._identity is not None and self._identity.answers_too
-
-    @property
-    def spared(self) -> int:  # type: ignore[override]  # noqa: D102
+    def spared(self) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
         return self._own * self.tables - (self.total - self.free)
 
     def hit(self, request: Live) -> int:  # noqa: D102
@@ -462,7 +461,7 @@ class HybridPool(CountingPool):
         if self._identity is None:
             return ()
         full = (request.prompt + request.produced - 1) // self.block_size
-        if not request.preemptions:
+        if not request.lost:
             full = min(full, self._identity.shareable[request.row])
         return self._identity.keys(request.row, 0, full) if full else ()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from mypy_extensions import mypyc_attr
+
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, StepCost, new
 from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool
@@ -21,6 +23,7 @@ FRUITLESS = 2_000  # plans that preempt somebody, in a row: if no token comes of
 _HELD, _SPARED = StepRow._fields.index("held_blocks"), StepRow._fields.index("spared_blocks")
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Planner:
     """What either loop of an engine does to its requests. It knows no time but what it is told.
 
@@ -97,7 +100,8 @@ class Planner:
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now, while a run is under way, calls for a plan at the next boundary."""
-        return self.arrival > 0 or self.arrival_token > 0 or self.scheduler.heeds_arrival(self.state)
+        policy: Any = self.scheduler  # which may answer anything
+        return self.arrival > 0 or self.arrival_token > 0 or bool(policy.heeds_arrival(self.state))
 
     def _make_step(self, *parts: Any) -> ReplicaStep:
         return ReplicaStep(*parts)
@@ -110,7 +114,7 @@ class Planner:
         """
         state, pool = self.state, self.pool
         allowed = self.scheduler.allowed(request, state.longest, pool.total, pool.block_size)
-        if allowed < request.max_tokens:
+        if allowed < request.limit:
             request.cap(allowed)
             self._ends.shorten(request.row, allowed)
         final = request.prompt + self._ends.outputs[request.row]
@@ -144,8 +148,9 @@ class Planner:
         state = self.state
         state.open(now)
         intake, self.intake = self.intake, 0
+        policy: Any = self.scheduler  # which may answer anything
         try:
-            vouched = self.scheduler.schedule(state)
+            vouched = policy.schedule(state)
         except BaseException as error:
             blame(error, self.scheduler, self._step)
             raise
@@ -425,7 +430,7 @@ class Planner:
 
     def _goes_on(self, request: Live) -> bool:
         """Whether a request whose last token is planned is planned once more, since that token is not seen yet."""
-        return self._overshoots == "always" or self._ends.outputs[request.row] < request.max_tokens
+        return self._overshoots == "always" or self._ends.outputs[request.row] < request.limit
 
     def end_request(self, request: Live, now: int, status: Status) -> None:
         """A request has left the replica for good; what became of it is written down once."""

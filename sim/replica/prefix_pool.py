@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
+
+from mypy_extensions import mypyc_attr
 
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import NOBODY_ELSE, Decodes, admission
@@ -19,6 +20,7 @@ from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class PrefixPool(CountingPool):
     """``total`` blocks: those that somebody could find one by one, with content, users and place in the queue.
 
@@ -55,14 +57,15 @@ class PrefixPool(CountingPool):
             "_queue",
             "_stale",
         ),
-        *("_uncached_first", "_unused", "_users", "spared"),
+        *("_shared", "_uncached_first", "_unused", "_users", "follows", "publishes"),
     )
 
     def __init__(
         self, total: int, block_size: int, identity: Identity, late: bool = False, uncached_first: bool = False
     ) -> None:
         super().__init__(total, block_size)
-        self.spared = 0
+        self.publishes = self.follows = identity.answers_too
+        self._shared = 0  # blocks that requests hold beyond the first that holds each
         self._identity = identity
         self._late = late
         self._uncached_first = uncached_first
@@ -81,14 +84,10 @@ class PrefixPool(CountingPool):
         self._found: tuple[int, list[int], int] | None = None  # the latest look-up: request, blocks, how many are free
 
     @property
-    def publishes(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`
-        return self._identity.answers_too
+    def spared(self) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
+        return self._shared
 
-    @property
-    def follows(self) -> bool:  # type: ignore[override]  # noqa: D102
-        return self._identity.answers_too
-
-    def hit(self, request: Live) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
+    def hit(self, request: Live) -> int:  # noqa: D102
         return max(request.loaded, len(self._look_up(request)[1]) * self.block_size)
 
     def need(self, request: Live, tokens: int, in_chunks: bool = False) -> int:  # noqa: D102
@@ -107,7 +106,7 @@ class PrefixPool(CountingPool):
             self.free -= free
         for block in head:
             users[block] += 1
-        self.spared += len(head) - free
+        self._shared += len(head) - free
         self._heads[number] = head
         self._done[number] = len(head)
         self._given[number] = blocks = -(-tokens // self.block_size)
@@ -192,7 +191,7 @@ class PrefixPool(CountingPool):
                 others = users[block] - 1
                 users[block] = others
                 if others:
-                    self.spared -= 1
+                    self._shared -= 1
                 else:
                     queue.append(block)
                     self.free += 1
@@ -233,7 +232,7 @@ class PrefixPool(CountingPool):
         blocks: list[int] = []
         number = request.row
         full = (request.prompt + request.produced - 1) // self.block_size
-        if not request.preemptions:
+        if not request.lost:
             full = min(full, self._identity.shareable[number])
         cached = self._cached
         if full and self._identity.key(number, 0) in cached:
@@ -301,12 +300,13 @@ class TablePool(PrefixPool):
     preempted with it: wrong tokens would come of them.
     """
 
-    follows = True
-
     __slots__ = ("_spare", "_tables")
 
-    def __init__(self, *settings: Any, **more: Any) -> None:
-        super().__init__(*settings, **more)
+    def __init__(
+        self, total: int, block_size: int, identity: Identity, late: bool = False, uncached_first: bool = False
+    ) -> None:
+        super().__init__(total, block_size, identity, late, uncached_first)
+        self.follows = True
         self._spare = list(range(self.total))  # blocks that are free and cannot be found
         self._tables: dict[int, list[int]] = {}  # request → its blocks
 

@@ -94,17 +94,19 @@ class RadixPool(CountingPool):
     then a plan has evicted what it needs.
     """
 
-    tracks = keeps = True
+    tracks = True
+    keeps = True
 
     __slots__ = (
         *("_contents", "_dropping", "_found", "_given", "_leaves", "_locked", "_owned", "_pushes", "_root", "_spare"),
-        *("_own", "_streams", "_tables", "_time", "_unified", "cached"),
+        *("_own", "_streams", "_tables", "_time", "_unified", "cached", "follows"),
     )
 
     def __init__(
         self, total: int, block_size: int, contents: Contents, unified: bool = True, numbered: bool = False
     ) -> None:
         super().__init__(total, block_size)
+        self.follows = numbered
         self._tables: dict[int, list[int]] | None = {} if numbered else None  # request → its pages
         self._spare = list(range(total)) if numbered else []  # pages that nobody holds and that are not cached
         self._own = 0  # pages of all requests, those of the tree for each that locks them
@@ -123,11 +125,7 @@ class RadixPool(CountingPool):
         self._pushes = 0
 
     @property
-    def follows(self) -> bool:  # type: ignore[override]  # noqa: D102 - documented in `CountingPool`, as all below
-        return self._tables is not None
-
-    @property
-    def spared(self) -> int:  # type: ignore[override]  # noqa: D102
+    def spared(self) -> int:  # noqa: D102 - documented in `CountingPool`, as all below
         return self._own - (self.total - self.free)
 
     def hit(self, request: Live) -> int:  # noqa: D102

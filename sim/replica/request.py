@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from operator import attrgetter
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
+
+from mypy_extensions import mypyc_attr
 
 from chairlift.policies.base import Request
 
@@ -65,18 +66,7 @@ class Phase(IntEnum):
 AWAY, WAITING, PREFILLING, DECODING, PARKED, DRAINING, HELD = Phase
 
 
-def shown(name: str, kept: str = "") -> Any:
-    """What a policy reads under ``name``, and cannot write: it is ``kept`` under another name, ``_name`` by default.
-
-    What the simulator reads often it reads under that other name: a property takes three times as long.
-    """
-
-    def refuse(_self: object, _value: object) -> NoReturn:
-        raise AttributeError(f"{name} is read-only: a policy reads it, and changes nothing of a request or a step")
-
-    return property(attrgetter(kept or f"_{name}"), refuse)
-
-
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Live(Request):
     """A request and what it has computed, emitted and reserved.
 
@@ -90,25 +80,11 @@ class Live(Request):
     """
 
     __slots__ = (
-        *("_arrival", "_hash_ids", "_ignore_eos", "_max_tokens", "_output_tokens", "_predicted_tokens"),
-        *("_preemptions", "_priority", "_session", "_swapped", "_tenant", "asked", "at", "before", "group", "last"),
+        *("_arrival", "_hash_ids", "_ignore_eos", "limit", "_output_tokens", "_predicted_tokens"),
+        *("lost", "_priority", "_session", "in_host", "_tenant", "asked", "at", "before", "group", "last"),
         *("loaded", "offset", "padded", "phase", "produced", "prompt", "rank", "reserved", "row"),
         "stored",
     )
-    id: int = shown("id", "row")
-    arrival: int = shown("arrival")
-    prompt_tokens: int = shown("prompt_tokens", "prompt")
-    max_tokens: int = shown("max_tokens")
-    ignore_eos: bool = shown("ignore_eos")
-    output_tokens: int | None = shown("output_tokens")
-    priority: int = shown("priority")
-    tenant: int = shown("tenant")
-    session: int = shown("session")
-    hash_ids: Sequence[int] = shown("hash_ids")
-    predicted_tokens: int | None = shown("predicted_tokens")
-    preemptions: int = shown("preemptions")
-    swapped: int = shown("swapped")
-    pad: int = shown("pad", "padded")
 
     def __init__(
         self,
@@ -127,7 +103,7 @@ class Live(Request):
         self.row = id  # of the trace
         self._arrival = arrival
         self.prompt = prompt_tokens  # tokens
-        self._max_tokens = self.asked = max_tokens  # a replica may allow less than was asked for
+        self.limit = self.asked = max_tokens  # a replica may allow less than was asked for
         self._output_tokens = output_tokens
         self._priority = priority
         self._tenant = tenant
@@ -135,8 +111,8 @@ class Live(Request):
         self._ignore_eos = ignore_eos
         self._hash_ids = hash_ids
         self._predicted_tokens = predicted_tokens
-        self._preemptions = 0
-        self._swapped = 0
+        self.lost = 0
+        self.in_host = 0
         self.padded = 0  # dead tokens computed with its prompt
         self.phase = WAITING
         self.at = -1  # the replica that it is on
@@ -150,10 +126,66 @@ class Live(Request):
         self.last = NEVER  # its latest token outside the group, or in it before the group's latest step
         self.before = NEVER  # the token before that
 
-    # what a policy sees
+    # what a policy sees, and cannot write; the simulator reads what these return, which is faster
 
     @property
-    def computed(self) -> int:  # noqa: D102 - documented in the contract, as those below
+    def id(self) -> int:  # noqa: D102 - documented in the contract, as those below
+        return self.row
+
+    @property
+    def arrival(self) -> int:  # noqa: D102
+        return self._arrival
+
+    @property
+    def prompt_tokens(self) -> int:  # noqa: D102
+        return self.prompt
+
+    @property
+    def max_tokens(self) -> int:  # noqa: D102
+        return self.limit
+
+    @property
+    def ignore_eos(self) -> bool:  # noqa: D102
+        return self._ignore_eos
+
+    @property
+    def output_tokens(self) -> int | None:  # noqa: D102
+        return self._output_tokens
+
+    @property
+    def priority(self) -> int:  # noqa: D102
+        return self._priority
+
+    @property
+    def tenant(self) -> int:  # noqa: D102
+        return self._tenant
+
+    @property
+    def session(self) -> int:  # noqa: D102
+        return self._session
+
+    @property
+    def hash_ids(self) -> Sequence[int]:  # noqa: D102
+        return self._hash_ids
+
+    @property
+    def predicted_tokens(self) -> int | None:  # noqa: D102
+        return self._predicted_tokens
+
+    @property
+    def preemptions(self) -> int:  # noqa: D102
+        return self.lost
+
+    @property
+    def swapped(self) -> int:  # noqa: D102
+        return self.in_host
+
+    @property
+    def pad(self) -> int:  # noqa: D102
+        return self.padded
+
+    @property
+    def computed(self) -> int:  # noqa: D102
         group = self.group
         return self.stored if group is None else self.offset + group.steps
 
@@ -180,7 +212,7 @@ class Live(Request):
 
     def cap(self, tokens: int) -> None:
         """Its replica allows it so many tokens of answer."""
-        self._max_tokens = tokens
+        self.limit = tokens
 
     def queue(self) -> None:
         """It comes to another replica."""
@@ -218,7 +250,7 @@ class Live(Request):
         self.loaded = self.reserved = self.padded = 0
         if self.phase is not DRAINING:
             self.phase = WAITING
-        self._preemptions += 1
+        self.lost += 1
         return lost
 
     def unsay(self, last: When) -> None:
@@ -230,11 +262,11 @@ class Live(Request):
 
     def swap_out(self, tokens: int) -> None:
         """The KV of its first ``tokens`` tokens goes to host memory."""
-        self._swapped = self.loaded = tokens
+        self.in_host = self.loaded = tokens
 
     def swap_in(self) -> None:
         """Its KV in host memory is taken back, or of no more use."""
-        self._swapped = 0
+        self.in_host = 0
 
     def load(self, tokens: int) -> None:
         """The KV of its first ``tokens`` tokens has come from elsewhere."""
@@ -244,8 +276,8 @@ class Live(Request):
         """It leaves its replica, and keeps the tokens that its client has."""
         self.phase = AWAY
         self.group = None
-        self._max_tokens = self.asked
-        self.stored = self.reserved = self.loaded = self.padded = self._swapped = 0
+        self.limit = self.asked
+        self.stored = self.reserved = self.loaded = self.padded = self.in_host = 0
 
     def __repr__(self) -> str:
         return f"Request({self.row}, prompt {self.prompt}, computed {self.computed}, emitted {self.emitted})"

@@ -10,13 +10,15 @@ from collections.abc import Hashable, Sequence
 from operator import index
 from typing import Any, NoReturn, TypeAlias
 
+from mypy_extensions import mypyc_attr
+
 from chairlift.backend.base import Backend, Batch, Chunk
 from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Speculation, Step
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.pipeline import InFlight
-from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase, shown
+from chairlift.sim.replica.request import DRAINING, NEVER, PARKED, PREFILLING, WAITING, Live, Phase
 from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.replica.waiting_queue import LONG, OpenQueue, OrderedQueue
 from chairlift.sim.results.records import Kind
@@ -26,6 +28,7 @@ END_OF_TIME = 1 << 62  # ps, 53 days: times are kept in 64 bits
 Queue: TypeAlias = deque[Live] | OrderedQueue | OpenQueue
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ReplicaStep(Step):
     """One replica's requests, the blocks they hold, and the plan that its policy is making.
 
@@ -43,14 +46,6 @@ class ReplicaStep(Step):
         *("pledges", "pool", "preempted", "prefills", "queue", "ran", "rejected", "rejoined", "released"),
         *("releases", "resumed", "scheduler", "slept", "started", "taken", "tokens", "wake", "whole"),
     )
-    now: int = shown("now")
-    running: Running = shown("running")
-    waiting: Queue = shown("waiting", "queue")
-    more_arrivals: bool = shown("more_arrivals")
-    max_model_len: int = shown("max_model_len", "longest")
-    stages: int = shown("stages")
-    speculation: Speculation | None = shown("speculation")
-    windowed: bool = shown("windowed")
 
     def __init__(
         self,
@@ -71,7 +66,6 @@ class ReplicaStep(Step):
         self._speculation: Speculation | None = None
         self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
         self._windowed = pool.windowed
-        self.cached_tokens = pool.hit  # type: ignore[method-assign]  # no detour on the hot path
         self.queue: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque
         self._now = 0
@@ -135,10 +129,42 @@ class ReplicaStep(Step):
         """Say whether requests will arrive yet."""
         self._more_arrivals = arrivals
 
-    # what a policy sees
+    # what a policy sees, and cannot write; the simulator reads what these return, which is faster
 
     @property
-    def decodes(self) -> int:  # noqa: D102 - documented in the contract, as all below
+    def now(self) -> int:  # noqa: D102 - documented in the contract, as all below
+        return self._now
+
+    @property
+    def running(self) -> Running:  # noqa: D102
+        return self._running
+
+    @property
+    def waiting(self) -> Queue:  # noqa: D102
+        return self.queue
+
+    @property
+    def more_arrivals(self) -> bool:  # noqa: D102
+        return self._more_arrivals
+
+    @property
+    def max_model_len(self) -> int:  # noqa: D102
+        return self.longest
+
+    @property
+    def stages(self) -> int:  # noqa: D102
+        return self._stages
+
+    @property
+    def speculation(self) -> Speculation | None:  # noqa: D102
+        return self._speculation
+
+    @property
+    def windowed(self) -> bool:  # noqa: D102
+        return self._windowed
+
+    @property
+    def decodes(self) -> int:  # noqa: D102
         return self.group.live + len(self.parked)
 
     @property
@@ -172,7 +198,7 @@ class ReplicaStep(Step):
     def ready(self, request: Live) -> bool:  # noqa: D102
         return self.flights is None or self.flights.ready(request, request.row in self.admitted)
 
-    def cached_tokens(self, request: Live) -> int:  # noqa: D102 - see `__init__`
+    def cached_tokens(self, request: Live) -> int:  # noqa: D102
         return self.pool.hit(request)
 
     def need(self, request: Live, tokens: int) -> int:  # noqa: D102
@@ -246,7 +272,9 @@ class ReplicaStep(Step):
         self.whole = True
         return True
 
-    def run(self, request: Live, tokens: int) -> bool:  # noqa: D102
+    # What users' code gives as a number may be anything, and is looked at here; compiled code would refuse it before.
+
+    def run(self, request: Live, tokens: Any) -> bool:  # noqa: D102
         if request.row not in self.admitted:
             self._fail(f"run of {request}, which is not running")
         if self.flights is not None and not self.flights.ready(request, True):
@@ -286,7 +314,7 @@ class ReplicaStep(Step):
         return True
 
     def admit(  # noqa: D102
-        self, request: Live, tokens: int, reserve: int | None = None, pad: int = 0, spare: int = 0
+        self, request: Live, tokens: Any, reserve: Any = None, pad: Any = 0, spare: Any = 0
     ) -> bool:
         pool = self.pool
         hit = pool.hit(request) if pool.tracks else request.loaded
@@ -317,7 +345,7 @@ class ReplicaStep(Step):
         if hit:
             self._resume(request, hit)
         waiting = self.queue
-        if waiting and waiting[0] is request and not request.swapped:
+        if waiting and waiting[0] is request and not request.in_host:
             waiting.popleft()
         else:
             self._leave_queue(request)
@@ -377,13 +405,13 @@ class ReplicaStep(Step):
         self.released += self.batch
         self.batch = []
 
-    def pause(self, ps: int) -> None:  # noqa: D102
+    def pause(self, ps: Any) -> None:  # noqa: D102
         ps = self._whole("a pause", ps)
         if not 0 <= ps <= END_OF_TIME - self.now - self.slept:
             self._fail(f"a pause of {ps} ps at {self.now} ps: 0 ps is the shortest, and a run ends by {END_OF_TIME} ps")
         self.slept += ps
 
-    def wake_at(self, ps: int) -> None:  # noqa: D102
+    def wake_at(self, ps: Any) -> None:  # noqa: D102
         ps = self._whole("wake_at", ps)
         if ps <= self.now:
             self._fail(f"wake_at {ps} ps: it is {self.now} ps already")
@@ -394,8 +422,8 @@ class ReplicaStep(Step):
     def _resume(self, request: Live, hit: int) -> None:
         """A request starts whose first ``hit`` tokens are computed."""
         self.resumed |= request.produced > 0 and request.remaining == hit + 1
-        if request.swapped:
-            self.moved.append((request, request.swapped, False))
+        if request.in_host:
+            self.moved.append((request, request.in_host, False))
             self.host.fetch(request)
 
     def _swap(self, request: Live, computed: int) -> None:
@@ -490,7 +518,7 @@ class ReplicaStep(Step):
                 if chosen is request:
                     self.tokens -= tokens
                     if request.rank > self._admitted_before:  # only its first chunk is padded
-                        self.padding -= request.pad
+                        self.padding -= request.padded
                     del self.chunks[i]
                     break
             return False
@@ -498,7 +526,7 @@ class ReplicaStep(Step):
         return True
 
     def _leave_queue(self, request: Live) -> None:
-        if request.swapped:
+        if request.in_host:
             self.host.drop(request)
         try:
             self._take_out(request)

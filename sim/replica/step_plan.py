@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import isqrt
 
+from mypy_extensions import mypyc_attr
+
 from chairlift.backend.base import StepCost
 from chairlift.sim.replica.decode_group import NOBODY_ELSE
 from chairlift.sim.replica.request import NEVER, Live, When
@@ -35,6 +37,7 @@ NOBODY: list[Live] = []
 NO_GAPS: list[int] = []
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Plan:
     """Steps of the same members, as the policy arranged them."""
 

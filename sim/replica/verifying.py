@@ -93,7 +93,7 @@ class VerifyingPlanner(Planner):
     def _rejected_ahead(self, request: Drafted) -> int:
         """Drafts in flight of a request that will be rejected: when the step after them runs, its GPU knows."""
         flying = self._verified[self.flight].chosen.get(request.row) if self.flight is not None else None
-        if flying is None or not flying.drafts or flying.preemptions != request.preemptions:
+        if flying is None or not flying.drafts or flying.preemptions != request.lost:
             return 0
         return flying.drafts - self._kept(flying)
 
@@ -153,7 +153,7 @@ class VerifyingPlanner(Planner):
             assert isinstance(request, Drafted)
             verified = chosen[request.row]
             drafts = verified.drafts
-            stored = request.preemptions == verified.preemptions  # else its blocks are gone, but its tokens come
+            stored = request.lost == verified.preemptions  # else its blocks are gone, but its tokens come
             given = min(1 + self._kept(verified), outputs[request.row] - request.produced)
             request.produced += given
             if drafts and not verified.padding:

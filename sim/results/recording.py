@@ -1,8 +1,8 @@
 """What an executed run measured, as a recording: the files that `chairlift calibrate` and `validate` read.
 
 The recording of a model ``m`` is ``m_requests.csv.gz`` (a row a request), ``m_steps.csv.gz`` (a row a step) and
-``m_summary.json``. Each run of a study is one experiment of it; times are seconds from the start of the experiment.
-Recordings of vLLM have the same format.
+``m_summary.json``; where two GPUs share it, ``m-tp2_…``, and ``m-tp2-ep_…`` if its experts too. Each run of a study is
+one experiment of it; times are seconds from the start of the experiment. Recordings of vLLM have the same format.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.records import Status
+from chairlift.sim.study import Setup
 from chairlift.sim.units import PS_PER_S
 
 REQUESTS = (
@@ -32,7 +33,7 @@ STEPS = (
 
 
 class Recorder:
-    """Collects the executed runs of one model and writes them to ``folder`` after each."""
+    """Collects the executed runs of one model on so many GPUs and writes them to ``folder`` after each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -61,12 +62,21 @@ class Recorder:
             }
         )
         self._folder.mkdir(parents=True, exist_ok=True)
-        start = self._folder / setup.model.name
+        parallel = setup.groups[0].parallel
+        start = self._folder / recorded_as(setup)
         _write(start.with_name(f"{start.name}_requests.csv.gz"), REQUESTS, self._requests)
         _write(start.with_name(f"{start.name}_steps.csv.gz"), STEPS, self._steps)
-        engine = {**outcome.engine, "model": setup.model.name, **outcome.assumptions}
+        engine: dict[str, Any] = {**outcome.engine, "model": setup.model.name, **outcome.assumptions}
+        if parallel.gpus > 1:  # by vLLM's names
+            shared = {"tensor_parallel_size": parallel.tensor, "enable_expert_parallel": parallel.expert > 1}
+            engine["extra"] = shared
         text = json.dumps({"engine": engine, "experiments": self._experiments}, indent=1)
         start.with_name(f"{start.name}_summary.json").write_text(text + "\n", encoding="utf-8")
+
+
+def recorded_as(setup: Setup) -> str:
+    """What a recording of these runs is called: the model, and how GPUs share it."""
+    return setup.model.name + setup.groups[0].parallel.label
 
 
 def _request_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from mypy_extensions import mypyc_attr
 
 if TYPE_CHECKING:
-    from chairlift.policies.base import Request
     from chairlift.sim.workload.trace import Trace
 
 Ints = npt.NDArray[np.int64]
@@ -166,13 +166,14 @@ class Ended(Protocol):
 
     row: int  # of the trace
     produced: int  # tokens that its client has got
-    preemptions: int
+    lost: int  # preemptions
 
     @property
     def last(self) -> Token:
         """The latest of its tokens."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RequestRecords:
     """One row a request of the trace, times in ps, -1 where it did not happen."""
 
@@ -209,10 +210,10 @@ class RequestRecords:
         accepted = self.extra.get("accepted_tokens")
         return emitted if accepted is None else emitted - np.array(accepted, dtype=np.int64)
 
-    def moved(self, request: Request, tokens: int, out: bool = False) -> None:
+    def moved(self, request: Ended, tokens: int, out: bool = False) -> None:
         """Write down that the KV of ``tokens`` tokens goes to host memory (``out``) or back."""
-        self.swaps[request.id] += out
-        self.swapped_tokens[request.id] += tokens
+        self.swaps[request.row] += out
+        self.swapped_tokens[request.row] += tokens
 
     def end(self, request: Ended, now: int, status: Status) -> None:
         """Write down what became of ``request``, once. It decodes no more."""
@@ -223,8 +224,8 @@ class RequestRecords:
         self.status[i] = status
         self.finished[i] = now
         self.emitted[i] = request.produced
-        if request.preemptions:
-            self.preemptions[i] = request.preemptions
+        if request.lost:
+            self.preemptions[i] = request.lost
 
     def columns(self) -> dict[str, npt.NDArray[np.generic]]:
         """The rows as NumPy columns, which show the records and cannot be written to; lengths come from the trace."""
@@ -255,6 +256,7 @@ def _shown(column: array[int] | bytearray) -> npt.NDArray[np.generic]:
     return shown
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Rows:
     """Rows of 64-bit numbers, added at the end. Those added long ago are kept column by column, as narrow as they are.
 
@@ -343,6 +345,7 @@ class Columns(Mapping[str, Ints]):
         return len(self._rows)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RunRecords:
     """The runs of one replica, and the gaps between tokens that no run shows."""
 

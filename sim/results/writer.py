@@ -24,7 +24,7 @@ from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.results import claims
 from chairlift.sim.results.metrics import Latencies
 from chairlift.sim.results.outcome import Outcome
-from chairlift.sim.results.recording import Recorder
+from chairlift.sim.results.recording import Recorder, recorded_as
 from chairlift.sim.results.records import RunRecords
 from chairlift.sim.results.run_tables import LABELS, extra_of, labels_of, replica_tables, request_table, run_facts
 from chairlift.sim.study import Study
@@ -98,7 +98,7 @@ class Writer:
             self._append("events", replica_tables(outcome.runs, label, RunRecords.event_parts))
         if setup.executes:
             name = "_".join(filter(None, label.values())) or self._study.name
-            recorder = self._recorders.setdefault(setup.model.name, Recorder(self.folder / "recording"))
+            recorder = self._recorders.setdefault(recorded_as(setup), Recorder(self.folder / "recording"))
             recorder.add(outcome, name)
         summary = {
             **{k: v for k, v in label.items() if v},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("cupy")
 
 from chairlift.backend import specs  # noqa: E402
-from chairlift.backend.base import Batch, Prompt  # noqa: E402
+from chairlift.backend.base import Batch, DeviceError, Prompt  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.kernels.experts import Experts, mixture  # noqa: E402
 from chairlift.backend.gpu.kernels.layers import (  # noqa: E402
@@ -163,6 +166,8 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         ([500, 20], [0, 10], [96, 0]),
         ([1024], [0], [0]),
         ([1500], [0], [0]),
+        ([2040], [0], [0]),  # filled up for the library
+        ([2048, 1024], [0, 0], [0, 0]),
     ]
     for lengths, starts, pads in cases:
         known = [p + s + n for p, s, n in zip(pads, starts, lengths, strict=True)]
@@ -176,16 +181,21 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         new = torch.cat([slots[i][p + s :] for i, (p, s) in enumerate(zip(pads, starts, strict=True))])
         kind.rotate_and_store(qkv, cache, positions.to(DEVICE, torch.int32), new)
-        first = [sum(lengths[:i]) for i in range(len(lengths))]
-        each = [[first[i], n, known[i], pads[i], i] for i, n in enumerate(lengths)]
         whole = lengths if not any(starts) and not any(pads) else []
-        spans = Spans(torch.tensor([*each, [0] * 5], dtype=torch.int32, device=DEVICE), tables, whole)
         found = []
-        for given in (spans, spans._replace(whole=())) if whole else (spans, spans):
-            out = torch.full((sum(lengths), heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
-            out = kind.chunks(qkv, cache, given, kind.plan_chunks(given, sum(lengths)), out)
-            found.append(out)
-        assert error(found[1], found[0]) < 1e-2
+        for given, ahead in ((whole, 0), (whole, 3), ([], 3), ([], 0)):  # whole prompts or not, rows of decodes ahead
+            first = [ahead + sum(lengths[:i]) for i in range(len(lengths))]
+            each = [[first[i], n, known[i], pads[i], i] for i, n in enumerate(lengths)]
+            spans = Spans(torch.tensor([*each, [0] * 5], dtype=torch.int32, device=DEVICE), tables, given)
+            rows = ahead + sum(lengths)
+            out = torch.full((rows, heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
+            table = torch.zeros((kind.room(spans, rows), heads.width), dtype=dtype, device=DEVICE)
+            table[:ahead], table[ahead:rows] = 1, qkv
+            out = kind.chunks(table, cache, spans, kind.plan_chunks(spans, rows), out)
+            assert out[:ahead].isnan().all()
+            found.append(out[ahead:])
+        out = found[-1]
+        assert all(error(other, out) < 1e-2 for other in found)
         at = 0
         for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
             query, key, _ = raw[at : at + n].view(n, -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
@@ -216,7 +226,20 @@ def test_layers_equal_double_precision(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 4096, 6144), (2, 5120, 15360), (2, 14336, 4096), (1, 256, 10), (5, 512, 64)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((1, 4096, 6144), (2, 5120, 15360), (2, 14336, 4096), (1, 256, 10), (5, 512, 64)),
+        *(
+            (3, 4096, 6144),
+            (16, 14336, 4096),
+            (9, 2048, 4096),
+            (33, 14336, 4096),
+            (100, 4096, 28672),
+            (200, 4096, 28672),
+        ),
+    ],
+)
 def test_products_equal_double_precision(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     rows, width, n = shape
     x = torch.randn((rows, width), dtype=dtype, device=DEVICE)
@@ -228,7 +251,9 @@ def test_products_equal_double_precision(dtype: torch.dtype, shape: tuple[int, i
     assert error(linear(x, weight), plain) < 1e-2
     assert error(linear(x, weight, bias), plain + bias.double()) < 1e-2
     assert error(linear(x, weight, bias, "relu"), (plain + bias.double()).relu()) < 1e-2
-    assert error(linear(x, weight, None, "gated"), torch.nn.functional.silu(gate) * up) < 1e-2
+    for _ in range(3):  # what parts of a product leave behind, the next one finds
+        assert error(linear(x, weight, None, "gated"), torch.nn.functional.silu(gate) * up) < 1e-2
+    assert torch.equal(linear(x, weight), linear(x, weight))
 
 
 def whole(x: Eights | Product) -> torch.Tensor:
@@ -244,7 +269,11 @@ EIGHTH = 0.04  # an e4m3 has 3 bits after its first: errors of at most 1/16, eve
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 4096, 6144), (2, 14336, 48), (3, 256, 16), (64, 4096, 4096), (300, 14336, 512), (2050, 512, 64)]
+    "shape",
+    [
+        *((1, 4096, 6144), (2, 14336, 48), (3, 256, 16), (64, 4096, 4096), (300, 14336, 512), (2050, 512, 64)),
+        *((3, 4096, 6144), (16, 14336, 4096), (8, 4096, 28672)),
+    ],
 )
 def test_products_of_8_bit_floats_equal_double_precision(shape: tuple[int, int, int]) -> None:
     """Of numbers that 8 bits hold, products are as exact as those of halves; to fit them into 8 bits costs `EIGHTH`."""
@@ -262,6 +291,7 @@ def test_products_of_8_bit_floats_equal_double_precision(shape: tuple[int, int, 
 
     assert error(whole(product(x, weight, torch.bfloat16)), exact) < 1e-2
     assert error(linear_e4m3(x, weight, bias, torch.bfloat16), exact + bias.double()) < 1e-2
+    assert error(linear_e4m3(x, weight, None, torch.bfloat16), exact) < 1e-2
 
 
 @pytest.mark.parametrize("width", [256, 4096, 14336])
@@ -320,23 +350,33 @@ def test_experts_equal_double_precision(rows: int, experts: int, top: int, hidde
     down = torch.randn((experts, hidden, width), dtype=torch.bfloat16, device=DEVICE) / width**0.5
     live = max(1, rows * 3 // 4)
     for norm in (True, False):
-        given = Experts(router, up, down, top, norm, 0, None)
-        for count in (None, torch.tensor([live], dtype=torch.int32, device=DEVICE)) if rows <= 1024 else (None,):
-            found = mixture(x, given, count).double()
-            n = rows if count is None else live
-            logits = torch.nn.functional.linear(x, router).double()[:n]
-            shares, chosen = logits.topk(top, -1)
-            weights = shares.softmax(-1) if norm else logits.softmax(-1).gather(1, chosen)
-            wanted = torch.zeros((n, hidden), dtype=torch.float64, device=DEVICE)
-            for e in range(experts):
-                at, which = (chosen == e).nonzero(as_tuple=True)
-                gate, ups = (x[at].double() @ up[e].double().T).chunk(2, -1)
-                made = (torch.nn.functional.silu(gate) * ups) @ down[e].double().T
-                wanted.index_add_(0, at, made * weights[at, which, None])
-            ties = (logits.topk(top + 1, -1).values.diff().abs()[:, -1] < 1e-6).nonzero()[:, 0]
-            keep = torch.ones(n, dtype=torch.bool, device=DEVICE).index_fill(0, ties, False)
-            assert error(found[:n][keep], wanted[keep]) < 1e-2
-            assert not found[n:].any()
+        plain = Experts(router, up, down, top, norm, 0, None)
+        for given, within in ((plain, 1e-2), (plain.quantised(), EIGHTH)):
+            for count in (None, torch.tensor([live], dtype=torch.int32, device=DEVICE)):
+                found = mixture(x, given, count).double()
+                n = rows if count is None else live
+                logits = torch.nn.functional.linear(x, router).double()[:n]
+                shares, chosen = logits.topk(top, -1)
+                weights = shares.softmax(-1) if norm else logits.softmax(-1).gather(1, chosen)
+                wanted = torch.zeros((n, hidden), dtype=torch.float64, device=DEVICE)
+                first, last = (exact_experts(w) for w in (given.up, given.down))
+                inner = x if given is plain else whole(quantised(x))
+                for e in range(experts):
+                    at, which = (chosen == e).nonzero(as_tuple=True)
+                    gate, ups = (inner[at].double() @ first[e].T).chunk(2, -1)
+                    made = (torch.nn.functional.silu(gate) * ups) @ last[e].T
+                    wanted.index_add_(0, at, made * weights[at, which, None])
+                ties = (logits.topk(top + 1, -1).values.diff().abs()[:, -1] < 1e-6).nonzero()[:, 0]
+                keep = torch.ones(n, dtype=torch.bool, device=DEVICE).index_fill(0, ties, False)
+                assert error(found[:n][keep], wanted[keep]) < within
+                assert not found[n:].any()
+
+
+def exact_experts(weight: torch.Tensor | Eights) -> torch.Tensor:
+    """The weights of all experts in double precision."""
+    if isinstance(weight, Eights):
+        return weight.values.double() * weight.scale.double()[..., None]
+    return weight.double()
 
 
 SMALL = Model("small", 2, 256, 4, 2, 64, 512, 1024, 4096)
@@ -461,6 +501,31 @@ def test_two_gpus_choose_likely_tokens_of_one(model: Model, quantization: str, g
         chosen = logits.gather(1, torch.tensor(answer, device=DEVICE)[:, None])[:, 0]
         within = 0.12 if quantization == "none" else 0.5
         assert ((logits.max(-1).values - chosen) < within * logits.std(-1)).all()
+
+
+@two
+def test_a_gpu_that_waits_for_a_dead_process_is_let_go() -> None:
+    """Kernels wait for the sums of a process that is killed in the midst of steps: one error, and the GPU is free."""
+    engine = TorchEngine(SMALL, specs.gpu("h200"), Torch(max_batch=8, seed=3), 2)
+    engine.prepare(30_000, 1, 9100, named=False)
+    engine.launch(Batch((), 0, 0, 0, Members([Prompt(0, 0, 1100, 0, True)], [])))
+    engine.wait()
+    team = engine._team
+    assert team is not None
+    [process] = team._processes
+    os.kill(process.pid, signal.SIGSTOP)  # so that this GPU surely waits
+    engine.launch(Batch((), 0, 0, 0, Members([], [0])))
+    time.sleep(0.2)
+    assert not engine._flights[-1].end.query()
+    os.kill(process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(DeviceError, match=r"^the process of GPU 1 has died \(exit code -9\)"):
+        engine.wait()
+    torch.cuda.synchronize()
+    assert time.monotonic() - began < 10
+    assert not process.is_alive()
+    engine._disband()
+    assert torch.ones(8, device=DEVICE).sum() == 8
 
 
 def plain_logits(net, tokens):  # type: ignore[no-untyped-def]

@@ -102,6 +102,9 @@ def test_whole_tiles_are_computed_two_at_a_time() -> None:
         (257, 512, 272),
         (512, 512, 512),
         (513, 512, 513),
+        (1009, 4096, 1024),
+        (1025, 4096, 1280),  # our own engine's, with experts
+        (4097, 4096, 4097),
         (65, 64, 65),
     ],
 )

@@ -82,8 +82,9 @@ def test_two_processes_choose_the_tokens_that_one_does(model: Model, graphs: boo
     assert generated(2, model, options) == one
 
 
-def test_eight_bit_weights_are_shared_out_too() -> None:
-    one, two = (generated(gpus, DENSE, replace(OPTIONS, quantization="fp8")) for gpus in (1, 2))
+@pytest.mark.parametrize("model", [DENSE, EXPERTS])
+def test_eight_bit_weights_are_shared_out_too(model: Model) -> None:
+    one, two = (generated(gpus, model, replace(OPTIONS, quantization="fp8")) for gpus in (1, 2))
 
     same = [a == b for i in one for a, b in zip(one[i], two[i], strict=True)]
     assert same[0]
@@ -144,6 +145,15 @@ def test_what_cannot_be_shared_out_says_why() -> None:
         assert words in str(raised.value)
     assert indivisible(32, 4, 1024, 1024, 0, 8) is None
     assert indivisible(32, 6, 1024, 1024, 0, 4) == "6 KV heads cannot be shared out over 4 GPUs"
+
+
+def test_the_largest_captured_step_is_said_to_recordings() -> None:
+    """Dense layers would compute rows that fill a step up, experts do not; GPUs that share a step make it short."""
+    largest = [
+        TorchEngine(m, GPU, OPTIONS, n).facts()["graph_tokens"] for m, n in ((DENSE, 2), (EXPERTS, 1), (EXPERTS, 2))
+    ]
+
+    assert largest == ["1024", "2048", "4096"]
 
 
 def test_parts_cover_everything_once_and_few_heads_stand_on_several_gpus() -> None:

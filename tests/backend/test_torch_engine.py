@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from kit.places import IMPORTS
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 
 from chairlift.backend import machine  # noqa: E402
+from chairlift.backend.fitting.recording import Recording  # noqa: E402
 from chairlift.backend.gpu import runner  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
-from chairlift.backend.parallel import ONE  # noqa: E402
+from chairlift.backend.parallel import ONE, Parallel  # noqa: E402
 from chairlift.policies.base import PolicyError, Scheduler, Step  # noqa: E402
 from chairlift.policies.orca import Orca  # noqa: E402
 from chairlift.policies.static import Static  # noqa: E402
@@ -495,6 +496,15 @@ def test_prompts_are_equal_where_the_trace_says_so() -> None:
     assert len(set(first)) > 30
 
 
+def test_a_model_whose_layers_are_in_fp8_is_served_so() -> None:
+    engine = Torch(device="cpu").build(replace(MODEL, quantization="fp8"), GPU, ONE)
+
+    assert isinstance(engine, TorchEngine)
+    assert engine.options.quantization == "fp8"
+    assert "layers' products in FP8" in engine.assumptions()["engine"]
+    assert engine.dtype.itemsize == 4  # what is not in FP8
+
+
 def test_assumptions_say_that_steps_were_executed(folder: Path) -> None:
     kept = Kept(Torch(device="cpu", weights=str(folder), max_batch=2))
     executed(system(made([(0, 5, 2)]), Orca, {}, kept))
@@ -547,6 +557,18 @@ def test_the_command_runs_the_engine() -> None:
     assert "executed, not modelled: tiny, float32, random weights, on the CPU" in Path("out/summary.json").read_text()
     [recorded] = json.loads(Path("out/recording/tiny_summary.json").read_text())["experiments"]
     assert recorded["engine"]["graph_tokens"] == 1024  # the largest step that is a graph, `chairlift.backend.gpu`
+
+
+@in_a_folder_of_its_own
+def test_a_recording_says_how_many_gpus_shared_the_model() -> None:
+    result = run("--set", "tensor_parallel=2", "--set", "model.vocab=96")
+
+    assert (result.status, result.err) == (0, "")
+    summary = json.loads(Path("out/recording/tiny-tp2_summary.json").read_text())
+    recorded = Recording(Path(), "tiny-tp2", summary["engine"], {})
+    assert recorded.parallel == Parallel(tensor=2)
+    assert recorded.shape == "tiny"
+    assert len(summary["experiments"]) == 1
 
 
 @in_a_folder_of_its_own

@@ -19,7 +19,7 @@ def test_at_one_instant_boundaries_go_first_then_changes_then_arrivals_then_plan
     for what, rank in ranks.items():
         clock.after(7, rank, partial(note, what))
     clock.after(6, PLAN, partial(note, "earlier"))
-    clock.run()
+    clock.serve()
 
     assert order == [(6, "earlier"), *((7, what) for what in reversed(ranks))]
     assert type(clock.now) is int
@@ -30,7 +30,7 @@ def test_of_equal_rank_the_first_set_goes_first() -> None:
     order: list[int] = []
     for i in range(5):
         clock.after(3, CHANGE, partial(order.append, i))
-    clock.run()
+    clock.serve()
 
     assert order == [0, 1, 2, 3, 4]
 
@@ -45,7 +45,7 @@ def test_an_alarm_rings_again_when_it_is_set_again() -> None:
             alarm.again(10, CHANGE)
 
     Alarm(clock, 5, CHANGE, ring)
-    clock.run()
+    clock.serve()
 
     assert rung == [5, 15, 25]
 

@@ -222,7 +222,7 @@ def test_wheel_holds_packages_and_scenarios() -> None:
 
 def test_nothing_at_run_time_needs_more_than_the_project_declares() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    names = {"pyyaml": "yaml", "annotated-types": "annotated_types"}
+    names = {"pyyaml": "yaml", "annotated-types": "annotated_types", "mypy-extensions": "mypy_extensions"}
     declared = set()
     for requirement in project["project"]["dependencies"] + project["project"]["optional-dependencies"]["gpu"]:
         name = requirement.split(">")[0].split("=")[0].strip()

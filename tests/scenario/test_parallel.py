@@ -10,7 +10,7 @@ import pytest
 
 from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.by_part import ByPart
-from chairlift.backend.parallel import Parallel
+from chairlift.backend.parallel import Parallel, labelled
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.plan.bounds import bound, work_of
 from chairlift.sim.plan.file import read_plan
@@ -222,3 +222,17 @@ def test_no_run_serves_more_than_the_bound(system: dict[str, Any]) -> None:
 
     assert served <= 1 / bounds
     assert bounds < max(work_of(plain, plain.groups[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "parallel"),
+    [
+        ("qwen3-30b-a3b", "qwen3-30b-a3b", Parallel()),
+        ("qwen3-30b-a3b-tp2-ep", "qwen3-30b-a3b", Parallel(tensor=2, expert=2)),
+        ("llama-3.1-70b-fp8-tp4", "llama-3.1-70b-fp8", Parallel(tensor=4)),
+        ("my-tp2-model", "my-tp2-model", Parallel()),
+    ],
+)
+def test_the_name_of_a_recording_says_how_gpus_share_the_model(name: str, model: str, parallel: Parallel) -> None:
+    assert labelled(name) == (model, parallel)
+    assert model + parallel.label == name

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chairlift.backend.gpu.kernels.layers import Eights
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _grouped(  # type: ignore[no-untyped-def]  # Triton reads annotations as its own
@@ -23,9 +25,12 @@ def _grouped(  # type: ignore[no-untyped-def]  # Triton reads annotations as its
     source,
     tiles,
     most,
+    row_scale,
+    column_scale,
     N: tl.constexpr,
     K: tl.constexpr,
     GATHER: tl.constexpr,
+    SCALED: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
     DEEP: tl.constexpr,
@@ -46,6 +51,9 @@ def _grouped(  # type: ignore[no-untyped-def]  # Triton reads annotations as its
         sums += tl.dot(tl.load(a, mask=live[:, None], other=0.0), tl.load(b))
         a += DEEP
         b += DEEP
+    if SCALED:
+        sums *= tl.load(row_scale + at, mask=live, other=0.0)[:, None]
+        sums *= tl.load(column_scale + expert * N + columns)[None, :]
     tl.store(out + rows[:, None].to(tl.int64) * N + columns[None, :], sums.to(out.dtype.element_ty), mask=live[:, None])
 
 
@@ -54,19 +62,32 @@ def high(rows: int) -> int:
     return 16 if rows <= 32 else 64
 
 
-def grouped(x: Tensor, weight: Tensor, source: Tensor | None, tiles: Tensor, rows: int, high: int) -> Tensor:
+def grouped(
+    x: Tensor | Eights,
+    weight: Tensor | Eights,
+    source: Tensor | None,
+    tiles: Tensor,
+    rows: int,
+    high: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """``[rows, N]``: row i of an expert's is its row of ``x`` (``source[i]``, or i) times ``weight`` [experts, N, K]ᵀ.
 
-    ``tiles`` [3, most] int32 from ``arrange``, of ``high`` rows each. Rows of no tile are left as they are.
+    ``tiles`` [3, most] int32 from ``arrange``, of ``high`` rows each. Rows of no tile are left as they are. Of 8-bit
+    floats both have a scale a row, which is applied.
     """
-    _, n, width = weight.shape
-    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    few, row_scale = x if isinstance(x, Eights) else (x, None)
+    many, column_scale = weight if isinstance(weight, Eights) else (weight, None)
+    _, n, width = many.shape
+    out = torch.empty((rows, n), dtype=dtype, device=few.device)
     wide = next(w for w in (64 if high == 16 else 128, 64, 32, 16) if n % w == 0)
-    deep = next(d for d in (128 if high == 16 else 64, 64, 32, 16) if width % d == 0)
+    deepest = (128 if high == 16 else 64) * 2 // few.element_size()
+    deep = next(d for d in (deepest, 128, 64, 32, 16) if width % d == 0)
     most = tiles.shape[1]
     _grouped[(most, n // wide)](
-        *(x, weight, out, source if source is not None else tiles, tiles, most),
+        *(few, many, out, source if source is not None else tiles, tiles, most, row_scale, column_scale),
         **{"N": n, "K": width, "GATHER": source is not None, "HIGH": high, "WIDE": wide, "DEEP": deep},
+        SCALED=row_scale is not None,
         num_stages=4,
         num_warps=4,
     )

@@ -56,6 +56,9 @@ __device__ __forceinline__ Eight scaled(Eight x, float row, const float* column)
   return x;
 }
 
+// By the short division: an exact one takes more instructions than all else in a pass over gates and ups.
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
 // x[row][i] *= the row's scale · the column's (+ bias), in pieces of 8.
 extern "C" __global__ void apply_scales(uint4* __restrict__ x, const float* __restrict__ rows, const float* __restrict__ columns,
                                         const uint4* __restrict__ bias, int pieces, u64 count) {
@@ -130,7 +133,7 @@ extern "C" __global__ void gated_e4m3(const uint4* __restrict__ x, const float* 
     up = scaled(up, of_row, column_scale + WIDTH + i * 8);
 #endif
 #pragma unroll
-    for (int j = 0; j < 8; ++j) held[k].x[j] = gate.x[j] / (1.f + __expf(-gate.x[j])) * up.x[j];
+    for (int j = 0; j < 8; ++j) held[k].x[j] = silu(gate.x[j]) * up.x[j];
   }
   write_e4m3(held, out + (u64)blockIdx.x * pieces, scale + blockIdx.x, shared);
 }
@@ -179,6 +182,23 @@ __device__ __forceinline__ void meet(const u64* bases, int rank, int flags_at) {
     if (atomicAdd(&mine->begun, 1) == gridDim.x - 1) mine->begun = 0, mine->turn = turn;
   }
   __syncthreads();
+}
+
+// Of each row the largest of what every GPU found (`largest`), and the column it stands in: of equal ones the first. Scores lie
+// `best_at` bytes from the start of each one's memory, columns `column_at`. A thread a row.
+extern "C" __global__ void largest_of_all(const u64* __restrict__ bases, int rank, int best_at, int column_at, int flags_at,
+                                          int* __restrict__ out, int rows) {
+  in_order();
+  meet(bases, rank, flags_at);
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  float top = __ldcg((const float*)(bases[0] + best_at) + row);
+  int column = __ldcg((const int*)(bases[0] + column_at) + row);
+  for (int p = 1; p < PEERS; ++p) {
+    const float other = __ldcg((const float*)(bases[p] + best_at) + row);
+    if (other > top) top = other, column = __ldcg((const int*)(bases[p] + column_at) + row);
+  }
+  out[row] = column;
 }
 
 // Tell the others that what was copied to them has arrived; one thread.
@@ -335,7 +355,7 @@ extern "C" __global__ void gated(const uint4* __restrict__ x, uint4* __restrict_
     const Eight gate(x[token * 2 * pieces + i]), up(x[(token * 2 + 1) * pieces + i]);
     Eight y;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) y.x[j] = gate.x[j] / (1.f + __expf(-gate.x[j])) * up.x[j];
+    for (int j = 0; j < 8; ++j) y.x[j] = silu(gate.x[j]) * up.x[j];
     out[at] = y.packed();
   }
 }

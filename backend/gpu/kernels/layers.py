@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,16 @@ from chairlift.backend.gpu.kernels import kernel
 TOP = 448.0  # the largest number that e4m3 has
 FEW = 512  # rows up to which the library's product with a scale a row is slow: up to twice the other's time
 MANY = 2048  # rows from which it is the faster one
+TILE = 128  # rows of weights of a program of `narrow`
+SOME = 1 << 22  # weights from which `narrow` is ahead of the library for at most 16 rows,
+LOTS = 50 << 20  # and for at most 64, or with a gate 128
 
 
 class Eights(NamedTuple):
-    """Rows of 8-bit floats (e4m3), each with a scale: row i stands for ``values[i] · scale[i]``."""
+    """Rows of 8-bit floats (e4m3), each with a scale: row i stands for ``values[i] · scale[i]``.
+
+    Weights of experts have one dimension more, the first.
+    """
 
     values: Tensor  # float8_e4m3fn [rows, width]
     scale: Tensor  # float32 [rows]
@@ -148,6 +154,8 @@ def product(x: Eights, weight: Eights, dtype: torch.dtype, out: Tensor | None = 
     """``x`` · ``weight``ᵀ in ``dtype``, before its scales where that is faster; on a GPU in ``out`` if given."""
     if _fits_gemv(x):
         values = _gemv(x, weight, None, dtype, False, out)
+    elif few(x.values, weight.values, 16):
+        values = _narrow(x.values, weight.values, out, dtype=dtype)
     elif not x.values.is_cuda:
         values = (x.values.float() @ weight.values.float().t()).to(dtype)
     elif len(x.values) >= MANY:
@@ -166,6 +174,8 @@ def linear_e4m3(
     """``x`` · ``weight``ᵀ (+ bias) in ``dtype``, scales applied; on a GPU in ``out``, if that is given."""
     if _fits_gemv(x):
         return _gemv(x, weight, bias, dtype, True, out)
+    if bias is None and few(x.values, weight.values, 16):
+        return _narrow(x.values, weight.values, out, scales=(x.scale, weight.scale), dtype=dtype)
     if not x.values.is_cuda:
         whole = product(x, weight, dtype).whole()
         return whole if bias is None else whole + bias
@@ -184,6 +194,20 @@ def _by_rows(x: Eights, weight: Eights, bias: Tensor | None, dtype: torch.dtype,
     return torch._scaled_mm(
         *(x.values, weight.values.t(), *scales), bias=bias, out_dtype=dtype, use_fast_accum=True, out=out
     )
+
+
+def few(x: Tensor, weight: Tensor, most: int = 128, gated: bool = False) -> bool:
+    """Whether `narrow` is the fastest way of a product of so few rows, at most ``most``, on a GPU."""
+    rows, (n, width) = len(x), weight.shape
+    if not x.is_cuda or rows > most or (n // 2 if gated else n) % TILE or width % TILE or weight.numel() < SOME:
+        return False
+    return rows <= 16 or (weight.numel() >= LOTS and (gated or rows <= 64))
+
+
+def _narrow(*arguments: Any, **more: Any) -> Tensor:
+    from chairlift.backend.gpu.kernels.narrow import narrow  # it needs Triton
+
+    return narrow(*arguments, **more)
 
 
 def _fits_gemv(x: Eights) -> bool:
@@ -249,7 +273,7 @@ def linear(
 
     "gated": the weight's first half are gates, its second half ups, and the result has half as many columns. One or two
     rows on a GPU go through a kernel of ours that reads the weights at 93 to 99 % of the copy bandwidth, where cuBLAS
-    reaches 62 to 95 (`gemv.cu`, measured on an H200).
+    reaches 62 to 95 (`gemv.cu`, measured on an H200). Some more go through `narrow`, where that is ahead (`few`).
     """
     width = x.shape[1]
     if x.is_cuda and len(x) <= 2 and width % 256 == 0:
@@ -263,6 +287,8 @@ def linear(
         )
         run((-(-out.shape[1] // 4),), 128, x, weight, bias, out, out.shape[1])
         return out
+    if bias is None and kind != "relu" and few(x, weight, gated=kind == "gated"):
+        return _narrow(x, weight, out, kind == "gated")
     if kind == "gated":
         return gated(functional.linear(x, weight, bias))
     if out is not None:
@@ -288,15 +314,24 @@ def head_norm(qkv: Tensor, query: Tensor, key: Tensor, query_heads: int, key_hea
         part.copy_((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(part.dtype) * weight)
 
 
-def largest(scores: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Of each row the largest score, float32, and its column, int32, counted from ``first``."""
+def largest(scores: Tensor, first: int = 0, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Of each row the largest score, float32, and its column, int32, counted from ``first``; in ``out`` if given."""
     rows, width = scores.shape
     if scores.is_cuda and scores.dtype != torch.float32 and width % 8 == 0:
-        best = torch.empty(rows, dtype=torch.float32, device=scores.device)
-        column = torch.empty(rows, dtype=torch.int32, device=scores.device)
+        device = scores.device
+        made = (
+            torch.empty(rows, dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.int32, device=device),
+        )
+        best, column = out or made
         run = kernel("layers", "largest", BF16=int(scores.dtype == torch.bfloat16))
         if rows:
             run((rows,), 1024, scores, best, column, width // 8, first)
         return best, column
     best, column = scores.float().max(-1)
-    return best, (column + first).to(torch.int32)
+    found = best, (column + first).to(torch.int32)
+    if out is None:
+        return found
+    for to, values in zip(out, found, strict=True):
+        to.copy_(values)
+    return out

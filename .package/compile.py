@@ -1,0 +1,95 @@
+"""Compile the core with mypyc: ``python .package/compile.py [--into FOLDER] [--optimise LEVEL]``.
+
+Without ``--into`` the compiled modules are put beside their sources, where Python takes them first. With it, FOLDER
+becomes a place to import the whole package from, and the checkout stays as it is.
+
+Needs a C compiler and the extra ``fast``. It takes some two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+FOLDERS = ("backend", "policies", "scenarios", "sim")
+GROUP = "chairlift"  # of modules that are compiled together; its library lies beside the package
+
+# What the core imports is looked at, not checked: `make types` does that.
+CONFIGURATION = """[mypy]
+follow_imports = silent
+ignore_missing_imports = True
+[mypy-simpy.*]
+follow_imports = skip
+[mypy-pydantic.*]
+follow_imports = skip
+"""
+
+SETUP = """import sys
+from mypyc.build import mypycify
+from setuptools import setup
+level, *files = sys.argv[1:]
+sys.argv[1:] = ["build_ext", "--inplace", "-j2"]
+built = mypycify(["--config-file", "mypy.ini", *files], opt_level=level, debug_level="0", group_name="{group}")
+setup(name="{group}-core", packages=[], ext_modules=built)
+"""
+
+
+def build(folder: Path, level: str) -> list[Path]:
+    """Make ``folder`` a place to import the compiled package from; the libraries in it.
+
+    Raises SystemExit with the compiler's last words if it fails.
+    """
+    sys.path.insert(0, str(HERE))
+    from chairlift.sim.cli.compiled import MODULES  # from the sources beside
+
+    package = folder / "chairlift"
+    shutil.rmtree(folder, ignore_errors=True)
+    package.mkdir(parents=True)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "gallery")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, package / name, ignore=ignored)
+    (package / "__init__.py").touch()  # the face imports what is not compiled
+    (package / "py.typed").touch()
+    (folder / "mypy.ini").write_text(CONFIGURATION)
+    (folder / "setup.py").write_text(SETUP.format(group=GROUP))
+    files = [f"chairlift/{name.replace('.', '/')}.py" for name in MODULES]
+    done = subprocess.run(
+        [sys.executable, "setup.py", level, *files],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit("".join(done.stdout.splitlines(keepends=True)[-20:]) + "the core could not be compiled")
+    for part in ("build", ".mypy_cache"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    for face in (HERE / "chairlift").glob("*.py"):
+        shutil.copy(face, package / face.name)
+    return [path for path in folder.rglob("*") if path.suffix in (".so", ".pyd")]
+
+
+def main() -> None:
+    """Compile, and say where to."""
+    parser = argparse.ArgumentParser(description="Compile the core of Chairlift with mypyc.")
+    parser.add_argument("--into", type=Path, help="a folder to make, for the whole package")
+    parser.add_argument("--optimise", default="2", choices="0123", help="the C compiler's level (default 2)")
+    options = parser.parse_args()
+    folder = options.into or ROOT / "build" / "core"
+    libraries = build(folder.resolve(), options.optimise)
+    if options.into is None:
+        for library in libraries:
+            place = library.relative_to(folder.resolve())
+            shutil.copy(library, HERE / place)  # the folders of the package are links to those at the top
+        shutil.rmtree(folder)
+    sys.stdout.write(f"{len(libraries) - 1} modules are compiled\n")
+
+
+if __name__ == "__main__":
+    main()
