@@ -18,7 +18,7 @@ fuzz: $(VENV)/.installed-dev  ## 20,000 mutated files, each read to an answer or
 bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
 	$(BIN)/python -m chairlift.sim.cli.bench
 
-fast: $(VENV)/.installed  ## compile the core where it stands: the same results, sooner; needs a C compiler (two minutes)
+fast: $(VENV)/.installed  ## compile the core where it stands: the same results, sooner; needs a C compiler (three minutes)
 	$(BIN)/python -m pip install --quiet --editable '.[fast]'
 	$(BIN)/python .package/compile.py --optimise 3
 	$(BIN)/chairlift version

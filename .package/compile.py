@@ -3,7 +3,7 @@
 Without ``--into`` the compiled modules are put beside their sources, where Python takes them first. With it, FOLDER
 becomes a place to import the whole package from, and the checkout stays as it is.
 
-Needs a C compiler and the extra ``fast``. It takes some two minutes.
+Needs a C compiler and the extra ``fast``. It takes some three minutes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 
 from chairlift.backend.automatic import Auto
 from chairlift.backend.base import WHOLE, Backend, Batch, Settings, StepCost
-from chairlift.backend.calibrated.pricing import Calibrated
+from chairlift.backend.calibrated.pricing import LAUNCH_US, Calibrated
 from chairlift.backend.calibrated.profile import Drafts
 from chairlift.backend.calibrated.settings import Settings as Profiled
 from chairlift.backend.parallel import Parallel
@@ -28,9 +28,6 @@ from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model
 
 OF_A_STEP = ("floor_ms", "overhead_ms", "prepare_ms")  # settings that hold once for a step, not for each pass
-# Of launching a pass, where it shows: vLLM 0.26 on an H200 launched a step of Llama-3.1-8B with 3 drafts of an EAGLE3
-# head in 14.9 ms, without in 10.7, in pieces of a graph; kernel by kernel in 33 and 26.
-LAUNCH_US = 1400
 
 
 def head_of(model: Model, method: str) -> Model:

@@ -12,6 +12,10 @@ from chairlift.backend.base import FOREVER, PS, WHOLE, Backend, Batch, Host, Ste
 from chairlift.backend.calibrated.profile import DraftTime, Profile, between
 from chairlift.backend.cuda_graphs import padded
 
+# Of launching a pass that drafts, where it shows: vLLM 0.26 on an H200 launched a step of Llama-3.1-8B with 3 drafts of
+# an EAGLE3 head in 14.9 ms, without in 10.7, in pieces of a graph; kernel by kernel in 33 and 26.
+LAUNCH_US = 1400
+
 
 class Calibrated(Backend):
     """Prices steps by ``profile``, whose largest CUDA graph ``graph_tokens`` replaces if it is given."""
@@ -80,13 +84,20 @@ class Calibrated(Backend):
         schedule, update = self._schedule, self._update
         host = Host(
             schedule[0] + schedule[1] * slots,
-            self._launch[kind],
+            self._launch_of(kind, proposes),
             update[0] + update[1] * slots,
             WHOLE if whole else self._tail,
             0 if whole else self._head[kind],
         )
         kv = _ps(self._gpu.kv_s * float(between(self._gpu.kv_residual, np.array([slots]))[0]))
         return fixed, kv, host
+
+    def _launch_of(self, kind: str, proposes: int) -> int:
+        """The host's ps to launch such a step, with the passes that make other than the measured number of drafts."""
+        launch, drafts = self._launch[kind], self.profile.drafts
+        if drafts is not None and proposes:
+            launch = max(0, launch + (proposes - drafts.tokens) * LAUNCH_US * 10**6)
+        return launch
 
     def _with_chunks(self, batch: Batch) -> StepCost:
         tokens = pairs = 0
@@ -110,7 +121,7 @@ class Calibrated(Backend):
         schedule, update = self._schedule, self._update
         host = Host(
             schedule[0] + schedule[1] * sequences + schedule[2] * tokens,
-            self._launch[kind],
+            self._launch_of(kind, batch.proposes),
             update[0] + update[1] * sequences,
             self._tail,
             self._head[kind],
@@ -124,7 +135,9 @@ class Calibrated(Backend):
         if profile.scaled:
             lines["scaled, not measured"] = profile.scaled
         if profile.drafts:
-            lines["drafting"] = f"measured {profile.drafts}: a pass takes {self._pass / 1e9:.2f} ms, one for each draft"
+            lines["drafting"] = (
+                f"measured {profile.drafts} of its own layer: a pass of {self._pass / 1e9:.2f} ms for each draft"
+            )
         errors = profile.errors
         for found, what in (
             (errors.get("gpu"), "GPU time"),

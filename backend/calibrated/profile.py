@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -246,7 +247,7 @@ class Profile:
         """The profile's file."""
         return json.dumps(self._said(), indent=1) + "\n"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Twelve hex digits of a hash of the file, which results quote: it changes with any number."""
         said = self._said()
@@ -296,8 +297,9 @@ def shipped() -> list[str]:
 _PROFILE = TypeAdapter(Profile)
 
 
+@lru_cache(maxsize=32)  # the runs of a sweep or a plan read the same few
 def parse(text: str) -> Profile:
-    """The profile in the JSON ``text``. Raises `ProfileError`, one sentence.
+    """The profile in the JSON ``text``, which is not to be changed. Raises `ProfileError`, one sentence.
 
     Errors that the file holds of other numbers than its own are left out, and a note says so.
     """

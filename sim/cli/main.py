@@ -161,11 +161,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
     _show: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    if changed := stale():
+    if ctx.invoked_subcommand not in ("version", "doctor") and (changed := stale()):  # those two tell it
         rule = "was changed after it was compiled: make fast compiles it again, make clean goes back to Python"
         raise BadInput([Problem(rule, file=str(path)) for path in changed])
 

@@ -13,16 +13,17 @@ from chairlift.sim.plan.capacity import Capacity, Errors, Measure, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
 from chairlift.sim.plan.costs import tokens_of
 from chairlift.sim.plan.emit import shell
+from chairlift.sim.plan.errors import assumed, errors, kept, likely, prices
 from chairlift.sim.plan.errors import described as errors_of
-from chairlift.sim.plan.errors import errors, kept, likely
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.flips import Ask, Change, changes
-from chairlift.sim.plan.headroom import Headroom, Margin, fewer, headroom, margin
+from chairlift.sim.plan.headroom import Headroom, Margin, bracket, fewer, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.pacing import SAMPLE, paced
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import said
 from chairlift.sim.plan.replications import Simulations
+from chairlift.sim.plan.spot import OnSpot, cheapest_on_spot
 from chairlift.sim.plan.stretches import described, recorded
 from chairlift.sim.results import loops
 from chairlift.sim.scenario import load
@@ -54,6 +55,7 @@ class Answer:
     capacities: list[tuple[Candidate, Capacity]] = field(default_factory=list)
     races: list[Race] = field(default_factory=list)
     margins: dict[float, Margin] = field(default_factory=dict)  # rate → of the cheapest system for it
+    on_spot: dict[float, list[OnSpot]] = field(default_factory=dict)  # rate → by replicas, the last is the answer
     headroom: list[Headroom] = field(default_factory=list)
     front: list[Point] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)  # what would change the answer at the highest rate, if asked
@@ -70,7 +72,10 @@ class Answer:
     def asked(self) -> list[str]:
         """What the plan's further questions come to, a line each."""
         spec = self.plan.spec
-        return list(said(spec.ask, spec.given, self.plan.unit, self.races, self.capacities))
+        lines = list(said(spec.ask, spec.given, self.plan.unit, self.races, self.capacities))
+        for rate, found in self.on_spot.items():
+            lines += [f"at {rate:g} {self.plan.unit}/s {spec.ask.spot}: {each}" for each in found[-1:]]
+        return lines
 
     @property
     def chosen(self) -> Candidate | None:
@@ -131,9 +136,11 @@ def _ask(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> As
 
     def ask(candidates: Sequence[Candidate], promises: Sequence[Promise], rate: float) -> Race:
         bounds = known.setdefault(tuple(map(str, promises)), Bounds(promises))
-        return race(
-            candidates, bounds, lambda each: runs.of(each, promises=promises), promises, rate, plan.effort(), told=told
-        )
+
+        def measure(each: Candidate) -> Measure:
+            return runs.of(each, promises=promises)
+
+        return race(candidates, bounds, measure, promises, rate, plan.effort(), told=told, fine=_fine(plan))
 
     return ask
 
@@ -176,14 +183,23 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
     for rate in spec.rates:
         told(f"{rate:g}/s")
         wanted = MOST_ON_FRONT if spec.front and rate == spec.rates[-1] else 1  # the front is of the last
-        found = race(plan.candidates, *_spared(plan, runs, bounds), promises, rate, effort, wanted, told=told)
+        spared = _spared(plan, runs, bounds)
+        found = race(plan.candidates, *spared, promises, rate, effort, wanted, told=told, fine=_fine(plan))
         answer.races.append(found)
         yield answer
         if (best := found.winner) is not None:
             told(f"{rate:g}/s: how much more {best.candidate.name} takes")
-            spare = margin(best.candidate, rate, promises, bounds, runs.of, effort)
-            sound = kept(_drawing(runs, best.candidate), rate, promises, effort, effort.draws)
+            hard = replace(effort, precision=_fine(plan)(best.candidate))
+            spare = margin(best.candidate, rate, promises, bounds, runs.of, hard)
+            assert best.candidate.setup is not None
+            priced = prices(best.candidate.setup)
+            sound = kept(_drawing(runs, best.candidate), rate, promises, effort, effort.draws, priced)
             answer.margins[rate] = replace(spare, draws=effort.draws, draws_kept=sound)
+            yield answer
+        if best is not None and spec.ask.spot is not None:
+            told(f"{rate:g}/s: on spot")
+            asked = plan.candidates, best.candidate, spec.ask.spot, rate, promises, bounds, runs.of
+            answer.on_spot[rate] = cheapest_on_spot(*asked, replace(effort, precision=_fine(plan)(best.candidate)))
             yield answer
     if spec.front and answer.races[-1].winner is not None:
         for entry in answer.races[-1].of("kept")[:MOST_ON_FRONT]:
@@ -260,6 +276,17 @@ def _precision(plan: BuyingPlan, off: Errors | None) -> float:
     )
 
 
+def _fine(plan: BuyingPlan) -> Callable[[Candidate], float]:
+    """The precision of a candidate whose capacity is not looked for, by its step costs' likely errors."""
+    draws, confidence = plan.spec.search.draws, plan.spec.search.confidence
+
+    def fine(candidate: Candidate) -> float:
+        setup = candidate.setup
+        return _precision(plan, None if setup is None else assumed(setup, draws, confidence))
+
+    return fine
+
+
 def _usd_per_rate(candidate: Candidate, capacity: Capacity) -> float:
     """Dollars an hour for each request per second that the system sustains; infinite if it sustains none."""
     return candidate.usd_per_hour / capacity.rate_per_s if capacity.reached else math.inf
@@ -274,10 +301,8 @@ def _point(
 ) -> Point:
     """The point of a system that keeps the promises."""
     assert entry.verdict is not None
-    rate = entry.verdict.rate_per_s
-    effort = plan.effort(max(ROUGH, plan.spec.search.precision))
     most = bounds(entry.candidate).rate_per_s
-    capacity = find(runs.of(entry.candidate), promises, rate, most, effort, kept=entry.verdict)
+    capacity = bracket(runs.of(entry.candidate), promises, entry.verdict, most, plan.effort(), ROUGH)
     name = latency_of(promises)
     mean = entry.verdict.figures.get(name, (math.inf, 0, 0))[0]
     return Point(entry.candidate, mean, name, capacity)

@@ -48,6 +48,7 @@ MARGIN = 1.15  # proofs are sought this many expected half-widths away from the 
 LOOKS = 40  # verdicts of one stage, at most
 MOVES = 3  # of the centre, before more work is put into each verdict
 NEAR = 0.12  # two rates are near each other if the logarithm of their ratio is below this
+STEEP = 10.0  # slope of the gap over the logarithm of the rate, where no verdicts show it
 LOWEST = 1e-4  # of the grid's highest rate: a promise that breaks even below breaks at any load
 
 
@@ -120,6 +121,17 @@ class Unreachable(Exception):
         self.verdict = verdict
 
 
+def coarse(effort: Effort, part: int = COARSE) -> int:
+    """Requests of a replication of one ``part``-th of the usual length, which is not made too short to be judged."""
+    return max(min(LEAST, effort.requests), effort.requests // part)
+
+
+def glance(measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort, part: int = COARSE) -> Verdict:
+    """The verdict of a few runs that are `coarse`."""
+    requests = coarse(effort, part)
+    return judge(promises, measure(rate, requests, SCREEN), rate, requests, effort.confidence)
+
+
 def find(
     measure: Measure,
     promises: Sequence[Promise],
@@ -127,23 +139,22 @@ def find(
     bound: float,
     effort: Effort,
     told: Told = lambda _: None,
-    kept: Verdict | None = None,
     fine: Callable[[Capacity], float] | None = None,
 ) -> Capacity:
     """The capacity of the system that ``measure`` simulates.
 
     ``guess`` is any rate to begin with. ``bound`` is a rate above which none can be served; infinity if none is known.
-    ``kept``: a verdict that the promises are kept; no lower rate is looked at. ``fine``: takes what is known before
+    ``fine``: takes what is known before
     anything is proven, and says the precision to prove it to, in place of the effort's.
     """
     search = _Search(measure, promises, guess, bound, effort, told)
     try:
-        search.screen(kept)
+        search.screen()
         search.close_in()
         search.prove(effort.precision if fine is None else fine(search.provisional()))
     except Unreachable as unreachable:
-        worst = _worst(unreachable.verdict, promises)
-        return Capacity(0.0, 0.0, unreachable.verdict.rate_per_s, search.ordered(), worst)
+        broken = unreachable.verdict
+        return Capacity(0.0, 0.0, broken.rate_per_s, search.ordered(), worst(broken, promises))
     return search.result()
 
 
@@ -170,11 +181,14 @@ class _Search:
     def look(self, rate: float, replications: int, longest: int | None = None) -> Verdict:
         """The verdict on ``rate``, on runs that are doubled until they settle or the search may simulate no more.
 
-        Runs that still drift then count as overloaded. A verdict that took as much work before is not made again.
+        Runs that still drift then count as overloaded. A verdict that took as much work before is not made again,
+        and before `prove` neither is one that more work would not change.
         ``longest``: requests of a run, at most, where the verdict is but a first look.
         """
         rate = float(f"{rate:.6g}")
         old = self.seen.get(rate)
+        if old is not None and old.is_hopeless and self.centre == 0:
+            return old
         cut_off = old is not None and old.is_short and rate in self.glanced and longest is None
         if old is not None and old.replications >= replications and old.requests >= self.requests and not cut_off:
             return old
@@ -202,20 +216,16 @@ class _Search:
         """All verdicts in order of rates."""
         return [self.seen[rate] for rate in sorted(self.seen)]
 
-    def screen(self, kept: Verdict | None) -> None:
+    def screen(self) -> None:
         """Look at a grid of rates, extended until its lowest rate holds and a higher one does not.
 
-        ``kept``: of a rate below the whole grid that holds, if one is known. Raises `Unreachable` if no rate holds.
+        Raises `Unreachable` if no rate holds.
         """
         whole = self.requests
-        self.requests = max(min(LEAST, whole), whole // COARSE)
+        self.requests = coarse(replace(self.effort, requests=whole))
         top = self.bound if math.isfinite(self.bound) else self.guess * 4
-        rates = [top * WIDTH ** (i / (GRID - 1) - 1) for i in range(GRID)]
-        if kept is not None:
-            self.seen[kept.rate_per_s] = kept
-            rates = [rate for rate in rates if rate > kept.rate_per_s]
-        for rate in rates:
-            self.look(rate, SCREEN, whole)
+        for i in range(GRID):
+            self.look(top * WIDTH ** (i / (GRID - 1) - 1), SCREEN, whole)
         step = WIDTH ** (1 / (GRID - 1))
         while self.ordered()[-1].holds:
             rate = self.ordered()[-1].rate_per_s * step
@@ -226,7 +236,7 @@ class _Search:
                 break
             self.look(rate, SCREEN, whole)
         self.requests = whole
-        looked = {math.inf} if kept is None else {math.inf, kept.rate_per_s}
+        looked = {math.inf}
         while True:
             self.bracket()
             if self.below == 0:
@@ -387,7 +397,7 @@ class _Search:
         """What all verdicts together say."""
         low, high = self.proven()
         rate = self.below if self.centre == 0 else min(max(self.fitted(), low), high)
-        limiting = _worst(self.seen[self.above], self.promises) if math.isfinite(self.above) else None
+        limiting = worst(self.seen[self.above], self.promises) if math.isfinite(self.above) else None
         islands = [verdict.rate_per_s for verdict in self.trusted() if verdict.rate_per_s > high and verdict.holds]
         if high - low > 2 * self.precision * max(rate, 1e-12) * 1.01:
             rows = any(verdict.worth < verdict.replications for verdict in self.seen.values())
@@ -421,6 +431,6 @@ class _Search:
         return self.centre * math.exp(min(max(-at / slope, -NEAR), NEAR)) if slope > 0 else self.centre
 
 
-def _worst(verdict: Verdict, promises: Sequence[Promise]) -> Promise:
+def worst(verdict: Verdict, promises: Sequence[Promise]) -> Promise:
     """The promise with the greatest gap."""
     return promises[max(range(len(promises)), key=lambda j: verdict.kept[j].logit_gap)]

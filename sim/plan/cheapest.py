@@ -23,12 +23,14 @@ from itertools import groupby
 
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import COARSE, FIRST, MOST, SCREEN, Effort, Measure
-from chairlift.sim.plan.promises import Promise
-from chairlift.sim.plan.stretches import LEAST
+from chairlift.sim.plan.capacity import COARSE, FIRST, MOST, SCREEN, STEEP, Effort, Measure, coarse, glance
+from chairlift.sim.plan.promises import Promise, Sample
 from chairlift.sim.plan.verdict import Verdict, judge
 
 LONGER = 8  # replications grow at most to this multiple of their first length; then it is too close to say
+STAYS = 6  # a replication is as long as so many stays of requests in short runs
+ONE_OF_MANY = 16  # replications of the first length that a system beside the answer is worth
+USUAL = 2.4  # Student's t of a proof about two promises by some 20 replications
 
 
 @dataclass(frozen=True)
@@ -62,47 +64,72 @@ class Race:
         return [entry for entry in self.entries if entry.outcome == outcome]
 
 
-def decide(measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort) -> Verdict:
+def decide(
+    measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort, lengths: int = MOST * LONGER
+) -> Verdict:
     """The verdict on ``rate``, from as many requests as it takes to prove it either way, within limits.
 
-    Short runs come first. Replications grow in number up to `MOST`, then in length; in length first if they are too
-    short to have settled. Where they are stretches of a recorded file, they grow no further once the file has nothing
-    new to say; and none grows where all that the limits allow could hardly prove anything.
+    Short runs come first: they often prove that a promise is broken, and say how long requests stay. Where they break
+    none, replications are `STAYS` times as long as that. Those that have not settled get longer; else there are more of
+    them, as many as their standard errors ask for, up to `MOST`, and then they get longer. ``lengths``: what all of
+    them together may come to, in replications of the first length.
+
+    Where they are stretches of a recorded file, they grow no further once the file has nothing new to say. None grows
+    where all that the limits allow could hardly prove anything, or where the load is so near to the one that breaks a
+    promise that a plan of this precision need not tell them apart.
     """
-    verdict = _glance(measure, promises, rate, effort)
-    if _is_hopeless(verdict):
+    verdict = glance(measure, promises, rate, effort)
+    if verdict.is_hopeless:
         return verdict
+    longest, most = min(effort.most_requests, LONGER * effort.requests), lengths * effort.requests
     requests, replications = effort.requests, SCREEN
-    most = min(effort.most_requests, LONGER * effort.requests)
+    if all(kept.share == 1 for kept in verdict.kept):
+        requests = min(longest, most // FIRST, _long_enough(verdict, requests))
     while True:
         verdict = judge(promises, measure(rate, requests, replications), rate, requests, effort.confidence)
-        if verdict.proof < 0 or (verdict.proof > 0 and replications >= FIRST and not verdict.is_short):
+        if verdict.proof < 0 or (verdict.proof > 0 and not verdict.is_short):
             return verdict
         if verdict.is_used_up and not verdict.is_short:
             return verdict
-        more = (MOST / replications) * (most / requests)
-        likely = (abs(verdict.gap) + verdict.gap_se) * math.sqrt(more)  # of the gap, in today's standard errors
-        if replications >= FIRST and not verdict.is_short and likely < 2 * verdict.gap_se < math.inf:
+        room = most / (requests * replications)
+        if replications >= FIRST and not verdict.is_short and _is_close(verdict, room, effort):
             return verdict
-        if verdict.is_short and requests < most and replications >= FIRST:
-            requests = min(most, requests * 2)
-        elif replications < MOST:
-            replications *= 2
-        elif requests < most:
-            requests = min(most, requests * 2)
+        more = math.ceil(replications * _lacking(verdict) / 2) * 2  # an even number: cores come in pairs
+        more = min(MOST, more, most // requests)
+        if (verdict.is_short or replications == MOST) and requests < longest and room >= 2:
+            requests = min(longest, requests * 2)
+        elif more > replications:
+            replications = more
         else:
             return verdict
 
 
-def _glance(measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort, part: int = COARSE) -> Verdict:
-    """The verdict of a few runs of one ``part``-th of the usual length."""
-    requests = max(min(LEAST, effort.requests), effort.requests // part)
-    return judge(promises, measure(rate, requests, SCREEN), rate, requests, effort.confidence)
+def _long_enough(verdict: Verdict, requests: int) -> int:
+    """A length of replications that shows the system under its lasting load: in quarters of ``requests``, and no less.
+
+    Short runs hide how long requests stay, so `STAYS` of their stays are twice what a run needs to be long at all.
+    """
+    quarter = max(1, requests // 4)
+    return max(requests, quarter * math.ceil(verdict.requests * verdict.stays * STAYS / quarter))
 
 
-def _is_hopeless(verdict: Verdict) -> bool:
-    """Whether short runs prove that a promise is broken, by more than their start: settled, or still getting worse."""
-    return verdict.proof < 0 and (verdict.drifting or not verdict.is_short)
+def _lacking(verdict: Verdict) -> float:
+    """How many times the replications it takes to prove what a verdict suggests: 1.25 to 4."""
+    times = [
+        (USUAL * kept.logit_se / kept.logit_gap) ** 2 for kept in verdict.kept if not kept.proof and kept.logit_gap
+    ]
+    if verdict.gap > 0:  # one promise proven broken is enough
+        times = [min(times, default=2.0)]
+    wanted = max((2.0 if math.isinf(each) else each for each in times), default=2.0)
+    return min(max(wanted, 1.25), 4.0)
+
+
+def _is_close(verdict: Verdict, room: float, effort: Effort) -> bool:
+    """Whether more runs, ``room`` times as many at most, are not worth while: see `decide`."""
+    if not 0 < verdict.gap_se < math.inf:
+        return False
+    likely = (abs(verdict.gap) + verdict.gap_se) * math.sqrt(room)  # of the gap, in today's standard errors
+    return likely < USUAL * verdict.gap_se or USUAL * verdict.gap_se < STEEP * effort.precision
 
 
 def race(
@@ -115,12 +142,15 @@ def race(
     wanted: int = 1,
     prune: bool = True,
     told: Callable[[str], None] = lambda _: None,
+    fine: Callable[[Candidate], float] | None = None,
 ) -> Race:
     """The cheapest of ``candidates`` that keeps ``promises`` at ``rate``, and what became of all others.
 
     ``wanted``: how many systems that will do are looked for. Beyond the first, each has the least number of replicas
-    that will do, its runs grow no longer than at first, and those of one price are no longer put into heats.
-    ``prune=False`` simulates every candidate that has a setup, for tests to compare with.
+    that will do, and `ONE_OF_MANY` says what its runs may come to. Those of one price are no longer put into heats, and
+    one that serves short runs as another does that will do is not simulated further. ``fine``: the precision at which a
+    candidate is told from one at its limit, in place of the effort's. ``prune=False`` simulates every candidate that
+    has a setup, for tests to compare with.
     """
     ordered = sorted(candidates, key=lambda c: (c.usd_per_hour, c.name))
     entries: list[Entry] = []
@@ -131,8 +161,9 @@ def race(
     def decided(candidate: Candidate) -> Entry:
         nonlocal raced
         told(_progress(rate, candidate, entries, len(ordered), raced, time.monotonic() - started))
-        hard = effort if winner is None or not prune else replace(effort, most_requests=effort.requests)
-        verdict = decide(measure(candidate), promises, rate, hard)
+        hard = effort if fine is None else replace(effort, precision=fine(candidate))
+        lengths = MOST * LONGER if winner is None or not prune else ONE_OF_MANY
+        verdict = decide(measure(candidate), promises, rate, hard, lengths)
         raced += 1
         return Entry(candidate, *_said(verdict, promises), verdict)
 
@@ -150,15 +181,21 @@ def race(
             else:
                 entries.append(entry)
         if prune and wanted == 1:
-            racing = _heats(racing, measure, promises, rate, effort)
-        first: Entry | None = None  # of this price that will do
+            racing = _heats(racing, bounds, measure, promises, rate, effort)
+        good: list[Entry] = []  # those of this price that will do
         for candidate in racing:
-            if first is not None and prune and wanted == 1 and not candidate.scales:
-                entries.append(Entry(candidate, "behind", f"as dear as {first.candidate.name}, and no better in heats"))
+            if good and prune and wanted == 1 and not candidate.scales:
+                why = f"as dear as {good[0].candidate.name}, and no better in heats"
+                entries.append(Entry(candidate, "behind", why))
+                continue
+            if prune and (same := _alike(candidate, good, measure, rate, effort)) is not None:
+                why = f"as dear as {same.candidate.name}, and serves short runs as it does"
+                entries.append(Entry(candidate, "behind", why))
+                served.add(candidate.system)
                 continue
             entries.append(entry := decided(candidate))
             if entry.outcome == "kept":
-                first = first or entry
+                good.append(entry)
                 served.add(candidate.system)
                 if winner is None or _order(entry) < _order(winner):
                     winner = entry
@@ -170,8 +207,27 @@ def _order(entry: Entry) -> tuple[float, float]:
     return entry.usd_per_hour, entry.verdict.gap if entry.verdict else math.inf
 
 
+def _alike(
+    candidate: Candidate, others: Sequence[Entry], measure: Callable[[Candidate], Measure], rate: float, effort: Effort
+) -> Entry | None:
+    """One of ``others`` whose short runs are those of ``candidate``, every figure of them; None: there is none.
+
+    Settings differ that the load does not reach, such as limits of a batch.
+    """
+    if not others or candidate.scales:
+        return None
+    requests = coarse(effort)
+
+    def seen(each: Candidate) -> list[Sample]:
+        return [sample._replace(wall_s=0.0) for sample in measure(each)(rate, requests, SCREEN)]
+
+    own = seen(candidate)
+    return next((entry for entry in others if seen(entry.candidate) == own), None)
+
+
 def _heats(
     racing: list[Candidate],
+    bounds: Callable[[Candidate], Bound],
     measure: Callable[[Candidate], Measure],
     promises: Sequence[Promise],
     rate: float,
@@ -179,17 +235,26 @@ def _heats(
 ) -> list[Candidate]:
     """Candidates of one price, the one that seems furthest from breaking a promise first, by successive halving.
 
-    In each heat all runs have the same requests; the better half meets the next heat, of runs twice as long.
+    In each heat all runs have the same requests; the better half meets the next heat, of runs twice as long. Short runs
+    in which nobody misses a promise say nothing of how much more load there may be: the bound does.
     """
     out: list[Candidate] = []  # those that left, the later ones in front
     part = 2 * COARSE
     while len(racing) > 2 and part > 1:
-        gaps = {candidate.name: _glance(measure(candidate), promises, rate, effort, part).gap for candidate in racing}
-        racing = sorted(racing, key=lambda candidate: (gaps[candidate.name], candidate.name))
+        seen = {
+            each.name: _standing(glance(measure(each), promises, rate, effort, part), bounds(each)) for each in racing
+        }
+        racing = sorted(racing, key=lambda candidate: (seen[candidate.name], candidate.name))
         half = (len(racing) + 1) // 2
         racing, out = racing[:half], racing[half:] + out
         part //= 2
     return racing + out
+
+
+def _standing(verdict: Verdict, bound: Bound) -> tuple[float, float, float]:
+    """How near a candidate seems to a broken promise, the greater the nearer."""
+    missed = any(kept.share < 1 for kept in verdict.kept)
+    return verdict.gap if missed else -math.inf, -bound.rate_per_s, verdict.strain or 0.0
 
 
 def _progress(

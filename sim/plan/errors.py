@@ -25,7 +25,7 @@ import numpy as np
 from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.slowed import Slower
-from chairlift.sim.plan.capacity import NEAR, SCREEN, Capacity, Effort, Errors, Measure
+from chairlift.sim.plan.capacity import NEAR, SCREEN, STEEP, Capacity, Effort, Errors, Measure
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.verdict import judge
 from chairlift.sim.study import ReplicaGroup, Setup
@@ -40,7 +40,6 @@ LOOKS = 6  # verdicts of one draw, at most
 NEAR_ENOUGH = 0.03  # between a rate that holds and one that breaks, in the logarithm
 MOST = 0.2  # of the logarithm of the rate from one look to the next, before the capacity is between two
 LEAST = 0.02
-STEEP = 10.0  # slope of the gap where the capacity's own verdicts do not show it
 _GOLDEN = 0.6180339887498949
 
 
@@ -106,46 +105,73 @@ def errors(
     """
     if not (draws and capacity.reached and capacity.low > 0 and math.isfinite(capacity.high)):
         return None
-    own = _crossing(measure(0), 0.0, capacity, promises, effort)
-    shifts = tuple(
-        _crossing(measure(draw), own + guess(draw), capacity, promises, effort) - own for draw in range(1, draws + 1)
+    own, slope = _crossing(measure(0), 0.0, capacity, _slope(capacity), True, promises, effort)
+    found = (
+        _crossing(measure(draw), own + guess(draw), capacity, slope, False, promises, effort)
+        for draw in range(1, draws + 1)
     )
+    shifts = tuple(crossing - own for crossing, _ in found)
     return Errors(shifts, math.log(capacity.high / capacity.low) / 2, effort.confidence)
+
+
+Prices = Callable[[int], tuple[float, ...]]  # draw → logarithm of what some steps cost in it, over what they cost
+
+
+def prices(setup: Setup) -> Prices:
+    """What draws make of the costs of some steps: decodes alone, and a prompt with them, for each group of replicas."""
+    trace = setup.trace
+    prompt, context = int(trace.prompt_tokens.mean()), int((trace.prompt_tokens + trace.output_tokens / 2).mean())
+    steps = [Batch((), 16, 16 * context), Batch((Chunk(0, max(1, prompt)),), 16, 16 * context)]
+    here = [[group.make_backend(setup.model).step(step).first for step in steps] for group in setup.groups]
+
+    def priced(draw: int) -> tuple[float, ...]:
+        there = (group.make_backend(setup.model) for group in drawn(setup, draw).groups)
+        costs = ([backend.step(step).first for step in steps] for backend in there)
+        return tuple(np.log(np.concatenate(list(costs)) / np.concatenate(here)).tolist())
+
+    return priced
 
 
 def likely(setup: Setup) -> Callable[[int], float]:
     """About where the shift of a draw lies: as far as the draw's prices of some steps are off, the other way."""
-    trace = setup.trace
-    prompt, context = int(trace.prompt_tokens.mean()), int((trace.prompt_tokens + trace.output_tokens / 2).mean())
-    steps = [Batch((), 16, 16 * context), Batch((Chunk(0, max(1, prompt)),), 16, 16 * context)]
-
-    def guess(draw: int) -> float:
-        other = drawn(setup, draw)
-        ratios = []
-        for group, off in zip(setup.groups, other.groups, strict=True):
-            here, there = group.make_backend(setup.model), off.make_backend(setup.model)
-            ratios += [math.log(there.step(step).first / here.step(step).first) for step in steps]
-        return -sum(ratios) / len(ratios)
-
-    return guess
+    priced = prices(setup)
+    return lambda draw: -float(np.mean(priced(draw)))
 
 
-def _crossing(measure: Measure, guess: float, capacity: Capacity, promises: Sequence[Promise], effort: Effort) -> float:
-    """Logarithm of the rate at which short runs begin to break a promise, over the capacity.
+def assumed(setup: Setup, draws: int, confidence: float) -> Errors | None:
+    """The errors of a capacity that is not known yet, by what draws make of prices alone; None without draws."""
+    guess = likely(setup)
+    return Errors(tuple(guess(draw) for draw in range(1, draws + 1)), 0.0, confidence) if draws else None
+
+
+def _crossing(
+    measure: Measure,
+    guess: float,
+    capacity: Capacity,
+    slope: float,
+    between: bool,
+    promises: Sequence[Promise],
+    effort: Effort,
+) -> tuple[float, float]:
+    """Logarithm of the rate at which short runs begin to break a promise, over the capacity, and the gap's slope there.
 
     Secants between a rate that is seen to hold and one that is seen to break, which are looked for from ``guess`` on.
+    Unless it must lie ``between`` two, a rate will do from which it is no further than `NEAR_ENOUGH` by ``slope``.
     """
-    slope, shift = _slope(capacity), guess
+    shift = guess
     low: tuple[float, float] | None = None  # the largest shift that is seen to hold, and its gap
     high: tuple[float, float] | None = None  # the smallest that is seen to break
     for look in range(LOOKS):
         rate = float(f"{capacity.rate_per_s * math.exp(shift):.6g}")
         found = judge(promises, measure(rate, effort.requests, SCREEN), rate, effort.requests, effort.confidence).gap
+        if abs(found) < slope * NEAR_ENOUGH and not between:
+            return shift - found / slope, slope
         if found > 0:
             high = shift, found
         else:
             low = shift, found
         if low is not None and high is not None:
+            slope = max((high[1] - low[1]) / (high[0] - low[0]), 1.0)
             if high[0] - low[0] < NEAR_ENOUGH:
                 break
             part = min(max(-low[1] / max(high[1] - low[1], 1e-9), 0.15), 0.85)  # the gap bends: stay off the ends
@@ -154,8 +180,8 @@ def _crossing(measure: Measure, guess: float, capacity: Capacity, promises: Sequ
             step = min(max(abs(found) / slope, LEAST * 2**look), MOST)
             shift -= math.copysign(step, found)
     if low is not None and high is not None:
-        return low[0] + (high[0] - low[0]) * min(1.0, max(0.0, -low[1] / max(high[1] - low[1], 1e-9)))
-    return shift
+        shift = low[0] + (high[0] - low[0]) * min(1.0, max(0.0, -low[1] / max(high[1] - low[1], 1e-9)))
+    return shift, slope
 
 
 def _slope(capacity: Capacity) -> float:
@@ -168,11 +194,33 @@ def _slope(capacity: Capacity) -> float:
 
 
 def kept(
-    measure: Callable[[int], Measure], rate_per_s: float, promises: Sequence[Promise], effort: Effort, draws: int
+    measure: Callable[[int], Measure],
+    rate_per_s: float,
+    promises: Sequence[Promise],
+    effort: Effort,
+    draws: int,
+    priced: Prices | None = None,
 ) -> int:
-    """In how many draws of the errors the promises seem kept at a rate."""
-    verdicts = (
-        judge(promises, measure(draw)(rate_per_s, effort.requests, SCREEN), rate_per_s, effort.requests)
-        for draw in range(1, draws + 1)
-    )
-    return sum(verdict.holds for verdict in verdicts)
+    """In how many draws of the errors the promises seem kept at a rate.
+
+    ``priced``: the `prices` of draws. Where a draw keeps the promises, so does one in which every step is cheaper, and
+    where it breaks one, so does one in which every step is dearer: those are not simulated. The dearest comes first,
+    and then the one in the middle of those that are left.
+    """
+    costs = {draw: () if priced is None else priced(draw) for draw in range(1, draws + 1)}
+    left = sorted(costs, key=lambda draw: sum(costs[draw]))
+    holding, at = 0, len(left) - 1
+    while left:
+        draw = left.pop(at)
+        samples = measure(draw)(rate_per_s, effort.requests, SCREEN)
+        holds = judge(promises, samples, rate_per_s, effort.requests, effort.confidence).holds
+        same = {other for other in left if priced is not None and _is_dearer(costs[draw], costs[other], holds)}
+        holding += holds * (1 + len(same))
+        left = [other for other in left if other not in same]
+        at = len(left) // 2
+    return holding
+
+
+def _is_dearer(one: tuple[float, ...], other: tuple[float, ...], than: bool) -> bool:
+    """Whether each price of ``one`` is at least the ``other``'s; with ``than`` false, at most."""
+    return all(a >= b if than else a <= b for a, b in zip(one, other, strict=True))

@@ -112,7 +112,7 @@ class PlanFile(Based):
         default=None, description="GPU → price, or a YAML file of such; default: Chairlift's dated table."
     )
     ask: Asked = Field(
-        default=Asked(), description="Further questions: a budget, an API's price, growth, spares, hours."
+        default=Asked(), description="Further questions: a budget, an API's price, growth, spares, spot, hours."
     )
     search: Search = Field(default=Search(), description="How hard to look.")
 
@@ -182,7 +182,7 @@ def read_plan(
         document.put("rate_per_s", list(rates), "--rate")
     spec = document.check(PlanFile)
     rule = "is of a load to buy for: give rate_per_s"
-    lost = [key for key in ("growth", "hours", "spares") if getattr(spec.ask, key) and not spec.given]
+    lost = [key for key in ("growth", "hours", "spares", "spot") if getattr(spec.ask, key) and not spec.given]
     if spec.ask.budget_usd_per_day is not None and spec.given and spec.today is None:
         lost, rule = ["budget_usd_per_day"], "is of capacities: leave out rate_per_s, or give today"
     if lost:

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import Capacity, Effort, Measure, find
-from chairlift.sim.plan.cheapest import decide
+from chairlift.sim.plan.capacity import Capacity, Effort, Measure, find, worst
+from chairlift.sim.plan.cheapest import ONE_OF_MANY, decide
 from chairlift.sim.plan.file import Stress
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.scenario import load
 from chairlift.sim.scenario.loops import synchronous
 
+FAR = 64.0  # times the load, to which a capacity without a bound is looked for
 STEPS = (1.1, 1.25, 1.5, 2.0)  # multiples of the load that a margin tells apart
 
 
@@ -73,15 +75,18 @@ def margin(
 ) -> Margin:
     """The margin of a candidate that keeps the promises at ``rate``, by halving `STEPS`.
 
-    Runs grow no longer for it: what they cannot tell is too close to say.
+    Its runs come to little: what they cannot tell is too close to say.
     """
-    effort = dataclasses.replace(effort, most_requests=effort.requests)
     kept, broken = 0, len(STEPS)  # STEPS[kept - 1] is kept, STEPS[broken] is broken
     unsure = len(STEPS)  # from here on nothing was proven
     while kept < min(broken, unsure):
         at = (kept + min(broken, unsure)) // 2
         more = rate * STEPS[at]
-        verdict = None if bounds(candidate).rate_per_s < more else decide(measure(candidate), promises, more, effort)
+        verdict = (
+            None
+            if bounds(candidate).rate_per_s < more
+            else decide(measure(candidate), promises, more, effort, ONE_OF_MANY)
+        )
         proof = -1 if verdict is None else verdict.proof
         if proof > 0:
             kept = at + 1
@@ -97,9 +102,71 @@ def margin(
         except BadInput:  # the only one of its role
             smaller = None
         if smaller is not None:
-            verdict = None if bounds(smaller).rate_per_s < rate else decide(measure(smaller), promises, rate, effort)
+            verdict = (
+                None
+                if bounds(smaller).rate_per_s < rate
+                else decide(measure(smaller), promises, rate, effort, ONE_OF_MANY)
+            )
             less = {1: "kept", -1: "broken", 0: "too close to say"}[-1 if verdict is None else verdict.proof]
     return Margin(STEPS[kept - 1] if kept else 1.0, STEPS[broken] if broken < len(STEPS) else math.inf, less)
+
+
+def bracket(
+    measure: Measure, promises: Sequence[Promise], kept: Verdict, bound: float, effort: Effort, precision: float
+) -> Capacity:
+    """The capacity of a system of which ``kept`` proves that it keeps the promises at some rate: an interval, roughly.
+
+    Where no schedule can serve more than ``bound``, the interval ends there; else at the first of doubled rates that is
+    proven broken. It is halved (in the logarithm) until its ends are two of ``precision`` apart, or, about a rate that
+    is too close to say, until a rate one precision below and one above have been tried. What lies above the first rate
+    that breaks a promise is not looked at.
+
+    Worked example: kept at 50/s, and a bound of 84/s. At 65/s a promise breaks, 57/s is too close to say, 52/s is kept
+    and 63/s breaks one: [52, 63], and the rate is where a line through the gaps at its ends crosses 0.
+    """
+    seen = {kept.rate_per_s: kept}
+    low, high, notes = kept.rate_per_s, bound, list[str]()
+    tried = low if math.isinf(bound) else 0.0
+
+    unsure: list[float] = []  # the first rate that is too close to say
+
+    def look(rate: float) -> None:
+        nonlocal low, high
+        seen[rate] = decide(measure, promises, rate, effort, ONE_OF_MANY)
+        if seen[rate].proof > 0:
+            low = max(low, rate)
+        elif seen[rate].proof < 0:
+            high = min(high, rate)
+        elif not unsure:
+            unsure.append(rate)
+
+    while math.isinf(high) and tried < kept.rate_per_s * FAR:
+        tried *= 2
+        look(tried)
+    while math.isfinite(high) and math.log(high / low) > 2 * precision:
+        rates = [at * math.exp(side * precision) for at in unsure for side in (-1, 1)] or [math.sqrt(low * high)]
+        rates = [rate for rate in (float(f"{each:.6g}") for each in rates) if low < rate < high and rate not in seen]
+        if not rates:
+            break
+        look(rates[0])
+    if math.isinf(high):
+        notes.append("no rate that was looked at breaks a promise: runs are too short, or the slo is loose")
+    elif math.log(high / low) > 2.02 * precision:
+        notes.append(f"the interval is wider than {100 * precision:g} % either way: more is not looked for on a front")
+    verdicts = [seen[rate] for rate in sorted(seen)]
+    broken = next((verdict for verdict in verdicts if verdict.proof < 0), None)
+    limiting = None if broken is None else worst(broken, promises)
+    return Capacity(_between(verdicts, low, high), low, high, verdicts, limiting, notes=notes)
+
+
+def _between(verdicts: Sequence[Verdict], low: float, high: float) -> float:
+    """Where a line through the gaps at the two ends of an interval crosses 0, in the logarithm of the rate."""
+    if math.isinf(high):
+        return low
+    gaps = {verdict.rate_per_s: verdict.gap for verdict in verdicts}
+    below, above = gaps.get(low, -1.0), gaps.get(high, 1.0)
+    part = min(max(-below / (above - below), 0.15), 0.85) if above > below else 0.5  # ends are proven: it is not there
+    return float(low * (high / low) ** part)
 
 
 def fewer(candidate: Candidate, failed: int) -> Candidate:

@@ -34,6 +34,7 @@ from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, leve
 
 MOST_CURVES = 6
 HEIGHT = 300  # pixels of a figure
+SCALE = ((0.0, "#3b7dd8"), (0.5, "#9a62c7"), (1.0, "#d9622b"))  # of a number: seen on light and on dark paper
 
 Keys = list[tuple[str, str]]  # of a legend: colour, label
 Drawn = tuple[str, Figure, Keys]  # a title, the figure, its legend
@@ -220,10 +221,11 @@ def _front(answer: Answer) -> dict[str, Any]:
         marker={
             "size": 12,
             "color": [p.capacity.rate_per_s for p in points],
-            "colorscale": "Viridis",
+            "colorscale": SCALE,
             "showscale": True,
             "colorbar": {"title": {"text": f"{answer.plan.unit}/s"}, "thickness": 14, "outlinewidth": 0},
             "symbol": ["circle" if p.is_best else "circle-open" for p in points],
+            "line": {"width": [0 if p.is_best else 3 for p in points]},
         },
     )
     title = f"price and {name} at {answer.races[-1].rate_per_s:g}/s (filled: on the front)"

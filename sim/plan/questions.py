@@ -1,7 +1,8 @@
-"""Questions that people ask of a plan beside its answer: a budget, an API's price, growth, spares, the hours of a day.
+"""Questions that people ask of a plan beside its answer: a budget, an API's price, growth, spares, spot, a day's hours.
 
 A plan file asks them under ``ask``. Growth and the hours of a day are further rates to buy for, a spare replica is one
-that is paid for and gone; what is left is arithmetic on the answer, in `said`.
+that is paid for and gone, `chairlift.sim.plan.spot` answers for spot instances; what is left is arithmetic on the
+answer, in `said`.
 
 Worked example: a system of $3.60 an hour serves requests of 1000 tokens in and 100 out. An API at $0.10 and $0.40 a
 million tokens takes $0.00014 a request, so that the system breaks even from 3.60 / 3600 / 0.00014 = 7.1 requests a
@@ -49,6 +50,33 @@ class Growth(Spec):
         return float((1 + self.percent_a_month / 100) ** self.months)
 
 
+class Spot(Spec):
+    """Spot instances, beside those on demand."""
+
+    off_percent: Annotated[float, Field(gt=0, lt=100)] = Field(description="What they cost less than on demand.")
+    hours_between_losses: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        description="Mean time that a replica is held until it is taken."
+    )
+    minutes_until_back: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        description="Mean time until another takes its place and has loaded."
+    )
+
+    @property
+    def away(self) -> float:
+        """The share of the time that a replica is not there."""
+        held, gone = self.hours_between_losses * 60, self.minutes_until_back
+        return gone / (held + gone)
+
+    def gone(self, replicas: int) -> list[float]:
+        """The shares of the time in which 0, 1, … of the replicas are not there."""
+        away = self.away
+        return [math.comb(replicas, k) * away**k * (1 - away) ** (replicas - k) for k in range(replicas + 1)]
+
+    def __str__(self) -> str:
+        often = f"each replica taken every {self.hours_between_losses:g} h for {self.minutes_until_back:g} min"
+        return f"on spot at {self.off_percent:g} % less, {often}"
+
+
 class Asked(Spec):
     """Further questions."""
 
@@ -58,6 +86,9 @@ class Asked(Spec):
     spares: Annotated[int, Field(ge=0, le=100)] = Field(
         default=0,
         description="Replicas of the largest group that may be gone while the promises are kept: 1 for N + 1.",
+    )
+    spot: Spot | None = Field(
+        default=None, description="The answer's system on spot instances, with as many replicas as it takes."
     )
     hours: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=HOURS, max_length=HOURS)] | None = (
         Field(default=None, description="The load of each hour of a day, as multiples of rate_per_s.")

@@ -213,9 +213,10 @@ def told_apart(race: Race) -> str:
     """How many systems were simulated, and why the others were not."""
     counts = {outcome: len(race.of(outcome)) for outcome in ("excluded", "dearer", "behind")}
     simulated = sum(entry.verdict is not None for entry in race.entries)
-    line = f"of {len(race.entries)} systems {simulated} were simulated, {counts['excluded']} excluded by bounds, "
+    verb = "was" if simulated == 1 else "were"
+    line = f"of {len(race.entries)} systems {simulated} {verb} simulated, {counts['excluded']} excluded by bounds, "
     line += f"{counts['dearer']} dearer than what will do"
-    return line + f", {counts['behind']} behind in heats of the same price" * bool(counts["behind"])
+    return line + f", {counts['behind']} behind in short runs at the same price" * bool(counts["behind"])
 
 
 def _worth_showing(race: Race, simulated: list[Entry]) -> list[Entry]:

@@ -7,6 +7,9 @@ The runs of one verdict are replications: equal but for their seed, and so indep
 - Share. The share of requests that miss a promise is a ratio of sums over replications. Its standard error is that of
   the residuals, failed − share · eligible (Law, Simulation Modeling and Analysis, 5th ed., 9.3).
 - Interval. Student's t on the logit of that share, since a share near 0 is skewed.
+- Hardly anybody missed. Then the share says little of how far off the limit is, and the promised percentile itself is
+  judged: the mean of its logarithm over the replications, by Student's t, where each replication's percentile has at
+  least `TAIL` requests beyond it. Else, where nobody missed, `FEW` bounds the share.
 - Recorded files. Replications that are overlapping stretches of one file count as the k independent ones that they are
   `worth`. Of R equally correlated values the spread shows only what is not common to them, and R − 1 becomes k − 1:
   the squared standard error of the mean is Σ residual² / R / (k − 1), that of R independent ones where k = R.
@@ -36,6 +39,7 @@ Floats = npt.NDArray[np.float64]
 # of one run are not independent: a queue makes neighbours fail together. They count here as if they failed in clusters
 # of some 30, so that 100 / n bounds the share.
 FEW = 100
+TAIL = 5  # requests of a replication beyond its percentile, at least: with fewer, it is little but its largest value
 LEAST_WORTH = 1.5  # independent replications: of fewer, Student's t says next to nothing
 MOST_CUT = BINS // 2  # parts that the warm-up can take at most
 LONG_STAY = 0.3  # of a run: requests that stay longer make it too short to show a long run
@@ -74,6 +78,8 @@ class Verdict:
     fleeting: bool = False  # requests or sessions stayed for more than `LONG_STAY` of a run
     replicas: tuple[float, ...] = ()  # of each group, paid for on average; none where none come and go
     first: dict[str, float] = field(default_factory=dict)  # `figures` of the first replication alone
+    strain: float | None = None  # greatest logarithm of a promised percentile over its limit; None: some have no figure
+    stays: float = 0.0  # mean over the replications of `Sample.stay_s`, over the time in which requests arrive
     overloaded: bool = False  # runs were still drifting at the greatest length that the search may simulate
 
     @property
@@ -108,6 +114,11 @@ class Verdict:
         return self.drifting or self.fleeting or self.warm_up + self.cool_down > 0.6 * BINS
 
     @property
+    def is_hopeless(self) -> bool:
+        """Whether it is proven that a promise breaks, by more than the runs' start: settled, or still getting worse."""
+        return self.proof < 0 and (self.drifting or not self.is_short)
+
+    @property
     def holds(self) -> bool:
         """Whether all promises seem kept: the best guess, which need not be proven."""
         return self.gap <= 0
@@ -126,11 +137,13 @@ def judge(
     tail = slice(warm, max(warm + 2, BINS - cool))
     level = 1 - (1 - confidence) / 2 / len(promises)  # of one bound, after Bonferroni
     known = _worth(samples)
+    strains = [_strain(promise, samples) for promise in promises]
     kept = tuple(
         _kept(
             promise.wanted,
             np.array([s.eligible[j][tail] for s in samples]).sum(axis=1),
             np.array([s.met[j][tail] for s in samples]).sum(axis=1),
+            strains[j],
             level,
             known,
         )
@@ -161,7 +174,27 @@ def judge(
         any(s.stay_s > LONG_STAY * (s.end_s - s.starts_s[0]) for s in samples),
         tuple(np.mean([s.replicas for s in samples], axis=0).tolist()) if samples[0].replicas else (),
         dict(samples[0].figures),
+        _greatest(strains),
+        float(np.mean([s.stay_s / max(s.end_s - s.starts_s[0], 1e-12) for s in samples])),
     )
+
+
+def _strain(promise: Promise, samples: Sequence[Sample]) -> Floats | None:
+    """Logarithm of each replication's promised percentile over its limit, shape (R,); None: it has no such figure."""
+    if len(limits := promise.limits()) > 1 or promise.tenant is not None or promise.priority is not None:
+        return None  # figures are of one latency, and of all requests
+    [(metric, limit)] = limits.items()
+    name = f"p{100 * promise.wanted:g}_{metric}_ms"
+    if not all(sample.figures.get(name, 0.0) > 0 for sample in samples):
+        return None
+    return np.log([sample.figures[name] / limit for sample in samples])
+
+
+def _greatest(strains: Sequence[Floats | None]) -> float | None:
+    """The greatest of the means; None where one is not known."""
+    means = [None if each is None else float(each.mean()) for each in strains]
+    known = [mean for mean in means if mean is not None]
+    return max(known) if len(known) == len(means) else None
 
 
 def _mser(series: Floats) -> int:
@@ -210,9 +243,16 @@ def _error(residuals: Floats, known: float) -> float:
 
 
 def _kept(
-    wanted: float, eligible: npt.NDArray[np.int64], met: npt.NDArray[np.int64], level: float, known: float
+    wanted: float,
+    eligible: npt.NDArray[np.int64],
+    met: npt.NDArray[np.int64],
+    strain: Floats | None,
+    level: float,
+    known: float,
 ) -> Kept:
     """One promise judged on what R replications counted after the warm-up; ``eligible`` and ``met`` of shape (R,).
+
+    ``strain``: as `_strain` has it.
 
     ``level`` is that of a one-sided bound on the share, ``known`` how many independent replications there are. The
     module's docstring has a worked example.
@@ -224,8 +264,12 @@ def _kept(
     share = failed / total
     clipped = min(max(share, 0.5 / total), 1 - 0.5 / total)
     gap = _logit(clipped) - _logit(allowed)
+    least = 1.0  # that the share is proven to be at most, by the percentile
+    if failed < TAIL and strain is not None and allowed * eligible.min() >= TAIL:
+        half = student(level, known - 1) * _error(strain - strain.mean(), known)
+        least = allowed if strain.mean() + half <= 0 else 1.0
     if failed == 0 or failed == total:
-        unseen = min(1.0, FEW / (total * known / len(eligible)))
+        unseen = min(1.0, FEW / (total * known / len(eligible)), least)
         low, high = (0.0, unseen) if failed == 0 else (1 - unseen, 1.0)
         proof = 1 if high <= allowed else -1 if low > allowed else 0
         return Kept(1 - share, 1 - high, 1 - low, gap, 0.0 if proof else math.inf, proof)
@@ -234,7 +278,7 @@ def _kept(
     if math.isinf(logit_se):
         return Kept(1 - share, 0.0, 1.0, gap, math.inf, 0)
     half = student(level, known - 1) * logit_se
-    low, high = _share(_logit(share) - half), _share(_logit(share) + half)
+    low, high = _share(_logit(share) - half), min(_share(_logit(share) + half), max(share, least))
     proof = 1 if high <= allowed else -1 if low > allowed else 0
     return Kept(1 - share, 1 - high, 1 - low, gap, logit_se, proof)
 

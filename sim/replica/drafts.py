@@ -110,21 +110,27 @@ class DraftedStep(ReplicaStep):
             self._fail(f"run of {request}, which is not running")
         if request.row in self.chosen:
             self._fail(f"run of {request} twice in one step")
-        tokens = self._whole(f"run of {request}", tokens)
-        if not 1 <= tokens <= request.remaining:
+        if type(tokens) is not int:
+            tokens = self._whole(f"run of {request}", tokens)
+        stored, known = request.stored, request.prompt + request.produced + request.ahead
+        if not 1 <= tokens <= known + request.drafts - stored or request.phase is DRAINING:
             self._fail(f"run of {tokens} tokens of {request}: {request.remaining} remain")
-        upto = request.stored + tokens
+        upto = stored + tokens
         if not self.pool.extend(request, self._slots(upto)):
             self._needy = request.row
             return False
         self.tokens += tokens
-        self.pool.computed(request, upto)
-        if request.phase is PREFILLING:
+        if self.pool.tracks:
+            self.pool.computed(request, upto)
+        decodes = request.phase is not PREFILLING
+        if not decodes:
             self.resumed |= tokens == 1 and request.produced > 0 and request.remaining == 1
             self.chunks.append((request, tokens))
-        drafts = max(0, min(request.drafts, upto - request.known))
+        drafts = min(request.drafts, upto - known) if upto > known else 0
         request.drafts = 0
-        self._choose(request, tokens, drafts)
+        self.chosen[request.row] = Chosen(request, tokens, drafts, False, decodes, request.lost)
+        if not self.wanted:
+            self.wanted = self._can_use(request, upto)
         return True
 
     def admit(  # noqa: D102
@@ -147,19 +153,19 @@ class DraftedStep(ReplicaStep):
             self.resumed = True  # a decode to a kernel, as all with one token to compute and drafts
             self.tokens += padding
             self.chunks[-1] = (request, tokens)
-        self._choose(request, tokens, padding, padding > 0)
+        chosen = Chosen(request, tokens, padding, padding > 0, request.phase is not PREFILLING, request.lost)
+        self.chosen[request.row] = chosen
+        self.wanted = self.wanted or self._can_use(request, request.stored + tokens)
         return True
 
     def _slots(self, tokens: int) -> int:
         """Tokens of KV that a request needs to compute its first ``tokens`` tokens."""
         return min(tokens + self.rule.lookahead, self.longest)
 
-    def _choose(self, request: Drafted, tokens: int, drafts: int, padding: bool = False) -> None:
-        decodes = request.phase is not PREFILLING
-        self.chosen[request.row] = Chosen(request, tokens, drafts, padding, decodes, request.lost)
-        if not self.wanted:  # the output of its last step cannot be followed by drafts, nor that of a chunk
-            chunk = request.stored + tokens < request.prompt + request.produced
-            self.wanted = not (chunk or request.produced + 1 + (request.ahead > 0) >= request.limit)
+    def _can_use(self, request: Drafted, upto: int) -> bool:
+        """Whether drafts can follow a step that computes so many tokens of a request: no chunk, nor its last one."""
+        chunk = upto < request.prompt + request.produced
+        return not (chunk or request.produced + 1 + (request.ahead > 0) >= request.limit)
 
     def _unplan(self, request: Drafted) -> bool:
         chosen = self.chosen.pop(request.row, None)

@@ -24,6 +24,7 @@ class Verified(NamedTuple):
 
     chosen: dict[int, Chosen]  # by request, in the order of the plan; whoever ends before its output is in leaves it
     drafting: int  # drafts that each of them gets by the step; 0: nobody could use any
+    kept: dict[int, int]  # by request: of its drafts so many are kept, where that was looked at already
 
 
 class VerifyingPlanner(Planner):
@@ -59,12 +60,12 @@ class VerifyingPlanner(Planner):
     def ask(self, now: int, start: When) -> Plan | None:  # noqa: D102 - documented in `Planner`, as all below
         plan = super().ask(now, start)
         if plan is not None:
-            self._verified[plan] = Verified(self.state.chosen, self.drafting)
+            self._verified[plan] = Verified(self.state.chosen, self.drafting, {})
         return plan
 
     def idle(self) -> Plan:  # noqa: D102
         plan = super().idle()
-        self._verified[plan] = Verified({}, 0)
+        self._verified[plan] = Verified({}, 0, {})
         return plan
 
     @property
@@ -79,23 +80,27 @@ class VerifyingPlanner(Planner):
             return None
         prefills: list[Chunk] = []
         decodes = context = drafts = prompt_tokens = 0
-        for chosen in state.chosen.values():
-            start, tokens = chosen.request.stored, chosen.tokens
-            if chosen.decodes:
+        flying = None if self.flight is None else self._verified[self.flight]
+        for request, tokens, verified, _, decoding, _ in state.chosen.values():
+            start = request.stored
+            if decoding:
                 decodes += 1
-                context += start + tokens - self._rejected_ahead(chosen.request)
-                drafts += chosen.drafts
+                context += start + tokens
+                if flying is not None:
+                    context -= self._rejected_ahead(request, flying)
+                drafts += verified
             else:
                 prefills.append(Chunk(start, tokens))
-                prompt_tokens += tokens - chosen.drafts
+                prompt_tokens += tokens - verified
         return decodes > 0, Batch(tuple(prefills), decodes, context, 0, None, drafts, self.drafting), prompt_tokens
 
-    def _rejected_ahead(self, request: Drafted) -> int:
-        """Drafts in flight of a request that will be rejected: when the step after them runs, its GPU knows."""
-        flying = self._verified[self.flight].chosen.get(request.row) if self.flight is not None else None
+    def _rejected_ahead(self, request: Drafted, verified: Verified) -> int:
+        """Drafts in flight of a request that will be rejected: when the step after ``verified`` runs, its GPU knows."""
+        flying = verified.chosen.get(request.row)
         if flying is None or not flying.drafts or flying.preemptions != request.lost:
             return 0
-        return flying.drafts - self._kept(flying)
+        kept = verified.kept[request.row] = self._kept(flying)
+        return flying.drafts - kept
 
     def _kept(self, chosen: Chosen) -> int:
         """Drafts of a step, whose output is the next that its request gets, that are kept."""
@@ -146,7 +151,7 @@ class VerifyingPlanner(Planner):
         plan.emitting, plan.ending = emitting, ending
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:  # noqa: D102
-        chosen, drafting = self._verified.pop(plan)
+        chosen, drafting, known = self._verified.pop(plan)
         outputs = self._ends.outputs
         ended: list[Live] = []
         for request in plan.ending:
@@ -154,7 +159,8 @@ class VerifyingPlanner(Planner):
             verified = chosen[request.row]
             drafts = verified.drafts
             stored = request.lost == verified.preemptions  # else its blocks are gone, but its tokens come
-            given = min(1 + self._kept(verified), outputs[request.row] - request.produced)
+            kept = known.get(request.row)
+            given = min(1 + (self._kept(verified) if kept is None else kept), outputs[request.row] - request.produced)
             request.produced += given
             if drafts and not verified.padding:
                 self.requests.verified(request.row, drafts, given - 1)

@@ -194,15 +194,19 @@ class RequestRecords:
         self.swapped_tokens = array("q", [0]) * n  # tokens whose KV was moved there or back
         self.spoken_ps = 0  # from first to latest token, summed over the requests that have ended
         self.extra: dict[str, array[int]] = {}  # columns that only some clusters have
+        self._drafts: tuple[array[int], ...] = ()  # `DRAFT_COLUMNS`, where they are counted
 
     def count_drafts(self) -> None:
         """Keep `DRAFT_COLUMNS` from here on."""
-        self.extra.update({name: array("i", [0]) * len(self.status) for name in DRAFT_COLUMNS})
+        self._drafts = tuple(array("i", [0]) * len(self.status) for _ in DRAFT_COLUMNS)
+        self.extra.update(zip(DRAFT_COLUMNS, self._drafts, strict=True))
 
     def verified(self, request: int, drafts: int, accepted: int) -> None:
         """Write down that a step has verified ``drafts`` drafts of a request, of which it keeps so many."""
-        for name, count in zip(DRAFT_COLUMNS, (1, drafts, accepted), strict=True):
-            self.extra[name][request] += count
+        verifications, verified, kept = self._drafts
+        verifications[request] += 1
+        verified[request] += drafts
+        kept[request] += accepted
 
     def messages(self) -> npt.NDArray[np.int64]:
         """Tokens that each client has got, but those that came together with the one before count as one."""

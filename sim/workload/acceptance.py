@@ -178,10 +178,14 @@ class Draws:
     def __init__(self, shares: tuple[float, ...], seed: int) -> None:
         self._above = [1 - share for share in shares]  # rising: the first draft is kept where the draw is above it
         self._seed = seed
+        self._of: dict[int, int] = {}  # request → its first round
 
     def __call__(self, request: int, position: int, drafts: int) -> int:
         """How many of ``drafts`` are kept of a request that has ``position`` tokens of its answer."""
-        x = _mixed(_mixed(self._seed + request * 0x9E3779B97F4A7C15) + position * 0xD1B54A32D192ED03)
+        first = self._of.get(request)
+        if first is None:
+            first = self._of[request] = _mixed(self._seed + request * 0x9E3779B97F4A7C15)
+        x = _mixed(first + position * 0xD1B54A32D192ED03)
         return min(drafts, bisect_right(self._above, (x >> 11) / (1 << 53)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import math
 from dataclasses import replace
 from typing import Any
@@ -15,12 +17,22 @@ from chairlift.backend import collectives
 from chairlift.backend.base import FOREVER, Batch, Chunk
 from chairlift.backend.by_part import ByPart
 from chairlift.backend.parallel import ONE, Parallel
-from chairlift.backend.parts import EXPERTS, experts_read, in_window, popularity
+from chairlift.backend.parts import (
+    EXPERTS,
+    WITH_EXPERTS,
+    WITH_MXFP4,
+    experts_read,
+    in_window,
+    popularity,
+    tiles_computed,
+)
 from chairlift.backend.roofline import Efficiency, Roofline
 from chairlift.backend.shapes import GPU, Model
 from chairlift.backend.specs import MODELS, gpu, model
+from kit.places import TRUTH
 
 PS = 10**12
+MXFP4_TABLE = TRUTH / "outside" / "operators_h200" / "moe_gptoss_h200_vllm0.24.0.csv.gz"
 IDEAL = Efficiency(
     mfu=1, bandwidth=1, gemm_mfu=1, kernel_us=0, attention_us=0, launch_us=0, eager_us=0, prepare_ms=0
 )  # but for the experts, whose shares of the peaks are a table's
@@ -178,6 +190,47 @@ def test_shared_experts_and_dense_layers_see_every_token() -> None:
 def test_mxfp4_reads_what_its_padding_and_scales_take() -> None:
     part = experts_of(ideal(model("gpt-oss-120b")), decode(1, 100))
     assert part.bytes == pytest.approx(36 * 4 * 3 * 2880 * 3072 * (0.5 + 1 / 32), rel=1e-9)
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0])
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 16), (256, 16), (512, 16), (1024, 32)])
+def test_tiles_hold_the_rows_that_random_choices_send(tokens: int, rows: int, skew: float) -> None:
+    """4 of 128 experts a token, as independent choices with these chances send them."""
+    chances = np.array(popularity(128, 4, skew) if skew else [4 / 128] * 128)
+    counts = np.random.default_rng(3).binomial(tokens, chances, size=(2000, 128))
+    assert tiles_computed(128, 4, tokens, skew, rows) == pytest.approx(np.ceil(counts / rows).sum(1).mean(), rel=0.02)
+
+
+def test_a_tile_more_reads_its_expert_again() -> None:
+    """MXFP4: 16 tokens need no second tile of any expert, 512 need one for half of the 128, of 16 rows on average."""
+    backend = ideal(model("gpt-oss-120b"))
+    few, many = (experts_of(backend, decode(tokens, tokens * 100)) for tokens in (16, 512))
+    assert few.seconds == pytest.approx(few.memory_s)
+    assert many.bytes == pytest.approx(36 * 128 * 3 * 2880 * 3072 * (0.5 + 1 / 32), rel=1e-6)
+    assert many.seconds == pytest.approx(many.memory_s * tiles_computed(128, 4, 512, 0, 16) / 128)
+    assert 1.4 < many.seconds / many.memory_s < 1.5
+
+
+@pytest.mark.skipif(not MXFP4_TABLE.is_file(), reason="needs the operator tables in ../shared/truth")
+@pytest.mark.parametrize("routing", ["power_law_1.01", "power_law_1.2"])
+def test_mxfp4_experts_take_as_long_as_measured_where_routing_is_skewed(routing: str) -> None:
+    """NVIDIA AIConfigurator's table of one layer on an H200 (Apache-2.0, vLLM 0.24), from 32 to 4,096 tokens.
+
+    A popularity that falls as the power 0.85 of the rank is as uneven as the table's power laws.
+    """
+    backend = ByPart(model("gpt-oss-120b"), gpu("h200"), Parallel(), Efficiency(skew=0.85))
+    kernels = (WITH_EXPERTS + WITH_MXFP4 + 2) * 3e-6  # those of a layer's experts, which take 3 us each
+    errors = []
+    with gzip.open(MXFP4_TABLE, "rt") as file:
+        for row in csv.DictReader(file):
+            shape = row["num_experts"], row["moe_tp_size"], row["moe_ep_size"], row["distribution"]
+            tokens = int(row["num_tokens"])
+            if shape == ("128", "1", "1", routing) and 32 <= tokens <= 4096:
+                told = experts_of(backend, decode(tokens, tokens)).seconds / 36 + kernels
+                errors.append(told / (float(row["latency"]) * 1e-3) - 1)
+    assert len(errors) > 10
+    assert np.median(np.abs(errors)) < 0.07
+    assert np.abs(errors).max() < 0.18
 
 
 # attention that does not read everything by head

@@ -9,9 +9,10 @@ import pytest
 from chairlift.backend.automatic import Auto, chosen
 from chairlift.backend.base import Backend, Batch, Chunk, StepCost
 from chairlift.backend.by_part import ByPart
+from chairlift.backend.calibrated.pricing import LAUNCH_US
 from chairlift.backend.calibrated.profile import Drafts, ProfileError
 from chairlift.backend.calibrated.settings import Settings
-from chairlift.backend.drafting import LAUNCH_US, WithDrafts, head_of, in_memory
+from chairlift.backend.drafting import WithDrafts, head_of, in_memory
 from chairlift.backend.memory import kv_blocks
 from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.roofline import Efficiency, Roofline
@@ -148,6 +149,17 @@ def test_a_profile_measured_with_drafts_holds_their_passes() -> None:
     for decodes, measured in ((1, 6.30), (4, 6.37), (8, 6.55)):
         cost = backend.step(verify(decodes, decodes * 140, 3 * decodes, 3))
         assert cost.first / 1e9 == pytest.approx(measured, rel=0.03)
+
+
+def test_other_numbers_of_drafts_take_as_many_passes_more_to_run_and_to_launch() -> None:
+    settings = WithDrafts(Auto(), head_of(LLAMA, "eagle3"), Drafts("eagle3", 5))
+    backend = settings.build(LLAMA, H200, ONE)
+    three, five = (backend.step(verify(8, 800, 24, proposes)) for proposes in (3, 5))
+
+    # 0.48 ms a pass, as 3 were measured; 1.4 ms to launch it
+    assert (five.first - three.first) / 1e9 == pytest.approx(2 * 0.48, rel=0.05)
+    assert five.host.launch - three.host.launch == 2 * LAUNCH_US * 10**6
+    assert "measured with 3 drafts by eagle3" in backend.assumptions()["drafting"]
 
 
 def test_beside_a_profile_without_drafts_their_passes_are_priced_apart() -> None:

@@ -102,6 +102,26 @@ def test_the_version_says_what_runs(compiled: Path) -> None:
     assert child(None, "-m", "chairlift", "--version").endswith("core in Python (make fast compiles it)\n")
 
 
+def test_what_changed_since_it_was_compiled_is_refused(compiled: Path) -> None:
+    package = compiled / "chairlift"
+    (package / "pyproject.toml").touch()  # as in a checkout
+    source = package / "sim" / "replica" / "step.py"
+    before = source.stat()
+    os.utime(source, (before.st_atime, before.st_mtime + 3600))
+    command = [sys.executable, "-m", "chairlift"]
+    paths = {**os.environ, "PYTHONPATH": str(compiled)}
+    try:
+        ran = subprocess.run([*command, "schema"], env=paths, capture_output=True, text=True, check=False)
+        told = child(compiled, "-m", "chairlift", "version")
+    finally:
+        (package / "pyproject.toml").unlink()
+        os.utime(source, (before.st_atime, before.st_mtime))
+
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "step.py: was changed after it was compiled: make fast compiles it again" in " ".join(ran.stderr.split())
+    assert "core compiled; older than step.py" in " ".join(told.split())
+
+
 def test_settings_and_their_bounds_are_the_same(compiled: Path) -> None:
     assert child(compiled, "-m", "chairlift", "schema") == child(None, "-m", "chairlift", "schema")
 

@@ -13,10 +13,10 @@ import pytest
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Effort
-from chairlift.sim.plan.cheapest import Race, race
+from chairlift.sim.plan.cheapest import Race, decide, race
 from chairlift.sim.plan.costs import cost_of, tokens_of
 from chairlift.sim.plan.file import BuyingPlan, read_plan
-from chairlift.sim.plan.headroom import margin
+from chairlift.sim.plan.headroom import bracket, margin
 from chairlift.sim.plan.promises import Promise
 from kit.command import chairlift
 from kit.queues import Queue, mm1_capacity
@@ -90,6 +90,83 @@ def test_the_margin_of_a_queue_whose_capacity_is_known(tmp_path: Path) -> None:
     assert "1.25 × the load is kept, 1.5 × would break a promise" in str(found)
     assert margin(two, 0.5, [promise], bounds, measure, Effort(requests=4000)).one_less == "kept"
     assert margin(two, 0.9, [promise], lambda _: Bound(1.0, ""), measure, Effort(requests=4000)).broken <= 1.25
+
+
+def test_the_rough_capacity_of_a_queue_on_a_front(tmp_path: Path) -> None:
+    """The M/M/1 queue again, known to keep the promise at 0.3/s; no schedule serves more than 1/s."""
+    promise = Promise(share=0.9, e2el_ms=5757)
+    queue, effort = Queue([promise], 4), Effort(requests=4000)
+    kept = decide(queue, [promise], 0.3, effort)
+    before = queue.served
+    bounded = bracket(queue, [promise], kept, 1.0, effort, 0.1)
+    spent = queue.served - before
+    free = bracket(queue, [promise], kept, math.inf, effort, 0.1)
+    loose = bracket(Queue([promise], 4), [promise], kept, 0.65, effort, 0.5)
+
+    assert kept.proof == 1
+    for found in (bounded, free):
+        assert found.low <= 0.6 <= found.high <= found.low * math.exp(0.2001)
+        assert abs(found.rate_per_s / 0.6 - 1) < 0.1
+        assert found.limiting is promise
+        assert {verdict.proof for verdict in found.verdicts if verdict.rate_per_s <= found.low} == {1}
+    assert spent < 8 * 16 * 4000
+    assert (loose.low, loose.high) == (0.3, 0.65)  # near enough as it is
+    assert [verdict.rate_per_s for verdict in loose.verdicts] == [0.3]
+
+
+def test_decisions_are_right_as_often_as_they_say() -> None:
+    """Proofs are of 95 %; ten percent off the capacity of an M/M/1 queue, hardly one of forty may be wrong or open."""
+    promise = Promise(share=0.9, e2el_ms=5757)
+    proofs = {
+        times: Counter(decide(Queue([promise], seed), [promise], 0.6 * times, Effort()).proof for seed in range(40))
+        for times in (0.9, 1.1)
+    }
+
+    assert proofs[0.9][1] >= 38
+    assert proofs[1.1][-1] >= 38
+
+
+def test_a_precision_says_how_near_to_its_limit_a_system_is_told_from_it() -> None:
+    """At its very capacity nothing can be told of an M/M/1 queue: with a coarse precision that costs less."""
+    promise = Promise(share=0.9, e2el_ms=5757)
+    spent = []
+    for precision in (0.002, 0.1):
+        queue = Queue([promise], 3)
+        assert decide(queue, [promise], 0.6, Effort(precision=precision)).proof == 0
+        spent.append(queue.served)
+
+    assert spent[1] < spent[0] / 2
+
+
+def test_systems_that_serve_short_runs_alike_are_simulated_once(tmp_path: Path) -> None:
+    """Batches of 64 and of 128 are beyond what the load reaches, those of 8 are not: as queues, 0.7 times as fast."""
+    promise = Promise(share=0.9, e2el_ms=5757)
+    candidates = plan(tmp_path, "axes: {policy.max_num_seqs: [8, 64, 128]}\n").candidates
+    simulated: Counter[int] = Counter()
+
+    def measure(candidate: Candidate):  # type: ignore[no-untyped-def]
+        limit = int(candidate.labels["policy.max_num_seqs"])
+        speed = 0.7 if limit == 8 else 1.0
+        queue = Queue([Promise(share=0.9, e2el_ms=5757 * speed)], 1)
+
+        def measured(rate: float, requests: int, replications: int):  # type: ignore[no-untyped-def]
+            simulated[limit] = max(simulated[limit], requests * replications)
+            return queue(rate / speed, requests, replications)
+
+        return measured
+
+    def raced(wanted: int) -> Race:
+        found = race(candidates, lambda _: Bound(1.0, ""), measure, [promise], 0.45, Effort(), wanted=wanted)
+        assert found.winner is not None
+        return found
+
+    found = raced(8)
+    outcomes = {entry.candidate.labels["policy.max_num_seqs"]: entry.outcome for entry in found.entries}
+
+    assert sorted((outcomes[64], outcomes[128])) == ["behind", "kept"]
+    assert outcomes[8] == "broken"  # its capacity is 0.3/s
+    assert "serves short runs as it does" in found.of("behind")[0].why
+    assert min(simulated[64], simulated[128]) == 2000  # four short runs
 
 
 def test_a_race_says_how_far_it_is(tmp_path: Path) -> None:

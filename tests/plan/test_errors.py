@@ -96,6 +96,29 @@ def test_draws_in_which_a_load_is_kept() -> None:
     assert kept(drawing(factors, 2), 0.55, [PROMISE], Effort(requests=8000), 4) == 2  # truth(1.2) is 0.43
 
 
+def test_draws_that_others_tell_of_are_not_simulated() -> None:
+    """One factor orders all draws: it takes the dearest, and then those on either side of where the promise breaks."""
+    factors = [1.0, 0.8, 0.95, 1.2, 1.5, 0.9, 1.05, 1.4, 1.3]
+    looked: list[int] = []
+
+    def measure(draw: int) -> Measure:
+        looked.append(draw)
+        return slower(factors[draw], 2)
+
+    def priced(draw: int) -> tuple[float, ...]:
+        return (math.log(factors[draw]), math.log(factors[draw]))
+
+    effort = Effort(requests=8000)
+    assert kept(measure, 0.55, [PROMISE], effort, 8, priced) == kept(measure, 0.55, [PROMISE], effort, 8) == 3
+    assert len(looked) <= 4 + 8
+    looked.clear()
+    assert kept(measure, 0.2, [PROMISE], effort, 8, priced) == 8  # the dearest keeps it
+    assert looked == [4]
+    looked.clear()
+    assert kept(measure, 0.55, [PROMISE], effort, 8, lambda draw: (factors[draw], -factors[draw])) == 3
+    assert len(looked) == 8  # none is dearer in both
+
+
 # ---- systems ----
 
 

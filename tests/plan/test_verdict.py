@@ -47,9 +47,39 @@ def test_replications_that_agree_prove_it() -> None:
 
 
 def test_without_a_failure_it_takes_100_requests_for_each_percent_allowed() -> None:
-    """Requests count as clusters of some 30: the rule of three, 3 / n, becomes 100 / n."""
-    assert judge([PROMISE], [run(0)] * 9, 10.0, 1000).proof == 0
-    assert judge([PROMISE], [run(0)] * 10, 10.0, 1000).proof == 1
+    """Requests count as clusters of some 30: the rule of three, 3 / n, becomes 100 / n, where no figure says more."""
+    unknown = run(0)._replace(figures={})
+
+    assert judge([PROMISE], [unknown] * 9, 10.0, 1000).proof == 0
+    assert judge([PROMISE], [unknown] * 10, 10.0, 1000).proof == 1
+
+
+def of_percentiles(p99s: list[float], failed: int = 0, requests: int = 1000) -> list[Sample]:
+    return [run(failed, requests)._replace(figures={"p99_ttft_ms": p99}) for p99 in p99s]
+
+
+def test_where_nobody_missed_the_percentile_itself_is_judged() -> None:
+    """The p99s 400 e^±0.1 and 400 e^±0.05: logarithms of mean ln 400 and standard error √(0.025 / 3 / 4) = 0.0456.
+
+    Student's t of 97.5 % with three degrees of freedom is 3.182, so that the p99 is proven below 400 e^0.1453 = 462.5.
+    """
+    p99s = [400 * math.exp(off) for off in (-0.1, 0.1, -0.05, 0.05)]
+
+    for limit, proof in ((462, 0), (463, 1)):
+        verdict = judge([Promise(percentile=99, ttft_ms=limit)], of_percentiles(p99s), 10.0, 1000)
+        assert (verdict.proof, verdict.holds) == (proof, True)
+        assert verdict.kept[0].low == pytest.approx(0.99 if proof else 0.975)  # else 100 of 4000 may miss it
+        assert verdict.strain == pytest.approx(math.log(400 / limit))
+
+
+def test_the_percentile_says_nothing_where_requests_missed_or_were_few() -> None:
+    low = [100.0, 101.0, 99.0, 100.0]
+
+    assert judge([PROMISE], of_percentiles(low, failed=1), 10.0, 1000).proof == 1  # four missed, of forty that may
+    assert judge([PROMISE], of_percentiles(low, failed=12), 10.0, 1000).proof == -1  # the share decides
+    assert judge([PROMISE], of_percentiles(low, requests=400), 10.0, 400).proof == 0  # four are beyond each p99
+    several = Promise(share=0.99, ttft_ms=500, tpot_ms=50)
+    assert judge([several], of_percentiles(low), 10.0, 1000).strain is None
 
 
 def test_of_two_promises_the_worse_decides_and_each_gets_half_of_the_risk() -> None:

@@ -1,0 +1,37 @@
+"""What stands on a plan's page, held to what one must be able to see."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from chairlift.sim.plan.page import SCALE
+from chairlift.sim.report.html import ASSETS
+
+LEAST = 3.0  # of graphics beside what is next to them: WCAG 2.2, success criterion 1.4.11
+
+
+def luminance(colour: str) -> float:
+    """Of sRGB, as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrasts_by_hand() -> None:
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)  # WebAIM's example
+
+
+def test_rings_off_the_front_are_seen_on_light_and_on_dark_paper() -> None:
+    """A ring is drawn in the colour of its number alone."""
+    papers = set(re.findall(r"--paper: (#[0-9a-f]{6})", (ASSETS / "page.css").read_text()))
+
+    assert len(papers) == 2
+    assert all(contrast(colour, paper) >= LEAST for _, colour in SCALE for paper in papers)
