@@ -31,6 +31,7 @@ from chairlift.backend.fitting.steps import (
     chunk_times,
     decode_times,
     launch_times,
+    own_launches,
     predicted,
     usual_launches,
 )
@@ -85,8 +86,10 @@ def _fit(steps: Steps, share: float) -> Fit:
     rough, *_ = _Form(share, mixed=False, chunks=False, workers=False).fitted(steps, _singles(steps, rows, seconds))
     decode_s = np.where(steps.kind == GRAPH, predicted(rough, steps), 0.0)
     notes: list[str] = []
-    host, launched = _host(steps, decode_s, usual, notes)
-    launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+    known_s = np.where(steps.kind == GRAPH, decode_s, np.nan)
+    shown = launch_times(steps, known_s, usual)
+    host = _host(steps, *shown, usual, notes)
+    launch = own_launches(steps, *shown, np.array([host.graph_s, host.piecewise_s, host.eager_s]))
     chunk_rows, *_ = chunk_times(steps, decode_s, launch)
     _spread(steps, chunk_rows, "chunk", "token_s", steps.prompt)
     _spread(steps, chunk_rows, "chunk", "pair_s", steps.pairs)
@@ -103,13 +106,18 @@ def _fit(steps: Steps, share: float) -> Fit:
     singles = _singles(steps, rows, seconds)
     gpu = _mean(gpu, steps, singles, 0.0, 0.0, "decode_residual", "kv_residual")
     # In a train of chunks the GPU's clock sinks; it is such trains, not prompts after a rest, that a load is made of.
+    # Where the GPU waited for a launch within a train, that the launch took long is not the GPU's doing.
+    busy = Ends.of(spans, predicted(gpu, steps), steps.singly, head, tail).first[spans.at_last] == 0
     ends_with_chunk = spans.known & (steps.chunks > 0)[spans.rows.max(axis=1)] & (spans.free > -np.inf)
-    gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk)), head, tail, "chunk_residual")
+    gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk & busy)), head, tail, "chunk_residual")
+    # In worker processes a launch holds no loop up: a step that ends late tells of the floor under its GPU time.
+    if not workers:
+        shown = launch_times(steps, predicted(gpu, steps), launch, head)
     if not steps.launch_known:
-        host = replace(host, head_s=head, tail_s=tail)
+        host = replace(host, head_s=head, tail_s=tail, **_launches(steps, *shown))
     if workers:
         notes.append("worker processes launch the steps: kernel by kernel, that sets a floor to their GPU time")
-    counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": launched}
+    counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": len(shown[0])}
     return Fit(gpu, host, counts, tuple(notes))
 
 
@@ -135,12 +143,14 @@ def fit_drafts(steps: Steps, base: GpuTime) -> Fit:
 
     decode_s = np.where(steps.kind == GRAPH, predicted(made(start), steps), 0.0)
     notes: list[str] = []
-    host, launched = _host(steps, decode_s, usual, notes)
-    seen = _Seen.of(steps, _spans(steps, np.array([host.graph_s, host.piecewise_s, host.eager_s])))
+    shown = launch_times(steps, np.where(steps.kind == GRAPH, decode_s, np.nan), usual)
+    host = _host(steps, *shown, usual, notes)
+    launch = own_launches(steps, *shown, np.array([host.graph_s, host.piecewise_s, host.eager_s]))
+    seen = _Seen.of(steps, _spans(steps, launch))
     with threadpool_limits(limits=1, user_api="blas"):
         # Finer than fits of the whole form: few terms move a loss that is mostly of the given rest.
         gpu, head, tail, _ = seen.fitted(made, {**start, "head_s": HEAD_S, "tail_s": TAIL_S}, ftol=1e-8)
-    counts = {"steps": len(steps), "decode": len(rows), "launch": launched}
+    counts = {"steps": len(steps), "decode": len(rows), "launch": len(shown[0])}
     return Fit(gpu, replace(host, head_s=head, tail_s=tail), counts, tuple(notes))
 
 
@@ -162,11 +172,13 @@ def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by:
 def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *tables: str) -> GpuTime:
     """``gpu`` with its ``tables`` lifted from the typical step to the mean one: a run's total time is to be right.
 
-    A robust fit describes the typical step, and stalls make the mean longer. The worst percent is left out.
+    A robust fit describes the typical step, and stalls make the mean longer. The worst percent is left out. Each run
+    has a factor by which its total is right; theirs is the usual one (`_usual`), so that one disturbed run lifts none.
     """
     if not len(spans):
         return gpu
     seconds = spans.done[spans.at_last] - spans.origin
+    run = steps.experiment[spans.rows[spans.at_last]]
 
     def lifted(factor: float) -> GpuTime:
         tables_of = {name: tuple((at, value * factor) for at, value in getattr(gpu, name)) for name in tables}
@@ -179,14 +191,20 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
 
     late = seconds / told(1.0)
     kept = late <= np.quantile(late, 0.99)
-    low, high = 0.8, 1.25
-    for _ in range(12):
-        middle = math.sqrt(low * high)
-        if told(middle)[kept].sum() < seconds[kept].sum():
-            low = middle
-        else:
-            high = middle
-    return lifted(math.sqrt(low * high))
+    recorded: Floats = np.bincount(run, np.where(kept, seconds, 0.0)).astype(np.float64)
+    factors = np.geomspace(0.8, 1.25, 19)
+    totals = np.stack([np.bincount(run, np.where(kept, told(factor), 0.0)) for factor in factors])
+    runs = np.flatnonzero(recorded)
+    own = [float(np.interp(recorded[each], totals[:, each], factors)) for each in runs]
+    return lifted(_usual(own, np.sqrt(np.bincount(run)[runs])))
+
+
+def _usual(values: Sequence[float], weights: Floats) -> float:
+    """The weighted median; between the two values in the middle it is interpolated."""
+    order = np.argsort(values)
+    weight = weights[order]
+    reached = np.cumsum(weight) - weight / 2
+    return float(np.interp(weight.sum() / 2, reached, np.array(values)[order]))
 
 
 class _Form:
@@ -323,7 +341,7 @@ class _Seen:
         made: Callable[[dict[str, float], Sequence[Floats]], GpuTime],
         start: dict[str, float],
         sizes: Sequence[int] = (),
-        ftol: float = 1e-5,
+        ftol: float = 1e-4,
     ) -> tuple[GpuTime, float, float, float]:
         """The GPU time by which the spans end when they did, head and tail of `HostTime`, and the loss.
 
@@ -452,29 +470,21 @@ def _linear(columns: list[Floats], values: Floats, noise: float) -> Floats:
     return result
 
 
-def _host(steps: Steps, decode_s: Floats, usual: Floats, notes: list[str]) -> tuple[HostTime, int]:
+def _host(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, usual: Floats, notes: list[str]) -> HostTime:
     one = np.ones(len(steps))
     schedule = _linear([one, steps.sequences, steps.prompt], steps.schedule_cpu, 2e-5)
     known = np.isfinite(steps.turn)
     turn_columns = [one, steps.turn_tokens, steps.added, steps.added_tokens]
     turn = _linear([c[known] for c in turn_columns], steps.turn[known], 5e-5)
-    rows, seconds = launch_times(steps, decode_s, usual)
-    launch = {}
-    for kind in (PIECEWISE, EAGER):
-        mine = steps.kind[rows] == kind
-        if mine.any():
-            if steps.launch_known:  # every launch, not only those that outlast the GPU
-                launch[kind] = float(np.median(seconds[mine]))
-            else:
-                launch[kind] = _typical(seconds[mine], steps.experiment[rows][mine])
+    launch = _launches(steps, rows, seconds)
     if not launch:
         raise CalibrationError(
             "piecewise_s and eager_s cannot be identified: no launch of a step with a chunk shows; record requests"
             " that come while an engine decodes a small batch"
         )
     for kind, other in ((PIECEWISE, EAGER), (EAGER, PIECEWISE)):
-        if kind not in launch:
-            launch[kind] = launch[other]
+        if f"{KINDS[kind]}_s" not in launch:
+            launch[f"{KINDS[kind]}_s"] = launch[f"{KINDS[other]}_s"]
             notes.append(f"no {KINDS[kind]} launch shows: taken to be as long as a {KINDS[other]} one")
     waits = Waits.of(steps, usual)
     room = (steps.done - waits.ready)[np.isfinite(waits.ready) & (waits.kind == GRAPH)]
@@ -483,7 +493,7 @@ def _host(steps: Steps, decode_s: Floats, usual: Floats, notes: list[str]) -> tu
     if steps.launch_known:
         graph_s = float(np.median(steps.launch[steps.kind == GRAPH]))
     elif steps.drafts.any():
-        graph_s = float(usual[GRAPH])
+        graph_s = float(usual[0, GRAPH])
     else:
         notes.append(
             f"launch of a whole graph is hidden by the GPU everywhere: below {bound * 1e3:.1f} ms,"
@@ -498,11 +508,23 @@ def _host(steps: Steps, decode_s: Floats, usual: Floats, notes: list[str]) -> tu
         arrival_s=turn[2],
         arrival_token_s=turn[3],
         graph_s=graph_s,
-        piecewise_s=launch[PIECEWISE],
-        eager_s=launch[EAGER],
-        tail_s=_tail(steps, launch[EAGER]) if steps.gpu_known else 0.0,
+        tail_s=_tail(steps, launch["eager_s"]) if steps.gpu_known else 0.0,
+        **launch,
     )
-    return HostTime(**{name: float(value) for name, value in vars(host).items()}), len(rows)
+    return HostTime(**{name: float(value) for name, value in vars(host).items()})
+
+
+def _launches(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> dict[str, float]:
+    """The typical launch of each kind of which some of the steps ``rows`` are, by its name in `HostTime`."""
+    found = {}
+    for kind in (PIECEWISE, EAGER):
+        mine = steps.kind[rows] == kind
+        if mine.any():
+            if steps.launch_known:  # every launch, not only those that outlast the GPU
+                found[f"{KINDS[kind]}_s"] = float(np.median(seconds[mine]))
+            else:
+                found[f"{KINDS[kind]}_s"] = _typical(seconds[mine], steps.experiment[rows][mine])
+    return found
 
 
 def _tail(steps: Steps, launch: float) -> float:
@@ -512,11 +534,14 @@ def _tail(steps: Steps, launch: float) -> float:
 
 
 def _typical(seconds: Floats, experiment: npt.NDArray[np.int64]) -> float:
-    """The mean of the runs' trimmed means, for a host is faster on some days, and a long run is still one day."""
+    """The median of the runs' trimmed means: a long run is still one day of a host, and one bad day is no usual one.
+
+    A run weighs by the root of its number of values. Between the two runs in the middle the median is interpolated.
+    """
     means, weights = [], []
     for each in np.unique(experiment):
         mine = np.sort(seconds[experiment == each])
         cut = len(mine) // 20
         means.append(mine[cut : len(mine) - cut].mean())
-        weights.append(np.sqrt(len(mine)))
-    return float(np.average(means, weights=weights))
+        weights.append(math.sqrt(len(mine)))
+    return _usual(means, np.array(weights))

@@ -14,7 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend.calibrated.profile import QUANTILES, REGIMES, GpuTime, HostTime, Spread
-from chairlift.backend.fitting.steps import GRAPH, Floats, Steps, chunk_times, decode_times, predicted
+from chairlift.backend.fitting.steps import (
+    GRAPH,
+    Floats,
+    Steps,
+    chunk_times,
+    decode_times,
+    launch_times,
+    own_launches,
+    predicted,
+)
 
 LENGTHS_S = (0.008, 0.016, 0.032, 0.064)  # classes of length: steps of each are off by factors of their own
 FEWEST = 10  # steps that a run must have of a length to count there
@@ -72,9 +81,12 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
 def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
     """GPU times alone, of the steps that show theirs."""
     gpu_s = predicted(gpu, steps)
-    launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+    decode_s = np.where(steps.kind == GRAPH, gpu_s, 0.0)
+    typical = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+    shown = launch_times(steps, gpu_s, np.tile(typical, (int(steps.experiment.max()) + 1, 1)), host.head_s)
+    launch = own_launches(steps, *shown, typical)
     rows, seconds = decode_times(steps, launch)
-    chunk_rows, chunk_seconds, led = chunk_times(steps, np.where(steps.kind == GRAPH, gpu_s, 0.0), launch)
+    chunk_rows, chunk_seconds, led = chunk_times(steps, decode_s, launch)
     chunk_seconds = np.maximum(chunk_seconds - host.head_s * led, 1e-6)
     both = np.concatenate([rows, chunk_rows])
     return Foreseen(gpu_s[both], np.concatenate([seconds, chunk_seconds]), steps.regime[both], steps.experiment[both])

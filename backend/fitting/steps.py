@@ -12,20 +12,24 @@ GPU at 18 ms and step 3's launch at 13 ms, so step 2 is done at 18 ms: the gap o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend.calibrated.profile import GpuTime, between
 from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
-from chairlift.backend.fitting.recording import Experiment
+from chairlift.backend.fitting.recording import Experiment, Table
 
 CLEAR = 1.15  # a step that takes so many times its launch is taken to show the GPU's time
 SURE = np.array([1.25, 1.75, 1.75])  # after so many times the usual launch of its kind a launch has surely ended
 SHORTEST_S = 0.0025  # and after no less than this
+SHOWN_S = 0.0004  # by so much a launch must outlast the GPU's work to be told from it
+OWN = 8  # launches of a run from which its own usual launch is told
 HEAD_S = 0.004  # within this a launch that goes kernel by kernel has surely reached the GPU
 MOST_STEPS = 24  # of a span: what comes later tells little of each
+ALIKE = 3  # steps whose median says what is usual for them
 SHORT = 0.02  # the share of outputs that come no later than a launch ends, where the GPU mostly is the later one
 STALL = 5  # a step that takes so many times as long as those like it did something else: a kernel was compiled, say
 
@@ -173,18 +177,67 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
     }
 
 
-def _stalled(seconds: Floats, chunks: Floats, decodes: Floats, computed: Floats, woke: Bools) -> Bools:
-    """Which steps took `STALL` times as long as those like them, and as those like the step whose launch they bore.
-
-    Alike are steps of one experiment, with chunks or without, whose tokens round to the same power of two.
-    """
-    like = np.rint(np.log2(np.maximum(computed, 1))) * 4 + (chunks > 0) * 2 + (decodes > 0)
-    usual = np.empty(len(seconds))
-    for each in np.unique(like):
-        usual[like == each] = np.median(seconds[like == each])
+def _stalled(seconds: Floats, chunks: Floats, decodes: Floats, computed: Floats, woke: Bools, few: int = 1) -> Bools:
+    """Which steps took `STALL` times as long as those like them, and as those like the step whose launch they bore."""
+    usual = _usual(seconds, chunks, decodes, computed, few)
     follows = np.where(np.append(woke[1:], True), 0.0, np.append(usual[1:], 0.0))
     found: Bools = seconds > STALL * np.maximum(usual, follows)
     return found
+
+
+def _usual(seconds: Floats, chunks: Floats, decodes: Floats, computed: Floats, few: int) -> Floats:
+    """The median of each step and those like it.
+
+    Alike are steps of one experiment whose tokens round to the same power of two, with chunks or without, and, if there
+    are ``few`` of them, also with decodes or without.
+    """
+    size = np.rint(np.log2(np.maximum(computed, 1))) * 2 + (chunks > 0)
+    usual = np.empty(len(seconds))
+    for like in (size, size + (decodes > 0) * 1000):
+        for each in np.unique(like):
+            mine = like == each
+            if like is size or mine.sum() >= few:
+                usual[mine] = np.median(seconds[mine])
+    return usual
+
+
+def stalls(experiment: Experiment) -> tuple[Floats, Floats]:
+    """When each stall of ``experiment`` ended, and by how much its step took longer than those like it; seconds.
+
+    A stall is a step `STALL` times as long as those like it, counted from its scheduling and also from the output
+    before it. What happens there is no step's cost: kernels are compiled on their first use, say.
+    """
+    columns: dict[str, Any] = _columns(0, experiment)
+    chunks, decodes, computed, woke = (columns[name] for name in ("chunks", "decodes", "computed", "woke"))
+    done, schedule = columns["done"], columns["schedule"]
+    seconds = done - np.maximum(schedule, np.concatenate([[-np.inf], done[:-1]]))
+    long = _stalled(done - schedule, chunks, decodes, computed, woke, ALIKE)
+    rows = np.flatnonzero(long & _stalled(seconds, chunks, decodes, computed, woke, ALIKE))
+    return done[rows], (seconds - _usual(seconds, chunks, decodes, computed, ALIKE))[rows]
+
+
+def without_stalls(experiment: Experiment) -> Experiment:
+    """``experiment`` by a clock that stood still in its `stalls`; the same object if it has none.
+
+    Requests that came within a stall come when it ends. Gaps between tokens are left out then, for nothing says which
+    of them hold a stall. For example: an engine stalls from 2 to 5 s. A request that came at 4 s and had its first
+    token at 5.1 s comes at 2 s now, and has it at 2.1 s.
+    """
+    ends, lengths = stalls(experiment)
+    if not len(ends):
+        return experiment
+
+    def told(at: Floats) -> Floats:
+        stood = np.zeros(len(at))
+        for end, length in zip(ends, lengths, strict=True):
+            stood += np.clip(at - (end - length), 0.0, length)
+        return at - stood
+
+    def table(columns: Table) -> Table:
+        times = ("arrival_s", "added_s", "first_token_s", "last_token_s", "schedule_s", "done_s")
+        return {name: told(each.astype(np.float64)) if name in times else each for name, each in columns.items()}
+
+    return replace(experiment, requests=table(experiment.requests), steps=table(experiment.steps), itl_s=None)
 
 
 def predicted(gpu: GpuTime, steps: Steps) -> Floats:
@@ -221,11 +274,11 @@ class Waits:
 
     @classmethod
     def of(cls, steps: Steps, launch: Floats) -> Waits:
-        """Of each of ``steps``, where ``launch`` holds the usual seconds of each kind's launch."""
+        """Of each of ``steps``, where ``launch[experiment, kind]`` holds the usual seconds of a launch."""
         follows, ready = _next_launch(steps)
         kind = np.append(steps.kind[1:], GRAPH)
         room = np.where(follows, steps.done - ready, np.inf)
-        return cls(ready, kind, room > np.maximum(SURE * launch, SHORTEST_S)[kind])
+        return cls(ready, kind, room > np.maximum(SURE[kind] * launch[steps.experiment, kind], SHORTEST_S))
 
 
 def _next_launch(steps: Steps) -> tuple[Bools, Floats]:
@@ -235,11 +288,12 @@ def _next_launch(steps: Steps) -> tuple[Bools, Floats]:
 
 
 def usual_launches(steps: Steps) -> Floats:
-    """The usual launch of each kind, seconds: where the engine was idle, it schedules the next step right after it.
+    """The usual launch of each kind, seconds, alike for all experiments. Shape: ``(experiments, kinds)``.
 
-    That of a whole graph is short, and hidden. With drafts it is not, for their passes and the sampling between them
-    are launched one by one: no output is processed before the launch of the next step has ended, so the shortest times
-    between its start and an output tell it.
+    Where the engine was idle, it schedules the next step right after the launch. That of a whole graph is short, and
+    hidden. With drafts it is not, for their passes and the sampling between them are launched one by one: no output is
+    processed before the launch of the next step has ended, so the shortest times between its start and an output tell
+    it.
     """
     begun, ends, idle = _idle(steps)
     usual = USUAL_LAUNCH.copy()
@@ -252,7 +306,21 @@ def usual_launches(steps: Steps) -> Floats:
         mine = idle & (steps.kind == kind)
         if mine.sum() >= 3:
             usual[kind] = np.median((ends - begun)[mine])
-    return usual
+    return np.tile(usual, (int(steps.experiment.max()) + 1, 1))
+
+
+def own_launches(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, typical: Floats) -> Floats:
+    """The usual launch of each kind in each experiment, seconds. Shape: ``(experiments, kinds)``.
+
+    Those of ``rows`` took ``seconds`` (`launch_times`). They count for their own experiment where they took longer than
+    ``typical``, a value a kind: a host has bad days, on which a launch ends later than it surely would have on others.
+    """
+    found = np.tile(typical, (int(steps.experiment.max()) + 1, 1))
+    for experiment, kind in np.unique(np.stack([steps.experiment[rows], steps.kind[rows]]), axis=1).T:
+        mine = seconds[(steps.experiment[rows] == experiment) & (steps.kind[rows] == kind)]
+        if len(mine) >= OWN:
+            found[experiment, kind] = max(typical[kind], float(np.median(mine)))
+    return found
 
 
 def _idle(steps: Steps) -> tuple[Floats, Floats, Bools]:
@@ -268,7 +336,7 @@ def _idle(steps: Steps) -> tuple[Floats, Floats, Bools]:
 def decode_times(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
     """Steps of decodes alone that show their GPU time: their indices, and the times in seconds.
 
-    ``launch`` holds the usual launch of each kind.
+    ``launch[experiment, kind]`` holds the usual launches.
     """
     if steps.gpu_known:
         rows = np.flatnonzero(steps.kind == GRAPH)
@@ -283,11 +351,12 @@ def decode_times(steps: Steps, launch: Floats) -> tuple[npt.NDArray[np.int64], F
 def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats, Bools]:
     """Steps with chunks that show their GPU time: their indices, and the times in seconds.
 
-    ``decode_s`` holds the GPU time that each step of decodes alone should take, ``launch`` the usual launch of each
-    kind. Last comes whether the time begins with the launch, on an idle GPU that first waits for a kernel.
+    ``decode_s`` holds the GPU time that each step of decodes alone should take, ``launch[experiment, kind]`` the usual
+    launches. Last comes whether the time begins with the launch, on an idle GPU that first waits for a kernel.
     """
+    launch_s = launch[steps.experiment, steps.kind]
     if steps.gpu_known:
-        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch[steps.kind]))
+        rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch_s))
         return rows, steps.gpu[rows], np.zeros(len(rows), dtype=bool)
     sure = Waits.of(steps, launch).sure & ~steps.stalled
     begun = steps.schedule + steps.schedule_cpu  # its launch
@@ -301,7 +370,7 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     hidden = ~steps.woke & ~sure_before & after_decode
     start = np.where(hidden, np.minimum(earlier, two_before + decode_before), start)
     known = steps.woke | ((sure_before | hidden) & (start - begun > HEAD_S))
-    shows = steps.done - begun > CLEAR * launch[steps.kind]  # else the launch set the time
+    shows = steps.done - begun > CLEAR * launch_s  # else the launch set the time
     rows = np.flatnonzero((steps.chunks > 0) & sure & known & shows & ~(steps.first & ~steps.woke))
     return rows, (steps.done - start)[rows], steps.woke[rows]
 
@@ -327,15 +396,16 @@ class Spans:
 
     @classmethod
     def of(cls, steps: Steps, launch: Floats) -> Spans:
-        """All spans of ``steps``, where ``launch`` holds the usual seconds of each kind's launch."""
+        """All spans of ``steps``, where ``launch[experiment, kind]`` holds the usual launches."""
+        launch_s = launch[steps.experiment, steps.kind]
         sure = (Waits.of(steps, launch).sure & ~steps.stalled).tolist()
         begun = steps.schedule + steps.schedule_cpu
         earlier = np.concatenate([[np.inf], steps.done[:-1]])
         shown = np.concatenate([[True], sure[:-1]])  # the launch may have ended before; else the GPU waited for it
-        ends = np.where(shown, np.minimum(earlier, begun + launch[steps.kind]), np.maximum(earlier, begun))
-        ends = np.where(steps.woke | steps.first, begun + launch[steps.kind], ends)
+        ends = np.where(shown, np.minimum(earlier, begun + launch_s), np.maximum(earlier, begun))
+        ends = np.where(steps.woke | steps.first, begun + launch_s, ends)
         # Behind an idle engine a short step ends with its launch, whose length differs from day to day.
-        short = steps.woke & (steps.kind != GRAPH) & (steps.done - begun <= CLEAR * launch[steps.kind])
+        short = steps.woke & (steps.kind != GRAPH) & (steps.done - begun <= CLEAR * launch_s)
         found: list[list[int]] = []
         open_ = False  # whether the last span of `found` goes on
         for i, (first, woke, stalled) in enumerate(
@@ -380,12 +450,15 @@ class Spans:
         return np.arange(len(self)), (self.done < np.inf).sum(axis=1) - 1
 
 
-def launch_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDArray[np.int64], Floats]:
+def launch_times(
+    steps: Steps, gpu_s: Floats, launch: Floats, head: float = 0.0
+) -> tuple[npt.NDArray[np.int64], Floats]:
     """Launches of steps with chunks that show: the indices of the steps, and the launches' seconds.
 
     A launch shows where the engine was idle, for it then schedules the next step right after the launch; and where it
-    outlasted a step of decodes alone before it, whose GPU time ``decode_s`` is known. ``launch`` holds the usual launch
-    of each kind.
+    outlasted the GPU's work on the steps before it, which take ``gpu_s`` (NaN: unknown). For example: a step is done on
+    the GPU 5 ms after the next one's launch began, and its output is processed 20 ms after that: so long took the
+    launch. ``launch[experiment, kind]`` holds the usual launches, ``head`` is that of `HostTime`.
     """
     if steps.launch_known:  # behind a long step a launch may wait for the GPU
         quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])
@@ -393,15 +466,12 @@ def launch_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.ND
         return rows, steps.launch[rows]
     n = len(steps)
     begun, ends, idle = _idle(steps)
-    waits = Waits.of(steps, launch)
-    sure_before = np.concatenate([[False], waits.sure[:-1]]) & ~steps.woke & ~steps.first
-    earlier = np.concatenate([[0.0], steps.done[:-1]])
-    gpu_end = earlier + decode_s  # of each decode-only step
-    host_bound = (steps.kind == GRAPH) & sure_before & np.isfinite(waits.ready) & (steps.done > gpu_end + 0.0004)
+    gpu_end = _latest_ends(steps, gpu_s, launch, head)
+    follows = ~steps.last & ~np.append(steps.woke[1:], True)
+    of = np.flatnonzero(follows & (steps.done > gpu_end + SHOWN_S)) + 1
     shown = np.zeros(n, dtype=bool)
     value = np.full(n, np.nan)
     room = np.full(n, np.inf)  # what the GPU would have hidden anyway
-    of = np.flatnonzero(host_bound) + 1
     shown[of] = True
     value[of] = steps.done[of - 1] - begun[of]
     room[of] = gpu_end[of - 1] - begun[of]
@@ -415,3 +485,22 @@ def launch_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.ND
             shown &= ~(mine & (room > np.quantile(value[mine], 0.05)))
     rows = np.flatnonzero(shown)
     return rows, value[rows]
+
+
+def _latest_ends(steps: Steps, gpu_s: Floats, launch: Floats, head: float) -> Floats:
+    """When each step ended on the GPU at the latest, if it takes ``gpu_s``: no later than its output was processed."""
+    sure = Waits.of(steps, launch).sure.tolist()
+    begun = steps.schedule + steps.schedule_cpu
+    launched = np.minimum(begun + launch[steps.experiment, steps.kind], np.concatenate([[np.inf], steps.done[:-1]]))
+    begin = np.where(steps.kind == GRAPH, launched, begun + head)
+    fresh = steps.woke | steps.first
+    begin = np.where(fresh, begun + launch[steps.experiment, steps.kind], begin)
+    found = np.empty(len(steps))
+    end = -np.inf
+    table = zip(begin.tolist(), gpu_s.tolist(), steps.done.tolist(), fresh.tolist(), sure, strict=True)
+    for i, (start, work, done, new, known) in enumerate(table):
+        end = max(-np.inf if new else end, start) + work
+        found[i] = end = end if end < done else done  # also where the work is unknown
+        if known:
+            end = done
+    return found

@@ -21,7 +21,7 @@ from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
 from chairlift.backend.fitting.residuals import Foreseen
-from chairlift.backend.fitting.steps import steps_of
+from chairlift.backend.fitting.steps import steps_of, without_stalls
 from chairlift.sim.calibration.validate import Cell, compare, predict, recorded
 
 Progress = Callable[[str], None]
@@ -126,7 +126,8 @@ def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: 
         held.gpu[each.name] = residuals.on_gpu(profile.gpu_time, profile.host, table)
         if not each.is_grid:
             progress(f"predict {each.name}")
-            held.cells[each.name] = compare(each.name, predict(each, recording, profile), recorded(each))
+            running = without_stalls(each)
+            held.cells[each.name] = compare(each.name, predict(running, recording, profile), recorded(running))
     return held
 
 

@@ -115,10 +115,16 @@ class Run:
 def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
     """The shipped profile of vLLM that is nearest: of the model, then of the GPU, of vLLM's ``version``, or the latest.
 
+    Profiles of engines that speculate are left out.
+
     Raises `profiles.ProfileError` if none is of as many GPUs.
     """
     known = [profiles.load(name) for name in profiles.shipped()]
-    found = [each for each in known if each.tensor_parallel == tensor and each.engine.startswith("vllm")]
+    found = [
+        each
+        for each in known
+        if each.tensor_parallel == tensor and each.engine.startswith("vllm") and each.drafts is None
+    ]
     if not found:
         raise profiles.ProfileError(f"no shipped profile is of {tensor} GPUs")
     wanted = f"vllm {version}."

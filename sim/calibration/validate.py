@@ -22,6 +22,7 @@ from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.checked import wrong
 from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
+from chairlift.backend.fitting.steps import without_stalls
 from chairlift.policies.base import KvGroups
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
@@ -254,14 +255,19 @@ def validate(
     profile_of: Callable[[Experiment], Profile],
     progress: Callable[[str], None] = lambda _name: None,
 ) -> list[Cell]:
-    """The cells of ``experiments``, each predicted by the profile that ``profile_of`` gives for it."""
+    """The cells of ``experiments``, each predicted by the profile that ``profile_of`` gives for it.
+
+    The clock stands still in the engine's stalls (`backend.fitting.steps.stalls`), which no step costs predict.
+    """
     repeats = {each.repeats: each for each in recording.experiments.values() if each.repeats}
     cells: list[Cell] = []
     for each in experiments:
         progress(each.name)
         again = repeats.get(each.name)
-        predicted = predict(each, recording, profile_of(each))
-        cells += compare(each.name, predicted, recorded(each), None if again is None else recorded(again))
+        running = without_stalls(each)
+        predicted = predict(running, recording, profile_of(each))
+        noise = None if again is None else recorded(without_stalls(again))
+        cells += compare(each.name, predicted, recorded(running), noise)
     return cells
 
 

@@ -20,7 +20,7 @@ from chairlift.backend.calibrated.profile import Profile, ProfileError, load
 from chairlift.backend.fitting import residuals
 from chairlift.backend.fitting.fit import CalibrationError
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError, read
-from chairlift.backend.fitting.steps import steps_of
+from chairlift.backend.fitting.steps import STALL, stalls, steps_of
 from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.parallel import labelled
 from chairlift.sim.atomic import write_text
@@ -248,6 +248,12 @@ def validate_(
                 cells += found
                 if not quiet:
                     out.print(_cells_table(each.name, validate.is_burst(each), found))
+                    _, lengths = stalls(each)
+                    if len(lengths):
+                        out.print(
+                            f"note: {escape(each.name)}: the engine stalled {len(lengths)} times, {lengths.sum():.1f} s"
+                            f" in all (a step {STALL} times as long as those like it); the clock stands still in them"
+                        )
         finally:
             if json_file is not None:
                 rows = [cell.json() for cell in cells]
