@@ -313,7 +313,7 @@ class _Resolver(Lookup):
             for chosen in systems:
                 for key in chosen.keys() & {"policy", "router"}:
                     self._document.put(key, chosen[key], f"--{key} {chosen[key]}")
-                variant = Variant(**chosen) if len(systems) > 1 else None
+                variant = Variant.model_validate(chosen) if len(systems) > 1 else None
                 found.append(self._setup(scenario, case, trace, variant, None))
         elif scenario.compare:
             for i, variant in enumerate(scenario.compare):
