@@ -93,6 +93,8 @@ def _engine(scheduler: Any) -> dict[str, Any]:
     if sizes:
         limits["graph_tokens"] = max(sizes)
     parallel = config.parallel_config
+    drafts = getattr(config, "speculative_config", None)
+    told = {} if drafts is None else {"extra": {"speculative": _speculative(drafts)}}
     return {
         "gpu": current_platform.get_device_name(),
         "torch": version("torch"),
@@ -101,7 +103,13 @@ def _engine(scheduler: Any) -> dict[str, Any]:
         "tensor_parallel_size": parallel.tensor_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "limits": {name: value for name, value in limits.items() if value is not None},
+        **told,
     }
+
+
+def _speculative(drafts: Any) -> dict[str, Any]:
+    """How the engine speculates, by vLLM's names."""
+    return {"method": str(drafts.method), "num_speculative_tokens": int(drafts.num_speculative_tokens)}
 
 
 class RecordingScheduler(_Recording, AsyncScheduler):

@@ -22,7 +22,8 @@ from chairlift.backend.recorder.journal import Journal
 from kit import vllm_on_cpu
 from kit.places import IMPORTS, TESTS
 
-ENGINE = {"vllm": "0.26.0", "gpu": "g"}
+DRAFTS = {"speculative": {"method": "ngram", "num_speculative_tokens": 2}}
+ENGINE = {"vllm": "0.26.0", "gpu": "g", "extra": DRAFTS}
 LIMITS = {"num_gpu_blocks": 9, "max_num_batched_tokens": 64, "max_num_seqs": 4, "block_size": 16}
 
 
