@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import astuple, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Le
-from pydantic import ConfigDict, Strict, with_config
 
 from chairlift.backend.shapes import Model
 
-Count = Annotated[int, Strict(), Ge(1), Le(1024)]
+
+class _Whole:
+    """Tells pydantic, which reads scenarios, to take numbers alone, no text and no truth value. It needs no import."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(source), "strict": True}
 
 
-@with_config(ConfigDict(extra="forbid", strict=False))  # a mapping of a strict document may become one
+Count = Annotated[int, _Whole(), Ge(1), Le(1024)]
+
+
 @dataclass(frozen=True)
 class Parallel:
     """The degrees of parallelism of one replica, which has tensor × pipeline × data GPUs.
@@ -22,6 +28,11 @@ class Parallel:
     ``data`` groups of ``tensor`` GPUs each hold the whole attention and its KV for their own requests; the experts are
     shared out over all of a stage's GPUs, ``expert`` groups of them holding different experts.
     """
+
+    __pydantic_config__: ClassVar = {
+        "extra": "forbid",
+        "strict": False,
+    }  # a mapping of a strict document may become one
 
     tensor: Count = field(
         default=1, metadata={"description": "GPUs that share the heads and the width of every layer."}

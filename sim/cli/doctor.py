@@ -55,7 +55,7 @@ def doctor() -> None:
 
 
 def version_() -> None:
-    """Print the version, and whether the core runs compiled: `make fast` and `make wheel` compile it."""
+    """Print the version, and whether the core runs compiled."""
     out.print(f"chairlift {_version('chairlift') or 'from a checkout'}, {_core()}")
 
 

@@ -42,6 +42,7 @@ MOST_MEMBERS = 1 << 30  # bytes of all clients' files: ServeGen's largest model 
 _MEMBER = re.compile(r"(?:.*/)?(chunk-\d{1,9})-(trace\.csv|dataset\.json)")
 _PAIR = re.compile(r"(\d+): *([0-9.eE+-]+)")
 _PROMPT = ("input_tokens", "text_tokens")  # fields of language models, of multimodal models
+_ANSWER = "output_tokens"
 _MEDIA = ("image", "audio", "video")
 
 
@@ -173,7 +174,7 @@ class _Player:
             prompts += client.drawn(what, start, n, rng)
         for medium in _MEDIA:
             prompts += client.drawn(f"{medium}_count", start, n, rng) * client.drawn(f"{medium}_tokens", start, n, rng)
-        return begin + arrivals[inside] / rate, prompts, client.drawn("output_tokens", start, n, rng)
+        return begin + arrivals[inside] / rate, prompts, client.drawn(_ANSWER, start, n, rng)
 
 
 def _gaps(shape: float, weibull: bool, n: int, rng: np.random.Generator) -> Floats:
@@ -279,10 +280,11 @@ def _client(file: str, name: str, texts: dict[str, str]) -> Client:
             data = json.loads(texts["dataset.json"], object_pairs_hook=once)
             lengths = {int(float(start)): dict(fields) for start, fields in data.items()}
             for fields in lengths.values():
-                for name, text in fields.items():
+                for column, text in fields.items():
                     if not isinstance(text, str):
-                        raise ValueError(f"{name} must be text like '{{45: 0.01}}'")
-                    _pairs(text)
+                        raise ValueError(f"{column} must be text like '{{45: 0.01}}'")
+                    if column in (*_PROMPT, _ANSWER):  # others are shares, and not read
+                        _pairs(text)
         except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise BadInput(Problem(f"not a dataset of ServeGen's: {error}", f"{file}-dataset.json")) from None
     columns: Sequence[Any] = list(zip(*rows, strict=True)) or [(), (), (), ()]
