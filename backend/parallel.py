@@ -29,10 +29,8 @@ class Parallel:
     shared out over all of a stage's GPUs, ``expert`` groups of them holding different experts.
     """
 
-    __pydantic_config__: ClassVar = {
-        "extra": "forbid",
-        "strict": False,
-    }  # a mapping of a strict document may become one
+    # a mapping of a strict document may become one
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": False}
 
     tensor: Count = field(
         default=1, metadata={"description": "GPUs that share the heads and the width of every layer."}
