@@ -72,6 +72,9 @@ class Roofline(Backend):
             host=Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST,
         )
 
+        if type(self).step is Roofline.step:  # no detour at every step: 4 % of a run
+            self.step = self._rates.step  # type: ignore[method-assign]
+
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds until another bound of the roofline takes over."""
         return self._rates.step(batch)

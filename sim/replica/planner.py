@@ -211,7 +211,7 @@ class Planner:
             len(state.admitted),
             len(state.queue),
             self.pool.total - self.pool.free,
-            self.pool.spared,
+            self.pool.spared if self.pool.tracks else 0,
             state.kv_tokens,
             self._promised,
             group.reserved if decoding else 0,
