@@ -72,7 +72,7 @@ class Roofline(Backend):
             host=Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST,
         )
 
-        if type(self).step is Roofline.step:  # no detour at every step: 4 % of a run
+        if type(self).step is Roofline.step:  # no detour at every step
             self.step = self._rates.step  # type: ignore[method-assign]
 
     def step(self, batch: Batch) -> StepCost:

@@ -125,8 +125,6 @@ class Vllm(Scheduler):
             pads_joining=self.holds("pads_joining", version),
             cadence=Cadence(interval) if interval > 1 else None,
         )
-        if type(self).schedule is Vllm.schedule:  # no detour at every step: 4 % of a run
-            self.schedule = self._turn.schedule  # type: ignore[method-assign]
 
     @classmethod
     def holds(cls, rule: str, version: str) -> bool:
