@@ -12,10 +12,10 @@ run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 test: $(VENV)/.installed-dev  ## all tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-fuzz: $(VENV)/.installed-dev  ## damaged files of every kind, each read to an answer or to one message (some 20 minutes)
+fuzz: $(VENV)/.installed-dev  ## damaged files of every kind, each read to an answer or to one message (long)
 	cd tests && ../$(BIN)/python fuzz.py scripted && ../$(BIN)/python fuzz.py 20000 1
 
-kills: $(VENV)/.installed-dev  ## 200 kills of commands at random moments: nothing lost, nothing mixed (half an hour)
+kills: $(VENV)/.installed-dev  ## 200 kills of commands at random moments: nothing lost, nothing mixed (long)
 	cd tests && ../$(BIN)/python kills.py 200 1
 
 bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
