@@ -44,6 +44,7 @@ _PAIR = re.compile(r"(\d+): *([0-9.eE+-]+)")
 _PROMPT = ("input_tokens", "text_tokens")  # fields of language models, of multimodal models
 _ANSWER = "output_tokens"
 _MEDIA = ("image", "audio", "video")
+_READ = {*_PROMPT, _ANSWER, *(f"{medium}_{what}" for medium in _MEDIA for what in ("count", "tokens"))}
 
 
 @dataclass
@@ -283,7 +284,7 @@ def _client(file: str, name: str, texts: dict[str, str]) -> Client:
                 for column, text in fields.items():
                     if not isinstance(text, str):
                         raise ValueError(f"{column} must be text like '{{45: 0.01}}'")
-                    if column in (*_PROMPT, _ANSWER):  # others are shares, and not read
+                    if column in _READ:  # others are shares
                         _pairs(text)
         except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise BadInput(Problem(f"not a dataset of ServeGen's: {error}", f"{file}-dataset.json")) from None
