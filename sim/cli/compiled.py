@@ -7,8 +7,9 @@ are. Both ways give the same bytes (`tests/house/test_compiled.py`).
 from __future__ import annotations
 
 from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.util import find_spec
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[2]  # or the checkout, whose folders are the package's
 
 # Of the package. What users subclass, and dataclasses of settings, stay Python: of those mypyc keeps no annotations.
 MODULES = (
@@ -43,24 +44,25 @@ def compiled() -> list[str]:
 
 def stale() -> list[Path]:
     """Sources of a checkout that have changed since they were compiled: what runs is not what they say."""
-    if not (Path(__file__).resolve().parents[2] / "pyproject.toml").exists():
+    if not (_PACKAGE / "pyproject.toml").exists():
         return []  # an installation, whose files are as old as the installer makes them
     found = []
     for name in MODULES:
-        library = _library(name)
-        if library is not None:
-            source = library.with_name(f"{name.rpartition('.')[2]}.py")
-            if source.exists() and source.stat().st_mtime > library.stat().st_mtime:
-                found.append(source)
+        library, source = _library(name), _source(name)
+        if library is not None and source.exists() and source.stat().st_mtime > library.stat().st_mtime:
+            found.append(source)
     return found
 
 
+def _source(name: str) -> Path:
+    return _PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+
+
 def _library(name: str) -> Path | None:
-    """The compiled module; None if it runs as Python."""
-    spec = find_spec(f"chairlift.{name}")
-    if spec is None or spec.origin is None or not spec.origin.endswith(tuple(EXTENSION_SUFFIXES)):
-        return None
-    return Path(spec.origin)
+    """The compiled module, which Python takes before the source beside it; None if there is none."""
+    source = _source(name)
+    found = (source.with_name(source.stem + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((library for library in found if library.exists()), None)
 
 
 def told() -> str:
