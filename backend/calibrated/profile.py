@@ -306,7 +306,8 @@ def parse(text: str) -> Profile:
         data = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"not JSON: {error}") from None
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+    told = data.pop("format", None) if isinstance(data, dict) else None
+    if isinstance(told, bool) or told != FORMAT:
         raise ProfileError(f"format must be {FORMAT}")
     try:
         made = _PROFILE.validate_json(json.dumps(data))  # as JSON, in which lists may become tuples

@@ -69,6 +69,7 @@ class Experiment:
     """One workload under one set of limits."""
 
     name: str
+    folder: Path  # of the recording
     limits: dict[str, Any]  # of the engine, by vLLM's names
     summary: dict[str, Any]
     requests: Table
@@ -184,7 +185,7 @@ def read(folder: Path, model: str) -> Recording:
             for table in (requests, steps)
         ]
         _check(name, own[0], own[1], folder)
-        recording.experiments[name] = Experiment(name, limits, facts, own[0], own[1], gaps.get(name))
+        recording.experiments[name] = Experiment(name, folder, limits, facts, own[0], own[1], gaps.get(name))
     for file, names in (
         ("requests.csv.gz", set(requests["experiment"].tolist())),
         ("steps.csv.gz", set(steps["experiment"].tolist())),
@@ -299,6 +300,9 @@ def _table(path: Path, columns: tuple[str, ...], ends: str = "") -> Table:
             if np.abs(column.astype(float)).max() > MOST:
                 bad = int(np.argmax(np.abs(column.astype(float))))
                 raise RecordingError(f"{path}:{bad + 2}: {name} must be at most {MOST:g} (got {column[bad]:g})")
+            if not name.endswith("_s") and (column != np.floor(column)).any():
+                bad = int(np.argmax(column != np.floor(column)))
+                raise RecordingError(f"{path}:{bad + 2}: {name} must be a whole number (got {column[bad]:g})")
             if name != "prefix_group" and column.size and column.min() < 0:
                 bad = int(np.argmin(column))
                 raise RecordingError(f"{path}:{bad + 2}: {name} must be at least 0 (got {column[bad]:g})")

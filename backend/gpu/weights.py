@@ -58,12 +58,10 @@ def _load(
     weight = random_weights(dtype, device, options.seed)
     if options.weights is not None:
         folder = Path(options.weights)
-        config = read_config(folder)
-        told = hf_config.model(config, model.name)
+        told, arithmetic = described(folder, model.name, max_model_len)
         for size in ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "vocab"):
             if getattr(told, size) != getattr(model, size):
                 raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
-        arithmetic = Arithmetic.from_hf_config(config, max_model_len)
         weight = saved_weights(folder, dtype, device)
     built = (options.max_batch + 1, max_model_len, options.quantization == "fp8", options.routing_skew, ranks)
     check_room(device, round(model.parameters * dtype.itemsize / ranks.count), f"{model.name}'s weights")
@@ -125,6 +123,19 @@ def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Cal
         raise ValueError(f"{folder}: {name} is missing")
 
     return weight
+
+
+def described(folder: Path, name: str, longest: int) -> tuple[Model, Arithmetic]:
+    """What ``config.json`` of a folder of weights says of the model, which is called ``name``.
+
+    Sequences have at most ``longest`` tokens. Raises ValueError, one sentence that names the file.
+    """
+    config = read_config(folder)
+    try:
+        return hf_config.model(config, name), Arithmetic.from_hf_config(config, longest)
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        rule = f"missing {error}" if isinstance(error, LookupError) else str(error)
+        raise ValueError(f"{folder / 'config.json'}: {rule}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

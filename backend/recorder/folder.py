@@ -77,6 +77,8 @@ def convert(folder: Path, model: str, name: str = "served") -> list[str]:
             at = (f"{max(0.0, arrival - start):.6f}", f"{max(0.0, added - start):.6f}")
             requests.append((label, i, *at, prompt, len(times), -1, *ends))
         own = list(_steps(Path(f"{stem}.steps.csv"), start))
+        if not own:
+            raise RecordingError(f"{stem}.steps.csv: holds no step after the first request's arrival")
         steps += [(label, *row) for row in own]
         experiments.append({"name": label, "steps": len(own), "requests": len(rows), "engine": engine["limits"]})
     (folder / f"{model}_summary.json").unlink(missing_ok=True)  # without one it is no recording, whatever ends this

@@ -209,7 +209,8 @@ def trace_of(experiment: Experiment) -> Trace:
         if shared is None:
             given = experiment.summary.get("prefix_tokens", experiment.limits.get("prefix_tokens"))
             if not isinstance(given, int):
-                raise RecordingError(f"{experiment.name}: prompts share prefixes, but nothing says prefix_tokens")
+                rule = "prompts share prefixes, but nothing says prefix_tokens"
+                raise RecordingError(f"{experiment.folder}: {experiment.name}: {rule}")
             shared = np.where(groups >= 0, given, 0)
         columns = {"prefix_group": groups[order], "prefix_tokens": np.minimum(shared, table["prompt_tokens"])[order]}
     return Trace(

@@ -9,6 +9,7 @@ metric (`vllm/benchmarks/serve.py`, vLLM 0.23).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -182,6 +183,41 @@ FIELDS: dict[str, Metric] = {metric.name: metric for metric in (*SERVED, *REPLIC
     for metric in LATENCIES
     for name, label in zip(fields(metric.name), STATISTICS.values(), strict=True)
 }  # of `summary.json`, by name
+
+
+_OF_SOME = {  # what only some runs have: several tenants, drafts, a hand-over of KV; the last two since version 0.2
+    *("service_gap", "service_ratio", "accepted_length", "draft_tokens", "drafts_wasted"),
+    *fields("transfer"),
+    *("offered_rate", "slo_missed"),
+}
+_MAYBE_NONE = {  # what a run may have no value of: nothing arrived later, nobody was promised anything, no steps
+    *("offered_rate", "request_goodput", "slo_missed", "service_gap", "service_ratio", "accepted_length"),
+    *("drafts_wasted", "mean_leap", "requests_per_wall_s"),
+    *(name for metric in LATENCIES for name in fields(metric.name)),
+}
+
+
+def unsound(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The first field of a summary that was read back that is wrong, and why; two empty texts if all are sound."""
+    for name in (*FIELDS, "assumptions"):
+        if name not in summary and name not in _OF_SOME:
+            return name, "it is missing"
+    for name, value in summary.items():
+        if name in ("case", "variant"):
+            wrong = "" if isinstance(value, str) else "it must be text"
+        elif name == "assumptions":
+            texts = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+            wrong = "" if texts else "it must hold texts"
+        elif name not in FIELDS:
+            wrong = f"no such metric{did_you_mean(name, list(FIELDS))}"
+        elif value is None:
+            wrong = "" if name in _MAYBE_NONE else "it must be a number"
+        else:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            wrong = "" if number and abs(value) <= sys.float_info.max else "it must be a number"
+        if wrong:
+            return name, wrong
+    return "", ""
 
 
 def shown(metric: Metric, summary: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from chairlift.backend.checked import a_file, once, wrong
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.results.catalogue import FIELDS
+from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean
+from chairlift.sim.results.catalogue import unsound
 from chairlift.sim.results.records import ADDED_COLUMNS, EVENT_COLUMNS, Kind, Status
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -104,7 +104,8 @@ class _Study:
     waterfall: list[dict[str, str]]
     compares: bool
     runs: list[_Run]
-    sha256: dict[str, str] = field(default_factory=dict)  # of each table's file; of none in folders of older versions
+    # The checksum of each table's file; of none in folders of older versions.
+    sha256: Mapping[Literal["requests", "steps", "events"], str] = field(default_factory=dict)
 
 
 _STUDY = TypeAdapter(_Study)
@@ -117,7 +118,7 @@ T = TypeVar("T")
 class Tables:
     """The Parquet tables of a folder. Where a file keeps what is read once, the rows of a run when asked for."""
 
-    def __init__(self, folder: Path, sha256: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, sha256: Mapping[Any, str]) -> None:
         self._folder = folder
         self._sha256 = sha256
         self._known: dict[str, pq.FileMetaData] = {}
@@ -127,6 +128,12 @@ class Tables:
         with self._reading(name):
             names: list[str] = self._metadata(name).schema.names
             return names
+
+    def size(self, name: str) -> int:
+        """How many rows the table ``name`` has, by its own account. Raises `BadInput` if the file cannot be read."""
+        with self._reading(name):
+            rows: int = pq.read_metadata(a_file(self._path(name))).num_rows
+            return rows
 
     def rows(self, name: str, first: int, count: int, columns: Sequence[str]) -> pa.Table:
         """The ``count`` rows of table ``name`` from row ``first`` on, which begins a row group.
@@ -303,11 +310,17 @@ def read(folder: Path) -> Results:
     else:
         summaries = [_json(folder, "summary.json", _SUMMARY)]
     for summary in summaries:
-        for name, value in summary.items():
-            if name in FIELDS and not (value is None or isinstance(value, int | float)):
-                file = folder / ("comparison.json" if facts.compares else "summary.json")
-                rule = f"is damaged, or {ANOTHER_VERSION}: it must be a number"
-                raise BadInput(Problem(rule, file=str(file), path=name, value=value))
+        name, why = unsound(summary)
+        if name:
+            file = folder / ("comparison.json" if facts.compares else "summary.json")
+            value = summary.get(name, NOTHING)
+            raise BadInput(Problem(f"is damaged, or {ANOTHER_VERSION}: {why}", file=str(file), path=name, value=value))
+    for run, summary in zip(facts.runs, summaries, strict=False):
+        if facts.compares and (summary.get("case", ""), summary.get("variant", "")) != (run.case, run.variant):
+            rule = (
+                f"is damaged: a summary is of {summary.get('case')}, {summary.get('variant')}; study.json has another"
+            )
+            raise BadInput(Problem(rule, file=str(folder / "comparison.json"), path="variant"))
     if len(summaries) != len(facts.runs):
         rule = f"tells of {len(facts.runs)} runs, but the summaries of {len(summaries)}: run the scenario again"
         raise BadInput(Problem(rule, file=str(folder / "study.json"), path="runs"))
@@ -316,6 +329,11 @@ def read(folder: Path) -> Results:
     for each in facts.runs:
         past = places[-1] if places else {}
         places.append({name: (sum(past.get(name, (0, 0))), count) for name, count in vars(each.rows).items()})
+    for table in facts.sha256:
+        if rows := tables.size(table) - sum(each[table][1] for each in places if table in each):
+            rule = f"tells of {abs(rows):,} rows {'fewer' if rows > 0 else 'more'} than {table}.parquet holds"
+            rule = f"is damaged: it {rule}: run the scenario again"
+            raise BadInput(Problem(rule, file=str(folder / "study.json"), path=f"runs.rows.{table}"))
     return Results(
         folder=folder,
         name=facts.name,

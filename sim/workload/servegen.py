@@ -28,7 +28,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from chairlift.backend.checked import a_file, once
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.strict import Spec
@@ -45,6 +45,7 @@ _PROMPT = ("input_tokens", "text_tokens")  # fields of language models, of multi
 _ANSWER = "output_tokens"
 _MEDIA = ("image", "audio", "video")
 _READ = {*_PROMPT, _ANSWER, *(f"{medium}_{what}" for medium in _MEDIA for what in ("count", "tokens"))}
+_KNOWN = {*_READ, "reason_ratio"}  # all fields of the published datasets; the last is a share, and changes no length
 
 
 @dataclass
@@ -265,7 +266,7 @@ def _client(file: str, name: str, texts: dict[str, str]) -> Client:
         cells = text.split(",")
         try:
             start, rate, family, shape = float(cells[0]), float(cells[1]), cells[3], float(cells[4])
-            if family not in ("Gamma", "Weibull", "") or not (rate >= 0 and math.isfinite(rate)):
+            if family not in ("Gamma", "Weibull", "") or not (rate >= 0 and math.isfinite(rate + start)):
                 raise ValueError
             if rate > 0 and not (shape > 0 and math.isfinite(shape)):
                 shape = 1.0 if not family else shape
@@ -280,12 +281,8 @@ def _client(file: str, name: str, texts: dict[str, str]) -> Client:
         try:
             data = json.loads(texts["dataset.json"], object_pairs_hook=once)
             lengths = {int(float(start)): dict(fields) for start, fields in data.items()}
-            for fields in lengths.values():
-                for column, text in fields.items():
-                    if not isinstance(text, str):
-                        raise ValueError(f"{column} must be text like '{{45: 0.01}}'")
-                    if column in _READ:  # others are shares
-                        _pairs(text)
+            for start, fields in lengths.items():
+                _check_fields(start, fields)
         except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise BadInput(Problem(f"not a dataset of ServeGen's: {error}", f"{file}-dataset.json")) from None
     columns: Sequence[Any] = list(zip(*rows, strict=True)) or [(), (), (), ()]
@@ -297,6 +294,22 @@ def _client(file: str, name: str, texts: dict[str, str]) -> Client:
         np.array(columns[3], float),
         lengths,
     )
+
+
+def _check_fields(start: int, fields: dict[str, Any]) -> None:
+    """Raise ValueError unless all fields are known, the needed ones there, and their texts distributions."""
+    if unknown := [column for column in fields if column not in _KNOWN]:
+        raise ValueError(f"{start}: {unknown[0]} is unknown{did_you_mean(unknown[0], sorted(_KNOWN))}")
+    if _ANSWER not in fields or not any(column in fields for column in _PROMPT):
+        raise ValueError(f"{start}: needs {_ANSWER}, and {' or '.join(_PROMPT)}")
+    for medium in _MEDIA:
+        if (f"{medium}_count" in fields) != (f"{medium}_tokens" in fields):
+            raise ValueError(f"{start}: needs both of {medium}_count and {medium}_tokens, or none")
+    for column, text in fields.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{start}: {column} must be text like '{{45: 0.01}}'")
+        if column in _READ:
+            _pairs(text)
 
 
 @lru_cache(maxsize=4096)

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import yaml
 
 Place = tuple[str | int, ...]
+MOST = 10**4  # of a number that is drawn: a hundred thousand requests are work, no damage; ELSEWHERE has the absurd
 STRANGE = "qxq"  # no key, name or number of anything
 OF_NUMBERS: tuple[object, ...] = ({STRANGE: 1}, STRANGE, True, math.nan, math.inf)
 OF_TEXT: tuple[object, ...] = ({STRANGE: 1}, [[]])
@@ -49,6 +50,8 @@ class Damaged:
 
 class Damage:
     """How one kind of file is taken apart and put together."""
+
+    named = True  # the keys of its mappings stand in the file
 
     def load(self, data: bytes) -> Any:
         """The document in ``data``: mappings, lists and scalars."""
@@ -100,7 +103,7 @@ class Csv(Damage):
     """A table of text, as a list of mappings, one for each row; packed by gzip or not."""
 
     def __init__(self, header: bool = True) -> None:
-        self._header = header
+        self._header = self.named = header
 
     def load(self, data: bytes) -> Any:
         rows = list(csv.reader(io.StringIO(data.decode())))
@@ -139,6 +142,8 @@ class Columns(Damage):
                 arrays[name] = pa.array(values)
                 if {} in values:
                     raise pa.ArrowInvalid("Parquet has no mapping of nothing")
+                if len({isinstance(value, bool) for value in values if value is not None}) > 1:
+                    raise pa.ArrowInvalid("beside numbers, a truth value would become 0 or 1")
             except (pa.ArrowException, OverflowError):
                 arrays[name] = pa.array([None if v is None else _text(v) for v in values])
         least = min(map(len, arrays.values()), default=0)
@@ -331,7 +336,7 @@ def scripted(data: bytes, how: Damage) -> Iterator[Damaged]:
         for other in ELSEWHERE:
             yield Damaged(f"{told} = {str(other)[:20]!r}", how.dump(with_value(document, at, other)), False)
         yield Damaged(f"{told} is gone", how.dump(with_value(document, at, ...)), False)
-        if isinstance(at[-1], str):
+        if isinstance(at[-1], str) and how.named:
             yield Damaged(f"{told} is misspelt", how.dump(misspelt_at(document, at)), True)
             if (twice := how.twice(document, at)) is not None:
                 yield Damaged(f"{told} stands twice", twice, True)
@@ -400,7 +405,7 @@ def mutated(data: bytes, how: Damage, draw: random.Random) -> Damaged:
     document = how.load(data)
     at = draw.choice(list(places(document)))
     told = ".".join(map(str, at))
-    if isinstance(at[-1], str) and draw.random() < 0.3:
+    if isinstance(at[-1], str) and how.named and draw.random() < 0.3:
         return Damaged(f"{told} is misspelt", how.dump(misspelt_at(document, at)), True)
     value = got(document, at)
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -408,5 +413,5 @@ def mutated(data: bytes, how: Damage, draw: random.Random) -> Damaged:
         kinds = OF_NUMBERS if number else OF_CONTAINERS if isinstance(value, dict | list) else OF_TEXT
         other = draw.choice([kind for kind in kinds if type(kind) is not type(value)])
         return Damaged(f"{told} = {other!r}", how.dump(with_value(document, at, other)), True)
-    drawn = draw.choice([*ELSEWHERE, ..., draw.randint(-(10**6), 10**6), draw.uniform(-1e3, 1e3)])
+    drawn = draw.choice([*ELSEWHERE, ..., draw.randint(-MOST, MOST), draw.uniform(-1e3, 1e3)])
     return Damaged(f"{told} = {str(drawn)[:20]!r}", how.dump(with_value(document, at, drawn)), False)

@@ -369,15 +369,11 @@ def _weights() -> Result:
     """The weights of a tiny model, name by name as its engine asks for them."""
     import torch
 
-    from chairlift.backend import hf_config
-    from chairlift.backend.gpu.transformer import Arithmetic
-    from chairlift.backend.gpu.weights import read_config, saved_weights
+    from chairlift.backend.gpu.weights import described, saved_weights
     from kit.tiny import LONGEST, weights
 
     def read() -> str:
-        config = read_config(Path("weights"))
-        shape = hf_config.model(config, "tiny")
-        arithmetic = Arithmetic.from_hf_config(config, LONGEST)
+        shape, arithmetic = described(Path("weights"), "tiny", LONGEST)
         weight = saved_weights(Path("weights"), torch.float32, torch.device("cpu"))
         sums = [float(weight(name, *known.shape).double().sum()) for name, known in weights().items()]
         return f"{shape} {arithmetic} {sums}"
@@ -448,18 +444,20 @@ def _made(word: str) -> list[Reader]:
             readers.append(Reader(f"trace: {name}, packed", f"{file}.gz", Packed(how), read, run, files=packed))
     files = {"s.yaml": _FILE.replace("FILE", "t.parquet").encode(), "t.parquet": _parquet()}
     read = ("run", "s.yaml", "-q", "--out", "runs/s")
-    readers.append(Reader("trace: Parquet", "t.parquet", Columns(), read, run, files=files))
+    readers.append(Reader("trace: Parquet", "t.parquet", Columns(), read, run, free=("columns.tenant",), files=files))
     logs = {
         "log.csv": (Csv(), b"ts,p,o,who\n2023-11-16T18:17:03Z,20,5,a\n2023-11-16T18:17:04Z,30,6,b\n"),
         "log.jsonl": (Json(lines=True), b'{"ts": 1.5, "u": {"p": 20}, "o": 5, "who": "a"}\n' * 2),
         "log.json": (Json(), b'{"ts": [1.5, 2.5], "p": [20, 30], "o": [5, 6], "who": ["a", "b"]}'),
     }
     for file, (how, data) in logs.items():
-        prompt = "u.p" if file.endswith("l") else "p"
+        prompt, names = ("u.p" if file.endswith("l") else "p"), (("0.who", "1.who") if file.endswith("csv") else ())
         command = ("trace", "import", file, "--arrival", "ts", "--prompt", prompt, "--output", "o", "--tenant", "who")
         command += () if file.endswith("csv") else ("--time-unit", "s")
         readers.append(
-            Reader(f"log: {file}", file, how, (*command, "--to", "out.csv"), ("out.csv",), files={file: data})
+            Reader(
+                f"log: {file}", file, how, (*command, "--to", "out.csv"), ("out.csv",), free=names, files={file: data}
+            )
         )
     clients = {"m/chunk-0-trace.csv": _WINDOWS, "m/chunk-0-dataset.json": json.dumps(_LENGTHS).encode()}
     served = SMALL[: SMALL.index("workload:")] + "workload: {servegen: {file: m}, requests: 9}\n"
@@ -509,7 +507,9 @@ def _made(word: str) -> list[Reader]:
     page = ("report", "runs/c", "--out", "page.html")
     for name in ("comparison.json", "steps.parquet"):
         how = Json() if name.endswith("json") else Columns()
-        readers.append(Reader(f"page: {name}", f"runs/c/{name}", how, page, ("page.html",), files=of("runs/c/")))
+        files = of("runs/c/")
+        free = ("0.assumptions.", "1.assumptions.")  # texts of any names
+        readers.append(Reader(f"page: {name}", f"runs/c/{name}", how, page, ("page.html",), free=free, files=files))
     agree = ("agree", "runs/c", "runs/c", "--json", "rows.json")
     readers.append(
         Reader("agree", "runs/c/comparison.json", Json(), agree, ("rows.json",), files=of("runs/c/comparison.json"))

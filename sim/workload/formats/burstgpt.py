@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.workload.formats.columns import codes, trace_of
-from chairlift.sim.workload.formats.text_tables import column_names, read_csv, seconds_ps, whole
+from chairlift.sim.workload.formats.text_tables import column_names, label, read_csv, seconds_ps, whole
 from chairlift.sim.workload.trace import Trace
 
 _THEIRS = {"arrival_ps": "Timestamp", "prompt_tokens": "Request tokens", "output_tokens": "Response tokens"}
@@ -50,5 +50,5 @@ def read(path: Path, limit: int | None, times: bool, drop_empty: bool = True) ->
     notes.append(f"times count from the first request, at {table.cells('Timestamp')[0]} s in the file")
     columns: dict[str, Sequence[int]] = {"arrival_ps": [time - seconds[0] for time in seconds]}
     if table.has("Session ID"):
-        columns["session"] = codes(table.cells("Session ID"))[0]
+        columns["session"] = codes(table.parsed("Session ID", label, ""))[0]
     return trace_of(table, "burstgpt", _THEIRS, columns, notes)

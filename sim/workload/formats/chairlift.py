@@ -29,6 +29,7 @@ from chairlift.sim.workload.formats.text_tables import (
     blank,
     column_names,
     head,
+    label,
     read_csv,
     seconds_ps,
     whole,
@@ -73,7 +74,7 @@ def read(path: Path, limit: int | None, times: bool, drop_empty: bool = False) -
     columns |= {name: table.parsed(name, whole_or(none), none) for name, none in _NONE.items() if name in theirs}
     rest: dict[str, Any] = {}
     if "tenant" in table.header:
-        columns["tenant"], rest["tenants"] = tenant_codes(table.cells("tenant"))
+        columns["tenant"], rest["tenants"] = tenant_codes(table.parsed("tenant", label, ""))
     if "hash_ids" in table.header:
         rest["ids"] = table.parsed("hash_ids", block_ids, [])
     if "hash_block" in table.header:

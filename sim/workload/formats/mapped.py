@@ -28,6 +28,7 @@ from chairlift.sim.workload.formats.text_tables import (
     decimal,
     first_line,
     head,
+    label,
     read_csv,
     read_json_document,
     read_json_lines,
@@ -81,9 +82,9 @@ def read(
         if name in named:
             columns[name] = table.parsed(named[name], whole, 1)
     if "tenant" in named:
-        columns["tenant"], rest["tenants"] = tenant_codes(table.cells(named["tenant"]))
+        columns["tenant"], rest["tenants"] = tenant_codes(table.parsed(named["tenant"], label, ""))
     if "session" in named:
-        columns["session"] = codes(table.cells(named["session"]))[0]
+        columns["session"] = codes(table.parsed(named["session"], label, ""))[0]
     if "arrival_ps" in named:
         columns["arrival_ps"] = _times(table, named["arrival_ps"], time_unit, notes)
     else:

@@ -18,6 +18,7 @@ from chairlift.sim.workload.formats.columns import codes, trace_of
 from chairlift.sim.workload.formats.text_tables import (
     Table,
     first_line,
+    label,
     read_json_lines,
     read_json_table,
     seconds_ps,
@@ -50,7 +51,7 @@ def read(path: Path, limit: int | None, times: bool) -> Trace:
     table.done()
     arrivals = table.parsed("timestamp", seconds_ps, 0)
     table.done()  # rows are put in order of their times
-    sessions = codes(table.cells("session_id"))[0]  # numbered in the order of the file
+    sessions = codes(table.parsed("session_id", label, ""))[0]  # numbered in the order of the file
     order = sorted(range(len(arrivals)), key=arrivals.__getitem__)
     table.rows, table.lines = [table.rows[i] for i in order], [table.lines[i] for i in order]
     first = arrivals[order[0]]

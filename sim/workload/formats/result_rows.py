@@ -9,7 +9,7 @@ from typing import Any
 from chairlift.sim.bad_input import NOTHING
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats.columns import codes, in_time_order, in_unit, trace_of
-from chairlift.sim.workload.formats.text_tables import Table, whole
+from chairlift.sim.workload.formats.text_tables import Table, label, whole
 from chairlift.sim.workload.trace import Trace
 
 ABSENT = object()  # in place of a value that a file does not have
@@ -78,7 +78,7 @@ class Measured:
             "output_tokens": table.parsed(output, whole, 1),
         }
         table.done()  # the first time must be sound: all others count from it
-        sessions = codes(table.cells("session"))[0]
+        sessions = codes(table.parsed("session", label, ""))[0]
         if max(sessions) >= 0:
             columns["session"] = sessions
         said: list[str] = []

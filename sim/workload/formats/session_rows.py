@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chairlift.sim.workload.formats.columns import block_ids, codes, in_time_order, in_unit, trace_of, unit_note
-from chairlift.sim.workload.formats.text_tables import Table, blank, read_json_table, whole
+from chairlift.sim.workload.formats.text_tables import Table, blank, label, read_json_table, whole
 from chairlift.sim.workload.formats.timed_rows import check_blocks
 from chairlift.sim.workload.trace import LATEST_PS, Trace
 
@@ -69,7 +69,7 @@ def read(
     ids = table.parsed("hash_ids", block_ids, none) if table.has("hash_ids") else None
     unit = time_unit or "ms"
     stamps, delays = (_sparse_times(table, key, unit) for key in ("timestamp", "delay"))
-    sessions = codes(table.cells("session_id"))[0] if table.has("session_id") else [-1] * len(prompts)
+    sessions = codes(table.parsed("session_id", label, ""))[0] if table.has("session_id") else [-1] * len(prompts)
     if ids is not None:
         check_blocks(table, prompts, ids, hash_block or BLOCK)
     added = [not each for each in _whole(table, whole_prompts or ids is not None)]

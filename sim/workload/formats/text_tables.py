@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -336,6 +337,21 @@ def column_names(head: bytes) -> list[str]:
 def blank(cell: Any) -> bool:
     """Whether a cell is empty, and so says "none": a JSON null, or a text of nothing but spaces."""
     return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def label(cell: Any) -> str:
+    """The name of a tenant or a session: a text or a number; "" where the cell says none.
+
+    Raises:
+        ValueError: ``cell`` is something else.
+    """
+    if blank(cell):
+        return ""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, bool) or not isinstance(cell, int | float) or not math.isfinite(cell):
+        raise ValueError("must be a name or a number")
+    return str(cell)
 
 
 def whole(cell: Any) -> int:

@@ -161,6 +161,8 @@ def _parsed(path: Path) -> _File:
         found = _File.model_validate_json(raw := raw.removeprefix(b"\xef\xbb\xbf"))
         json.loads(raw, object_pairs_hook=once)
         return found
+    except RecursionError as error:
+        raise BadInput(Problem(f"is nested too deep: {error}", file=str(path))) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         rule = wrong(error)
@@ -173,3 +175,5 @@ def _parsed(path: Path) -> _File:
                 why = "holds several results (--append-result): give a file of one"
             rule = f"{why}: {said}"
         raise BadInput(Problem(rule, file=str(path))) from None
+    except ValueError as error:
+        raise BadInput(Problem(f"is not one JSON document: {error}", file=str(path))) from None
