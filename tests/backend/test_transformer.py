@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -290,6 +291,23 @@ def test_weights_of_another_model(folder: Path, size: str) -> None:
 
     with pytest.raises(ValueError, match=rf"weights: {field} {SIZES[size]}, but the model has 3"):
         prepared(folder, hf_config.model(other, "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_size": 0.5}, "hidden_size must be a whole number (got 0.5)"),
+        ({"head_dim": "many"}, "head_dim must be a whole number (got 'many')"),
+        ({"intermediate_size": 0}, "ffn must be at least 1 (got 0)"),
+        ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "missing 'factor'"),
+    ],
+)
+def test_a_config_that_says_nonsense_is_named(folder: Path, change: dict[str, Any], says: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+
+    with pytest.raises(ValueError, match=re.escape(str(folder / "config.json")) + ".*" + re.escape(says)):
+        prepared(folder, hf_config.model(config, "tiny"))
 
 
 def test_no_config(folder: Path) -> None:

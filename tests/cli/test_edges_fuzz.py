@@ -245,3 +245,42 @@ def test_an_interrupt_while_chairlift_is_imported_is_no_traceback(here: Path) ->
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+FOUND = [  # reader, damage, what the refusal says
+    ("log: log.jsonl", "0.who = {'qxq': 1}", "log.jsonl:1: who: must be a name or a number"),
+    ("ServeGen: trace.csv", "0.0 = inf", "chunk-0-trace.csv:1: must be a window's start"),
+    ("ServeGen: dataset.json", "0.output_tokens is misspelt", "ouqxqtput_tokens is unknown"),
+    ("ServeGen: dataset.json", "0.input_tokens is gone", "0: needs output_tokens, and input_tokens or text_tokens"),
+    ("profile", "format = True", "p.json: not a profile: format must be 1"),
+    ("benchmark", "duration stands twice", "bench.json: is not one JSON document: the key 'duration' stands twice"),
+    ("recorder: steps.csv", "the file is cut at 10%", "raw-1.steps.csv"),
+    ("recording: requests.csv.gz", "0.prefix_group = '0.5'", "prefix_group must be a whole number (got 0.5)"),
+    ("recording: requests.csv.gz", "0.prefix_group = '0'", "r: served: prompts share prefixes"),
+    ("results: study.json", "runs.0.rows.steps = '0'", "study.json: runs.rows.steps: is damaged"),
+    ("page: comparison.json", "0.kv_internal is misspelt", "comparison.json: kv_internal: is damaged"),
+    ("page: comparison.json", "1.p95_ttft_ms = True", "comparison.json: p95_ttft_ms: is damaged"),
+    ("page: comparison.json", "0.completed = nan", "comparison.json: completed: is damaged"),
+    ("page: comparison.json", "0.kv_free = 'None'", "comparison.json: kv_free: is damaged"),
+    ("page: comparison.json", "0.variant = 'x", "comparison.json: variant: is damaged"),
+    ("page: comparison.json", "1.assumptions is gone", "comparison.json: assumptions: is damaged"),
+]
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, Reader]:
+    return {reader.name: reader for word in ("page", "weights") for reader in table(word)}
+
+
+@pytest.mark.parametrize(("name", "what", "says"), FOUND)
+def test_damage_that_once_passed_is_refused(
+    readers: list[Reader], pages: dict[str, Reader], name: str, what: str, says: str
+) -> None:
+    known = pages | {reader.name: reader for reader in readers}
+    damaged = next(each for each in every(known[name]) if each.what.startswith(what))
+
+    with in_a_folder():
+        found = tried(known[name], damaged.data)
+
+    assert found.kind == "refused"
+    assert says in found.told

@@ -71,7 +71,7 @@ class Tried:
 
     kind: str  # "accepted", "refused", "nothing completed", or one of `WRONG`
     answer: str = ""  # a hash
-    told: str = ""  # of a wrong one: why
+    told: str = ""  # of a refusal, and of a wrong one: why
     noticed: bool = False  # the answer speaks of what is strange: "columns not used: deqxqlay"
 
 
@@ -622,7 +622,7 @@ def tried(reader: Reader, data: bytes) -> Tried:
         said = lines and all(line.startswith("error: ") for line in lines) and len(result.err) < 20_000
         places = {Path(name).name for name in reader.files} | {f"error: {Path(reader.file).parent}: "}
         named = said and any(place in result.err for place in places)
-        return Tried("refused") if named else Tried(UNSAID, told=result.err[:2000] or "nothing is said")
+        return Tried("refused" if named else UNSAID, told=result.err[:2000] or "nothing is said")
     if result.status not in (0, 1):
         return Tried(TRACEBACK, told=f"exit status {result.status}: {result.err[:2000]}")
     answer = hashlib.sha256(_WALL.sub("", result.out).encode())
