@@ -279,6 +279,8 @@ def model(config: Config, name: str = "") -> Model:
         raise
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    except (AttributeError, LookupError, OverflowError, TypeError) as error:  # such as a mapping where a text belongs
+        raise ValueError(f"{name}: a value is of another kind than it must be: {error}") from None
 
 
 def _text_config(config: Config) -> Config:

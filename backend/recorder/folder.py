@@ -39,6 +39,7 @@ from chairlift.backend.fitting.recording import (
 from chairlift.backend.recorder.journal import STEP_COLUMNS
 
 Floats = npt.NDArray[np.float64]
+_COUNTS = [i for i, name in enumerate(STEP_COLUMNS) if not name.endswith("_s")]
 
 
 def convert(folder: Path, model: str, name: str = "served") -> list[str]:
@@ -144,6 +145,8 @@ def _steps(path: Path, start: float) -> Iterator[list[str]]:
         try:
             if not all(abs(float(cell)) <= MOST for cell in row) or min(map(float, row[2:])) < 0:
                 raise ValueError(f"must be numbers of at least 0 and at most {MOST:g}")
+            if not all(float(row[i]).is_integer() for i in _COUNTS):
+                raise ValueError(f"must be whole numbers: {', '.join(STEP_COLUMNS[i] for i in _COUNTS)}")
         except ValueError as error:
             raise RecordingError(f"{path}:{line}: {error}") from None
         scheduled, done = float(row[0]) - start, float(row[1]) - start
