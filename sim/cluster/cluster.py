@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -75,7 +74,7 @@ class Cluster:
                 if before >= 0:
                     self._followers.setdefault(before, []).append(row)
             self._order = [row for row, before in enumerate(follows.tolist()) if before < 0]
-        self._times = array("q", trace.arrival_ps.tobytes())
+        self._times: Sequence[int] = trace.arrival_ps.data
 
     @property
     def engines(self) -> list[Engine]:

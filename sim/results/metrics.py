@@ -66,35 +66,55 @@ def request_latencies(requests: RequestRecords) -> dict[str, Floats]:
 
     NaN where a request has none: all latencies of one that did not finish, TPOT of an answer of one token.
     """
-    columns = requests.columns()
-    names = ("arrival_ps", "admitted_ps", "first_token_ps", "finished_ps", "output_tokens")
-    moments = Moments(*(np.asarray(columns[name]).astype(np.int64, copy=False) for name in names))
-    finished = np.asarray(columns["status"]) == Status.FINISHED
+    moments = _moments(requests)
+    finished = np.asarray(requests.columns()["status"]) == Status.FINISHED
     return {name: np.where(finished, of(moments), np.nan) for name, of in REQUEST_LATENCIES.items()}
 
 
-class Latencies:
-    """What the finished requests waited, ms, one value a request, in the order of the trace.
+def _moments(requests: RequestRecords) -> Moments:
+    columns = requests.columns()
+    names = ("arrival_ps", "admitted_ps", "first_token_ps", "finished_ps", "output_tokens")
+    return Moments(*(np.asarray(columns[name]).astype(np.int64, copy=False) for name in names))
 
-    `values` holds shape (finished,) by name of the latency, with NaN for the TPOT of an answer of one token.
+
+class Latencies:
+    """What the finished requests waited, one value a request, in the order of the trace.
+
+    Each latency is computed when asked for and not kept: of a million requests one takes 8 MB.
     """
 
     def __init__(self, requests: RequestRecords) -> None:
+        self._requests = requests
         columns = requests.columns()
         self.done = np.asarray(columns["status"]) == Status.FINISHED
-        self.outputs = np.asarray(columns["output_tokens"])[self.done].astype(np.int64)
-        self.prompts = np.asarray(columns["prompt_tokens"])[self.done].astype(np.int64)
-        self.values = {name: values[self.done] for name, values in request_latencies(requests).items()}
         finished = np.asarray(columns["finished_ps"])[self.done]
         self.span_s = float(finished.max() - requests.arrival[0]) / PS_PER_S if len(finished) else 0.0
+        self._count = len(finished)
 
     def __len__(self) -> int:
         """Finished requests."""
-        return len(self.outputs)
+        return self._count
+
+    @property
+    def outputs(self) -> Ints:
+        """Output tokens, shape (finished,)."""
+        found: Ints = self._requests.trace.output_tokens[self.done].astype(np.int64)
+        return found
+
+    @property
+    def prompts(self) -> Ints:
+        """Prompt tokens, shape (finished,)."""
+        found: Ints = self._requests.trace.prompt_tokens[self.done].astype(np.int64)
+        return found
+
+    def values(self, name: str) -> Floats:
+        """The latency ``name``, ms, shape (finished,), with NaN for the TPOT of an answer of one token."""
+        found: Floats = REQUEST_LATENCIES[name](_moments(self._requests))[self.done]
+        return found
 
     def of(self, name: str) -> Floats:
-        """The latency ``name`` of the requests that have it."""
-        values = self.values[name]
+        """The latency ``name``, ms, of the requests that have it."""
+        values = self.values(name)
         found: Floats = values[~np.isnan(values)]
         return found
 
@@ -102,7 +122,7 @@ class Latencies:
         """Which finished requests meet all of ``slo``. An answer of one token meets any TPOT, as in vLLM's goodput."""
         good = np.ones(len(self), dtype=bool)
         for name, limit in limits(slo).items():
-            good &= ~(self.values[name] > limit)
+            good &= ~(self.values(name) > limit)
         return good
 
 
@@ -168,7 +188,7 @@ def summarise(
             gaps = gaps_of_finished(requests, runs)
             found = weighted_statistics(gaps.ps, gaps.often, PS_PER_MS)
             del gaps  # of a long run they are most of the memory
-        elif name in times.values:
+        elif name in REQUEST_LATENCIES:
             found = _statistics(times.of(name))
         elif name in moved:
             found = _statistics(moved[name])

@@ -150,7 +150,8 @@ HANDOVER_COLUMNS = (  # of requests, where prefill and decode replicas are apart
 )
 
 
-PACKED_ROWS = 1 << 14  # that `Rows` keeps unpacked
+PACKED_ROWS = 1 << 12  # that `Rows` keeps unpacked, of each replica
+PART_ROWS = 1 << 14  # that are read at once, or somewhat more
 
 
 class Token(Protocol):
@@ -306,10 +307,21 @@ class Rows:
 
     def parts(self) -> Iterator[dict[str, Ints]]:
         """All rows, some ten thousand at a time: column name → int64 array."""
+        many: list[dict[str, npt.NDArray[np.signedinteger]]] = []
+        rows = 0
         for packed in self._packed:
-            yield {name: values.astype(np.int64) for name, values in packed.items()}
+            many.append(packed)
+            rows += len(packed[self.columns[0]])
+            if rows >= PART_ROWS:
+                yield self._joined(many)
+                many, rows = [], 0
         if self._latest or not self._packed:
-            yield self._latest_part()
+            many.append(self._latest_part())
+        if many:
+            yield self._joined(many)
+
+    def _joined(self, parts: list[dict[str, npt.NDArray[np.signedinteger]]]) -> dict[str, Ints]:
+        return {name: np.concatenate([part[name] for part in parts], dtype=np.int64) for name in self.columns}
 
     def column(self, name: str) -> Ints:
         """All values of one column."""

@@ -83,7 +83,7 @@ def test_requests_of_one_token_are_left_out_of_tpot() -> None:
     world = three_requests()
 
     assert statistics(summary_of(world), "tpot") == pytest.approx(numpy_statistics([1.2, 1.1]))
-    assert Latencies(world.requests).values["tpot"] == pytest.approx([1.2, np.nan, 1.1], nan_ok=True)
+    assert Latencies(world.requests).values("tpot") == pytest.approx([1.2, np.nan, 1.1], nan_ok=True)
 
 
 def test_counts_and_rates_by_hand() -> None:
@@ -227,7 +227,7 @@ def test_identities(policy: str, rows: list[tuple[int, int, int]], replicas: int
     _, weights = inter_token_gaps([engine.records for engine in world.engines])
     assert weights.sum() == outputs - len(done)
     times = Latencies(requests)
-    ttft, e2el, tpot = (times.values[name] for name in ("ttft", "e2el", "tpot"))
+    ttft, e2el, tpot = (times.values(name) for name in ("ttft", "e2el", "tpot"))
     assert (ttft <= e2el).all()
     assert e2el == pytest.approx(ttft + np.nan_to_num(tpot) * (times.outputs - 1)) or "static" in policy
 

@@ -34,6 +34,7 @@ NUMBERS = st.one_of(st.integers(-3, 3), EDGES, st.integers(-(2**63), 2**63 - 1))
 def test_packed_rows_are_the_rows(deeds: list[Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "PACKED_ROWS", 3)
+        patch.setattr(records, "PART_ROWS", 5)
         rows, plain = Rows(("a", "b")), Rows(("a", "b"))
         added: list[tuple[int, int]] = []
         for deed in deeds:
