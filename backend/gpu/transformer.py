@@ -79,12 +79,13 @@ class Arithmetic:
         llama3 = None
         if kind == "llama3":
             names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            llama3 = (float(rope[names[0]]), float(rope[names[1]]), float(rope[names[2]]), float(rope[names[3]]))
+            factor, low, high, old = (_above_0(rope, name) for name in names)
+            llama3 = (factor, low, high, old)
         return cls(
-            norm_epsilon=float(config.get("rms_norm_eps") or config.get("layer_norm_eps") or 1e-5),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            norm_epsilon=_given(cls.norm_epsilon, (config, "rms_norm_eps"), (config, "layer_norm_eps")),
+            rope_theta=_given(cls.rope_theta, (rope, "rope_theta"), (config, "rope_theta")),
             llama3_scaling=llama3,
-            linear_scaling=float(rope["factor"]) if kind == "linear" else 1.0,
+            linear_scaling=_above_0(rope, "factor") if kind == "linear" else 1.0,
             mixture_name="block_sparse_moe" if mixtral else "mlp",
             expert_names=("w1", "w3", "w2") if mixtral else cls.expert_names,
             expert_norm=mixtral or bool(config.get("norm_topk_prob", False)),
@@ -101,6 +102,19 @@ class Arithmetic:
             frequency = (1 - smooth) * frequency / factor + smooth * frequency
         angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency[None, :]
         return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device=device, dtype=torch.float32)
+
+
+def _above_0(told: Mapping[str, Any], key: str) -> float:
+    """The number ``key`` of a ``config.json``. Raises ValueError if it is none above 0, KeyError if it is missing."""
+    value = told[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} must be a number above 0 (got {value!r})")
+    return float(value)
+
+
+def _given(default: float, *places: tuple[Mapping[str, Any], str]) -> float:
+    """The first of these numbers that is given."""
+    return next((_above_0(told, key) for told, key in places if told.get(key) is not None), default)
 
 
 @dataclass

@@ -95,17 +95,19 @@ def sweep(
         return
     with Journal(folder) as journal:
         rows: dict[int, tuple[Run, Row]] = {}
-        where = executor_for(executor, jobs, address)
         before = len(journal)
         started = time.perf_counter()
 
-        def runner(runs: Iterable[Run]) -> Generator[tuple[Run, Row], None, None]:
-            return results(runs, journal, where, retry_failed)
-
         interrupted = 0
         lost: dict[str, str] = {}
-        found = contest.run(runner) if contest else runner(run for nth in zip(*plan.runs, strict=True) for run in nth)
         try:
+            where = executor_for(executor, jobs, address)
+
+            def runner(runs: Iterable[Run]) -> Generator[tuple[Run, Row], None, None]:
+                return results(runs, journal, where, retry_failed)
+
+            every = (run for nth in zip(*plan.runs, strict=True) for run in nth)
+            found = contest.run(runner) if contest else runner(every)
             with _progress(total, quiet) as advance, closing(found):  # an interrupt ends the runs under way
                 failures = 0
                 for run, row in found:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, create_model, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
 
+from chairlift.backend.checked import wrong
 from chairlift.sim.results.catalogue import LATENCIES, LATENCY
 from chairlift.sim.results.metrics import REQUEST_LATENCIES, inter_token_gaps, request_latencies
 from chairlift.sim.results.records import RequestRecords, RunRecords, Status
@@ -108,6 +109,36 @@ class Sample(NamedTuple):
     wall_s: float = 0.0  # that the simulation took
     replicas: Sequence[float] = ()  # of each group, paid for on average; none where none come and go
     stretches: Sequence[Sequence[int]] = ()  # of recorded files, what was served: `chairlift.sim.plan.stretches`
+
+
+_SAMPLE = TypeAdapter(Sample, config=ConfigDict(strict=True))
+
+
+def sample_read(told: object, promises: int) -> Sample:
+    """The `Sample` of so many promises in ``told``, a list that was read back.
+
+    Raises ValueError, a few words, if it is none: a file may be damaged.
+    """
+    if not isinstance(told, list):
+        raise ValueError("it has no sample")
+    try:
+        found = _SAMPLE.validate_python(told)
+    except ValidationError as error:
+        raise ValueError(f"its sample: {wrong(error)}") from None
+    counts = np.array([[len(row) for row in rows] for rows in (found.eligible, found.met)])
+    if counts.shape != (2, promises) or not (counts == BINS).all():
+        raise ValueError(f"its sample must have counts of {promises} promises in {BINS} parts")
+    if not (np.array(found.met) >= 0).all() or not (np.array(found.met) <= np.array(found.eligible)).all():
+        raise ValueError("its sample has more requests that a promise was kept to than it is about")
+    numbers = np.array([*found.severity, *found.starts_s, found.end_s, found.stay_s, found.simulated_s, found.wall_s])
+    if (
+        len(found.severity) != BINS
+        or len(found.starts_s) != BINS
+        or not (numbers >= 0).all()
+        or np.isinf(numbers).any()
+    ):
+        raise ValueError(f"its sample must have times and severities from 0 on of {BINS} parts")
+    return found
 
 
 class Latency(NamedTuple):

@@ -119,7 +119,7 @@ def replayed(path: Path, number: int, rate_per_s: float | None, trust: Trust = F
     looks = list(_looks(data, number))
     if rate_per_s is None:
         if not looks:
-            rule = f"{system['system']} was not simulated: say at which load, with --rate"
+            rule = f"{path} has no simulation of {system['system']}: say at which load, with --rate"
             raise BadInput(Problem(rule, file="--system", value=number))
         rate_per_s = looks[-1]["rate_per_s"]
     known = next((look for look in reversed(looks) if look["rate_per_s"] == rate_per_s), None)

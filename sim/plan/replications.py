@@ -17,7 +17,7 @@ from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Measure
 from chairlift.sim.plan.errors import drawn
 from chairlift.sim.plan.pacing import paced, unloaded
-from chairlift.sim.plan.promises import BINS, Promise, Sample, measured
+from chairlift.sim.plan.promises import BINS, Promise, Sample, measured, sample_read
 from chairlift.sim.plan.stretches import Stretch, recorded, stretched
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import prepare
@@ -113,9 +113,9 @@ class Simulations:
             entry = self.journal.get(run.key)
             if entry is not None and not entry.get("error"):
                 try:
-                    found[run.key] = Sample(*entry["sample"])
-                except (KeyError, TypeError):
-                    rule = "is damaged: an entry has no sample; move the file away to start anew"
+                    found[run.key] = sample_read(entry.get("sample"), len(run.promises))
+                except ValueError as error:
+                    rule = f"is damaged: of an entry, {error}; move the file away to start anew"
                     raise BadInput(Problem(rule, file=str(self.journal.path))) from None
                 self.known += requests if run.key not in self._counted else 0
             else:

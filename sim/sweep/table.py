@@ -87,6 +87,7 @@ def read(path: Path) -> Results:
         raise BadInput(Problem(rule, file=str(path)))
     try:
         table = pq.read_table(a_file(file))
+        _ = table.column_names  # which are bytes until then
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         said = str(error).partition("\n")[0]
         raise BadInput(Problem(f"not a readable Parquet file: {said}", file=str(file))) from None

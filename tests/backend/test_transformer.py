@@ -298,6 +298,7 @@ def test_weights_of_another_model(folder: Path, size: str) -> None:
     [
         ({"hidden_size": 0.5}, "hidden_size must be a whole number (got 0.5)"),
         ({"head_dim": "many"}, "head_dim must be a whole number (got 'many')"),
+        ({"rope_theta": True, "rope_parameters": None}, "rope_theta must be a number above 0 (got True)"),
         ({"intermediate_size": 0}, "ffn must be at least 1 (got 0)"),
         ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "missing 'factor'"),
     ],

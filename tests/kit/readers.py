@@ -522,7 +522,15 @@ def _made(word: str) -> list[Reader]:
     )
     compare = ("compare", "runs/w", "--metric", "mean_ttft_ms", "--json")
     readers.append(
-        Reader("sweep: results", "runs/w/results.parquet", Columns(), compare, (), files=of("runs/w/results"))
+        Reader(
+            "sweep: results",
+            "runs/w/results.parquet",
+            Columns(),
+            compare,
+            (),
+            free=("columns.error",),
+            files=of("runs/w/results"),
+        )
     )
     if "weights" in word or not word:
         readers += _of_weights()

@@ -101,7 +101,7 @@ def test_runs_and_plans_price_alike_and_say_how(answer: Path, tmp_path: Path) ->
         ((), "say which of its systems"),
         (("--system", "9"), "no such system"),
         (("--system", "1", "--set", "seed=1"), "--set: must not be given with a plan.json"),
-        (("--system", "4"), "was not simulated: say at which load"),
+        (("--system", "4"), "plan.json has no simulation of"),
     ],
 )
 def test_what_a_plan_cannot_replay_is_told(answer: Path, words: tuple[str, ...], said: str) -> None:

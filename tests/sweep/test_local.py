@@ -158,6 +158,7 @@ def test_an_interrupt_while_processes_start_is_said_in_one_line(tmp_path: Path) 
     assert process.stderr is not None
     first = process.stderr.readline()
     assert "1,600 runs" in first
+    wait_until((tmp_path / "out" / "journal.sqlite").exists)
     time.sleep(0.1)  # what is started now has imported little
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
