@@ -150,6 +150,8 @@ def _steps(path: Path, start: float) -> Iterator[list[str]]:
         except ValueError as error:
             raise RecordingError(f"{path}:{line}: {error}") from None
         scheduled, done = float(row[0]) - start, float(row[1]) - start
+        if done < scheduled:
+            raise RecordingError(f"{path}:{line}: is done before it is scheduled")
         if scheduled >= 0:
             yield [f"{scheduled:.6f}", f"{done:.6f}", *row[2:]]
 

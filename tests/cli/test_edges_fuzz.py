@@ -254,6 +254,7 @@ FOUND = [  # reader, damage, what the refusal says
     ("ServeGen: dataset.json", "0.input_tokens is gone", "0: needs output_tokens, and input_tokens or text_tokens"),
     ("profile", "format = True", "p.json: not a profile: format must be 1"),
     ("benchmark", "duration stands twice", "bench.json: is not one JSON document: the key 'duration' stands twice"),
+    ("recorder: steps.csv", "0.done_s = '-1'", "raw-1.steps.csv:2: is done before it is scheduled"),
     ("recorder: steps.csv", "0.waiting = '0.5'", "raw-1.steps.csv:2: must be whole numbers"),
     ("config.json", "model_type = {'qxq': 1}", "config.json: a value is of another kind than it must be"),
     ("recorder: steps.csv", "the file is cut at 10%", "raw-1.steps.csv"),
