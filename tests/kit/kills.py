@@ -7,6 +7,7 @@ run to its end and compares that with a run that nobody disturbed.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -203,11 +204,21 @@ def _grows(answer: str) -> Sound:
         known["most"] = len(state["journal"])
         there = state[answer]
         part = isinstance(there, list) and all(row in whole[answer] for row in there)
+        part = part or (isinstance(there, dict) and there == _before_margins(whole[answer]))
         if there is not None and there != whole[answer] and not part:
             return f"its {answer} is not that of an undisturbed run"
         return "" if state.get("page", True) else "a page without its end"
 
     return sound
+
+
+def _before_margins(answer: dict[str, Any]) -> dict[str, Any]:
+    """A plan's answer as it is written first: the margin of the cheapest system is measured and added after that."""
+    first = copy.deepcopy(answer)
+    for race in first["cheapest"]:
+        if race["winner"] is not None:
+            race["winner"]["margin"] = None
+    return first
 
 
 def _file(name: str) -> Callable[[], bytes | None]:
