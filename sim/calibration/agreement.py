@@ -85,7 +85,7 @@ def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
         rows = json.loads(a_file(path).read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "variant" in row for row in rows):
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "variant" in row for row in rows):
         raise BadInput(Problem("must be the comparison.json of a run that compares systems", file=str(path)))
     for row in rows:
         for key in ("case", "variant"):
