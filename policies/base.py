@@ -348,13 +348,16 @@ class Step:
 
     @property
     def speculation(self) -> Speculation | None:
-        """How drafts are verified, if they are; the running then take their turns by `run`, one by one."""
+        """How drafts are verified, if they are."""
         return None
 
     @property
     @abstractmethod
     def decodes(self) -> int:
-        """How many of the running wait for one token each: what `decode_all` costs of a budget."""
+        """How many of the running wait for one token each: what `decode_all` costs of a budget.
+
+        With `Step.speculation`, their tokens, drafts included.
+        """
 
     @property
     @abstractmethod
@@ -440,7 +443,10 @@ class Step:
 
     @abstractmethod
     def decode_all(self) -> bool:
-        """Give one token to every running request that decodes; False (and nothing done) if their KV does not fit."""
+        """Give one token to every running request that decodes; False (and nothing done) if their KV does not fit.
+
+        With `Step.speculation`, its latest token and its drafts are computed.
+        """
 
     @abstractmethod
     def run(self, request: Request, tokens: int) -> bool:

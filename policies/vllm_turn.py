@@ -62,6 +62,7 @@ class VllmTurn:
         self._pads_joining = pads_joining
         self._cadence = cadence
         self._one_each: bool | None = None  # if the running always take turns; None: not known yet
+        self._drafts = 0  # of a decode
 
     def schedule(self, step: Step) -> int:
         """Running first, in order; then the head of the queue, unless somebody was preempted.
@@ -79,12 +80,16 @@ class VllmTurn:
         alone = held or not unfinished  # decodes are all that there is to run
         one_each = self._one_each
         if one_each is None:  # a replica's stages and drafts stay what they are
-            one_each = self._one_each = self._by_priority or step.stages > 1 or step.speculation is not None
+            one_each = self._one_each = self._by_priority or step.stages > 1
+            self._drafts = 0 if step.speculation is None else step.speculation.drafts
         in_one_go = decodes <= budget and not one_each and (alone or _in_one_go(step, unfinished))
+        drafts = self._drafts
+        if drafts and 0 < self._threshold <= drafts:  # it cuts decodes
+            in_one_go = False
         granted = in_one_go and step.decode_all()
         if granted and alone:
             budget -= decodes  # by far the most common step
-        elif granted or (in_one_go and not held and not (self._one_by_one or step.windowed)):
+        elif granted or (in_one_go and not (held or drafts or self._one_by_one or step.windowed)):
             budget, preempted, prefills = self._run_all(step, budget, granted)
         else:
             budget, preempted, prefills = self._run_each(step, budget, {r.id for r in unfinished}, held)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from chairlift.sim.cluster import predicted_lengths
-from chairlift.sim.replica.drafts import Drafted
+from chairlift.sim.replica.drafted_group import Drafted
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live
 from chairlift.sim.study import Setup

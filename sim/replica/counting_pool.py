@@ -99,6 +99,26 @@ class CountingPool:
             self._given[request.row] = blocks
         return True
 
+    def lacks(self, request: Live, tokens: int) -> int:
+        """Blocks that `extend` would take."""
+        return max(0, -(-tokens // self.block_size) - self._given[request.row])
+
+    def holds(self, request: Live) -> int:
+        """Blocks that `open` and `extend` gave a request."""
+        return self._given[request.row]
+
+    def grow(self, blocks: int) -> None:
+        """Requests take so many blocks more, which are free; whose they are is told by `cover` once that matters."""
+        self.free -= blocks
+
+    def cover(self, request: Live, blocks: int) -> None:
+        """A request has so many blocks, those that it took by `grow` included."""
+        self._given[request.row] = blocks
+
+    def settled(self, request: Live) -> bool:
+        """Whether nothing that the request's decodes fill can be found by others."""
+        return True
+
     def shed(self, request: Live) -> None:
         """A decoding request is about to compute a token: it gives back what slides out of its windows."""
 

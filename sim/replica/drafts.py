@@ -1,4 +1,4 @@
-"""Speculative decoding, as a plan sees it: requests with drafts to verify, and the step that gives them their slots.
+"""Speculative decoding, as a plan sees it: the step that gives requests with drafts to verify their slots.
 
 Source: vLLM 0.33.0, `vllm/v1/core/sched/scheduler.py`, `async_scheduler.py`, `kv_cache_manager.py`; `tests/ledger.py`
 holds it to that. What comes of a plan is in `sim.replica.verifying`.
@@ -11,69 +11,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from chairlift.policies.base import Speculation
+from chairlift.policies.base import Preemption, Speculation
+from chairlift.sim.replica.decode_group import admission
+from chairlift.sim.replica.drafted_group import Drafted, DraftedGroup
 from chairlift.sim.replica.prefix_pool import PrefixPool
-from chairlift.sim.replica.request import DRAINING, PARKED, PREFILLING, WAITING, Live, When
+from chairlift.sim.replica.request import DRAINING, PREFILLING, Live, Phase
 from chairlift.sim.replica.step import ReplicaStep
-
-
-class Drafted(Live):
-    """A request whose decodes verify drafts.
-
-    ``stored`` counts the tokens that are in KV if all drafts in flight are kept; what is rejected is taken back once a
-    step's output is in (`reject`). ``produced`` counts only tokens that are known. ``ahead`` stands for the tokens in
-    flight, asynchronous: one and its drafts for each step. In three steps, with 3 drafts, synchronous: a prompt of 10
-    is computed, its first token comes: ``stored == 10``, ``produced == 1``, ``drafts == 3``, so ``remaining == 4``. A
-    step computes those 4: ``stored == 14``. Its output keeps one draft of the 3 and brings two tokens:
-    ``stored == 12``, ``produced == 3``, and 12 tokens of 13 are computed.
-    """
-
-    __slots__ = ("ahead", "drafts")
-
-    def __init__(self, *columns: Any, **more: Any) -> None:
-        super().__init__(*columns, **more)
-        self.drafts = 0  # proposed, to be verified by its next step
-        self.ahead = 0  # tokens in flight, drafts included; 0 where planning is synchronous
-
-    @property
-    def known(self) -> int:
-        """Tokens of its prompt and its answer, those in flight included."""
-        return self.prompt + self.produced + self.ahead
-
-    @property
-    def remaining(self) -> int:  # noqa: D102 - documented in the contract, as those below
-        return 0 if self.phase is DRAINING else self.known + self.drafts - self.stored
-
-    @property
-    def decoding(self) -> bool:  # noqa: D102
-        return self.produced > 0 and self.stored > 0 and self.known - self.stored == 1
-
-    def launch(self, tokens: int, when: When) -> bool:
-        """So many tokens of it, drafts included, are computed by ``when``; whether its next token comes with that."""
-        self.stored += tokens
-        if self.stored < self.known:
-            return False
-        self.before, self.last = self.last, when
-        self.phase = PARKED
-        return True
-
-    def reject(self, tokens: int) -> None:
-        """So many of the tokens that it has computed are none of its answer."""
-        self.stored -= tokens
-        self.ahead = max(0, self.ahead - tokens)
-
-    def unsay(self, last: When) -> None:  # noqa: D102 - of a token in flight nothing is counted yet
-        self.last = last
-        if self.phase is DRAINING:
-            self.phase = WAITING
-
-    def requeue(self) -> int:  # noqa: D102
-        self.drafts = self.ahead = 0
-        return super().requeue()
-
-    def depart(self) -> None:  # noqa: D102
-        self.drafts = self.ahead = 0
-        super().depart()
 
 
 class Chosen(NamedTuple):
@@ -87,25 +30,112 @@ class Chosen(NamedTuple):
     preemptions: int  # of the request by then: if there are more when the output comes, nothing of it is stored
 
 
-class DraftedStep(ReplicaStep):
-    """The step of a replica whose decodes verify drafts. All decodes are `PARKED`: none joins the decode group."""
+class Left(NamedTuple):
+    """A request that has left the group, and what is to be told of it elsewhere."""
 
-    __slots__ = ("chosen", "rule", "wanted")
+    request: Drafted
+    preemptions: int  # of the request by then
+    slot: int  # that it had
+    last: int  # the slot of who has that one now
+    steps: int  # that it did with the group, one in flight included
+    flies: bool  # whether one is
+
+
+class DraftedStep(ReplicaStep):
+    """The step of a replica whose decodes verify drafts. All decodes are `PARKED`: none joins the decode group.
+
+    Those whose steps are alike are a group of their own, ``drafted``; the others are ``lone``.
+    """
+
+    __slots__ = ("_wants", "chosen", "drafted", "left", "lone", "rule", "wanted")
 
     def __init__(self, speculation: Speculation, *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)
         self._speculation = self.rule = speculation
         self.chosen: dict[int, Chosen] = {}  # of the plan, in the order of its making
         self.wanted = False  # somebody in the plan can use drafts after it
+        self.drafted = DraftedGroup(1 + speculation.drafts)
+        self.lone: dict[int, Drafted] = {}
+        self.left: list[Left] = []
+        self._wants: list[tuple[Drafted, int]] | None = None  # what `decode_all` computes of those that are lone
 
     def open(self, now: int) -> None:  # noqa: D102
         super().open(now)
-        self.chosen, self.wanted = {}, False
+        self.chosen, self.wanted, self._wants = {}, False, None
+
+    @property
+    def decodes(self) -> int:
+        """Tokens that `decode_all` computes, drafts included."""
+        group = self.drafted
+        return len(group) * group.width + sum(tokens for _, tokens in self._lone_wants())
+
+    def _lone_wants(self) -> list[tuple[Drafted, int]]:
+        if self._wants is None:
+            room = self.longest - 1  # drafts may reach beyond what the model can hold
+            wants = [(r, min(r.remaining, room - r.stored)) for r in sorted(self.lone.values(), key=admission)]
+            self._wants = [(r, tokens) for r, tokens in wants if tokens > 0]
+        return self._wants
 
     def decode_all(self) -> bool:  # noqa: D102
-        self._fail("decode_all where drafts are verified: their decodes are run one by one")
+        if self.chosen or self.whole:
+            self._fail("decode_all after decodes were chosen already")
+        group, pool, wants = self.drafted, self.pool, self._lone_wants()
+        need, lacking = 0, sum(pool.lacks(r, self._slots(r.stored + tokens)) for r, tokens in wants)
+        if group.members:
+            blocks, need = group.growth(self.rule.lookahead, self.longest, pool.block_size)
+        if need + lacking > pool.free:
+            self._needy = -1
+            return False
+        if group.members:
+            if need:
+                pool.grow(need)
+                group.blocks[: len(group)] = blocks
+            self.tokens += len(group) * group.width
+            self.whole = self.wanted = True
+        for request, tokens in wants:
+            granted = self.run(request, tokens)
+            assert granted
+        return True
+
+    def scatter(self, planned: bool) -> None:
+        """All members leave the group; ``planned``: the plan at hand computes their next step."""
+        for request in sorted(self.drafted.members, key=admission):
+            self.leave(request, planned)
+        if planned:
+            self.whole = False
+
+    def leave(self, request: Drafted, planned: bool = False) -> None:
+        """A member leaves the group; what follows elsewhere is noted in ``left``."""
+        group, pool, slot = self.drafted, self.pool, request.slot
+        steps = group.steps - request.since
+        flies = steps > 0 and group.flying
+        pool.cover(request, int(group.blocks[slot]))
+        last = group.leave(request)
+        self.left.append(Left(request, request.lost, slot, last, steps, flies))
+        self.lone[request.row] = request
+        request.alone = False
+        if steps:
+            request.drafts = self.rule.drafts
+            request.ahead = group.width if flies and self.scheduler.asynchronous else 0
+            pool.computed(request, request.prompt + request.produced - 1)
+        if planned:
+            upto = request.stored + group.width
+            pool.computed(request, upto)
+            self.chosen[request.row] = Chosen(request, group.width, request.drafts, False, True, request.lost)
+            request.drafts = 0
+
+    def vacate(self, request: Live, phase: Phase, planned: bool = False) -> None:  # noqa: D102
+        self.lone.pop(request.row, None)
+        super().vacate(request, phase, planned)
+
+    def preempt(self, request: Drafted, how: Preemption = "recompute") -> None:  # noqa: D102
+        if request.within is not None:
+            self.scatter(self.whole)
+        super().preempt(request, how)
 
     def run(self, request: Drafted, tokens: int) -> bool:  # noqa: D102
+        if request.within is not None:
+            self.scatter(self.whole)
         if request.row not in self.admitted:
             self._fail(f"run of {request}, which is not running")
         if request.row in self.chosen:

@@ -201,7 +201,8 @@ class Synchronous(Engine):
         plan.when.ps = now
         self._latest = plan.when
         planner.deliver(plan)
-        done = planner.complete(plan, now) if plan.ending or (plan.emitting and self.pool.keeps) else NOBODY
+        ends = plan.ending or self.state.parked or (plan.emitting and self.pool.keeps)
+        done = planner.complete(plan, now) if ends else NOBODY
         if self._cancelled:
             self._let_go(now)
         if execution is not None:

@@ -122,6 +122,13 @@ class PrefixPool(CountingPool):
             self._given[request.row] = blocks
         return True
 
+    def grow(self, blocks: int) -> None:  # noqa: D102
+        self._take(blocks)
+
+    def settled(self, request: Live) -> bool:  # noqa: D102
+        number = request.row
+        return not self._identity.answers_too and self._identity.shareable[number] <= self._done[number]
+
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
         if need:
             self._take(need)

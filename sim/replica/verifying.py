@@ -7,28 +7,38 @@ Source: vLLM 0.33.0, `update_from_output` of `vllm/v1/core/sched/scheduler.py`, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from chairlift.backend.base import Batch, Chunk
 from chairlift.policies.base import PolicyError, Speculation
-from chairlift.sim.replica.drafts import Chosen, Drafted, DraftedStep
+from chairlift.sim.replica.drafted_group import FEWEST, LEAST, LONGEST, Drafted, Paths
+from chairlift.sim.replica.drafts import Chosen, DraftedStep
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.results.records import DRAFT_COLUMNS, Status
 
+REST = 64  # plans at most until those whose group was broken up join one again
+STEADY = 16  # steps after which a group that is broken up may join again at once
 
-class Verified(NamedTuple):
+
+class Verified:
     """What a plan verifies and proposes."""
 
-    chosen: dict[int, Chosen]  # by request, in the order of the plan; whoever ends before its output is in leaves it
-    drafting: int  # drafts that each of them gets by the step; 0: nobody could use any
-    kept: dict[int, int]  # by request: of its drafts so many are kept, where that was looked at already
+    __slots__ = ("chosen", "drafting", "grouped", "kept")
+
+    def __init__(self, chosen: dict[int, Chosen], drafting: int, grouped: bool) -> None:
+        self.chosen = chosen  # by request, in the order of the plan; whoever ends before its output is in leaves it
+        self.drafting = drafting  # drafts that each of them gets by the step; 0: nobody could use any
+        self.grouped = grouped  # the group does a step
+        self.kept: dict[int, int] = {}  # by request: of its drafts so many are kept, where that was looked at already
 
 
 class VerifyingPlanner(Planner):
     """As `Planner`, one step a plan, where a decode computes its latest token and drafts of those after it.
+
+    With ``leap`` those whose next steps are all alike are a group (`sim.replica.drafted_group`).
 
     ``accepts(request, position, drafts)``: how many of so many drafts are kept of a request that has ``position``
     tokens of its answer. Tokens that come together come at one time, with one gap before them, as clients get them: in
@@ -37,7 +47,10 @@ class VerifyingPlanner(Planner):
     Raises `PolicyError` if the policy cannot plan such steps, or the KV pool or the pipeline is none for them.
     """
 
-    __slots__ = ("_accepts", "_speculation", "_verified")
+    __slots__ = (
+        *("_accepts", "_along", "_broken", "_groups", "_paths", "_patience", "_rest", "_speculation"),
+        "_verified",
+    )
     state: DraftedStep
 
     def __init__(
@@ -45,11 +58,15 @@ class VerifyingPlanner(Planner):
     ) -> None:
         self._speculation = speculation
         self._accepts = accepts
+        self._along: Callable[[int, int, int, int], list[int]] | None = getattr(accepts, "along", None)
+        self._paths = Paths()
+        self._broken, self._patience, self._rest = 0, 1, 0  # the group, at that step of its; plans to let pass
         self._verified: dict[Plan, Verified] = {}  # of each plan whose output is not in
         super().__init__(*parts, **more)
         policy = self.scheduler
         if not policy.verifies_drafts or self.pool.windowed or self.pool.keeps or self.state.stages > 1:
             raise PolicyError("speculation is not modelled here", name_of(policy))
+        self._groups = self._leaps and not speculation.by_batch
         self._leaps = False
         if DRAFT_COLUMNS[0] not in self.requests.extra:
             self.requests.count_drafts()
@@ -58,14 +75,108 @@ class VerifyingPlanner(Planner):
         return DraftedStep(self._speculation, *parts)
 
     def ask(self, now: int, start: When) -> Plan | None:  # noqa: D102 - documented in `Planner`, as all below
+        if self._groups:
+            self._regroup()
         plan = super().ask(now, start)
         if plan is not None:
-            self._verified[plan] = Verified(self.state.chosen, self.drafting, {})
+            self._verified[plan] = Verified(self.state.chosen, self.drafting, self.state.whole)
         return plan
+
+    def _regroup(self) -> None:
+        """Who is about to do other steps leaves the group, and who is to do steps like the others' joins it."""
+        state = self.state
+        group = state.drafted
+        if group.members:
+            due = self._paths.due(group.steps)
+            for request in due:
+                alone = request.alone
+                state.leave(request)
+                request.alone = alone
+            if due:
+                self._absorb()
+        if self._rest:
+            self._rest -= 1
+        elif state.lone and len(state.parked) >= FEWEST:
+            for request in list(state.lone.values()):
+                if not request.alone and request.phase is PARKED and request.drafts == self._speculation.drafts:
+                    self._join(request)
+
+    def _join(self, request: Drafted) -> None:
+        """Let a request join the group, if enough of its steps are like the others'."""
+        width, flying = 1 + self._speculation.drafts, None
+        start, ahead, now = request.produced, 0, width
+        if self.flight is not None:
+            flying = self._verified[self.flight].chosen.get(request.row)
+        if flying is not None:
+            if flying.preemptions != request.lost:
+                return
+            rejected = self._rejected_ahead(request, self._verified[self.flight]) if self.flight is not None else 0
+            start += 1 + flying.drafts - rejected
+            ahead, now = 1 + flying.drafts, width - rejected
+        if request.ahead != ahead or request.known - request.stored != 1 or not self.pool.settled(request):
+            return
+        path, request.alone = self._path(request, start)
+        if len(path) < LEAST:
+            request.alone = True
+            return
+        del self.state.lone[request.row]
+        self.state.drafted.join(request, self.pool.holds(request))
+        self._paths.add(request, start, path, now)
+
+    def _path(self, request: Drafted, start: int) -> tuple[list[int], bool]:
+        """Tokens that each next step brings a request, which has ``start`` by then; whether that is all of its path.
+
+        The path ends before the step that ends the answer, and where drafts reach beyond what the model can hold.
+        """
+        drafts, row = self._speculation.drafts, request.row
+        final = self._ends.outputs[row]
+        last = self.state.longest - request.prompt - 2 * (1 + drafts)  # tokens that a step may begin with
+        stop = min(final, start + (LONGEST - 1) * (1 + drafts))
+        kept = self._along(row, start, stop, drafts) if self._along is not None and start < stop else None
+        path: list[int] = []
+        at = start
+        while at < stop and len(path) < LONGEST - 1:
+            given = 1 + (self._accepts(row, at, drafts) if kept is None else kept[at - start])
+            if at > last or at + given >= final:
+                return path, True
+            path.append(given)
+            at += given
+        return path, False
+
+    def _absorb(self) -> None:
+        """Take in what leaving the group means for those who have left it."""
+        state, width = self.state, self.state.drafted.width
+        left, state.left = state.left, []
+        for request, preemptions, slot, last, steps, flies in left:
+            start = self._paths.starts[request.row]
+            self._paths.remove(request, slot, last)
+            done = steps - flies
+            if done:
+                accepted = request.produced - start - done
+                self.requests.verified(request.row, done * (width - 1), accepted, done)
+            if flies:
+                flight = self.flight
+                assert flight is not None
+                chosen = Chosen(request, width, width - 1, False, True, preemptions)
+                self._verified[flight].chosen[request.row] = chosen
+                flight.ending.append(request)
+                flight.fresh[request.row] = request
+
+    def _break_up(self, planned: bool) -> None:
+        """The group is no more, for now; ``planned``: the plan at hand computes its next step."""
+        self.state.scatter(planned)
+        self._note_break()
+
+    def _note_break(self) -> None:
+        """Whoever has left the group is alone for now: the longer, the less steady the group was."""
+        self._absorb()
+        steps = self.state.drafted.steps
+        self._patience = 1 if steps - self._broken >= STEADY else min(REST, 2 * self._patience)
+        self._broken, self._rest = steps, self._patience
 
     def idle(self) -> Plan:  # noqa: D102
         plan = super().idle()
-        self._verified[plan] = Verified({}, 0, {})
+        self._verified[plan] = Verified({}, 0, False)
         return plan
 
     @property
@@ -76,10 +187,23 @@ class VerifyingPlanner(Planner):
 
     def _gather(self, now: int) -> tuple[bool, Batch, int] | None:
         state = self.state
-        if not state.chosen:
+        group = state.drafted
+        if state.left:
+            self._note_break()
+        if group.members and not state.whole:
+            self._break_up(False)
+        if not (state.chosen or state.whole):
             return None
         prefills: list[Chunk] = []
         decodes = context = drafts = prompt_tokens = 0
+        if state.whole:
+            decodes = len(group)
+            drafts = decodes * (group.width - 1)
+            context = int(group.stored[:decodes].sum())
+            if self._ahead:
+                context += int(self._paths.of(group.steps - 1)[:decodes].sum())
+            else:
+                context += decodes * group.width
         flying = None if self.flight is None else self._verified[self.flight]
         for request, tokens, verified, _, decoding, _ in state.chosen.values():
             start = request.stored
@@ -121,16 +245,30 @@ class VerifyingPlanner(Planner):
         return batch._replace(prefills=tuple(prefills), decodes=decodes, context=context, drafts=drafts)
 
     def _late(self, start: When, decodes: int) -> tuple[int, list[int]]:
+        state, group = self.state, self.state.drafted
         gaps: list[int] = []
-        for request, _, _, _, decoding, _ in self.state.chosen.values():
+        late = 0
+        if state.whole:
+            old = len(group) - group.fresh
+            if old and group.last is not start:
+                gaps += (group.last.ps, old)
+                late = old - 1
+            for request in group.members[old:]:
+                if request.last is not start:
+                    gaps += (request.last.ps, 1)
+        for request, _, _, _, decoding, _ in state.chosen.values():
             if decoding and request.last is not start:
                 gaps += (request.last.ps, 1)
-        return len(gaps) // 2, gaps
+        return late + len(gaps) // 2, gaps
 
     def commit(self, plan: Plan, count: int) -> None:  # noqa: D102
         state, when = self.state, plan.when
         next_drafts = self._speculation.proposed(len(self._verified[plan].chosen))
         plan.fresh = {}
+        if self._verified[plan].grouped:
+            group = state.drafted
+            group.plan(when)
+            state.kv_tokens += len(group) * group.width
         emitting: list[Live] = []
         ending: list[Live] = []
         for request, tokens, drafts, _, decodes, _ in self._verified[plan].chosen.values():
@@ -143,7 +281,7 @@ class VerifyingPlanner(Planner):
             else:
                 emitting.append(request)
                 del state.prefills[request.row]
-                state.parked[request.row] = request
+                state.parked[request.row] = state.lone[request.row] = request
             if self._ahead:
                 request.ahead += 1 + drafts
                 request.drafts = next_drafts
@@ -151,7 +289,12 @@ class VerifyingPlanner(Planner):
         plan.emitting, plan.ending = emitting, ending
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:  # noqa: D102
-        chosen, drafting, known = self._verified.pop(plan)
+        verifying = self._verified.pop(plan)
+        chosen, drafting, known = verifying.chosen, verifying.drafting, verifying.kept
+        group = self.state.drafted
+        if verifying.grouped and group.flying:
+            n = len(group) - group.fresh
+            self.state.kv_tokens += group.land(self._paths.of(group.steps - 1)) - n * group.width
         outputs = self._ends.outputs
         ended: list[Live] = []
         for request in plan.ending:
@@ -175,7 +318,20 @@ class VerifyingPlanner(Planner):
                 self._see_end(request)
             elif stored:
                 request.drafts = drafting
+            if request.within is not None:  # it has joined since
+                group.stored[request.slot], group.produced[request.slot] = request.stored, request.produced
         return ended
+
+    def strike(self, request: Live, now: int) -> None:  # noqa: D102
+        assert isinstance(request, Drafted)
+        if request.within is not None:
+            self.state.leave(request)
+            self._absorb()
+        super().strike(request, now)
+
+    def lose(self, now: int) -> list[Live]:  # noqa: D102
+        self._break_up(False)
+        return super().lose(now)
 
     def _take_back(self, request: Drafted, tokens: int) -> None:
         """So many of the tokens that a request has computed are none of its answer."""

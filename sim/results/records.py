@@ -202,10 +202,10 @@ class RequestRecords:
         self._drafts = tuple(array("i", [0]) * len(self.status) for _ in DRAFT_COLUMNS)
         self.extra.update(zip(DRAFT_COLUMNS, self._drafts, strict=True))
 
-    def verified(self, request: int, drafts: int, accepted: int) -> None:
-        """Write down that a step has verified ``drafts`` drafts of a request, of which it keeps so many."""
+    def verified(self, request: int, drafts: int, accepted: int, steps: int = 1) -> None:
+        """Write down that so many steps have verified ``drafts`` drafts of a request, of which it keeps so many."""
         verifications, verified, kept = self._drafts
-        verifications[request] += 1
+        verifications[request] += steps
         verified[request] += drafts
         kept[request] += accepted
 

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, field_validator
 
 from chairlift.sim.bad_input import did_you_mean
@@ -187,6 +188,19 @@ class Draws:
             first = self._of[request] = _mixed(self._seed + request * 0x9E3779B97F4A7C15)
         x = _mixed(first + position * 0xD1B54A32D192ED03)
         return min(drafts, bisect_right(self._above, (x >> 11) / (1 << 53)))
+
+    def along(self, request: int, start: int, stop: int, drafts: int) -> list[int]:
+        """The same at each position from ``start`` to before ``stop``."""
+        x = np.arange(start, stop, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        x += np.uint64(_mixed(self._seed + request * 0x9E3779B97F4A7C15))
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(0xBF58476D1CE4E5B9)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        kept = np.searchsorted(self._above, (x >> np.uint64(11)) / (1 << 53), side="right")
+        found: list[int] = np.minimum(kept, drafts).tolist()
+        return found
 
 
 def _mixed(x: int) -> int:

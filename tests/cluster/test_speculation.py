@@ -19,9 +19,10 @@ from chairlift.sim.results.metrics import Pool, summarise
 from chairlift.sim.results.records import DRAFT_COLUMNS
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
-from chairlift.sim.study import Slo, Speculate
+from chairlift.sim.study import Failures, Limits, Outage, Slo, Speculate
 from chairlift.sim.workload.acceptance import Acceptance, Draws
 from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, mixed, table, tight
+from kit.leaping import backends
 from kit.places import TRUTH
 from kit.worlds import Affine, check_books, play, trace_of
 
@@ -135,6 +136,71 @@ def test_books_balance_however_tight_memory_is(
     check_books(
         play(mixed(seed), policy, blocks=blocks, max_model_len=112, speculate=drafts(tokens, method, length=1.6))
     )
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 999),
+    requests=st.integers(1, 16),
+    longest=st.integers(10, 400),
+    tokens=st.integers(1, 7),
+    kept=st.sampled_from([1.0, 1.3, 2.0]),
+    asynchronous=st.booleans(),
+    cached=st.booleans(),
+    priority=st.sampled_from([False, False, True]),
+    blocks=st.integers(8, 300),
+    budget=st.integers(16, 300),
+    method=st.sampled_from(["eagle3", "draft_model"]),
+    model_len=st.sampled_from([128, 300, 1 << 20]),
+    backend=backends,
+    outage=st.booleans(),
+)
+def test_those_that_verify_together_do_what_each_does_alone(
+    seed: int,
+    requests: int,
+    longest: int,
+    tokens: int,
+    kept: float,
+    asynchronous: bool,
+    cached: bool,
+    priority: bool,
+    blocks: int,
+    budget: int,
+    method: str,
+    model_len: int,
+    backend: Affine,
+    outage: bool,
+) -> None:
+    """Leap ≡ step with drafts, to the picosecond: each request at its own place of its own draws."""
+    draw = np.random.default_rng(seed)
+    arrivals = np.sort(draw.integers(0, requests * 20_000, requests))
+    room = min(model_len, 16 * blocks)  # a server does not start with a longer model
+    rows = []
+    for at in arrivals:
+        prompt = int(draw.integers(2, min(60, room - 8)))
+        rows.append((int(at), prompt, int(draw.integers(1, min(longest, room - prompt)))))
+    trace = trace_of(
+        rows,
+        priority=[i % 3 for i in range(requests)],
+        prefix_group=np.arange(requests) % 4,
+        prefix_tokens=np.minimum(np.array([prompt for _, prompt, _ in rows]), 20),
+        max_tokens=np.array([output for *_, output in rows]) + (np.arange(requests) % 2) * 3,
+    )
+    more: dict[str, Any] = {}
+    if outage:
+        failures = Failures(schedule=[Outage(replica=0, at_s=1e-8 * requests, for_s=1e-8)])
+        more = {"replicas": 2, "limits": Limits(timeout_s=6e-8 * longest), "failures": failures}
+    speculate = drafts(tokens, method, length=min(kept, 1 + tokens * 0.9))
+    policy = tight(asynchronous, cached, priority, budget)
+    leapt, stepped = (
+        play(trace, policy, lambda: backend, blocks, leap=leap, max_model_len=room, speculate=speculate, **more)
+        for leap in (True, False)
+    )
+
+    assert leapt.outcome() == stepped.outcome()
+    assert {name: list(leapt.requests.extra[name]) for name in DRAFT_COLUMNS} == {
+        name: list(stepped.requests.extra[name]) for name in DRAFT_COLUMNS
+    }
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

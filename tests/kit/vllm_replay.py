@@ -12,7 +12,8 @@ from chairlift.backend.base import Backend, Batch, StepCost
 from chairlift.policies.base import KvGroups, Speculation
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.cluster.build import make_pool
-from chairlift.sim.replica.drafts import Drafted, DraftedStep
+from chairlift.sim.replica.drafted_group import Drafted
+from chairlift.sim.replica.drafts import DraftedStep
 from chairlift.sim.replica.engine import make_engine
 from chairlift.sim.replica.hybrid_pool import HybridPool
 from chairlift.sim.replica.planner import Planner
@@ -117,7 +118,7 @@ class Replay:
         if speculation is None:
             self.planner: Planner = Planner(*parts, stages=stages)
         else:
-            self.planner = VerifyingPlanner(speculation, partial(accepted, case), *parts)
+            self.planner = VerifyingPlanner(speculation, partial(accepted, case), *parts, leap=False)
             self.kind = Drafted
         self.engine = make_engine(self.planner)
         self.lag = stages - 1 + policy.asynchronous

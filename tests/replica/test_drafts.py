@@ -12,7 +12,7 @@ from chairlift.policies.base import PolicyError, Scheduler, Speculation
 from chairlift.policies.sarathi import Sarathi
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.replica.counting_pool import CountingPool
-from chairlift.sim.replica.drafts import Drafted
+from chairlift.sim.replica.drafts import Drafted, DraftedStep
 from chairlift.sim.replica.engine import Engine, make_engine
 from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.verifying import VerifyingPlanner
@@ -159,3 +159,15 @@ def test_a_policy_that_cannot_plan_drafts_is_refused() -> None:
         planner(Vllm(), RadixPool(8, 4, None))  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="speculation is not modelled"):
         planner(Vllm(), CountingPool(8, 4), stages=2)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_those_whose_steps_are_alike_are_a_group(asynchronous: bool) -> None:
+    """16 tokens, of which each step brings one: step 1 is the prompts', and the last step ends the answers."""
+    engine = serve([(10, 16)] * 4, nothing, async_scheduling=asynchronous)
+    assert isinstance(engine.state, DraftedStep)
+
+    assert engine.planner.steps == 16
+    assert engine.state.drafted.steps == 14
+    assert times(engine) == ([100] * 4, [1600] * 4)
+    assert list(engine.planner.requests.extra["verifications"]) == [15] * 4
