@@ -84,6 +84,9 @@ def main() -> None:
     folder = options.into or ROOT / "build" / "core"
     libraries = build(folder.resolve(), options.optimise)
     if options.into is None:
+        for name in FOLDERS:  # what was compiled before, of modules that are compiled no longer too
+            for library in (ROOT / name).rglob("*.so"):
+                library.unlink()
         for library in libraries:
             place = library.relative_to(folder.resolve())
             shutil.copy(library, HERE / place)  # the folders of the package are links to those at the top

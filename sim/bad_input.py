@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 _ESCAPED = {"\n": " ", "\r": "", "\t": " "}  # a problem is one line, whatever a file or a library puts into it
-NOTHING = object()  # a problem without a value to show
+
+
+class _Nothing(Enum):  # an enumeration, for it stays the same when another process is told
+    NOTHING = ""
+
+
+NOTHING = _Nothing.NOTHING  # a problem without a value to show
 MOST_TOLD = 100  # problems of one input: nobody reads more
 MOST_SHOWN = 60  # characters of a value or a name
 
@@ -38,6 +45,10 @@ class BadInput(Exception):
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__("\n".join(map(str, self.told())))
+
+    def __reduce__(self) -> tuple[type[BadInput], tuple[list[Problem]]]:
+        """How a process of a pool tells its parent."""
+        return type(self), (self.problems,)
 
     def told(self) -> list[Problem]:
         """The problems; of more than `MOST_TOLD` the first ones, and one that counts the others."""

@@ -45,6 +45,13 @@ CASES: list[Case] = [
     ("10^5, synchronous", 100_000, 8, {"policy.async_scheduling": "false"}, True),
     ("10^5, shared prefixes, no cache", 100_000, 8, {**SHARED, "policy.enable_prefix_caching": "false"}, True),
     ("10^5, shared prefixes, cache", 100_000, 8, SHARED, True),
+    (
+        "10^5, prefill and decode apart",
+        100_000,
+        8,
+        {"replicas": "[{count: 4, role: prefill}, {count: 4, role: decode}]", "link": "{gb_per_s: 50}"},
+        True,
+    ),
     ("10^5, 1,000 replicas", 100_000, 1_000, {}, True),
     ("10^5, sglang", 100_000, 8, {"policy": "sglang"}, True),
     ("10^5, experts", 100_000, 8, {"model": "qwen3-30b-a3b"}, True),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from chairlift.sim.bad_input import BadInput, Problem
 from kit.command import POLICY, SCENARIO, chairlift, replaced
 from kit.sweeping import table, written_down
 
@@ -66,3 +68,19 @@ def test_no_more_processes_than_a_machine_can_hold() -> None:
         result = chairlift(command, "w.yaml", "-j", "100000")
         assert (result.status, result.out) == (2, "")
         assert result.err.startswith("error: --jobs: must be at most ")
+
+
+def test_bad_input_stays_what_it_is_on_its_way_from_another_process() -> None:
+    problems = [Problem("must be at least 1", "a.yaml", 3, "seed", 0), Problem("is missing", "b.yaml")]
+    told = BadInput(problems)
+
+    with ProcessPoolExecutor(1) as pool:
+        back = pool.submit(raised, told).exception()
+
+    assert isinstance(back, BadInput)
+    assert back.problems == problems
+    assert str(back) == "a.yaml:3: seed: must be at least 1 (got 0)\nb.yaml: is missing"
+
+
+def raised(error: BadInput) -> None:
+    raise error

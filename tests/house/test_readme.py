@@ -44,6 +44,8 @@ NAMES = list(TEXTS)
 LATER = {  # how a command begins → why it is not run here
     "make": "sets up an environment from the network, and takes minutes",
     "python -m pip": "needs a network",
+    "python -m venv peer": "needs a network",
+    "python -m chairlift.sim.cli.peers": "needs a peer, which needs a network",
     "python -m pytest": "runs tests",
     "CHAIRLIFT_EXAMPLES=2000 python -m pytest": "runs tests, for minutes",
     "python -m chairlift.backend.gpu.bench": "needs a GPU",
