@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from chairlift.policies.base import NotNegativeFloat, Positive, Replicas, Request, Router
+
+MANY = (
+    64  # replicas from which on NumPy finds the least loaded sooner: of a thousand in 2 µs, `min` and `index` take 20
+)
+
+
+def least(counts: Sequence[int]) -> int:
+    """The first position of the least of ``counts``, which are an array where there are many."""
+    return int(np.argmin(counts)) if len(counts) > MANY else counts.index(min(counts))
 
 
 @dataclass
@@ -36,8 +48,7 @@ class LeastOutstanding(Router):
 
     def route(self, request: Request, replicas: Replicas) -> int:
         """The replica with the fewest requests."""
-        counts = replicas.outstanding
-        return counts.index(min(counts))
+        return least(replicas.outstanding)
 
 
 @dataclass
@@ -46,8 +57,7 @@ class LeastTokens(Router):
 
     def route(self, request: Request, replicas: Replicas) -> int:
         """The replica with the fewest prompt tokens."""
-        counts = replicas.outstanding_tokens
-        return counts.index(min(counts))
+        return least(replicas.outstanding_tokens)
 
 
 @dataclass
@@ -88,11 +98,11 @@ class SessionSticky(Router):
         """The session's replica if it takes requests, else the one with the fewest, from now on the session's."""
         counts = replicas.outstanding
         if request.session < 0:
-            return counts.index(min(counts))
+            return least(counts)
         home = self.homes.get(request.session)
         if home is not None and home in replicas.indices:
             return replicas.indices.index(home)
-        chosen = counts.index(min(counts))
+        chosen = least(counts)
         self.homes[request.session] = replicas.indices[chosen]
         return chosen
 
@@ -116,8 +126,8 @@ class PrefixAffinity(Router):
     def route(self, request: Request, replicas: Replicas) -> int:
         """The longest match among replicas that are not too busy; of several the one with the fewest requests."""
         counts = replicas.outstanding
-        limit = min(counts) * self.imbalance + self.slack
-        best, longest = counts.index(min(counts)), 0
+        best, longest = least(counts), 0
+        limit = counts[best] * self.imbalance + self.slack
         for position, index in enumerate(replicas.indices):
             if counts[position] <= limit:
                 match = self._match(request, index)

@@ -14,6 +14,7 @@ A run of decode steps that take 10 ps each, from 0 to 100, and an arrival at 34:
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,8 +33,8 @@ WAKINGS = 100_000  # plans in a row that run nothing: a policy that looks every 
 class Loads:
     """What each replica of a pool holds, by its position there. The replicas keep these numbers true."""
 
-    outstanding: list[int]  # requests waiting or running
-    outstanding_tokens: list[int]  # their prompts' tokens
+    outstanding: array[int]  # requests waiting or running
+    outstanding_tokens: array[int]  # their prompts' tokens
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

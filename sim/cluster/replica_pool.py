@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -36,8 +37,7 @@ class ReplicaPool:
         router.random = chance
         self.replicas: list[Replica] = []  # that take requests now, by index; a replica's place here is its position
         self.indices: list[int] = []
-        self.outstanding: list[int] = []
-        self.outstanding_tokens: list[int] = []
+        self.outstanding, self.outstanding_tokens = array("q"), array("q")
         self.now = 0
         self.homeless: list[Live] = []  # arrived while no replica took requests
         self._clock = clock
@@ -97,7 +97,8 @@ class ReplicaPool:
         """Take ``replicas`` as those that take requests now: each gets its position, and counts there what it holds."""
         self.replicas = sorted(replicas, key=lambda r: r.index)
         self.indices = [r.index for r in self.replicas]
-        loads = Loads([r.held for r in self.replicas], [r.held_tokens for r in self.replicas])
+        held, tokens = ((r.held for r in self.replicas), (r.held_tokens for r in self.replicas))
+        loads = Loads(array("q", held), array("q", tokens))
         for position, replica in enumerate(self.replicas):
             replica.enter(loads, position)
         self.outstanding, self.outstanding_tokens = loads.outstanding, loads.outstanding_tokens
@@ -118,6 +119,5 @@ class _Look:
     def __init__(self, pool: ReplicaPool) -> None:
         self.now = self.taken = pool.now
         self.indices = pool.indices
-        self.outstanding = list(pool.outstanding)
-        self.outstanding_tokens = list(pool.outstanding_tokens)
+        self.outstanding, self.outstanding_tokens = pool.outstanding[:], pool.outstanding_tokens[:]
         self.waiting = pool.waiting

@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from chairlift.policies.routers import (
     RoundRobin,
     SessionSticky,
     ShortestQueue,
+    least,
 )
 from chairlift.sim.conformance.router import PROMISES, check_router
 from chairlift.sim.replica.request import Live
@@ -397,3 +399,10 @@ def test_a_router_is_one_file_of_the_package(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "The last replica, whatever its load." in done.stdout
     assert set(pq.read_table(tmp_path / "out/requests.parquet")["replica"].to_pylist()) == {1}
+
+
+@given(st.lists(st.integers(0, 5) | st.integers(0, 2**62), min_size=1, max_size=200))
+def test_the_least_of_many_is_the_first_of_the_least(counts: list[int]) -> None:
+    expected = next(i for i, count in enumerate(counts) if all(count <= other for other in counts))
+
+    assert least(array("q", counts)) == least(counts) == expected
