@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.plan.bounds import Bound, Bounds
 from chairlift.sim.plan.candidates import Candidate, price_of
-from chairlift.sim.plan.capacity import Capacity, Errors, Measure, find
+from chairlift.sim.plan.capacity import Capacity, Errors, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
 from chairlift.sim.plan.costs import tokens_of
+from chairlift.sim.plan.deciding import Measure
 from chairlift.sim.plan.emit import shell
 from chairlift.sim.plan.errors import assumed, errors, kept, likely, prices
 from chairlift.sim.plan.errors import described as errors_of

@@ -18,7 +18,7 @@ from chairlift.backend import specs
 from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, held_to_one_loop, scenario_of
-from chairlift.sim.plan.capacity import Effort
+from chairlift.sim.plan.deciding import Effort
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import Asked

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import Measure
+from chairlift.sim.plan.deciding import Measure
 from chairlift.sim.plan.errors import drawn
 from chairlift.sim.plan.pacing import paced, unloaded
 from chairlift.sim.plan.promises import BINS, Promise, Sample, measured, sample_read
