@@ -23,7 +23,7 @@ from chairlift.sim.bad_input import BadInput
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.cheapest import ONE_OF_MANY
-from chairlift.sim.plan.deciding import MOST, Effort, Measure, decide
+from chairlift.sim.plan.deciding import FIRST, MOST, Effort, Measure, decide
 from chairlift.sim.plan.headroom import fewer
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import Spot
@@ -99,7 +99,8 @@ def _left(
 ) -> Verdict | None:
     """The verdict on what is left of the candidate; None: nothing is left, or not enough to serve the load.
 
-    Where nobody misses a promise, it has the requests that it takes to say so of a good part of those that may.
+    It has `FIRST` replications at least, since its share is wanted and not only a proof; where nobody misses a promise,
+    the requests that it takes to say so of a good part of those that may.
     """
     try:
         rest = fewer(candidate, gone) if gone else candidate
@@ -112,7 +113,7 @@ def _left(
         return None
     few = unseen(0.5 + effort.confidence / 2)
     lacking = [few / (1 - p.wanted) for p, kept in zip(promises, verdict.kept, strict=True) if kept.share == 1]
-    replications = min(MOST, math.ceil(SURE * max(lacking, default=0.0) / verdict.requests))
+    replications = max(FIRST, min(MOST, math.ceil(SURE * max(lacking, default=0.0) / verdict.requests)))
     if replications <= verdict.replications:
         return verdict
     samples = measure(rest)(rate, verdict.requests, replications)

@@ -68,7 +68,7 @@ def test_where_nobody_missed_the_percentile_itself_is_judged() -> None:
     for limit, proof in ((462, 0), (463, 1)):
         verdict = judge([Promise(percentile=99, ttft_ms=limit)], of_percentiles(p99s), 10.0, 1000)
         assert (verdict.proof, verdict.holds) == (proof, True)
-        assert verdict.kept[0].low == pytest.approx(0.99 if proof else 0.975)  # else 100 of 4000 may miss it
+        assert verdict.kept[0].low == pytest.approx(0.99 if proof else 0.975, abs=1e-5)  # else 100 of 4000 may miss it
         assert verdict.strain == pytest.approx(math.log(400 / limit))
 
 
