@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.plan.bounds import Bound, Bounds
 from chairlift.sim.plan.candidates import Candidate, price_of
-from chairlift.sim.plan.capacity import Capacity, Errors, Measure, find
+from chairlift.sim.plan.capacity import Capacity, Errors, find
 from chairlift.sim.plan.cheapest import Entry, Race, race
 from chairlift.sim.plan.costs import tokens_of
+from chairlift.sim.plan.crowd import Crowd, crowd
+from chairlift.sim.plan.deciding import Measure
 from chairlift.sim.plan.emit import shell
 from chairlift.sim.plan.errors import assumed, errors, kept, likely, prices
 from chairlift.sim.plan.errors import described as errors_of
@@ -21,10 +23,11 @@ from chairlift.sim.plan.headroom import Headroom, Margin, bracket, fewer, headro
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.pacing import SAMPLE, paced
 from chairlift.sim.plan.promises import Promise
-from chairlift.sim.plan.questions import said
+from chairlift.sim.plan.questions import said, taker
 from chairlift.sim.plan.replications import Simulations
 from chairlift.sim.plan.spot import OnSpot, cheapest_on_spot
 from chairlift.sim.plan.stretches import described, recorded
+from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.results import loops
 from chairlift.sim.scenario import load
 from chairlift.sim.simulate import LOOPS
@@ -56,6 +59,7 @@ class Answer:
     races: list[Race] = field(default_factory=list)
     margins: dict[float, Margin] = field(default_factory=dict)  # rate → of the cheapest system for it
     on_spot: dict[float, list[OnSpot]] = field(default_factory=dict)  # rate → by replicas, the last is the answer
+    crowds: list[Crowd] = field(default_factory=list)  # clients in a closed loop, of the answers' systems
     headroom: list[Headroom] = field(default_factory=list)
     front: list[Point] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)  # what would change the answer at the highest rate, if asked
@@ -75,6 +79,9 @@ class Answer:
         lines = list(said(spec.ask, spec.given, self.plan.unit, self.races, self.capacities))
         for rate, found in self.on_spot.items():
             lines += [f"at {rate:g} {self.plan.unit}/s {spec.ask.spot}: {each}" for each in found[-1:]]
+        if (loop := spec.ask.clients) is not None:
+            thinking = f"in a closed loop, thinking {loop.mean_s:.3g} s on average"
+            lines += [f"{thinking}: {each}" for each in self.crowds]
         return lines
 
     @property
@@ -82,12 +89,16 @@ class Answer:
         """The system that the commands and assumptions describe: the answer at the highest rate, if there is one."""
         if self.races:
             return next((r.winner.candidate for r in reversed(self.races) if r.winner), None)
+        if self.plan.spec.ask.tenant is not None:
+            return taker(self.capacities)
         found = [candidate for candidate, capacity in self.capacities if capacity.reached]
         return found[0] if found else self.plan.today
 
     @property
     def failed(self) -> bool:
         """Whether no system of the plan will do for one of its questions."""
+        if self.plan.spec.ask.tenant is not None:
+            return taker(self.capacities) is None
         lost = any(race.winner is None for race in self.races)
         return lost or (bool(self.capacities) and not any(c.reached for _, c in self.capacities))
 
@@ -177,6 +188,7 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
             answer.capacities.append((candidate, _capacity(candidate, guess, plan, runs, bounds, told)))
             answer.capacities.sort(key=lambda each: _usd_per_rate(*each))
             yield answer
+    yield from _crowds(answer, runs, told)
     if not spec.rates or (plan.today is not None and not spec.keys()):
         yield answer
         return
@@ -201,11 +213,34 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
             asked = plan.candidates, best.candidate, spec.ask.spot, rate, promises, bounds, runs.of
             answer.on_spot[rate] = cheapest_on_spot(*asked, replace(effort, precision=_fine(plan)(best.candidate)))
             yield answer
+    yield from _crowds(answer, runs, told)
     if spec.front and answer.races[-1].winner is not None:
         for entry in answer.races[-1].of("kept")[:MOST_ON_FRONT]:
             told(f"front: {entry.candidate.name}")
             answer.front.append(_point(entry, promises, runs, bounds, plan))
             mark(answer.front)
+            yield answer
+
+
+def _crowds(answer: Answer, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
+    """The answer with the clients in a closed loop of each capacity's system, and of each race's winner, if asked."""
+    loop, known = answer.plan.spec.ask.clients, {id(each.candidate) for each in answer.crowds}
+    if loop is None:
+        return
+    found: list[tuple[Candidate, Verdict | None, float]] = [
+        (candidate, capacity.verdicts[0], capacity.rate_per_s)
+        for candidate, capacity in answer.capacities
+        if capacity.reached
+    ]
+    found += [(r.winner.candidate, r.winner.verdict, r.rate_per_s) for r in answer.races if r.winner is not None]
+    for candidate, verdict, rate in found:
+        if id(candidate) not in known and verdict is not None:
+            known.add(id(candidate))
+            stay_s = verdict.figures["p50_e2el_ms"][0] / 1e3
+            told(f"{candidate.name}: clients in a closed loop")
+            measure = runs.of(candidate, think_s=loop.think_s)
+            guess = rate * (stay_s + loop.mean_s)  # Little's law
+            answer.crowds.append(crowd(candidate, measure, answer.plan.spec.slo, guess, answer.plan.effort(), told))
             yield answer
 
 

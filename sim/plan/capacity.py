@@ -29,39 +29,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from chairlift.sim.plan.promises import Promise, Sample
-from chairlift.sim.plan.stretches import LEAST
+from chairlift.sim.plan.deciding import FIRST, MOST, SCREEN, Effort, Measure, coarse
+from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.verdict import Verdict, judge
 from chairlift.sim.sweep.statistics import student
 
-# Simulates one system: rate per second, requests a replication, number of replications → a sample of each replication.
-Measure = Callable[[float, int, int], Sequence[Sample]]
 Told = Callable[[str], None]  # takes a line about progress
 
 GRID = 12  # rates of the screen
 WIDTH = 20.0  # ratio of the highest to the lowest of those rates
-SCREEN = 4  # replications of each of them,
-COARSE = 4  # of this part of the length of others, unless that is too short to settle
-FIRST = 8  # replications of a rate after the screen, at least
-MOST = 32  # replications of a rate, at most; what needs more work than that gets longer replications
 MARGIN = 1.15  # proofs are sought this many expected half-widths away from the centre
 LOOKS = 40  # verdicts of one stage, at most
 MOVES = 3  # of the centre, before more work is put into each verdict
 NEAR = 0.12  # two rates are near each other if the logarithm of their ratio is below this
-STEEP = 10.0  # slope of the gap over the logarithm of the rate, where no verdicts show it
 LOWEST = 1e-4  # of the grid's highest rate: a promise that breaks even below breaks at any load
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How hard to look."""
-
-    precision: float = 0.015  # half of the interval's width, as a fraction of the rate
-    confidence: float = 0.95  # that the capacity lies in the interval
-    requests: int = 2000  # of a replication, to begin with
-    most_requests: int = 256_000  # of a replication, at most
-    budget: float = math.inf  # requests of all replications together, after which replications grow no further
-    draws: int = 0  # of the step costs' errors, `chairlift.sim.plan.errors`
 
 
 @dataclass(frozen=True)
@@ -119,17 +100,6 @@ class Unreachable(Exception):
     def __init__(self, verdict: Verdict) -> None:
         super().__init__()
         self.verdict = verdict
-
-
-def coarse(effort: Effort, part: int = COARSE) -> int:
-    """Requests of a replication of one ``part``-th of the usual length, which is not made too short to be judged."""
-    return max(min(LEAST, effort.requests), effort.requests // part)
-
-
-def glance(measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort, part: int = COARSE) -> Verdict:
-    """The verdict of a few runs that are `coarse`."""
-    requests = coarse(effort, part)
-    return judge(promises, measure(rate, requests, SCREEN), rate, requests, effort.confidence)
 
 
 def find(

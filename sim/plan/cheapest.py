@@ -23,14 +23,11 @@ from itertools import groupby
 
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import COARSE, FIRST, MOST, SCREEN, STEEP, Effort, Measure, coarse, glance
+from chairlift.sim.plan.deciding import COARSE, LONGER, MOST, SCREEN, Effort, Measure, coarse, decide, glance
 from chairlift.sim.plan.promises import Promise, Sample
-from chairlift.sim.plan.verdict import Verdict, judge
+from chairlift.sim.plan.verdict import Verdict
 
-LONGER = 8  # replications grow at most to this multiple of their first length; then it is too close to say
-STAYS = 6  # a replication is as long as so many stays of requests in short runs
 ONE_OF_MANY = 16  # replications of the first length that a system beside the answer is worth
-USUAL = 2.4  # Student's t of a proof about two promises by some 20 replications
 
 
 @dataclass(frozen=True)
@@ -62,74 +59,6 @@ class Race:
     def of(self, outcome: str) -> list[Entry]:
         """The entries with this outcome."""
         return [entry for entry in self.entries if entry.outcome == outcome]
-
-
-def decide(
-    measure: Measure, promises: Sequence[Promise], rate: float, effort: Effort, lengths: int = MOST * LONGER
-) -> Verdict:
-    """The verdict on ``rate``, from as many requests as it takes to prove it either way, within limits.
-
-    Short runs come first: they often prove that a promise is broken, and say how long requests stay. Where they break
-    none, replications are `STAYS` times as long as that. Those that have not settled get longer; else there are more of
-    them, as many as their standard errors ask for, up to `MOST`, and then they get longer. ``lengths``: what all of
-    them together may come to, in replications of the first length.
-
-    Where they are stretches of a recorded file, they grow no further once the file has nothing new to say. None grows
-    where all that the limits allow could hardly prove anything, or where the load is so near to the one that breaks a
-    promise that a plan of this precision need not tell them apart.
-    """
-    verdict = glance(measure, promises, rate, effort)
-    if verdict.is_hopeless:
-        return verdict
-    longest, most = min(effort.most_requests, LONGER * effort.requests), lengths * effort.requests
-    requests, replications = effort.requests, SCREEN
-    if all(kept.share == 1 for kept in verdict.kept):
-        requests = min(longest, most // FIRST, _long_enough(verdict, requests))
-    while True:
-        verdict = judge(promises, measure(rate, requests, replications), rate, requests, effort.confidence)
-        if verdict.proof < 0 or (verdict.proof > 0 and not verdict.is_short):
-            return verdict
-        if verdict.is_used_up and not verdict.is_short:
-            return verdict
-        room = most / (requests * replications)
-        if replications >= FIRST and not verdict.is_short and _is_close(verdict, room, effort):
-            return verdict
-        more = math.ceil(replications * _lacking(verdict) / 2) * 2  # an even number: cores come in pairs
-        more = min(MOST, more, most // requests)
-        if (verdict.is_short or replications == MOST) and requests < longest and room >= 2:
-            requests = min(longest, requests * 2)
-        elif more > replications:
-            replications = more
-        else:
-            return verdict
-
-
-def _long_enough(verdict: Verdict, requests: int) -> int:
-    """A length of replications that shows the system under its lasting load: in quarters of ``requests``, and no less.
-
-    Short runs hide how long requests stay, so `STAYS` of their stays are twice what a run needs to be long at all.
-    """
-    quarter = max(1, requests // 4)
-    return max(requests, quarter * math.ceil(verdict.requests * verdict.stays * STAYS / quarter))
-
-
-def _lacking(verdict: Verdict) -> float:
-    """How many times the replications it takes to prove what a verdict suggests: 1.25 to 4."""
-    times = [
-        (USUAL * kept.logit_se / kept.logit_gap) ** 2 for kept in verdict.kept if not kept.proof and kept.logit_gap
-    ]
-    if verdict.gap > 0:  # one promise proven broken is enough
-        times = [min(times, default=2.0)]
-    wanted = max((2.0 if math.isinf(each) else each for each in times), default=2.0)
-    return min(max(wanted, 1.25), 4.0)
-
-
-def _is_close(verdict: Verdict, room: float, effort: Effort) -> bool:
-    """Whether more runs, ``room`` times as many at most, are not worth while: see `decide`."""
-    if not 0 < verdict.gap_se < math.inf:
-        return False
-    likely = (abs(verdict.gap) + verdict.gap_se) * math.sqrt(room)  # of the gap, in today's standard errors
-    return likely < USUAL * verdict.gap_se or USUAL * verdict.gap_se < STEEP * effort.precision
 
 
 def race(

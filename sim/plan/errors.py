@@ -25,7 +25,8 @@ import numpy as np
 from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.slowed import Slower
-from chairlift.sim.plan.capacity import NEAR, SCREEN, STEEP, Capacity, Effort, Errors, Measure
+from chairlift.sim.plan.capacity import NEAR, Capacity, Errors
+from chairlift.sim.plan.deciding import SCREEN, STEEP, Effort, Measure
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.verdict import judge
 from chairlift.sim.study import ReplicaGroup, Setup

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +18,10 @@ from chairlift.backend import specs
 from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, held_to_one_loop, scenario_of
-from chairlift.sim.plan.capacity import Effort
-from chairlift.sim.plan.pacing import sampled
+from chairlift.sim.plan.deciding import Effort
+from chairlift.sim.plan.pacing import joined, own_rate, sampled
 from chairlift.sim.plan.promises import Promise
-from chairlift.sim.plan.questions import Asked
+from chairlift.sim.plan.questions import Asked, Newcomer
 from chairlift.sim.plan.stretches import FIRST_SHARE, LEAST, MOST_SHARE, recorded, rows_of
 from chairlift.sim.scenario import load
 from chairlift.sim.scenario.schema import results_name
@@ -113,7 +113,8 @@ class PlanFile(Based):
         default=None, description="GPU → price, or a YAML file of such; default: Chairlift's dated table."
     )
     ask: Asked = Field(
-        default=Asked(), description="Further questions: a budget, an API's price, growth, spares, spot, hours."
+        default=Asked(),
+        description="Further questions: a budget, an API's price, growth, spares, spot, hours, clients, a tenant.",
     )
     search: Search = Field(default=Search(), description="How hard to look.")
 
@@ -191,6 +192,9 @@ def read_plan(
         lost, rule = ["budget_usd_per_day"], "is of capacities: leave out rate_per_s, or give today"
     if lost:
         raise BadInput([document.problem(("ask", key), rule) for key in lost])
+    if spec.ask.tenant is not None and (spec.keys() or spec.given or spec.today is not None):
+        rule = "chooses among its clusters: leave out axes, today and rate_per_s"
+        raise BadInput(document.problem(("ask", "tenant"), rule))
     base, folder = base_of(document, spec, path)
     for key, value in spec.set.items():
         base.assign(key, value, origin_of(document, ("set", key)))
@@ -215,7 +219,7 @@ def read_plan(
         raise BadInput(document.problem(("axes",), rule))
     if problems := hidden_by_axes(document, spec, assignments, varying):
         raise BadInput(problems)
-    points = spec.points()
+    points = spec.points() if spec.ask.tenant is None else list(_clusters(spec.ask.tenant, base, document))
     for point in spec.each_alone():
         load.check(sampled(scenario_of(base, point, document)), folder, trust)
     today = None
@@ -227,6 +231,11 @@ def read_plan(
     candidates = [
         candidate(scenario_of(base, point, document), point, folder, trust, prices, document) for point in points
     ]
+    if spec.ask.tenant is not None:
+        named = zip(candidates, spec.ask.tenant.clusters, strict=True)
+        candidates = [replace(each, labels={"cluster": name}) for each, name in named]
+        for each in candidates:
+            own_rate(each.document)
     candidates = held_to_one_loop(candidates)
     if spec.today is not None:
         today = candidates.pop()
@@ -234,6 +243,21 @@ def read_plan(
             raise BadInput(document.problem(("today",), f"cannot be: {today.misfit}"))
     rows = _rows([*candidates, *filter(None, [today])], document)
     return BuyingPlan(results_name(spec.name, path), spec, document, candidates, today, prices, rows)
+
+
+def _clusters(tenant: Newcomer, base: Document, plan: Document) -> Iterator[dict[str, Value]]:
+    """The keys of each cluster, its workload being what it serves already and the base's at the new tenant's rate."""
+    for name, keys in tenant.clusters.items():
+        at = ("ask", "tenant", "clusters", name)
+        own = keys.get("workload")
+        if not isinstance(own, dict) or "new" in (own.get("mix") or {}):
+            rule = "must have a workload, what the cluster serves already; in a mix no part may be called new"
+            raise BadInput(plan.problem(at, rule))
+        wrong = [key for key in keys if key.startswith("workload.") or (key != "workload" and _ours(key))]
+        if wrong:
+            raise BadInput(plan.problem((*at, wrong[0]), "is none of a cluster's keys: workload says the load"))
+        values = {**keys, "workload": joined(own, base.data.get("workload") or {}, tenant.rate_per_s)}
+        yield {key: Value(value, origin=origin_of(plan, (*at, key))) for key, value in values.items()}
 
 
 def _rows(candidates: Sequence[Candidate], plan: Document) -> int | None:

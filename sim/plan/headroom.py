@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import Capacity, Effort, Measure, find, worst
-from chairlift.sim.plan.cheapest import ONE_OF_MANY, decide
+from chairlift.sim.plan.capacity import Capacity, find, worst
+from chairlift.sim.plan.cheapest import ONE_OF_MANY
+from chairlift.sim.plan.deciding import Effort, Measure, decide
 from chairlift.sim.plan.file import Stress
 from chairlift.sim.plan.pacing import sampled
 from chairlift.sim.plan.promises import Promise

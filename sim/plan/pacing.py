@@ -15,6 +15,7 @@ from chairlift.sim.workload.named import get as named_workload
 from chairlift.sim.workload.spec import Workload
 
 SAMPLE = 2000  # requests of `sampled`
+_TIMED = ("requests", "rate_per_s", "arrivals", "time_scale", "duration_s")  # what `looped` says itself
 
 
 def paced(document: Document, rate_per_s: float, requests: int, cv: float | None = None, seed: int = 0) -> Document:
@@ -57,6 +58,38 @@ def paced(document: Document, rate_per_s: float, requests: int, cv: float | None
     }
     one.data["workload"] = data
     return one
+
+
+def looped(document: Document, clients: int, requests: int, think_s: dict[str, Any], seed: int = 0) -> Document:
+    """The scenario with its requests sent by so many clients, each of which waits for its answer and then ``think_s``.
+
+    Raises `BadInput` where the workload cannot be sent so: a mix, or requests that follow one another.
+    """
+    one = document.copy()
+    workload = {key: value for key, value in one.data["workload"].items() if key not in _TIMED}
+    one.data["seed"] = seed
+    if "mix" in workload or "sessions" in workload or "servegen" in workload or "file" in workload:
+        rule = "clients of a closed loop send requests whose lengths are drawn: no mix, sessions, servegen or file"
+        raise BadInput(one.problem(("workload",), rule))
+    one.data["workload"] = {
+        **workload,
+        "requests": requests,
+        "clients": {"concurrency": clients, "think_s": think_s},
+    }
+    return one
+
+
+def own_rate(document: Document) -> float:
+    """What a mix of workloads comes to each second, at its parts' own rates. Raises `BadInput` where one has none."""
+    parts = document.data["workload"]["mix"]
+    checked = {name: document.check(Workload, {**part, "requests": SAMPLE}) for name, part in parts.items()}
+    return sum(_own_rate(part, document.problem(("workload", "mix", name), "")) for name, part in checked.items())
+
+
+def joined(workload: dict[str, Any], new: dict[str, Any], rate_per_s: float) -> dict[str, Any]:
+    """The mix of what a cluster serves, ``today`` unless it is a mix itself, and of a ``new`` workload at a rate."""
+    parts = dict(workload["mix"]) if isinstance(workload.get("mix"), dict) else {"today": workload}
+    return {"mix": {**parts, "new": _at_rate(dict(new), rate_per_s, SAMPLE, None)}}
 
 
 def sampled(document: Document) -> Document:

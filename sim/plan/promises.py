@@ -276,18 +276,27 @@ def measured(promises: Sequence[Promise], requests: RequestRecords, runs: list[R
     several = np.asarray(columns["output_tokens"]) > 1
     trace = requests.trace
     order = np.argsort(arrival, kind="stable")
+    if trace.follows is not None and trace.session is None:
+        order = order[arrival[order] <= _all_there(arrival, trace.follows)]
     tenant = None if trace.tenant is None else np.array(trace.tenants)[trace.tenant][order]
     priority = None if trace.priority is None else trace.priority[order].astype(np.int64)
     found = {name: np.where(done, np.nan_to_num(ms), np.inf)[order] for name, ms in request_latencies(requests).items()}
     times = Latency(arrival[order] / PS_PER_S, found, several[order], tenant, priority)
     gaps = _gaps(runs) if any("itl" in promise.limits() for promise in promises) else None
     since = None
-    if trace.follows is not None:
+    if trace.follows is not None and trace.session is not None:
         root = np.arange(len(trace))
         for i in np.flatnonzero(trace.follows >= 0).tolist():
             root[i] = root[trace.follows[i]]  # a request follows an earlier row, whose root is known by now
         since = (arrival[root] / PS_PER_S)[order]
     return sample_of(promises, times, gaps, wall_s, since)
+
+
+def _all_there(arrival_ps: npt.NDArray[np.int64], follows: npt.NDArray[np.int64]) -> int:
+    """Until when (ps) no client of a closed loop has sent its last request: later there are fewer clients."""
+    last = np.ones(len(follows), dtype=bool)
+    last[follows[follows >= 0]] = False
+    return int(arrival_ps[last].min())
 
 
 def _gaps(runs: list[RunRecords]) -> Gaps:

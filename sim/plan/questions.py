@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Race
 from chairlift.sim.plan.costs import Tokens, tokens_of
+from chairlift.sim.plan.pacing import own_rate
+from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.arrivals import Rate
+from chairlift.sim.workload.clients import Constant, Seconds
 from chairlift.sim.workload.strict import Spec
 
 Usd = Annotated[float, Field(gt=0, le=1e12)]
@@ -77,6 +82,30 @@ class Spot(Spec):
         return f"on spot at {self.off_percent:g} % less, {often}"
 
 
+class Loop(Spec):
+    """Clients, each of which waits for its answer, thinks, and asks again."""
+
+    think_s: Seconds = Field(
+        default=Seconds(constant=Constant(seconds=0)),
+        description="Time from the end of a client's request to its next: seconds or a distribution.",
+    )
+
+    @property
+    def mean_s(self) -> float:
+        """Mean time that a client thinks, by 100,000 draws."""
+        return float(self.think_s.sample_ps(100_000, np.random.default_rng(0)).mean()) / PS_PER_S
+
+
+class Newcomer(Spec):
+    """A tenant whose requests are those of the base's workload, and clusters that may take it."""
+
+    rate_per_s: Rate = Field(description="The load that comes with it.")
+    clusters: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
+        description="Name → dotted keys of the scenario, among them `workload`: what the cluster serves already, at "
+        "its own rate. Promises may be of the tenants `new` and `today` (or those of a mix)."
+    )
+
+
 class Asked(Spec):
     """Further questions."""
 
@@ -89,6 +118,12 @@ class Asked(Spec):
     )
     spot: Spot | None = Field(
         default=None, description="The answer's system on spot instances, with as many replicas as it takes."
+    )
+    clients: Loop | None = Field(
+        default=None, description="How many clients in a closed loop the answer's system has room for."
+    )
+    tenant: Newcomer | None = Field(
+        default=None, description="Which of several clusters takes a new tenant; in place of axes and rate_per_s."
     )
     hours: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=HOURS, max_length=HOURS)] | None = (
         Field(default=None, description="The load of each hour of a day, as multiples of rate_per_s.")
@@ -116,6 +151,23 @@ def a_day(races: Sequence[Race], hours: Sequence[float], rate_per_s: float) -> t
     usd = {race.rate_per_s: math.inf if race.winner is None else race.winner.usd_per_hour for race in races}
     hourly = [usd.get(_round(rate_per_s * times), math.inf) for times in hours]
     return (sum(hourly), HOURS * max(hourly)) if all(map(math.isfinite, hourly)) else None
+
+
+def taker(capacities: Sequence[tuple[Candidate, Capacity]]) -> Candidate | None:
+    """The cluster with the most room of those that are proven to keep the promises with the new tenant; None: none."""
+    room = [(k.rate_per_s / own_rate(c.document), c) for c, k in capacities if own_rate(c.document) <= k.low]
+    return max(room, key=lambda each: each[0])[1] if room else None
+
+
+def _taken(capacities: Sequence[tuple[Candidate, Capacity]], unit: str) -> Iterator[str]:
+    """What becomes of each cluster with the new tenant, a line each, and which one takes it."""
+    for candidate, capacity in capacities:
+        rate = own_rate(candidate.document)
+        told = "kept" if rate <= capacity.low else "broken" if rate >= capacity.high else "too close to say"
+        line = f"{candidate.name} with the new tenant, at {rate:g} {unit}/s: {told}"
+        yield line + f", up to {capacity.rate_per_s / rate:.3g} times that load" * capacity.reached
+    best = taker(capacities)
+    yield "no cluster takes the new tenant" if best is None else f"the new tenant goes to {best.name}"
 
 
 def said(
@@ -146,6 +198,8 @@ def said(
                 f"${budget:,g} a day pay for {copies} × {candidate.name}: {served:,.0f} {unit} a day, "
                 f"{served * each.into / 1e6:,.4g} million tokens in and {served * each.out / 1e6:,.4g} million out"
             )
+    if ask.tenant is not None and len(capacities) == len(ask.tenant.clusters):
+        yield from _taken(capacities, unit)
     if (growth := ask.growth) is not None:
         for rate in given:
             if (race := races.get(_round(rate * growth.times))) is not None:

@@ -14,9 +14,9 @@ from typing import NamedTuple, cast
 
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import Measure
+from chairlift.sim.plan.deciding import Measure
 from chairlift.sim.plan.errors import drawn
-from chairlift.sim.plan.pacing import paced, unloaded
+from chairlift.sim.plan.pacing import looped, paced, unloaded
 from chairlift.sim.plan.promises import BINS, Promise, Sample, measured, sample_read
 from chairlift.sim.plan.stretches import Stretch, recorded, stretched
 from chairlift.sim.results.outcome import Outcome
@@ -27,6 +27,9 @@ from chairlift.sim.study import Setup
 from chairlift.sim.sweep.journal import Journal
 from chairlift.sim.sweep.runs import OF_THE_MACHINE, Executor, Row, Run, failure
 from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.clients import Seconds
+
+EACH = 16  # requests of a client in a closed loop, at least: the first are its warm-up, the last are left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +76,25 @@ class Simulations:
         cv: float | None = None,
         draw: int = 0,
         promises: Sequence[Promise] | None = None,
+        think_s: Seconds | None = None,
     ) -> Measure:
         """How a search measures ``candidate``.
 
         ``cv``: with gaps of that coefficient of variation. ``draw``: with that draw of its step costs' errors.
-        ``promises``: other ones than the plan's.
+        ``promises``: other ones than the plan's. ``think_s``: by clients in a closed loop, who think so long; what
+        `Measure` takes for a rate is their number then, and each has at least `EACH` requests.
         """
         judged = self.promises if promises is None else tuple(promises)
 
         def measure(rate: float, requests: int, replications: int) -> Sequence[Sample]:
-            requests = max(requests, math.ceil(rate * candidate.least_s))
-            runs = [self._replication(candidate, judged, rate, requests, i, cv, draw) for i in range(replications)]
+            if think_s is None:
+                requests = max(requests, math.ceil(rate * candidate.least_s))
+            else:
+                rate = max(1, round(rate))
+                requests = max(requests, EACH * round(rate))
+            runs = [
+                self._replication(candidate, judged, rate, requests, i, cv, draw, think_s) for i in range(replications)
+            ]
             return self._samples(candidate, runs, requests)
 
         return measure
@@ -97,10 +108,15 @@ class Simulations:
         i: int,
         cv: float | None,
         draw: int,
+        think_s: Seconds | None,
     ) -> Replication:
         """The replication with the ``i``-th seed."""
         seed = self.seed + i
-        document = paced(candidate.document, rate, requests, cv, seed)
+        if think_s is None:
+            document = paced(candidate.document, rate, requests, cv, seed)
+        else:
+            thought = think_s.model_dump(exclude_none=True)
+            document = looped(candidate.document, round(rate), requests, thought, seed)
         folder, labels, trust = candidate.folder, candidate.labels, candidate.trust
         of_plan = promises, rate, requests, draw
         return Replication(document, folder, labels, seed, trust, *of_plan, synchronous=candidate.synchronous)

@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from chairlift.sim.bad_input import BadInput
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import MOST, Effort, Measure
-from chairlift.sim.plan.cheapest import ONE_OF_MANY, decide
+from chairlift.sim.plan.cheapest import ONE_OF_MANY
+from chairlift.sim.plan.deciding import FIRST, MOST, Effort, Measure, decide
 from chairlift.sim.plan.headroom import fewer
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import Spot
-from chairlift.sim.plan.verdict import FEW, Verdict, judge
+from chairlift.sim.plan.verdict import Verdict, judge, unseen
 
 RARE = 1e-3  # of the time: numbers of replicas gone that are rarer are not simulated, and nobody meets a promise then
-SURE = 6.0  # times the requests by which `FEW` proves a promise that nobody misses: a fifth of the allowance is left
+SURE = 6.0  # times the requests by which `unseen` proves a promise that nobody misses: a fifth of the allowance is left
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def _left(
 ) -> Verdict | None:
     """The verdict on what is left of the candidate; None: nothing is left, or not enough to serve the load.
 
-    Where nobody misses a promise, it has the requests that it takes to say so of a good part of those that may.
+    It has `FIRST` replications at least, since its share is wanted and not only a proof; where nobody misses a promise,
+    the requests that it takes to say so of a good part of those that may.
     """
     try:
         rest = fewer(candidate, gone) if gone else candidate
@@ -110,8 +111,9 @@ def _left(
     verdict = decide(measure(rest), promises, rate, effort, ONE_OF_MANY)
     if verdict.drifting:
         return None
-    unseen = [FEW / (1 - p.wanted) for p, kept in zip(promises, verdict.kept, strict=True) if kept.share == 1]
-    replications = min(MOST, math.ceil(SURE * max(unseen, default=0.0) / verdict.requests))
+    few = unseen(0.5 + effort.confidence / 2)
+    lacking = [few / (1 - p.wanted) for p, kept in zip(promises, verdict.kept, strict=True) if kept.share == 1]
+    replications = max(FIRST, min(MOST, math.ceil(SURE * max(lacking, default=0.0) / verdict.requests)))
     if replications <= verdict.replications:
         return verdict
     samples = measure(rest)(rate, verdict.requests, replications)

@@ -81,6 +81,9 @@ def sentence(answer: Answer) -> str:
         return f"The cheapest that keeps {kept} {at} is {best.candidate.name}, for ${best.usd_per_hour:,.2f} an hour."
     if not answer.capacities:
         return ""
+    if plan.spec.ask.tenant is not None and answer.asked:
+        told = answer.asked[-1]
+        return f"{told[0].upper()}{told[1:]}, with {kept}." if not answer.failed else f"{told[0].upper()}{told[1:]}."
     candidate, capacity = answer.capacities[0]
     if not capacity.reached:
         return f"{candidate.name} does not keep {kept} at any load."

@@ -9,7 +9,9 @@ The runs of one verdict are replications: equal but for their seed, and so indep
 - Interval. Student's t on the logit of that share, since a share near 0 is skewed.
 - Hardly anybody missed. Then the share says little of how far off the limit is, and the promised percentile itself is
   judged: the mean of its logarithm over the replications, by Student's t, where each replication's percentile has at
-  least `TAIL` requests beyond it. Else, where nobody missed, `FEW` bounds the share.
+  least `TAIL` requests beyond it. Else, where nobody missed, `unseen` bounds the share.
+- Several promises. All are kept if each is: a test of each at the whole level proves it (Berger, Technometrics 24,
+  1982). That one is broken takes a level for each (Bonferroni).
 - Recorded files. Replications that are overlapping stretches of one file count as the k independent ones that they are
   `worth`. Of R equally correlated values the spread shows only what is not common to them, and R − 1 becomes k − 1:
   the squared standard error of the mean is Σ residual² / R / (k − 1), that of R independent ones where k = R.
@@ -35,10 +37,10 @@ from chairlift.sim.sweep.statistics import student
 
 Floats = npt.NDArray[np.float64]
 
-# Where none of n independent requests failed (or all did), 3 / n bounds the share at 95 % (the rule of three). Requests
-# of one run are not independent: a queue makes neighbours fail together. They count here as if they failed in clusters
-# of some 30, so that 100 / n bounds the share.
-FEW = 100
+# Where none of n independent requests failed (or all did), −ln(1 − level) / n bounds the share (at 95 % 3 / n, the rule
+# of three). Requests of one run are not independent: a queue makes neighbours fail together. They count here as if they
+# failed in clusters of so many: at 97.5 % 100 / n bounds the share.
+CLUSTER = 27.1
 TAIL = 5  # requests of a replication beyond its percentile, at least: with fewer, it is little but its largest value
 LEAST_WORTH = 1.5  # independent replications: of fewer, Student's t says next to nothing
 MOST_CUT = BINS // 2  # parts that the warm-up can take at most
@@ -129,13 +131,15 @@ def judge(
 ) -> Verdict:
     """The verdict on at least two replications of ``requests`` requests each.
 
-    The intervals of all promises together hold the true shares with probability ``confidence`` or more.
+    Of two risks each takes half of 1 − ``confidence``: that a promise is wrongly proven kept, and that one is wrongly
+    proven broken. The lower ends of the intervals are bounds each by itself, the upper ends all together.
     """
     severity = np.array([sample.severity for sample in samples])
     warm = max(_mser(severity.mean(axis=0)), _first_generation(samples))
     cool = _last_generation(samples)
     tail = slice(warm, max(warm + 2, BINS - cool))
-    level = 1 - (1 - confidence) / 2 / len(promises)  # of one bound, after Bonferroni
+    risk = (1 - confidence) / 2
+    sure = 1 - risk, 1 - risk / len(promises)  # of a bound below, and of one above
     known = _worth(samples)
     strains = [_strain(promise, samples) for promise in promises]
     kept = tuple(
@@ -144,7 +148,7 @@ def judge(
             np.array([s.eligible[j][tail] for s in samples]).sum(axis=1),
             np.array([s.met[j][tail] for s in samples]).sum(axis=1),
             strains[j],
-            level,
+            sure,
             known,
         )
         for j, promise in enumerate(promises)
@@ -247,15 +251,15 @@ def _kept(
     eligible: npt.NDArray[np.int64],
     met: npt.NDArray[np.int64],
     strain: Floats | None,
-    level: float,
+    sure: tuple[float, float],
     known: float,
 ) -> Kept:
     """One promise judged on what R replications counted after the warm-up; ``eligible`` and ``met`` of shape (R,).
 
     ``strain``: as `_strain` has it.
 
-    ``level`` is that of a one-sided bound on the share, ``known`` how many independent replications there are. The
-    module's docstring has a worked example.
+    ``sure`` are the levels of the bounds on the share that met it, below and above, ``known`` how many independent
+    replications there are. The module's docstring has a worked example.
     """
     total, failed = int(eligible.sum()), int((eligible - met).sum())
     allowed = 1 - wanted
@@ -266,21 +270,26 @@ def _kept(
     gap = _logit(clipped) - _logit(allowed)
     least = 1.0  # that the share is proven to be at most, by the percentile
     if failed < TAIL and strain is not None and allowed * eligible.min() >= TAIL:
-        half = student(level, known - 1) * _error(strain - strain.mean(), known)
+        half = student(sure[0], known - 1) * _error(strain - strain.mean(), known)
         least = allowed if strain.mean() + half <= 0 else 1.0
     if failed == 0 or failed == total:
-        unseen = min(1.0, FEW / (total * known / len(eligible)), least)
-        low, high = (0.0, unseen) if failed == 0 else (1 - unseen, 1.0)
+        most = min(1.0, unseen(sure[failed > 0]) / (total * known / len(eligible)), least)
+        low, high = (0.0, most) if failed == 0 else (1 - most, 1.0)
         proof = 1 if high <= allowed else -1 if low > allowed else 0
         return Kept(1 - share, 1 - high, 1 - low, gap, 0.0 if proof else math.inf, proof)
     se = _error((eligible - met) - share * eligible, known) / (total / len(eligible))
     logit_se = se / (share * (1 - share))
     if math.isinf(logit_se):
         return Kept(1 - share, 0.0, 1.0, gap, math.inf, 0)
-    half = student(level, known - 1) * logit_se
-    low, high = _share(_logit(share) - half), min(_share(_logit(share) + half), max(share, least))
+    kept, broken = (student(level, known - 1) * logit_se for level in sure)
+    low, high = _share(_logit(share) - broken), min(_share(_logit(share) + kept), max(share, least))
     proof = 1 if high <= allowed else -1 if low > allowed else 0
     return Kept(1 - share, 1 - high, 1 - low, gap, logit_se, proof)
+
+
+def unseen(level: float) -> float:
+    """The requests of which none misses a promise if a share of 1 / n of all may: ``unseen / n`` bounds the share."""
+    return -math.log(1 - level) * CLUSTER
 
 
 def _drift(severity: Floats, known: float) -> tuple[bool, float]:

@@ -11,7 +11,8 @@ import math
 import numpy as np
 import pytest
 
-from chairlift.sim.plan.capacity import Capacity, Effort, find
+from chairlift.sim.plan.capacity import Capacity, find
+from chairlift.sim.plan.deciding import Effort
 from chairlift.sim.plan.promises import Promise
 from kit.queues import Queue, md1_capacity, mm1_capacity, mmc_capacity
 

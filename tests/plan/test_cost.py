@@ -12,9 +12,9 @@ import pytest
 
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import Effort
-from chairlift.sim.plan.cheapest import Race, decide, race
+from chairlift.sim.plan.cheapest import Race, race
 from chairlift.sim.plan.costs import cost_of, tokens_of
+from chairlift.sim.plan.deciding import Effort, Looks, decide
 from chairlift.sim.plan.file import BuyingPlan, read_plan
 from chairlift.sim.plan.headroom import bracket, margin
 from chairlift.sim.plan.promises import Promise
@@ -124,6 +124,30 @@ def test_decisions_are_right_as_often_as_they_say() -> None:
 
     assert proofs[0.9][1] >= 38
     assert proofs[1.1][-1] >= 38
+
+
+@pytest.mark.parametrize(("times", "right"), [(0.99, 1), (1.01, -1)])
+def test_looking_again_and_again_errs_no_more_than_once(times: float, right: int) -> None:
+    """One percent off the capacity of an M/M/1 queue some nine looks are taken, most of which prove nothing.
+
+    2.5 % may be wrong either way, so that of 200 more than 10 are with a probability of 1 %: 5.5 % were before each
+    look had a level of its own.
+    """
+    promise = Promise(share=0.9, e2el_ms=5757)
+    effort = Effort(requests=500, precision=0.002)
+    proofs = Counter(decide(Queue([promise], seed), [promise], 0.6 * times, effort).proof for seed in range(200))
+
+    assert proofs[-right] <= 10
+    assert proofs[right] > 15
+
+
+def test_the_risks_of_all_looks_by_hand() -> None:
+    """From 2,000 requests to 64,000 there are five doublings: six shares of 5 %, of which three were not spent."""
+    looks = Looks(0.95, 2000, 64_000)
+
+    assert [1 - looks.at(n) for n in (2000, 8000, 8000)] == pytest.approx([0.05 / 6, 0.05 / 3, 0.05 / 3])
+    assert looks.spent == pytest.approx(0.5)
+    assert 1 - looks.at(64_000) == pytest.approx(0.05 / 2)
 
 
 def test_a_precision_says_how_near_to_its_limit_a_system_is_told_from_it() -> None:

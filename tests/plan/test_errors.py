@@ -15,7 +15,8 @@ from chairlift.backend.calibrated.resampled import Resampled
 from chairlift.backend.calibrated.settings import Settings as ProfileSettings
 from chairlift.backend.roofline import Efficiency
 from chairlift.backend.slowed import Slower
-from chairlift.sim.plan.capacity import Effort, Errors, Measure, find
+from chairlift.sim.plan.capacity import Errors, find
+from chairlift.sim.plan.deciding import Effort, Measure
 from chairlift.sim.plan.errors import ASSUMED, described, drawn, errors, kept, likely
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.results.metrics import request_latencies

@@ -11,8 +11,8 @@ import pytest
 
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import Effort
 from chairlift.sim.plan.cheapest import Race, race
+from chairlift.sim.plan.deciding import Effort
 from chairlift.sim.plan.file import read_plan
 from chairlift.sim.plan.flips import Change, changes
 from chairlift.sim.plan.promises import Promise

@@ -15,7 +15,8 @@ import yaml
 
 from chairlift.sim.plan.bounds import bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.cheapest import decide, race
+from chairlift.sim.plan.cheapest import race
+from chairlift.sim.plan.deciding import decide
 from chairlift.sim.plan.file import read_plan
 from chairlift.sim.plan.pacing import paced
 from chairlift.sim.plan.promises import BINS, Latency, Promise, sample_of

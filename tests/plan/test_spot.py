@@ -9,7 +9,7 @@ import pytest
 
 from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.capacity import Effort, Measure
+from chairlift.sim.plan.deciding import Effort, Measure
 from chairlift.sim.plan.file import read_plan
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import Spot

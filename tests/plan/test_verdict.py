@@ -68,7 +68,7 @@ def test_where_nobody_missed_the_percentile_itself_is_judged() -> None:
     for limit, proof in ((462, 0), (463, 1)):
         verdict = judge([Promise(percentile=99, ttft_ms=limit)], of_percentiles(p99s), 10.0, 1000)
         assert (verdict.proof, verdict.holds) == (proof, True)
-        assert verdict.kept[0].low == pytest.approx(0.99 if proof else 0.975)  # else 100 of 4000 may miss it
+        assert verdict.kept[0].low == pytest.approx(0.99 if proof else 0.975, abs=1e-5)  # else 100 of 4000 may miss it
         assert verdict.strain == pytest.approx(math.log(400 / limit))
 
 
@@ -82,7 +82,8 @@ def test_the_percentile_says_nothing_where_requests_missed_or_were_few() -> None
     assert judge([several], of_percentiles(low), 10.0, 1000).strain is None
 
 
-def test_of_two_promises_the_worse_decides_and_each_gets_half_of_the_risk() -> None:
+def test_of_two_promises_the_worse_decides_and_each_gets_half_of_the_risk_of_a_broken_one() -> None:
+    """All are kept where each of them is, which costs no risk; one of them is broken where any of two tests says so."""
     both = [Promise(percentile=50, ttft_ms=500), PROMISE]
     samples = [
         sample._replace(eligible=sample.eligible * 2, met=sample.met * 2) for sample in (run(15), run(25), run(20))
@@ -90,4 +91,4 @@ def test_of_two_promises_the_worse_decides_and_each_gets_half_of_the_risk() -> N
     alone, together = judge([PROMISE], samples, 10.0, 1000), judge(both, samples, 10.0, 1000)
 
     assert together.gap == alone.gap == together.kept[1].logit_gap
-    assert together.kept[1].low < alone.kept[0].low < alone.kept[0].high < together.kept[1].high
+    assert together.kept[1].low == alone.kept[0].low < alone.kept[0].high < together.kept[1].high
