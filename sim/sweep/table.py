@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
@@ -29,6 +30,7 @@ class _About(TypedDict):
 
 _ABOUT = TypeAdapter(_About)
 _META = b"chairlift"
+MOST = 1e18  # of a metric, and of a value of an axis
 _TEXTS = ("loop", "key", "version")
 _LAST = (*_TEXTS, *TIMES)
 
@@ -107,6 +109,11 @@ def read(path: Path) -> Results:
     for name, kind in kinds.items():
         if table[name].type != pa.null() and not kind(table[name].type):
             raise BadInput(Problem(f"is damaged: {name} cannot be of type {table[name].type}", file=str(file)))
+        if name != "seed" and _is_number(table[name].type):
+            values = table[name].drop_null().to_numpy()
+            if (found := np.flatnonzero(~(np.abs(values.astype(float)) <= MOST))).size:
+                rule = f"is damaged: {name} must be numbers of at most {MOST:g} (got {values[found[0]]})"
+                raise BadInput(Problem(rule, file=str(file)))
     if table["seed"].null_count or table["error"].null_count:
         raise BadInput(Problem("is damaged: a row has no seed or no error", file=str(file)))
     try:
