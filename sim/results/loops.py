@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+LOOPS = ("synchronous", "asynchronous", "mixed")
+
 
 def warning(ran: Iterable[tuple[str, str]]) -> str:
     """A sentence where not all (name, loop) of ``ran`` are of one loop; else "". Loops that are "" are not known."""

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.results.loops import LOOPS
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run, made_by
 
@@ -120,6 +121,9 @@ def read(path: Path) -> Results:
         rows = table.to_pylist()
     except UnicodeDecodeError as error:
         raise BadInput(Problem(f"is damaged: text that is not UTF-8: {error.reason}", file=str(file))) from None
+    if strange := [row["loop"] for row in rows if row["loop"] not in (None, "", *LOOPS)]:
+        rule = f"is damaged: loop must be {', '.join(LOOPS)} or nothing (got {strange[0]!r})"
+        raise BadInput(Problem(rule, file=str(file)))
     return Results(str(file), about["sweep"], axes, metrics, rows)
 
 

@@ -257,6 +257,7 @@ FOUND = [  # reader, damage, what the refusal says
     ("recorder: steps.csv", "0.done_s = '-1'", "raw-1.steps.csv:2: is done before it is scheduled"),
     ("recorder: steps.csv", "0.waiting = '0.5'", "raw-1.steps.csv:2: must be whole numbers"),
     ("config.json", "model_type = {'qxq': 1}", "config.json: a value is of another kind than it must be"),
+    ("sweep: results", "columns.loop.0 = [[]]", "loop must be synchronous, asynchronous, mixed or nothing"),
     ("sweep: results", "columns.mean_ttft_ms.3 = '1e+300'", "mean_ttft_ms must be numbers of at most 1e+18"),
     ("agree", "the file is a list of nothing", "comparison.json: must be the comparison.json of a run"),
     ("recorder: steps.csv", "the file is cut at 10%", "raw-1.steps.csv"),
