@@ -19,7 +19,7 @@ from chairlift.sim.plan.errors import assumed, errors, kept, likely, prices
 from chairlift.sim.plan.errors import described as errors_of
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.flips import Ask, Change, changes
-from chairlift.sim.plan.headroom import Headroom, Margin, bracket, fewer, headroom, margin
+from chairlift.sim.plan.headroom import Beside, Headroom, Margin, bracket, fewer, headroom, margin
 from chairlift.sim.plan.launch import Launch, beside, kv_of, launches
 from chairlift.sim.plan.pacing import SAMPLE, paced
 from chairlift.sim.plan.promises import Promise
@@ -202,7 +202,8 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
         if (best := found.winner) is not None:
             told(f"{rate:g}/s: how much more {best.candidate.name} takes")
             hard = replace(effort, precision=_fine(plan)(best.candidate))
-            spare = margin(best.candidate, rate, promises, bounds, runs.of, hard)
+            beside_it = Beside(rate, promises, bounds, runs.of, hard)
+            spare = margin(best.candidate, beside_it)
             assert best.candidate.setup is not None
             priced = prices(best.candidate.setup)
             sound = kept(_drawing(runs, best.candidate), rate, promises, effort, effort.draws, priced)
@@ -210,8 +211,8 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
             yield answer
         if best is not None and spec.ask.spot is not None:
             told(f"{rate:g}/s: on spot")
-            asked = plan.candidates, best.candidate, spec.ask.spot, rate, promises, bounds, runs.of
-            answer.on_spot[rate] = cheapest_on_spot(*asked, replace(effort, precision=_fine(plan)(best.candidate)))
+            beside_it = Beside(rate, promises, bounds, runs.of, replace(effort, precision=_fine(plan)(best.candidate)))
+            answer.on_spot[rate] = cheapest_on_spot(plan.candidates, best.candidate, spec.ask.spot, beside_it)
             yield answer
     yield from _crowds(answer, runs, told)
     if spec.front and answer.races[-1].winner is not None:

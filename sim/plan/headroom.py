@@ -66,28 +66,34 @@ class Margin:
         return f"{told}; {less}" + off * bool(self.draws)
 
 
-def margin(
-    candidate: Candidate,
-    rate: float,
-    promises: Sequence[Promise],
-    bounds: Callable[[Candidate], Bound],
-    measure: Callable[[Candidate], Measure],
-    effort: Effort,
-) -> Margin:
-    """The margin of a candidate that keeps the promises at ``rate``, by halving `STEPS`.
+@dataclass(frozen=True)
+class Beside:
+    """How it is told whether systems beside an answer keep its promises at its load, or at a multiple of it."""
 
-    Its runs come to little: what they cannot tell is too close to say.
-    """
+    rate_per_s: float
+    promises: Sequence[Promise]
+    bounds: Callable[[Candidate], Bound]
+    measure: Callable[[Candidate], Measure]
+    effort: Effort
+
+    def verdict(self, candidate: Candidate, times: float = 1.0) -> Verdict | None:
+        """The verdict at so many times the load; None where no schedule could serve that.
+
+        Its runs come to little: what they cannot tell is too close to say.
+        """
+        rate = self.rate_per_s * times
+        if self.bounds(candidate).rate_per_s < rate:
+            return None
+        return decide(self.measure(candidate), self.promises, rate, self.effort, ONE_OF_MANY)
+
+
+def margin(candidate: Candidate, beside: Beside) -> Margin:
+    """The margin of a candidate that keeps the promises, by halving `STEPS`."""
     kept, broken = 0, len(STEPS)  # STEPS[kept - 1] is kept, STEPS[broken] is broken
     unsure = len(STEPS)  # from here on nothing was proven
     while kept < min(broken, unsure):
         at = (kept + min(broken, unsure)) // 2
-        more = rate * STEPS[at]
-        verdict = (
-            None
-            if bounds(candidate).rate_per_s < more
-            else decide(measure(candidate), promises, more, effort, ONE_OF_MANY)
-        )
+        verdict = beside.verdict(candidate, STEPS[at])
         proof = -1 if verdict is None else verdict.proof
         if proof > 0:
             kept = at + 1
@@ -103,11 +109,7 @@ def margin(
         except BadInput:  # the only one of its role
             smaller = None
         if smaller is not None:
-            verdict = (
-                None
-                if bounds(smaller).rate_per_s < rate
-                else decide(measure(smaller), promises, rate, effort, ONE_OF_MANY)
-            )
+            verdict = beside.verdict(smaller)
             less = {1: "kept", -1: "broken", 0: "too close to say"}[-1 if verdict is None else verdict.proof]
     return Margin(STEPS[kept - 1] if kept else 1.0, STEPS[broken] if broken < len(STEPS) else math.inf, less)
 

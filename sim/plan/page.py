@@ -141,8 +141,20 @@ def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise], uni
             bars = error_bars([high - mean for mean, _, high in found])
             traces.append(curve(i, system, [v.rate_per_s for v in near], [mean for mean, _, _ in found], error_y=bars))
         figure = _figure(traces, unit, "ms", [level(limit), *bands])
-        figure["layout"]["yaxis"]["type"] = "log"
+        seen = [value for trace in traces for value in trace["y"]]
+        figure["layout"]["yaxis"] |= logarithmic(min([limit, *seen]), max([limit, *seen]))
         yield f"{latency_name(name)} over the rate (dotted: promised)", figure, keys
+
+
+def logarithmic(low: float, high: float) -> Figure:
+    """An axis for values from ``low`` to ``high``, each tick with its whole number: not 2 and 5 between 10 and 100.
+
+    Ticks are at 1, 2 and 5 times the powers of ten, over more than three of them at the powers alone.
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    parts = (1, 2, 5) if last - first <= 3 else (1,)
+    ticks = [part * 10.0**power for power in range(first, last + 1) for part in parts]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.10g}" for tick in ticks]}
 
 
 def _near(capacity: Capacity) -> list[Verdict]:

@@ -16,15 +16,13 @@ spot; if three cannot serve the load, 2 · 5.4 % of the requests miss it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chairlift.sim.bad_input import BadInput
-from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
-from chairlift.sim.plan.cheapest import ONE_OF_MANY
-from chairlift.sim.plan.deciding import FIRST, MOST, Effort, Measure, decide
-from chairlift.sim.plan.headroom import fewer
+from chairlift.sim.plan.deciding import FIRST, MOST
+from chairlift.sim.plan.headroom import Beside, fewer
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import Spot
 from chairlift.sim.plan.verdict import Verdict, judge, unseen
@@ -52,22 +50,15 @@ class OnSpot:
         return f"{self.candidate.name} for ${self.usd_per_hour:,.2f}/h {told}: {share}"
 
 
-def on_spot(
-    candidate: Candidate,
-    spot: Spot,
-    rate: float,
-    promises: Sequence[Promise],
-    bounds: Callable[[Candidate], Bound],
-    measure: Callable[[Candidate], Measure],
-    effort: Effort,
-) -> OnSpot:
-    """What becomes of the promises at ``rate`` where all replicas of a candidate that has a setup are on spot."""
+def on_spot(candidate: Candidate, spot: Spot, beside: Beside) -> OnSpot:
+    """What becomes of the promises where all replicas of a candidate that has a setup are on spot."""
     assert candidate.setup is not None
+    promises = beside.promises
     shares = spot.gone(sum(group.count for group in candidate.setup.groups))
     low, high = [0.0] * len(promises), [0.0] * len(promises)
     stay_s = 0.0
     for gone, share in enumerate(shares):
-        verdict = None if share < RARE and gone else _left(candidate, gone, rate, promises, bounds, measure, effort)
+        verdict = None if share < RARE and gone else _left(candidate, gone, beside)
         if gone == 0 and verdict is not None:
             stay_s = verdict.stays * verdict.simulated_s / verdict.replications
         for j in range(len(promises)):
@@ -88,15 +79,7 @@ def on_spot(
     return OnSpot(candidate, usd, min(proofs), promises[worst], low[worst], high[worst])
 
 
-def _left(
-    candidate: Candidate,
-    gone: int,
-    rate: float,
-    promises: Sequence[Promise],
-    bounds: Callable[[Candidate], Bound],
-    measure: Callable[[Candidate], Measure],
-    effort: Effort,
-) -> Verdict | None:
+def _left(candidate: Candidate, gone: int, beside: Beside) -> Verdict | None:
     """The verdict on what is left of the candidate; None: nothing is left, or not enough to serve the load.
 
     It has `FIRST` replications at least, since its share is wanted and not only a proof; where nobody misses a promise,
@@ -106,30 +89,20 @@ def _left(
         rest = fewer(candidate, gone) if gone else candidate
     except BadInput:
         return None
-    if bounds(rest).rate_per_s < rate:
+    verdict = beside.verdict(rest)
+    if verdict is None or verdict.drifting:
         return None
-    verdict = decide(measure(rest), promises, rate, effort, ONE_OF_MANY)
-    if verdict.drifting:
-        return None
-    few = unseen(0.5 + effort.confidence / 2)
+    promises, confidence = beside.promises, beside.effort.confidence
+    few = unseen(0.5 + confidence / 2)
     lacking = [few / (1 - p.wanted) for p, kept in zip(promises, verdict.kept, strict=True) if kept.share == 1]
     replications = max(FIRST, min(MOST, math.ceil(SURE * max(lacking, default=0.0) / verdict.requests)))
     if replications <= verdict.replications:
         return verdict
-    samples = measure(rest)(rate, verdict.requests, replications)
-    return judge(promises, samples, rate, verdict.requests, effort.confidence)
+    samples = beside.measure(rest)(beside.rate_per_s, verdict.requests, replications)
+    return judge(promises, samples, beside.rate_per_s, verdict.requests, confidence)
 
 
-def cheapest_on_spot(
-    candidates: Sequence[Candidate],
-    winner: Candidate,
-    spot: Spot,
-    rate: float,
-    promises: Sequence[Promise],
-    bounds: Callable[[Candidate], Bound],
-    measure: Callable[[Candidate], Measure],
-    effort: Effort,
-) -> list[OnSpot]:
+def cheapest_on_spot(candidates: Sequence[Candidate], winner: Candidate, spot: Spot, beside: Beside) -> list[OnSpot]:
     """The answer's system with as few replicas as keep the promises on spot; those with fewer come before it.
 
     They begin with as many replicas as the answer has on demand. None will do where the last does not.
@@ -138,7 +111,7 @@ def cheapest_on_spot(
     sizes = [each for each in candidates if each.system == winner.system and each.gpus >= winner.gpus]
     for each in sorted(sizes, key=lambda candidate: candidate.gpus):
         if each.setup is not None and not each.scales:
-            found.append(on_spot(each, spot, rate, promises, bounds, measure, effort))
+            found.append(on_spot(each, spot, beside))
             if found[-1].proof > 0:
                 break
     return found

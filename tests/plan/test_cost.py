@@ -16,7 +16,7 @@ from chairlift.sim.plan.cheapest import Race, race
 from chairlift.sim.plan.costs import cost_of, tokens_of
 from chairlift.sim.plan.deciding import Effort, Looks, decide
 from chairlift.sim.plan.file import BuyingPlan, read_plan
-from chairlift.sim.plan.headroom import bracket, margin
+from chairlift.sim.plan.headroom import Beside, bracket, margin
 from chairlift.sim.plan.promises import Promise
 from kit.command import chairlift
 from kit.queues import Queue, mm1_capacity
@@ -82,14 +82,14 @@ def test_the_margin_of_a_queue_whose_capacity_is_known(tmp_path: Path) -> None:
         return Bound(math.inf, "")
 
     two = system(tmp_path, 2)
-    found = margin(two, 0.9, [promise], bounds, measure, Effort(requests=4000))
-    alone = margin(system(tmp_path, 1), 0.45, [promise], bounds, measure, Effort(requests=4000))
+    found = margin(two, Beside(0.9, [promise], bounds, measure, Effort(requests=4000)))
+    alone = margin(system(tmp_path, 1), Beside(0.45, [promise], bounds, measure, Effort(requests=4000)))
 
     assert (found.kept, found.broken, found.one_less) == (1.25, 1.5, "broken")  # 1.2 / 0.9 = 1.33
     assert (alone.kept, alone.broken, alone.one_less) == (1.25, 1.5, "")
     assert "1.25 × the load is kept, 1.5 × would break a promise" in str(found)
-    assert margin(two, 0.5, [promise], bounds, measure, Effort(requests=4000)).one_less == "kept"
-    assert margin(two, 0.9, [promise], lambda _: Bound(1.0, ""), measure, Effort(requests=4000)).broken <= 1.25
+    assert margin(two, Beside(0.5, [promise], bounds, measure, Effort(requests=4000))).one_less == "kept"
+    assert margin(two, Beside(0.9, [promise], lambda _: Bound(1.0, ""), measure, Effort(requests=4000))).broken <= 1.25
 
 
 def test_the_rough_capacity_of_a_queue_on_a_front(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from chairlift.sim.plan.page import SCALE
+from chairlift.sim.plan.page import SCALE, logarithmic
 from chairlift.sim.report.html import ASSETS
 
 LEAST = 3.0  # of graphics beside what is next to them: WCAG 2.2, success criterion 1.4.11
@@ -35,3 +35,9 @@ def test_rings_off_the_front_are_seen_on_light_and_on_dark_paper() -> None:
 
     assert len(papers) == 2
     assert all(contrast(colour, paper) >= LEAST for _, colour in SCALE for paper in papers)
+
+
+def test_ticks_of_a_logarithmic_axis_are_whole_numbers() -> None:
+    assert logarithmic(6, 63)["ticktext"] == ["1", "2", "5", "10", "20", "50", "100", "200", "500"]
+    assert logarithmic(120, 9000)["ticktext"][3:] == ["1,000", "2,000", "5,000", "10,000", "20,000", "50,000"]
+    assert logarithmic(2, 90_000)["ticktext"] == ["1", "10", "100", "1,000", "10,000", "100,000"]

@@ -11,6 +11,7 @@ from chairlift.sim.plan.bounds import Bound
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.deciding import Effort, Measure
 from chairlift.sim.plan.file import read_plan
+from chairlift.sim.plan.headroom import Beside
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import Spot
 from chairlift.sim.plan.spot import cheapest_on_spot, on_spot
@@ -76,7 +77,7 @@ def test_coins_by_hand() -> None:
 @pytest.mark.parametrize(("minutes", "proof"), [(10, 1), (180, -1)])
 def test_the_share_is_the_mean_over_what_is_left(tmp_path: Path, minutes: float, proof: int) -> None:
     spot = Spot(off_percent=60, hours_between_losses=12, minutes_until_back=minutes)
-    found = on_spot(systems(tmp_path)[1], spot, RATE, [PROMISE], bounds, queues, EFFORT)
+    found = on_spot(systems(tmp_path)[1], spot, Beside(RATE, [PROMISE], bounds, queues, EFFORT))
     truth, backlog = share(2, spot.away), spot.away**2  # of the backlog after both are gone the least is thought
 
     assert found.low <= truth <= found.high
@@ -90,8 +91,7 @@ def test_it_takes_more_replicas_where_losses_are_long(tmp_path: Path) -> None:
     """Two hold 95.8 % on demand; away for a fifth of the time, two meet 75 %, three 91 %, four 97 %."""
     spot = Spot(off_percent=60, hours_between_losses=12, minutes_until_back=180)
     candidates = systems(tmp_path)
-    asked = candidates, candidates[1], spot, RATE, [PROMISE], bounds, queues, EFFORT
-    found = cheapest_on_spot(*asked)
+    found = cheapest_on_spot(candidates, candidates[1], spot, Beside(RATE, [PROMISE], bounds, queues, EFFORT))
 
     assert [each.candidate.gpus for each in found] == list(range(2, found[-1].candidate.gpus + 1))
     assert [share(n, spot.away) for n in (2, 3, 4)] == pytest.approx([0.753, 0.913, 0.965], abs=1e-3)
@@ -107,7 +107,7 @@ def test_what_the_rest_cannot_serve_counts_twice(tmp_path: Path) -> None:
     def tight(candidate: Candidate) -> Bound:
         return Bound(bounds(candidate).rate_per_s - 1.05, "")
 
-    found = on_spot(systems(tmp_path)[1], spot, RATE, [PROMISE], tight, queues, EFFORT)
+    found = on_spot(systems(tmp_path)[1], spot, Beside(RATE, [PROMISE], tight, queues, EFFORT))
     there, one_gone = spot.gone(2)[:2]
 
     assert found.high <= there
