@@ -133,20 +133,6 @@ class GpuTime:
         found: Floats = bound * between(residual, tokens)
         return found
 
-    def scaled(self, compute: float, bandwidth: float) -> GpuTime:
-        """The coefficients on a GPU of ``compute`` × the FLOP/s and ``bandwidth`` × the bytes/s; fixed times stay."""
-        return replace(
-            self,
-            weights_s=self.weights_s / bandwidth,
-            experts_s=self.experts_s / bandwidth,
-            kv_s=self.kv_s / bandwidth,
-            kv_mixed_s=self.kv_mixed_s / bandwidth,
-            token_s=self.token_s / compute,
-            sequence_s=self.sequence_s / min(compute, bandwidth),
-            pair_s=self.pair_s / compute,
-            drafting=self.drafting and replace(self.drafting, token_s=self.drafting.token_s / compute),
-        )
-
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
