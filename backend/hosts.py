@@ -1,7 +1,7 @@
 """The host's floor under a step: what an engine's own process takes, by engine, version and number of GPUs.
 
 `hosts.yaml` was read off recordings. A GPU however fast waits for its host: vLLM 0.26 plans, launches and processes no
-step of decodes in less than 1.3 ms, and 31 µs more for each request; and a step with prompts, which no single CUDA
+step of decodes in less than 2.6 ms, and 31 µs more for each request; and a step with prompts, which no single CUDA
 graph holds, is launched layer by layer.
 """
 
