@@ -15,6 +15,7 @@ from typing import NamedTuple
 from chairlift.backend import collectives
 from chairlift.backend.base import FOREVER, NO_HOST, PS, Backend, Batch, Chunk, Host, StepCost, slowest
 from chairlift.backend.efficiency import Shares
+from chairlift.backend.hosts import floors, told
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.parts import Costs, Part, in_window
 from chairlift.backend.shapes import GPU, Model
@@ -66,6 +67,8 @@ class ByPart(Backend):
         if costs.kv_bytes == 0:
             self._token = 0
         self._floor = round(e.floor_ms * MS)
+        self._pace = e.pace(parallel.gpus)
+        self._floors = floors(self._pace, model, e.graph_tokens)
         self._host = Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST
         self._collectives(1, 1)  # raises here what it would raise later
         self._fixed: dict[tuple[int, int, int], int] = {}  # of decode steps, by slots: all but attention
@@ -75,12 +78,12 @@ class ByPart(Backend):
         if batch.prefills or batch.drafts:
             rank = self._rank(batch)
             first = self._ps(self._parts(rank))
-            launch = self._launch_of(rank.most, bool(batch.prefills))
-            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
+            floor = self._floor_of(rank.most, bool(batch.prefills))
+            return StepCost(max(first, floor), 0, 1, self._host)
         all_slots = batch.decodes + batch.padded
         slots = -(-all_slots // self.parallel.data)
         first, slope, steps = self._decodes(slots, batch.context * slots // all_slots, slots, all_slots)
-        return self._not_below(max(self._floor, self._launch_of(slots, False)), first, slope, steps)
+        return self._not_below(self._floor_of(slots, False), first, slope, steps)
 
     def together(self, batches: Sequence[Batch]) -> StepCost:
         """As `Backend.together`: experts see the tokens of all ranks, and a rank without any computes one for nothing.
@@ -92,12 +95,12 @@ class ByPart(Backend):
         most, all_tokens = max(counts), sum(counts)
         if any(batch.prefills or batch.drafts for batch in batches):
             first = max(self._ps(self._parts(self._own(batch, most, all_tokens))) for batch in batches)
-            launch = self._launch_of(most, any(batch.prefills for batch in batches))
-            return StepCost(max(first, launch, self._floor), 0, 1, self._host)
+            floor = self._floor_of(most, any(batch.prefills for batch in batches))
+            return StepCost(max(first, floor), 0, 1, self._host)
         each = zip(counts, batches, strict=True)
         costs = [StepCost(*self._decodes(slots, batch.context, most, all_tokens)) for slots, batch in each]
         first, slope, steps, _ = slowest(costs)
-        return self._not_below(max(self._floor, self._launch_of(most, False)), first, slope, steps)
+        return self._not_below(self._floor_of(most, False), first, slope, steps)
 
     def _decodes(self, slots: int, context: int, most: int, all_slots: int) -> tuple[int, int, int]:
         """First, slope and steps of decodes on a rank, as if there were no floor."""
@@ -115,9 +118,10 @@ class ByPart(Backend):
                 steps = room // slots + 1
         return first, slope, steps
 
-    def _launch_of(self, most: int, prompts: bool) -> int:
-        """No step whose rank with most tokens has so many, some of ``prompts``, is shorter, ps: 0 of one CUDA graph."""
-        return 0 if most <= self.efficiency.graph_tokens and not prompts else self._launch(most)
+    def _floor_of(self, most: int, prompts: bool) -> int:
+        """No step whose rank with most tokens has so many, some of ``prompts``, is shorter, ps."""
+        floors = self._floors
+        return max(self._floor, floors.prompts(most) if prompts else floors.decodes(most))
 
     def _not_below(self, floor: int, first: int, slope: int, steps: int) -> StepCost:
         if floor > first:
@@ -159,13 +163,6 @@ class ByPart(Backend):
 
     def _tokens(self, batch: Batch) -> int:
         return sum(chunk.length for chunk in batch.prefills) + batch.decodes + batch.padded + batch.drafts
-
-    def _launch(self, tokens: int) -> int:
-        """No step of so many tokens that is not one CUDA graph is shorter than its launch, ps."""
-        e, model = self.efficiency, self.model
-        if tokens <= e.graph_tokens:
-            return round(e.prepare_ms * MS + model.layers * e.launch_us * US * PS)
-        return round(e.prepare_ms * MS + (model.layers + model.expert_layers) * e.eager_us * US * PS)
 
     def _own(self, batch: Batch, most: int, all_tokens: int) -> Rank:
         """``batch`` as that of one rank, which computes a token for nothing where it has none."""
@@ -249,8 +246,7 @@ class ByPart(Backend):
             + (f" ({parallel})" if parallel.gpus > 1 else ""),
             "efficiency": f"MFU {e.gemm_mfu:g}, of attention {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed);"
             f" {e.kernel_us:g} µs a kernel, {e.attention_us:g} µs a sequence and layer of attention",
-            "launches": f"a step with prompts takes {self._launch(1) / MS:.1f} ms at least,"
-            f" {self._launch(e.graph_tokens + 1) / MS:.1f} ms beyond {e.graph_tokens} tokens (the host launches it)",
+            "host": told(e.host, self._pace, self._floors),
         }
         if model.experts:
             popular = f"popularity a power law of {e.skew:g}" if e.skew else "chosen uniformly at random"
@@ -272,7 +268,7 @@ class ByPart(Backend):
                 "each rank has its own requests and KV; a step ends with the slowest, idle ones run a token for nothing"
             )
         if e.floor_ms or e.overhead_ms:
-            lines["host"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
+            lines["host, besides"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
         return lines
 
     def _multiplied(self) -> str:

@@ -27,7 +27,13 @@ from chairlift.backend.parallel import Parallel
 from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model
 
-OF_A_STEP = ("floor_ms", "overhead_ms", "prepare_ms")  # settings that hold once for a step, not for each pass
+OF_A_STEP = (
+    "floor_ms",
+    "overhead_ms",
+    "step_ms",
+    "request_us",
+    "prepare_ms",
+)  # settings that hold once for a step, not for each pass
 
 
 def head_of(model: Model, method: str) -> Model:
@@ -86,7 +92,7 @@ class WithDrafts:
             return target
         if self.draft is None:
             return Drafting(target)
-        by_part = Efficiency(by_part=True, prepare_ms=0.0)
+        by_part = Efficiency(by_part=True, step_ms=0.0, request_us=0.0, prepare_ms=0.0)
         passes = self._passes(by_part, gpu, parallel)
         return Drafting(target, passes, self.draft.name, round(by_part.draft_us * 10**6), LAUNCH_US * 10**6)
 

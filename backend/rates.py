@@ -17,13 +17,17 @@ class Rates:
         reduce_fixed: of the all-reduces of a step.
         reduce_token: of those, for a token of the step.
         floor: that no step is shorter than.
+        step, request: nor one of decodes than ``step`` and ``request`` for each of them, up to ``graph_tokens``.
+        piecewise: nor one with prompts, up to ``graph_tokens``.
+        eager: nor any beyond those.
+        graph_tokens: of the largest captured graph.
         apart, apart_of: of the shorter of prompt and decode work, the share ``apart / apart_of`` does not overlap.
         host: work of the host in each step.
     """
 
     __slots__ = (
-        *("_apart", "_apart_of", "_floor", "_host", "_kv", "_pair", "_reduce_fixed", "_reduce_token", "_sequence"),
-        *("_token", "_weights"),
+        *("_apart", "_apart_of", "_eager", "_floor", "_graph_tokens", "_host", "_kv", "_pair", "_piecewise"),
+        *("_reduce_fixed", "_reduce_token", "_request", "_sequence", "_step", "_token", "_weights"),
     )
 
     def __init__(
@@ -37,6 +41,11 @@ class Rates:
         reduce_fixed: int,
         reduce_token: int,
         floor: int,
+        step: int,
+        request: int,
+        piecewise: int,
+        eager: int,
+        graph_tokens: int,
         apart: int,
         apart_of: int,
         host: Host,
@@ -49,6 +58,11 @@ class Rates:
         self._reduce_fixed = reduce_fixed
         self._reduce_token = reduce_token
         self._floor = floor
+        self._step = step
+        self._request = request
+        self._piecewise = piecewise
+        self._eager = eager
+        self._graph_tokens = graph_tokens
         self._apart = apart
         self._apart_of = apart_of
         self._host = host
@@ -66,7 +80,9 @@ class Rates:
         compute = slots * (self._token + self._sequence) + self._pair * context + reduce
         memory_slope = self._kv * slots
         memory = self._weights + self._kv * context + reduce
-        floor = self._floor
+        floor = self._step + self._request * slots if slots <= self._graph_tokens else self._eager
+        if floor < self._floor:
+            floor = self._floor
         if floor > memory and floor > compute:
             steps = min(_until(floor, 0, memory, memory_slope), _until(floor, 0, compute, compute_slope))
             return StepCost(floor, 0, steps, self._host)
@@ -82,7 +98,9 @@ class Rates:
         compute = tokens * (self._token + self._sequence) + self._pair * batch.context * tokens // batch.decodes
         memory = self._weights + self._kv * batch.context
         first = max(compute, memory) + self._reduce_fixed + self._reduce_token * tokens
-        return StepCost(max(first, self._floor), 0, 1, self._host)
+        whole = tokens <= self._graph_tokens
+        floor = max(self._floor, self._step + self._request * batch.decodes if whole else self._eager)
+        return StepCost(max(first, floor), 0, 1, self._host)
 
     def _with_prompts(self, batch: Batch) -> StepCost:
         prefills, decodes, context, padded, _, drafts, _ = batch
@@ -102,8 +120,12 @@ class Rates:
             decode = compute if compute >= memory else memory
             longer, shorter = (prompt, decode) if prompt >= decode else (decode, prompt)
             prompt = longer + shorter * self._apart // self._apart_of
-        prompt += self._reduce_fixed + self._reduce_token * (padded + decodes + drafts)
-        return new(StepCost, (prompt if prompt >= self._floor else self._floor, 0, 1, self._host))
+        everything = padded + decodes + drafts
+        prompt += self._reduce_fixed + self._reduce_token * everything
+        floor = self._piecewise if everything <= self._graph_tokens else self._eager
+        if floor < self._floor:
+            floor = self._floor
+        return new(StepCost, (prompt if prompt >= floor else floor, 0, 1, self._host))
 
 
 def _until(bound: int, slope: int, other: int, other_slope: int) -> int:

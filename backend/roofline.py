@@ -15,6 +15,7 @@ from fractions import Fraction
 from chairlift.backend.base import NO_HOST, PS, Backend, Batch, Host, StepCost
 from chairlift.backend.by_part import ByPart
 from chairlift.backend.efficiency import Shares
+from chairlift.backend.hosts import floors, told
 from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.rates import Rates
 from chairlift.backend.shapes import GPU, Model
@@ -40,7 +41,8 @@ class Roofline(Backend):
 
     Prompt work: max(FLOPs ÷ (mfu · peak), bytes ÷ (bandwidth · HBM)). Decode work: the same maximum, its bytes the
     weights and every context. A step with both takes the longer and the share of the shorter that does not overlap.
-    Tensor parallelism divides FLOPs and bytes and adds two all-reduces a layer (a ring's volume, and a latency).
+    Tensor parallelism divides FLOPs and bytes and adds two all-reduces a layer (a ring's volume, and a latency). No
+    step outruns its host (`backend.hosts`).
     Not modelled here: experts, quantised arithmetic, windows, latent attention, other parallelism (`ByPart` does),
     kernel tile effects, sampling.
     """
@@ -53,6 +55,8 @@ class Roofline(Backend):
         self.efficiency = e = efficiency or Efficiency()
         tp = parallel.tensor
         kv_bytes = model.kv_bytes_per_token_on(tp)  # also checks tp
+        self._pace = e.pace(parallel.gpus)
+        self._floors = floors(self._pace, model, e.graph_tokens)
         flops = e.mfu * gpu.bf16_tflops * 1e12 * tp
         byte_rate = e.bandwidth * gpu.hbm_gb_per_s * 1e9
         self._weights = round(model.weight_bytes / tp / byte_rate * PS)
@@ -67,6 +71,7 @@ class Roofline(Backend):
             reduce_fixed=reduce_fixed,
             reduce_token=reduce_token,
             floor=round(e.floor_ms * MS),
+            **self._floors._asdict(),
             apart=apart.numerator,
             apart_of=apart.denominator,
             host=Host(launch=round(e.overhead_ms * MS)) if e.overhead_ms else NO_HOST,
@@ -103,7 +108,8 @@ class Roofline(Backend):
             "efficiency": f"MFU {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed, not measured);"
             f" mixed steps overlap {e.mixed_overlap:g} of the shorter part",
             "decode floor": f"{self._weights / MS:.2f} ms to read the weights once",
+            "host": told(e.host, self._pace, self._floors),
         }
         if e.floor_ms or e.overhead_ms:
-            lines["host"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
+            lines["host, besides"] = f"no step below {e.floor_ms:g} ms, {e.overhead_ms:g} ms added to each"
         return lines

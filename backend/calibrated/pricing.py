@@ -36,6 +36,7 @@ class Calibrated(Backend):
         self._draft_token = _ps(drafting.token_s)
         self._chunk, self._request = _ps(gpu.chunk_s), _ps(gpu.request_s)
         self._schedule = _ps(host.schedule_s), _ps(host.schedule_request_s), _ps(host.schedule_token_s)
+        self._schedule_chunk = _ps(host.schedule_chunk_s)
         self._update = _ps(host.update_s), _ps(host.update_request_s)
         self._launch = {"graph": _ps(host.graph_s), "piecewise": _ps(host.piecewise_s), "eager": _ps(host.eager_s)}
         self._tail = _ps(host.tail_s)
@@ -120,7 +121,7 @@ class Calibrated(Backend):
         kind = "piecewise" if computed <= self.limit and self.profile.piecewise else "eager"
         schedule, update = self._schedule, self._update
         host = Host(
-            schedule[0] + schedule[1] * sequences + schedule[2] * tokens,
+            schedule[0] + schedule[1] * sequences + schedule[2] * tokens + self._schedule_chunk * chunks,
             self._launch_of(kind, batch.proposes),
             update[0] + update[1] * sequences,
             self._tail,

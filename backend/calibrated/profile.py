@@ -44,6 +44,7 @@ from chairlift.backend.parallel import Parallel
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 FORMAT = 1
 REGIMES = ("decode-only", "chunk-only", "mixed")  # kinds of steps, each with errors of its own
+HOST = "host"  # what a `Spread` is of beside those: launches
 QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)  # of a `Spread`'s ``steps``
 Floats = npt.NDArray[np.float64]
 
@@ -133,20 +134,6 @@ class GpuTime:
         found: Floats = bound * between(residual, tokens)
         return found
 
-    def scaled(self, compute: float, bandwidth: float) -> GpuTime:
-        """The coefficients on a GPU of ``compute`` × the FLOP/s and ``bandwidth`` × the bytes/s; fixed times stay."""
-        return replace(
-            self,
-            weights_s=self.weights_s / bandwidth,
-            experts_s=self.experts_s / bandwidth,
-            kv_s=self.kv_s / bandwidth,
-            kv_mixed_s=self.kv_mixed_s / bandwidth,
-            token_s=self.token_s / compute,
-            sequence_s=self.sequence_s / min(compute, bandwidth),
-            pair_s=self.pair_s / compute,
-            drafting=self.drafting and replace(self.drafting, token_s=self.drafting.token_s / compute),
-        )
-
 
 @with_config(_STRICT)
 @dataclass(frozen=True)
@@ -165,6 +152,11 @@ class HostTime:
     eager_s: Seconds  # launch of a larger step, kernel by kernel
     tail_s: Seconds  # GPU work left once such a launch has ended, however short the step
     head_s: Seconds = 0.0  # from the start of such a launch until an idle GPU gets its first kernel
+    schedule_chunk_s: Seconds = 0.0  # scheduling each chunk
+
+    def at(self, pace: float) -> HostTime:
+        """That of a host that takes ``pace`` times as long for everything."""
+        return HostTime(**{name: seconds * pace for name, seconds in vars(self).items()})
 
 
 @with_config(_STRICT)
@@ -185,6 +177,7 @@ class Spread(TypedDict):
     """By how much steps of one regime and length were off, in runs left out of the fit.
 
     Off is the logarithm of recorded ÷ predicted: of a run's total time, and of single steps relative to their run's.
+    Where launches show, that is of GPU times, and launches have an entry of their own (`HOST`), whatever their length.
     """
 
     upto_s: Seconds | None  # steps predicted to take at most so many seconds; None: the longest steps
@@ -208,6 +201,7 @@ class Off(TypedDict):
 
 
 Regime = Annotated[str, Field(pattern=f"^({'|'.join(REGIMES)})$")]
+Spreading = Annotated[str, Field(pattern=f"^({'|'.join((*REGIMES, HOST))})$")]
 
 
 @with_config(_STRICT)
@@ -237,7 +231,7 @@ class Profile:
     drafts: Drafts | None = None  # that its steps verify; None: the engine did not speculate
     provenance: dict[str, Any] = field(default_factory=dict)
     errors: Errors = field(default_factory=Errors)  # relative, left out of the fit
-    spread: dict[Regime, list[Spread]] = field(default_factory=dict)  # the shortest steps first
+    spread: dict[Spreading, list[Spread]] = field(default_factory=dict)  # the shortest steps first
     scaled: Text = ""  # how the numbers were derived from a measured profile's; "" if they were measured
     notes: tuple[Text, ...] = ()
     errors_of: Text = ""  # `numbers` of the profile whose errors these are
@@ -270,6 +264,8 @@ class Profile:
         said = {"format": FORMAT, **asdict(self)}
         if self.drafts is None:  # as before there were any
             del said["drafts"], said["gpu_time"]["drafting"]
+        if not self.host.schedule_chunk_s:  # likewise
+            del said["host"]["schedule_chunk_s"]
         return said
 
 

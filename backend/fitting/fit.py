@@ -22,8 +22,10 @@ from chairlift.backend.fitting.steps import (
     EAGER,
     GRAPH,
     KINDS,
+    OWN,
     PIECEWISE,
     SHORTEST_S,
+    USUAL_LAUNCH,
     Floats,
     Spans,
     Steps,
@@ -51,7 +53,6 @@ CELL = 100  # steps of one kind and size that take part in the fit; more would t
 DRAFT_SHARE = 1 / 16  # of a token's matmuls, those of the layer that drafts: where the search for it starts
 HEAD_S, TAIL_S = 2e-3, 1e-3  # of a launch kernel by kernel: likewise
 WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
-GRAPH_LAUNCH_S = 0.001  # where every launch of a whole graph is hidden: vLLM 0.23's takes less on an H200's host
 
 
 class CalibrationError(ValueError):
@@ -114,7 +115,13 @@ def _fit(steps: Steps, share: float) -> Fit:
     if not workers:
         shown = launch_times(steps, predicted(gpu, steps), launch, head)
     if not steps.launch_known:
-        host = replace(host, head_s=head, tail_s=tail, **_launches(steps, *shown))
+        found = _launches(steps, *shown)
+        if "graph_s" not in found:
+            notes.append(
+                f"launch of a whole graph is hidden by the GPU everywhere: {host.graph_s * 1e3:.1f} ms at most, which"
+                " is assumed"
+            )
+        host = replace(host, head_s=head, tail_s=tail, **found)
     if workers:
         notes.append("worker processes launch the steps: kernel by kernel, that sets a floor to their GPU time")
     counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": len(shown[0])}
@@ -472,12 +479,12 @@ def _linear(columns: list[Floats], values: Floats, noise: float) -> Floats:
 
 def _host(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, usual: Floats, notes: list[str]) -> HostTime:
     one = np.ones(len(steps))
-    schedule = _linear([one, steps.sequences, steps.prompt], steps.schedule_cpu, 2e-5)
+    schedule = _linear([one, steps.sequences, steps.prompt, steps.chunks], steps.schedule_cpu, 2e-5)
     known = np.isfinite(steps.turn)
     turn_columns = [one, steps.turn_tokens, steps.added, steps.added_tokens]
     turn = _linear([c[known] for c in turn_columns], steps.turn[known], 5e-5)
     launch = _launches(steps, rows, seconds)
-    if not launch:
+    if launch.keys() <= {"graph_s"}:
         raise CalibrationError(
             "piecewise_s and eager_s cannot be identified: no launch of a step with a chunk shows; record requests"
             " that come while an engine decodes a small batch"
@@ -489,27 +496,22 @@ def _host(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, usual: Flo
     waits = Waits.of(steps, usual)
     room = (steps.done - waits.ready)[np.isfinite(waits.ready) & (waits.kind == GRAPH)]
     bound = float(np.quantile(room, 0.01)) if len(room) else SHORTEST_S
-    graph_s = min(bound, GRAPH_LAUNCH_S)
+    graph_s = min(bound, float(USUAL_LAUNCH[GRAPH]))
     if steps.launch_known:
         graph_s = float(np.median(steps.launch[steps.kind == GRAPH]))
     elif steps.drafts.any():
         graph_s = float(usual[0, GRAPH])
-    else:
-        notes.append(
-            f"launch of a whole graph is hidden by the GPU everywhere: below {bound * 1e3:.1f} ms,"
-            f" {graph_s * 1e3:.1f} ms assumed"
-        )
     host = HostTime(
         schedule_s=schedule[0],
         schedule_request_s=schedule[1],
         schedule_token_s=schedule[2],
+        schedule_chunk_s=schedule[3],
         update_s=turn[0],
         update_request_s=turn[1],
         arrival_s=turn[2],
         arrival_token_s=turn[3],
-        graph_s=graph_s,
         tail_s=_tail(steps, launch["eager_s"]) if steps.gpu_known else 0.0,
-        **launch,
+        **{"graph_s": graph_s, **launch},
     )
     return HostTime(**{name: float(value) for name, value in vars(host).items()})
 
@@ -517,9 +519,9 @@ def _host(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, usual: Flo
 def _launches(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> dict[str, float]:
     """The typical launch of each kind of which some of the steps ``rows`` are, by its name in `HostTime`."""
     found = {}
-    for kind in (PIECEWISE, EAGER):
+    for kind, least in ((GRAPH, OWN), (PIECEWISE, 1), (EAGER, 1)):
         mine = steps.kind[rows] == kind
-        if mine.any():
+        if mine.sum() >= least:
             if steps.launch_known:  # every launch, not only those that outlast the GPU
                 found[f"{KINDS[kind]}_s"] = float(np.median(seconds[mine]))
             else:

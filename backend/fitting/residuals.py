@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import QUANTILES, REGIMES, GpuTime, HostTime, Spread
+from chairlift.backend.calibrated.profile import HOST, QUANTILES, REGIMES, GpuTime, HostTime, Spread
 from chairlift.backend.fitting.steps import (
     GRAPH,
     Floats,
@@ -92,6 +92,20 @@ def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
     return Foreseen(gpu_s[both], np.concatenate([seconds, chunk_seconds]), steps.regime[both], steps.experiment[both])
 
 
+def pace(host: HostTime, steps: Steps) -> float:
+    """How many times as long as ``host`` says the engine's host took for its own work, by its time to schedule chunks.
+
+    A host has days and hours: other work on its cores slows all that it does, scheduling and launching alike. The worst
+    and the best twentieth of the steps are left out.
+    """
+    mine = (steps.chunks > 0) & ~steps.stalled
+    usual = host.schedule_s + host.schedule_request_s * steps.sequences + host.schedule_token_s * steps.prompt
+    usual += host.schedule_chunk_s * steps.chunks
+    told = np.sort((steps.schedule_cpu / np.maximum(usual, 1e-9))[mine])
+    cut = len(told) // 20
+    return float(told[cut : len(told) - cut].mean()) if len(told) else 1.0
+
+
 def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:
     """Of each regime: the number of steps, median and 95th percentile of the absolute relative error, and the bias.
 
@@ -114,6 +128,29 @@ def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:
     return found
 
 
+def launches(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
+    """Launches alone, of the steps with chunks that show theirs; none where worker processes launch."""
+    typical = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+    usual = np.tile(typical, (int(steps.experiment.max()) + 1, 1))
+    rows, seconds = launch_times(steps, predicted(gpu, steps), usual, host.head_s)
+    mine = (steps.chunks[rows] > 0) & (max(gpu.piecewise_floor_s, gpu.eager_floor_s) == 0)
+    rows, seconds = rows[mine], seconds[mine]
+    return Foreseen(typical[steps.kind[rows]], seconds, steps.regime[rows], steps.experiment[rows])
+
+
+def spreads(
+    foreseen: Sequence[Foreseen], on_gpu: Sequence[Foreseen], launched: Sequence[Foreseen]
+) -> dict[str, list[Spread]]:
+    """How far off predictions are, by cause where that shows: GPU times by regime, and launches.
+
+    Each argument has one a run: of `foresee`, `on_gpu` and `launches`. Where no launch shows, it is whole steps.
+    """
+    known = [_off(each.predicted, each.recorded) for each in launched if len(each.recorded) >= FEWEST]
+    if not known:
+        return spread(foreseen)
+    return {**spread(on_gpu), HOST: [_spread(None, known)]}
+
+
 def spread(foreseen: Sequence[Foreseen]) -> dict[str, list[Spread]]:
     """How far off predictions are, by regime and by how long a step was predicted to take; ``foreseen`` has one a run.
 
@@ -123,17 +160,23 @@ def spread(foreseen: Sequence[Foreseen]) -> dict[str, list[Spread]]:
     found: dict[str, list[Spread]] = {}
     for i, regime in enumerate(REGIMES):
         for j, upto in enumerate((*LENGTHS_S, None)):
-            runs, logs = [], []
+            runs = []
             for each in foreseen:
                 mine = (each.regime == i) & (np.searchsorted(LENGTHS_S, each.predicted) == j)
                 if mine.sum() >= FEWEST:
-                    ratio = each.recorded[mine].sum() / each.predicted[mine].sum()
-                    runs.append(float(np.log(ratio)))
-                    logs.append(np.log(each.recorded[mine] / each.predicted[mine] / ratio))
+                    runs.append(_off(each.predicted[mine], each.recorded[mine]))
             if runs:
-                rms = math.sqrt(sum(log**2 for log in runs) / len(runs))
-                steps = np.quantile(np.concatenate(logs), QUANTILES).round(5).tolist()
-                found.setdefault(regime, []).append(
-                    {"upto_s": upto, "runs": len(runs), "rms": round(rms, 5), "steps": steps}
-                )
+                found.setdefault(regime, []).append(_spread(upto, runs))
     return found
+
+
+def _off(told: Floats, recorded: Floats) -> tuple[float, Floats]:
+    """The logarithm of a run's factor, and those of its steps relative to it."""
+    ratio = recorded.sum() / told.sum()
+    return float(np.log(ratio)), np.log(recorded / told / ratio)
+
+
+def _spread(upto: float | None, runs: Sequence[tuple[float, Floats]]) -> Spread:
+    rms = math.sqrt(sum(log**2 for log, _ in runs) / len(runs))
+    steps = np.quantile(np.concatenate([logs for _, logs in runs]), QUANTILES).round(5).tolist()
+    return {"upto_s": upto, "runs": len(runs), "rms": round(rms, 5), "steps": steps}

@@ -23,7 +23,8 @@ from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment, Table
 
 CLEAR = 1.15  # a step that takes so many times its launch is taken to show the GPU's time
-SURE = np.array([1.25, 1.75, 1.75])  # after so many times the usual launch of its kind a launch has surely ended
+SURE = 1.75  # after so many times the usual launch of its kind a launch has surely ended
+SURE_DRAFTING = 1.25  # likewise that of a whole graph and the passes that draft after it, which differ less
 SHORTEST_S = 0.0025  # and after no less than this
 SHOWN_S = 0.0004  # by so much a launch must outlast the GPU's work to be told from it
 OWN = 8  # launches of a run from which its own usual launch is told
@@ -38,7 +39,7 @@ Bools = npt.NDArray[np.bool_]
 
 GRAPH, PIECEWISE, EAGER = 0, 1, 2  # how a step runs
 KINDS = ("graph", "piecewise", "eager")
-USUAL_LAUNCH = np.array([0.001, 0.008, 0.018])  # seconds, where a recording shows none: those of vLLM 0.23, 8B, H200
+USUAL_LAUNCH = np.array([0.0023, 0.008, 0.018])  # seconds, where a recording shows none: those of vLLM 0.23, 8B, H200
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,11 @@ class Waits:
         follows, ready = _next_launch(steps)
         kind = np.append(steps.kind[1:], GRAPH)
         room = np.where(follows, steps.done - ready, np.inf)
-        return cls(ready, kind, room > np.maximum(SURE[kind] * launch[steps.experiment, kind], SHORTEST_S))
+        # After a step of a whole graph the launch of another is hidden, and shorter than any such step.
+        hidden = (steps.kind == GRAPH) & (kind == GRAPH) & (steps.drafts == 0)
+        factor = np.where((kind == GRAPH) & steps.drafts.any(), SURE_DRAFTING, SURE)
+        surely = np.where(hidden, 0.0, factor * launch[steps.experiment, kind])
+        return cls(ready, kind, room > np.maximum(surely, SHORTEST_S))
 
 
 def _next_launch(steps: Steps) -> tuple[Bools, Floats]:
@@ -453,12 +458,15 @@ class Spans:
 def launch_times(
     steps: Steps, gpu_s: Floats, launch: Floats, head: float = 0.0
 ) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Launches of steps with chunks that show: the indices of the steps, and the launches' seconds.
+    """Launches that show, of steps with chunks and of the graphs after those: the steps' indices, and the seconds.
 
     A launch shows where the engine was idle, for it then schedules the next step right after the launch; and where it
     outlasted the GPU's work on the steps before it, which take ``gpu_s`` (NaN: unknown). For example: a step is done on
     the GPU 5 ms after the next one's launch began, and its output is processed 20 ms after that: so long took the
     launch. ``launch[experiment, kind]`` holds the usual launches, ``head`` is that of `HostTime`.
+
+    That of a whole graph is hidden by a step of another. It shows behind a step with chunks that the GPU had done
+    before it began, also if that took `CLEAR` times what is foreseen.
     """
     if steps.launch_known:  # behind a long step a launch may wait for the GPU
         quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])
@@ -478,8 +486,11 @@ def launch_times(
     value[idle] = ends[idle] - begun[idle]
     room[idle] = 0
     shown |= idle
-    shown &= (steps.chunks > 0) & (value > 0) & ~steps.stalled
-    for kind in (PIECEWISE, EAGER):  # keep those that even a fast launch would have shown
+    before = np.concatenate([[np.nan], gpu_s[:-1]])  # of the step that ends
+    behind = np.concatenate([[False], (steps.chunks > 0)[:-1]]) & (steps.kind == GRAPH) & (steps.drafts == 0)
+    behind &= room + (CLEAR - 1) * before < 0
+    shown &= ((steps.chunks > 0) | behind) & (value > 0) & ~steps.stalled
+    for kind in (GRAPH, PIECEWISE, EAGER):  # keep those that even a fast launch would have shown
         mine = shown & (steps.kind == kind)
         if mine.any():
             shown &= ~(mine & (room > np.quantile(value[mine], 0.05)))

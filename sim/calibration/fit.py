@@ -34,6 +34,7 @@ class Held:
 
     steps: dict[str, Foreseen] = field(default_factory=dict)
     gpu: dict[str, Foreseen] = field(default_factory=dict)
+    launches: dict[str, Foreseen] = field(default_factory=dict)
     cells: dict[str, list[Cell]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # why there is no fit without the experiment
 
@@ -124,6 +125,7 @@ def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: 
         table = steps_of([each])
         held.steps[each.name] = residuals.foresee(profile.gpu_time, profile.host, table)
         held.gpu[each.name] = residuals.on_gpu(profile.gpu_time, profile.host, table)
+        held.launches[each.name] = residuals.launches(profile.gpu_time, profile.host, table)
         if not each.is_grid:
             progress(f"predict {each.name}")
             running = without_stalls(each)
@@ -152,7 +154,7 @@ def with_errors(profile: Profile, held: Held) -> Profile:
             if foreseen
             else {},
         ),
-        spread=residuals.spread(foreseen),
+        spread=residuals.spreads(foreseen, list(held.gpu.values()), list(held.launches.values())),
     )
 
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend import specs
 from chairlift.backend.calibrated import profile as profiles
+from chairlift.backend.calibrated.carry import carried
 from chairlift.backend.calibrated.profile import Knots, Profile, between
-from chairlift.backend.calibrated.settings import Given, scaled
+from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.shapes import GPU, Model
 from chairlift.sim.calibration import bench
 from chairlift.sim.calibration.validate import Cell, Observed, compare, observed
@@ -131,32 +131,6 @@ def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
     return max(
         found,
         key=lambda each: (each.model == model.name, each.gpu == gpu.name, each.engine.startswith(wanted), each.engine),
-    )
-
-
-def carried(profile: Profile, model: Model, gpu: GPU) -> Profile:
-    """``profile`` for another model or GPU, each part by what it reads or computes: only to start a fit from."""
-    if profile.gpu != gpu.name:
-        profile = scaled(profile, gpu)
-    own = specs.model(profile.model)
-    weights = model.active_parameters * model.bytes_per_param / (own.active_parameters * own.bytes_per_param)
-    kv = model.kv_bytes_per_token / own.kv_bytes_per_token
-    products = model.active_parameters / own.active_parameters
-    pairs = model.layers * model.hidden / (own.layers * own.hidden)
-    layers = model.layers / own.layers
-    gpu_time, host = profile.gpu_time, profile.host
-    return replace(
-        profile,
-        model=model.name,
-        gpu_time=replace(
-            gpu_time,
-            weights_s=gpu_time.weights_s * weights,
-            token_s=gpu_time.token_s * products,
-            kv_s=gpu_time.kv_s * kv,
-            kv_mixed_s=gpu_time.kv_mixed_s * kv,
-            pair_s=gpu_time.pair_s * pairs,
-        ),
-        host=replace(host, piecewise_s=host.piecewise_s * layers, eager_s=host.eager_s * layers),
     )
 
 
@@ -314,7 +288,7 @@ def fit(
     """
     model = runs[0].setup.model
     width = np.array([*(ALIKE if (start.model, start.gpu) == (model.name, gpu.name) else OTHER), CLIENT_S])
-    near = carried(start, model, gpu)
+    near = carried(start, model, gpu, replace(start.parallel, expert=start.expert_parallel if model.experts else 1))
     problem = _Problem(runs, near, width, progress)
     at, spread = problem.solved(np.zeros(len(PARTS)), ROUNDS)
     parts = list(_told(at, spread, np.sqrt(np.diag(np.linalg.inv(_pull(width)))) * width))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -22,7 +22,8 @@ from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.checked import wrong
 from chairlift.backend.cuda_graphs import graph_limit
 from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
-from chairlift.backend.fitting.steps import without_stalls
+from chairlift.backend.fitting.residuals import pace
+from chairlift.backend.fitting.steps import steps_of, without_stalls
 from chairlift.policies.base import KvGroups
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
@@ -250,15 +251,26 @@ def distance(one: Floats, other: Floats) -> float:
     )
 
 
+def host_pace(experiment: Experiment, profile: Profile) -> float:
+    """How many times as long as ``profile`` says the host of ``experiment`` took for its own work (`residuals.pace`).
+
+    1 if the profile does not say what scheduling a chunk takes, as older ones do not.
+    """
+    return pace(profile.host, steps_of([experiment])) if profile.host.schedule_chunk_s else 1.0
+
+
 def validate(
     recording: Recording,
     experiments: Sequence[Experiment],
     profile_of: Callable[[Experiment], Profile],
     progress: Callable[[str], None] = lambda _name: None,
+    typical_host: bool = False,
 ) -> list[Cell]:
     """The cells of ``experiments``, each predicted by the profile that ``profile_of`` gives for it.
 
-    The clock stands still in the engine's stalls (`backend.fitting.steps.stalls`), which no step costs predict.
+    The clock stands still in the engine's stalls (`backend.fitting.steps.stalls`), which no step costs predict. So it
+    is with what other work on its machine does to the host: it is taken to launch at the pace at which it scheduled
+    (`host_pace`), unless ``typical_host`` asks for that of the profile.
     """
     repeats = {each.repeats: each for each in recording.experiments.values() if each.repeats}
     cells: list[Cell] = []
@@ -266,7 +278,10 @@ def validate(
         progress(each.name)
         again = repeats.get(each.name)
         running = without_stalls(each)
-        predicted = predict(running, recording, profile_of(each))
+        profile = profile_of(each)
+        if not typical_host:
+            profile = replace(profile, host=profile.host.at(host_pace(running, profile)))
+        predicted = predict(running, recording, profile)
         noise = None if again is None else recorded(without_stalls(again))
         cells += compare(each.name, predicted, recorded(running), noise)
     return cells

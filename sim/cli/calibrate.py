@@ -208,6 +208,10 @@ def validate_(
         bool,
         typer.Option("--leave-one-out", help="Predict each experiment by a fit to all others; needs no --profile."),
     ] = False,
+    typical_host: Annotated[
+        bool,
+        typer.Option("--typical-host", help="Predict by the profile's host, not by the pace at which each run's went."),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every cell as a list of rows.")
     ] = None,
@@ -217,8 +221,8 @@ def validate_(
 
     [bold]chairlift validate my.yaml --bench results.json[/bold] sends a benchmark's requests through the scenario, when
     it sent them. [bold]chairlift validate --recording DIR --model llama-3.1-8b --profile P[/bold] replays each recorded
-    experiment with its own arrivals, lengths and limits by the vllm policy. Grids, made to measure steps, and repeats,
-    which show the engine's own noise, are left out unless named.
+    experiment with its own arrivals, lengths and limits by the vllm policy, on a host as fast as its. Grids, made to
+    measure steps, and repeats, which show the engine's own noise, are left out unless named.
     """
     out = console(least=WIDTH)
     if bench is not None or scenario is not None:
@@ -244,10 +248,16 @@ def validate_(
             raise BadInput(Problem("holds grids only; name those to predict by --experiments", file=str(recording)))
         try:
             for each, by in _profiles(source, chosen, profile, progress):
-                found = _predicted(source, each, by, progress)
+                found = _predicted(source, each, by, typical_host, progress)
                 cells += found
                 if not quiet:
                     out.print(_cells_table(each.name, validate.is_burst(each), found))
+                    pace = 1.0 if typical_host else validate.host_pace(each, by)
+                    if pace != 1.0:
+                        out.print(
+                            f"note: {escape(each.name)}: its host took {pace:.2f} times as long to schedule as the"
+                            " profile's, and is predicted to launch so too (--typical-host: as the profile's does)"
+                        )
                     _, lengths = stalls(each)
                     if len(lengths):
                         out.print(
@@ -298,9 +308,10 @@ def _profiles(
 
 
 def _predicted(
-    source: Recording, experiment: Experiment, profile: Profile, progress: Callable[[str], None]
+    source: Recording, experiment: Experiment, profile: Profile, typical_host: bool, progress: Callable[[str], None]
 ) -> list[validate.Cell]:
-    return validate.validate(source, [experiment], lambda _each: profile, lambda name: progress(f"predict {name}"))
+    progress(f"predict {experiment.name}")
+    return validate.validate(source, [experiment], lambda _each: profile, typical_host=typical_host)
 
 
 def _cells_table(name: str, burst: bool, cells: Sequence[validate.Cell]) -> Table:

@@ -19,7 +19,7 @@ from chairlift.backend.roofline import Efficiency, Roofline
 from chairlift.backend.specs import MODELS, gpu, model
 
 PS = 10**12
-IDEAL = Efficiency(mfu=1, bandwidth=1, link=1)
+IDEAL = Efficiency(mfu=1, bandwidth=1, link=1, host="none")
 LLAMA = model("llama-3.1-8b")
 H200 = gpu("h200")
 EAGLE3 = Drafts("eagle3", 3)
@@ -218,7 +218,7 @@ def test_a_dense_draft_is_each_ranks_own() -> None:
     layer = head_of(shape, "eagle3")
     backend, one = (
         WithDrafts(Efficiency(by_part=True), layer, EAGLE3).build(shape, H200, parallel),
-        Efficiency(by_part=True, prepare_ms=0.0).build(layer, H200, ONE),
+        Efficiency(by_part=True, step_ms=0.0, request_us=0.0, prepare_ms=0.0).build(layer, H200, ONE),
     )
     chunks = tuple(Chunk(0, length) for length in (100, 200, 300, 400, 500, 600, 700, 800))
     plain = Efficiency(by_part=True).build(shape, H200, parallel)

@@ -200,11 +200,11 @@ def test_another_gpu_is_scaled_and_says_so(tmp_path: Path) -> None:
 
     assert status == 0
     assert "step costs are scaled, not measured" in text
-    assert "scaled, not measured: h200 → h100: compute × 1, bandwidth × 0.698" in text
-    scaled = settings.scaled(MADE, specs.gpu("h100"))
-    assert scaled.gpu_time.weights_s == pytest.approx(0.004 * 4800 / 3350)
-    assert scaled.gpu_time.token_s == MADE.gpu_time.token_s
-    assert scaled.errors == {}
+    said = " ".join(text.split())
+    assert (
+        "scaled, not measured: opt-13b on 1 × h200 → opt-13b on 1 × h100: weights × 1.37, products × 1, context" in said
+    )
+    assert "no other GPU was recorded), steps were off by decode-only" in said
 
 
 @pytest.mark.parametrize(

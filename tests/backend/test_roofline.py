@@ -15,7 +15,7 @@ from chairlift.backend.shapes import GPU, Model
 from chairlift.backend.specs import gpu, model
 
 PS = 10**12
-IDEAL = Efficiency(mfu=1, bandwidth=1, link=1)
+IDEAL = Efficiency(mfu=1, bandwidth=1, link=1, host="none")
 
 
 def decode(decodes: int, context: int, padded: int = 0) -> Batch:
@@ -219,7 +219,7 @@ def small(tflops: float, gb_per_s: float, heads: int, kv_heads: int, floor_us: f
     """A model so small, on a GPU so odd, that all three bounds cross within some hundred tokens of context."""
     shape = Model("small", 2, 64, heads, kv_heads, 8, 256, 512, 4096)
     odd = GPU("odd", tflops, gb_per_s, 1, 0, 31.5, 100, 1, "", "", "")
-    return Roofline(shape, odd, ONE, Efficiency(floor_ms=floor_us / 1000, overhead_ms=overhead_us / 1000))
+    return Roofline(shape, odd, ONE, Efficiency(host="none", floor_ms=floor_us / 1000, overhead_ms=overhead_us / 1000))
 
 
 backends = st.builds(

@@ -14,7 +14,7 @@ from chairlift.backend import specs
 from chairlift.backend.calibrated.profile import Profile, between, load
 from chairlift.backend.fitting.recording import read
 from chairlift.sim.calibration import bench
-from chairlift.sim.calibration.from_bench import CHUNKS, CLIENT, DECODES, PARTS, Run, carried, changed, fit, nearest
+from chairlift.sim.calibration.from_bench import CHUNKS, CLIENT, DECODES, PARTS, Run, changed, fit, nearest
 from chairlift.sim.calibration.validate import setup_of
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps
 from chairlift.sim.scenario.load import load as load_scenario
@@ -131,12 +131,6 @@ def test_the_nearest_profile_is_of_the_model_the_gpu_and_the_version() -> None:
 
     assert nearest(model, H200, 1, "0.23").name == "h200-llama-3.1-8b-vllm-0.23"
     assert nearest(model, specs.gpu("h100"), 1, "0.26").name == "h200-llama-3.1-8b-vllm-0.26"
-    # OPT-13B has 1.6 times the parameters of Llama-3.1-8B, and 6.25 times its KV a token
-    other = carried(load("h200-opt-13b-vllm-0.23"), model, H200)
-    opt = load("h200-opt-13b-vllm-0.23").gpu_time
-    assert other.model == "llama-3.1-8b"
-    assert opt.weights_s / other.gpu_time.weights_s == pytest.approx(12.85 / 8.03, rel=0.01)
-    assert opt.kv_s / other.gpu_time.kv_s == pytest.approx(819_200 / 131_072)
 
 
 @pytest.mark.parametrize(

@@ -121,14 +121,14 @@ def test_prefix_groups_are_replayed() -> None:
     requests = {**experiment.requests, "prefix_group": np.arange(1000) % 3}
     shared = {**requests, "prefix_tokens": np.full(1000, 600)}
 
-    trace = validate.trace_of(type(experiment)("e", experiment.limits, {}, shared, experiment.steps, None))
+    trace = validate.trace_of(type(experiment)("e", HERE, experiment.limits, {}, shared, experiment.steps, None))
 
     assert trace.prefix_group is not None
     assert trace.prefix_tokens is not None
     assert trace.prefix_group.tolist() == [i % 3 for i in range(1000)]
     assert set(trace.prefix_tokens.tolist()) == {512}  # no more than the prompt
     with pytest.raises(RecordingError, match="nothing says prefix_tokens"):
-        validate.trace_of(type(experiment)("e", experiment.limits, {}, requests, experiment.steps, None))
+        validate.trace_of(type(experiment)("e", HERE, experiment.limits, {}, requests, experiment.steps, None))
 
 
 @needs_truth

@@ -50,7 +50,7 @@ PLAN = """\
 base:
   model: llama-3.1-8b
   gpu: h100
-  backend: roofline
+  backend: {name: roofline, host: none}
   max_model_len: 4096
   policy: {name: mine.py:Mine}
   workload:

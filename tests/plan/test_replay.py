@@ -91,7 +91,7 @@ def test_runs_and_plans_price_alike_and_say_how(answer: Path, tmp_path: Path) ->
     tables = [pq.read_table(tmp_path / name / "requests.parquet") for name in ("a", "b")]
     ttft = [table.column("ttft_ms").to_pylist()[:200] for table in tables]
 
-    assert "profile l4-h200-llama-3.1-8b-vllm-0.26 (scaled)" in " ".join(alike.out.split())
+    assert "profile l4-llama-3.1-8b from h200-llama-3.1-8b-vllm-0.26" in " ".join(alike.out.split())
     assert ttft[0] == ttft[1]
 
 

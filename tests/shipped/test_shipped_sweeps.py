@@ -59,7 +59,8 @@ def test_budget_search_finds_what_sets_which_tail(tmp_path: Path) -> None:
     steady = sorted((budget, row["p99_itl_ms"]) for (how, budget, _), row in found.items() if how == "steady")
 
     assert len(found) == 48
-    assert steady[-1][1] > 5 * steady[0][1]
+    assert steady[-1][1] > 3 * steady[0][1]
+    assert steady[0][1] > 26  # launched kernel by kernel
     few = [row["request_goodput"] for (how, _, seqs), row in found.items() if how == "steady" and seqs < 30]
     many = [row["request_goodput"] for (how, _, seqs), row in found.items() if how == "steady" and seqs > 60]
     assert max(few) < min(many)
