@@ -192,6 +192,20 @@ def test_a_drafting_layer_is_kept_beside_the_layers_that_look_back_on_all(tmp_pa
     assert [groups.windows.count(0) for groups in (plain, drafted)] == [1, 1]
 
 
+def test_variants_are_compared_by_what_they_keep_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(BASE + f"compare:\n  - {{name: none}}\n  - {{name: three, {EAGLE.strip()}}}\n")
+    told = chairlift("run", "s.yaml", "--out", "out").out.splitlines()
+    _, three = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    kept = [f"{three['accepted_length']:.2f}", f"{three['drafts_wasted']:.0%}"]
+
+    assert next(line for line in told if "tokens/s " in line).split()[-2:] == ["accepted", "wasted"]
+    assert [line.split()[-2:] for line in told if line.strip().startswith(("none ", "three "))][:2] == [
+        ["–", "–"],
+        kept,
+    ]
+
+
 def test_a_life_is_told_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     drafted = setup(tmp_path, EAGLE)
