@@ -70,7 +70,8 @@ class VerifyingPlanner(Planner):
         if not policy.verifies_drafts or unfit or self.state.stages > 1:
             raise PolicyError("speculation is not modelled here", name_of(policy))
         self._windowed = windowed
-        self._groups = self._leaps and not (speculation.by_batch or windowed)
+        # where others find answers each block that a decode fills matters, and each token where windows slide
+        self._groups = self._leaps and not (speculation.by_batch or windowed or self.pool.publishes)
         self._leaps = False
         if DRAFT_COLUMNS[0] not in self.requests.extra:
             self.requests.count_drafts()
@@ -107,6 +108,8 @@ class VerifyingPlanner(Planner):
 
     def _join(self, request: Drafted) -> None:
         """Let a request join the group, if enough of its steps are like the others'."""
+        if not self.pool.settled(request):
+            return
         width, flying = 1 + self._speculation.drafts, None
         start, ahead, now = request.produced, 0, width
         if self.flight is not None:
@@ -117,7 +120,7 @@ class VerifyingPlanner(Planner):
             rejected = self._rejected_ahead(request, self._verified[self.flight]) if self.flight is not None else 0
             start += 1 + flying.drafts - rejected
             ahead, now = 1 + flying.drafts, width - rejected
-        if request.ahead != ahead or request.known - request.stored != 1 or not self.pool.settled(request):
+        if request.ahead != ahead or request.known - request.stored != 1:
             return
         path, request.alone = self._path(request, start)
         if len(path) < LEAST:
