@@ -155,16 +155,9 @@ def kv_blocks(
         if needed > RESERVE_GIB:
             kept, parts = needed, ", ".join(f"{name} {gib:.2f}" for name, gib in modelled.items() if gib >= 0.005)
     weights = weight_bytes(model, parallel)
-    groups = _groups(model, parallel)
+    groups = _beside(_groups(model, parallel), draft, parallel)
     if draft is not None:
         weights += weight_bytes(draft, parallel)
-        own = draft.kv_groups(parallel.tensor)[0]
-        groups = [
-            KvGroup(group.layers + own.layers, group.bytes_per_token + own.bytes_per_token, 0)
-            if not group.window
-            else group
-            for group in groups
-        ]
     fit = KVFit(
         model=model.name,
         gpu=gpu.name,
@@ -194,11 +187,26 @@ def grouped(groups: Sequence[KvGroup]) -> tuple[int, list[int]]:
     return size, [-(-count // size) for count in layers]
 
 
-def windows(model: Model, parallel: Parallel = ONE) -> tuple[int, ...]:
-    """Of each such group its window, 0: none; in vLLM's order if the model's first layer has one."""
-    groups = model.kv_groups(parallel.tensor)
+def windows(model: Model, parallel: Parallel = ONE, draft: Model | None = None) -> tuple[int, ...]:
+    """Of each such group its window, 0: none; in vLLM's order if the model's first layer has one.
+
+    ``draft``: a model that drafts tokens, whose layers are cached beside those without a window.
+    """
+    groups = _beside(model.kv_groups(parallel.tensor), draft, parallel)
     _, counts = grouped(groups)
     return tuple(g.window for g, count in reversed([*zip(groups, counts, strict=True)]) for _ in range(count))
+
+
+def _beside(groups: Sequence[KvGroup], draft: Model | None, parallel: Parallel) -> list[KvGroup]:
+    """``groups`` with the layers of ``draft`` among those without a window."""
+    if draft is None:
+        return [*groups]
+    own = draft.kv_groups(parallel.tensor)[0]
+    more = (own.layers, own.bytes_per_token)
+    return [
+        group if group.window else KvGroup(group.layers + more[0], group.bytes_per_token + more[1], 0)
+        for group in groups
+    ]
 
 
 def _groups(model: Model, parallel: Parallel) -> list[KvGroup]:

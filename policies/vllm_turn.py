@@ -80,7 +80,8 @@ class VllmTurn:
         alone = held or not unfinished  # decodes are all that there is to run
         one_each = self._one_each
         if one_each is None:  # a replica's stages and drafts stay what they are
-            one_each = self._one_each = self._by_priority or step.stages > 1
+            drafted = step.speculation is not None
+            one_each = self._one_each = self._by_priority or step.stages > 1 or (drafted and step.windowed)
             self._drafts = 0 if step.speculation is None else step.speculation.drafts
         in_one_go = decodes <= budget and not one_each and (alone or _in_one_go(step, unfinished))
         drafts = self._drafts

@@ -28,7 +28,7 @@ from chairlift.sim.replica.drafts import DraftedPool
 from chairlift.sim.replica.engine import Engine, make_engine
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
-from chairlift.sim.replica.hybrid_pool import HybridPool, HybridStandIn
+from chairlift.sim.replica.hybrid_pool import DraftedHybridPool, HybridPool, HybridStandIn
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
@@ -241,6 +241,9 @@ def make_pool(
 
     if groups is not None and (cache := scheduler.hybrid) is not None:
         parts = (blocks, block_size, groups, cache, max_model_len, scheduler.asynchronous, scheduler.uncached_first)
+        if speculation is not None:
+            finds = identity() if scheduler.prefix_caching and identities is not None else None
+            return DraftedHybridPool(*parts, finds, stands_in=scheduler.prefix_caching and identities is None)
         if not scheduler.prefix_caching:
             return HybridPool(*parts)
         return HybridStandIn(*parts) if identities is None else HybridPool(*parts, identity())

@@ -489,6 +489,50 @@ class HybridPool(CountingPool):
         return all(first + i in self._cached for i in groups)
 
 
+class DraftedHybridPool(HybridPool):
+    """The same where drafts are verified: told what is known, it publishes nothing beyond that (`DraftedPool`).
+
+    What slides out is told by the tokens that are processed: those in flight, drafts among them, are not.
+    ``stands_in``: without a prefix cache in place of one with it, as `HybridStandIn`.
+    """
+
+    __slots__ = ("_stands_in", "under_way")
+
+    def __init__(
+        self,
+        total: int,
+        block_size: int,
+        groups: KvGroups,
+        cache: HybridCache,
+        max_model_len: int,
+        late: bool = False,
+        uncached_first: bool = True,
+        identity: Identity | None = None,
+        stands_in: bool = False,
+    ) -> None:
+        super().__init__(total, block_size, groups, cache, max_model_len, late, uncached_first, identity)
+        self._stands_in = stands_in
+        self.under_way: dict[int, int] = {}  # request → its tokens in flight
+
+    def lacks(self, request: Live, tokens: int) -> int:  # noqa: D102
+        return self.tables * max(0, -(-tokens // self.block_size) - self._held[request.row].length)
+
+    def computed(self, request: Live, tokens: int) -> None:  # noqa: D102
+        ahead = 0 if self._identity is None else self._identity.ahead
+        super().computed(request, min(tokens, request.prompt + request.produced - ahead))
+
+    def close(self, request: Live, tokens: int) -> None:  # noqa: D102
+        super().close(request, 0)
+
+    def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
+        if self._stands_in:
+            raise PrefixCacheMatters
+        super().preempted(request, False, planned)
+
+    def _flying(self, request: Live, joined: bool = False) -> int:
+        return self.under_way.get(request.row, 0)
+
+
 class HybridStandIn(HybridPool):
     """Without a prefix cache in place of one with it, for as long as that cannot matter (`StandInPool`)."""
 

@@ -127,7 +127,7 @@ class PrefixPool(CountingPool):
 
     def settled(self, request: Live) -> bool:  # noqa: D102
         number = request.row
-        return not self._identity.answers_too and self._identity.shareable[number] <= self._done[number]
+        return self._identity.shareable[number] <= self._done[number]
 
     def decode_one(self, request: Live, need: int) -> None:  # noqa: D102
         if need:

@@ -13,6 +13,7 @@ from chairlift.backend.base import Batch, Chunk
 from chairlift.policies.base import PolicyError, Speculation
 from chairlift.sim.replica.drafted_group import FEWEST, LEAST, LONGEST, Drafted, Paths
 from chairlift.sim.replica.drafts import Chosen, DraftedStep
+from chairlift.sim.replica.hybrid_pool import DraftedHybridPool
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
 from chairlift.sim.replica.step_plan import Plan
@@ -49,7 +50,7 @@ class VerifyingPlanner(Planner):
 
     __slots__ = (
         *("_accepts", "_along", "_broken", "_groups", "_paths", "_patience", "_rest", "_speculation"),
-        "_verified",
+        *("_verified", "_windowed"),
     )
     state: DraftedStep
 
@@ -64,9 +65,13 @@ class VerifyingPlanner(Planner):
         self._verified: dict[Plan, Verified] = {}  # of each plan whose output is not in
         super().__init__(*parts, **more)
         policy = self.scheduler
-        if not policy.verifies_drafts or self.pool.windowed or self.pool.keeps or self.state.stages > 1:
+        windowed = self.pool if isinstance(self.pool, DraftedHybridPool) else None
+        unfit = self.pool.keeps or (self.pool.windowed and windowed is None)
+        if not policy.verifies_drafts or unfit or self.state.stages > 1:
             raise PolicyError("speculation is not modelled here", name_of(policy))
-        self._groups = self._leaps and not speculation.by_batch
+        self._windowed = windowed
+        # where others find answers each block that a decode fills matters, and each token where windows slide
+        self._groups = self._leaps and not (speculation.by_batch or windowed or self.pool.publishes)
         self._leaps = False
         if DRAFT_COLUMNS[0] not in self.requests.extra:
             self.requests.count_drafts()
@@ -103,6 +108,8 @@ class VerifyingPlanner(Planner):
 
     def _join(self, request: Drafted) -> None:
         """Let a request join the group, if enough of its steps are like the others'."""
+        if not self.pool.settled(request):
+            return
         width, flying = 1 + self._speculation.drafts, None
         start, ahead, now = request.produced, 0, width
         if self.flight is not None:
@@ -113,7 +120,7 @@ class VerifyingPlanner(Planner):
             rejected = self._rejected_ahead(request, self._verified[self.flight]) if self.flight is not None else 0
             start += 1 + flying.drafts - rejected
             ahead, now = 1 + flying.drafts, width - rejected
-        if request.ahead != ahead or request.known - request.stored != 1 or not self.pool.settled(request):
+        if request.ahead != ahead or request.known - request.stored != 1:
             return
         path, request.alone = self._path(request, start)
         if len(path) < LEAST:
@@ -287,9 +294,13 @@ class VerifyingPlanner(Planner):
                 request.drafts = next_drafts
                 self._see_end(request)
         plan.emitting, plan.ending = emitting, ending
+        if self._windowed is not None:
+            self._windowed.under_way = {row: chosen.tokens for row, chosen in self._verified[plan].chosen.items()}
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:  # noqa: D102
         verifying = self._verified.pop(plan)
+        if self._windowed is not None:
+            self._windowed.under_way = {}
         chosen, drafting, known = verifying.chosen, verifying.drafting, verifying.kept
         group = self.state.drafted
         if verifying.grouped and group.flying:

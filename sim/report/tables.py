@@ -87,7 +87,10 @@ def _add(table: Table, metric: Metric, summary: dict[str, float | None]) -> None
 
 
 def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
-    """Tokens per second of every variant, as ratios to the study's baselines, beside the published ratio."""
+    """Tokens per second of every variant, as ratios to the study's baselines, beside the published ratio.
+
+    Where drafts are verified: tokens that a request gets from a step, and the share of drafts that are rejected.
+    """
     baselines = study.baseline or [outcomes[0].setup.variant]
     published = any(o.setup.published is not None for o in outcomes)
     table = comparison(f"{study.name}: tokens/s, prompts and outputs counted")
@@ -97,7 +100,8 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
         table.add_column(f"× {escape(name)}", justify="right")
     if published:
         table.add_column("published", justify="right")
-    for label in ("output/s", "running", "KV used", "preempt."):
+    drafted = any(o.setup.speculate is not None for o in outcomes)
+    for label in ("output/s", "running", "KV used", "preempt.", *(("accepted", "wasted") if drafted else ())):
         table.add_column(label, justify="right")
     for members in _sections(table, outcomes):
         base = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
@@ -110,7 +114,11 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
                 value = outcome.setup.published
                 row.append("" if value is None else f"{value:g}")
             row += [f"{s['output_throughput']:,.0f}", f"{s['mean_running']:.1f}"]
-            table.add_row(*row, f"{s['kv_utilization']:.0%}", f"{s['preemptions']:,}")
+            row += [f"{s['kv_utilization']:.0%}", f"{s['preemptions']:,}"]
+            if drafted:
+                length, wasted = s.get("accepted_length"), s.get("drafts_wasted")
+                row += ["–" if length is None else f"{length:.2f}", "–" if wasted is None else f"{wasted:.0%}"]
+            table.add_row(*row)
     return table
 
 

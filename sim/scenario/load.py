@@ -646,9 +646,10 @@ def _no_drafts(speculate: Speculate, group: ReplicaGroup) -> str:
     if group.role != "mixed":
         return "must not be given with prefill and decode replicas: that is not modelled"
     if group.parallel.pipeline > 1:
-        return "must not be given with pipeline stages: that is not modelled"
-    if group.kv_groups is not None:
-        return "is not modelled where layers give KV back: set policy.disable_hybrid_kv_cache_manager"
+        return "must not be given with pipeline stages: of vLLM's decisions with both no ledger is there to hold it to"
+    if group.kv_groups is not None and scheduler.speculation(speculate.method, 1).prefix == "drop":
+        version = getattr(scheduler, "version", "")
+        return f"is not modelled with vLLM {version} where layers give KV back and prefixes are cached: 0.33 is"
     if speculate.method == "ngram" and scheduler.asynchronous:
         return "method ngram needs policy.async_scheduling: false; vLLM refuses both together"
     return ""

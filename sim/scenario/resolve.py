@@ -175,11 +175,13 @@ def step_limits(policy: Scheduler, max_model_len: int) -> tuple[int, int]:
     return tokens, sequences
 
 
-def kv_groups(policy: Scheduler, model: specs.Model, parallel: Parallel) -> KvGroups | None:
+def kv_groups(
+    policy: Scheduler, model: specs.Model, parallel: Parallel, draft: specs.Model | None = None
+) -> KvGroups | None:
     """The groups of layers that the pool of ``policy`` tells apart; None if it does not, or all layers are alike."""
     if policy.hybrid is None or not model.window_layers:
         return None
-    return KvGroups(memory.windows(model, parallel), model.chunked)
+    return KvGroups(memory.windows(model, parallel, draft), model.chunked)
 
 
 class Pool(NamedTuple):
@@ -214,7 +216,7 @@ def kv_pool(
         raise ValueError("give blocks or tokens, not both")
     if getattr(policy, "disable_hybrid_kv_cache_manager", False):
         model = replace(model, window=0, window_layers=0, chunked=False)
-    own, groups, ranks = policy.pool_blocks, kv_groups(policy, model, parallel), parallel.data
+    own, groups, ranks = policy.pool_blocks, kv_groups(policy, model, parallel, draft), parallel.data
     if own is not None:
         blocks, source = own, f"a setting of policy {type(policy).__name__}"
         if blocks < 1:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chairlift.backend.base import Batch, StepCost
+from chairlift.policies.base import KvGroups
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import Pool, summarise
 from chairlift.sim.results.records import DRAFT_COLUMNS
@@ -136,6 +137,62 @@ def test_books_balance_however_tight_memory_is(
     check_books(
         play(mixed(seed), policy, blocks=blocks, max_model_len=112, speculate=drafts(tokens, method, length=1.6))
     )
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 999), tokens=st.integers(1, 7), blocks=st.integers(8, 30))
+def test_windows_as_wide_as_all_requests_take_a_block_in_each_group(
+    asynchronous: bool, seed: int, tokens: int, blocks: int
+) -> None:
+    """Where nothing slides out, two groups of layers on twice the blocks are one group, preemptions included."""
+    trace = trace_of(table(seed, 30))
+
+    def policy() -> Vllm:
+        return Vllm(async_scheduling=asynchronous, enable_prefix_caching=False, max_num_batched_tokens=100)
+
+    more: dict[str, Any] = {"max_model_len": 112, "speculate": drafts(tokens, length=1.6)}
+    one = play(trace, policy, blocks=blocks, **more)
+    two = play(trace, policy, blocks=2 * blocks, groups=KvGroups((0, 4096)), **more)
+
+    assert two.outcome()[:-1] == one.outcome()[:-1]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@settings(max_examples=8)
+@given(seed=st.integers(0, 99), tokens=st.integers(1, 7), window=st.integers(4, 60))
+def test_with_windows_drafts_of_which_none_is_kept_are_dead_tokens(
+    asynchronous: bool, seed: int, tokens: int, window: int
+) -> None:
+    """With room for all, a run is the plain one with so many dead tokens a decode; it gives back what slides out."""
+    trace, groups = trace_of(table(seed, 20, 20_000)), KvGroups((window, 0))
+
+    def policy() -> Vllm:
+        return Vllm(async_scheduling=asynchronous, enable_prefix_caching=False, max_num_batched_tokens=100_000)
+
+    plain = play(trace, policy, lambda: WithDeadTokens(dead=tokens), leap=False, groups=groups)
+    drafted = play(trace, policy, Affine, speculate=drafts(tokens, rates=[0] * tokens), groups=groups)
+
+    assert drafted.outcome()[:-1] == plain.outcome()[:-1]
+    assert drafted.engines[0].records.runs()["spared_blocks"].max() > 0
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 999),
+    tokens=st.integers(1, 5),
+    asynchronous=st.booleans(),
+    cached=st.booleans(),
+    priority=st.booleans(),
+    blocks=st.integers(20, 60),
+    window=st.integers(4, 40),
+)
+def test_books_balance_where_layers_give_blocks_back(
+    seed: int, tokens: int, asynchronous: bool, cached: bool, priority: bool, blocks: int, window: int
+) -> None:
+    policy = tight(asynchronous, cached, priority, 40)
+    groups, speculate = KvGroups((window, 0)), drafts(tokens, "draft_model" if seed % 2 else "eagle3", length=1.6)
+    check_books(play(mixed(seed), policy, blocks=blocks, max_model_len=112, groups=groups, speculate=speculate))
 
 
 @settings(max_examples=60)

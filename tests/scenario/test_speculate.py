@@ -163,7 +163,11 @@ def test_the_prefix_cache_looks_ahead_for_layers_that_read_states(
             [],
             "speculate: method ngram needs policy.async_scheduling: false",
         ),
-        (EAGLE, ["model=gpt-oss-20b", "speculate.draft=null"], "speculate: is not modelled where layers give KV back"),
+        (
+            EAGLE,
+            ["model=gpt-oss-20b", "speculate.draft=null", "policy={name: vllm, version: 0.31}"],
+            "speculate: is not modelled with vLLM 0.31 where layers give KV back and prefixes are cached: 0.33 is",
+        ),
         (
             EAGLE + "link: {gb_per_s: 50}\n",
             ["replicas=[{count: 1, role: prefill}, {count: 1, role: decode}]"],
@@ -175,6 +179,31 @@ def test_what_cannot_be_is_said(tmp_path: Path, more: str, assignments: list[str
     assert any(text.startswith(said) for text in refusals(tmp_path, more, *assignments)), refusals(
         tmp_path, more, *assignments
     )
+
+
+def test_a_drafting_layer_is_kept_beside_the_layers_that_look_back_on_all(tmp_path: Path) -> None:
+    """Gemma 3 27B: 52 layers with a window and 10 without are 6 groups and 1; with 11, 5 groups and 1."""
+    plain = setup(tmp_path, "", "model=gemma-3-27b").groups[0].kv_groups
+    drafted = setup(tmp_path, EAGLE, "model=gemma-3-27b").groups[0].kv_groups
+
+    assert plain is not None
+    assert drafted is not None
+    assert [len(groups.windows) for groups in (plain, drafted)] == [7, 6]
+    assert [groups.windows.count(0) for groups in (plain, drafted)] == [1, 1]
+
+
+def test_variants_are_compared_by_what_they_keep_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(BASE + f"compare:\n  - {{name: none}}\n  - {{name: three, {EAGLE.strip()}}}\n")
+    told = chairlift("run", "s.yaml", "--out", "out").out.splitlines()
+    _, three = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    kept = [f"{three['accepted_length']:.2f}", f"{three['drafts_wasted']:.0%}"]
+
+    assert next(line for line in told if "tokens/s " in line).split()[-2:] == ["accepted", "wasted"]
+    assert [line.split()[-2:] for line in told if line.strip().startswith(("none ", "three "))][:2] == [
+        ["–", "–"],
+        kept,
+    ]
 
 
 def test_a_life_is_told_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

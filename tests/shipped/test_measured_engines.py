@@ -124,7 +124,7 @@ def test_drafts_gain_on_experts_what_a_user_reported() -> None:
     base = {
         "model": "gpt-oss-120b",
         "gpu": "h200",
-        "policy": {"name": "vllm", "max_num_seqs": 256, "disable_hybrid_kv_cache_manager": True},
+        "policy": {"name": "vllm", "max_num_seqs": 256},
         "backend": {"name": "roofline", "skew": 0.85},
         "workload": {"requests": 128, "clients": {"concurrency": 64}, "prompt_tokens": 1000, "output_tokens": 300},
     }
