@@ -110,12 +110,13 @@ class Team:
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
-        join(0, count, port, device)
         self.on_loss: Callable[[], None] = _nothing  # what else there is to end once a process has died
+        self.ready()  # all have begun: whoever died before would be waited for in vain
+        join(0, count, port, device)
         self._looked = time.monotonic()
 
     def ready(self) -> None:
-        """Wait until every process has its runner."""
+        """Wait until every process has begun; the second time: until it has its runner."""
         for end in self._ends:
             self._answer(end)
 
@@ -192,6 +193,7 @@ def _follow(end: Connection, rank: int, count: int, port: int, device: str, buil
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(1)
+    end.send(None)
     join(rank, count, port, device)
     try:
         runner = build(Ranks(rank, count), torch.device(device, rank) if device == "cuda" else torch.device(device))
