@@ -131,7 +131,8 @@ def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise], uni
         yield str(promise), figure, keys
         limits = promise.limits()
         name = f"p{100 * promise.wanted:g}_{next(iter(limits))}_ms"
-        if len(limits) > 1 or not any(name in v.figures for _, k in drawn for v in k.verdicts):
+        of_all = promise.tenant is None and promise.priority is None  # as figures are
+        if len(limits) > 1 or not of_all or not any(name in v.figures for _, k in drawn for v in k.verdicts):
             continue
         [limit] = limits.values()
         traces = []

@@ -30,6 +30,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 BINS = 100  # parts of a run: a warm-up is cut off to within 1 % of the run
+UNSERVED_MS = 1e12  # stands in figures for a request that was not served
 CAP = 4.0  # severity counts no latency beyond this multiple of its limit: one straggler must not look like a warm-up
 PROMISED = tuple(metric.name for metric in LATENCIES if metric.name in REQUEST_LATENCIES or metric.name == "itl")
 TOLD = ("e2el", "itl", "tpot", "ttft")  # latencies of which every answer tells p50 and p99
@@ -248,7 +249,7 @@ def _figures(
                 "linear" if np.isfinite(values).all() else "lower"
             )  # there is no line to an infinite latency
             for q, value in zip(levels, np.percentile(values, levels, method=method).tolist(), strict=True):
-                found[f"p{q:g}_{metric}_ms"] = value if np.isfinite(value) else 1e12
+                found[f"p{q:g}_{metric}_ms"] = value if np.isfinite(value) else UNSERVED_MS
     if gaps is not None and len(gaps.ms):
         order = np.argsort(gaps.ms)
         below = np.cumsum(gaps.often[order])

@@ -24,6 +24,7 @@ from chairlift.sim.plan.costs import cost_of
 from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.flips import FAR, SWING
 from chairlift.sim.plan.headroom import Margin
+from chairlift.sim.plan.promises import UNSERVED_MS
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.scenario.resolved import relocated, resolved
@@ -82,8 +83,8 @@ def sentence(answer: Answer) -> str:
     if not answer.capacities:
         return ""
     if plan.spec.ask.tenant is not None and answer.asked:
-        told = answer.asked[-1]
-        return f"{told[0].upper()}{told[1:]}, with {kept}." if not answer.failed else f"{told[0].upper()}{told[1:]}."
+        told = f"{answer.asked[-1][0].upper()}{answer.asked[-1][1:]}"
+        return f"{told}." if answer.failed else f"{told}, which keeps {kept} with it."
     candidate, capacity = answer.capacities[0]
     if not capacity.reached:
         return f"{candidate.name} does not keep {kept} at any load."
@@ -120,7 +121,12 @@ def said_of(candidate: Candidate, capacity: Capacity) -> Iterator[str]:
     """What a reader must know of a capacity besides its interval, a line each."""
     if not capacity.reached and capacity.limiting is not None:
         verdict = capacity.verdicts[0]
-        found = ", ".join(f"{n.removesuffix('_ms')} {v[0]:,.4g} ms" for n, v in verdict.figures.items())
+        found = ", ".join(
+            f"{n.removesuffix('_ms')} {v[0]:,.4g} ms"
+            if v[0] < UNSERVED_MS / 1e3
+            else f"{n.removesuffix('_ms')} not served"
+            for n, v in verdict.figures.items()
+        )
         yield f"{candidate.name}: {capacity.limiting} breaks at any load; at {verdict.rate_per_s:.3g}/s: {found}"
         yield "  what would help: a limit above that, a faster GPU, more tensor parallelism, or shorter prompts"
     if (off := capacity.errors) is not None:

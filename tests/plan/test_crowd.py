@@ -126,6 +126,8 @@ def test_the_cluster_with_more_room_takes_the_tenant(tmp_path: Path, west: int, 
     told = told_of(tmp_path, text)
 
     assert told["asked"][-1] == f"the new tenant goes to cluster {goes}"
+    said = f"The new tenant goes to cluster {goes}, which keeps p90 E2E ≤ 8000 ms with it."
+    assert said in (tmp_path / "out" / "plan.html").read_text()
     lines = [line.replace(" with the new tenant, at", "").split(", up to")[0] for line in told["asked"][:-1]]
     assert sorted(lines) == ["cluster east 2 requests/s: kept", f"cluster west 3 requests/s: {outcome}"]
 
@@ -158,3 +160,14 @@ def test_what_cannot_be_is_refused(tmp_path: Path, text: str, said: str) -> None
 
     assert result.status == 2, result.out
     assert said in " ".join(result.err.split())
+
+
+def test_requests_that_cannot_be_served_are_said_so(tmp_path: Path) -> None:
+    """Prompts of 5,000 tokens in a context of 4,096: half of all requests are refused at any load."""
+    text = BASE.replace("prompt_tokens: 1000", "prompt_tokens: {values: [1000, 5000]}")
+    (tmp_path / "p.yaml").write_text(text + "slo: [{share: 0.9, e2el_ms: 8000}]\naxes: {replicas: [1]}\n")
+    result = chairlift("plan", str(tmp_path / "p.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1")
+
+    assert result.status == 1, result.err
+    assert "p99_e2el not served" in " ".join(result.out.split())
+    assert "e+" not in result.out
