@@ -197,13 +197,6 @@ class Backend(ABC):
         return {}
 
 
-class Measured(NamedTuple):
-    """How long an executed step took, ps."""
-
-    gpu: int  # from its first to its last operation on the GPU
-    host: int  # preparing and launching it
-
-
 class DeviceError(RuntimeError):
     """A device cannot go on in the midst of a run: a process of it has died, or its memory is full. One sentence."""
 
@@ -223,8 +216,8 @@ class Executor(Backend):
         """Queue a step, which has its members, behind the steps launched before. At most two are ever under way."""
 
     @abstractmethod
-    def wait(self) -> Measured:
-        """Wait for the oldest step under way, and tell how long it took."""
+    def wait(self) -> int:
+        """Wait for the oldest step under way: ps from its first to its last operation on the GPU."""
 
     def answer(self, request_id: int) -> Sequence[int]:
         """The tokens generated so far for a request, as of the last `wait`; none from an engine that makes none."""

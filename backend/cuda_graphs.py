@@ -1,8 +1,9 @@
 """The batch sizes for which an engine captures CUDA graphs, and how a step is padded to one of them.
 
 The sizes are those of vLLM 0.23 (``cudagraph_capture_sizes``, by default): 1, 2, 4, the multiples of 8 up to 256, and
-then the multiples of 16. Our own engine captures the same ones, and goes on up to 1,024, with experts by multiples of
-256 up to 4,096 (`backend.gpu.step_graphs`). A step of 9 tokens, say, replays the graph of 16.
+then the multiples of 16. Our own engine captures the same ones, and goes on up to 1,024, in 8-bit floats and with
+experts by multiples of 256 up to 2,048 or 4,096 (`backend.gpu.step_graphs`). A step of 9 tokens, say, replays the graph
+of 16.
 """
 
 from __future__ import annotations

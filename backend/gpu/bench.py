@@ -151,7 +151,9 @@ def peers(
         )
         indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * blocks
         last = torch.full((batch,), 16, dtype=torch.int32, device="cuda")
-        wrapper.plan(indptr, paging.tables.view(-1), last, heads.query, heads.kv, heads.size, 16, data_type=keys.dtype)
+        shape = (heads.query, heads.kv, heads.size, 16)
+        types = {"q_data_type": query.dtype, "kv_data_type": keys.dtype}
+        wrapper.plan(indptr, paging.tables.view(-1), last, *shape, **types)
         flat = query[:, :, 0].contiguous()
         yield "flashinfer", lambda: wrapper.run(flat, (keys, values))
     if importlib.util.find_spec("flash_attn") is not None:
@@ -216,7 +218,7 @@ def decode_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int,
             if i == 4:
                 began = time.perf_counter()
             engine.launch(step)
-            gpu.append(engine.wait().gpu / 1e9)
+            gpu.append(engine.wait() / 1e9)
         took = (time.perf_counter() - began) / STEPS * 1e3
         engine.wait()
         for request in requests:
@@ -244,19 +246,20 @@ def prefill_steps(engine: TorchEngine, floors: Floor, shapes: Sequence[tuple[int
                 began = time.perf_counter()
                 prompts = [Prompt(r, 0, length, 0, True) for r in requests]
                 engine.launch(Batch((), 0, 0, 0, Practice(prompts, longest=length)))
-                measured = engine.wait()
-                times.append(((time.perf_counter() - began) * 1e3, measured.gpu / 1e9, measured.host / 1e9))
+                launched = time.perf_counter()
+                gpu = engine.wait() / 1e9
+                times.append(((time.perf_counter() - began) * 1e3, gpu, (launched - began) * 1e3))
                 for _ in range(between):
                     engine.launch(decodes)
                     engine.wait()
                 for request in requests:
                     engine.release(request)
             found.append([statistics.median(t) for t in zip(*times[1:], strict=True)])
-        (train, *_), (took, gpu, host) = found
+        (train, *_), (took, on_gpu, launch) = found
         floor = floors(count * length, count, 0, count * length * (length + 1) // 2)
         yield {
             **{"bench": "prefill", "model": floors.name, "prompts": count, "tokens": length, "step_ms": round(took, 2)},
-            **{"gpu_ms": round(gpu, 2), "launch_ms": round(host, 2), "train_ms": round(train, 2)},
+            **{"gpu_ms": round(on_gpu, 2), "launch_ms": round(launch, 2), "train_ms": round(train, 2)},
             **{"floor_ms": round(floor, 2), "of_floor": round(took / floor, 3)},
         }
 
@@ -274,7 +277,7 @@ def mixed_steps(engine: TorchEngine, floors: Floor) -> Iterator[Row]:
             if i == 4:
                 began = time.perf_counter()
             engine.launch(step)
-            gpu.append(engine.wait().gpu / 1e9)
+            gpu.append(engine.wait() / 1e9)
         took = (time.perf_counter() - began) / STEPS * 1e3
         engine.wait()
         for request in (*requests, batch):

@@ -6,8 +6,8 @@ next step (asynchronous scheduling). A token stays on the device for the next st
 device.
 
 Steps of decodes alone replay CUDA graphs captured for padded batch sizes (`GRAPHS`), and so do steps with chunks of up
-to 1,024 rows, with experts more (`backend.gpu.step_graphs`); larger ones run eagerly. On a CPU the same code runs plain
-torch, which is meant for tests with tiny models.
+to 1,024 rows, in 8-bit floats and with experts more (`backend.gpu.step_graphs`); larger ones run eagerly. On a CPU the
+same code runs plain torch, which is meant for tests with tiny models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chairlift.backend.base import Batch, DeviceError, Executor, Measured, Members, Prompt, StepCost
+from chairlift.backend.base import Batch, DeviceError, Executor, Members, Prompt, StepCost
 from chairlift.backend.gpu.block_tables import Practice, Sequences
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
@@ -46,7 +46,6 @@ class Flight(NamedTuple):
     tokens: Tensor  # pinned host memory, filled once the step is done
     start: Any  # CUDA events; None on a CPU
     end: Any
-    host: int  # ps of the launch
     gpu: int  # ps; on a CPU only, where no events measure it
 
 
@@ -182,9 +181,9 @@ class TorchEngine(Executor):
         if self._cuda:
             end.record()
         took = (time.perf_counter_ns() - began) * 1000
-        self._flights.append(Flight(requests, tokens, start, end, took, took))
+        self._flights.append(Flight(requests, tokens, start, end, took))
 
-    def wait(self) -> Measured:  # noqa: D102
+    def wait(self) -> int:  # noqa: D102
         flight = self._flights.popleft()
         gpu = flight.gpu
         if self._cuda:
@@ -199,7 +198,7 @@ class TorchEngine(Executor):
                 generated[request].append(token)
             elif request != -1:
                 generated[request] = [token]
-        return Measured(gpu, flight.host)
+        return gpu
 
     def fill(self) -> None:
         """Fill the cache with random numbers: zeros would be read faster than what real requests leave there."""
@@ -238,7 +237,8 @@ class TorchEngine(Executor):
         except PackageNotFoundError:
             own = "0"
         facts = {"chairlift": own, "gpu": gpu, "torch": torch.__version__, "dtype": str(self.dtype)}
-        return {**facts, "graph_tokens": str(graph_rows(self.model, self.gpus))} if self.options.graphs else facts
+        rows = graph_rows(self.model, self.gpus, self.options.quantization == "fp8")
+        return {**facts, "graph_tokens": str(rows)} if self.options.graphs else facts
 
     def assumptions(self) -> dict[str, str]:  # noqa: D102
         o = self.options

@@ -93,7 +93,7 @@ class Team:
     """The processes of the other GPUs. They do what `tell` says, in order, each on its own runner.
 
     ``build(ranks, device)`` makes a process's runner; it must be picklable, and so must what it is made of. Raises
-    ValueError with a process's own words if its runner cannot be made.
+    ValueError with a process's own words if its runner cannot be made, `DeviceError` if one dies before it begins.
     """
 
     def __init__(self, count: int, device: str, build: Callable[[Ranks, torch.device], Any]) -> None:
@@ -110,12 +110,13 @@ class Team:
             theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
-        join(0, count, port, device)
         self.on_loss: Callable[[], None] = _nothing  # what else there is to end once a process has died
+        self.ready()  # all have begun: whoever died before would be waited for in vain
+        join(0, count, port, device)
         self._looked = time.monotonic()
 
     def ready(self) -> None:
-        """Wait until every process has its runner."""
+        """Wait until every process has begun; the second time: until it has its runner."""
         for end in self._ends:
             self._answer(end)
 
@@ -192,6 +193,7 @@ def _follow(end: Connection, rank: int, count: int, port: int, device: str, buil
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(1)
+    end.send(None)
     join(rank, count, port, device)
     try:
         runner = build(Ranks(rank, count), torch.device(device, rank) if device == "cuda" else torch.device(device))

@@ -73,8 +73,8 @@ class Runner:
         self._world = World(self.net, self._cache, self._tables, self._last, self.sample)
         if self._cuda:
             self.net.attention.warm_up(dtype, device, max_model_len)
-        self._step_graphs = StepGraphs(self._world, batch) if options.graphs else None
-        self._limit = graph_rows(model, ranks.count)
+        self._limit = graph_rows(model, ranks.count, options.quantization == "fp8")
+        self._step_graphs = StepGraphs(self._world, batch, self._limit) if options.graphs else None
         if self._cuda and options.graphs:
             self._capture()
 

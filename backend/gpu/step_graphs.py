@@ -24,9 +24,10 @@ from chairlift.backend.gpu.transformer import Tokens, Transformer
 from chairlift.backend.shapes import Model
 
 LIMIT = 1024  # rows of the largest captured step with chunks;
-EXPERTS_LIMIT = 2048  # with experts, a GPU that shares them: launched one by one, their kernels hold the GPU up,
+NARROW_LIMIT = 2048  # in 8-bit floats, whose kernels take the host longer to launch one by one than the GPU to run
+EXPERTS_LIMIT = 2048  # with experts, a GPU that shares them: likewise,
 EXPERTS_MOST = 4096  # and of any number of GPUs
-ALONE = 256  # rows up to which steps without decodes have graphs of their own, without their kernel
+ALONE = 512  # rows up to which steps without decodes have graphs of their own, without their kernel
 CELLS = 1024  # of block tables, that such a step may change itself
 SPAN = 5  # integers of a span, see `Spans`
 
@@ -47,12 +48,14 @@ class Flat(NamedTuple):
     takers: Ints
 
 
-def graph_rows(model: Model, gpus: int) -> int:
-    """Rows of the largest captured step with chunks, where ``gpus`` share the model.
+def graph_rows(model: Model, gpus: int, eights: bool) -> int:
+    """Rows of the largest captured step with chunks, where ``gpus`` share the model; ``eights`` is as in `Transformer`.
 
     Rows that fill a step up to a captured size cost dense layers their whole time, and experts none.
     """
-    return min(EXPERTS_LIMIT * gpus, EXPERTS_MOST) if model.experts else LIMIT
+    if model.experts:
+        return min(EXPERTS_LIMIT * gpus, EXPERTS_MOST)
+    return NARROW_LIMIT if eights else LIMIT
 
 
 class World(NamedTuple):
@@ -74,16 +77,16 @@ def tokens_of(world: World, rows: Tensor, spans: Spans, decodes: int) -> Tokens:
 
 
 class StepGraphs:
-    """The graphs of steps with chunks, of at most `graph_rows` rows and ``most`` sequences.
+    """The graphs of steps with chunks, of at most ``limit`` rows (`graph_rows`) and ``most`` sequences.
 
     Without a GPU the same parts run as they are, over the same buffers.
     """
 
-    def __init__(self, world: World, most: int) -> None:
+    def __init__(self, world: World, most: int, limit: int) -> None:
         net = world.net
         self._world = world
         self._nobody = len(world.last) - 1
-        self._limit = limit = graph_rows(net.model, net.ranks.count)
+        self._limit = limit
         cuda = net.device.type == "cuda"
         self._spans_at = 7 * limit
         self._sampled_at = self._spans_at + SPAN * 2 * most  # each prompt may have padding, a span of its own

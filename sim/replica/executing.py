@@ -39,9 +39,11 @@ class Execution:
         prompts: list[int] = requests.trace.prompt_tokens.tolist()
         self._turns = Turns(identity, prompts, requests.status, requests.emitted, self._executor.answer)
         self._clock: int | None = None  # wall clock when the latest step's tokens were in, ns; None while idle
-        self._asked: dict[int, tuple[int, int, int]] = {}  # plan (by id) → when, ps spent planning, attention pairs
+        self._asked: dict[int, tuple[int, int, int, int]] = {}  # plan (by id) → when, ps planning, ps launching, pairs
         self._pairs = 0
+        self._launching = 0  # how long the latest launch took, ns
         self._settling = 0  # wall clock when the latest run was settled, ns
+        self._read = 0  # the latest reading of the wall clock, ns
         planner.price = self._launch
 
     def arrived(self, request: Live) -> None:
@@ -51,7 +53,7 @@ class Execution:
     def wake(self) -> None:
         """The replica has something to plan; if it was idle, time is measured from here."""
         if self._clock is None:
-            self._clock = time.perf_counter_ns()
+            self._clock = self._now()
 
     def rest(self) -> None:
         """The replica is idle."""
@@ -59,24 +61,24 @@ class Execution:
 
     def ask(self, now: int, start: When) -> Plan | None:
         """As `Planner.ask`; the plan has been launched."""
-        began = time.perf_counter_ns()
+        began = self._now()
         self._turns.look()
         plan = self._planner.ask(now, start)
         if plan is not None:
             assert self._clock is not None
-            asked = now + (began - self._clock) * 1000
-            self._asked[id(plan)] = (asked, (time.perf_counter_ns() - began) * 1000, self._pairs)
+            asked, launching = now + (began - self._clock) * 1000, self._launching
+            planning = self._now() - began - launching
+            self._asked[id(plan)] = (asked, planning * 1000, launching * 1000, self._pairs)
         return plan
 
     def wait(self, plan: Plan) -> int:
         """Wait for ``plan``, the oldest under way; ps since the step before it was in, or since idling ended."""
-        measured = self._executor.wait()
+        gpu = self._executor.wait()
         assert self._clock is not None
-        clock = time.perf_counter_ns()
+        clock = self._now()
         passed, self._clock = (clock - self._clock) * 1000, clock
-        asked, planning, pairs = self._asked.pop(id(plan))
-        row = MeasuredRow(asked, planning - measured.host, measured.host, measured.gpu, pairs)
-        self._planner.records.measured.extend(row)
+        asked, planning, launching, pairs = self._asked.pop(id(plan))
+        self._planner.records.measured.extend(MeasuredRow(asked, planning, launching, gpu, pairs))
         return passed
 
     def land(self, flight: Plan, now: int) -> int:
@@ -87,21 +89,33 @@ class Execution:
 
     def settling(self) -> None:
         """A run is about to be settled."""
-        self._settling = time.perf_counter_ns()
+        self._settling = self._now()
 
     def settled(self) -> None:
         """A run has been settled: how long that took is the last step's update."""
-        self._planner.records.measured[-1] = (time.perf_counter_ns() - self._settling) * 1000
+        self._planner.records.measured[-1] = (self._now() - self._settling) * 1000
 
     def _launch(self, batch: Batch) -> StepCost:
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
         state = self._planner.state
         self._pairs = sum(t * (2 * r.stored + t + 1) // 2 for r, t in state.chunks)
+        batch = batch._replace(members=_Members(state, self._turns))
+        began = self._now()
         try:
-            self._executor.launch(batch._replace(members=_Members(state, self._turns)))
+            self._executor.launch(batch)
         except RuntimeError as error:  # more sequences than it has room for
             raise PolicyError(str(error), name_of(state.scheduler)) from None
+        self._launching = self._now() - began
         return StepCost(0, 0, 1, _UNKNOWN)
+
+    def _now(self) -> int:
+        """The wall clock, ns; never earlier than it was read before.
+
+        A recording refuses negative times, and once held one: the time to plan a step, from which the executor's own
+        reading of its launch was taken. The launch lies within the plan, so a clock that ran back must have made it.
+        """
+        self._read = max(self._read, time.perf_counter_ns())
+        return self._read
 
 
 class _Members:

@@ -107,6 +107,19 @@ def test_a_process_that_dies_is_one_clear_error_and_none_is_left() -> None:
     assert not process.is_alive()
 
 
+def test_a_process_that_dies_before_it_begins_is_not_waited_for(tmp_path: Path) -> None:
+    """As those of a script do that runs an engine on two GPUs without asking whether it is the main module."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from chairlift.backend.gpu.ranks import Team\nfrom kit.at_work import stuck\nTeam(2, 'cpu', stuck)\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (IMPORTS, TESTS)))}
+    done = subprocess.run([sys.executable, str(script)], env=paths, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 1
+    assert "DeviceError: the process of GPU 1 has died (exit code 1)" in done.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who lives")
 def test_no_process_outlives_a_parent_that_was_killed() -> None:
     script = (
@@ -149,11 +162,11 @@ def test_what_cannot_be_shared_out_says_why() -> None:
 
 def test_the_largest_captured_step_is_said_to_recordings() -> None:
     """Dense layers would compute rows that fill a step up, experts do not; GPUs that share a step make it short."""
-    largest = [
-        TorchEngine(m, GPU, OPTIONS, n).facts()["graph_tokens"] for m, n in ((DENSE, 2), (EXPERTS, 1), (EXPERTS, 2))
-    ]
+    fp8 = replace(OPTIONS, quantization="fp8")
+    engines = (DENSE, OPTIONS, 2), (DENSE, fp8, 1), (EXPERTS, OPTIONS, 1), (EXPERTS, OPTIONS, 2)
+    largest = [TorchEngine(m, GPU, options, n).facts()["graph_tokens"] for m, options, n in engines]
 
-    assert largest == ["1024", "2048", "4096"]
+    assert largest == ["1024", "2048", "2048", "4096"]
 
 
 def test_parts_cover_everything_once_and_few_heads_stand_on_several_gpus() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chairlift.backend.base import Backend, Batch, Executor, Host, Measured, Prompt, StepCost
+from chairlift.backend.base import Backend, Batch, Executor, Host, Prompt, StepCost
 from chairlift.backend.roofline import Efficiency
 from chairlift.policies.base import Scheduler, Step
 from chairlift.policies.orca import Orca
@@ -114,10 +114,10 @@ class Hardware(Executor):
         self.free_at = max(self.free_at, self.clock.now) + took
         self.flights.append((self.free_at, took))
 
-    def wait(self) -> Measured:
+    def wait(self) -> int:
         end, took = self.flights.popleft()
         self.clock.now = max(self.clock.now, end)
-        return Measured(took * NS, self.launching * NS)
+        return took * NS
 
     def release(self, request_id: int) -> None:
         self.clock.now += self.releasing
@@ -439,6 +439,26 @@ def test_a_price_is_an_estimate_and_runs_nothing(clock: Clock) -> None:
     assert set(prices) == {100 * NS}
     assert column(served, "planning_ps") == [7 * NS] * 3
     assert nanoseconds(served, "first_token_ps", "finished_ps") == [[117], [3 * 117]]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_clock_that_runs_back_makes_no_time_negative(clock: Clock, ahead: bool) -> None:
+    """As where a thread moves to a processor whose counter is behind: here by 60 ns as each launch ends."""
+
+    class Behind(Hardware):
+        def launch(self, batch: Batch) -> None:
+            super().launch(batch)
+            clock.now -= 60
+
+    hardware = Behind(clock, Modelled(fixed=100, token=0), launching=10)
+    trace = trace_of([(0, 4, 6), (300 * NS, 6, 4)])
+    policy = lambda: Vllm(**(AHEAD if ahead else SYNC))  # noqa: E731
+    served = run_on(hardware, setup_on(hardware, trace, policy, 1000, 16, Limits()), journal=True)
+
+    for each in ("planning_ps", "launch_ps", "update_ps", "first_ps"):
+        assert min(column(served, each)) >= 0, each
+    asked = column(served, "asked_ps")
+    assert asked == sorted(asked)
 
 
 # the same decisions as a modelled run, whatever steps take

@@ -17,7 +17,8 @@ FEW = 512  # rows up to which the library's product with a scale a row is slow: 
 MANY = 2048  # rows from which it is the faster one
 TILE = 128  # rows of weights of a program of `narrow`
 SOME = 1 << 22  # weights from which `narrow` is ahead of the library for at most 16 rows,
-LOTS = 50 << 20  # and for at most 64, or with a gate 128
+MIDDLE = 1 << 24  # for at most 64,
+LOTS = 50 << 20  # and with a gate for at most 128
 
 
 class Eights(NamedTuple):
@@ -201,7 +202,7 @@ def few(x: Tensor, weight: Tensor, most: int = 128, gated: bool = False) -> bool
     rows, (n, width) = len(x), weight.shape
     if not x.is_cuda or rows > most or (n // 2 if gated else n) % TILE or width % TILE or weight.numel() < SOME:
         return False
-    return rows <= 16 or (weight.numel() >= LOTS and (gated or rows <= 64))
+    return rows <= 16 or (rows <= 64 and weight.numel() >= MIDDLE) or (gated and weight.numel() >= LOTS)
 
 
 def _narrow(*arguments: Any, **more: Any) -> Tensor:

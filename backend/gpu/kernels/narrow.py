@@ -1,15 +1,15 @@
 """Products of few rows by weights, in Triton; imported on a GPU only.
 
 Such a product reads its weights and little else, so what counts is that all of the GPU keeps reading. A program has
-128 rows of the weights and a part of their width. The last program to arrive at a tile adds its parts up, always in the
-same order. The weights are the operand with many rows, as tensor cores want one. Each program starts before the kernel
-ahead has ended (`Kernel`), which the library's do not, and a gate is taken where its product is.
+128 rows of the weights, or 64, and a part of their width. The last program to arrive at a tile adds its parts up,
+always in the same order. The weights are the operand with many rows, as tensor cores want one. Each program starts
+before the kernel ahead has ended (`Kernel`), which the library's do not, and a gate is taken where its product is.
 
 On an H200, µs for the products of a layer of Llama-3.1-8B in bfloat16, the library's beside (up with its gate)::
 
     rows                  qkv          out           up           down         head
     16               15.8 / 15.9   11.1 / 13.6  61.9 / 60.6  31.4 / 33.4  257 / 258
-    64               20.2 / 16.1   14.7 / 12.0  64.7 / 67.0  36.1 / 36.5  263 / 287
+    64               16.9 / 16.2   12.0 / 12.0  60.3 / 64.0  33.0 / 35.7  263 / 287
     128              23.2 / 16.9   17.4 / 14.2  68.9 / 73.7  40.7 / 38.3  306 / 279
     16, FP8           9.7 / 9.5     7.2 / 7.8                18.1 / 20.5
 
@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 WIDE = 128  # rows of the weights a program
 DEEP = 128  # bytes of their width a stage
 HIGH = (16, 64, 128)  # rows of the other operand; 32 are slower than 64
+MOST = 300  # programs for 64 rows, half as wide and twice as deep: the fastest of 138 kinds that were tried
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -125,16 +126,19 @@ def narrow(
     if out is None:
         out = torch.empty((rows, n), dtype=dtype or x.dtype, device=x.device)
     most, partial, arrived = _room(x.device)
-    tiles, deep, parts = n // WIDE, DEEP // x.element_size(), 1
+    high = next(h for h in HIGH if rows <= h)
+    half = high == 64 and 2 * n // WIDE <= MOST
+    wide, deep = (WIDE // 2, 2 * DEEP // x.element_size()) if half else (WIDE, DEEP // x.element_size())
+    tiles, parts = n // wide, 1
     while parts < 8 and tiles * parts * 2 <= most and width % (2 * parts * deep) == 0:
         parts *= 2
     row_scale, column_scale = scales or (None, None)
     _narrow[(tiles, parts)](
         *(x, weight, out, partial, arrived, rows, row_scale, column_scale),
-        **{"N": n, "K": width, "WIDE": WIDE, "HIGH": next(h for h in HIGH if rows <= h), "DEEP": deep},
+        **{"N": n, "K": width, "WIDE": wide, "HIGH": high, "DEEP": deep},
         **{"PARTS": parts, "GATED": gated, "SCALED": scales is not None},
-        num_stages=4 if gated else 5,
-        num_warps=8,
+        num_stages=4 if gated or half else 5,
+        num_warps=4 if half else 8,
         launch_pdl=True,
     )
     return out
