@@ -93,7 +93,7 @@ class Team:
     """The processes of the other GPUs. They do what `tell` says, in order, each on its own runner.
 
     ``build(ranks, device)`` makes a process's runner; it must be picklable, and so must what it is made of. Raises
-    ValueError with a process's own words if its runner cannot be made.
+    ValueError with a process's own words if its runner cannot be made, `DeviceError` if one dies before it begins.
     """
 
     def __init__(self, count: int, device: str, build: Callable[[Ranks, torch.device], Any]) -> None:
