@@ -224,7 +224,7 @@ def _parts(plan: BuyingPlan, runs: Simulations, told: Callable[[str], None]) -> 
 
 
 def _crowds(answer: Answer, runs: Simulations, told: Callable[[str], None]) -> Iterator[Answer]:
-    """The answer with the clients in a closed loop of each capacity's system, and of each race's winner, if asked."""
+    """The answer with the clients in a closed loop of each capacity's system, or of the last race's, if asked for."""
     loop, known = answer.plan.spec.ask.clients, {id(each.candidate) for each in answer.crowds}
     if loop is None:
         return
@@ -233,7 +233,8 @@ def _crowds(answer: Answer, runs: Simulations, told: Callable[[str], None]) -> I
         for candidate, capacity in answer.capacities
         if capacity.reached
     ]
-    found += [(r.winner.candidate, r.winner.verdict, r.rate_per_s) for r in answer.races if r.winner is not None]
+    last = [race for race in answer.races[-1:] if race.winner is not None]
+    found += [(r.winner.candidate, r.winner.verdict, r.rate_per_s) for r in last if r.winner is not None]
     for candidate, verdict, rate in found:
         if id(candidate) not in known and verdict is not None:
             known.add(id(candidate))

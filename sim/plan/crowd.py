@@ -18,7 +18,8 @@ from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.deciding import Effort, Measure, decide
 from chairlift.sim.plan.promises import Promise
 
-FEW = 16  # replications of the first length that one number of clients is worth
+FEW = 8  # replications that one number of clients is worth
+STEP = 1.2  # from the first number that is tried to the next
 NEAR = 0.1  # an interval is no narrower than this part of its lower end
 MOST = 2**20  # clients
 
@@ -49,9 +50,11 @@ def crowd(
 ) -> Crowd:
     """The most clients with which the promises are kept; ``measure`` takes their number for a rate.
 
-    Numbers are doubled, or halved, from ``guess`` on until one is proven kept and one broken; then the interval is
-    halved (in the logarithm) until it is `NEAR`, or one that is too close to say has been tried on either side.
+    Numbers grow, or fall, from ``guess`` on by `STEP`, its square and so on, until one is proven kept and one broken;
+    then the interval is halved (in the logarithm) until it is `NEAR`, or one that is too close to say has been tried on
+    either side.
     """
+    factor = STEP
     proofs: dict[int, int] = {}
 
     def proof(clients: int) -> int:
@@ -68,11 +71,12 @@ def crowd(
         elif proof(clients) < 0:
             high = min(high, clients)
         if low == 0 and clients > 1:
-            clients = max(1, clients // 2)
+            clients = max(1, min(clients - 1, int(min(proofs) / factor)))
         elif low > 0 and math.isinf(high) and max(proofs) < MOST:
-            clients = 2 * max(proofs)
+            clients = max(max(proofs) + 1, round(factor * max(proofs)))
         else:
             break
+        factor *= factor
     while low and math.isfinite(high) and high - low > max(1, NEAR * low):
         unsure = [n for n in proofs if low < n < high]
         middles = [math.sqrt(low * unsure[0]), math.sqrt(unsure[0] * high)] if unsure else [math.sqrt(low * high)]

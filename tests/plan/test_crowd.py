@@ -63,7 +63,7 @@ def test_the_most_clients_of_a_queue_that_is_known() -> None:
     assert [round(met(n), 3) for n in (1, 6, 7)] == [0.997, 0.93, 0.883]  # alone: 1 − e^−5.757
 
     for guess in (1, 5, 40):
-        found = crowd(SOMETHING, looped(1), [PROMISE], guess, Effort(requests=4000, precision=0.01))
+        found = crowd(SOMETHING, looped(1), [PROMISE], guess, Effort(requests=8000, precision=0.01))
         assert (found.kept, found.broken) == (most, most + 1)
         assert f"{most} clients, ${3.6 / most:,.3g}/h each; {most + 1} break one" in str(found)
 
