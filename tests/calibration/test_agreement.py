@@ -50,7 +50,7 @@ def test_ties_are_in_no_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("other", "message"),
-    [({"a": (1, 1)}, "the two folders hold different runs: b, c"), ({}, "the two folders hold different runs")],
+    [({"a": (1, 1)}, "the two folders hold different runs: b, c"), ({}, "must be the comparison.json of a run")],
 )
 def test_folders_that_do_not_match(tmp_path: Path, other: dict[str, tuple[int, int]], message: str) -> None:
     with pytest.raises(BadInput, match=message):

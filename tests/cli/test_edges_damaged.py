@@ -123,7 +123,7 @@ def test_errors_are_only_shown_of_the_numbers_that_they_were_measured_for() -> N
 def test_a_scaled_profile_is_not_scaled_again() -> None:
     Path("p.json").write_text(json.dumps(damaged(good(), ("scaled",), "a100-40gb → h200: compute × 3")))
     Path("s.yaml").write_text(replaced("gpu: h200", "gpu: h100", PROFILED))
-    refused("run", "s.yaml", "-q", names="s.yaml", says="is itself scaled, and must not be scaled again")
+    refused("run", "s.yaml", "-q", names="s.yaml", says="is itself carried, and must not be carried again")
 
 
 def test_no_damage_to_a_results_folder_is_a_traceback() -> None:

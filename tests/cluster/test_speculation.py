@@ -174,7 +174,9 @@ def test_with_windows_drafts_of_which_none_is_kept_are_dead_tokens(
     drafted = play(trace, policy, Affine, speculate=drafts(tokens, rates=[0] * tokens), groups=groups)
 
     assert drafted.outcome()[:-1] == plain.outcome()[:-1]
-    assert drafted.engines[0].records.runs()["spared_blocks"].max() > 0
+    longest = int((trace.prompt_tokens + trace.output_tokens).max())
+    if longest > window + 2 * drafted.engines[0].pool.block_size:  # two blocks lie before every window at its end
+        assert drafted.engines[0].records.runs()["spared_blocks"].max() > 0
 
 
 @settings(max_examples=25)
