@@ -264,13 +264,13 @@ def validate(
     experiments: Sequence[Experiment],
     profile_of: Callable[[Experiment], Profile],
     progress: Callable[[str], None] = lambda _name: None,
-    typical_host: bool = False,
+    recorded_host: bool = False,
 ) -> list[Cell]:
     """The cells of ``experiments``, each predicted by the profile that ``profile_of`` gives for it.
 
-    The clock stands still in the engine's stalls (`backend.fitting.steps.stalls`), which no step costs predict. So it
-    is with what other work on its machine does to the host: it is taken to launch at the pace at which it scheduled
-    (`host_pace`), unless ``typical_host`` asks for that of the profile.
+    The clock stands still in the engine's stalls (`backend.fitting.steps.stalls`), which no step costs predict. With
+    ``recorded_host`` nor is what other work on its machine does to the host predicted: each run's is taken to launch
+    at the pace at which it was recorded to schedule (`host_pace`).
     """
     repeats = {each.repeats: each for each in recording.experiments.values() if each.repeats}
     cells: list[Cell] = []
@@ -279,7 +279,7 @@ def validate(
         again = repeats.get(each.name)
         running = without_stalls(each)
         profile = profile_of(each)
-        if not typical_host:
+        if recorded_host:
             profile = replace(profile, host=profile.host.at(host_pace(running, profile)))
         predicted = predict(running, recording, profile)
         noise = None if again is None else recorded(without_stalls(again))

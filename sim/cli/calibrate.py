@@ -208,9 +208,11 @@ def validate_(
         bool,
         typer.Option("--leave-one-out", help="Predict each experiment by a fit to all others; needs no --profile."),
     ] = False,
-    typical_host: Annotated[
+    recorded_host: Annotated[
         bool,
-        typer.Option("--typical-host", help="Predict by the profile's host, not by the pace at which each run's went."),
+        typer.Option(
+            "--recorded-host", help="Take each run's host to be as fast as it was recorded, not as the profile says."
+        ),
     ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every cell as a list of rows.")
@@ -221,7 +223,7 @@ def validate_(
 
     [bold]chairlift validate my.yaml --bench results.json[/bold] sends a benchmark's requests through the scenario, when
     it sent them. [bold]chairlift validate --recording DIR --model llama-3.1-8b --profile P[/bold] replays each recorded
-    experiment with its own arrivals, lengths and limits by the vllm policy, on a host as fast as its. Grids, made to
+    experiment with its own arrivals, lengths and limits by the vllm policy. Grids, made to
     measure steps, and repeats, which show the engine's own noise, are left out unless named.
     """
     out = console(least=WIDTH)
@@ -248,15 +250,15 @@ def validate_(
             raise BadInput(Problem("holds grids only; name those to predict by --experiments", file=str(recording)))
         try:
             for each, by in _profiles(source, chosen, profile, progress):
-                found = _predicted(source, each, by, typical_host, progress)
+                found = _predicted(source, each, by, recorded_host, progress)
                 cells += found
                 if not quiet:
                     out.print(_cells_table(each.name, validate.is_burst(each), found))
-                    pace = 1.0 if typical_host else validate.host_pace(each, by)
+                    pace = validate.host_pace(each, by) if recorded_host else 1.0
                     if pace != 1.0:
                         out.print(
                             f"note: {escape(each.name)}: its host took {pace:.2f} times as long to schedule as the"
-                            " profile's, and is predicted to launch so too (--typical-host: as the profile's does)"
+                            " profile's, and is predicted to launch so too"
                         )
                     _, lengths = stalls(each)
                     if len(lengths):
@@ -308,10 +310,10 @@ def _profiles(
 
 
 def _predicted(
-    source: Recording, experiment: Experiment, profile: Profile, typical_host: bool, progress: Callable[[str], None]
+    source: Recording, experiment: Experiment, profile: Profile, recorded_host: bool, progress: Callable[[str], None]
 ) -> list[validate.Cell]:
     progress(f"predict {experiment.name}")
-    return validate.validate(source, [experiment], lambda _each: profile, typical_host=typical_host)
+    return validate.validate(source, [experiment], lambda _each: profile, recorded_host=recorded_host)
 
 
 def _cells_table(name: str, burst: bool, cells: Sequence[validate.Cell]) -> Table:
