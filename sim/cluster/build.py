@@ -76,12 +76,11 @@ def build(
     for group in setup.groups:
         home = decode if group.role == "decode" else cluster.front
         own = len(cluster.replicas)
-        for i in range(setup.most(group)):
+        for _ in range(setup.most(group)):
             replica = Replica(cluster.clock, len(cluster.replicas), partial(engines.make, group))
             cluster.replicas.append(replica)
             homes.append(home)
-            if i < group.count:
-                home.open(replica)
+        home.open(*cluster.replicas[own : own + group.count])  # at once: one by one a thousand would take their square
         if (scale := setup.scale_of(group)) is not None:
             scaled.append((home, cluster.replicas[own:], scale))
     if setup.failures is not None:

@@ -52,11 +52,12 @@ class ReplicaPool:
         """Requests waiting at each replica."""
         return [len(replica.engine.state.queue) for replica in self.replicas]
 
-    def open(self, replica: Replica) -> None:
-        """A replica takes requests from now on; those that found none before are sent."""
-        replica.draining = False
-        replica.go_up()
-        self._stand([*self.replicas, replica])
+    def open(self, *replicas: Replica) -> None:
+        """These replicas take requests from now on; those that found none before are sent."""
+        for replica in replicas:
+            replica.draining = False
+            replica.go_up()
+        self._stand([*self.replicas, *replicas])
         homeless, self.homeless = self.homeless, []
         self._clock.hold_plans()
         for request in homeless:

@@ -74,9 +74,9 @@ class PrefixPool(CountingPool):
         self._front = total
         self._queue: deque[int] = deque()
         self._stale: dict[int, int] = {}  # findable block → its first so many entries in the queue count no more
-        self._unused = list(range(total))  # names that no findable block has
+        self._unused: list[int] = []  # names that no findable block has any more
         self._keys: dict[int, int] = {}  # findable block → its content's key
-        self._users = [0] * total  # of each findable block: requests that hold it
+        self._users: list[int] = []  # of each name: requests that hold its block
         self._cached: dict[int, int] = {}  # key → the block with that content, of several the first that was cached
         self._copies: dict[int, dict[int, None]] = {}  # key → the others, in order of caching
         self._heads: dict[int, list[int]] = {}  # request → its findable blocks
@@ -286,7 +286,10 @@ class PrefixPool(CountingPool):
 
     def _name(self, number: int, index: int) -> int:
         """A name for block ``index`` of a request, which can be found from here on."""
-        return self._unused.pop()
+        if self._unused:
+            return self._unused.pop()
+        self._users.append(0)  # a name for each block from the start would cost a replica a millisecond and a megabyte
+        return len(self._users) - 1
 
     def _drop(self, block: int) -> None:
         """A free block can be found no more."""
@@ -314,6 +317,7 @@ class TablePool(PrefixPool):
     ) -> None:
         super().__init__(total, block_size, identity, late, uncached_first)
         self.follows = True
+        self._users = [0] * self.total
         self._spare = list(range(self.total))  # blocks that are free and cannot be found
         self._tables: dict[int, list[int]] = {}  # request → its blocks
 

@@ -72,7 +72,8 @@ def check_pool(world: World) -> None:
         assert set(findable) == set(pool._keys)
         assert len(findable) == len(pool._keys) + sum(pool._stale.values())
         assert pool._front - sum(entry for entry in pool._queue if entry < 0) == pool.total - len(pool._keys)
-        assert sorted([*pool._unused, *pool._keys]) == list(range(pool.total))
+        assert sorted([*pool._unused, *pool._keys]) == list(range(len(pool._users)))
+        assert len(pool._users) <= pool.total
         assert not any(pool._users)
         assert not pool._heads
         found = {block: key for key, block in pool._cached.items()}
