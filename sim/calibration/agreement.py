@@ -20,7 +20,6 @@ from chairlift.backend.checked import a_file, once
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.results import catalogue
 
-MOST = 1e18  # of a metric
 METRICS = ("total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
 
 
@@ -101,7 +100,7 @@ def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= catalogue.MOST
 
 
 def _metric(row: dict[str, Any], name: str) -> float:

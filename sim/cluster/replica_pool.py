@@ -98,7 +98,7 @@ class ReplicaPool:
         """Take ``replicas`` as those that take requests now: each gets its position, and counts there what it holds."""
         self.replicas = sorted(replicas, key=lambda r: r.index)
         self.indices = [r.index for r in self.replicas]
-        held, tokens = ((r.held for r in self.replicas), (r.held_tokens for r in self.replicas))
+        held, tokens = [r.held for r in self.replicas], [r.held_tokens for r in self.replicas]
         loads = Loads(array("q", held), array("q", tokens))
         for position, replica in enumerate(self.replicas):
             replica.enter(loads, position)

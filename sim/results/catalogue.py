@@ -185,6 +185,8 @@ FIELDS: dict[str, Metric] = {metric.name: metric for metric in (*SERVED, *REPLIC
 }  # of `summary.json`, by name
 
 
+MOST = 1e18  # of a value in a file that is compared; one of an axis too
+
 _OF_SOME = {  # what only some runs have: several tenants, drafts, a hand-over of KV; the last two since version 0.2
     *("service_gap", "service_ratio", "accepted_length", "draft_tokens", "drafts_wasted"),
     *fields("transfer"),

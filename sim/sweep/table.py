@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.results.catalogue import MOST
 from chairlift.sim.results.loops import LOOPS
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run, made_by
@@ -31,7 +32,6 @@ class _About(TypedDict):
 
 _ABOUT = TypeAdapter(_About)
 _META = b"chairlift"
-MOST = 1e18  # of a metric, and of a value of an axis
 _TEXTS = ("loop", "key", "version")
 _LAST = (*_TEXTS, *TIMES)
 

@@ -111,13 +111,18 @@ def test_the_accepted_length_is_the_one_asked_for() -> None:
     assert summary["draft_tokens"] == sum(world.requests.extra["draft_tokens"])
 
 
+OF_ANY: dict[str, st.SearchStrategy[Any]] = {  # run that drafts
+    "seed": st.integers(0, 999),
+    "tokens": st.integers(1, 5),
+    "asynchronous": st.booleans(),
+    "cached": st.booleans(),
+    "priority": st.booleans(),
+}
+
+
 @settings(max_examples=25)
 @given(
-    seed=st.integers(0, 999),
-    tokens=st.integers(1, 5),
-    asynchronous=st.booleans(),
-    cached=st.booleans(),
-    priority=st.booleans(),
+    **OF_ANY,
     blocks=st.integers(7, 40),
     budget=st.integers(16, 200),
     method=st.sampled_from(["eagle3", "draft_model"]),
@@ -181,11 +186,7 @@ def test_with_windows_drafts_of_which_none_is_kept_are_dead_tokens(
 
 @settings(max_examples=25)
 @given(
-    seed=st.integers(0, 999),
-    tokens=st.integers(1, 5),
-    asynchronous=st.booleans(),
-    cached=st.booleans(),
-    priority=st.booleans(),
+    **OF_ANY,
     blocks=st.integers(20, 60),
     window=st.integers(4, 40),
 )
