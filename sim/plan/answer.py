@@ -132,9 +132,9 @@ def answers(
         conclude(answer, runs)
         yield answer
     if changing and not plan.spec.ask.spares and answer.races and (best := answer.races[-1].winner) is not None:
-        for change in changes(
-            plan.candidates, plan.spec.slo, answer.races[-1].rate_per_s, best, _ask(plan, runs, told)
-        ):
+        rate = answer.races[-1].rate_per_s
+        ask, margin_of_it = _ask(plan, runs, told), answer.margins.get(rate)
+        for change in changes(plan.candidates, plan.spec.slo, rate, best, ask, margin_of_it):
             told(f"what would change the answer: {change.what}")
             answer.changes = sorted([*answer.changes, change], key=lambda each: (each.nearest, -each.swing))
             conclude(answer, runs)

@@ -22,7 +22,7 @@ from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Entry, Race
 from chairlift.sim.plan.costs import cost_of
 from chairlift.sim.plan.file import BuyingPlan
-from chairlift.sim.plan.flips import FAR, SWING
+from chairlift.sim.plan.flips import FAR, SWING, Flip
 from chairlift.sim.plan.headroom import Margin
 from chairlift.sim.plan.promises import UNSERVED_MS
 from chairlift.sim.plan.verdict import Verdict
@@ -289,8 +289,8 @@ def flips(answer: Answer) -> list[tuple[str, ...]]:
 
 FLIPS = ("assumption", f"$/h at ÷ {SWING:g}", f"$/h at × {SWING:g}", "flips when smaller", "flips when greater")
 CHANGING = (
-    "the answer flips where the cheapest that will do has another price; load and limits are tried from half to "
-    f"{FAR:g} times what they are, and flips found to within 4.4 %"
+    "the answer flips where the cheapest that will do has another price; what both answers cost is said at the flip; "
+    f"load and limits are tried from half to {FAR:g} times what they are, and flips found to within 4.4 %"
 )
 
 
@@ -375,8 +375,8 @@ def as_json(answer: Answer, folder: Path) -> dict[str, Any]:
         "changes": [
             {
                 "what": c.what,
-                "less": None if c.less is None else c.less._asdict(),
-                "more": None if c.more is None else c.more._asdict(),
+                "less": _of_flip(c.less),
+                "more": _of_flip(c.more),
                 "usd_per_hour": [_finite(usd) for usd in c.usd],
             }
             for c in answer.changes
@@ -411,6 +411,12 @@ def _margin(margin: Margin | None) -> dict[str, Any] | None:
         "draws": margin.draws,
         "draws_kept": margin.draws_kept,
     }
+
+
+def _of_flip(flip: Flip | None) -> dict[str, Any] | None:
+    if flip is None:
+        return None
+    return {**flip._asdict(), "to": flip.to or None, "to_usd": _finite(flip.to_usd)}
 
 
 def _of_capacity(capacity: Capacity) -> dict[str, Any]:
