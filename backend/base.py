@@ -213,7 +213,10 @@ class Executor(Backend):
 
     @abstractmethod
     def launch(self, batch: Batch) -> None:
-        """Queue a step, which has its members, behind the steps launched before. At most two are ever under way."""
+        """Queue a step, which has its members, behind the steps launched before.
+
+        At most two are ever under way; with stages of a pipeline at most one more than there are stages.
+        """
 
     @abstractmethod
     def wait(self) -> int:

@@ -65,8 +65,9 @@ class Parallel:
 
     @property
     def label(self) -> str:
-        """What the name of a recording says of it behind the model's: ``-tp2-ep``; "" of one GPU."""
-        return (f"-tp{self.tensor}" if self.tensor > 1 else "") + ("-ep" if self.expert > 1 else "")
+        """What the name of a recording says of it behind the model's: ``-tp2-ep``, ``-pp4``; "" of one GPU."""
+        tensor = (f"-tp{self.tensor}" if self.tensor > 1 else "") + ("-ep" if self.expert > 1 else "")
+        return tensor + (f"-pp{self.pipeline}" if self.pipeline > 1 else "")
 
     def __str__(self) -> str:
         named = [f"{short} {n}" for short, n in zip(("TP", "PP", "DP", "EP"), astuple(self), strict=True) if n > 1]
@@ -100,7 +101,7 @@ ONE = Parallel()
 
 def labelled(name: str) -> tuple[str, Parallel]:
     """The model in the name of a recording, and how GPUs shared it: the inverse of `Parallel.label`."""
-    found = re.fullmatch(r"(.+?)(?:-tp([1-9]\d*)(-ep)?)?", name)
+    found = re.fullmatch(r"(.+?)(?:-tp([1-9]\d*)(-ep)?)?(?:-pp([1-9]\d*))?", name)
     assert found is not None
     tensor = int(found[2] or 1)
-    return found[1], Parallel(tensor=tensor, expert=tensor if found[3] else 1)
+    return found[1], Parallel(tensor, int(found[4] or 1), expert=tensor if found[3] else 1)

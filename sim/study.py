@@ -304,7 +304,8 @@ class ReplicaGroup:
             return {}
         if self.stages == 1:
             return {"pipeline": "a step passes all stages before the next begins: more at a time is not modelled here"}
-        return {"pipeline": f"a step under way in each of {self.stages} stages, which take equal times"}
+        equal = "" if getattr(self.backend, "executes", False) else ", which take equal times"
+        return {"pipeline": f"a step under way in each of {self.stages} stages{equal}"}
 
     @property
     def tables(self) -> int:

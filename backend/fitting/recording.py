@@ -107,6 +107,11 @@ class Recording:
             raise RecordingError(
                 f"{self.folder}: engine.extra.tensor_parallel_size must be at least 1 (got {tensor!r})"
             )
+        if (stages := extra.get("pipeline_parallel_size", 1)) != 1:
+            raise RecordingError(
+                f"{self.folder}: engine.extra.pipeline_parallel_size must be 1: of several stages' steps many run at a"
+                f" time, none has a time of its own (got {stages!r})"
+            )
         return Parallel(tensor=tensor, expert=tensor if extra.get("enable_expert_parallel") else 1)
 
     @property

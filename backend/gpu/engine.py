@@ -30,6 +30,7 @@ from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
 from chairlift.backend.gpu.runner import TURNS, Runner
+from chairlift.backend.gpu.stages import stage_of
 from chairlift.backend.gpu.step_graphs import Flat, graph_rows
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
@@ -44,7 +45,7 @@ class Flight(NamedTuple):
 
     requests: list[int]  # the request of each row of tokens; -1: none
     tokens: Tensor  # pinned host memory, filled once the step is done
-    start: Any  # CUDA events; None on a CPU
+    start: Any  # CUDA events; None on a CPU; of several stages: when it was launched, ns
     end: Any
     gpu: int  # ps; on a CPU only, where no events measure it
 
@@ -52,15 +53,17 @@ class Flight(NamedTuple):
 class TorchEngine(Executor):
     """Executes the steps of one replica of ``model`` on one device, or on ``gpus`` devices of one host.
 
+    With several ``stages`` each is a process that has its own layers (`backend.gpu.stages`), on the CPU.
     Raises ValueError, one sentence, where there is no kernel for the model, or it does not fit or cannot be shared out.
     """
 
     name = "torch"
 
-    def __init__(self, model: Model, gpu: GPU, options: Options, gpus: int = 1) -> None:
+    def __init__(self, model: Model, gpu: GPU, options: Options, gpus: int = 1, stages: int = 1) -> None:
         self.model = model
         self.options = options
         self.gpus = gpus
+        self.stages = stages
         found = "cuda" if torch.cuda.is_available() else "cpu"
         if options.device == "cuda" and found == "cpu":
             raise ValueError("torch sees no CUDA device here; device: cpu runs tiny models")
@@ -72,6 +75,8 @@ class TorchEngine(Executor):
             raise ValueError("the GPU kernels compute in bfloat16 or float16 (got dtype float32)")
         if options.quantization == "fp8" and self._cuda and self.dtype != torch.bfloat16:
             raise ValueError(f"quantization fp8 needs dtype bfloat16 (got {str(self.dtype).removeprefix('torch.')})")
+        if stages > 1 and self._cuda:
+            raise ValueError("stages of a pipeline run on a CPU alone (got device cuda): give device: cpu")
         if gpus > 1:
             width = model.expert_ffn if model.experts else model.ffn
             problem = indivisible(model.heads, model.kv_heads, width, model.vocab, model.experts, gpus)
@@ -80,7 +85,7 @@ class TorchEngine(Executor):
             if problem is not None:
                 raise ValueError(f"{model.name}: {problem}")
         self._team: Team | None = None
-        self._price = Efficiency().build(model, gpu, Parallel(tensor=gpus, expert=gpus if model.experts else 1))
+        self._price = Efficiency().build(model, gpu, Parallel(gpus, stages, 1, gpus if model.experts else 1))
         self.generated: dict[int, list[int]] = {}  # request → tokens generated for it
         self._flights: deque[Flight] = deque()
 
@@ -102,14 +107,15 @@ class TorchEngine(Executor):
         self._answers = [torch.zeros(2 * batch, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
         self._turn = 0
         build = partial(
-            _runner,
+            _runner if self.stages == 1 else stage_of,
             *(self.model, self.options, self.dtype, blocks, self._block, max_model_len, self._sequences.columns),
         )
-        if self.gpus > 1:
-            self._team = Team(self.gpus, self.device.type, build)
+        processes = self.gpus * self.stages
+        if processes > 1:
+            self._team = Team(processes, self.device.type, build)
             self.device = torch.device("cuda", 0) if self._cuda else self.device
         try:
-            self._runner = build(Ranks(0, self.gpus), self.device)
+            self._runner = build(Ranks(0, processes), self.device)
             if self._team is not None:
                 self._team.on_loss = self._runner.give_up
                 self._team.ready()
@@ -131,11 +137,14 @@ class TorchEngine(Executor):
 
     def _do(self, method: str, *arguments: Any) -> Any:
         """Let the runner of every GPU do this; what comes out is the same on all."""
-        run = getattr(self._runner, method)
         if self._team is not None:
             self._team.tell(method, *arguments)
+        return self._do_here(method, *arguments)
+
+    def _do_here(self, method: str, *arguments: Any) -> Any:
+        """Let this process's runner alone do this."""
         try:
-            return run(*arguments)
+            return getattr(self._runner, method)(*arguments)
         except torch.OutOfMemoryError as error:
             raise DeviceError(f"the memory of {self.device} is full: {str(error).partition('. ')[0]}") from None
         except RuntimeError:  # a collective fails where a process has died: that is what matters
@@ -174,6 +183,9 @@ class TorchEngine(Executor):
             sampled = self._do("chunks", *self._lay_out(members, n, requests), n)
         else:
             sampled = self._do("decodes", self._staged, n)
+        if self.stages > 1:
+            self._flights.append(Flight(requests, sampled[: len(requests)], began, None, 0))
+            return
         self._turn = (self._turn + 1) % TURNS
         tokens = self._answers[self._turn][: len(requests)]
         with torch.inference_mode():
@@ -186,6 +198,9 @@ class TorchEngine(Executor):
     def wait(self) -> int:  # noqa: D102
         flight = self._flights.popleft()
         gpu = flight.gpu
+        if self.stages > 1:
+            self._do_here("arrive", len(self._flights))
+            gpu = (time.perf_counter_ns() - flight.start) * 1000
         if self._cuda:
             if self._team is not None:
                 while not flight.end.query():  # of a dead process a collective waits for ever
@@ -238,12 +253,13 @@ class TorchEngine(Executor):
             own = "0"
         facts = {"chairlift": own, "gpu": gpu, "torch": torch.__version__, "dtype": str(self.dtype)}
         rows = graph_rows(self.model, self.gpus, self.options.quantization == "fp8")
-        return {**facts, "graph_tokens": str(rows)} if self.options.graphs else facts
+        return {**facts, "graph_tokens": str(rows)} if self.options.graphs and self.stages == 1 else facts
 
     def assumptions(self) -> dict[str, str]:  # noqa: D102
         o = self.options
         where = torch.cuda.get_device_name(self.device) if self._cuda else "the CPU"
         where = f"{self.gpus} × {where}" if self.gpus > 1 else where
+        where = f"{where}, in {self.stages} stages, a process each" if self.stages > 1 else where
         weights = "random weights" if o.weights is None else f"weights of {Path(o.weights).name}"
         dtype = str(self.dtype).removeprefix("torch.")
         quantised = ", layers' products in FP8" if o.quantization == "fp8" else ""

@@ -79,6 +79,38 @@ class Ranks:
 ALONE = Ranks()
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Which of ``count`` stages of a pipeline this process is."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether tokens enter here."""
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether tokens are chosen here."""
+        return self.index == self.count - 1
+
+    def layers(self, count: int) -> range:
+        """Its own of a model's ``count`` layers.
+
+        Each stage has as many; the stages before the last, which has the head, take one more each of what is left, from
+        the back: ``get_pp_indices`` of vLLM 0.33 (`vllm/distributed/utils.py`). Of 10 layers 4 stages have 2, 3, 3, 2.
+        """
+        each, more = divmod(count, self.count)
+        widths = [each + (self.count - 1 - more <= i < self.count - 1) for i in range(self.count)]
+        start = sum(widths[: self.index])
+        return range(start, start + widths[self.index])
+
+
+ONLY = Stage()
+
+
 def indivisible(heads: int, kv_heads: int, ffn: int, vocab: int, experts: int, count: int) -> str | None:
     """Why a model of these sizes cannot be shared out over ``count`` GPUs; None if it can."""
     for what, size in (("query heads", heads), ("vocabulary", vocab), ("experts", experts), ("MLP width", ffn)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from chairlift.backend.cuda_graphs import graph_sizes
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, Paging, Spans, new_cache, unfit
-from chairlift.backend.gpu.ranks import ALONE, Ranks
+from chairlift.backend.gpu.ranks import ALONE, ONLY, Ranks, Stage
 from chairlift.backend.gpu.step_graphs import CELLS, Flat, Ints, StepGraphs, World, graph_rows, tokens_of
 from chairlift.backend.gpu.transformer import Tokens
 from chairlift.backend.gpu.weights import check_room, loaded
@@ -44,19 +44,21 @@ class Runner:
         max_model_len: int,
         columns: int,
         ranks: Ranks = ALONE,
+        stage: Stage = ONLY,
     ) -> None:
         self._options = options
         self._cuda = device.type == "cuda"
         self.device = device
         self.ranks = ranks
+        self.stage = stage
         batch = options.max_batch
         heads = ranks.heads(Heads(model.heads, model.kv_heads, model.head_size))
         if self._cuda and (problem := unfit(heads, block)) is not None:
             raise ValueError(f"{model.name}: {problem}")
-        self.net = loaded(model, options, device, dtype, block, max_model_len, ranks)
+        self.net = loaded(model, options, device, dtype, block, max_model_len, ranks, stage)
         check_room(device, blocks * block * model.kv_bytes_per_token_on(ranks.count), f"a KV pool of {blocks:,} blocks")
         integer: dict[str, Any] = {"dtype": torch.int32, "device": device}
-        self._cache = new_cache(model.layers, blocks, block, heads, dtype, device)
+        self._cache = new_cache(len(stage.layers(model.layers)), blocks, block, heads, dtype, device)
         self._tables = torch.zeros((batch + 1, columns), **integer)
         self._last = torch.zeros(batch + 1, **integer)  # each row's latest token
         self._staged = torch.zeros((7, batch + 1), **integer)  # of the decodes, see `Sequences.decode`; how many
@@ -74,7 +76,7 @@ class Runner:
         if self._cuda:
             self.net.attention.warm_up(dtype, device, max_model_len)
         self._limit = graph_rows(model, ranks.count, options.quantization == "fp8")
-        self._step_graphs = StepGraphs(self._world, batch, self._limit) if options.graphs else None
+        self._step_graphs = StepGraphs(self._world, batch, self._limit) if options.graphs and stage == ONLY else None
         if self._cuda and options.graphs:
             self._capture()
 
@@ -148,8 +150,7 @@ class Runner:
         rows, each, at, takers = host[: sum(lengths)].to(self.device, non_blocking=True).split(lengths)
         spans = Spans(each.view(-1, 5), self._tables, whole)
         step = tokens_of(self._world, rows.view(7, -1), spans, n)._replace(sampled=at)
-        self._last[takers] = sampled = self.sample(self.net.forward(step, self._cache))
-        return sampled
+        return self._next(step, takers)
 
     def change(self, cells: Sequence[int], blocks: Sequence[int]) -> None:
         """Let these cells of the block tables (row · columns + column) name these blocks."""
@@ -172,8 +173,11 @@ class Runner:
         tokens = self._last[rows]
         paging = Paging(self._tables, *(self._staged[i][:size] for i in range(3)))
         step = Tokens(tokens, positions, paging, live=self._staged[6, :1])
-        sampled = self.sample(self.net.forward(step, self._cache))
-        self._last[rows] = sampled
+        return self._next(step, rows)
+
+    def _next(self, step: Tokens, takers: Tensor) -> Tensor:
+        """The next tokens of a step's sampled rows, which are now the latest of the rows ``takers`` of `World.last`."""
+        self._last[takers] = sampled = self.sample(self.net.forward(step, self._cache))
         return sampled
 
     def sample(self, logits: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ class Torch(Options):
         options = self
         if model.quantization == "fp8" and model.quantized == "layers":
             model, options = replace(model, quantization="none"), replace(self, quantization="fp8")
-        if parallel.pipeline != 1 or parallel.data != 1:
-            raise ValueError(f"the torch backend shares a replica out by tensors and experts only (got {parallel})")
+        if parallel.data != 1 or (parallel.pipeline != 1 and parallel.tensor != 1):
+            raise ValueError(
+                f"the torch backend shares a replica out by tensors and experts, or by stages (got {parallel})"
+            )
         if model.experts and parallel.expert != parallel.tensor:
             raise ValueError(
                 f"the torch backend shares experts out whole: parallel.expert must be {parallel.tensor}, as tensor is"
@@ -41,4 +43,4 @@ class Torch(Options):
             if error.name not in ("torch", "cupy"):
                 raise
             raise ValueError(f"the torch backend needs {error.name}: pip install 'chairlift[gpu]'") from None
-        return TorchEngine(model, gpu, options, parallel.tensor)
+        return TorchEngine(model, gpu, options, parallel.tensor, parallel.pipeline)

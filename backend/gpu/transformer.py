@@ -32,7 +32,7 @@ from chairlift.backend.gpu.kernels.layers import (
     residual_norm_e4m3,
 )
 from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
-from chairlift.backend.gpu.ranks import ALONE, Ranks
+from chairlift.backend.gpu.ranks import ALONE, ONLY, Ranks, Stage
 from chairlift.backend.shapes import Model
 
 if TYPE_CHECKING:
@@ -149,10 +149,14 @@ class Tokens(NamedTuple):
     sampled: Tensor | None = None  # rows whose next token is wanted; None: all
     live: Tensor | None = None  # [1] int32: rows that are somebody's, the first ones; None: all
     live_sampled: Tensor | None = None  # likewise of the sampled ones
+    hidden: Tensor | None = None  # [rows, hidden]: what the stage before has made of them; None: they enter here
 
 
 class Transformer:
-    """A model with its weights on one device."""
+    """A model with its weights on one device; or the layers of one stage of a pipeline, and what else that stage needs.
+
+    Tokens are embedded by the first stage, the last one has the norm after the layers and the head.
+    """
 
     def __init__(
         self,
@@ -167,8 +171,9 @@ class Transformer:
         eights: bool = False,
         skew: float | None = None,
         ranks: Ranks = ALONE,
+        stage: Stage = ONLY,
     ) -> None:
-        """``weight(name, *shape)`` gives each tensor, named as in `transformers`.
+        """``weight(name, *shape)`` gives each tensor, named as in `transformers`; all are asked for, on every stage.
 
         With ``eights`` the layers' matrices are 8-bit floats with a scale a row, and so are their inputs, scaled anew
         each step; embedding, head and attention are not. ``skew`` is as in `Experts`. Raises as `PagedAttention`, and
@@ -197,12 +202,16 @@ class Transformer:
         self.attention = PagedAttention(heads, block, dtype, device, rotation, max_batch)
         root = "model.decoder." if self._opt else "model."
         hidden = model.hidden
-        self.embedding = weight(root + "embed_tokens.weight", model.vocab, hidden)
-        self.positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
+        embedding = weight(root + "embed_tokens.weight", model.vocab, hidden)
+        positions = weight(root + "embed_positions.weight", model.learned_positions, hidden) if self._opt else None
+        self.embedding = embedding if stage.first else None
+        self.positions = positions if stage.first else None
         build = self._opt_layer if self._opt else self._llama_layer
         self.layers: list[Layer] = []
         for i in range(model.layers):
             layer = build(weight, f"{root}layers.{i}.", i)
+            if i not in stage.layers(model.layers):  # numbers drawn at random are to be the same however many stages
+                continue
             for name in (
                 ("qkv", "out", "up", "down") if eights else ()
             ):  # one by one: all of them in 16 bits may not fit
@@ -215,9 +224,9 @@ class Transformer:
         last = root + ("final_layer_norm" if self._opt else "norm")
         self.norm = weight(last + ".weight", hidden)
         self.norm_bias = weight(last + ".bias", hidden) if model.biases == "all" else None
-        head = self.embedding if model.tied_embeddings else weight("lm_head.weight", model.vocab, hidden)
-        self.head = head[ranks.part(model.vocab)]
-        self.head = self.head if ranks.count == 1 else self.head.clone()
+        head = embedding if model.tied_embeddings else weight("lm_head.weight", model.vocab, hidden)
+        own = head[ranks.part(model.vocab)]
+        self.head = None if not stage.last else own if ranks.count == 1 else own.clone()
 
     def _llama_layer(self, weight: Callable[..., Tensor], at: str, i: int) -> Layer:
         m = self.model
@@ -306,8 +315,17 @@ class Transformer:
         live = step.live if step.sampled is None else step.live_sampled
         return self.leave(*self.attended(step, cache), step.sampled, live)
 
+    @torch.inference_mode()
+    def passed(self, step: Tokens, cache: Tensor) -> Tensor:
+        """What a stage but the last hands on, ``[rows, hidden]``; keys and values are in ``cache`` afterwards."""
+        y, residual = self.attended(step, cache)
+        layer = self.layers[-1]
+        # the norm is the next stage's to take; this one adds up
+        residual_norm(self._rest(layer, y, residual, step.live), residual, layer.norm, layer.norm_bias, self.epsilon)
+        return residual
+
     def attended(self, step: Tokens, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """All of a step up to the last layer's attention: what that gives and the residual, for `leave`.
+        """All of a step up to the last layer's attention: what that gives and the residual, for `leave` and `passed`.
 
         ``[rows, query · size]`` and ``[rows, hidden]``. Of rows that are nobody's both hold anything.
         """
@@ -315,7 +333,7 @@ class Transformer:
         if step.paging is not None:
             attention.plan(step.paging)
         plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
-        residual = self.embed(step.tokens, step.positions)
+        residual = self.embed(step.tokens, step.positions) if step.hidden is None else step.hidden
         table = self._table(attention.room(step.spans, rows), rows)
         out = None if table is None else table[:rows]
         qkv = self._project(0, None, residual, out)
@@ -346,6 +364,7 @@ class Transformer:
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What enters the first layer: ``[rows, hidden]``."""
+        assert self.embedding is not None
         residual = functional.embedding(tokens, self.embedding)
         if self.positions is not None:
             residual += functional.embedding(positions + 2, self.positions)  # OPT keeps two rows for padding
@@ -358,6 +377,7 @@ class Transformer:
             if not len(y):
                 return y.new_empty((0, self.model.vocab))
         x = self._rest(self.layers[-1], y, residual, live)
+        assert self.head is not None
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
     def _by_halves(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None) -> Tensor:

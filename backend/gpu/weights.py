@@ -14,7 +14,7 @@ from torch import Tensor
 from chairlift.backend import hf_config
 from chairlift.backend.checked import MOST_TEXT, a_file, once
 from chairlift.backend.gpu.options import Options
-from chairlift.backend.gpu.ranks import Ranks
+from chairlift.backend.gpu.ranks import Ranks, Stage
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
 from chairlift.backend.shapes import GIB, Model
 
@@ -33,9 +33,10 @@ def loaded(
     block: int,
     max_model_len: int,
     ranks: Ranks,
+    stage: Stage,
 ) -> Transformer:
     """The model with its weights on the device. The latest is kept for the next engine, and freed before another."""
-    wanted = (model, options, device, dtype, block, max_model_len, ranks)
+    wanted = (model, options, device, dtype, block, max_model_len, ranks, stage)
     if wanted not in _latest:
         _latest.clear()
         gc.collect()
@@ -53,6 +54,7 @@ def _load(
     block: int,
     max_model_len: int,
     ranks: Ranks,
+    stage: Stage,
 ) -> Transformer:
     arithmetic = Arithmetic()
     weight = random_weights(dtype, device, options.seed)
@@ -63,7 +65,7 @@ def _load(
             if getattr(told, size) != getattr(model, size):
                 raise ValueError(f"{folder}: {size} {getattr(told, size)}, but the model has {getattr(model, size)}")
         weight = saved_weights(folder, dtype, device)
-    built = (options.max_batch + 1, max_model_len, options.quantization == "fp8", options.routing_skew, ranks)
+    built = (options.max_batch + 1, max_model_len, options.quantization == "fp8", options.routing_skew, ranks, stage)
     check_room(device, round(model.parameters * dtype.itemsize / ranks.count), f"{model.name}'s weights")
     return Transformer(model, arithmetic, dtype, device, weight, block, *built)
 

@@ -141,10 +141,9 @@ class _Engines:
         ranks = group.parallel.data
         if ranks == 1:
             planner = self._planner(group, replica, group.blocks)
-            if isinstance(planner, StagedPlanner):
-                return Staged(planner)
             executes = isinstance(planner.backend, Executor)
-            return make_engine(planner, Execution(planner, self._identity(planner.pool)) if executes else None)
+            execution = Execution(planner, self._identity(planner.pool)) if executes else None
+            return Staged(planner, execution) if isinstance(planner, StagedPlanner) else make_engine(planner, execution)
         backend = _backend(self.setup, group)
         each = (self._planner(group, replica, group.blocks // ranks, RankBackend(backend, ranks)) for _ in range(ranks))
         return make_engine(Ranks(list(each), backend, replica.records))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from chairlift.policies.base import NoProgress, PolicyError
 from chairlift.sim.replica.engine import PATIENCE, Engine
+from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
 from chairlift.sim.replica.step import ReplicaStep
@@ -109,6 +110,7 @@ class StagedPlanner(Planner):
                 plan.ending.remove(request)
             last = plan.when
             request.unsay(before)
+            self.backend.drop(request.row)
 
 
 class Staged(Engine):
@@ -122,12 +124,12 @@ class Staged(Engine):
     Steps are planned one at a time: a run is never of several.
     """
 
-    __slots__ = ("_depth", "_done", "_free", "_host", "_landed", "_queue", "_stages")
+    __slots__ = (*("_depth", "_done", "_free", "_host", "_landed", "_queue", "_stages", "_unknown"),)
     planner: StagedPlanner
     state: ReplicaStep
 
-    def __init__(self, planner: StagedPlanner) -> None:
-        super().__init__(planner)
+    def __init__(self, planner: StagedPlanner, execution: Execution | None = None) -> None:
+        super().__init__(planner, execution)
         self._stages = planner.state.stages
         self._depth = self._stages + self.scheduler.asynchronous
         self._queue: deque[Plan | None] = deque()  # None: a batch with nobody in it
@@ -135,9 +137,12 @@ class Staged(Engine):
         self._done: dict[Plan, int] = {}  # of each step in flight: when it has left the last stage
         self._free = [0] * self._stages  # when each stage has done all that has been planned
         self._landed = 0  # when the latest step landed, or is to
+        self._unknown = -1  # stands for when a step lands that really runs, until it has; each has one of its own
 
     def begin(self, now: int) -> int | None:  # noqa: D102 - documented in `Engine`, as all below
-        planner, queue, state = self.planner, self._queue, self.state
+        execution, planner, queue, state = self._execution, self.planner, self._queue, self.state
+        if execution is not None:
+            execution.wake()
         self._count = 1
         self._host = now
         idle = 0  # turns in a row that plan nothing, with nothing in flight
@@ -157,19 +162,26 @@ class Staged(Engine):
                 if queue and len(queue) < self._depth:
                     continue
             if not queue:
+                if execution is not None:
+                    execution.rest()
                 return None
             if queue[0] is not None:
                 break
             queue.popleft()
-        self.end = queue[0].when.ps
+        oldest = queue[0]
+        if execution is not None:
+            self._wait(oldest, execution, now)
+        self.end = oldest.when.ps
         return self.end
 
     def cut(self, now: int) -> int | None:  # noqa: D102
         return self.end
 
     def settle(self, now: int) -> list[Live]:  # noqa: D102
-        planner, plan = self.planner, self._queue.popleft()
+        execution, planner, plan = self._execution, self.planner, self._queue.popleft()
         assert plan is not None
+        if execution is not None:
+            execution.settling()
         self.end = None
         del self._done[plan]
         planner.record(plan, plan.begun, now - plan.begun, 1)
@@ -177,10 +189,21 @@ class Staged(Engine):
         done = planner.land(plan, now)
         if self._cancelled:
             self._let_go(now)
+        if execution is not None:
+            execution.settled()
         return done
 
     def _settle_done(self, now: int, plan: Plan) -> None:
         raise AssertionError("a run is of one step")
+
+    def _wait(self, oldest: Plan, execution: Execution, now: int) -> None:
+        """Wait for the oldest step, which really runs, and date its tokens wherever steps behind it go on from them."""
+        unknown = oldest.when.ps
+        oldest.begun = max(oldest.begun, self._landed)
+        execution.land(oldest, now)
+        self._landed = landing = oldest.when.ps
+        for plan in self.planner.flying:
+            plan.late_gaps = [landing if ps == unknown else ps for ps in plan.late_gaps]
 
     def _sampled(self, plan: Plan) -> int:
         """When the last of the tokens that ``plan`` decodes from, and that are in flight, is sampled; 0: none is."""
@@ -194,7 +217,15 @@ class Staged(Engine):
         )
 
     def _launch(self, plan: Plan, now: int) -> None:
-        """A step that was just planned enters the first stage once it is launched, and each once that is free."""
+        """A step that was just planned enters the first stage once it is launched, and each once that is free.
+
+        When it lands is measured where steps really run, at the end of `begin`.
+        """
+        if self._execution is not None:
+            self._unknown -= 1
+            plan.begun, plan.when.ps, self._done[plan] = now, self._unknown, 0
+            self.planner.fly(plan)
+            return
         free, host = self._free, plan.host
         self._host += plan.intake + host.schedule + host.launch
         left = max(self._host, self._sampled(plan))

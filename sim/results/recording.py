@@ -69,7 +69,7 @@ class Recorder:
         engine: dict[str, Any] = {**outcome.engine, "model": setup.model.name, **outcome.assumptions}
         if parallel.gpus > 1:  # by vLLM's names
             shared = {"tensor_parallel_size": parallel.tensor, "enable_expert_parallel": parallel.expert > 1}
-            engine["extra"] = shared
+            engine["extra"] = {**shared, "pipeline_parallel_size": parallel.pipeline}
         text = json.dumps({"engine": engine, "experiments": self._experiments}, indent=1)
         start.with_name(f"{start.name}_summary.json").write_text(text + "\n", encoding="utf-8")
 

@@ -17,7 +17,7 @@ from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.cuda_graphs import padded
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
-from chairlift.backend.fitting.recording import RecordingError, read
+from chairlift.backend.fitting.recording import Recording, RecordingError, read
 from chairlift.backend.fitting.steps import steps_of
 from chairlift.sim.calibration import fit as fitting
 from kit.command import chairlift
@@ -152,6 +152,17 @@ def test_what_a_recording_says_of_drafts_is_checked(tmp_path: Path, change: dict
 
     with pytest.raises(RecordingError, match=re.escape(rule)):
         read(folder, MODEL)
+
+
+def test_steps_of_several_stages_are_not_fitted() -> None:
+    recording = Recording(Path("r"), f"{MODEL}-pp2", {"extra": {"pipeline_parallel_size": 2}}, {})
+    with pytest.raises(RecordingError, match=r"^r: engine\.extra\.pipeline_parallel_size must be 1: .* \(got 2\)$"):
+        _ = recording.parallel
+
+    done = chairlift("calibrate", "--backend", "torch", "--model", f"{MODEL}-pp2")
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("error: --model: must name no stages")
+    assert f"(got '{MODEL}-pp2')" in done.err
 
 
 def test_unseen_steps_are_foreseen(fit: calibrate.Fit, tmp_path: Path) -> None:

@@ -23,25 +23,12 @@ from chairlift.backend.gpu.options import Options  # noqa: E402
 from chairlift.backend.gpu.ranks import Ranks, indivisible  # noqa: E402
 from kit.at_work import lives  # noqa: E402
 from kit.clusters import GPU  # noqa: E402
+from kit.executions import Working  # noqa: E402
 from kit.places import IMPORTS, TESTS  # noqa: E402
 
 DENSE = Model("dense", 2, 32, 4, 2, 16, 48, 96, 160)
 EXPERTS = replace(DENSE, name="experts", experts=8, experts_per_token=3, expert_ffn=24, qk_norm=True)
 OPTIONS = Options(device="cpu", max_batch=6, seed=2)
-
-
-class Members:
-    """Some prompts and decodes; blocks are the engine's own."""
-
-    def __init__(self, prompts: list[Prompt], decodes: list[int]) -> None:
-        self.prompts, self.decodes = prompts, decodes
-        self.dead: list[int] = []
-
-    def table(self, request: int) -> None:
-        return None
-
-    def tokens(self, request: int) -> list[int]:
-        return [(request * 31 + 7 * i * i) % 89 for i in range(60)]
 
 
 def engine_on(gpus: int, model: Model, options: Options = OPTIONS) -> TorchEngine:
@@ -51,7 +38,7 @@ def engine_on(gpus: int, model: Model, options: Options = OPTIONS) -> TorchEngin
 
 
 def step(engine: TorchEngine, prompts: list[Prompt], decodes: list[int]) -> None:
-    engine.launch(Batch((), 0, 0, 0, Members(prompts, decodes)))
+    engine.launch(Batch((), 0, 0, 0, Working(prompts, decodes)))
     engine.wait()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from chairlift.backend.base import Prompt
 from chairlift.policies.base import Scheduler
 from chairlift.policies.orca import Orca
 from chairlift.policies.static import Static
@@ -40,6 +41,20 @@ class Ticking:
     def perf_counter_ns(self) -> int:
         self.now += 10**6
         return self.now
+
+
+class Working:
+    """Who is in a step (`backend.base.Members`): some prompts and decodes; blocks are the engine's own."""
+
+    def __init__(self, prompts: list[Prompt], decodes: list[int]) -> None:
+        self.prompts, self.decodes = prompts, decodes
+        self.dead: list[int] = []
+
+    def table(self, request: int) -> None:
+        return None
+
+    def tokens(self, request: int) -> list[int]:
+        return [(request * 31 + 7 * i * i) % 89 for i in range(60)]
 
 
 def made(rows: Rows, groups: int = 0, prefix: int = 0, **columns: Any) -> Trace:

@@ -53,13 +53,13 @@ CLOSE = 1e-3  # logits, which are of order one: float32 against float64 differs 
 
 
 @cache
-def weights() -> dict[str, Any]:
+def weights(layers: int = MODEL.layers) -> dict[str, Any]:
     """Name → float32 tensor, as `transformers` names them."""
     m = MODEL
     rng = np.random.default_rng(3)
     query, kv = m.heads * m.head_size, m.kv_heads * m.head_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (m.vocab, m.hidden)}
-    for i in range(m.layers):
+    for i in range(layers):
         at = f"model.layers.{i}."
         shapes |= {
             f"{at}input_layernorm.weight": (m.hidden,),
@@ -84,23 +84,23 @@ def weights() -> dict[str, Any]:
     return found
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, layers: int = MODEL.layers) -> Path:
     """Write the weights and their config.json as `transformers` does."""
     from safetensors.torch import save_file
 
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file(weights(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    save_file(weights(layers), folder / "model.safetensors")
     return folder
 
 
 @cache
-def _wide() -> dict[str, Any]:
-    return {name: weight.double() for name, weight in weights().items()}
+def _wide(layers: int) -> dict[str, Any]:
+    return {name: weight.double() for name, weight in weights(layers).items()}
 
 
-def plain(tokens: list[int]) -> Any:
+def plain(tokens: list[int], layers: int = MODEL.layers) -> Any:
     """Logits after each of ``tokens``, float64 [tokens, vocab]: a forward pass without a cache, nothing shared."""
-    m, w, n = MODEL, _wide(), len(tokens)
+    m, w, n = MODEL, _wide(layers), len(tokens)
 
     def norm(x: Any, name: str) -> Any:
         return x / (x.square().mean(-1, keepdim=True) + CONFIG["rms_norm_eps"]).sqrt() * w[name]
@@ -118,7 +118,7 @@ def plain(tokens: list[int]) -> Any:
         return torch.cat((turned.real, turned.imag), dim=-1)
 
     x = w["model.embed_tokens.weight"][tokens]
-    for i in range(m.layers):
+    for i in range(layers):
         at = f"model.layers.{i}."
         y = norm(x, f"{at}input_layernorm.weight")
         query = rotated(heads(y, f"{at}self_attn.q_proj.weight", m.heads))
@@ -160,13 +160,14 @@ def system(
     backend: Any = None,
     blocks: int = 40,
     block_size: int = 16,
+    parallel: Parallel = ONE,
     **more: Any,
 ) -> Setup:
     """One replica of the tiny model; ``backend`` are its settings, modelled steps by default."""
     if (own := scheduler(**settings).block_tokens) is not None:
         blocks, block_size = blocks * block_size // own, own
     settings = dict(settings)
-    parts = (1, "mixed", GPU, ONE, scheduler, settings, backend or Efficiency(), blocks, block_size, "made up")
+    parts = (1, "mixed", GPU, parallel, scheduler, settings, backend or Efficiency(), blocks, block_size, "made up")
     return setup_of(trace, [ReplicaGroup(*parts)], **{"model": MODEL, "max_model_len": LONGEST, **more})
 
 
@@ -232,7 +233,7 @@ def check_greedy(got: Answers, block_size: int = 16, given: list[list[int]] | No
             continue
         prompt, tokens = given[i], got.tokens[i]
         assert len(tokens) == trace.output_tokens[i], f"request {i}"
-        logits = plain(prompt + tokens)[len(prompt) - 1 : -1]
+        logits = plain(prompt + tokens, got.served.setup.model.layers)[len(prompt) - 1 : -1]
         short = logits.max(-1).values - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         wrong = (short > CLOSE).nonzero()[:, 0].tolist()
         assert wrong == [], f"request {i}: token {wrong[0]} of {len(tokens)}"

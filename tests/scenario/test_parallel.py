@@ -66,7 +66,10 @@ def test_the_nearest_place_says_how(tmp_path: Path) -> None:
         ({"parallel": {"expert": 2}}, r"expert must divide tensor × data, 1 \(got 2\)"),
         ({"parallel": {"tensor": 16}}, "tensor must be at most 8: all-reduces beyond one host"),
         ({"model": "llama-3.1-8b", "parallel": {"data": 2}}, "so its ranks are replicas"),
-        ({"model": "llama-3.1-8b", "backend": "torch", "parallel": {"pipeline": 2}}, "by tensors and experts only"),
+        (
+            {"model": "llama-3.1-8b", "backend": "torch", "parallel": {"tensor": 2, "pipeline": 2}},
+            r"by tensors and experts, or by stages \(got TP 2, PP 2\)",
+        ),
         ({"model": "llama-3.1-8b", "backend": "h200-llama-3.1-8b-vllm-0.23", "parallel": {"pipeline": 2}}, "2 .PP 2."),
     ],
 )
@@ -230,6 +233,7 @@ def test_no_run_serves_more_than_the_bound(system: dict[str, Any]) -> None:
         ("qwen3-30b-a3b", "qwen3-30b-a3b", Parallel()),
         ("qwen3-30b-a3b-tp2-ep", "qwen3-30b-a3b", Parallel(tensor=2, expert=2)),
         ("llama-3.1-70b-fp8-tp4", "llama-3.1-70b-fp8", Parallel(tensor=4)),
+        ("llama-3.1-70b-pp4", "llama-3.1-70b", Parallel(pipeline=4)),
         ("my-tp2-model", "my-tp2-model", Parallel()),
     ],
 )
