@@ -124,7 +124,9 @@ class Staged(Engine):
     Steps are planned one at a time: a run is never of several.
     """
 
-    __slots__ = (*("_depth", "_done", "_free", "_host", "_landed", "_queue", "_stages", "_unknown"),)
+    __slots__ = (
+        *("_depth", "_done", "_free", "_host", "_landed", "_left", "_passed", "_queue", "_stages", "_unknown"),
+    )
     planner: StagedPlanner
     state: ReplicaStep
 
@@ -135,6 +137,8 @@ class Staged(Engine):
         self._queue: deque[Plan | None] = deque()  # None: a batch with nobody in it
         self._host = 0  # until when the host launches what it has planned
         self._done: dict[Plan, int] = {}  # of each step in flight: when it has left the last stage
+        self._passed: dict[Plan, tuple[int, int]] = {}  # likewise: when it entered the first, and its time in each
+        self._left = 0  # when the latest step that is taken in had left the last stage
         self._free = [0] * self._stages  # when each stage has done all that has been planned
         self._landed = 0  # when the latest step landed, or is to
         self._unknown = -1  # stands for when a step lands that really runs, until it has; each has one of its own
@@ -183,7 +187,12 @@ class Staged(Engine):
         if execution is not None:
             execution.settling()
         self.end = None
-        del self._done[plan]
+        left = self._done.pop(plan)
+        if execution is None:
+            entered, each = self._passed.pop(plan)
+            self.records.stage_ps += each
+            self.records.piped_ps += left - max(entered, self._left)
+            self._left = left
         planner.record(plan, plan.begun, now - plan.begun, 1)
         self._latest = plan.when
         done = planner.land(plan, now)
@@ -230,6 +239,7 @@ class Staged(Engine):
         self._host += plan.intake + host.schedule + host.launch
         left = max(self._host, self._sampled(plan))
         each = -(-plan.gpu // self._stages)
+        self._passed[plan] = max(left, free[0]), each
         for stage in range(self._stages):
             left = free[stage] = max(left, free[stage]) + each
         self._done[plan] = left

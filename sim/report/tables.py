@@ -101,7 +101,9 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
     if published:
         table.add_column("published", justify="right")
     drafted = any(o.setup.speculate is not None for o in outcomes)
-    for label in ("output/s", "running", "KV used", "preempt.", *(("accepted", "wasted") if drafted else ())):
+    piped = any("bubble_share" in o.summary for o in outcomes)
+    more = (*(("accepted", "wasted") if drafted else ()), *(("bubbles",) if piped else ()))
+    for label in ("output/s", "running", "KV used", "preempt.", *more):
         table.add_column(label, justify="right")
     for members in _sections(table, outcomes):
         base = {o.setup.variant: o.summary["total_token_throughput"] for o in members}
@@ -118,6 +120,8 @@ def throughput(study: Study, outcomes: Sequence[Outcome]) -> Table:
             if drafted:
                 length, wasted = s.get("accepted_length"), s.get("drafts_wasted")
                 row += ["–" if length is None else f"{length:.2f}", "–" if wasted is None else f"{wasted:.0%}"]
+            if piped:
+                row.append(f"{s['bubble_share']:.0%}" if "bubble_share" in s else "–")
             table.add_row(*row)
     return table
 

@@ -129,6 +129,15 @@ REPLICAS = (  # what replicas did for it
         "Time in which replicas ran steps ÷ time in which they were up. No measure of load: a step for one request "
         "counts like a full one. Running requests and KV used say how full the steps were.",
     ),
+    Metric(
+        "bubble_share",
+        "bubbles",
+        "%",
+        "less",
+        "Of a pipeline: time in which a stage computes nothing while another one computes ÷ time in which any does, "
+        "averaged over stages.",
+        True,
+    ),
     Metric("busy_s", "busy time", "s", "less", "Time in which replicas ran steps, summed over replicas."),
     Metric("replica_hours", "replica hours", "h", "less", "Hours in which replicas were up, summed over replicas."),
     Metric("steps", "engine steps", "", "less", "Forward passes of all replicas."),
@@ -187,8 +196,8 @@ FIELDS: dict[str, Metric] = {metric.name: metric for metric in (*SERVED, *REPLIC
 
 MOST = 1e18  # of a value in a file that is compared; one of an axis too
 
-_OF_SOME = {  # what only some runs have: several tenants, drafts, a hand-over of KV; the last two since version 0.2
-    *("service_gap", "service_ratio", "accepted_length", "draft_tokens", "drafts_wasted"),
+_OF_SOME = {  # what only some have: several tenants, drafts, stages, a hand-over of KV; the last two since version 0.2
+    *("service_gap", "service_ratio", "accepted_length", "draft_tokens", "drafts_wasted", "bubble_share"),
     *fields("transfer"),
     *("offered_rate", "slo_missed"),
 }

@@ -198,6 +198,7 @@ def summarise(
     summary.update(occupancy(runs, pools))
     summary["prefix_hit_rate"] = _hit_rate(requests)
     summary.update(_drafts(requests))
+    summary.update(bubbles(runs))
     summary.update(between_tenants(requests))
     summary["preemptions"] = int(sum(requests.preemptions))
     summary["swaps"], summary["swapped_tokens"] = sum(requests.swaps), sum(requests.swapped_tokens)
@@ -229,6 +230,12 @@ def _drafts(requests: RequestRecords) -> dict[str, float | int | None]:
         "draft_tokens": drafts,
         "drafts_wasted": 1 - accepted / drafts if drafts else None,
     }
+
+
+def bubbles(runs: Sequence[RunRecords]) -> dict[str, float]:
+    """How much of a pipeline idles while a step is in another stage; nothing where no steps of stages are modelled."""
+    piped = sum(each.piped_ps for each in runs)
+    return {"bubble_share": 1 - sum(each.stage_ps for each in runs) / piped} if piped else {}
 
 
 def _transfers(requests: RequestRecords) -> dict[str, Floats]:

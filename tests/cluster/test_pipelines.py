@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Host, StepCost
 from chairlift.policies.vllm import Vllm
+from chairlift.sim.results.metrics import bubbles
 from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, mixed, table, tight
 from kit.worlds import Affine, World, check_books, play, sorted_gaps, trace_of
 
@@ -59,6 +60,33 @@ def test_one_alone_is_as_fast_as_without_stages(stages: int, asynchronous: bool)
 
     assert list(world.requests.finished) == [9 * 1200]
     assert sorted_gaps(world.engines[0]) == [(1200, 8)]
+
+
+@pytest.mark.parametrize(("requests", "stages"), [(1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4)])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_bubbles_of_a_steady_pipeline(requests: int, stages: int, asynchronous: bool) -> None:
+    """m steps that follow each other, and themselves, through p stages leave 1 − m / p of them idle.
+
+    Of n tokens each, n · m · d ps of a stage are busy, of the n · p · d + (m − 1) · d from the first step's begin to
+    the last one's end; with n = 1 that is GPipe's (p − 1) / (m + p − 1) (Huang et al. 2019).
+    """
+    m, p = requests, stages
+    for n in (1, 7, 500):
+        records = serve(m, n, p, 4, asynchronous).engines[0].records
+        assert (records.stage_ps * p, records.piped_ps * p) == (n * m * 1200, (n * p + m - 1) * 1200)
+        share = bubbles([records])["bubble_share"]
+        assert share == pytest.approx(1 - n * m / (n * p + m - 1))
+        if n == 1:
+            assert share == pytest.approx((p - 1) / (m + p - 1))
+    assert share == pytest.approx(1 - m / p, abs=0.002)
+
+
+def test_a_pipeline_that_nobody_is_in_has_no_bubbles() -> None:
+    """Two requests, each through 2 stages alone: half of the stages idle meanwhile, however long the time between."""
+    trace = trace_of([(0, 4, 3), (1_000_000, 4, 3)])
+    world = play(trace, lambda: Vllm(async_scheduling=False), lambda: Equal(1200), pipeline=2)
+
+    assert bubbles([world.engines[0].records]) == {"bubble_share": 0.5}
 
 
 def test_those_that_begin_together_stay_together_and_leave_bubbles() -> None:
