@@ -21,7 +21,7 @@ class CompiledCore(BuildHookInterface[Any]):
         from compile import build
 
         folder = Path(self.root) / "build" / "core"
-        for library in build(folder, "3"):
+        for library in build(folder, "3", trained=True):
             build_data["force_include"][str(library)] = str(library.relative_to(folder))
         build_data["pure_python"] = False
         build_data["infer_tag"] = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from chairlift.backend.shapes import GPU, Model
 
 PS = 10**12  # picoseconds a second
-FOREVER = 1 << 60  # steps: more than any run has
+FOREVER: Final = 1 << 60  # steps: more than any run has
 new = tuple.__new__  # ``new(StepCost, (first, slope, steps, host))``, for hot paths: half the time of ``StepCost(…)``
 
 
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
     proposes: int = 0  # drafts that each of its requests is given after it
 
 
-WHOLE = -1  # a `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
+WHOLE: Final = -1  # a `Host.tail`: the GPU begins once the launch has ended, as with one CUDA graph
 
 
 class Host(NamedTuple):
@@ -95,7 +95,7 @@ class Host(NamedTuple):
         return self.launch + gpu if self.tail == WHOLE else max(self.head + gpu, self.launch + self.tail)
 
 
-NO_HOST = Host()
+NO_HOST: Final = Host()
 
 
 class StepCost(NamedTuple):

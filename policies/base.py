@@ -33,7 +33,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Reversible, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from annotated_types import Ge, Gt, Le
 from mypy_extensions import mypyc_attr
@@ -43,7 +43,7 @@ class Running(Collection["Request"], Reversible["Request"], Protocol):
     """Requests in order of admission: a length, ``in``, and a walk from either end."""
 
 
-FOREVER = 1 << 60  # "until something changes": more steps than any run has
+FOREVER: Final = 1 << 60  # "until something changes": more steps than any run has
 
 Positive = Annotated[int, Gt(0)]
 NotNegative = Annotated[int, Ge(0)]

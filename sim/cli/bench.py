@@ -27,6 +27,7 @@ from chairlift.sim.cluster.clock import time_bare_timeouts
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
+from chairlift.sim.study import Setup
 
 SCENARIO = Path(__file__).resolve().parents[2] / "scenarios" / "million.yaml"
 TIMEOUTS = 1_000_000
@@ -55,6 +56,7 @@ CASES: list[Case] = [
     ("10^5, 1,000 replicas", 100_000, 1_000, {}, True),
     ("10^5, sglang", 100_000, 8, {"policy": "sglang"}, True),
     ("10^5, experts", 100_000, 8, {"model": "qwen3-30b-a3b"}, True),
+    ("10^5, experts and windows", 100_000, 8, {"model": "gpt-oss-20b"}, True),
 ]
 QUICK = ("10^4", "10^4, no leap", "10^5")
 SAME = [("10^4", "10^4, no leap")]  # must agree
@@ -67,7 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("bench.json"), help="where the figures go (default bench.json)"
     )
+    parser.add_argument(
+        "--exercise", action="store_true", help="run each case once, small and without figures (to train a compiler)"
+    )
     options = parser.parse_args(arguments)
+    if options.exercise:
+        for case in CASES:
+            exercise(case)
+        return 0
     console = Console(width=120)
     table = Table(title=f"seconds are of one core; {told()}", title_justify="left", box=None, pad_edge=False)
     table.add_column("case", no_wrap=True)
@@ -105,16 +114,16 @@ def _apart(case: Case) -> dict[str, Any]:
         return pool.submit(measure, case).result()
 
 
+def exercise(case: Case, requests: int = 3_000, replicas: int = 8) -> None:
+    """Simulate ``case`` with no more requests and replicas than these, so that all of its code has run."""
+    _, many, wide, keys, leap = case
+    simulate(_setup(min(many, requests), min(wide, replicas), keys), leap)
+
+
 def measure(case: Case) -> dict[str, Any]:
     """The figures of one case. ``ratio_to_simpy``: seconds per million requests over seconds of a million timeouts."""
     name, requests, replicas, keys, leap = case
-    sets = {
-        "workload.requests": str(requests),
-        "workload.rate_per_s": str(RATE_PER_REPLICA * replicas),
-        "replicas": str(replicas),
-        **keys,
-    }
-    [setup] = load(SCENARIO, [f"{key}={value}" for key, value in sets.items()]).setups
+    setup = _setup(requests, replicas, keys)
     before = [time_bare_timeouts(TIMEOUTS) for _ in range(2)]
     outcome = simulate(setup, leap)
     bare = median([*before, *(time_bare_timeouts(TIMEOUTS) for _ in range(3))])
@@ -131,6 +140,17 @@ def measure(case: Case) -> dict[str, Any]:
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "hash": fingerprint(outcome),
     }
+
+
+def _setup(requests: int, replicas: int, keys: dict[str, str]) -> Setup:
+    sets = {
+        "workload.requests": str(requests),
+        "workload.rate_per_s": str(RATE_PER_REPLICA * replicas),
+        "replicas": str(replicas),
+        **keys,
+    }
+    [setup] = load(SCENARIO, [f"{key}={value}" for key, value in sets.items()]).setups
+    return setup
 
 
 def fingerprint(outcome: Outcome) -> str:

@@ -34,7 +34,6 @@ from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.ranks import RankBackend, Ranks, rank_records
-from chairlift.sim.replica.request import Live
 from chairlift.sim.replica.stages import Staged, StagedPlanner
 from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import RequestRecords
@@ -77,7 +76,7 @@ def build(
         home = decode if group.role == "decode" else cluster.front
         own = len(cluster.replicas)
         for _ in range(setup.most(group)):
-            replica = Replica(cluster.clock, len(cluster.replicas), partial(engines.make, group))
+            replica = Replica(cluster.clock, len(cluster.replicas), partial(engines.make, group), cluster.ended)
             cluster.replicas.append(replica)
             homes.append(home)
         home.open(*cluster.replicas[own : own + group.count])  # at once: one by one a thousand would take their square
@@ -158,11 +157,6 @@ class _Engines:
         backend = backend or _backend(setup, group, pool)
         outputs = self._first_only if prefills else self._outputs
 
-        def finish(request: Live, now: int) -> None:
-            if request.at >= 0:  # else its client gave up in the very step that handed it over
-                replica.left(request)
-            cluster.ended(request, now)
-
         executes = isinstance(backend, Executor)
         kind: Callable[..., Planner] = Planner
         if group.stages > 1:
@@ -178,7 +172,7 @@ class _Engines:
             setup.max_model_len,
             replica.index,
             leap=self.leap and not executes,
-            finish=finish,
+            finish=replica.finish,
             host=None if executes else make_host(setup, group),
             records=replica.records if group.parallel.data == 1 else rank_records(replica.records),
             handover=self.handover.take if prefills and self.handover is not None else None,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from chairlift.policies.base import NoProgress
 from chairlift.sim.cluster.clock import ARRIVAL, Alarm, Clock
@@ -15,9 +15,9 @@ from chairlift.sim.replica.request import Live
 from chairlift.sim.replica.users_code import name_of
 from chairlift.sim.results.records import RequestRecords, Status
 
-EXAMPLES = 5  # requests that an error names
-PATIENCE = 1000  # looks at an idle cluster before it counts as stuck
-REPORT = 1000  # arrivals between two calls of `progress`; ends between two looks for records to pack
+EXAMPLES: Final = 5  # requests that an error names
+PATIENCE: Final = 1000  # looks at an idle cluster before it counts as stuck
+REPORT: Final = 1000  # arrivals between two calls of `progress`; ends between two looks for records to pack
 
 
 class Scaler(Protocol):
@@ -67,14 +67,15 @@ class Cluster:
         self._followers: dict[int, list[int]] = {}  # row → rows that wait for its end
         self._think: list[int] = []  # by row, ps; empty where nobody follows anybody
         if follows is None:
-            self._order: Sequence[int] = range(len(trace))
+            self._order: list[int] | None = None  # rows that follow no other, as they come; None: all
         else:
             self._think = [] if trace.think_ps is None else trace.think_ps.tolist()
             for row, before in enumerate(follows.tolist()):
                 if before >= 0:
                     self._followers.setdefault(before, []).append(row)
             self._order = [row for row, before in enumerate(follows.tolist()) if before < 0]
-        self._times: Sequence[int] = trace.arrival_ps.data
+        self._first_ones = len(trace) if self._order is None else len(self._order)
+        self._times = requests.arrival
 
     @property
     def engines(self) -> list[Engine]:
@@ -86,7 +87,7 @@ class Cluster:
 
         Raises `NoProgress` if a policy leaves requests unserved although nothing more can happen.
         """
-        Alarm(self.clock, self._times[self._order[0]], ARRIVAL, self._arrive)
+        Alarm(self.clock, self._times[0 if self._order is None else self._order[0]], ARRIVAL, self._arrive)
         self.clock.serve()
         if self.left:
             raise self._stuck()
@@ -124,12 +125,13 @@ class Cluster:
     def _arrive(self, alarm: Alarm) -> None:
         """Send the next request that follows no other."""
         i = self._next
-        self._next = i + 1
+        self._next = following = i + 1
         order, times = self._order, self._times
-        row = order[i]
-        if i + 1 < len(order):  # before anything else, so that whoever looks ahead sees an arrival at this same instant
-            alarm.again(times[order[i + 1]] - times[row], ARRIVAL)
-        self._send(row, times[row])
+        row = i if order is None else order[i]
+        now = times[row]
+        if following < self._first_ones:  # at once, so that whoever looks ahead sees an arrival at this same instant
+            alarm.again(times[following if order is None else order[following]] - now, ARRIVAL)
+        self._send(row, now)
 
     def _send_now(self, row: int) -> None:
         self._send(row, self.clock.now)

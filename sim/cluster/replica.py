@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from mypy_extensions import mypyc_attr
 
@@ -26,7 +27,7 @@ from chairlift.sim.replica.engine import Engine
 from chairlift.sim.replica.request import Live
 from chairlift.sim.results.records import RunRecords
 
-WAKINGS = 100_000  # plans in a row that run nothing: a policy that looks every ms for 100 s whether it should
+WAKINGS: Final = 100_000  # plans in a row that run nothing: a policy that looks every ms for 100 s whether it should
 
 
 @dataclass
@@ -41,12 +42,19 @@ class Loads:
 class Replica:
     """One engine on the clock. ``make_engine`` makes a fresh one, after a failure too: one that goes on with records.
 
-    ``records`` are those of all its engines.
+    ``records`` are those of all its engines. ``ended`` is called with each request that ends here, and the time.
     """
 
-    def __init__(self, clock: Clock, index: int, make_engine: Callable[[Replica], Engine]) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        index: int,
+        make_engine: Callable[[Replica], Engine],
+        ended: Callable[[Live, int], None],
+    ) -> None:
         self.index = index
         self.records = RunRecords()
+        self._ended = ended
         self.engine = make_engine(self)
         self.draining = False  # it takes no requests, and goes down once those that it holds have left
         self.held = 0  # requests here
@@ -91,6 +99,12 @@ class Replica:
         heeds = self.engine.heeds_arrival()
         if self.engine.submit(request, now) and heeds:
             self._replan(now)
+
+    def finish(self, request: Live, now: int) -> None:
+        """A request has ended for good."""
+        if request.at >= 0:  # else its client gave up in the very step that handed it over
+            self.left(request)
+        self._ended(request, now)
 
     def left(self, request: Live) -> None:
         """A request is here no more: it has ended, or goes on elsewhere."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import Final
 
 from chairlift.policies.base import FOREVER
 from chairlift.sim.replica.request import DECODING, HELD, Live, Phase, When
 from chairlift.sim.results.records import NO_GROWTH, Growth
 
-NOBODY_ELSE: dict[int, Live] = {}
+NOBODY_ELSE: Final[dict[int, Live]] = {}
+ROW_BITS: Final = 32  # of an entry of `Ends`; so many steps fit beside them that entries stay machine words
+_ROWS: Final = (1 << ROW_BITS) - 1
 
 
 def admission(request: Live) -> int:
@@ -166,18 +169,19 @@ class Ends:
     """When each member of a group gets its last token: true lengths, which nothing that a policy can reach refers to.
 
     ``outputs``: true lengths by request id. A heap holds what comes next to each member, by the group's steps: its
-    answer ends, or its reservation does. Members that leave are not looked for in the heap; an entry is dropped when
-    it comes up and is not of the member's latest joining. Admission (`Live.rank`) and offset tell one joining from
-    another: who leaves the group and stays admitted misses a step, and so joins with another offset.
+    answer ends, or its reservation does. An entry is one number, the step and the request's row (`ROW_BITS`): heaps
+    compare numbers several times sooner than tuples. Members that leave are not looked for in the heap; an entry is
+    dropped when it comes up and its request does not decode here, or has another end by now (`Live.due`).
     """
 
-    __slots__ = ("_group", "_own", "heap", "outputs")
+    __slots__ = ("_group", "_members", "_own", "heap", "outputs")
 
     def __init__(self, group: Decodes, outputs: Sequence[int]) -> None:
         self.outputs = outputs
         self._own = False  # whether nobody else reads `outputs`
         self._group = group
-        self.heap: list[tuple[int, int, int, int, Live]] = []  # steps of the group, request; rank, offset, the request
+        self._members: dict[int, Live] = {}  # by row; of those that have left too, until their entry comes up
+        self.heap: list[int] = []  # steps of the group at which something is due << ROW_BITS | the request's row
 
     def shorten(self, request: int, tokens: int) -> None:
         """A request may not have more than so many tokens of answer."""
@@ -192,15 +196,17 @@ class Ends:
         end = request.prompt + self.outputs[request.row] - 1 - offset
         if request.reserved and request.reserved - offset < end:  # the reservation runs out before the answer does
             end = request.reserved - offset
-        heappush(self.heap, (end, request.row, request.rank, offset, request))
+        request.due = end
+        self._members[request.row] = request
+        heappush(self.heap, end << ROW_BITS | request.row)
 
     def horizon(self) -> int:
         """Steps until the next member's end; `FOREVER` without members."""
         heap = self.heap
         while heap:
-            end, _, rank, offset, request = heap[0]
-            if request.offset == offset and request.phase is DECODING and request.rank == rank:
-                return end - self._group.steps
+            first = heap[0]
+            if self._of(first) is not None:
+                return (first >> ROW_BITS) - self._group.steps
             heappop(heap)
         return FOREVER
 
@@ -209,11 +215,24 @@ class Ends:
 
         None if the entry was of a member that has left, or of one whose reservation ends, which goes on without.
         """
-        _, _, rank, offset, request = heappop(self.heap)
-        if request.offset != offset or request.phase is not DECODING or request.rank != rank:
+        request = self._of(heappop(self.heap))
+        if request is None:
             return None
-        if offset + self._group.steps < request.prompt + self.outputs[request.row] - 1:
+        if request.offset + self._group.steps < request.prompt + self.outputs[request.row] - 1:
             self._group.outgrow(request)
             self.add(request)
             return None
+        request.due = -1  # where it left and joined again with the same end, a second entry says the same
+        del self._members[request.row]
         return request
+
+    def _of(self, entry: int) -> Live | None:
+        """The member that an entry of the heap is of; None if it has left, or has another end."""
+        row = entry & _ROWS
+        request = self._members.get(row)
+        if request is None:
+            return None
+        if request.group is not self._group:
+            del self._members[row]
+            return None
+        return request if request.due == entry >> ROW_BITS and request.phase is DECODING else None

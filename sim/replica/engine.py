@@ -25,6 +25,7 @@ tokens refer to. Until n+1 is planned it says a time later than now, exact where
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Final
 
 from mypy_extensions import mypyc_attr
 
@@ -37,10 +38,10 @@ from chairlift.sim.replica.ranks import Ranks, RanksPool, RanksState
 from chairlift.sim.replica.request import NEVER, WAITING, Live, at
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
-from chairlift.sim.results.records import PACK_RUN, Kind, Status
+from chairlift.sim.results.records import Kind, Status
 
-PATIENCE = 1_000  # plans in a row that run nothing and want another
-_SILENCE = at(-1)  # ends of no run: whoever decodes behind it is late
+PATIENCE: Final = 1_000  # plans in a row that run nothing and want another
+_SILENCE: Final = at(-1)  # ends of no run: whoever decodes behind it is late
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -107,7 +108,8 @@ class Engine:
         if request.phase is not WAITING:
             request.queue()
         self.state.queue.append(request)
-        planner.intake += planner.arrival + planner.arrival_token * request.prompt
+        if planner.arrival or planner.arrival_token:
+            planner.intake += planner.arrival + planner.arrival_token * request.prompt
         return True
 
     def heeds_arrival(self) -> bool:
@@ -298,12 +300,7 @@ class Ahead(Engine):
             done = NOBODY
         else:
             landing = flight.when.ps
-            if flight.undelivered or flight.late_gaps or planner.journal is not None:
-                planner.record(flight, flight.begun, landing - flight.begun, 1)
-            else:  # as `record`, without the detour
-                planner.steps += 1
-                row = PACK_RUN(flight.begun, landing - flight.begun, 0, 1, 0, 0, 0, 0, *flight.row)
-                self.records.rows.frombytes(row)
+            planner.record_landed(flight, landing)
             if flight.emitting:
                 planner.deliver(flight)
             if flight.ending or self.state.parked or (flight.emitting and self.pool.keeps):
@@ -311,7 +308,7 @@ class Ahead(Engine):
             else:
                 done = NOBODY
             self._latest = flight.when
-            planner.flight = None
+            planner.fly(None)
             if plan is not None:
                 count = self._count
                 planner.commit(plan, count)
@@ -322,7 +319,7 @@ class Ahead(Engine):
                 if plan.host is not NO_HOST or self._gpu_next <= now:
                     self._fly(plan, now, self._gpu_next, now)
                 else:  # as `_fly`, without the detour
-                    planner.flight = plan
+                    planner.fly(plan)
                     plan.begun = now
                     self._gpu_end = plan.when.ps = self._gpu_next
         if self._cancelled:
@@ -345,7 +342,7 @@ class Ahead(Engine):
 
         It lands later than now: no two boundaries at once. `_overlap` may yet learn that it lands later than said here.
         """
-        self.planner.flight = plan
+        self.planner.fly(plan)
         self._gpu_end = gpu_end
         plan.begun = begun
         landing = gpu_end + plan.host.update

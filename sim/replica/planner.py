@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from mypy_extensions import mypyc_attr
 
 from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, StepCost, new
 from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool
-from chairlift.sim.replica.decode_group import Ends, admission
+from chairlift.sim.replica.decode_group import ROW_BITS, Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.journal import Journal
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
@@ -19,7 +19,7 @@ from chairlift.sim.replica.step_plan import NO_GAPS, Plan
 from chairlift.sim.replica.users_code import blame, name_of
 from chairlift.sim.results.records import NO_GROWTH, PACK_RUN, Growth, Kind, RequestRecords, RunRecords, Status, StepRow
 
-FRUITLESS = 2_000  # plans that preempt somebody, in a row: if no token comes of them, none ever will
+FRUITLESS: Final = 2_000  # plans that preempt somebody, in a row: if no token comes of them, none ever will
 _HELD, _SPARED = StepRow._fields.index("held_blocks"), StepRow._fields.index("spared_blocks")
 
 
@@ -40,10 +40,10 @@ class Planner:
 
     count = 1  # of planners whose steps are one
     __slots__ = (  # without them a run takes 2 % longer
-        *("_ahead", "_budget", "_ended", "_ends", "_finish", "_handover", "_holds", "_leaps", "_left", "_longest"),
-        *("_overshoots", "_preempting", "_progress", "_promised", "again", "arrival", "arrival_token", "backend"),
-        *("flight", "index", "intake", "journal", "pool", "price", "records", "requests", "scheduler", "state"),
-        "steps",
+        *("_ahead", "_budget", "_caps", "_ended", "_ends", "_finish", "_handover", "_hears", "_holds", "_leaps"),
+        *("_left", "_limits", "_longest", "_overshoots", "_preempting", "_progress", "_promised", "again", "arrival"),
+        *("arrival_token", "backend", "flight", "index", "intake", "journal", "pool", "price", "records", "requests"),
+        *("scheduler", "state", "steps"),
     )
 
     def __init__(
@@ -75,7 +75,7 @@ class Planner:
         self.requests = requests
         self.records = records or RunRecords()
         self.steps = 0  # done
-        self.flight: Plan | None = None  # the step in flight, committed already; None in a synchronous loop
+        self.flight: Plan | None = None  # the step in flight (`fly`), committed already; None in a synchronous loop
         self.price = backend.step  # where steps really run, it launches them
         self.arrival, self.arrival_token = backend.arrival, backend.arrival_token
         self.intake = 0  # ps of host time to take in those that have come
@@ -87,6 +87,9 @@ class Planner:
         self._holds = scheduler.batch_synchronous  # finished requests keep their slot
         self.again = False  # the policy wants to be asked again though nothing runs
         self._overshoots = scheduler.overshoots if self._ahead else "never"
+        self._limits = bool(scheduler.limits_arrivals)
+        self._caps = type(scheduler).allowed is not Scheduler.allowed  # it says more than the request's own limit
+        self._hears = type(scheduler).ended is not Scheduler.ended  # it wants to know who has left
         self._left: list[tuple[int, Live]] = []  # who left at the latest such time, where the policy limits arrivals
         self._longest = min(max_model_len, pool.room + 1)  # tokens of a request; no KV of its last
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
@@ -112,11 +115,13 @@ class Planner:
         Its answer may be shortened to what the policy allows; one that has as many tokens already, from a replica that
         failed or handed it over, is not taken.
         """
-        state, pool = self.state, self.pool
-        allowed = self.scheduler.allowed(request, state.longest, pool.total, pool.block_size)
-        if allowed < request.limit:
-            request.cap(allowed)
-            self._ends.shorten(request.row, allowed)
+        allowed = request.limit
+        if self._caps:
+            pool = self.pool
+            allowed = self.scheduler.allowed(request, self.state.longest, pool.total, pool.block_size)
+            if allowed < request.limit:
+                request.cap(allowed)
+                self._ends.shorten(request.row, allowed)
         final = request.prompt + self._ends.outputs[request.row]
         return allowed > request.produced and final <= self._longest and not self._turned_away(now)
 
@@ -126,7 +131,7 @@ class Planner:
         At the boundary of two steps the policy sees what was before: whether the boundary is settled first depends on
         how the steps are grouped. So does whether a first token that has landed is written down already.
         """
-        if not self.scheduler.limits_arrivals:
+        if not self._limits:
             return False
         state, first_token = self.state, self.requests.first_token
         here = [*state.admitted.values(), *state.queue, *(request for at, request in self._left if at == now)]
@@ -288,8 +293,8 @@ class Planner:
             plan.decoded_before, state.decoded_at = state.decoded_at, when
             if state.fresh:
                 plan.fresh, state.fresh = state.fresh, {}
-            heap, steps = ends.heap, group.steps
-            while heap and heap[0][0] <= steps:
+            heap, later = ends.heap, group.steps + 1 << ROW_BITS
+            while heap and heap[0] < later:
                 due = ends.due()
                 if due is not None:
                     ending.append(due)
@@ -419,7 +424,8 @@ class Planner:
             state.dismiss(request)
         if state.flights is not None:
             state.flights.forget(request)
-        self.scheduler.ended(request)
+        if self._hears:
+            self.scheduler.ended(request)
         self.end_request(request, now, Status.FINISHED)
 
     def drop(self, request: Live) -> None:
@@ -437,14 +443,14 @@ class Planner:
         records = self.requests
         self._ended += 1
         pending = not records.status[request.row]
-        if pending and self.scheduler.limits_arrivals and status is not Status.REJECTED:
+        if pending and self._limits and status is not Status.REJECTED:
             self._left = [(at, other) for at, other in self._left if at == now]
             self._left.append((now, request))
         if not pending:  # it was cancelled while its batch was under way, and kept its slot until now
             if self.state.releases:
                 self.backend.release(request.row)
         elif self._handover is None or status is not Status.FINISHED or not self._handover(request):
-            records.end(request, now, status)
+            records.close(request.row, now, status, request.produced, request.lost, request.last.ps)
             if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
                 self.backend.release(request.row)
             if self._finish is not None:
@@ -476,6 +482,18 @@ class Planner:
                 self.records.gap_rows.extend((end - plan.late_gaps[i], plan.late_gaps[i + 1]))
             plan.late_gaps = []
 
+    def record_landed(self, plan: Plan, landing: int) -> None:
+        """Write down the one step of ``plan`` that was in flight since ``plan.begun``, and has landed."""
+        if plan.undelivered or plan.late_gaps or self.journal is not None:
+            self.record(plan, plan.begun, landing - plan.begun, 1)
+        else:  # the same, without the detour
+            self.steps += 1
+            self.records.rows.frombytes(PACK_RUN(plan.begun, landing - plan.begun, 0, 1, 0, 0, 0, 0, *plan.row))
+
+    def fly(self, plan: Plan | None) -> None:
+        """The last committed step of ``plan`` is in flight from now on; None: no step is."""
+        self.flight = plan
+
     def idle(self) -> Plan:
         """A plan of as many steps as others want, in which nothing of this planner's runs."""
         state, pool = self.state, self.pool
@@ -502,7 +520,8 @@ class Planner:
         if request.row in state.admitted:
             del state.admitted[request.row]
             state.vacate(request, AWAY)
-            self.scheduler.ended(request)
+            if self._hears:
+                self.scheduler.ended(request)
         elif request.phase is not HELD and request.phase is not AWAY:
             state.withdraw(request)  # one that is held goes on paying for its slot
         if flying:

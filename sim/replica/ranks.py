@@ -96,7 +96,6 @@ class RanksPlan(Plan):
         first, slope = cost.spacing(ahead)
         super().__init__(first, slope, count, [], False, (), [], cost)
         self.plans = plans
-        self.undelivered = 1  # so that a loop has `Ranks.record` write it down, rank by rank
         pause = max(plan.gpu for plan in plans)
         if beside:
             pause = max(0, pause - cost.first)
@@ -217,20 +216,8 @@ class Ranks:
         self._turn = 0
         self._counts: list[list[int]] = []  # waiting and running of each rank, as the front end knows them
         self._counted: int | None = None  # when it heard of them
-        self._flight: RanksPlan | None = None
+        self.flight: RanksPlan | None = None  # the step in flight (`fly`)
         self._some_idle = True  # in the plan made last
-
-    @property
-    def flight(self) -> RanksPlan | None:
-        """The step in flight."""
-        return self._flight
-
-    @flight.setter
-    def flight(self, plan: Plan | None) -> None:
-        assert plan is None or isinstance(plan, RanksPlan)
-        self._flight = plan
-        for i, rank in enumerate(self.ranks):
-            rank.flight = None if plan is None else plan.plans[i]
 
     @property
     def intake(self) -> int:
@@ -293,7 +280,7 @@ class Ranks:
         """
         for _ in range(PATIENCE):
             plan = rank.ask(now, start)
-            if plan is not None or self._flight is not None:
+            if plan is not None or self.flight is not None:
                 return plan
             if not (rank.again or rank.state.rejected or rank.state.preempted):
                 return None
@@ -327,6 +314,17 @@ class Ranks:
         slope = plan.slope if count > 1 else 0
         self.records.rows.frombytes(PACK_RUN(start, first, slope, count, *map(sum, zip(*parts, strict=True))))
 
+    def record_landed(self, plan: Plan, landing: int) -> None:
+        """As `Planner.record_landed`."""
+        self.record(plan, plan.begun, landing - plan.begun, 1)
+
+    def fly(self, plan: Plan | None) -> None:
+        """As `Planner.fly`, on each rank."""
+        assert plan is None or isinstance(plan, RanksPlan)
+        self.flight = plan
+        for i, rank in enumerate(self.ranks):
+            rank.fly(None if plan is None else plan.plans[i])
+
     def deliver(self, plan: Plan) -> None:
         """As `Planner.deliver`."""
         assert isinstance(plan, RanksPlan)
@@ -348,7 +346,7 @@ class Ranks:
 
     def lose(self, now: int) -> list[Live]:
         """All requests of all ranks leave."""
-        self._flight = None
+        self.flight = None
         return [request for rank in self.ranks for request in rank.lose(now)]
 
     def row_to_come(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from mypy_extensions import mypyc_attr
 
@@ -44,7 +44,7 @@ def at(ps: int) -> When:
     return when
 
 
-NEVER = at(0)  # of a request without a token
+NEVER: Final = at(0)  # of a request without a token
 
 
 class Phase(IntEnum):
@@ -63,7 +63,13 @@ class Phase(IntEnum):
     HELD = 6  # has its whole answer, and keeps its slot until its batch returns
 
 
-AWAY, WAITING, PREFILLING, DECODING, PARKED, DRAINING, HELD = Phase
+AWAY: Final = Phase.AWAY
+WAITING: Final = Phase.WAITING
+PREFILLING: Final = Phase.PREFILLING
+DECODING: Final = Phase.DECODING
+PARKED: Final = Phase.PARKED
+DRAINING: Final = Phase.DRAINING
+HELD: Final = Phase.HELD
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -82,7 +88,7 @@ class Live(Request):
     __slots__ = (
         *("_arrival", "_hash_ids", "_ignore_eos", "limit", "_output_tokens", "_predicted_tokens"),
         *("lost", "_priority", "_session", "in_host", "_tenant", "asked", "at", "before", "group", "last"),
-        *("loaded", "offset", "padded", "phase", "produced", "prompt", "rank", "reserved", "row"),
+        *("due", "loaded", "offset", "padded", "phase", "produced", "prompt", "rank", "reserved", "row"),
         "stored",
     )
 
@@ -117,6 +123,7 @@ class Live(Request):
         self.phase = WAITING
         self.at = -1  # the replica that it is on
         self.group: Counter | None = None  # that it decodes with
+        self.due = -1  # while it decodes: steps of its group at which its answer ends, or its reservation (`Ends`)
         self.offset = 0  # while it decodes: tokens in KV less the steps of its group
         self.stored = 0  # while it does not: tokens in KV
         self.produced = 0  # while it does not: tokens emitted

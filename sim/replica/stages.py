@@ -44,7 +44,7 @@ class StagedPlanner(Planner):
         assert self.journal is not None
         return self.journal.row + len(self.flying)
 
-    def fly(self, plan: Plan) -> None:
+    def launch(self, plan: Plan) -> None:
         """A step is launched."""
         self.commit(plan, 1)
         self.flying.append(plan)
@@ -245,4 +245,4 @@ class Staged(Engine):
         self._done[plan] = left
         plan.begun = max(now, self._landed)  # the records let steps follow each other
         self._landed = plan.when.ps = max(left + host.update, plan.begun + 1)
-        self.planner.fly(plan)
+        self.planner.launch(plan)

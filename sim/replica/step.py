@@ -322,13 +322,16 @@ class ReplicaStep(Step):
             what = f"admit of {request}"
             tokens, pad, spare = (self._whole(what, number) for number in (tokens, pad, spare))
             reserve = None if reserve is None else self._whole(what, reserve)
-        if not 1 <= tokens <= request.prompt + request.produced - hit:
-            self._fail(f"admit with {tokens} tokens of {request}: {request.remaining - hit} remain")
-        if not 0 <= pad <= self.longest:
-            self._fail(f"a padding of {pad} tokens: 0 to {self.longest}, the longest request, are possible")
-        if spare < 0:
-            self._fail(f"{spare} blocks to be left free: at least 0 are possible")
-        upto = hit + tokens
+        computed: int = tokens  # whole numbers by now
+        dead: int = pad
+        free: int = spare
+        if not 1 <= computed <= request.prompt + request.produced - hit:
+            self._fail(f"admit with {computed} tokens of {request}: {request.remaining - hit} remain")
+        if not 0 <= dead <= self.longest:
+            self._fail(f"a padding of {dead} tokens: 0 to {self.longest}, the longest request, are possible")
+        if free < 0:
+            self._fail(f"{free} blocks to be left free: at least 0 are possible")
+        upto = hit + computed
         if reserve is not None:
             if reserve < upto:
                 self._fail(f"a reservation of {reserve} tokens for {upto} tokens of {request}")
@@ -336,12 +339,12 @@ class ReplicaStep(Step):
             if pool.blocks(upto) > pool.total:
                 self.reject(request)
                 return False
-        if pool.need(request, upto) + spare > pool.free:
-            self._note_denial(request, upto, spare)
+        if pool.need(request, upto) + free > pool.free:
+            self._note_denial(request, upto, free)
             return False
         if self.notes is not None:
             self._note(Kind.ADMIT, request, request.remaining - hit, hit)
-        self.tokens += tokens
+        self.tokens += computed
         if hit:
             self._resume(request, hit)
         waiting = self.queue
@@ -351,19 +354,19 @@ class ReplicaStep(Step):
             self._leave_queue(request)
         pool.open(request, upto)
         if pool.tracks:
-            pool.computed(request, hit + tokens)
+            pool.computed(request, hit + computed)
         reserved = 0
         if reserve is not None:
             reserved = pool.blocks(reserve) * pool.block_size
             self.pledges.append((request, reserved, hit, 1))
         self._admissions += 1
-        request.admit(hit, self._admissions, reserved, pad)
-        self.padding += pad
+        request.admit(hit, self._admissions, reserved, dead)
+        self.padding += dead
         self.started.append((request, hit))
         self.kv_tokens += hit
         self.admitted[request.row] = request
         self.prefills[request.row] = request
-        self.chunks.append((request, tokens))
+        self.chunks.append((request, computed))
         return True
 
     def preempt(self, request: Live, how: Preemption = "recompute") -> None:  # noqa: D102

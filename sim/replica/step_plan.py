@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isqrt
+from typing import Final
 
 from mypy_extensions import mypyc_attr
 
@@ -33,8 +34,8 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
     return n
 
 
-NOBODY: list[Live] = []
-NO_GAPS: list[int] = []
+NOBODY: Final[list[Live]] = []
+NO_GAPS: Final[list[int]] = []
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

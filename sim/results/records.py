@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +95,7 @@ class Growth(NamedTuple):
     spared_moment: int
 
 
-NO_GROWTH = Growth(0, 0, 0, 0)
+NO_GROWTH: Final = Growth(0, 0, 0, 0)
 
 
 RUN_COLUMNS = (
@@ -110,7 +110,8 @@ RUN_COLUMNS = (
 ADDED_COLUMNS = (*Growth._fields, "spared_blocks", "promised_decodes")  # that version 0.1 did not write
 
 _RUN = Struct(f"{len(RUN_COLUMNS)}q")
-PACK_RUN, UNPACK_RUN = _RUN.pack, _RUN.unpack  # a row as bytes: half the time of array.extend
+PACK_RUN: Final = _RUN.pack  # a row as bytes: half the time of array.extend
+UNPACK_RUN: Final = _RUN.unpack
 
 
 class MeasuredRow(NamedTuple):
@@ -222,15 +223,18 @@ class RequestRecords:
 
     def end(self, request: Ended, now: int, status: Status) -> None:
         """Write down what became of ``request``, once. It decodes no more."""
-        i = request.row
-        first = self.first_token[i]
+        self.close(request.row, now, status, request.produced, request.lost, request.last.ps)
+
+    def close(self, row: int, now: int, status: Status, produced: int, lost: int, last_ps: int) -> None:
+        """As `end`, for a caller that has the request's fields at hand, the time of its latest token for one."""
+        first = self.first_token[row]
         if first >= 0:
-            self.spoken_ps += request.last.ps - first
-        self.status[i] = status
-        self.finished[i] = now
-        self.emitted[i] = request.produced
-        if request.lost:
-            self.preemptions[i] = request.lost
+            self.spoken_ps += last_ps - first
+        self.status[row] = status
+        self.finished[row] = now
+        self.emitted[row] = produced
+        if lost:
+            self.preemptions[row] = lost
 
     def columns(self) -> dict[str, npt.NDArray[np.generic]]:
         """The rows as NumPy columns, which show the records and cannot be written to; lengths come from the trace."""
