@@ -162,11 +162,18 @@ class DraftedGroup:
 
         ``ahead``: tokens of KV that a member is given beyond those that it computes, at most ``longest`` in all.
         """
+        blocks = self.held_after(0, ahead, longest, block_size)
+        return blocks, int(blocks.sum() - self.blocks[: len(self.members)].sum())
+
+    def held_after(self, more: Ints | int, ahead: int, longest: int, block_size: int) -> Ints:
+        """Blocks that each member holds in a step before which it has ``more`` tokens stored; as `growth`.
+
+        Shape ``(steps, members)`` where ``more`` has it.
+        """
         n = len(self.members)
-        slots = np.minimum(self.stored[:n] + (self.width + ahead), longest)
-        held = self.blocks[:n]
-        blocks = np.maximum(-(-slots // block_size), held)
-        return blocks, int(blocks.sum() - held.sum())
+        slots = np.minimum(self.stored[:n] + (more + (self.width + ahead)), longest)
+        found: Ints = np.maximum(-(-slots // block_size), self.blocks[:n])
+        return found
 
     def plan(self, when: When) -> None:
         """A step is planned, and brings its tokens at ``when``."""
@@ -225,6 +232,14 @@ class Paths:
     def due(self, step: int) -> list[Drafted]:
         """Members whose path ends before a step, which are to leave."""
         return [r for r in self.leaving.pop(step, {}).values() if r.within is not None]
+
+    def until(self, step: int) -> int:
+        """Steps from this one on before which no member's path ends."""
+        return min((due for due in self.leaving if due > step), default=step + LONGEST - 1) - step
+
+    def between(self, first: int, behind: int) -> Any:
+        """Tokens that each step from ``first`` to the one before ``behind`` brings, by slot."""
+        return self.given[np.arange(first, behind) % LONGEST]
 
     def of(self, step: int) -> Any:
         """Tokens that a step brings, by slot."""

@@ -37,7 +37,7 @@ from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.ranks import Ranks, RanksPool, RanksState
 from chairlift.sim.replica.request import NEVER, WAITING, Live, at
 from chairlift.sim.replica.step import ReplicaStep
-from chairlift.sim.replica.step_plan import NOBODY, Plan, duration, steps_to_reach
+from chairlift.sim.replica.step_plan import NOBODY, Plan
 from chairlift.sim.results.records import Kind, Status
 
 PATIENCE: Final = 1_000  # plans in a row that run nothing and want another
@@ -180,16 +180,16 @@ class Synchronous(Engine):
         if execution is not None:
             plan.first += execution.wait(plan)
         self._count = plan.count
-        self.end = now + (plan.first if plan.count == 1 else duration(plan.first, plan.slope, plan.count))
+        self.end = now + (plan.first if plan.count == 1 else plan.span(plan.count))
         return self.end
 
     def cut(self, now: int) -> int | None:  # noqa: D102
         plan = self._plan
         if self._count > 1 and plan is not None:
-            count = steps_to_reach(now - self._start, plan.first, plan.slope)
+            count = plan.reaching(now - self._start)
             if count < self._count:
                 self._count = count
-                self.end = self._start + duration(plan.first, plan.slope, count)
+                self.end = self._start + plan.span(count)
         return self.end
 
     def settle(self, now: int) -> list[Live]:  # noqa: D102
@@ -212,10 +212,10 @@ class Synchronous(Engine):
         return done
 
     def _settle_done(self, now: int, plan: Plan) -> None:
-        whole = steps_to_reach(now - self._start + 1, plan.first, plan.slope) - 1
+        whole = plan.reaching(now - self._start + 1) - 1
         if whole:
             self._count = whole
-            self.settle(self._start + duration(plan.first, plan.slope, whole))
+            self.settle(self._start + plan.span(whole))
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -273,17 +273,17 @@ class Ahead(Engine):
         self.end = flight.when.ps
         if alike and plan is not None and plan.count > 1 and not flight.ending:
             self._count = plan.count
-            self.end += duration(plan.first, plan.slope, plan.count - 1)
+            self.end += plan.span(plan.count - 1)
         return self.end
 
     def cut(self, now: int) -> int | None:  # noqa: D102
         plan, flight = self._plan, self.planner.flight
         if self._count > 1 and plan is not None and flight is not None:
             landing = flight.when.ps
-            count = 1 if now <= landing else 1 + steps_to_reach(now - landing, plan.first, plan.slope)
+            count = 1 if now <= landing else 1 + plan.reaching(now - landing)
             if count < self._count:
                 self._count = count
-                self.end = landing + duration(plan.first, plan.slope, count - 1)
+                self.end = landing + plan.span(count - 1)
         return self.end
 
     def settle(self, now: int) -> list[Live]:  # noqa: D102
@@ -333,9 +333,9 @@ class Ahead(Engine):
         assert flight is not None
         landing = flight.when.ps
         if now >= landing:
-            whole = steps_to_reach(now - landing + 1, plan.first, plan.slope) - 1
+            whole = plan.reaching(now - landing + 1) - 1
             self._count = whole + 1
-            self.settle(landing + duration(plan.first, plan.slope, whole))
+            self.settle(landing + plan.span(whole))
 
     def _fly(self, plan: Plan, begun: int, gpu_end: int, now: int) -> None:
         """The last committed step of ``plan`` is in flight; the records let it begin at ``begun``.

@@ -43,7 +43,7 @@ class Planner:
         *("_ahead", "_budget", "_caps", "_ended", "_ends", "_finish", "_handover", "_hears", "_holds", "_leaps"),
         *("_left", "_limits", "_longest", "_overshoots", "_preempting", "_progress", "_promised", "again", "arrival"),
         *("arrival_token", "backend", "flight", "index", "intake", "journal", "pool", "price", "records", "requests"),
-        *("scheduler", "state", "steps"),
+        *("scheduler", "state", "steps", "vouched"),
     )
 
     def __init__(
@@ -76,6 +76,7 @@ class Planner:
         self.records = records or RunRecords()
         self.steps = 0  # done
         self.flight: Plan | None = None  # the step in flight (`fly`), committed already; None in a synchronous loop
+        self.vouched = 1  # steps that the policy vouches for, of the latest plan
         self.price = backend.step  # where steps really run, it launches them
         self.arrival, self.arrival_token = backend.arrival, backend.arrival_token
         self.intake = 0  # ps of host time to take in those that have come
@@ -198,6 +199,7 @@ class Planner:
             first, slope = cost.spacing(self._ahead)
         if state.host.busy:
             state.slept += state.host.delay(first)
+        self.vouched = vouched
         leaps = self._leaps and decoding and not (chunks or state.ran or state.slept or intake)
         if leaps and not (self.pool.publishes and state.queue):  # whoever waits may find what is being generated
             count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from math import isqrt
 from typing import Final
 
@@ -34,6 +35,18 @@ def steps_to_reach(span: int, first: int, slope: int) -> int:
     return n
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Course:
+    """Steps of the same members whose costs and contexts form no series: each keeps another number of drafts."""
+
+    __slots__ = ("ends", "gpus", "rows")
+
+    def __init__(self, ends: list[int], gpus: list[int], rows: list[tuple[int, ...]]) -> None:
+        self.ends = ends  # of each step: ps from the beginning of the first one to its end
+        self.gpus = gpus  # ps on the GPU
+        self.rows = rows  # the fields of a `StepRow`
+
+
 NOBODY: Final[list[Live]] = []
 NO_GAPS: Final[list[int]] = []
 
@@ -46,6 +59,7 @@ class Plan:
         "begun",
         "chunks",
         "count",
+        "course",
         "decoded_before",
         "decoding",
         "emitting",
@@ -80,6 +94,7 @@ class Plan:
         self.first = first  # ps from boundary to boundary, the first step's; pauses and host work included
         self.slope = slope  # ps that each further step takes longer
         self.count = count  # steps it may last
+        self.course: Course | None = None  # of its steps, where they form no series
         self.chunks = chunks
         self.decoding = decoding
         self.row = row  # the fields of a `StepRow`
@@ -97,10 +112,25 @@ class Plan:
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it
 
+    def span(self, count: int) -> int:
+        """Picoseconds of its first ``count`` steps."""
+        if self.course is None:  # as `duration`, without the detour
+            return count * self.first + self.slope * (count * (count - 1) // 2)
+        return self.course.ends[count - 1] if count else 0
+
+    def reaching(self, span: int) -> int:
+        """The fewest steps (>= 1) that take at least ``span`` ps."""
+        if self.course is None:
+            return steps_to_reach(span, self.first, self.slope)
+        return bisect_left(self.course.ends, span) + 1
+
     def leave_to_last(self, before: When, steps: int) -> None:
         """The plan is from here on its last step alone: the ``steps`` steps before that one were done at ``before``."""
         self.decoded_before, self.fresh = before, NOBODY_ELSE
-        self.row = row_after(self.row, steps, self.held, self.spared)
+        if self.course is None:
+            self.row = row_after(self.row, steps, self.held, self.spared)
+        else:
+            self.row, self.gpu, self.gpu_slope = self.course.rows[steps], self.course.gpus[steps], 0
 
     def lose_gap(self, last_ps: int) -> None:
         """A token of the plan's last step reaches no client; the client got the token before that one at ``last_ps``.

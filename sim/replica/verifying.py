@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from chairlift.backend.base import Batch, Chunk
+from chairlift.backend.base import WHOLE, Batch, Chunk, new
 from chairlift.policies.base import PolicyError, Speculation
 from chairlift.sim.replica.drafted_group import FEWEST, LEAST, LONGEST, Drafted, Paths
 from chairlift.sim.replica.drafts import Chosen, DraftedStep
 from chairlift.sim.replica.hybrid_pool import DraftedHybridPool
 from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.ranks import RankBackend
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
-from chairlift.sim.replica.step_plan import Plan
+from chairlift.sim.replica.step_plan import Course, Plan
 from chairlift.sim.replica.users_code import name_of
-from chairlift.sim.results.records import DRAFT_COLUMNS, Status
+from chairlift.sim.results.records import DRAFT_COLUMNS, NO_GROWTH, PACK_RUN, Status, StepRow
 
 REST = 64  # plans at most until those whose group was broken up join one again
+_CONTEXT, _LATE, _HELD, _STORED = map(StepRow._fields.index, ("context", "late_decodes", "held_blocks", "kv_tokens"))
+MOST = 64  # steps that are planned at once
 STEADY = 16  # steps after which a group that is broken up may join again at once
 
 
@@ -37,9 +40,10 @@ class Verified:
 
 
 class VerifyingPlanner(Planner):
-    """As `Planner`, one step a plan, where a decode computes its latest token and drafts of those after it.
+    """As `Planner`, where a decode computes its latest token and drafts of those after it.
 
-    With ``leap`` those whose next steps are all alike are a group (`sim.replica.drafted_group`).
+    With ``leap`` those whose next steps are all alike are a group (`sim.replica.drafted_group`), and a plan has as many
+    steps as the group does alone.
 
     ``accepts(request, position, drafts)``: how many of so many drafts are kept of a request that has ``position``
     tokens of its answer. Tokens that come together come at one time, with one gap before them, as clients get them: in
@@ -49,8 +53,8 @@ class VerifyingPlanner(Planner):
     """
 
     __slots__ = (
-        *("_accepts", "_along", "_broken", "_groups", "_paths", "_patience", "_rest", "_speculation"),
-        *("_verified", "_windowed"),
+        *("_accepts", "_along", "_broken", "_groups", "_paths", "_patience", "_reach", "_rest", "_runs"),
+        *("_speculation", "_undated", "_verified", "_windowed"),
     )
     state: DraftedStep
 
@@ -62,6 +66,8 @@ class VerifyingPlanner(Planner):
         self._along: Callable[[int, int, int, int], list[int]] | None = getattr(accepts, "along", None)
         self._paths = Paths()
         self._broken, self._patience, self._rest = 0, 1, 0  # the group, at that step of its; plans to let pass
+        self._reach = MOST  # steps worth planning at once: twice as many as were taken the last time
+        self._undated: When | None = None  # of the step before the last one that is committed
         self._verified: dict[Plan, Verified] = {}  # of each plan whose output is not in
         super().__init__(*parts, **more)
         policy = self.scheduler
@@ -72,6 +78,7 @@ class VerifyingPlanner(Planner):
         self._windowed = windowed
         # where others find answers each block that a decode fills matters, and each token where windows slide
         self._groups = self._leaps and not (speculation.by_batch or windowed or self.pool.publishes)
+        self._runs = self._groups and not isinstance(self.backend, RankBackend)  # a step of ranks is of all of them
         self._leaps = False
         if DRAFT_COLUMNS[0] not in self.requests.extra:
             self.requests.count_drafts()
@@ -85,7 +92,65 @@ class VerifyingPlanner(Planner):
         plan = super().ask(now, start)
         if plan is not None:
             self._verified[plan] = Verified(self.state.chosen, self.drafting, self.state.whole)
+            if self._runs and self.state.whole and not (self.state.chosen or self.state.slept or plan.intake):
+                self._go_on(plan)
         return plan
+
+    def _go_on(self, plan: Plan) -> None:
+        """Let a plan of the group's next step last for as many steps as it is the group alone that does them.
+
+        What each member keeps in those is drawn already (`Paths`), so contexts, blocks and tokens stored are prefix
+        sums, and each step is priced by them.
+        """
+        state, group, pool, flight = self.state, self.state.drafted, self.pool, self.flight
+        limit = self.scheduler.sequence_limit
+        if group.fresh or (state.queue and (limit is None or len(state.admitted) < limit)):
+            return  # somebody may join
+        if self._ahead and not (group.flying and flight is not None and not flight.ending):
+            return
+        steps = min(self.vouched, self._reach, self._paths.until(group.steps))
+        if steps < 2:
+            return
+        n, ahead = len(group), int(self._ahead)
+        given = self._paths.between(group.steps - ahead, group.steps + steps - 1)[:, :n]
+        brought = given.sum(axis=1)
+        context = (plan.row[_CONTEXT] + brought[ahead:].cumsum()).tolist()
+        stored = (plan.row[_STORED] + brought[: steps - 1].cumsum()).tolist()
+        held = group.held_after(
+            given[: steps - 1].cumsum(axis=0), self._speculation.lookahead, state.longest, pool.block_size
+        )
+        more = (held.sum(axis=1) - group.blocks[:n].sum()).tolist()
+        host, drafts, proposes, free = plan.host, n * (group.width - 1), self._verified[plan].drafting, pool.free
+        least = host.schedule + host.launch + host.update
+        least = max(least, host.launch + host.tail) if self._ahead and host.tail != WHOLE else 0
+        if plan.gpu < least:
+            return
+        ends, gpus, rows = [plan.first], [plan.gpu], [plan.row]
+        before, between, after = plan.row[:_CONTEXT], plan.row[_LATE + 1 : _HELD], plan.row[_STORED + 1 :]
+        for k in range(steps - 1):
+            cost = self.price(new(Batch, ((), n, context[k], 0, None, drafts, proposes)))
+            if more[k] > free or cost.host != host or cost.first < least:
+                break
+            ends.append(ends[-1] + cost.spacing(self._ahead)[0])
+            gpus.append(cost.first)
+            held_blocks = plan.row[_HELD] + more[k]
+            rows.append((*before, context[k], 0, *between, held_blocks, plan.row[_HELD + 1], stored[k], *after))
+        if len(ends) > 1:
+            plan.count, plan.course = len(ends), Course(ends, gpus, rows)
+
+    def _catch_up(self, count: int) -> None:
+        """So many steps of the group are done, each landed before the next one was planned."""
+        group, pool, n = self.state.drafted, self.pool, len(self.state.drafted)
+        given = self._paths.between(group.steps, group.steps + count)[:, :n].sum(axis=0)
+        group.produced[:n] += given
+        group.stored[:n] += given
+        self.state.kv_tokens += int(given.sum())
+        flying = group.width - self._paths.of(group.steps + count - 1)[:n] if self._ahead else 0
+        blocks = group.held_after(flying, self._speculation.lookahead, self.state.longest, pool.block_size)
+        pool.grow(int(blocks.sum() - group.blocks[:n].sum()))
+        group.blocks[:n] = blocks
+        group.steps += count
+        group.last = self._undated = When()
 
     def _regroup(self) -> None:
         """Who is about to do other steps leaves the group, and who is to do steps like the others' joins it."""
@@ -141,14 +206,15 @@ class VerifyingPlanner(Planner):
         stop = min(final, start + (LONGEST - 1) * (1 + drafts))
         kept = self._along(row, start, stop, drafts) if self._along is not None and start < stop else None
         path: list[int] = []
-        at = start
-        while at < stop and len(path) < LONGEST - 1:
+        at, end = start, min(stop, last + 1)
+        while at < end and len(path) < LONGEST - 1:
             given = 1 + (self._accepts(row, at, drafts) if kept is None else kept[at - start])
-            if at > last or at + given >= final:
-                return path, True
             path.append(given)
             at += given
-        return path, False
+        if path and at >= final:
+            del path[-1]
+            return path, True
+        return path, last < at < stop
 
     def _absorb(self) -> None:
         """Take in what leaving the group means for those who have left it."""
@@ -274,6 +340,10 @@ class VerifyingPlanner(Planner):
         plan.fresh = {}
         if self._verified[plan].grouped:
             group = state.drafted
+            if plan.course is not None:
+                self._reach = min(MOST, max(LEAST, 2 * count))
+                if count > 1:
+                    self._catch_up(count - 1)
             group.plan(when)
             state.kv_tokens += len(group) * group.width
         emitting: list[Live] = []
@@ -296,6 +366,18 @@ class VerifyingPlanner(Planner):
         plan.emitting, plan.ending = emitting, ending
         if self._windowed is not None:
             self._windowed.under_way = {row: chosen.tokens for row, chosen in self._verified[plan].chosen.items()}
+
+    def record(self, plan: Plan, start: int, first: int, count: int) -> None:  # noqa: D102
+        course, undated = plan.course, self._undated
+        super().record(plan, start, first, count if course is None else 1)
+        if undated is None or course is None:
+            return
+        self._undated = None
+        undated.ps = start + course.ends[count - 1 if self._ahead else count - 2]
+        self.steps += count - 1
+        write = self.records.rows.frombytes
+        for end, after, row in zip(course.ends, course.ends[1:count], course.rows[1:count], strict=False):
+            write(PACK_RUN(start + end, after - end, 0, 1, *NO_GROWTH, *row))
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:  # noqa: D102
         verifying = self._verified.pop(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chairlift.backend.base import Batch, StepCost
-from chairlift.policies.base import KvGroups
+from chairlift.policies.base import KvGroups, Step
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import Pool, summarise
 from chairlift.sim.results.records import DRAFT_COLUMNS
@@ -261,6 +262,25 @@ def test_those_that_verify_together_do_what_each_does_alone(
     assert {name: list(leapt.requests.extra[name]) for name in DRAFT_COLUMNS} == {
         name: list(stepped.requests.extra[name]) for name in DRAFT_COLUMNS
     }
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_steps_of_a_steady_group_are_planned_many_at_a_time(asynchronous: bool) -> None:
+    """8 answers of 4,000 tokens: some 1,250 steps of a group; each kind of step and each end is a plan of its own."""
+    plans: list[int] = []
+
+    class Counted(Vllm):
+        def schedule(self, step: Step) -> int:
+            plans.append(len(step.running))
+            return super().schedule(step)
+
+    policy = partial(Counted, async_scheduling=asynchronous, enable_prefix_caching=False)
+    trace = trace_of([(0, 20, 4000) for _ in range(8)])
+    world = play(trace, policy, lambda: Affine(), 4000, speculate=drafts(3, synthetic=3.2))
+
+    steps = sum(engine.planner.steps for engine in world.engines)
+    assert steps > 1200
+    assert len(plans) < steps / 5
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
