@@ -228,20 +228,21 @@ def _crowds(answer: Answer, runs: Simulations, told: Callable[[str], None]) -> I
     loop, known = answer.plan.spec.ask.clients, {id(each.candidate) for each in answer.crowds}
     if loop is None:
         return
-    found: list[tuple[Candidate, Verdict | None, float]] = [
-        (candidate, capacity.verdicts[0], capacity.rate_per_s)
-        for candidate, capacity in answer.capacities
-        if capacity.reached
-    ]
-    last = [race for race in answer.races[-1:] if race.winner is not None]
-    found += [(r.winner.candidate, r.winner.verdict, r.rate_per_s) for r in last if r.winner is not None]
+    found: list[tuple[Candidate, Verdict | None, float]] = []
+    for candidate, capacity in answer.capacities:
+        if (rate := capacity.rate_per_s) > 0:
+            found.append((candidate, min(capacity.verdicts, key=lambda v: abs(v.rate_per_s - rate)), rate))
+    for last in answer.races[-1:]:
+        if (best := last.winner) is not None:
+            spare = answer.margins.get(last.rate_per_s)
+            found.append((best.candidate, best.verdict, last.rate_per_s * (1.0 if spare is None else spare.kept)))
     for candidate, verdict, rate in found:
         if id(candidate) not in known and verdict is not None:
             known.add(id(candidate))
             stay_s = verdict.figures["p50_e2el_ms"][0] / 1e3
             told(f"{candidate.name}: clients in a closed loop")
             measure = runs.of(candidate, think_s=loop.think_s)
-            guess = rate * (stay_s + loop.mean_s)  # Little's law
+            guess = rate * (stay_s + loop.mean_s)  # the interactive response time law
             answer.crowds.append(crowd(candidate, measure, answer.plan.spec.slo, guess, answer.plan.effort(), told))
             yield answer
 

@@ -38,9 +38,12 @@ Told = Callable[[str], None]  # takes a line about progress
 
 GRID = 12  # rates of the screen
 WIDTH = 20.0  # ratio of the highest to the lowest of those rates
+AROUND = 5, 4.0  # the same two where another capacity says about where this one lies
 MARGIN = 1.15  # proofs are sought this many expected half-widths away from the centre
 LOOKS = 40  # verdicts of one stage, at most
 MOVES = 3  # of the centre, before more work is put into each verdict
+ROUGH = 0.05  # precision from which on grown work goes to rates beside the centre at once, where that is likely to do:
+ROUGHLY = 1.3  # half of the interval expected is no more than so many times the half that is sought
 NEAR = 0.12  # two rates are near each other if the logarithm of their ratio is below this
 LOWEST = 1e-4  # of the grid's highest rate: a promise that breaks even below breaks at any load
 
@@ -110,18 +113,20 @@ def find(
     effort: Effort,
     told: Told = lambda _: None,
     fine: Callable[[Capacity], float] | None = None,
+    about: float = 0.0,
 ) -> Capacity:
     """The capacity of the system that ``measure`` simulates.
 
     ``guess`` is any rate to begin with. ``bound`` is a rate above which none can be served; infinity if none is known.
-    ``fine``: takes what is known before
-    anything is proven, and says the precision to prove it to, in place of the effort's.
+    ``fine``: takes what the screen shows, and says the precision to prove it to, in place of the effort's. ``about``:
+    the capacity of the same system under less stress, if that is known; a quarter of it and more is looked at first.
     """
     search = _Search(measure, promises, guess, bound, effort, told)
     try:
-        search.screen()
-        search.close_in()
-        search.prove(effort.precision if fine is None else fine(search.provisional()))
+        search.screen(about)
+        precision = effort.precision if fine is None else fine(search.provisional())
+        search.close_in(precision)
+        search.prove(precision)
     except Unreachable as unreachable:
         broken = unreachable.verdict
         return Capacity(0.0, 0.0, broken.rate_per_s, search.ordered(), worst(broken, promises))
@@ -186,17 +191,19 @@ class _Search:
         """All verdicts in order of rates."""
         return [self.seen[rate] for rate in sorted(self.seen)]
 
-    def screen(self) -> None:
+    def screen(self, about: float = 0.0) -> None:
         """Look at a grid of rates, extended until its lowest rate holds and a higher one does not.
 
-        Raises `Unreachable` if no rate holds.
+        ``about``: the grid's highest rate, if one is known to be near the capacity. Raises `Unreachable` if no rate
+        holds.
         """
         whole = self.requests
         self.requests = coarse(replace(self.effort, requests=whole))
-        top = self.bound if math.isfinite(self.bound) else self.guess * 4
-        for i in range(GRID):
-            self.look(top * WIDTH ** (i / (GRID - 1) - 1), SCREEN, whole)
-        step = WIDTH ** (1 / (GRID - 1))
+        top = about or (self.bound if math.isfinite(self.bound) else self.guess * 4)
+        grid, width = AROUND if about else (GRID, WIDTH)
+        for i in range(grid):
+            self.look(top * width ** (i / (grid - 1) - 1), SCREEN, whole)
+        step = width ** (1 / (grid - 1))
         while self.ordered()[-1].holds:
             rate = self.ordered()[-1].rate_per_s * step
             if rate > min(self.bound * step**6, top * WIDTH**2):  # short runs break none just above the bound
@@ -214,8 +221,8 @@ class _Search:
                 if lowest < LOWEST * top:
                     raise Unreachable(self.look(lowest, FIRST))
                 self.look(lowest, SCREEN)
-            elif ends := sorted({self.below, self.above} - looked):  # short runs may have kept what long ones break
-                looked.update(ends)
+            elif ends := sorted(({self.below} if about else {self.below, self.above}) - looked):
+                looked.update(ends)  # short runs may have kept what long ones break
                 for rate in ends:
                     self.look(rate, SCREEN)
             else:
@@ -237,12 +244,12 @@ class _Search:
                 self.above = verdict.rate_per_s
                 return
 
-    def close_in(self) -> None:
+    def close_in(self, precision: float) -> None:
         """Narrow the bracket to three precisions, by secant steps that keep 15 % away from either end of it."""
         begun = self.looks
         if self.below == 0 or not math.isfinite(self.above):
             return
-        while math.log(self.above / self.below) > 3 * self.effort.precision and self.looks < begun + LOOKS:
+        while math.log(self.above / self.below) > 3 * precision and self.looks < begun + LOOKS:
             low, high = math.log(self.below), math.log(self.above)
             guess = self.crossing() if math.isfinite(self.above) else high
             self.look(math.exp(min(max(guess, low + 0.15 * (high - low)), high - 0.15 * (high - low))), FIRST)
@@ -284,9 +291,12 @@ class _Search:
                 self.centre = math.sqrt(self.below * self.above)
             else:
                 self.centre *= math.exp(min(max(-centre.gap / slope, -NEAR / 2), NEAR / 2))
+            done = self.replications * self.requests
             if half * MARGIN > precision and self.grow(min(half * MARGIN / precision, 2.0) ** 2):
                 moves = 0
-                continue
+                half *= math.sqrt(done / (self.replications * self.requests))  # as it is likely to become
+                if precision < ROUGH or half * MARGIN > precision * ROUGHLY:
+                    continue
             self.look_around(min(max(half * MARGIN, precision / 2), NEAR))
             low, high = self.proven()
             if high - low <= 2 * precision * self.centre * 1.0001:
@@ -392,10 +402,14 @@ class _Search:
             yield f"at {short[-1].rate_per_s:.4g}/s {few:,} requests are too few to settle: raise search.most_requests"
 
     def fitted(self) -> float:
-        """The rate at which a line fitted to the gaps near the centre crosses 0; the centre if there are too few."""
+        """The rate at which a line fitted to the gaps near the centre crosses 0; of too few, the centre.
+
+        Where the precision is rough, it is the line between the bracket's ends then: the centre was looked at but once.
+        """
         near = [verdict for verdict in self.trusted() if abs(math.log(verdict.rate_per_s / self.centre)) <= NEAR / 2]
         if len(near) < 3:
-            return self.centre
+            known = self.precision >= ROUGH and 0 < self.below < self.above < math.inf
+            return math.exp(self.crossing()) if known else self.centre
         x = np.log([verdict.rate_per_s / self.centre for verdict in near])
         slope, at = np.polyfit(x, [verdict.gap for verdict in near], 1)
         return self.centre * math.exp(min(max(-at / slope, -NEAR), NEAR)) if slope > 0 else self.centre

@@ -4,6 +4,11 @@ A client waits for its answer, thinks, and asks again. So a closed loop never ha
 clients, and slows down with the system (Schroeder, Wierman and Harchol-Balter, NSDI 2006): its limit is a number of
 clients, not a rate.
 
+The first number is Little's law applied to the whole loop (the interactive response time law, Denning and Buzen, ACM
+Computing Surveys 10, 1978): N = X · (R + Z), at X requests a second that stay for R seconds and a thinking time of Z.
+Each further one is chosen where a line through the gaps of those before says that the promises begin to break, half of
+`NEAR` to either side of it: two numbers will do where the line is right.
+
 Worked example: one server takes a second for each request, and nobody thinks. Each of N clients waits for the N − 1
 others and itself, N seconds. With "90 % of requests: E2E ≤ 4.5 s" four clients keep the promise, and five break it.
 """
@@ -11,16 +16,19 @@ others and itself, N seconds. With "90 % of requests: E2E ≤ 4.5 s" four client
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chairlift.sim.plan.candidates import Candidate
 from chairlift.sim.plan.deciding import Effort, Measure, decide
 from chairlift.sim.plan.promises import Promise
+from chairlift.sim.plan.verdict import Verdict
 
 FEW = 8  # replications that one number of clients is worth
-STEP = 1.2  # from the first number that is tried to the next
 NEAR = 0.1  # an interval is no narrower than this part of its lower end
+FAR = 2.0  # from one number that is tried to the next, at most
+STEEP, FLAT = 8.0, 2.0  # slope of the gap over the logarithm of the number: where no two show it, and at least
+WORST = 4.0  # gap, either way: beyond, it says nothing of how far off a number is
 MOST = 2**20  # clients
 
 
@@ -50,41 +58,51 @@ def crowd(
 ) -> Crowd:
     """The most clients with which the promises are kept; ``measure`` takes their number for a rate.
 
-    Numbers grow, or fall, from ``guess`` on by `STEP`, its square and so on, until one is proven kept and one broken;
-    then the interval is halved (in the logarithm) until it is `NEAR`, or one that is too close to say has been tried on
-    either side.
+    Numbers are tried from ``guess`` on, until one is proven kept, one is proven broken and the interval between them is
+    `NEAR`, or one that is too close to say has been tried on either side.
     """
-    factor = STEP
-    proofs: dict[int, int] = {}
-
-    def proof(clients: int) -> int:
-        if clients not in proofs:
-            told(f"{clients:,} clients")
-            proofs[clients] = decide(measure, promises, clients, effort, FEW).proof
-        return proofs[clients]
-
+    seen: dict[int, Verdict] = {}
     low, high = 0, math.inf
     clients = max(1, round(guess))
-    while low == 0 or math.isinf(high):
-        if proof(clients) > 0:
+    while 0 < clients <= MOST and clients not in seen:
+        told(f"{clients:,} clients")
+        verdict = seen[clients] = decide(measure, promises, clients, effort, FEW)
+        if verdict.proof > 0:
             low = max(low, clients)
-        elif proof(clients) < 0:
+        elif verdict.proof < 0:
             high = min(high, clients)
-        if low == 0 and clients > 1:
-            clients = max(1, min(clients - 1, int(min(proofs) / factor)))
-        elif low > 0 and math.isinf(high) and max(proofs) < MOST:
-            clients = max(max(proofs) + 1, round(factor * max(proofs)))
-        else:
+        if low and math.isfinite(high) and high - low <= max(1, NEAR * low):
             break
-        factor *= factor
-    while low and math.isfinite(high) and high - low > max(1, NEAR * low):
-        unsure = [n for n in proofs if low < n < high]
-        middles = [math.sqrt(low * unsure[0]), math.sqrt(unsure[0] * high)] if unsure else [math.sqrt(low * high)]
-        untried = [n for n in (min(max(round(n), low + 1), int(high) - 1) for n in middles) if n not in proofs]
-        if not untried:
-            break
-        if proof(untried[0]) > 0:
-            low = untried[0]
-        elif proof(untried[0]) < 0:
-            high = untried[0]
+        clients = _next(seen, low, high)
     return Crowd(candidate, low, high)
+
+
+def _next(seen: Mapping[int, Verdict], low: int, high: float) -> int:
+    """The number of clients to try next; 0: there is none."""
+    at = _crossing(seen)
+    unsure = [n for n, verdict in seen.items() if low < n < high and not verdict.proof]  # the first of them leads
+    if not low:  # nothing is proven kept
+        least = min(seen)
+        return min(least - 1, max(round(min(math.exp(at - NEAR / 2), least * math.exp(-NEAR))), int(least / FAR)))
+    if math.isinf(high):
+        most = max(seen)
+        return max(most + 1, min(round(max(math.exp(at + NEAR / 2), most * math.exp(NEAR))), math.ceil(most * FAR)))
+    begin, end = math.log(low), math.log(high)
+    if unsure:
+        wanted = [x for x in (math.log(unsure[0]) - NEAR, math.log(unsure[0]) + NEAR) if begin < x < end]
+    elif end - begin > NEAR:
+        middle, apart = (begin + end) / 2, 0.15 * (end - begin)
+        sides = [min(max(x, begin + apart), end - apart) for x in (at - NEAR / 2, at + NEAR / 2)]
+        wanted = [min(sides, key=lambda x: abs(x - middle))]
+    else:
+        wanted = [(begin + end) / 2]
+    numbers = (min(max(round(math.exp(x)), low + 1), int(high) - 1) for x in wanted)
+    return next((n for n in numbers if n not in seen), 0)
+
+
+def _crossing(seen: Mapping[int, Verdict]) -> float:
+    """Logarithm of the number of clients at which the promises begin to break, by the two verdicts nearest to that."""
+    gaps = ((math.log(n), min(max(v.gap, -WORST), WORST)) for n, v in seen.items())
+    (x, gap), *others = sorted(gaps, key=lambda each: abs(each[1]))
+    slope = max((others[0][1] - gap) / (others[0][0] - x), FLAT) if others else STEEP
+    return x - gap / slope

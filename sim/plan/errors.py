@@ -38,6 +38,8 @@ Of 252 measured servers the roofline's median absolute error of TPOT is 11.2 % (
 for a normal error. Nobody has measured profiles carried from another GPU; they count the same.
 """
 LOOKS = 6  # verdicts of one draw, at most
+PAIRED = 2  # replications of a look where draws are compared by the same requests, and
+MISSES = 20  # requests in it that may miss each promise, at least; else a look has `SCREEN` replications
 NEAR_ENOUGH = 0.03  # between a rate that holds and one that breaks, in the logarithm
 MOST = 0.2  # of the logarithm of the rate from one look to the next, before the capacity is between two
 LEAST = 0.02
@@ -159,12 +161,13 @@ def _crossing(
     Secants between a rate that is seen to hold and one that is seen to break, which are looked for from ``guess`` on.
     Unless it must lie ``between`` two, a rate will do from which it is no further than `NEAR_ENOUGH` by ``slope``.
     """
-    shift = guess
+    shift, replications = guess, _paired(promises, effort.requests)
     low: tuple[float, float] | None = None  # the largest shift that is seen to hold, and its gap
     high: tuple[float, float] | None = None  # the smallest that is seen to break
     for look in range(LOOKS):
         rate = float(f"{capacity.rate_per_s * math.exp(shift):.6g}")
-        found = judge(promises, measure(rate, effort.requests, SCREEN), rate, effort.requests, effort.confidence).gap
+        samples = measure(rate, effort.requests, replications)
+        found = judge(promises, samples, rate, effort.requests, effort.confidence).gap
         if abs(found) < slope * NEAR_ENOUGH and not between:
             return shift - found / slope, slope
         if found > 0:
@@ -183,6 +186,12 @@ def _crossing(
     if low is not None and high is not None:
         shift = low[0] + (high[0] - low[0]) * min(1.0, max(0.0, -low[1] / max(high[1] - low[1], 1e-9)))
     return shift, slope
+
+
+def _paired(promises: Sequence[Promise], requests: int) -> int:
+    """How many replications of so many requests a look has that is compared with others of the same requests."""
+    fewest = min(1 - promise.wanted for promise in promises) * PAIRED * requests
+    return PAIRED if fewest >= MISSES else SCREEN
 
 
 def _slope(capacity: Capacity) -> float:

@@ -19,7 +19,7 @@ from chairlift.backend.checked import a_file
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, held_to_one_loop, scenario_of
 from chairlift.sim.plan.deciding import Effort
-from chairlift.sim.plan.pacing import joined, own_rate, sampled
+from chairlift.sim.plan.pacing import SAMPLE, joined, looped, own_rate, sampled
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.questions import Asked, Newcomer
 from chairlift.sim.plan.stretches import FIRST_SHARE, LEAST, MOST_SHARE, recorded, rows_of
@@ -236,6 +236,9 @@ def read_plan(
         candidates = [replace(each, labels={"cluster": name}) for each, name in named]
         for each in candidates:
             own_rate(each.document)
+    if (loop := spec.ask.clients) is not None:
+        for each in candidates:
+            looped(each.document, 1, SAMPLE, loop.think_s.model_dump(exclude_none=True))
     candidates = held_to_one_loop(candidates)
     if spec.today is not None:
         today = candidates.pop()

@@ -223,7 +223,8 @@ def headroom(
     for name, candidate, cv in cases:
         told(name)
         most = bounds(candidate).rate_per_s
-        capacities.append((name, find(measure(candidate, cv), promises, rate, most, effort, told)))
+        near = min(capacity.rate_per_s, most)
+        capacities.append((name, find(measure(candidate, cv), promises, rate, most, effort, told, about=near)))
     return [
         Headroom(name, each, {times: Headroom.holds(each, rate * times) for times in (1.0, *stress.growth)})
         for name, each in capacities

@@ -22,28 +22,30 @@ THINK_S = 5.0
 SOMETHING = Candidate({"replicas": 1}, None, Path(), False, None, usd_per_hour=3.6)  # type: ignore[arg-type]
 
 
-def met(clients: int) -> float:
+def met(clients: int, think_s: float = THINK_S, stay_s: float = 5.757) -> float:
     """M/M/1 with so many clients who think: a request sees the others as they are without its own client.
 
     (Sevcik and Mitrani, J. ACM 28, 1981.) With k before it, it stays for k + 1 exponential services of mean 1 s.
     """
-    others = [math.perm(clients - 1, k) / THINK_S**k for k in range(clients)]
-    beyond, term, tails = 0.0, math.exp(-5.757), []
+    others, beyond, term, tails, weight = [], 0.0, math.exp(-stay_s), [], 1.0
     for k in range(clients):
+        others.append(weight)
+        weight *= (clients - 1 - k) / think_s
         beyond += term
-        term *= 5.757 / (k + 1)
+        term *= stay_s / (k + 1)
         tails.append(beyond)
     return 1 - sum(p * tail for p, tail in zip(others, tails, strict=True)) / sum(others)
 
 
-def looped(seed: int) -> Measure:
-    """That queue, customer by customer."""
+def looped(seed: int, promise: Promise = PROMISE, think_s: float = THINK_S, each: int = 1) -> Measure:
+    """That queue, customer by customer; ``each``: requests of a client, at least."""
 
     def run(clients: int, requests: int, replication: int) -> Sample:
         random = np.random.default_rng([seed, replication])
-        ready = [(0.0, client) for client in range(clients)]
+        firsts = random.uniform(0, think_s, clients) if each > 1 else np.zeros(clients)
+        ready = sorted((first, client) for client, first in enumerate(firsts.tolist()))  # a heap
         free, arrivals, stays = 0.0, [], []
-        services, thinks = random.exponential(size=requests).tolist(), random.exponential(THINK_S, requests).tolist()
+        services, thinks = random.exponential(size=requests).tolist(), random.exponential(think_s, requests).tolist()
         for service, think in zip(services, thinks, strict=True):
             arrival, client = heappop(ready)
             free = max(free, arrival) + service
@@ -51,9 +53,11 @@ def looped(seed: int) -> Measure:
             stays.append(1e3 * (free - arrival))
             heappush(ready, (free + think, client))
         ms = {"ttft": np.zeros(requests), "tpot": np.zeros(requests), "e2el": np.array(stays)}
-        return sample_of([PROMISE], Latency(np.array(arrivals), ms, np.zeros(requests, dtype=bool)))
+        return sample_of([promise], Latency(np.array(arrivals), ms, np.zeros(requests, dtype=bool)))
 
-    return lambda clients, requests, replications: [run(int(clients), requests, r) for r in range(replications)]
+    return lambda clients, requests, replications: [
+        run(int(clients), max(requests, each * int(clients)), r) for r in range(replications)
+    ]
 
 
 def test_the_most_clients_of_a_queue_that_is_known() -> None:
@@ -66,6 +70,21 @@ def test_the_most_clients_of_a_queue_that_is_known() -> None:
         found = crowd(SOMETHING, looped(1), [PROMISE], guess, Effort(requests=8000, precision=0.01))
         assert (found.kept, found.broken) == (most, most + 1)
         assert f"{most} clients, ${3.6 / most:,.3g}/h each; {most + 1} break one" in str(found)
+
+
+@pytest.mark.parametrize("guess", [250, 330, 500])
+def test_hundreds_of_clients_are_found_by_few_numbers(guess: int) -> None:
+    """A second of service and 430 s of thought: 99 % stay for at most 21.5 s with up to 350 clients."""
+    think_s, promise = 430.0, Promise(percentile=99, e2el_ms=21_500)
+    truth = max(n for n in range(300, 420) if met(n, think_s, 21.5) >= 0.99)
+    assert truth == 350
+    tried: list[str] = []
+    measure = looped(2, promise, think_s, each=16)
+    found = crowd(SOMETHING, measure, [promise], guess, Effort(precision=0.05), tried.append)
+
+    assert found.kept <= truth < found.broken <= 1.5 * truth
+    assert found.kept >= 0.7 * truth
+    assert len(tried) <= 8
 
 
 def test_one_client_may_be_too_many() -> None:
