@@ -73,10 +73,10 @@ class PrefixPool(CountingPool):
         # entry is a findable block, or the number of such as are only counted, negative.
         self._front = total
         self._queue: deque[int] = deque()
-        self._stale: dict[int, int] = {}  # findable block → its first so many entries in the queue count no more
         self._unused: list[int] = []  # names that no findable block has any more
-        self._keys: dict[int, int] = {}  # findable block → its content's key
         self._users: list[int] = []  # of each name: requests that hold its block
+        self._keys: list[int] = []  # of each name: its block's content's key
+        self._stale: list[int] = []  # of each name: its first so many entries in the queue count no more
         self._cached: dict[int, int] = {}  # key → the block with that content, of several the first that was cached
         self._copies: dict[int, dict[int, None]] = {}  # key → the others, in order of caching
         self._heads: dict[int, list[int]] = {}  # request → its findable blocks
@@ -102,7 +102,7 @@ class PrefixPool(CountingPool):
         if free:
             for block in head:
                 if not users[block]:
-                    stale[block] = stale.get(block, 0) + 1
+                    stale[block] += 1
             self.free -= free
         for block in head:
             users[block] += 1
@@ -251,15 +251,13 @@ class PrefixPool(CountingPool):
     def _take(self, count: int) -> None:
         """Take ``count`` blocks from the head of the queue; what they held is forgotten."""
         self.free -= count
-        front = self._front
+        front, queue, stale = self._front, self._queue, self._stale
         while count > front:
-            entry = self._queue.popleft()
+            entry = queue.popleft()
             if entry < 0:
                 front -= entry
-            elif entry in self._stale:
-                self._stale[entry] -= 1
-                if not self._stale[entry]:
-                    del self._stale[entry]
+            elif stale[entry]:
+                stale[entry] -= 1
             else:
                 self._forget(entry)
                 self._drop(entry)
@@ -269,7 +267,7 @@ class PrefixPool(CountingPool):
     def _forget(self, block: int) -> None:
         """Nobody can find ``block`` from here on."""
         self._found = None
-        key = self._keys.pop(block)
+        key = self._keys[block]
         copies = self._copies.get(key)
         if copies is None:
             del self._cached[key]
@@ -289,6 +287,8 @@ class PrefixPool(CountingPool):
         if self._unused:
             return self._unused.pop()
         self._users.append(0)  # a name for each block from the start would cost a replica a millisecond and a megabyte
+        self._keys.append(0)
+        self._stale.append(0)
         return len(self._users) - 1
 
     def _drop(self, block: int) -> None:
@@ -317,7 +317,7 @@ class TablePool(PrefixPool):
     ) -> None:
         super().__init__(total, block_size, identity, late, uncached_first)
         self.follows = True
-        self._users = [0] * self.total
+        self._users, self._keys, self._stale = ([0] * self.total for _ in range(3))
         self._spare = list(range(self.total))  # blocks that are free and cannot be found
         self._tables: dict[int, list[int]] = {}  # request → its blocks
 

@@ -69,16 +69,18 @@ def check_pool(world: World) -> None:
         assert isinstance(pool, PrefixPool)
         assert pool.free == pool.total
         findable = [entry for entry in pool._queue if entry >= 0]
-        assert set(findable) == set(pool._keys)
-        assert len(findable) == len(pool._keys) + sum(pool._stale.values())
-        assert pool._front - sum(entry for entry in pool._queue if entry < 0) == pool.total - len(pool._keys)
-        assert sorted([*pool._unused, *pool._keys]) == list(range(len(pool._users)))
+        names = range(len(pool._users))
+        keys = {name: pool._keys[name] for name in names if name not in pool._unused}
+        assert set(findable) == set(keys)
+        assert len(findable) == len(keys) + sum(pool._stale)
+        assert pool._front - sum(entry for entry in pool._queue if entry < 0) == pool.total - len(keys)
+        assert len(keys) + len(pool._unused) == len(names)
         assert len(pool._users) <= pool.total
         assert not any(pool._users)
         assert not pool._heads
         found = {block: key for key, block in pool._cached.items()}
         found |= {block: key for key, copies in pool._copies.items() for block in copies}
-        assert found == pool._keys
+        assert found == keys
 
 
 @pytest.mark.parametrize("kind", [grouped, in_sessions], ids=["groups", "sessions"])
