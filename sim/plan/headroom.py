@@ -217,7 +217,7 @@ def headroom(
         if stress.failed_replicas < replicas:
             cases.append((f"N − {stress.failed_replicas} replicas", fewer(today, stress.failed_replicas), None))
         else:
-            told(f"there are but {replicas} replicas: without {stress.failed_replicas} nothing is left")
+            told(f"replicas: {replicas}; without {stress.failed_replicas} nothing is left")
     cases += [(f"gaps of CV {cv:g}", today, cv) for cv in stress.burst_cvs]
     capacities = [("as it is", capacity)]
     for name, candidate, cv in cases:

@@ -30,7 +30,7 @@ from chairlift.sim.plan.tables import (
     told_apart,
 )
 from chairlift.sim.plan.verdict import Verdict
-from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, note
+from chairlift.sim.report.html import Figure, Page, apart, curve, error_bars, hue, level, note
 
 MOST_CURVES = 6
 HEIGHT = 300  # pixels of a figure
@@ -206,6 +206,7 @@ def _prices(answer: Answer) -> list[Drawn]:
     trace["hovertemplate"] = "%{x:g}/s: $%{y:.2f} an hour, %{text}<extra></extra>"
     figure = _figure([trace], f"{answer.plan.unit}/s", "$ an hour")
     figure["layout"]["yaxis"]["rangemode"] = "tozero"
+    figure["layout"]["xaxis"]["tickvals"] = apart([rate for rate, _ in won])
     return [("price of the cheapest that keeps the promises", figure, [])]
 
 

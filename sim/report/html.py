@@ -27,6 +27,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 HUES = 8  # var(--v0) … var(--v7), told apart by the colour-blind too; dashes beyond
 DASHES = ("solid", "dash", "dot", "dashdot")
 INK, MUTED = "var(--ink)", "var(--muted)"
+ROOM = 16  # labels that an axis has room for
 
 
 def hue(i: int) -> str:
@@ -52,6 +53,18 @@ def error_bars(above: Sequence[float | None], below: Sequence[float | None] | No
     """Error bars that reach ``above`` and ``below`` the points; the same to both sides without ``below``."""
     bars: Figure = {"type": "data", "array": list(above), "thickness": 1, "width": 3}
     return bars if below is None else bars | {"symmetric": False, "arrayminus": list(below)}
+
+
+def apart(values: Sequence[float]) -> list[float]:
+    """Where an axis of rising ``values`` that were tried has its ticks: at those values, where labels have room.
+
+    Example: of 10, 10.5, 25 and 50 the ticks are 10, 25 and 50.
+    """
+    ticks = [values[0]]
+    for value in values[1:]:
+        if value - ticks[-1] >= (values[-1] - values[0]) / ROOM:
+            ticks.append(value)
+    return ticks
 
 
 def level(y: float) -> Figure:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level
+from chairlift.sim.report.html import Figure, Page, apart, curve, error_bars, hue, level
 from chairlift.sim.results.catalogue import FIELDS, title
 from chairlift.sim.sweep.compare import Comparison, Setting
 from chairlift.sim.sweep.statistics import Interval
@@ -115,7 +115,10 @@ def _curve(i: int, name: str, x: list[Any], means: Sequence[Interval]) -> Figure
 
 
 def _figure(traces: list[Figure], x: str, y: str = "") -> Figure:
-    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    axes: Figure = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    swept = {value for trace in traces for value in trace["x"]} if x and not y else set()
+    if swept and all(isinstance(value, int | float) for value in swept):
+        axes["xaxis"]["tickvals"] = apart(sorted(swept))
     return {"data": traces, "layout": {"height": HEIGHT, "hovermode": "x unified", "margin": {"t": 8}, **axes}}
 
 

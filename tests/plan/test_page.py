@@ -7,7 +7,7 @@ import re
 import pytest
 
 from chairlift.sim.plan.page import SCALE, logarithmic
-from chairlift.sim.report.html import ASSETS
+from chairlift.sim.report.html import ASSETS, apart
 
 LEAST = 3.0  # of graphics beside what is next to them: WCAG 2.2, success criterion 1.4.11
 
@@ -41,3 +41,9 @@ def test_ticks_of_a_logarithmic_axis_are_whole_numbers() -> None:
     assert logarithmic(6, 63)["ticktext"] == ["1", "2", "5", "10", "20", "50", "100", "200", "500"]
     assert logarithmic(120, 9000)["ticktext"][3:] == ["1,000", "2,000", "5,000", "10,000", "20,000", "50,000"]
     assert logarithmic(2, 90_000)["ticktext"] == ["1", "10", "100", "1,000", "10,000", "100,000"]
+
+
+def test_ticks_stand_at_the_rates_that_were_bought_for() -> None:
+    assert apart([10, 25, 50]) == [10, 25, 50]
+    assert apart([10, 10.5, 25, 50]) == [10, 25, 50]  # 10.5 has no room beside 10
+    assert apart([2, 3]) == [2, 3]
