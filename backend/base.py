@@ -166,6 +166,7 @@ class Backend(ABC):
 
     name: str = "backend"
     prices_drafts: bool = False  # it looks at `Batch.drafts`
+    remembers: bool = False  # prices depend on the steps before: it wants to hear what `ran`
     arrival: int = 0  # ps of host time to take in a request, before the engine plans the next step
     arrival_token: int = 0  # ps more for each token of that request's prompt
 
@@ -179,6 +180,12 @@ class Backend(ABC):
         It ends with the slowest. As if each rank were alone here; a cost model whose ranks share experts knows better.
         """
         return slowest([self.step(batch) for batch in batches if batch.prefills or batch.decodes or batch.padded])
+
+    def ran(self, tokens: int, gpu: int, slope: int, count: int) -> None:  # noqa: B027 - a hook, if it `remembers`
+        """Remember ``count`` steps that took ``gpu``, ``gpu + slope`` … ps, each of so many ``tokens``.
+
+        ``tokens``: 0 of steps of decodes alone, and while nothing ran. How steps are grouped must make no difference.
+        """
 
     def release(self, request_id: int) -> None:  # noqa: B027 - a hook; cost models hold nothing
         """Drop what is kept for a request whose KV is gone: the request has left the replica, or was preempted."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from chairlift.backend.base import FOREVER, PS, WHOLE, Backend, Batch, Host, StepCost
 from chairlift.backend.calibrated.profile import DraftTime, Profile, between
+from chairlift.backend.calibrated.warmth import LEVELS, Warmth
 from chairlift.backend.cuda_graphs import padded
 
 # Of launching a pass that drafts, where it shows: vLLM 0.26 on an H200 launched a step of Llama-3.1-8B with 3 drafts of
@@ -46,6 +47,16 @@ class Calibrated(Backend):
         self._decodes: dict[int, tuple[int, int, Host]] = {}
         self._verifying: dict[tuple[int, int, int], tuple[int, int, Host]] = {}
         self._matmuls: dict[int, int] = {}
+        self.remembers = gpu.hot_chunk > 0 or gpu.hot_kv > 0
+        self._warmth = Warmth()
+        self._token = _ps(gpu.token_s)
+
+    def ran(self, tokens: int, gpu: int, slope: int, count: int) -> None:
+        """Remember how warm prompts made the GPU."""
+        work = min(gpu, self._token * tokens)
+        if work:
+            self._warmth.heat(work)
+        self._warmth.cool(gpu * count + slope * (count * (count - 1) // 2) - work)
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds for as long as the batch keeps its members."""
@@ -57,8 +68,14 @@ class Calibrated(Backend):
         found = self._decodes.get(slots)
         if found is None:
             found = self._decodes[slots] = self._decode_only(slots)
+        level = self._warmth.level if self.remembers else 0
+        if not level:
+            fixed, kv, host = found
+            return StepCost(fixed + kv * batch.context, kv * slots, FOREVER, host)
         fixed, kv, host = found
-        return StepCost(fixed + kv * batch.context, kv * slots, FOREVER, host)
+        kv = round(kv * (1 + self._gpu.hot_kv * level / LEVELS))
+        first, slope = fixed + kv * batch.context, kv * slots
+        return StepCost(first, slope, self._warmth.steps(first, slope), host)
 
     def _with_drafts(self, batch: Batch) -> StepCost:
         """The cost of decodes with drafts alone; how far contexts grow until the next step is not known."""
@@ -67,6 +84,8 @@ class Calibrated(Backend):
         if found is None:
             found = self._verifying[key] = self._decode_only(*key)
         fixed, kv, host = found
+        if self.remembers:
+            kv = round(kv * (1 + self._gpu.hot_kv * self._warmth.now))
         return StepCost(fixed + kv * batch.context, 0, 1, host)
 
     def _decode_only(self, slots: int, drafts: int = 0, proposes: int = 0) -> tuple[int, int, Host]:
@@ -118,6 +137,8 @@ class Calibrated(Backend):
             gpu += self._draft * batch.drafts + self._pass * batch.proposes
             gpu += self._draft_token * computed * (batch.proposes > 0)
         gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
+        if self.remembers:
+            gpu = round(gpu * (1 + self._gpu.hot_chunk * self._warmth.now))
         kind = "piecewise" if computed <= self.limit and self.profile.piecewise else "eager"
         schedule, update = self._schedule, self._update
         host = Host(

@@ -8,7 +8,9 @@ GPU time of a step that computes T tokens (padded to a CUDA graph's size where o
     + kv · residual(N) · Σ context                    decodes' attention (another rate beside chunks)
     + pair · Σ query–key pairs + chunk + request · n  n chunks' attention
 
-It is at least the floor of its kind of step, where worker processes launch it kernel by kernel.
+A step with chunks takes ``1 + hot_chunk`` times as long on a GPU whose clock has sunk all the way
+(`backend.calibrated.warmth`), the attention of decodes alone ``1 + hot_kv`` times. A step takes at least the floor of
+its kind, where worker processes launch it kernel by kernel.
 
 Of an engine that speculates, T counts the drafts that decodes verify, and to a step come (`DraftTime`)::
 
@@ -67,6 +69,7 @@ Seconds = Annotated[float, Field(ge=0, le=100)]  # of a step's part: the longest
 Some = Annotated[float, Field(ge=1e-15, le=100)]  # seconds of what cannot be free
 Sharpness = Annotated[float, Field(ge=1, le=100)]  # 1: both bounds add up; ∞: the larger one alone
 Factor = Annotated[float, Field(ge=0.01, le=100)]
+Hot = Annotated[float, Field(ge=0, le=10)]
 Tokens = Annotated[int, Field(ge=1, le=10**9)]
 Knots = Annotated[tuple[tuple[Tokens, Factor], ...], Field(min_length=1), AfterValidator(_rising)]  # tokens, ascending
 Text = Annotated[str, Field(max_length=1000)]
@@ -118,6 +121,8 @@ class GpuTime:
     tile_tokens: Annotated[int, Field(ge=1, le=1024)] = 1  # matmuls of steps with chunks compute whole tiles of so many
     odd_tiles: Factor = 1.0  # by which an odd number of tiles takes longer: tiles are computed in pairs
     drafting: DraftTime | None = None  # of an engine that speculates
+    hot_chunk: Hot = 0.0  # by so much a step with chunks takes longer once prompts have made the GPU's clock sink
+    hot_kv: Hot = 0.0  # likewise attention of decodes alone; their matmuls wait for the memory, whatever the clock
 
     def chunk_matmuls(self, tokens: Floats) -> Floats:
         """Seconds of the matmuls of steps with chunks, of ``tokens`` tokens."""
@@ -266,6 +271,9 @@ class Profile:
             del said["drafts"], said["gpu_time"]["drafting"]
         if not self.host.schedule_chunk_s:  # likewise
             del said["host"]["schedule_chunk_s"]
+        for name in ("hot_chunk", "hot_kv"):
+            if not said["gpu_time"][name]:
+                del said["gpu_time"][name]
         return said
 
 

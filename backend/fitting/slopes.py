@@ -39,7 +39,8 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     factor = residual * np.where(odd, gpu.odd_tiles, 1.0)
     by_read, by_computed = factor * (read / bound) ** (p - 1), factor * (computed / bound) ** (p - 1)
     logs = (read**p * np.log(read) + computed**p * np.log(computed)) / (p * total) - np.log(total) / p**2
-    kv_factor = between(gpu.kv_residual, steps.decodes)
+    hot_kv = 1 + gpu.hot_kv * steps.warmth
+    kv_factor = between(gpu.kv_residual, steps.decodes) * hot_kv
     whole = bound * np.where(odd, gpu.odd_tiles, 1.0)
     found: dict[str, Floats] = {
         "weights_s": by_read,
@@ -55,7 +56,10 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
         "odd_tiles": np.where(odd, bound * residual, 0.0),
         "decode_residual": _by_knots(gpu.decode_residual, tokens, np.where(chunked, 0.0, whole)),
         "chunk_residual": _by_knots(gpu.chunk_residual, tokens, np.where(chunked, whole, 0.0)),
-        "kv_residual": _by_knots(gpu.kv_residual, steps.decodes, np.where(chunked, 0.0, gpu.kv_s * steps.context)),
+        "kv_residual": _by_knots(
+            gpu.kv_residual, steps.decodes, np.where(chunked, 0.0, gpu.kv_s * hot_kv * steps.context)
+        ),
+        "hot_kv": np.where(chunked, 0.0, gpu.kv_s * kv_factor / hot_kv * steps.context * steps.warmth),
     }
     kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * kv_factor) * steps.context
     rest = gpu.sequence_s * steps.sequences + gpu.pair_s * steps.pairs + chunked * gpu.chunk_s
@@ -64,6 +68,11 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
         of_drafts = (steps.proposes, steps.computed, steps.drafts)
         found |= dict(zip(DRAFTING, of_drafts, strict=True))
         work += sum(each * n for each, n in zip(astuple(gpu.drafting), of_drafts, strict=True))
+    hot = 1 + np.where(chunked, gpu.hot_chunk * steps.warmth, 0.0)
+    for term in found:
+        found[term] = found[term] * (hot[:, None] if term in TABLES else hot)
+    found["hot_chunk"] = np.where(chunked, work * steps.warmth, 0.0)
+    work = work * hot
     for name, kind in (("piecewise_floor_s", PIECEWISE), ("eager_floor_s", EAGER)):
         at_floor = chunked & (steps.kind == kind) & (getattr(gpu, name) > work)
         if at_floor.any():

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chairlift.backend.base import PS
 from chairlift.backend.calibrated.profile import GpuTime, between
+from chairlift.backend.calibrated.warmth import COOL_PS, HEAT_PS
 from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment, Table
 
@@ -63,10 +65,12 @@ class Steps:
     context: Floats  # tokens of KV that the decodes read
     computed: Floats  # tokens, padded to a graph's size
     kind: npt.NDArray[np.int64]  # of `KINDS`
+    served: Bools  # whether its experiment is a load that was served; else it is a grid, made to measure steps
     first: Bools  # whether it is the first step of its experiment
     last: Bools
     woke: Bools  # whether the engine was idle before it
     stalled: Bools  # whether it took `STALL` times as long as those like it, so that it tells nothing
+    warmth: Floats  # how far prompts had made the GPU's clock sink, from 0 to 1 (`backend.calibrated.warmth`)
     gpu: Floats  # GPU time as measured by the engine; NaN if it does not measure
     launch: Floats  # likewise the time of the launch
 
@@ -169,13 +173,37 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "context": table["decode_context_tokens"].astype(np.float64),
         "computed": computed.astype(np.float64),
         "kind": kind,
+        "served": np.full(n, not experiment.is_grid),
         "first": first,
         "last": last,
         "woke": woke,
         "stalled": _stalled(done - schedule, chunks, decodes, computed, woke),
+        "warmth": _warmth(schedule, done, chunks, decodes, computed, woke),
         "gpu": table["gpu_s"].astype(np.float64) if "gpu_s" in table else unknown,
         "launch": table["launch_s"].astype(np.float64) if "launch_s" in table else unknown,
     }
+
+
+def _warmth(schedule: Floats, done: Floats, chunks: Floats, decodes: Floats, computed: Floats, woke: Bools) -> Floats:
+    """The warmth of the GPU when each step begins. What a step computes is taken from its tokens.
+
+    A token takes what it takes in the largest steps with chunks, of which the fastest but a few tell.
+    """
+    start = np.where(woke, schedule, np.concatenate([[schedule[0]], done[:-1]]))
+    seconds = np.maximum(done - start, 0.0)
+    found = np.zeros(len(done))
+    chunked = chunks > 0
+    if not chunked.any():
+        return found
+    large = chunked & (computed >= np.quantile(computed[chunked], 0.9))
+    work = np.where(chunked, np.minimum(seconds, computed * np.quantile((seconds / computed)[large], 0.25)), 0.0)
+    rest = np.concatenate([[0.0], (start[1:] - done[:-1])]) * woke
+    now, heat, cool = 0.0, HEAT_PS / PS, COOL_PS / PS
+    gain, fade, idle = np.exp(-work / heat), np.exp(-(seconds - work) / cool), np.exp(-np.maximum(rest, 0.0) / cool)
+    for i, (g, f, r) in enumerate(zip(gain.tolist(), fade.tolist(), idle.tolist(), strict=True)):
+        found[i] = now = now * r
+        now = (1.0 - (1.0 - now) * g) * f
+    return found
 
 
 def _stalled(seconds: Floats, chunks: Floats, decodes: Floats, computed: Floats, woke: Bools, few: int = 1) -> Bools:
@@ -250,7 +278,8 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
         gpu.chunk_matmuls(steps.computed),
         gpu.matmuls(steps.computed, gpu.decode_residual),
     )
-    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes))
+    hot_kv = 1 + gpu.hot_kv * steps.warmth
+    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes) * hot_kv)
     found: Floats = (
         matmuls
         + gpu.sequence_s * steps.sequences
@@ -262,6 +291,7 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     if gpu.drafting is not None:
         each = gpu.drafting
         found += each.pass_s * steps.proposes + each.token_s * steps.computed + each.draft_s * steps.drafts
+    found = np.where(chunked, found * (1 + gpu.hot_chunk * steps.warmth), found)
     return np.maximum(found, np.where(chunked, floor, 0.0))
 
 

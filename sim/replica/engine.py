@@ -143,6 +143,8 @@ class Engine:
 
     def _ask_until(self, now: int) -> Plan | None:
         """As `Planner.ask`, again for as long as all that the policy does is to refuse or to preempt."""
+        if self.planner.remembers:
+            self.planner.rest(self._latest.ps, now)
         idle = 0  # asks that changed nothing, not even who waits
         while idle < PATIENCE:
             plan = self._ask(now, self._latest if self._latest.ps == now else _SILENCE)

@@ -41,9 +41,9 @@ class Planner:
     count = 1  # of planners whose steps are one
     __slots__ = (  # without them a run takes 2 % longer
         *("_ahead", "_budget", "_caps", "_ended", "_ends", "_finish", "_handover", "_hears", "_holds", "_leaps"),
-        *("_left", "_limits", "_longest", "_overshoots", "_preempting", "_progress", "_promised", "again", "arrival"),
-        *("arrival_token", "backend", "flight", "index", "intake", "journal", "pool", "price", "records", "requests"),
-        *("scheduler", "state", "steps", "vouched"),
+        *("_left", "_limits", "_longest", "_overshoots", "_preempting", "_progress", "_promised", "_rested", "again"),
+        *("arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool", "price", "records"),
+        *("remembers", "requests", "scheduler", "state", "steps", "vouched"),
     )
 
     def __init__(
@@ -78,6 +78,7 @@ class Planner:
         self.flight: Plan | None = None  # the step in flight (`fly`), committed already; None in a synchronous loop
         self.vouched = 1  # steps that the policy vouches for, of the latest plan
         self.price = backend.step  # where steps really run, it launches them
+        self.remembers = backend.remembers
         self.arrival, self.arrival_token = backend.arrival, backend.arrival_token
         self.intake = 0  # ps of host time to take in those that have come
         self.journal = Journal(self.records) if journal else None
@@ -101,6 +102,7 @@ class Planner:
         self._preempting = 0  # plans that preempted since the latest look for progress
         self._progress = (0, 0)  # at that look: requests that had ended, and tokens of those that were here
         self._ended = 0  # requests that have left for good
+        self._rested = 0  # until when the backend knows of rests
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now, while a run is under way, calls for a plan at the next boundary."""
@@ -275,6 +277,18 @@ class Planner:
             prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts)
         )
 
+    def rest(self, since: int, now: int) -> None:
+        """Nothing has run from ``since`` to ``now``; tell the backend, which `remembers`, once."""
+        since = max(since, self._rested)
+        if now > since:
+            self.backend.ran(0, now - since, 0, 1)
+            self._rested = now
+
+    def remember(self, plan: Plan, count: int) -> None:
+        """Tell the backend, which `remembers`, of the first ``count`` steps of ``plan``."""
+        chunks, prompt_tokens, decodes = plan.row[:3]
+        self.backend.ran(prompt_tokens + decodes if chunks else 0, plan.gpu, plan.gpu_slope, count)
+
     def commit(self, plan: Plan, count: int) -> None:
         """Take the first ``count`` steps of ``plan`` as done, as far as policies are concerned."""
         state = self.state
@@ -283,6 +297,8 @@ class Planner:
         outputs = ends.outputs
         when = plan.when
         ending: list[Live] = []
+        if self.remembers:
+            self.remember(plan, count)
         if self._ahead and self.pool.windowed:
             self.pool.flight = plan
         if plan.decoding:

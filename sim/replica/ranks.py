@@ -205,6 +205,7 @@ class Ranks:
         self.pool = RanksPool([rank.pool for rank in ranks])
         self.arrival, self.arrival_token = first.arrival, first.arrival_token
         self.steps = 0
+        self.remembers = backend.remembers
         self.again = False
         for rank in ranks:
             assert isinstance(rank.backend, RankBackend)
@@ -214,6 +215,7 @@ class Ranks:
         self._ahead = first.scheduler.asynchronous
         self._chosen = first  # for the request that came last
         self._turn = 0
+        self._rested = 0
         self._counts: list[list[int]] = []  # waiting and running of each rank, as the front end knows them
         self._counted: int | None = None  # when it heard of them
         self.flight: RanksPlan | None = None  # the step in flight (`fly`)
@@ -286,9 +288,19 @@ class Ranks:
                 return None
         rank.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
 
+    def rest(self, since: int, now: int) -> None:
+        """As `Planner.rest`."""
+        since = max(since, self._rested)
+        if now > since:
+            self.backend.ran(0, now - since, 0, 1)
+            self._rested = now
+
     def commit(self, plan: Plan, count: int) -> None:
         """As `Planner.commit`, on each rank."""
         assert isinstance(plan, RanksPlan)
+        if self.remembers:  # the rank that computes the most makes the GPUs as warm as any
+            rows = [own.row for own in plan.plans]
+            self.backend.ran(max(row[1] + row[2] if row[0] else 0 for row in rows), plan.gpu, plan.gpu_slope, count)
         for rank, own in zip(self.ranks, plan.plans, strict=True):
             rank.commit(own, count)
         plan.ending = [request for own in plan.plans for request in own.ending]

@@ -106,6 +106,8 @@ class VerifyingPlanner(Planner):
         limit = self.scheduler.sequence_limit
         if group.fresh or (state.queue and (limit is None or len(state.admitted) < limit)):
             return  # somebody may join
+        if self.remembers:
+            return  # prices ahead depend on what has not run
         if self._ahead and not (group.flying and flight is not None and not flight.ending):
             return
         steps = min(self.vouched, self._reach, self._paths.until(group.steps))
@@ -336,6 +338,8 @@ class VerifyingPlanner(Planner):
 
     def commit(self, plan: Plan, count: int) -> None:  # noqa: D102
         state, when = self.state, plan.when
+        if self.remembers:
+            self.remember(plan, count)
         next_drafts = self._speculation.proposed(len(self._verified[plan].chosen))
         plan.fresh = {}
         if self._verified[plan].grouped:

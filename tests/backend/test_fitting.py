@@ -64,6 +64,15 @@ def test_a_planted_coefficient_is_found(
     assert getattr(getattr(fit, part), name) == pytest.approx(planted, rel=within)
 
 
+def test_a_clock_that_sinks_is_found_and_none_where_none_does(fit: calibrate.Fit, tmp_path: Path) -> None:
+    hot = Planted(hot_chunk=0.12, hot_kv=0.4)
+    found = calibrate.fit(steps_of(read(write(tmp_path / "hot", [record(hot)]), MODEL).select(None))).gpu
+
+    assert found.hot_chunk == pytest.approx(hot.hot_chunk, rel=0.25)
+    assert found.hot_kv == pytest.approx(hot.hot_kv, rel=0.25)
+    assert max(fit.gpu.hot_chunk, fit.gpu.hot_kv) < 0.03
+
+
 @pytest.mark.parametrize("decodes", [1, 8, 64, 256])
 def test_planted_context_cost_is_found(fit: calibrate.Fit, decodes: int) -> None:
     factor = float(profile.between(fit.gpu.kv_residual, np.array([float(decodes)]))[0])

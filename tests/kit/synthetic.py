@@ -35,10 +35,17 @@ class Planted:
     each_pass: float = 0.0  # that drafts
     draft_token: float = 0.0  # each token of the step
     draft: float = 0.0  # each draft that is verified
+    hot_chunk: float = 0.0  # of steps with chunks, on a GPU whose clock has sunk
+    hot_kv: float = 0.0  # of the attention of decodes alone
 
-    def gpu(self, tokens: int, decodes: int, context: int, pairs: int, chunked: bool) -> float:
+    def gpu(self, tokens: int, decodes: int, context: int, pairs: int, chunked: bool, warm: float = 0.0) -> float:
         """A step's GPU time; the larger of two bounds, attention, and drafting."""
-        kv = self.kv_mixed if chunked else self.kv
+        if chunked:
+            warmer = 1 + self.hot_chunk * warm
+            return self._work(self.kv_mixed, tokens, decodes, context, pairs) * warmer
+        return self._work(self.kv * (1 + self.hot_kv * warm), tokens, decodes, context, pairs)
+
+    def _work(self, kv: float, tokens: int, decodes: int, context: int, pairs: int) -> float:
         found = max(self.weights, self.token * tokens) + kv * context + self.pair * pairs
         if self.drafts:
             found += self.drafts * (self.each_pass + self.draft * decodes) + self.draft_token * tokens
@@ -59,6 +66,7 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
     random = np.random.default_rng(seed)
     log, loop = Log(name), Loop()
     flying: list[float] | None = None
+    warm = 0.0
     for phase in range(150):
         decodes = min(256, int(2 ** random.uniform(0, 8.4)))
         per = int(2 ** random.uniform(6, 11))
@@ -75,13 +83,18 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
                     log.steps.append(flying)
                 flying = None
                 loop.now += 0.01
+                warm *= float(np.exp(-0.1))
                 continue
             tokens = chunk + running * (1 + planted.drafts)
             graph = tokens <= 512
             computed = int(GRAPHS[np.searchsorted(GRAPHS, tokens)]) if graph else tokens
             pairs = chunk * (chunk + 1) // 2
             context = running * per
-            gpu = planted.gpu(computed, running, context, pairs, chunk > 0) * float(np.exp(random.normal(0, noise)))
+            gpu = planted.gpu(computed, running, context, pairs, chunk > 0, warm) * float(
+                np.exp(random.normal(0, noise))
+            )
+            busy = min(gpu, planted.token * computed) if chunk else 0.0  # e-folding in 50 ms up, in 100 ms down
+            warm = (1 - (1 - warm) * float(np.exp(-busy / 0.05))) * float(np.exp(-(gpu - busy) / 0.1))
             sequences = running + (chunk > 0)
             schedule = planted.schedule + planted.schedule_request * sequences
             launch = (planted.piecewise if graph else planted.eager) if chunk else planted.graph
