@@ -126,10 +126,12 @@ class Plan:
 
     def leave_to_last(self, before: When, steps: int) -> None:
         """The plan is from here on its last step alone: the ``steps`` steps before that one were done at ``before``."""
-        self.decoded_before, self.fresh = before, NOBODY_ELSE
+        self.decoded_before = before
         if self.course is None:
+            self.fresh = NOBODY_ELSE
             self.row = row_after(self.row, steps, self.held, self.spared)
         else:
+            self.fresh = {}  # its own: whoever leaves the group meanwhile is written down there
             self.row, self.gpu, self.gpu_slope = self.course.rows[steps], self.course.gpus[steps], 0
 
     def lose_gap(self, last_ps: int) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from chairlift.backend.base import Batch, StepCost
 from chairlift.policies.base import KvGroups, Step
 from chairlift.policies.vllm import Vllm
+from chairlift.sim.replica.decode_group import NOBODY_ELSE
 from chairlift.sim.results.metrics import Pool, summarise
 from chairlift.sim.results.records import DRAFT_COLUMNS
 from chairlift.sim.scenario.load import load
@@ -259,6 +260,7 @@ def test_those_that_verify_together_do_what_each_does_alone(
     )
 
     assert leapt.outcome() == stepped.outcome()
+    assert NOBODY_ELSE == {}  # which all plans share
     assert {name: list(leapt.requests.extra[name]) for name in DRAFT_COLUMNS} == {
         name: list(stepped.requests.extra[name]) for name in DRAFT_COLUMNS
     }
