@@ -39,6 +39,16 @@ class Prompt(NamedTuple):
     length: int  # tokens computed now
     pad: int  # padding tokens computed in front of it (static batching)
     emits: bool  # whether the step yields the request's next token, because the chunk ends its prompt
+    drafts: int = 0  # tokens computed behind it in place of drafts, none of which is kept
+
+
+class Verified(NamedTuple):
+    """A decode that verifies drafts, as an engine that executes steps needs to know it."""
+
+    request: int
+    start: int  # tokens in KV before: all that are known but the latest
+    drafts: int  # verified, beside the latest token
+    kept: int  # of them, as it was drawn; never more than the answer has room for
 
 
 class Members(Protocol):
@@ -50,7 +60,11 @@ class Members(Protocol):
 
     @property
     def decodes(self) -> Sequence[int]:
-        """Requests that decode, one token each, in order of admission."""
+        """Requests that decode, one token each, in order of admission; none where drafts are verified."""
+
+    @property
+    def verified(self) -> Sequence[Verified]:
+        """Where drafts are verified: requests that decode, with drafts or without, in the plan's order."""
 
     @property
     def dead(self) -> Sequence[int]:

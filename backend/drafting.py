@@ -36,28 +36,6 @@ OF_A_STEP = (
 )  # settings that hold once for a step, not for each pass
 
 
-def head_of(model: Model, method: str) -> Model:
-    """The layer that drafts for ``model``, unless a scenario says more of it.
-
-    "eagle3": a dense layer with the model's attention and a head of its own. "mtp": one of the model's own last layers;
-    it shares embedding and head with the model.
-    """
-    alike: dict[str, Any] = {"layers": 1, "window": 0, "window_layers": 0, "chunked": False, "dense_layers": 0}
-    alike |= {"other_parameters": 0, "mtp_layers": 0, "learned_positions": 0}
-    if method == "mtp":
-        return replace(model, name=f"{model.name} MTP", **alike)
-    alike |= dict.fromkeys(("experts", "experts_per_token", "expert_ffn", "shared_ffn"), 0)
-    alike |= dict.fromkeys(("attention_bytes_per_param", "mlp_bytes_per_param", "expert_bytes_per_param"))
-    alike |= {"head_bytes_per_param": None, "arithmetic": None, "quantization": "none", "quantized": "layers"}
-    alike |= {"tied_embeddings": True, "expert_ffn_multiple": 1}
-    return replace(model, name=f"{model.name} {method}", **alike)
-
-
-def in_memory(draft: Model, method: str) -> Model:
-    """``draft`` as far as it takes memory of its own: embedding and head of MTP layers are the model's."""
-    return replace(draft, vocab=1) if method == "mtp" else draft
-
-
 @dataclass(frozen=True)
 class WithDrafts:
     """The backend of ``settings`` with a ``draft`` model beside the one served; None: drafts cost nothing.
@@ -69,9 +47,17 @@ class WithDrafts:
     draft: Model | None
     drafts: Drafts
 
+    @property
+    def executes(self) -> bool:
+        """Whether steps, and passes with them, really run instead of being priced."""
+        return bool(getattr(self.settings, "executes", False))
+
     def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
         """The cost model. Raises ValueError as that of ``settings`` does, and where that cannot price drafts."""
         settings: Any = self.settings
+        if self.executes:
+            executor: Backend = settings.build(model, gpu, parallel, self.draft, self.drafts.tokens)
+            return executor
         if isinstance(settings, Auto):
             settings = settings.settings(model, gpu, parallel, self.drafts)
         if isinstance(settings, Profiled):

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from chairlift.backend import specs
-from chairlift.backend.base import Batch, Prompt
+from chairlift.backend.base import Batch, Prompt, Verified
+from chairlift.backend.draft_shapes import head_of
 from chairlift.backend.gpu.block_tables import Practice
 from chairlift.backend.gpu.engine import TorchEngine
 from chairlift.backend.gpu.options import Options
@@ -43,9 +45,20 @@ PREFILLS = (  # prompts, tokens each
     *((16, 512), (4, 512)),
     *((1, n) for n in (64, 128, 256, 512, 1024, 1536, 2047, 3072, 4096, 6144, 8190)),
 )
+DRAFTED = (
+    (1, 128),
+    (8, 1024),
+    (16, 512),
+    (64, 128),
+    (64, 1024),
+    (128, 512),
+)  # batch, context, where drafts are verified
+DRAFTED_PREFILLS = (64, 512, 2047)
+DRAFT_VOCAB = 32_000  # of the EAGLE3 head that was published for Llama-3.1-8B
 MIXED = (  # decodes, tokens of KV each; tokens of a chunk, tokens before it
     *((256, 128, 256, 0), (64, 1024, 64, 0), (64, 1024, 448, 0), (128, 512, 384, 4096), (32, 1024, 512, 7168)),
     *((256, 256, 768, 1024), (16, 1024, 1008, 0)),
+    *((190, 130, 191, 0), (95, 515, 236, 0), (63, 1028, 218, 0)),  # as in vLLM's recorded grid, see backend/README.md
 )
 STEPS = 24  # timed in a row
 BETWEEN = 11  # decode steps between prompts, as vLLM's were recorded: the GPU's clock is higher behind them
@@ -168,9 +181,10 @@ def peers(
         )
 
 
-def engine_of(model: Model, tokens: int, options: Options, gpus: int = 1) -> TorchEngine:
+def engine_of(model: Model, tokens: int, options: Options, gpus: int = 1, drafts: int = 0) -> TorchEngine:
     """An engine with room for ``tokens`` tokens of KV, its cache full of random numbers."""
-    engine = TorchEngine(model, specs.gpu("h200"), options, gpus)
+    head = replace(head_of(model, "eagle3"), vocab=min(model.vocab, DRAFT_VOCAB)) if drafts else None
+    engine = TorchEngine(model, specs.gpu("h200"), options, gpus, draft=head, drafts=drafts)
     engine.prepare(tokens, 1, model.max_model_len, named=False)
     engine.fill()
     return engine
@@ -188,6 +202,8 @@ class Floor:
         self._rate = top["matmul_tflops"] * 1e12
         self._layers_rate = top["fp8_tflops" if narrow else "matmul_tflops"] * 1e12
         self._width = 1 if narrow else 2  # bytes of a weight of the layers
+        head = engine.head
+        self.of_pass = 0.0 if head is None else head.bytes / self._copy * 1e3  # ms to read a draft head's weights
 
     def __call__(self, rows: int, sampled: int, kv: int, pairs: int = 0) -> float:
         """Milliseconds for so many rows and sampled rows, tokens of KV read, and query-key pairs of chunks.
@@ -291,6 +307,54 @@ def mixed_steps(engine: TorchEngine, floors: Floor) -> Iterator[Row]:
         }
 
 
+def drafted_steps(engine: TorchEngine, floors: Floor, drafts: int) -> Iterator[Row]:
+    """Steps of decodes that verify ``drafts`` drafts each, of which one is kept, and of prompts; passes included."""
+    for batch, context in DRAFTED:
+        requests = list(range(batch))
+        engine.place(dict.fromkeys(requests, context + 2 * STEPS + 20))
+
+        def step(i: int, requests: Sequence[int] = requests, context: int = context) -> Batch:
+            verified = [Verified(r, context + 2 * i, drafts, 1) for r in requests]
+            return Batch((), len(requests), 0, 0, Practice((), verified=verified), proposes=drafts)
+
+        gpu = []
+        engine.launch(step(0))
+        for i in range(STEPS + 4):
+            if i == 4:
+                began = time.perf_counter()
+            engine.launch(step(i + 1))
+            gpu.append(engine.wait() / 1e9)
+        took = (time.perf_counter() - began) / STEPS * 1e3
+        engine.wait()
+        for request in requests:
+            engine.release(request)
+        rows = batch * (1 + drafts)
+        floor = floors(rows, rows, batch * (context + STEPS)) + drafts * floors.of_pass
+        yield {
+            **{"bench": "drafted", "model": floors.name, "drafts": drafts, "batch": batch, "context": context},
+            **{"step_ms": round(took, 3), "gpu_ms": round(statistics.median(gpu[4:]), 3)},
+            **{"floor_ms": round(floor, 3), "of_floor": round(took / floor, 3)},
+        }
+    for length in DRAFTED_PREFILLS:
+        times = []
+        for _ in range(6):
+            began = time.perf_counter()
+            prompt = Practice([Prompt(0, 0, length, 0, True)], longest=length + 1)
+            engine.launch(Batch((), 0, 0, 0, prompt, proposes=drafts))
+            gpu_ms = engine.wait() / 1e9
+            times.append(((time.perf_counter() - began) * 1e3, gpu_ms))
+            for i in range(BETWEEN):
+                verified = [Verified(0, length + 2 * i, drafts, 1)]
+                engine.launch(Batch((), 1, 0, 0, Practice((), verified=verified), proposes=drafts))
+                engine.wait()
+            engine.release(0)
+        took, on_gpu = (statistics.median(t) for t in zip(*times[1:], strict=True))
+        yield {
+            **{"bench": "drafted prefill", "model": floors.name, "drafts": drafts, "tokens": length},
+            **{"step_ms": round(took, 2), "gpu_ms": round(on_gpu, 2)},
+        }
+
+
 def versions() -> Row:
     """Which GPU and software this is."""
     import cupy
@@ -300,7 +364,7 @@ def versions() -> Row:
     return {"bench": "versions", "gpu": name, "torch": torch.__version__, "cuda": cuda, "cupy": cupy.__version__}
 
 
-def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: int) -> Iterator[Row]:
+def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: int, drafts: int) -> Iterator[Row]:
     """All rows that are asked for."""
     yield versions()
     timer = Timer()
@@ -323,17 +387,22 @@ def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: in
         if "mixed" in parts and longest > 8192:
             yield from mixed_steps(engine, floors)
         engine.close()
+    for name in models if "drafted" in parts else ():
+        engine = engine_of(specs.model(name), 160_000, options, gpus, drafts)
+        yield from drafted_steps(engine, Floor(engine, top), drafts)
+        engine.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a row; with ``--json`` write them to a file too."""
     parser = argparse.ArgumentParser(prog="python -m chairlift.backend.gpu.bench", description=__doc__.split("\n")[0])
-    choices = ("attention", "decode", "prefill", "mixed")
-    parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all)")
+    choices = ("attention", "decode", "prefill", "mixed", "drafted")
+    parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all but drafted)")
     parser.add_argument("--model", action="append", help="default: llama-3.1-8b and opt-13b")
     parser.add_argument("--quantization", choices=("none", "fp8"), default="none", help="of the layers' weights")
     parser.add_argument("--gpus", type=int, default=1, help="that share each model (default 1)")
     parser.add_argument("--routing-skew", type=float, help="experts drawn with chances ∝ rank^-SKEW (0: all alike)")
+    parser.add_argument("--drafts", type=int, default=3, help="of a draft head, that a decode verifies (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a JSON line a row")
     given = parser.parse_args(arguments)
     if wrong := set(given.parts) - set(choices):
@@ -343,7 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options = Options(max_batch=257, quantization=given.quantization, routing_skew=given.routing_skew)
     lines = []
-    for row in rows(given.parts or choices, given.model or ("llama-3.1-8b", "opt-13b"), options, given.gpus):
+    models = given.model or ("llama-3.1-8b", "opt-13b")
+    for row in rows(given.parts or choices[:-1], models, options, given.gpus, given.drafts):
         lines.append(json.dumps(row))
         sys.stdout.write(
             "  ".join(f"{k} {v}" for k, v in row.items() if k != "bench").join((f"{row['bench']:10}", "\n"))

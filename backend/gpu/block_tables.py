@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.base import Members, Prompt
+from chairlift.backend.base import Members, Prompt, Verified
 
 Ints = npt.NDArray[np.int32]
 Tokens = npt.NDArray[np.int64]
@@ -118,6 +118,34 @@ class Sequences:
         found: Tokens = self.table[row, places // self.block].astype(np.int64) * self.block + places % self.block
         return found
 
+    def verify(
+        self, decodes: Sequence[Verified], members: Members, passes: int
+    ) -> tuple[Ints, Ints, Ints, list[int], list[int]]:
+        """One more token for each of ``decodes``, and its drafts, at most `Verified.kept` of which stay.
+
+        Of each decode its row, its first token's place among those of all and how many those are, ``[3, decodes]``; of
+        each token its decode, position and slot, ``[3, tokens]``; cells of block tables that change, and what they
+        become. Blocks are there for ``passes`` of a draft head too.
+        """
+        columns = np.array([(self.row[v.request], v.start, v.drafts, v.kept) for v in decodes], dtype=np.int32)
+        row, start, drafts, kept = columns.reshape(-1, 4).T
+        self.length[row] = start + 1 + kept
+        upto = np.minimum(np.maximum(start + 1 + drafts, start + kept + passes), self.longest)
+        cells: list[int] = []
+        blocks: list[int] = []
+        for i, need in enumerate((-(-upto // self.block)).tolist()):
+            if need > self._synced[row[i]]:
+                changed, more = self.cover(decodes[i].request, int(upto[i]), members)
+                cells += changed
+                blocks += more
+        count = 1 + drafts
+        first = np.cumsum(count) - count
+        decode = np.repeat(np.arange(len(decodes)), count)
+        position = start[decode] + np.arange(len(decode)) - first[decode]
+        slot = self.table[row[decode], position // self.block] * self.block + position % self.block
+        each = np.stack((row, first, count)).astype(np.int32)
+        return each, np.stack((decode, position, slot)).astype(np.int32), start + kept, cells, blocks
+
     def decode(self, requests: Sequence[int], members: Members, staged: Ints) -> None:
         """One more token for each of ``requests``: write what the device needs of it into ``staged``.
 
@@ -147,8 +175,14 @@ class Practice:
     Where blocks are named, request -1 has all but the first three, and every other request has those three.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], decodes: Sequence[int] = (), longest: int = 100_000) -> None:
-        self.prompts, self.decodes = prompts, decodes
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        decodes: Sequence[int] = (),
+        longest: int = 100_000,
+        verified: Sequence[Verified] = (),
+    ) -> None:
+        self.prompts, self.decodes, self.verified = prompts, decodes, verified
         self.dead: Sequence[int] = ()
         self._longest = longest  # tokens of a prompt; to make up more than are computed takes time
 

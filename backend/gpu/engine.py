@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chairlift.backend.base import Batch, DeviceError, Executor, Members, Prompt, StepCost
+from chairlift.backend.base import Batch, DeviceError, Executor, Members, Prompt, StepCost, Verified
 from chairlift.backend.gpu.block_tables import Practice, Sequences
+from chairlift.backend.gpu.draft_head import DraftHead, unfit
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
@@ -43,8 +44,9 @@ PAGE = 16  # tokens a block, where the pool only counts blocks
 class Flight(NamedTuple):
     """A step that was launched and not yet waited for."""
 
-    requests: list[int]  # the request of each row of tokens; -1: none
-    tokens: Tensor  # pinned host memory, filled once the step is done
+    requests: list[int]  # who gets a token; -1: nobody
+    kept: Sequence[range]  # of each, where the drafts that it keeps are in ``tokens``; empty: nobody has drafts
+    tokens: Tensor  # pinned host memory, filled once the step is done; the last ones are those of ``requests``
     start: Any  # CUDA events; None on a CPU; of several stages: when it was launched, ns
     end: Any
     gpu: int  # ps; on a CPU only, where no events measure it
@@ -54,13 +56,24 @@ class TorchEngine(Executor):
     """Executes the steps of one replica of ``model`` on one device, or on ``gpus`` devices of one host.
 
     With several ``stages`` each is a process that has its own layers (`backend.gpu.stages`), on the CPU.
+    With a ``draft`` head decodes verify up to ``drafts`` drafts of it; how many are kept is said with each step.
     Raises ValueError, one sentence, where there is no kernel for the model, or it does not fit or cannot be shared out.
     """
 
     name = "torch"
 
-    def __init__(self, model: Model, gpu: GPU, options: Options, gpus: int = 1, stages: int = 1) -> None:
+    def __init__(
+        self,
+        model: Model,
+        gpu: GPU,
+        options: Options,
+        gpus: int = 1,
+        stages: int = 1,
+        draft: Model | None = None,
+        drafts: int = 0,
+    ) -> None:
         self.model = model
+        self._draft, self._drafts = draft, drafts
         self.options = options
         self.gpus = gpus
         self.stages = stages
@@ -77,6 +90,12 @@ class TorchEngine(Executor):
             raise ValueError(f"quantization fp8 needs dtype bfloat16 (got {str(self.dtype).removeprefix('torch.')})")
         if stages > 1 and self._cuda:
             raise ValueError("stages of a pipeline run on a CPU alone (got device cuda): give device: cpu")
+        if draft is not None:
+            problem = unfit(draft, model)
+            if gpus * stages > 1:
+                problem = f"drafts are verified on one GPU (got {gpus * stages})"
+            if problem is not None:
+                raise ValueError(problem)
         if gpus > 1:
             width = model.expert_ffn if model.experts else model.ffn
             problem = indivisible(model.heads, model.kv_heads, width, model.vocab, model.experts, gpus)
@@ -104,7 +123,8 @@ class TorchEngine(Executor):
             check_memory(round(need), f"{self.model.name} with a KV pool of {blocks:,} blocks")
         self._sequences = Sequences(batch, blocks, self._block, max_model_len, named)
         self._staged = np.zeros((6, batch + 1), dtype=np.int32)
-        self._answers = [torch.zeros(2 * batch, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
+        answers = (2 + self._drafts) * batch
+        self._answers = [torch.zeros(answers, dtype=torch.int32, pin_memory=self._cuda) for _ in range(TURNS)]
         self._turn = 0
         build = partial(
             _runner if self.stages == 1 else stage_of,
@@ -115,7 +135,8 @@ class TorchEngine(Executor):
             self._team = Team(processes, self.device.type, build)
             self.device = torch.device("cuda", 0) if self._cuda else self.device
         try:
-            self._runner = build(Ranks(0, processes), self.device)
+            more = () if self._draft is None else (self._draft, self._drafts)
+            self._runner = build(Ranks(0, processes), self.device, *more)
             if self._team is not None:
                 self._team.on_loss = self._runner.give_up
                 self._team.ready()
@@ -157,14 +178,22 @@ class TorchEngine(Executor):
         for length in [n for n in (8192, 2048, 600) if n + 4 * self._block < min(room, longest)]:
             steps = [Practice([Prompt(-1, 0, length, 0, True)])]
             if self.options.max_batch > 1:
-                steps.append(Practice([Prompt(-2, 0, 16, 0, False)], [-1]))
-                steps.append(Practice([Prompt(-2, 16, 16, 0, True)], [-1]))
+                decodes: dict[str, Any] = {"decodes": [-1]}
+                if self._draft is not None:
+                    decodes = {"verified": [Verified(-1, length, self._drafts, 0)]}
+                steps.append(Practice([Prompt(-2, 0, 16, 0, False)], **decodes))
+                steps.append(Practice([Prompt(-2, 16, 16, 0, True)], **decodes))
             for step in steps:
-                self.launch(Batch((), 0, 0, 0, step))
+                self.launch(Batch((), 0, 0, 0, step, proposes=self._drafts))
                 self.wait()
             self.release(-1)
             self.release(-2)
         self.generated = {}
+
+    @property
+    def head(self) -> DraftHead | None:
+        """The head that drafts, once the engine is ready."""
+        return self._runner.head
 
     # steps
 
@@ -178,22 +207,29 @@ class TorchEngine(Executor):
         start, end = self._events()
         requests = [*members.decodes, *[-1] * len(members.dead)]
         n = len(requests)
-        self._sequences.decode([*members.decodes, *members.dead], members, self._staged)
-        if members.prompts:
-            sampled = self._do("chunks", *self._lay_out(members, n, requests), n)
+        kept: list[range] = []
+        if self._draft is not None:
+            found = self._do("chunks", *self._verify(members, batch.proposes, requests, kept), 0, batch.proposes)
         else:
-            sampled = self._do("decodes", self._staged, n)
+            self._sequences.decode([*members.decodes, *members.dead], members, self._staged)
+            if members.prompts:
+                found = self._do("chunks", *self._lay_out(members, n, requests), n)
+            else:
+                found = self._do("decodes", self._staged, n)
         if self.stages > 1:
-            self._flights.append(Flight(requests, sampled[: len(requests)], began, None, 0))
+            [sampled] = found
+            self._flights.append(Flight(requests, kept, sampled[: len(requests)], began, None, 0))
             return
         self._turn = (self._turn + 1) % TURNS
-        tokens = self._answers[self._turn][: len(requests)]
+        answers, at = self._answers[self._turn], 0
         with torch.inference_mode():
-            tokens.copy_(sampled[: len(requests)], non_blocking=True)
+            for part in found:
+                answers[at : at + len(part)].copy_(part, non_blocking=True)
+                at += len(part)
         if self._cuda:
             end.record()
         took = (time.perf_counter_ns() - began) * 1000
-        self._flights.append(Flight(requests, tokens, start, end, took))
+        self._flights.append(Flight(requests, kept, answers[:at], start, end, took))
 
     def wait(self) -> int:  # noqa: D102
         flight = self._flights.popleft()
@@ -208,7 +244,12 @@ class TorchEngine(Executor):
             flight.end.synchronize()
             gpu = round(flight.start.elapsed_time(flight.end) * 1e9)
         generated = self.generated
-        for request, token in zip(flight.requests, flight.tokens.tolist(), strict=True):
+        tokens = flight.tokens.tolist()
+        last = tokens[len(tokens) - len(flight.requests) :]
+        for request, kept in zip(flight.requests, flight.kept, strict=bool(flight.kept)):
+            if request != -1 and kept:
+                generated.setdefault(request, []).extend(tokens[kept.start : kept.stop])
+        for request, token in zip(flight.requests, last, strict=True):
             if request in generated:
                 generated[request].append(token)
             elif request != -1:
@@ -263,8 +304,9 @@ class TorchEngine(Executor):
         weights = "random weights" if o.weights is None else f"weights of {Path(o.weights).name}"
         dtype = str(self.dtype).removeprefix("torch.")
         quantised = ", layers' products in FP8" if o.quantization == "fp8" else ""
+        head = f", drafts by a head of random weights for {self._draft.vocab:,} tokens" if self._draft else ""
         return {
-            "engine": f"executed, not modelled: {self.model.name}, {dtype}{quantised}, {weights}, on {where}",
+            "engine": f"executed, not modelled: {self.model.name}, {dtype}{quantised}, {weights}{head}, on {where}",
             "software": f"torch {torch.__version__}, CUDA graphs {'on' if o.graphs and self._cuda else 'off'}",
         }
 
@@ -288,7 +330,7 @@ class TorchEngine(Executor):
         sampled, takers = list(range(n)), staged[0, :n].tolist()
         at = n
         for prompt in members.prompts:
-            request, start, length, pad, emits = prompt
+            request, start, length, pad, emits, _ = prompt
             row = sequences.take(request, pad, partial(self._prompt, members, request))
             before = int(sequences.first[row])
             stop = before + start + length
@@ -312,6 +354,61 @@ class TorchEngine(Executor):
         whole = [p.length for p in members.prompts if p.start == 0 and not p.pad]
         flat = Flat(rows, *(np.array(values, dtype=np.int32) for values in (spans, sampled, takers)))
         return flat, cells, blocks, whole if len(whole) == len(members.prompts) else []
+
+    def _verify(
+        self, members: Members, passes: int, requests: list[int], kept: list[range]
+    ) -> tuple[Flat, list[int], list[int], list[int]]:
+        """As `_lay_out`, of a step whose decodes verify drafts: all are spans, and chunks come after them.
+
+        Adds who gets tokens to ``requests``, and to ``kept`` where the drafts that each keeps lie among the sampled.
+        """
+        sequences, nobody, width = self._sequences, self._sequences.most, 1 + self._drafts
+        decodes = members.verified
+        each, tokens, last, cells, blocks = sequences.verify(decodes, members, passes)
+        row, first, count = each
+        decode, position, slot = tokens
+        n = len(decode)
+        total = n + sum(p.length + p.drafts for p in members.prompts)
+        rows = np.zeros((7, total), dtype=np.int32)
+        rows[0, n:] = nobody * width
+        rows[4] = nobody
+        rows[0, :n] = row[decode] * width + np.arange(n) - first[decode]
+        rows[2, :n], rows[3, :n] = position, slot
+        after = np.full(total, -1, dtype=np.int32)
+        start = last - np.array([v.kept for v in decodes], dtype=np.int32)
+        spans = np.stack((first, count, start + count, np.zeros_like(row), row)).T.tolist()
+        picked = (first + last - start).tolist()
+        where, takers, lengths, sampled = [*picked], row.tolist(), (last + 2).tolist(), list(range(n))
+        requests += [v.request for v in decodes]
+        kept += [range(at + 1, at + 1 + v.kept) for at, v in zip(first.tolist(), decodes, strict=True)]
+        at = n
+        for request, begin, length, _, emits, drafts in members.prompts:
+            own = sequences.take(request, 0, partial(self._prompt, members, request))
+            known, stop = begin + length, begin + length + drafts
+            upto = min(max(stop, known - 1 + passes * emits), sequences.longest)
+            for to, values in zip((cells, blocks), sequences.cover(request, upto, members), strict=True):
+                to += values
+            sequences.length[own] = known
+            mine = slice(at, at + length)
+            found = self._known(request, begin, length + (not emits))
+            rows[1, mine], after[at : at + len(found) - 1] = found[:length], found[1:]
+            mine = slice(at, at + length + drafts)
+            rows[2, mine] = np.arange(begin, stop)
+            rows[3, mine] = sequences.slots(own, begin, stop)
+            spans.append([at, length + drafts, stop, 0, own])
+            if emits:
+                picked.append(len(sampled))
+                sampled.append(at + length - 1)
+                where.append(at + length - 1)
+                lengths.append(known + 1)
+                takers.append(own)
+                requests.append(request)
+                kept.append(range(0))
+            at += length + drafts
+        whole = [p.length for p in members.prompts if p.start == 0 and not p.drafts]
+        lists = [np.array(values, dtype=np.int32) for values in (spans, sampled, takers, (where, picked, lengths))]
+        flat = Flat(rows, lists[0], lists[1], lists[2], after, lists[3])
+        return flat, cells, blocks, whole if len(whole) == len(members.prompts) and not decodes else []
 
     def _prompt(self, members: Members, request: int) -> Any:
         return np.asarray(members.tokens(request)) % self.model.vocab
@@ -344,5 +441,8 @@ def _runner(
     columns: int,
     ranks: Ranks,
     device: torch.device,
+    draft: Model | None = None,
+    drafts: int = 0,
 ) -> Runner:
-    return Runner(model, options, device, dtype, blocks, block, max_model_len, columns, ranks)
+    parts = (model, options, device, dtype, blocks, block, max_model_len, columns, ranks)
+    return Runner(*parts, draft=draft, drafts=drafts)

@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 
 from chairlift.backend.cuda_graphs import graph_sizes
+from chairlift.backend.gpu.draft_head import DraftHead, Takers
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import Heads, Paging, Spans, new_cache, unfit
 from chairlift.backend.gpu.ranks import ALONE, ONLY, Ranks, Stage
-from chairlift.backend.gpu.step_graphs import CELLS, Flat, Ints, StepGraphs, World, graph_rows, tokens_of
+from chairlift.backend.gpu.step_graphs import (
+    CELLS,
+    Flat,
+    Ints,
+    StepGraphs,
+    World,
+    behind,
+    give,
+    graph_rows,
+    tokens_of,
+)
 from chairlift.backend.gpu.transformer import Tokens
-from chairlift.backend.gpu.weights import check_room, loaded
+from chairlift.backend.gpu.weights import check_room, loaded, random_weights
 from chairlift.backend.shapes import Model
 
 GRAPHS = graph_sizes(1024)  # padded batch sizes of decode steps
@@ -29,6 +40,8 @@ TURNS = 4  # pinned buffers of each kind, used in turn: to allocate one would wa
 
 class Runner:
     """Weights, cache and graphs on one device. ``columns`` is the width of a block table.
+
+    With a ``draft`` head every decode verifies up to ``drafts`` drafts, and is a span of its own.
 
     Raises ValueError, one sentence, where there is no kernel for the model or it does not fit.
     """
@@ -45,6 +58,8 @@ class Runner:
         columns: int,
         ranks: Ranks = ALONE,
         stage: Stage = ONLY,
+        draft: Model | None = None,
+        drafts: int = 0,
     ) -> None:
         self._options = options
         self._cuda = device.type == "cuda"
@@ -58,9 +73,13 @@ class Runner:
         self.net = loaded(model, options, device, dtype, block, max_model_len, ranks, stage)
         check_room(device, blocks * block * model.kv_bytes_per_token_on(ranks.count), f"a KV pool of {blocks:,} blocks")
         integer: dict[str, Any] = {"dtype": torch.int32, "device": device}
-        self._cache = new_cache(len(stage.layers(model.layers)), blocks, block, heads, dtype, device)
+        self.head = None
+        if draft is not None:
+            self.head = DraftHead(self.net, draft, random_weights(dtype, device, options.seed + 1))
+        layers = len(stage.layers(model.layers)) + (draft is not None)
+        self._cache = new_cache(layers, blocks, block, heads, dtype, device)
         self._tables = torch.zeros((batch + 1, columns), **integer)
-        self._last = torch.zeros(batch + 1, **integer)  # each row's latest token
+        self._last = torch.zeros((batch + 1, 1 + drafts), **integer)  # each row's latest token and its drafts
         self._staged = torch.zeros((7, batch + 1), **integer)  # of the decodes, see `Sequences.decode`; how many
         # in turn: the copies of one step may still be under way while the next is prepared
         self._pinned = [self._host(self._staged.numel()).view(self._staged.shape) for _ in range(TURNS)]
@@ -72,12 +91,13 @@ class Runner:
 
             self.net.exchange = Exchange(ranks, model.hidden, dtype, device)
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
-        self._world = World(self.net, self._cache, self._tables, self._last, self.sample)
+        parts = (self._cache, self._tables, self._last, self.sample, self.head, max_model_len)
+        self._world = World(self.net, *parts)
         if self._cuda:
             self.net.attention.warm_up(dtype, device, max_model_len)
         self._limit = graph_rows(model, ranks.count, options.quantization == "fp8")
         self._step_graphs = StepGraphs(self._world, batch, self._limit) if options.graphs and stage == ONLY else None
-        if self._cuda and options.graphs:
+        if self._cuda and options.graphs and draft is None:
             self._capture()
 
     def close(self) -> None:
@@ -85,7 +105,7 @@ class Runner:
         if self.net.exchange is not None:
             self.net.exchange.close()
             self.net.exchange = None
-        del self._cache, self._tables, self.net, self._world
+        del self._cache, self._tables, self.net, self._world, self.head
         self._graphs, self._step_graphs = {}, None
         gc.collect()
         if self._cuda:
@@ -115,7 +135,7 @@ class Runner:
     # steps
 
     @torch.inference_mode()
-    def decodes(self, staged: Ints, n: int) -> Tensor:
+    def decodes(self, staged: Ints, n: int) -> tuple[Tensor, ...]:
         """A step of ``n`` decodes as `Sequences.decode` has staged them, ``[6, sequences + 1]``: their next tokens."""
         self._turn = (self._turn + 1) % TURNS
         pinned = self._pinned[self._turn]
@@ -124,14 +144,22 @@ class Runner:
         self._staged.copy_(pinned, non_blocking=True)
         size = min(size for size in self._graphs if size >= n) if self._graphs else n
         if size not in self._graphs:
-            return self._decode(size)
+            return (self._decode(size),)
         graph, sampled = self._graphs[size]
         graph.replay()
-        return sampled[:n]
+        return (sampled[:n],)
 
     @torch.inference_mode()
-    def chunks(self, flat: Flat, cells: Sequence[int], blocks: Sequence[int], whole: Sequence[int], n: int) -> Tensor:
-        """A step with chunks whose first ``n`` rows decode: the next tokens of its sampled rows.
+    def chunks(
+        self,
+        flat: Flat,
+        cells: Sequence[int],
+        blocks: Sequence[int],
+        whole: Sequence[int],
+        n: int,
+        passes: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """A step with chunks whose first ``n`` rows decode: what `StepGraphs.run` gives.
 
         First ``cells`` of the block tables become ``blocks``; ``whole`` is `Spans.whole`.
         """
@@ -142,15 +170,39 @@ class Runner:
             cells = blocks = ()
         if small:
             assert self._step_graphs is not None
-            return self._step_graphs.run(flat, cells, blocks, n)
+            return self._step_graphs.run(flat, cells, blocks, n, passes)
         parts = [flat.rows.reshape(-1), flat.spans.reshape(-1), flat.sampled, flat.takers]
+        if self.head is not None:
+            assert flat.behind is not None
+            assert flat.places is not None
+            parts += [flat.behind, flat.places.reshape(-1)]
         lengths = [len(part) for part in parts]
         self._large[self._turn] = host = self._grown(self._large[self._turn], sum(lengths))
         np.concatenate(parts, out=host.numpy()[: sum(lengths)])
-        rows, each, at, takers = host[: sum(lengths)].to(self.device, non_blocking=True).split(lengths)
+        rows, each, at, last, *more = host[: sum(lengths)].to(self.device, non_blocking=True).split(lengths)
         spans = Spans(each.view(-1, 5), self._tables, whole)
         step = tokens_of(self._world, rows.view(7, -1), spans, n)._replace(sampled=at)
-        return self._next(step, takers)
+        if self.head is not None:
+            after, places = more
+            where, picked, known = places.view(3, -1)
+            return self._verify(self.head, step, after, Takers(where, picked, last, known), passes)
+        return (self._next(step, last),)
+
+    def _verify(
+        self, head: DraftHead, step: Tokens, given: Tensor, takers: Takers, passes: int
+    ) -> tuple[Tensor, Tensor]:
+        """As the graphs of `StepGraphs` do, of a step too large for them."""
+        world, sampled = self._world, step.sampled
+        assert sampled is not None
+        width = len(head.of) * self.net.model.hidden
+        states = torch.empty((len(step.tokens), width), dtype=self.net.dtype, device=self.device)
+        made = self.net.attended(step, self._cache[:-1], states, head.of)
+        new = give(world, self.sample(self.net.leave(*made, sampled)), takers)
+        looked = head.begin(step, behind(step.tokens, given, takers, new), states, self._cache[-1])
+        if passes and len(new):
+            drafts = head.finish(*looked, takers, self._tables, self._cache[-1], passes, world.longest)
+            self._last[takers.last, 1 : 1 + passes] = drafts
+        return step.tokens[sampled], new
 
     def change(self, cells: Sequence[int], blocks: Sequence[int]) -> None:
         """Let these cells of the block tables (row · columns + column) name these blocks."""
@@ -170,14 +222,15 @@ class Runner:
         """The tokens, int32, of a decode step of ``size`` rows as they are staged. This is what a graph captures."""
         rows, positions, cells, blocks = (self._staged[i][:size] for i in (0, 3, 4, 5))
         self._tables.view(-1)[cells] = blocks
-        tokens = self._last[rows]
+        tokens = self._last[rows, 0]
         paging = Paging(self._tables, *(self._staged[i][:size] for i in range(3)))
         step = Tokens(tokens, positions, paging, live=self._staged[6, :1])
         return self._next(step, rows)
 
     def _next(self, step: Tokens, takers: Tensor) -> Tensor:
         """The next tokens of a step's sampled rows, which are now the latest of the rows ``takers`` of `World.last`."""
-        self._last[takers] = sampled = self.sample(self.net.forward(step, self._cache))
+        sampled = self.sample(self.net.forward(step, self._cache))
+        self._last[takers, 0] = sampled
         return sampled
 
     def sample(self, logits: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ class Torch(Options):
     """Execute every step on a GPU and measure it, instead of modelling what it costs."""
 
     executes: ClassVar[bool] = True
+    drafts_by: ClassVar[tuple[str, ...]] = ("eagle3",)  # methods of speculation that it executes
 
-    def build(self, model: Model, gpu: GPU, parallel: Parallel) -> Backend:
+    def build(self, model: Model, gpu: GPU, parallel: Parallel, draft: Model | None = None, drafts: int = 0) -> Backend:
         """The engine, on so many GPUs of a host. Raises ValueError without torch, or if it cannot serve the model.
 
-        A model whose layers are in FP8 (``llama-3.1-8b-fp8``) is served as ``quantization: fp8`` says.
+        A model whose layers are in FP8 (``llama-3.1-8b-fp8``) is served as ``quantization: fp8`` says. With a ``draft``
+        head, which is of random weights, decodes verify up to ``drafts`` drafts.
         """
         options = self
         if model.quantization == "fp8" and model.quantized == "layers":
@@ -43,4 +45,4 @@ class Torch(Options):
             if error.name not in ("torch", "cupy"):
                 raise
             raise ValueError(f"the torch backend needs {error.name}: pip install 'chairlift[gpu]'") from None
-        return TorchEngine(model, gpu, options, parallel.tensor, parallel.pipeline)
+        return TorchEngine(model, gpu, options, parallel.tensor, parallel.pipeline, draft, drafts)

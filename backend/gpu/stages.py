@@ -47,15 +47,21 @@ class StageRunner(Runner):
         self._coming: deque[Coming] = deque()  # of the first stage, the oldest first
         self._sent: deque[tuple[Any, Tensor]] = deque()  # what may still be on its way
 
-    def decodes(self, staged: Ints, n: int) -> Tensor:  # noqa: D102
+    def decodes(self, staged: Ints, n: int) -> tuple[Tensor, ...]:  # noqa: D102
         self._await(staged[0, :n])
         return super().decodes(staged, n)
 
     def chunks(  # noqa: D102
-        self, flat: Flat, cells: Sequence[int], blocks: Sequence[int], whole: Sequence[int], n: int
-    ) -> Tensor:
+        self,
+        flat: Flat,
+        cells: Sequence[int],
+        blocks: Sequence[int],
+        whole: Sequence[int],
+        n: int,
+        passes: int = 0,
+    ) -> tuple[Tensor, ...]:
         self._await(flat.rows[0, :n])
-        return super().chunks(flat, cells, blocks, whole, n)
+        return super().chunks(flat, cells, blocks, whole, n, passes)
 
     @torch.inference_mode()
     def arrive(self, left: int) -> None:
@@ -63,7 +69,7 @@ class StageRunner(Runner):
         while len(self._coming) > left:
             takers, tokens, work = self._coming.popleft()
             work.wait()
-            self._last[takers] = tokens[:-1]
+            self._last[takers, 0] = tokens[:-1]
 
     def _await(self, rows: Ints) -> None:
         """Take in the tokens from which ``rows`` of `World.last` decode."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from chairlift.backend.cuda_graphs import graph_sizes
+from chairlift.backend.gpu.draft_head import DraftHead, Takers
 from chairlift.backend.gpu.paged_attention import NOWHERE, Paging, Spans
 from chairlift.backend.gpu.transformer import Tokens, Transformer
 from chairlift.backend.shapes import Model
@@ -40,12 +41,18 @@ class Flat(NamedTuple):
     ``rows`` [7, rows]: the row of `World.last` that holds the token (its last row: the token is in the next column),
     token, position, slot, row of the block tables, tokens in KV (0 unless it decodes), leading padding.
     ``spans`` [spans, 5] as in `Spans`; ``sampled`` are rows and ``takers`` the rows of `last` that get their tokens.
+
+    Where drafts are verified, the entries of `World.last` are counted one by one, and ``sampled`` are more than the
+    ``takers``: a row for each draft too. ``behind`` [rows] is the token after each row (-1: that of the next row), and
+    ``places`` [3, takers] says the rest of `Takers`: rows, picked, lengths.
     """
 
     rows: Ints
     spans: Ints
     sampled: Ints
     takers: Ints
+    behind: Ints | None = None
+    places: Ints | None = None
 
 
 def graph_rows(model: Model, gpus: int, eights: bool) -> int:
@@ -64,58 +71,99 @@ class World(NamedTuple):
     net: Transformer
     cache: Tensor  # of all layers
     tables: Tensor  # [sequences + 1, columns]: block numbers
-    last: Tensor  # [sequences + 1]: each sequence's latest token; the last one is nobody's
+    last: Tensor  # [sequences + 1, 1 + drafts]: each sequence's latest token, its drafts; the last row is nobody's
     sample: Callable[[Tensor], Tensor]  # logits → tokens
+    head: DraftHead | None = None  # where drafts are verified; the last layer of the cache is its own
+    longest: int = 0  # tokens of a sequence, for its passes
 
 
 def tokens_of(world: World, rows: Tensor, spans: Spans, decodes: int) -> Tokens:
     """The step whose `Flat.rows` lie on the device; its first ``decodes`` rows may decode."""
     taken = rows[0]
-    tokens = torch.where(taken < len(world.last) - 1, world.last[taken], rows[1])
+    tokens = torch.where(taken < world.last[:-1].numel(), world.last.view(-1)[taken], rows[1])
     paging = Paging(world.tables, *(rows[i, :decodes] for i in (4, 5, 6))) if decodes else None
     return Tokens(tokens, rows[2], paging, rows[3], spans)
+
+
+def give(world: World, computed: Tensor, takers: Takers) -> Tensor:
+    """The next token of each taker, where the tokens of all sampled rows are ``computed``; `World.last` has it too."""
+    new = computed[takers.picked]
+    world.last[takers.last, 0] = new
+    return new
+
+
+def behind(tokens: Tensor, given: Tensor, takers: Takers, new: Tensor) -> Tensor:
+    """The token after each row, `Flat.behind` being ``given`` and ``new`` the next tokens of the takers."""
+    rows = len(tokens)
+    found = torch.zeros(rows + 1, dtype=torch.int32, device=tokens.device)
+    found[: rows - 1] = tokens[1:]
+    found[:rows] = torch.where(given >= 0, given, found[:rows])
+    found[takers.rows] = new
+    return found[:rows]
 
 
 class StepGraphs:
     """The graphs of steps with chunks, of at most ``limit`` rows (`graph_rows`) and ``most`` sequences.
 
-    Without a GPU the same parts run as they are, over the same buffers.
+    With a draft head there are two more of each step: its first pass up to attention, and the rest with all further
+    passes. Without a GPU the same parts run as they are, over the same buffers.
     """
 
     def __init__(self, world: World, most: int, limit: int) -> None:
-        net = world.net
+        net, head = world.net, world.head
         self._world = world
         self._nobody = len(world.last) - 1
+        self._nobodys = self._nobody * world.last.shape[1]  # likewise, counted entry by entry
         self._limit = limit
         cuda = net.device.type == "cuda"
-        self._spans_at = 7 * limit
+        wanted = most * world.last.shape[1]  # rows whose tokens are
+        self._spans_at = (7 if head is None else 8) * limit
         self._sampled_at = self._spans_at + SPAN * 2 * most  # each prompt may have padding, a span of its own
-        self._counts_at = self._sampled_at + 2 * most  # how many rows, and sampled ones, are somebody's
-        self._cells_at = self._counts_at + 2
+        self._takers_at = self._sampled_at + wanted
+        self._places_at = self._takers_at + most
+        self._counts_at = self._places_at + (0 if head is None else 3 * most)  # how many rows, and sampled ones,
+        self._cells_at = self._counts_at + 2  # are somebody's
         count = self._cells_at + 2 * CELLS
         self._whole = torch.zeros(count, dtype=torch.int32, device=net.device)
         self._host = [torch.zeros(count, dtype=torch.int32, pin_memory=cuda) for _ in range(4)]  # in turn
         self._turn = 0
         self._most = most
         whole: dict[str, Any] = {"dtype": net.dtype, "device": net.device}
-        self._residual = torch.zeros((limit, net.model.hidden), **whole)
-        self._attended = torch.zeros((limit, net.heads.query * net.heads.size), **whole)
-        nothing = Flat(np.zeros((7, 0), np.int32), *(np.zeros(0, np.int32),) * 3)
-        self._fill(self._host[0].numpy(), nothing, (), (), limit, most)
+        hidden, width = net.model.hidden, net.heads.query * net.heads.size
+        self._residual, self._attended = torch.zeros((limit, hidden), **whole), torch.zeros((limit, width), **whole)
+        also = 0 if head is None else limit + 1  # a row for whoever is nobody
+        self._drafted, self._looked = torch.zeros((also, hidden), **whole), torch.zeros((also, width), **whole)
+        self._states = torch.zeros((also, 0 if head is None else len(head.of) * hidden), **whole)
+        integer: dict[str, Any] = {"dtype": torch.int32, "device": net.device}
+        self._tokens, self._new = torch.zeros(limit, **integer), torch.zeros(most, **integer)
+        none = np.zeros(0, np.int32)
+        nothing = Flat(np.zeros((7, 0), np.int32), none, none, none, none, np.zeros((3, 0), np.int32))
+        self._fill(self._host[0].numpy(), nothing, (), (), limit, wanted)
+        self._host[0][self._places_at : self._counts_at] = 0  # a row that steps of every size have
         self._whole.copy_(self._host[0])
         self._sizes = graph_sizes(limit)
-        self._tails = [*[n for n in self._sizes if n < most], most]
+        self._tails = [*[n for n in graph_sizes(wanted) if n < wanted], wanted]
+        self._counts = [*[n for n in self._sizes if n < most], most]
         capture = _Capture() if cuda else _as_it_is
         # the largest first: all share one pool of memory
         kinds = [(size, decodes) for size in reversed(self._sizes) for decodes in (True, False)[: 1 + (size <= ALONE)]]
+        if head is not None:
+            kinds = [(size, False) for size in reversed(self._sizes)]  # all decodes verify
         self._begin = {kind: capture(partial(self._up_to_attention, *kind)) for kind in kinds}
         self._finish = {size: capture(partial(self._rest, size)) for size in reversed(self._tails)}
+        if head is not None:
+            self._look = {size: capture(partial(self._first_pass, size)) for size in reversed(self._sizes)}
+            passes = world.last.shape[1] - 1
+            self._propose = {n: capture(partial(self._drafts, n, passes)) for n in reversed(self._counts)}
 
     @torch.inference_mode()
-    def run(self, flat: Flat, cells: Sequence[int], blocks: Sequence[int], decodes: int) -> Tensor:
-        """Do the step, whose first ``decodes`` rows decode; the next tokens of its sampled rows, on the device.
+    def run(
+        self, flat: Flat, cells: Sequence[int], blocks: Sequence[int], decodes: int, passes: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Do the step, whose first ``decodes`` rows decode: the next tokens of its sampled rows, on the device.
 
-        First these cells of the block tables, at most `CELLS`, become these blocks.
+        First these cells of the block tables, at most `CELLS`, become these blocks. With a draft head: the tokens that
+        the sampled rows compute, and the next tokens of the takers, who get drafts of so many ``passes``.
         """
         rows, wanted = flat.rows.shape[1], len(flat.sampled)
         size = self._sizes[bisect_left(self._sizes, rows)]
@@ -124,46 +172,95 @@ class StepGraphs:
         host = self._host[self._turn]
         self._fill(host.numpy(), flat, cells, blocks, size, tail)
         self._whole.copy_(host, non_blocking=True)
-        self._begin[size, bool(decodes) or size > ALONE]()
-        if not wanted:
-            return self._whole[:0]
-        tokens: Tensor = self._finish[tail]()
-        return tokens[:wanted]
+        verifies = self._world.head is not None
+        self._begin[size, not verifies and (bool(decodes) or size > ALONE)]()
+        found: tuple[Tensor, ...] = (self._whole[:0],)
+        if wanted:
+            found = tuple(part[:wanted] for part in self._finish[tail]())
+        if verifies:
+            self._look[size]()
+            if passes and wanted:
+                n = self._counts[bisect_left(self._counts, len(flat.takers))]
+                all_of_them = passes == self._world.last.shape[1] - 1
+                self._propose[n]() if all_of_them else self._drafts(n, passes)
+            found = (*found, self._new[: len(flat.takers)])
+        return found
 
     def _fill(self, to: Ints, flat: Flat, cells: Sequence[int], blocks: Sequence[int], size: int, tail: int) -> None:
         """Lay a step out in ``to``, filled up to ``size`` rows and ``tail`` sampled ones that are nobody's."""
-        n, wanted = flat.rows.shape[1], len(flat.sampled)
-        rows = to[: self._spans_at].reshape(7, self._limit)
-        rows[:, :n] = flat.rows
+        n, wanted, taking = flat.rows.shape[1], len(flat.sampled), len(flat.takers)
+        rows = to[: self._spans_at].reshape(-1, self._limit)
+        rows[:7, :n] = flat.rows
         rows[:, n:size] = 0
-        rows[0, n:size] = rows[4, n:size] = self._nobody
+        rows[0, n:size] = self._nobodys
+        rows[4, n:size] = self._nobody
         rows[3, n:size] = NOWHERE
         spans = to[self._spans_at : self._sampled_at]
         spans[: flat.spans.size] = flat.spans.reshape(-1)
         spans[flat.spans.size :] = 0
-        sampled, takers = to[self._sampled_at : self._counts_at].reshape(2, -1)
+        sampled, takers = to[self._sampled_at : self._takers_at], to[self._takers_at : self._places_at]
         to[self._counts_at : self._cells_at] = n, wanted
         changed, become = to[self._cells_at :].reshape(2, CELLS)
         changed[: len(cells)], become[: len(cells)] = cells, blocks
         changed[len(cells) :] = self._nobody * self._world.tables.shape[1]
-        sampled[:wanted], takers[:wanted] = flat.sampled, flat.takers
-        sampled[wanted:tail], takers[wanted:tail] = 0, self._nobody
+        sampled[:wanted], takers[:taking] = flat.sampled, flat.takers
+        sampled[wanted:tail], takers[taking:] = 0, self._nobody
+        if self._world.head is not None:
+            assert flat.behind is not None
+            assert flat.places is not None
+            rows[7, :n] = flat.behind
+            places = to[self._places_at : self._counts_at].reshape(3, -1)
+            places[:, :taking], places[:, taking:] = flat.places, 0
+            places[0, taking:] = size
+
+    def _rows(self, size: int) -> tuple[Tensor, Spans]:
+        rows = self._whole[: self._spans_at].view(-1, self._limit)[:, :size]
+        return rows, Spans(self._whole[self._spans_at : self._sampled_at].view(-1, SPAN), self._world.tables)
+
+    def _takers(self, count: int) -> Takers:
+        rows, picked, lengths = self._whole[self._places_at : self._counts_at].view(3, -1)[:, :count]
+        return Takers(rows, picked, self._whole[self._takers_at : self._takers_at + count], lengths)
 
     def _up_to_attention(self, size: int, decodes: bool) -> None:
         cells, blocks = self._whole[self._cells_at :].view(2, CELLS)
         self._world.tables.view(-1)[cells] = blocks
-        rows = self._whole[: self._spans_at].view(7, self._limit)[:, :size]
-        spans = Spans(self._whole[self._spans_at : self._sampled_at].view(-1, SPAN), self._world.tables)
+        rows, spans = self._rows(size)
         live = self._whole[self._counts_at : self._counts_at + 1]
         step = tokens_of(self._world, rows, spans, size if decodes else 0)._replace(live=live)
-        self._attended[:size], self._residual[:size] = self._world.net.attended(step, self._world.cache)
+        world, head = self._world, self._world.head
+        if head is None:
+            attended = world.net.attended(step, world.cache)
+        else:
+            self._tokens[:size] = step.tokens
+            attended = world.net.attended(step, world.cache[:-1], self._states[:size], head.of)
+        self._attended[:size], self._residual[:size] = attended
 
-    def _rest(self, size: int) -> Tensor:
-        sampled, takers = self._whole[self._sampled_at : self._counts_at].view(2, -1)[:, :size]
+    def _rest(self, size: int) -> tuple[Tensor, ...]:
+        sampled = self._whole[self._sampled_at : self._sampled_at + size]
         live = self._whole[self._counts_at + 1 : self._cells_at]
-        tokens = self._world.sample(self._world.net.leave(self._attended, self._residual, sampled, live))
-        self._world.last[takers] = tokens
-        return tokens
+        world = self._world
+        tokens = world.sample(world.net.leave(self._attended, self._residual, sampled, live))
+        if world.head is None:
+            world.last[self._whole[self._takers_at : self._takers_at + size], 0] = tokens
+            return (tokens,)
+        self._new[:] = give(world, tokens, self._takers(self._most))
+        return (self._tokens[sampled],)
+
+    def _first_pass(self, size: int) -> None:
+        world = self._world
+        assert world.head is not None
+        rows, spans = self._rows(size)
+        tokens = self._tokens[:size]
+        after = behind(tokens, rows[7], self._takers(self._most), self._new)
+        step = Tokens(tokens, rows[2], None, rows[3], spans)
+        looked = world.head.begin(step, after, self._states[:size], world.cache[-1])
+        self._looked[:size], self._drafted[:size] = looked
+
+    def _drafts(self, count: int, passes: int) -> None:
+        world, takers = self._world, self._takers(count)
+        assert world.head is not None
+        parts = (self._looked, self._drafted, takers, world.tables, world.cache[-1], passes, world.longest)
+        world.last[takers.last, 1 : 1 + passes] = world.head.finish(*parts)
 
 
 def _as_it_is(part: Callable[[], Any]) -> Callable[[], Any]:

@@ -321,20 +321,23 @@ class Transformer:
         y, residual = self.attended(step, cache)
         layer = self.layers[-1]
         # the norm is the next stage's to take; this one adds up
-        residual_norm(self._rest(layer, y, residual, step.live), residual, layer.norm, layer.norm_bias, self.epsilon)
+        residual_norm(self.rest(layer, y, residual, step.live), residual, layer.norm, layer.norm_bias, self.epsilon)
         return residual
 
-    def attended(self, step: Tokens, cache: Tensor) -> tuple[Tensor, Tensor]:
+    def attended(
+        self, step: Tokens, cache: Tensor, states: Tensor | None = None, of: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """All of a step up to the last layer's attention: what that gives and the residual, for `leave` and `passed`.
 
-        ``[rows, query · size]`` and ``[rows, hidden]``. Of rows that are nobody's both hold anything.
+        ``[rows, query · size]`` and ``[rows, hidden]``. Of rows that are nobody's both hold anything. ``states`` [rows,
+        hidden a layer] gets what enters the layers ``of``, side by side.
         """
         attention, rows = self.attention, len(step.tokens)
         if step.paging is not None:
             attention.plan(step.paging)
         plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
         residual = self.embed(step.tokens, step.positions) if step.hidden is None else step.hidden
-        table = self._table(attention.room(step.spans, rows), rows)
+        table = self.table(attention.room(step.spans, rows), rows)
         out = None if table is None else table[:rows]
         qkv = self._project(0, None, residual, out)
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
@@ -344,17 +347,30 @@ class Transformer:
             if i and halves:
                 qkv = self._by_halves(i, y, residual, out)
             elif i:
-                qkv = self._project(i, self._rest(self.layers[i - 1], y, residual, step.live), residual, out)
-            if step.slots is not None:
-                attention.rotate_and_store(qkv, layer, step.positions, step.slots)
-            if step.paging is not None:
-                decodes = len(step.paging.lengths)
-                attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
-            if step.spans is not None:
-                y = attention.chunks(qkv if table is None else table, layer, step.spans, plan, y)
+                qkv = self._project(i, self.rest(self.layers[i - 1], y, residual, step.live), residual, out)
+            if states is not None:
+                for place in [n for n, one in enumerate(of) if one == i]:
+                    states[:, place * self.model.hidden : (place + 1) * self.model.hidden] = residual
+            y = self.attend(qkv if table is None else table, layer, step, plan, y)
         return y, residual
 
-    def _table(self, room: int, rows: int) -> Tensor | None:
+    def attend(self, qkv: Tensor, layer: Tensor, step: Tokens, plan: Any, y: Tensor) -> Tensor:
+        """Attention of a step's rows over one layer's cache, which then holds their keys and values too.
+
+        ``qkv`` [rows, width], or as many rows as `PagedAttention.room` wants; ``y`` [rows, query · size] is filled, or
+        another is returned in its place. ``plan`` is of `PagedAttention.plan_chunks`.
+        """
+        attention, rows = self.attention, len(step.tokens)
+        if step.slots is not None:
+            attention.rotate_and_store(qkv[:rows], layer, step.positions, step.slots)
+        if step.paging is not None:
+            decodes = len(step.paging.lengths)
+            attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
+        if step.spans is not None:
+            y = attention.chunks(qkv, layer, step.spans, plan, y)
+        return y
+
+    def table(self, room: int, rows: int) -> Tensor | None:
         """Where queries, keys and values go, if attention wants ``room`` for more than ``rows``: those are 0."""
         if room == rows:
             return None
@@ -376,12 +392,12 @@ class Transformer:
             y, residual = y[sampled], residual[sampled]
             if not len(y):
                 return y.new_empty((0, self.model.vocab))
-        x = self._rest(self.layers[-1], y, residual, live)
+        x = self.rest(self.layers[-1], y, residual, live)
         assert self.head is not None
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
     def _by_halves(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None) -> Tensor:
-        """`_rest` of layer ``i`` - 1, `_project` of layer ``i``: one half of the rows is sent while the other runs."""
+        """`rest` of layer ``i`` - 1, `_project` of layer ``i``: one half of the rows is sent while the other runs."""
         layer, middle = self.layers[i - 1], len(y) // 2
         halves = slice(0, middle), slice(middle, len(y))
         x = [self._part(0, y[half], layer.out, layer.out_bias, half) for half in halves]
@@ -408,7 +424,7 @@ class Transformer:
             head_norm(qkv, layer.query_norm, layer.key_norm, self.heads.query, self.heads.kv, self.epsilon)
         return qkv
 
-    def _rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product | Share:
+    def rest(self, layer: Layer, y: Tensor, residual: Tensor, live: Tensor | None) -> Tensor | Product | Share:
         """What follows a layer's attention, but for adding it to the residual."""
         x = self._part(0, y, layer.out, layer.out_bias)
         x = self._mlp(layer, self.ranks.sum(x) if isinstance(x, Tensor) else x, residual, live)

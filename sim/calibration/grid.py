@@ -8,6 +8,7 @@ the vllm policy. Waves lie far apart; the clock of an executing engine skips the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ import numpy as np
 
 from chairlift.backend import memory, specs
 from chairlift.backend.base import Settings
+from chairlift.backend.calibrated.profile import Drafts
+from chairlift.backend.draft_shapes import head_of
+from chairlift.backend.drafting import WithDrafts
 from chairlift.backend.parallel import ONE, Parallel
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.recording import Recorder
 from chairlift.sim.simulate import simulate
-from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo
+from chairlift.sim.study import Kv, Limits, ReplicaGroup, Setup, Slo, Speculate
 from chairlift.sim.units import PS_PER_S
+from chairlift.sim.workload.acceptance import Acceptance
 from chairlift.sim.workload.trace import Trace
 
 APART_S = 1000  # from the start of a wave to the start of the next
@@ -32,6 +37,8 @@ PROMPTS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2047, 3072,
 BUDGETS = (128, 256, 512, 1024, 2048, 8192)  # tokens a step
 MOST = 140_000  # tokens of prompts and answers in a wave: more would take seconds of prefill and show nothing new
 SEED = 7
+DRAFTS = Speculate(method="eagle3", tokens=3, acceptance=Acceptance(synthetic=2.4))  # as vLLM 0.26 was recorded,
+DRAFT_VOCAB = 32_000  # with a head of so many tokens
 
 
 def grid(model: specs.Model, room: int) -> Iterator[tuple[str, Trace, int]]:
@@ -57,10 +64,17 @@ def measure(
     folder: Path,
     progress: Callable[[str], None] = lambda _name: None,
     parallel: Parallel = ONE,
+    speculates: bool = False,
 ) -> None:
-    """Run the grid on ``backend`` and record it in ``folder``. Raises ValueError where it cannot serve ``model``."""
+    """Run the grid on ``backend`` and record it in ``folder``; where it ``speculates``, with the drafts of `DRAFTS`.
+
+    Raises ValueError where it cannot serve ``model``.
+    """
     kv = Kv()
-    fit = memory.kv_blocks(model, gpu, parallel, kv.block_size, kv.memory_utilization, kv.reserve_gib)
+    draft = replace(head_of(model, DRAFTS.method), vocab=min(model.vocab, DRAFT_VOCAB)) if speculates else None
+    fit = memory.kv_blocks(model, gpu, parallel, kv.block_size, kv.memory_utilization, kv.reserve_gib, draft=draft)
+    if speculates:
+        backend = WithDrafts(backend, draft, Drafts(DRAFTS.method, DRAFTS.tokens))
     recorder = Recorder(folder)
     for name, trace, budget in grid(model, fit.blocks * kv.block_size):
         progress(name)
@@ -69,6 +83,9 @@ def measure(
             1, "mixed", gpu, parallel, Vllm, settings, backend, fit.blocks, kv.block_size, fit.explain()
         )
         setup = Setup("", name, trace, model, model.max_model_len, [group], RoundRobin, {}, Slo(), SEED, Limits())
+        if speculates:
+            group.speculation = group.make_scheduler().speculation(DRAFTS.method, DRAFTS.tokens)
+            setup.speculate = DRAFTS
         recorder.add(simulate(setup), name)
 
 

@@ -113,13 +113,14 @@ def calibrate(
     recording = recording or Path("recordings") / model
     with _bad_input(), status(quiet) as progress:
         if backend is not None:
-            name_of, parallel = labelled(model)
+            plainly = model.removesuffix(f"-{grid.DRAFTS.method}")
+            name_of, parallel = labelled(plainly)
             if parallel.pipeline > 1:
                 rule = "must name no stages: their steps run several at a time, and none has a time of its own"
                 raise BadInput(Problem(rule, file="--model", value=model))
             shape = specs.model(name_of)
             engine = Torch(routing_skew=0.0 if shape.experts else None)  # a router of random weights chooses anything
-            grid.measure(shape, specs.gpu(gpu or "h200"), engine, recording, progress, parallel)
+            grid.measure(shape, specs.gpu(gpu or "h200"), engine, recording, progress, parallel, model != plainly)
         source = read(recording, model)
         chosen = source.select(_names(experiments))
         progress("fit")

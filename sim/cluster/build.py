@@ -24,7 +24,7 @@ from chairlift.sim.cluster.replica_pool import ReplicaPool
 from chairlift.sim.cluster.requests import request_maker
 from chairlift.sim.cluster.timeouts import Patience
 from chairlift.sim.replica.counting_pool import CountingPool, StandInPool
-from chairlift.sim.replica.drafts import DraftedPool
+from chairlift.sim.replica.drafts import DraftedPool, DraftedTablePool
 from chairlift.sim.replica.engine import Engine, make_engine
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.host_memory import HostMemory, host_memory
@@ -141,7 +141,7 @@ class _Engines:
         if ranks == 1:
             planner = self._planner(group, replica, group.blocks)
             executes = isinstance(planner.backend, Executor)
-            execution = Execution(planner, self._identity(planner.pool)) if executes else None
+            execution = Execution(planner, self._identity(planner.pool, group)) if executes else None
             return Staged(planner, execution) if isinstance(planner, StagedPlanner) else make_engine(planner, execution)
         backend = _backend(self.setup, group)
         each = (self._planner(group, replica, group.blocks // ranks, RankBackend(backend, ranks)) for _ in range(ranks))
@@ -181,9 +181,9 @@ class _Engines:
         planner.state.expect(cluster.more_arrivals)
         return planner
 
-    def _identity(self, pool: CountingPool) -> Identity:
+    def _identity(self, pool: CountingPool, group: ReplicaGroup) -> Identity:
         """Which prompts of an executed run have tokens in common: the pool's own idea, if it has one."""
-        known = (self.identities or {}).get((pool.block_size, 0)) if pool.tracks else None
+        known = (self.identities or {}).get((pool.block_size, _ahead(group.speculation))) if pool.tracks else None
         return known or Identity(self.setup.trace, EXECUTED_BLOCK)
 
 
@@ -206,6 +206,11 @@ def make_host(setup: Setup, group: ReplicaGroup) -> HostMemory:
     return host_memory(group.host_gib, kv_bytes, rate, group.block_size, group.scheduler.overlaps_swaps)
 
 
+def _ahead(speculation: Speculation | None) -> int:
+    """Tokens behind a block that its hash covers too."""
+    return int(speculation is not None and speculation.prefix == "lookahead")
+
+
 def make_pool(
     scheduler: Scheduler,
     trace: Trace,
@@ -226,7 +231,7 @@ def make_pool(
 
     def identity() -> Identity:
         known = {} if identities is None else identities
-        ahead = int(speculation is not None and speculation.prefix == "lookahead")
+        ahead = _ahead(speculation)
         if (block_size, ahead) not in known:
             known[block_size, ahead] = Identity(trace, block_size, ahead)
         return known[block_size, ahead]
@@ -247,6 +252,7 @@ def make_pool(
         return StandInPool(blocks, block_size)
     if speculation is not None:
         settings = (scheduler.asynchronous, scheduler.uncached_first)
-        return DraftedPool(blocks, block_size, identity(), *settings, drops_last=speculation.prefix == "drop")
+        drafted = DraftedTablePool if executes else DraftedPool
+        return drafted(blocks, block_size, identity(), *settings, drops_last=speculation.prefix == "drop")
     kind = TablePool if executes else PrefixPool
     return kind(blocks, block_size, identity(), scheduler.asynchronous, scheduler.uncached_first)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from chairlift.policies.base import Preemption, Speculation
 from chairlift.sim.replica.decode_group import admission
 from chairlift.sim.replica.drafted_group import Drafted, DraftedGroup
-from chairlift.sim.replica.prefix_pool import PrefixPool
+from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.request import DRAINING, PREFILLING, Live, Phase
 from chairlift.sim.replica.step import ReplicaStep
 
@@ -205,24 +205,25 @@ class DraftedStep(ReplicaStep):
         return False
 
 
-class DraftedPool(PrefixPool):
-    """The pool that knows each block, where drafts are verified: told what is known, it publishes nothing beyond that.
+class _Told(PrefixPool):
+    """A pool that is told what is known, where drafts are verified, and publishes nothing beyond that.
 
     A request has the blocks that `open` and `extend` gave it, those for lookahead and rejected drafts included.
     ``drops_last``: of the blocks that are found the last is computed again, as the drafting layers need it.
     """
 
-    __slots__ = ("_drops_last",)
+    __slots__ = ()
+    _drops_last: bool
 
     def __init__(self, *parts: Any, drops_last: bool = False) -> None:
         super().__init__(*parts)
         self._drops_last = drops_last
 
-    def computed(self, request: Live, tokens: int) -> None:  # noqa: D102
+    def computed(self, request: Live, tokens: int) -> None:
         known = request.prompt + request.produced - self._identity.ahead
         super().computed(request, min(tokens, known))
 
-    def close(self, request: Live, tokens: int) -> None:  # noqa: D102
+    def close(self, request: Live, tokens: int) -> None:
         super().close(request, 0)
 
     def _findable(self, request: Live) -> list[int]:
@@ -233,3 +234,15 @@ class DraftedPool(PrefixPool):
 
     def _hashed(self, request: Live, decoding: bool, planned: bool) -> int:
         return self._done[request.row]
+
+
+class DraftedPool(_Told):
+    """The pool that knows each block, where drafts are verified."""
+
+    __slots__ = ("_drops_last",)
+
+
+class DraftedTablePool(_Told, TablePool):
+    """Likewise where steps really run: the pool knows which block is whose."""
+
+    __slots__ = ("_drops_last",)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from chairlift.backend.base import Batch, Executor, Host, Prompt, StepCost
+from chairlift.backend.base import Batch, Executor, Host, Prompt, StepCost, Verified
 from chairlift.policies.base import PolicyError
+from chairlift.sim.replica.drafts import DraftedStep
 from chairlift.sim.replica.planner import Planner
 from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.request import Live, When
@@ -20,6 +21,7 @@ from chairlift.sim.replica.session_prompts import Turns
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.replica.users_code import name_of
+from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import MeasuredRow
 
 _UNKNOWN = Host()  # of a step whose host work is measured, not priced
@@ -39,8 +41,9 @@ class Execution:
         prompts: list[int] = requests.trace.prompt_tokens.tolist()
         self._turns = Turns(identity, prompts, requests.status, requests.emitted, self._executor.answer)
         self._clock: int | None = None  # wall clock when the latest step's tokens were in, ns; None while idle
-        self._asked: dict[int, tuple[int, int, int, int]] = {}  # plan (by id) → when, ps planning, ps launching, pairs
-        self._pairs = 0
+        # plan (by id) → when, ps planning, ps launching, pairs, drafts
+        self._asked: dict[int, tuple[int, int, int, int, int]] = {}
+        self._pairs = self._drafts = 0
         self._launching = 0  # how long the latest launch took, ns
         self._settling = 0  # wall clock when the latest run was settled, ns
         self._read = 0  # the latest reading of the wall clock, ns
@@ -68,7 +71,7 @@ class Execution:
             assert self._clock is not None
             asked, launching = now + (began - self._clock) * 1000, self._launching
             planning = self._now() - began - launching
-            self._asked[id(plan)] = (asked, planning * 1000, launching * 1000, self._pairs)
+            self._asked[id(plan)] = (asked, planning * 1000, launching * 1000, self._pairs, self._drafts)
         return plan
 
     def wait(self, plan: Plan) -> int:
@@ -77,8 +80,8 @@ class Execution:
         assert self._clock is not None
         clock = self._now()
         passed, self._clock = (clock - self._clock) * 1000, clock
-        asked, planning, launching, pairs = self._asked.pop(id(plan))
-        self._planner.records.measured.extend(MeasuredRow(asked, planning, launching, gpu, pairs))
+        asked, planning, launching, pairs, drafts = self._asked.pop(id(plan))
+        self._planner.records.measured.extend(MeasuredRow(asked, planning, launching, gpu, pairs, drafts))
         return passed
 
     def land(self, flight: Plan, now: int) -> int:
@@ -99,7 +102,11 @@ class Execution:
         """Launch a plan instead of pricing it; how long it takes is known when it is done."""
         state = self._planner.state
         self._pairs = sum(t * (2 * r.stored + t + 1) // 2 for r, t in state.chunks)
-        batch = batch._replace(members=_Members(state, self._turns))
+        self._drafts = batch.drafts
+        members = _Members(state, self._turns)
+        if isinstance(self._planner, VerifyingPlanner):
+            members = _Verifying(self._planner.state, self._turns, self._planner.decodes())
+        batch = batch._replace(members=members)
         began = self._now()
         try:
             self._executor.launch(batch)
@@ -134,6 +141,7 @@ class _Members:
             )
             for r, tokens in state.chunks
         ]
+        self.verified: Sequence[Verified] = ()
         decoding = state.whole or bool(state.ran)
         self.decodes = [r.row for r in state.admitted.values() if r.group is not None] if decoding else []
         self.dead = [r.row for r in state.batch] if decoding else []
@@ -145,3 +153,17 @@ class _Members:
     def tokens(self, request: int) -> Sequence[int]:
         """Numbers that stand for its prompt's tokens."""
         return self._turns.prompt(request)
+
+
+class _Verifying(_Members):
+    """Likewise where decodes verify drafts."""
+
+    def __init__(self, state: DraftedStep, turns: Turns, decodes: Sequence[Verified]) -> None:
+        super().__init__(state, turns)
+        self.verified = decodes
+        self.prompts = []
+        for request, tokens in state.chunks:
+            drafts = state.chosen[request.row].drafts
+            known = tokens - drafts
+            ends = request.stored + known >= request.prompt + request.produced
+            self.prompts.append(Prompt(request.row, request.stored, known, 0, ends, drafts))

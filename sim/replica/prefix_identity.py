@@ -86,10 +86,14 @@ class Identity:
         return trace.session is not None and _repeats(trace.session)
 
     def tokens(self, request: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Numbers for the first ``count`` tokens of a request: equal in two requests where their blocks' keys are."""
-        size = self.block_size
+        """Numbers for the first ``count`` tokens of a request: equal in two requests where their blocks' keys are.
+
+        So are the tokens ``ahead`` of such blocks.
+        """
+        size, ahead = self.block_size, self.ahead
         keys = np.array([self.key(request, block) for block in range(-(-count // size))], dtype=np.uint64)
-        each = (np.repeat(keys, size)[:count] << np.uint64(8)) + np.arange(count, dtype=np.uint64) % np.uint64(size)
+        of = np.append(keys[:1].repeat(ahead), np.repeat(keys, size))[:count]
+        each = (of << np.uint64(8)) + np.arange(count, dtype=np.uint64) % np.uint64(size)
         each = (each ^ (each >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's mixing (Steele 2014)
         each = (each ^ (each >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         numbers: np.ndarray[tuple[int], np.dtype[np.int64]] = (each >> np.uint64(1)).astype(np.int64)

@@ -299,6 +299,7 @@ class PrefixPool(CountingPool):
         """Each of these members of the decode group has taken a block."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class TablePool(PrefixPool):
     """Where steps really run: the pool that knows which block is whose.
 

@@ -49,7 +49,8 @@ class Turns:
         identity = self._identity
         for request, (whole, _) in list(self._early.items()):
             known = self._known(request)
-            identity.share(request, whole if known is None else min(whole, known // identity.block_size))
+            blocks = whole if known is None else max(0, known - identity.ahead) // identity.block_size
+            identity.share(request, min(whole, blocks))
             if known is None or self._done(request):
                 del self._early[request]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from chairlift.backend import base
 from chairlift.backend.base import WHOLE, Batch, Chunk, new
 from chairlift.policies.base import PolicyError, Speculation
 from chairlift.sim.replica.drafted_group import FEWEST, LEAST, LONGEST, Drafted, Paths
@@ -304,6 +305,25 @@ class VerifyingPlanner(Planner):
     def _kept(self, chosen: Chosen) -> int:
         """Drafts of a step, whose output is the next that its request gets, that are kept."""
         return 0 if chosen.padding else self._accepts(chosen.request.row, chosen.request.produced, chosen.drafts)
+
+    def decodes(self) -> list[base.Verified]:
+        """Those that the plan at hand lets decode, for an engine that executes it: what each will keep is drawn here.
+
+        Of a request with a step in flight that is counted as in: its drafts are rejected by the time the plan runs.
+        """
+        flying = {} if self.flight is None else self._verified[self.flight].chosen
+        found = []
+        for request, _, drafts, _, decodes, _ in self.state.chosen.values():
+            if not decodes:
+                continue
+            row, known = request.row, request.produced
+            before = flying.get(row)
+            if before is not None and before.preemptions == request.lost:
+                known += 1 + self._kept(before)
+            room = self._ends.outputs[row] - known - 1  # below 0: the step in flight ends it, and nobody wants this one
+            kept = max(0, min(self._accepts(row, known, drafts), room))
+            found.append(base.Verified(row, request.prompt + known - 1, drafts, kept))
+        return found
 
     def _as_decodes(self, batch: Batch) -> Batch:
         """As `Planner._as_decodes`; who was padded has drafts beside the one token that it lacks."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.results.records import Status
-from chairlift.sim.study import Setup
+from chairlift.sim.study import Setup, Speculate
 from chairlift.sim.units import PS_PER_S
 
 REQUESTS = (
@@ -65,18 +65,32 @@ class Recorder:
         parallel = setup.groups[0].parallel
         start = self._folder / recorded_as(setup)
         _write(start.with_name(f"{start.name}_requests.csv.gz"), REQUESTS, self._requests)
-        _write(start.with_name(f"{start.name}_steps.csv.gz"), STEPS, self._steps)
+        steps = STEPS if setup.speculate is None else (*STEPS, "decode_tokens")
+        _write(start.with_name(f"{start.name}_steps.csv.gz"), steps, self._steps)
         engine: dict[str, Any] = {**outcome.engine, "model": setup.model.name, **outcome.assumptions}
-        if parallel.gpus > 1:  # by vLLM's names
-            shared = {"tensor_parallel_size": parallel.tensor, "enable_expert_parallel": parallel.expert > 1}
-            engine["extra"] = {**shared, "pipeline_parallel_size": parallel.pipeline}
+        extra: dict[str, Any] = {}  # by vLLM's names
+        if parallel.gpus > 1:
+            extra |= {"tensor_parallel_size": parallel.tensor, "enable_expert_parallel": parallel.expert > 1}
+            extra["pipeline_parallel_size"] = parallel.pipeline
+        if setup.speculate is not None:
+            extra["speculative"] = _speculative(setup.speculate)
+        if extra:
+            engine["extra"] = extra
         text = json.dumps({"engine": engine, "experiments": self._experiments}, indent=1)
         start.with_name(f"{start.name}_summary.json").write_text(text + "\n", encoding="utf-8")
 
 
 def recorded_as(setup: Setup) -> str:
-    """What a recording of these runs is called: the model, and how GPUs share it."""
-    return setup.model.name + setup.groups[0].parallel.label
+    """What a recording of these runs is called: the model, how GPUs share it, and what drafts."""
+    drafts = "" if setup.speculate is None else f"-{setup.speculate.method}"
+    return setup.model.name + setup.groups[0].parallel.label + drafts
+
+
+def _speculative(speculate: Speculate) -> dict[str, Any]:
+    """The drafts, and how many tokens a step keeps on average, as a recording of vLLM says both."""
+    kept = 1 + sum(speculate.acceptance.of(speculate.tokens))
+    drafts = {"method": speculate.method, "num_speculative_tokens": speculate.tokens}
+    return {**drafts, "rejection_sample_method": "synthetic", "synthetic_acceptance_length": round(kept, 6)}
 
 
 def _request_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
@@ -101,6 +115,7 @@ def _step_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
     n = len(runs["steps"])
     total = outcome.setup.groups[0].blocks
     seconds = {key: values / PS_PER_S for key, values in runs.items() if key.endswith("_ps")}
+    more = [] if outcome.setup.speculate is None else [(runs["decodes"] + runs["drafts"]).tolist()]
     return list(
         zip(
             *([name] * n, _seconds(seconds["asked_ps"]), _seconds(seconds["start_ps"] + seconds["first_ps"])),
@@ -108,7 +123,7 @@ def _step_rows(outcome: Outcome, name: str) -> list[tuple[Any, ...]]:
             *(runs[key].tolist() for key in ("chunks", "prefill_tokens", "prefill_pairs", "decodes", "context")),
             *(runs[key].tolist() for key in ("running", "waiting")),
             *((total - runs["held_blocks"]).tolist(), runs["preempted"].tolist()),
-            *(_seconds(seconds["launch_ps"]), _seconds(seconds["gpu_ps"])),
+            *(_seconds(seconds["launch_ps"]), _seconds(seconds["gpu_ps"]), *more),
             strict=True,
         )
     )

@@ -122,6 +122,7 @@ class MeasuredRow(NamedTuple):
     launch_ps: int  # wall time to prepare and launch the step
     gpu_ps: int  # from the step's first to its last operation on the GPU
     prefill_pairs: int  # query-key pairs of its chunks
+    drafts: int  # that its decodes verify
     update_ps: int = 0  # wall time to take its tokens in and let requests go; written last
 
 

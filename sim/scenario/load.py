@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from chairlift.backend.calibrated.profile import Drafts
-from chairlift.backend.drafting import WithDrafts, in_memory
+from chairlift.backend.draft_shapes import in_memory
+from chairlift.backend.drafting import WithDrafts
 from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import Model
@@ -525,7 +526,8 @@ class _Resolver(Lookup):
                 continue
             group.speculation = group.make_scheduler().speculation(speculate.method, speculate.tokens)
             group.backend = WithDrafts(group.backend, draft, Drafts(speculate.method, speculate.tokens))
-            self._try(at, partial(group.make_backend, model))
+            if not group.backend.executes:  # else it is built where it runs
+                self._try(at, partial(group.make_backend, model))
 
     def _parallel(self, group: Group, at: KeyPath, pick: Pick) -> tuple[Parallel, KeyPath]:
         """How the GPUs of one replica share the model: as the group says, or else the variant, or else the scenario.
@@ -642,7 +644,10 @@ def _no_drafts(speculate: Speculate, group: ReplicaGroup) -> str:
     if not scheduler.verifies_drafts:
         return "is modelled with the policy vllm only"
     if getattr(group.backend, "executes", False):
-        return "must not be given with a backend that executes steps: it verifies no drafts"
+        known = getattr(group.backend, "drafts_by", ())
+        if speculate.method not in known:
+            by = f"drafts by {', '.join(known)} only" if known else "verifies no drafts"
+            return f"must not be given with this backend, which executes steps: it {by} (got {speculate.method})"
     if group.role != "mixed":
         return "must not be given with prefill and decode replicas: that is not modelled"
     if group.parallel.pipeline > 1:

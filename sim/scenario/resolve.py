@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from chairlift.backend import drafting, hf_config, memory, specs
+from chairlift.backend import hf_config, memory, specs
 from chairlift.backend.calibrated.profile import shipped
 from chairlift.backend.checked import wrong
+from chairlift.backend.draft_shapes import head_of
 from chairlift.backend.parallel import Parallel
 from chairlift.policies.base import KvGroups, Scheduler
 from chairlift.sim.bad_input import NOTHING, BadInput, Problem
@@ -139,7 +140,7 @@ def find_draft(speculate: Speculate, model: specs.Model, folder: Path) -> specs.
     if speculate.method == "draft_model":
         assert told is not None
         return find_model(told, folder)
-    own = drafting.head_of(model, speculate.method)
+    own = head_of(model, speculate.method)
     if told is None:
         return own
     if isinstance(told, str):

@@ -12,7 +12,8 @@ from chairlift.backend.by_part import ByPart
 from chairlift.backend.calibrated.pricing import LAUNCH_US
 from chairlift.backend.calibrated.profile import Drafts, ProfileError
 from chairlift.backend.calibrated.settings import Settings
-from chairlift.backend.drafting import WithDrafts, head_of, in_memory
+from chairlift.backend.draft_shapes import head_of, in_memory
+from chairlift.backend.drafting import WithDrafts
 from chairlift.backend.memory import kv_blocks
 from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.roofline import Efficiency, Roofline

@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("cupy")
 
 from chairlift.backend import specs  # noqa: E402
-from chairlift.backend.base import Batch, DeviceError, Prompt  # noqa: E402
+from chairlift.backend.base import Batch, DeviceError, Prompt, Verified  # noqa: E402
+from chairlift.backend.draft_shapes import head_of  # noqa: E402
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.kernels.experts import Experts, mixture  # noqa: E402
 from chairlift.backend.gpu.kernels.layers import (  # noqa: E402
@@ -48,6 +49,7 @@ from chairlift.backend.gpu.paged_attention import (  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from chairlift.backend.gpu.transformer import Arithmetic  # noqa: E402
 from chairlift.backend.shapes import Model  # noqa: E402
+from kit.plain_head import PlainHead  # noqa: E402
 
 DEVICE = torch.device("cuda")
 SHAPES = [  # heads, block, dtype
@@ -386,8 +388,8 @@ SMALL = Model("small", 2, 256, 4, 2, 64, 512, 1024, 4096)
 
 
 class Members:
-    def __init__(self, prompts: list[Prompt], decodes: list[int]) -> None:
-        self.prompts, self.decodes, self.dead = prompts, decodes, []
+    def __init__(self, prompts: list[Prompt], decodes: list[int], verified: list[Verified] = []) -> None:  # noqa: B006
+        self.prompts, self.decodes, self.dead, self.verified = prompts, decodes, [], verified
 
     def table(self, request: int) -> None:
         """Blocks are the engine's own."""
@@ -425,6 +427,70 @@ def test_the_engine_chooses_the_likeliest_tokens(graphs: bool, quantization: str
         spread = logits.std(-1)
         assert len(answer) == 1 + 2 * (20 - r - 1) + 60
         assert ((logits.max(-1).values - chosen) < (0.12 if quantization == "none" else 0.5) * spread).all()
+    engine.close()
+
+
+@pytest.mark.parametrize(("graphs", "quantization"), [(True, "none"), (False, "none"), (True, "fp8")])
+def test_drafts_are_among_those_a_plain_head_likes(graphs: bool, quantization: str) -> None:
+    """Decodes that verify 3 drafts, beside chunks, by graphs or not, and beside prompts too long for a graph."""
+    options = Torch(max_batch=24, graphs=graphs, seed=3, quantization=quantization)
+    head = replace(head_of(SMALL, "eagle3"), vocab=512)
+    engine = TorchEngine(SMALL, specs.gpu("h200"), options, draft=head, drafts=3)
+    engine.prepare(30_000, 1, 4096, named=False)
+    lengths = {r: 5 + 61 * r for r in range(16)} | {16: 2048, 17: 2500}
+    stored: dict[int, int] = {}
+    made: dict[int, list[tuple[int, int]]] = {r: [] for r in lengths}  # place in the answer, drafts kept from there
+
+    def decodes(step: int) -> list[Verified]:
+        found = []
+        for i, (r, start) in enumerate(stored.items()):
+            kept = (i + step) % 4
+            found.append(Verified(r, start, 3, kept))
+            made[r].append((start + 1 - lengths[r], kept))
+            stored[r] = start + 1 + kept
+        return found
+
+    def launch(prompts: list[Prompt], step: int) -> None:
+        engine.launch(Batch((), 0, 0, 0, Members(prompts, [], decodes(step)), proposes=3))
+
+    for r, n in lengths.items():
+        if r == 17:  # its prompt is whole, and nobody is beside it
+            engine.launch(Batch((), 0, 0, 0, Members([Prompt(r, 0, n, 0, True)], []), proposes=3))
+            engine.wait()
+        else:
+            launch([Prompt(r, 0, n - 3, 0, False)], r)
+            launch([Prompt(r, n - 3, 3, 0, True)], r + 1)
+            engine.wait()
+            engine.wait()
+        stored[r] = n
+    for step in range(12):
+        launch([], step)
+        launch([], step + 1)
+        engine.wait()
+        engine.wait()
+    net, own = engine._runner.net, engine.head
+    total = 0
+    within = 0.12 if quantization == "none" else 0.5
+    for r, n in lengths.items():
+        answer = engine.generated[r]
+        assert len(answer) == 1 + sum(1 + kept for _, kept in made[r])
+        tokens = [x % 1024 for x in Members([], []).tokens(r)[:n]] + answer
+        inputs: list[torch.Tensor] = []
+        logits = plain_logits(net, torch.tensor(tokens[:-1], device=DEVICE), inputs)[n - 1 :]
+        shape, theta = (SMALL.heads, SMALL.kv_heads, SMALL.head_size), 10_000.0
+        plain = PlainHead(own, [inputs[i] for i in (1, 1, 0)], tokens, net.embedding, shape, net.epsilon, theta)
+        by_head = set()
+        for place, kept in made[r]:
+            drafts = answer[place : place + kept]
+            for draft, likes in zip(drafts, plain.drafts(n + place - 1, drafts), strict=False):
+                assert draft % 2 == 0
+                assert likes.max() - likes[draft // 2] < within * likes.std()
+            by_head |= set(range(place, place + kept))
+        others = [i for i in range(len(answer)) if i not in by_head]
+        chosen = logits.gather(1, torch.tensor(answer, device=DEVICE)[:, None])[:, 0]
+        assert ((logits.max(-1).values - chosen) < within * logits.std(-1))[others].all()
+        total += len(by_head)
+    assert total > 500
     engine.close()
 
 
@@ -531,8 +597,8 @@ def test_a_gpu_that_waits_for_a_dead_process_is_let_go() -> None:
     assert torch.ones(8, device=DEVICE).sum() == 8
 
 
-def plain_logits(net, tokens):  # type: ignore[no-untyped-def]
-    """The same weights in double precision, whole sequence at once, no cache."""
+def plain_logits(net, tokens, inputs=None):  # type: ignore[no-untyped-def]
+    """The same weights in double precision, whole, no cache; ``inputs`` gets what enters each layer."""
     size, heads = net.heads.size, net.heads
     x = net.embedding.double()[tokens]
     angle = net.attention.rotation[: len(tokens)].double()
@@ -549,6 +615,8 @@ def plain_logits(net, tokens):  # type: ignore[no-untyped-def]
         return whole(weight) if isinstance(weight, Eights) else weight.double()
 
     for layer in net.layers:
+        if inputs is not None:
+            inputs.append(x)
         qkv = (norm(x, layer.norm) @ exact(layer.qkv).T).view(len(tokens), -1, size)
         query, key, value = qkv.split((heads.query, heads.kv, heads.kv), dim=1)
         x = x + attend(turned(query), turned(key), value).double().flatten(1) @ exact(layer.out).T

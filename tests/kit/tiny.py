@@ -98,8 +98,11 @@ def _wide(layers: int) -> dict[str, Any]:
     return {name: weight.double() for name, weight in weights(layers).items()}
 
 
-def plain(tokens: list[int], layers: int = MODEL.layers) -> Any:
-    """Logits after each of ``tokens``, float64 [tokens, vocab]: a forward pass without a cache, nothing shared."""
+def plain(tokens: list[int], layers: int = MODEL.layers, inputs: list[Any] | None = None) -> Any:
+    """Logits after each of ``tokens``, float64 [tokens, vocab]: a forward pass without a cache, nothing shared.
+
+    ``inputs`` gets what enters each layer, [tokens, hidden].
+    """
     m, w, n = MODEL, _wide(layers), len(tokens)
 
     def norm(x: Any, name: str) -> Any:
@@ -120,6 +123,8 @@ def plain(tokens: list[int], layers: int = MODEL.layers) -> Any:
     x = w["model.embed_tokens.weight"][tokens]
     for i in range(layers):
         at = f"model.layers.{i}."
+        if inputs is not None:
+            inputs.append(x)
         y = norm(x, f"{at}input_layernorm.weight")
         query = rotated(heads(y, f"{at}self_attn.q_proj.weight", m.heads))
         key = rotated(heads(y, f"{at}self_attn.k_proj.weight", m.kv_heads))
@@ -146,9 +151,9 @@ class Kept:
         self.options = options
         self.built: list[Any] = []
 
-    def build(self, model: Model, gpu: Gpu, parallel: Parallel) -> Backend:
+    def build(self, model: Model, gpu: Gpu, parallel: Parallel, *drafts: Any) -> Backend:
         """As the options."""
-        self.built.append(self.options.build(model, gpu, parallel))
+        self.built.append(self.options.build(model, gpu, parallel, *drafts))
         backend: Backend = self.built[-1]
         return backend
 
@@ -198,19 +203,19 @@ def answers(
     return Answers(served, kept.built[-1].generated)
 
 
-def prompt_of(trace: Trace, request: int, block_size: int, vocab: int = MODEL.vocab) -> list[int]:
+def prompt_of(trace: Trace, request: int, block_size: int, vocab: int = MODEL.vocab, ahead: int = 0) -> list[int]:
     """The tokens that a request's prompt stands for."""
-    numbers = Identity(trace, block_size).tokens(request, int(trace.prompt_tokens[request]))
+    numbers = Identity(trace, block_size, ahead).tokens(request, int(trace.prompt_tokens[request]))
     return [int(n) % vocab for n in numbers]
 
 
-def prompts(got: Answers, block_size: int = 16) -> list[list[int]]:
+def prompts(got: Answers, block_size: int = 16, ahead: int = 0) -> list[list[int]]:
     """Every prompt: one that is as long as the session's last prompt and answer begins with them."""
     trace = got.served.setup.trace
     found: list[list[int]] = []
     last: dict[int, list[int]] = {}  # session → its last prompt and answer
     for i in range(len(trace)):
-        prompt = prompt_of(trace, i, block_size)
+        prompt = prompt_of(trace, i, block_size, ahead=ahead)
         session = -1 if trace.session is None else int(trace.session[i])
         known = last.get(session, [])
         if len(known) <= len(prompt):

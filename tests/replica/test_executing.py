@@ -168,7 +168,7 @@ class Hardware(Executor):
         return prompt.length == 1 and prompt.emits and self.given.get(prompt.request, 0) > 0
 
     def _check_prompt(self, prompt: Prompt) -> None:
-        request, start, length, pad, emits = prompt
+        request, start, length, pad, emits, _ = prompt
         if request not in self.sequences:  # new, or it has lost its KV
             known = self.prompts[request] + self.given.setdefault(request, 0)
             assert start % self.block_size == 0  # what the prefix cache had
@@ -533,8 +533,8 @@ def test_a_row_a_step_with_what_was_measured(tmp_path: Path, monkeypatch: pytest
     assert (result.status, result.err) == (0, "")
 
     steps = pq.read_table(tmp_path / "out" / "steps.parquet").to_pydict()
-    measured = ("asked_ps", "planning_ps", "launch_ps", "gpu_ps", "prefill_pairs", "update_ps")
-    assert list(steps)[-6:] == list(measured)
+    measured = ("asked_ps", "planning_ps", "launch_ps", "gpu_ps", "prefill_pairs", "drafts", "update_ps")
+    assert list(steps)[-7:] == list(measured)
     assert set(steps["steps"]) == {1}
     assert min(steps["gpu_ps"]) >= 50_000_000 * NS
     assert all(start >= asked for start, asked in zip(steps["start_ps"], steps["asked_ps"], strict=True))

@@ -134,6 +134,11 @@ def test_the_prefix_cache_looks_ahead_for_layers_that_read_states(
 @pytest.mark.parametrize(
     ("more", "assignments", "said"),
     [
+        (
+            EAGLE,
+            ["backend=torch", "speculate.method=mtp"],
+            "speculate: must not be given with this backend, which executes",
+        ),
         (EAGLE, ["policy=sarathi"], "speculate: is modelled with the policy vllm only"),
         (
             EAGLE,
