@@ -233,7 +233,7 @@ class Staged(Engine):
         if self._execution is not None:
             self._unknown -= 1
             plan.begun, plan.when.ps, self._done[plan] = now, self._unknown, 0
-            self.planner.fly(plan)
+            self.planner.launch(plan)
             return
         free, host = self._free, plan.host
         self._host += plan.intake + host.schedule + host.launch
