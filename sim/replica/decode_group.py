@@ -171,16 +171,17 @@ class Ends:
     ``outputs``: true lengths by request id. A heap holds what comes next to each member, by the group's steps: its
     answer ends, or its reservation does. An entry is one number, the step and the request's row (`ROW_BITS`): heaps
     compare numbers several times sooner than tuples. Members that leave are not looked for in the heap; an entry is
-    dropped when it comes up and its request does not decode here, or has another end by now (`Live.due`).
+    dropped when it comes up and its request does not decode here, or has another entry by now.
     """
 
-    __slots__ = ("_group", "_members", "_own", "heap", "outputs")
+    __slots__ = ("_entries", "_group", "_members", "_own", "heap", "outputs")
 
     def __init__(self, group: Decodes, outputs: Sequence[int]) -> None:
         self.outputs = outputs
         self._own = False  # whether nobody else reads `outputs`
         self._group = group
         self._members: dict[int, Live] = {}  # by row; of those that have left too, until their entry comes up
+        self._entries: dict[int, int] = {}  # likewise: the latest entry of each
         self.heap: list[int] = []  # steps of the group at which something is due << ROW_BITS | the request's row
 
     def shorten(self, request: int, tokens: int) -> None:
@@ -196,9 +197,11 @@ class Ends:
         end = request.prompt + self.outputs[request.row] - 1 - offset
         if request.reserved and request.reserved - offset < end:  # the reservation runs out before the answer does
             end = request.reserved - offset
-        request.due = end
-        self._members[request.row] = request
-        heappush(self.heap, end << ROW_BITS | request.row)
+        row = request.row
+        entry = end << ROW_BITS | row
+        self._members[row] = request
+        self._entries[row] = entry
+        heappush(self.heap, entry)
 
     def horizon(self) -> int:
         """Steps until the next member's end; `FOREVER` without members."""
@@ -222,8 +225,7 @@ class Ends:
             self._group.outgrow(request)
             self.add(request)
             return None
-        request.due = -1  # where it left and joined again with the same end, a second entry says the same
-        del self._members[request.row]
+        del self._members[request.row], self._entries[request.row]
         return request
 
     def _of(self, entry: int) -> Live | None:
@@ -233,6 +235,6 @@ class Ends:
         if request is None:
             return None
         if request.group is not self._group:
-            del self._members[row]
+            del self._members[row], self._entries[row]
             return None
-        return request if request.due == entry >> ROW_BITS and request.phase is DECODING else None
+        return request if self._entries[row] == entry and request.phase is DECODING else None

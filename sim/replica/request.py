@@ -88,7 +88,7 @@ class Live(Request):
     __slots__ = (
         *("_arrival", "_hash_ids", "_ignore_eos", "limit", "_output_tokens", "_predicted_tokens"),
         *("lost", "_priority", "_session", "in_host", "_tenant", "asked", "at", "before", "group", "last"),
-        *("due", "loaded", "offset", "padded", "phase", "produced", "prompt", "rank", "reserved", "row"),
+        *("loaded", "offset", "padded", "phase", "produced", "prompt", "rank", "reserved", "row"),
         "stored",
     )
 
@@ -123,7 +123,6 @@ class Live(Request):
         self.phase = WAITING
         self.at = -1  # the replica that it is on
         self.group: Counter | None = None  # that it decodes with
-        self.due = -1  # while it decodes: steps of its group at which its answer ends, or its reservation (`Ends`)
         self.offset = 0  # while it decodes: tokens in KV less the steps of its group
         self.stored = 0  # while it does not: tokens in KV
         self.produced = 0  # while it does not: tokens emitted
