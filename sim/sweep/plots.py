@@ -15,6 +15,7 @@ from chairlift.sim.sweep.statistics import Interval
 
 MOST_GROUPS = 12  # of settings, each with figures of its own
 HEIGHT = 300  # pixels of a figure
+UNITS = {"_gb_per_s": "GB/s", "_per_s": "1/s", "_ms": "ms", "_us": "µs", "_s": "s", "_gib": "GiB"}  # by how keys end
 WIDE = 50  # times from the least to the most from which on an axis is logarithmic
 
 
@@ -67,6 +68,11 @@ def _label(metric: str) -> str:
     return FIELDS[metric].label if metric in FIELDS else metric
 
 
+def _with_unit(key: str) -> str:
+    """What an axis of the key's values is headed: ``limits.timeout_s`` gives ``limits.timeout_s, s``."""
+    return next((f"{key}, {unit}" for end, unit in UNITS.items() if key.endswith(end)), key)
+
+
 def _x_axis(c: Comparison, wanted: str | None) -> str | None:
     if wanted is not None:
         return c.results.known(wanted, c.aside, "axis that is not compared")
@@ -99,12 +105,13 @@ def _over_x(c: Comparison, metric: str, settings: list[Setting], x: str | None) 
         if system != c.baseline:
             kept = [(n, found[s, system]) for n, s in zip(names, settings, strict=True) if (s, system) in found]
             relative.append(_curve(i, c.called(system), [n for n, _ in kept], [gain for _, gain in kept]))
-    difference = _figure(relative, x or "")
+    along = "" if x is None else _with_unit(x)
+    difference = _figure(relative, along)
     difference["layout"]["shapes"] = [level(0)]
     return {
         "title": title(metric),
         "title_relative": f"{_label(metric)}: % of {c.called(c.baseline)}, paired",
-        "absolute": _wide(_figure(absolute, x or ""), "y", metric),
+        "absolute": _wide(_figure(absolute, along), "y", metric),
         "relative": difference,
     }
 

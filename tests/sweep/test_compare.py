@@ -158,6 +158,7 @@ def test_tables_and_json_and_plots_say_the_same(tmp_path: Path, monkeypatch: pyt
     drawn = {
         (trace["name"], x): y for trace in figures["f1"]["data"] for x, y in zip(trace["x"], trace["y"], strict=True)
     }
+    assert figures["f1"]["layout"]["xaxis"]["title"]["text"] == "workload.rate_per_s, 1/s"
     ttft = [d for d in told["differences"] if d["metric"] == "p99_ttft_ms"]
     assert drawn == {(d["system"]["policy"], d["setting"]["workload.rate_per_s"]): d["percent"] for d in ttft}
 
