@@ -97,7 +97,8 @@ def _by_gcc() -> bool:
     if not compiler:
         return False
     try:
-        said = subprocess.run([*compiler, "-v"], capture_output=True, text=True, check=False)
+        untranslated = {**os.environ, "LC_ALL": "C"}
+        said = subprocess.run([*compiler, "-v"], capture_output=True, text=True, check=False, env=untranslated)
     except OSError:
         return False
     return "\ngcc version" in said.stderr
