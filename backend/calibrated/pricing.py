@@ -68,11 +68,10 @@ class Calibrated(Backend):
         found = self._decodes.get(slots)
         if found is None:
             found = self._decodes[slots] = self._decode_only(slots)
+        fixed, kv, host = found
         level = self._warmth.level if self.remembers else 0
         if not level:
-            fixed, kv, host = found
             return StepCost(fixed + kv * batch.context, kv * slots, FOREVER, host)
-        fixed, kv, host = found
         kv = round(kv * (1 + self._gpu.hot_kv * level / LEVELS))
         first, slope = fixed + kv * batch.context, kv * slots
         return StepCost(first, slope, self._warmth.steps(first, slope), host)

@@ -63,7 +63,8 @@ def build(
     """
     _check_memory(setup, identify)
     identities: dict[tuple[int, int], Identity] | None = {} if identify else None
-    cluster = Cluster(RequestRecords(setup.trace), request_maker(setup, identities), progress)
+    records = RequestRecords(setup.trace)
+    cluster = Cluster(records, request_maker(setup, records.arrival, identities), progress)
     cluster.front = decode = _pool(cluster, setup, "router")
     handover = None
     if setup.link is not None:

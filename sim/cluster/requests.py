@@ -18,12 +18,14 @@ ID_TOKENS = 16  # that an id of a prompt's block stands for where the trace has 
 CHAIN = 1 << 24  # ids that one prefix group or session can have: more than a prompt has blocks
 
 
-def request_maker(setup: Setup, identities: dict[tuple[int, int], Identity] | None) -> Callable[[int], Live]:
+def request_maker(
+    setup: Setup, arrivals: Sequence[int], identities: dict[tuple[int, int], Identity] | None
+) -> Callable[[int], Live]:
     """A function from a row of the trace to the request that routers and policies see.
 
-    ``identities`` are those of `sim.cluster.build.make_pool`; None where no two prompts have a block in common. The ids
-    of a prompt's leading blocks are the trace's own, and after these, or without them, made from its sessions or prefix
-    groups.
+    ``arrivals`` are the trace's, ps, as `RequestRecords` keeps them. ``identities`` are those of
+    `sim.cluster.build.make_pool`; None where no two prompts have a block in common. The ids of a prompt's leading
+    blocks are the trace's own, and after these, or without them, made from its sessions or prefix groups.
 
     Raises `PolicyError` if the replicas' policies want different predictions.
     """
@@ -31,8 +33,8 @@ def request_maker(setup: Setup, identities: dict[tuple[int, int], Identity] | No
     schedulers = [group.make_scheduler() for group in setup.groups]
     told = any(scheduler.oracle for scheduler in schedulers)
     predictor = predicted_lengths.wanted(schedulers)
-    # lists would take 80 bytes a row, and a look into a NumPy array's memory twice the time of one into these
-    arrivals, prompts = array("q", trace.arrival_ps.tobytes()), array("i", trace.prompt_tokens.tobytes())
+    # a list would take 40 bytes a row, and a look into a NumPy array's memory twice the time of one into this
+    prompts = array("i", trace.prompt_tokens.tobytes())
     outputs: Sequence[int] | None = trace.output_tokens.tolist() if told else None
     guesses = None
     if predictor is not None:

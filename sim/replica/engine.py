@@ -52,8 +52,8 @@ class Engine:
     """
 
     __slots__ = (  # without them a run takes 2 % longer
-        *("_ask", "_cancelled", "_count", "_execution", "_latest", "_plan", "_start", "backend", "end", "index"),
-        *("planner", "pool", "records", "scheduler", "state"),
+        *("_ask", "_cancelled", "_count", "_execution", "_latest", "_plan", "_rested", "_start", "backend", "end"),
+        *("index", "planner", "pool", "records", "scheduler", "state"),
     )
 
     def __init__(self, planner: Planner | Ranks, execution: Execution | None = None) -> None:
@@ -71,6 +71,7 @@ class Engine:
         self._start = 0  # of the run under way
         self._count = 0  # steps until its end, one in flight included
         self._latest = NEVER  # when the latest step that is done brought its tokens
+        self._rested = 0  # until when the backend knows of rests
         self._cancelled: list[Live] = []  # to leave at the end of the run
 
     @abstractmethod
@@ -144,7 +145,7 @@ class Engine:
     def _ask_until(self, now: int) -> Plan | None:
         """As `Planner.ask`, again for as long as all that the policy does is to refuse or to preempt."""
         if self.planner.remembers:
-            self.planner.rest(self._latest.ps, now)
+            self._rest(now)
         idle = 0  # asks that changed nothing, not even who waits
         while idle < PATIENCE:
             plan = self._ask(now, self._latest if self._latest.ps == now else _SILENCE)
@@ -153,6 +154,13 @@ class Engine:
                 return plan
             idle += not changed
         self.planner.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
+
+    def _rest(self, now: int) -> None:
+        """Nothing has run until now since the latest step; tell the backend, which remembers what ran, once."""
+        since = max(self._latest.ps, self._rested)
+        if now > since:
+            self.backend.ran(0, now - since, 0, 1)
+            self._rested = now
 
     def _let_go(self, now: int) -> None:
         """Those whose client has given up leave, between two steps."""

@@ -41,7 +41,7 @@ class Planner:
     count = 1  # of planners whose steps are one
     __slots__ = (  # without them a run takes 2 % longer
         *("_ahead", "_budget", "_caps", "_ended", "_ends", "_finish", "_handover", "_hears", "_holds", "_leaps"),
-        *("_left", "_limits", "_longest", "_overshoots", "_preempting", "_progress", "_promised", "_rested", "again"),
+        *("_left", "_limits", "_longest", "_overshoots", "_preempting", "_progress", "_promised", "again"),
         *("arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool", "price", "records"),
         *("remembers", "requests", "scheduler", "state", "steps", "vouched"),
     )
@@ -102,7 +102,6 @@ class Planner:
         self._preempting = 0  # plans that preempted since the latest look for progress
         self._progress = (0, 0)  # at that look: requests that had ended, and tokens of those that were here
         self._ended = 0  # requests that have left for good
-        self._rested = 0  # until when the backend knows of rests
 
     def heeds_arrival(self) -> bool:
         """Whether an arrival now, while a run is under way, calls for a plan at the next boundary."""
@@ -276,13 +275,6 @@ class Planner:
         return batch._replace(
             prefills=prefills, decodes=batch.decodes + len(starts), context=batch.context + sum(starts)
         )
-
-    def rest(self, since: int, now: int) -> None:
-        """Nothing has run from ``since`` to ``now``; tell the backend, which `remembers`, once."""
-        since = max(since, self._rested)
-        if now > since:
-            self.backend.ran(0, now - since, 0, 1)
-            self._rested = now
 
     def remember(self, plan: Plan, count: int) -> None:
         """Tell the backend, which `remembers`, of the first ``count`` steps of ``plan``."""

@@ -215,7 +215,6 @@ class Ranks:
         self._ahead = first.scheduler.asynchronous
         self._chosen = first  # for the request that came last
         self._turn = 0
-        self._rested = 0
         self._counts: list[list[int]] = []  # waiting and running of each rank, as the front end knows them
         self._counted: int | None = None  # when it heard of them
         self.flight: RanksPlan | None = None  # the step in flight (`fly`)
@@ -287,13 +286,6 @@ class Ranks:
             if not (rank.again or rank.state.rejected or rank.state.preempted):
                 return None
         rank.fail(f"nothing runs at {now} ps, however often it is asked", NoProgress)
-
-    def rest(self, since: int, now: int) -> None:
-        """As `Planner.rest`."""
-        since = max(since, self._rested)
-        if now > since:
-            self.backend.ran(0, now - since, 0, 1)
-            self._rested = now
 
     def commit(self, plan: Plan, count: int) -> None:
         """As `Planner.commit`, on each rank."""

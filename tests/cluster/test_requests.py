@@ -22,7 +22,7 @@ rows = st.lists(
 
 
 def ids(trace: Trace, known: dict[int, Identity] | None) -> list[list[int]]:
-    make = request_maker(setup_of(trace, [group()]), known)
+    make = request_maker(setup_of(trace, [group()]), trace.arrival_ps.tolist(), known)
     return [list(make(i).hash_ids) for i in range(len(trace))]
 
 
