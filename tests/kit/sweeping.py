@@ -48,7 +48,10 @@ def written_down(folder: Path) -> dict[str, dict[str, Any]]:
     """Key → entry of the journal in ``folder``, also while another process writes there: a copy is read."""
     with tempfile.TemporaryDirectory() as copy:
         for path in sorted(folder.glob(f"{NAME}*")):  # the log after the file that it adds to
-            shutil.copy(path, copy)
+            try:
+                shutil.copy(path, copy)
+            except FileNotFoundError:  # SQLite's own file of a change that ended meanwhile: the copies do not fit
+                return written_down(folder)
         with closing(sqlite3.connect(Path(copy) / NAME)) as rows:
             if rows.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
                 return {}
@@ -57,9 +60,14 @@ def written_down(folder: Path) -> dict[str, dict[str, Any]]:
 
 def stopped(process: subprocess.Popen[str], folder: Path, how: signal.Signals) -> tuple[str, str]:
     """Stop ``process`` once five results are written in ``folder``; its output. An interrupt is to end it in peace."""
-    while len(written_down(folder)) < 5:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    try:
+        while len(written_down(folder)) < 5:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+    except BaseException:  # a process that outlives its test is reported as the fault of another
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
     out, err = process.communicate(timeout=60)
     if how == signal.SIGINT:
