@@ -103,6 +103,9 @@ def _with_numbers(kind: type[Shape], given: Mapping[str, object], find: Callable
     return changed(known, given)
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where PyYAML has it, reads a table in a tenth
+
+
 class BadTable(ValueError):
     """A data file that cannot be used: a line a mistake, ``file:line: row.key: rule (got value)``."""
 
@@ -173,7 +176,7 @@ class Table(Mapping[str, Shape]):
         return rows, also
 
     def _rows(self) -> Iterator[_Row]:
-        loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8"))
+        loader = _LOADER(self.path.read_text(encoding="utf-8"))
         try:
             top = loader.get_single_node()
             if not isinstance(top, yaml.MappingNode):

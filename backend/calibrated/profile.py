@@ -50,7 +50,7 @@ HOST = "host"  # what a `Spread` is of beside those: launches
 QUANTILES = (0.005, 0.025, *np.arange(0.05, 1.0, 0.05).round(2).tolist(), 0.975, 0.995)  # of a `Spread`'s ``steps``
 Floats = npt.NDArray[np.float64]
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 def _rising(knots: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:

@@ -34,7 +34,7 @@ CODES = {
 }  # a number's text, by column
 
 
-_STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)  # a later version may say more
+_STRICT = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, defer_build=True)  # a later version may say more
 Count = Annotated[int, Field(ge=0, le=10**12)]
 AtLeastOne = Annotated[int, Field(ge=1, le=10**15)]
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Spec(BaseModel):
     """A mapping of a YAML file. It refuses unknown keys, NaN, infinity and numbers in quotes, and cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class OneOf(Spec):
