@@ -15,6 +15,7 @@ _PACKAGE = Path(__file__).resolve().parents[2]  # or the checkout, whose folders
 MODULES = (
     "backend.rates",
     "policies.base",
+    "policies.sglang_batches",
     "policies.vllm_turn",
     "sim.cluster.cluster",
     "sim.cluster.replica",
