@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -78,9 +79,10 @@ class Document:
         if data is NOTHING:
             data = self.value(at)
         try:
-            return TypeAdapter(model).validate_python(data)
+            checked: T = _adapter(model).validate_python(data)  # type: ignore[arg-type]  # a class is hashable
         except ValidationError as error:
             raise BadInput(problems_from(error, self, model, data, at)) from None
+        return checked
 
     def value(self, at: Path) -> Any:
         """What stands at ``at``; KeyError or IndexError where nothing does."""
@@ -141,6 +143,12 @@ class Document:
             for path in [path for path in known if path[: len(at)] == at]:
                 del known[path]
         self.overrides[at] = text
+
+
+@cache
+def _adapter(model: type[Any]) -> TypeAdapter[Any]:
+    """What validates data as ``model``: its schema takes pydantic some ms, and a sweep checks each of its runs."""
+    return TypeAdapter(model)
 
 
 def read(path: FilePath) -> Document:
