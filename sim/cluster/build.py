@@ -179,6 +179,7 @@ class _Engines:
             handover=self.handover.take if prefills and self.handover is not None else None,
             journal=self.journal,
         )
+        planner.ends_in_plan = replica.ends_in_plan
         planner.state.expect(cluster.more_arrivals)
         return planner
 

@@ -27,6 +27,8 @@ class Clock(simpy.Environment):
 
     def __init__(self) -> None:
         super().__init__(initial_time=0)
+        self.planned_at = -1  # the latest instant at which requests ended as a replica planned
+        self.planned_upto = -1  # that replica: those before it have planned by then as well
 
     @property
     def now(self) -> int:

@@ -134,10 +134,17 @@ class Replica:
         now = self._clock.now
         engine = self.engine
         before = engine.end
-        end = None if before is None else engine.cut(now)
+        if before is None:
+            return None
+        # Whoever is sent by the plan of a later replica, or this one's, comes when the step from now on is planned.
+        end = engine.cut(now + (self._clock.planned_at == now and self.index <= self._clock.planned_upto))
         if end is not None and end != before:  # the timer set before stays in SimPy's heap, and is ignored there
             self._timer = Alarm(self._clock, end - now, self._boundary_rank, self._ring)
         return end
+
+    def ends_in_plan(self, now: int) -> None:
+        """Requests end as it plans: what follows them at this instant finds the plans up to its own made."""
+        self._clock.planned_at, self._clock.planned_upto = now, self.index
 
     def fail(self) -> list[Live]:
         """Lose everything; returns the requests that were here."""

@@ -42,8 +42,8 @@ class Planner:
     __slots__ = (  # without them a run takes 2 % longer
         *("_ahead", "_budget", "_caps", "_ended", "_ends", "_finish", "_handover", "_hears", "_holds", "_leaps"),
         *("_left", "_limits", "_longest", "_overshoots", "_preempting", "_progress", "_promised", "again"),
-        *("arrival", "arrival_token", "backend", "flight", "index", "intake", "journal", "pool", "price", "records"),
-        *("remembers", "requests", "scheduler", "state", "steps", "vouched"),
+        *("arrival", "arrival_token", "backend", "ends_in_plan", "flight", "index", "intake", "journal", "pool"),
+        *("price", "records", "remembers", "requests", "scheduler", "state", "steps", "vouched"),
     )
 
     def __init__(
@@ -98,6 +98,7 @@ class Planner:
         self._ends = Ends(self.state.group, outputs)
         self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
+        self.ends_in_plan: Callable[[int], None] | None = None  # called when requests end as a step is planned
         self._handover = handover
         self._preempting = 0  # plans that preempted since the latest look for progress
         self._progress = (0, 0)  # at that look: requests that had ended, and tokens of those that were here
@@ -169,7 +170,8 @@ class Planner:
         if self.journal is not None:
             self.journal.noted(now, self.row_to_come(), state.notes or ())
         if state.released:
-            self._answer_batch(now)
+            released, state.released = state.released, []
+            self._end_in_plan(released, now, Status.FINISHED)
         if state.started:
             records = self.requests
             for request, hit in state.started:
@@ -182,8 +184,7 @@ class Planner:
             vouched = 1  # the queue has changed
             if state.preempted:
                 self._check_progress()
-            for request in state.rejected:
-                self.end_request(request, now, Status.REJECTED)
+            self._end_in_plan(state.rejected, now, Status.REJECTED)
         gathered = self._gather(now)
         if gathered is None:
             return None
@@ -554,7 +555,9 @@ class Planner:
         """All requests that are here leave, with the tokens that their clients have. Those that are held have ended."""
         state, flight = self.state, self.flight
         state.release()
-        self._answer_batch(now)
+        released, state.released = state.released, []
+        for request in released:
+            self.end_request(request, now, Status.FINISHED)
         lost = [*state.admitted.values(), *state.queue]
         for request in lost:
             flying = self._flies(request)
@@ -604,10 +607,12 @@ class Planner:
         self._settle()
         return self._promised
 
-    def _answer_batch(self, now: int) -> None:
-        released, self.state.released = self.state.released, []
-        for request in released:
-            self.end_request(request, now, Status.FINISHED)
+    def _end_in_plan(self, requests: list[Live], now: int, status: Status) -> None:
+        """These end not at a boundary but as a step is planned: a batch returns, or the policy refuses them."""
+        if requests and self.ends_in_plan is not None:
+            self.ends_in_plan(now)
+        for request in requests:
+            self.end_request(request, now, status)
 
     def _late(self, start: When, decodes: int) -> tuple[int, list[int]]:
         """How many of ``decodes`` have their latest token from elsewhere than ``start``: they are late.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from chairlift.backend.base import Batch, StepCost
+from chairlift.policies import routers
 from chairlift.policies.base import PolicyError, Step
 from chairlift.policies.sglang import Sglang
 from chairlift.policies.static import Static
@@ -356,3 +357,20 @@ def test_a_cluster_that_only_fails_and_recovers_is_found_to_be_stuck(leap: bool)
 
     with pytest.raises(PolicyError, match="policy Idle: 1 requests are never served"):
         serve(setup, leap)
+
+
+def test_who_is_sent_while_a_later_replica_plans_joins_the_step_after_the_one_just_planned() -> None:
+    # Replica 1 answers a batch of two at its boundary of 5000, and returns it when it plans, behind replica 0: what
+    # follows it at once meets a step of replica 0 that began at 5000, and joins the one from 6000 on.
+    trace = trace_of(
+        [(0, 4, 20), (0, 4, 1), (0, 4, 5), (0, 4, 1)],
+        follows=[-1, -1, -1, 1],
+        think_ps=[0, 0, 0, 0],
+        session=[0, 1, 1, 0],
+    )
+    static = group(Static, {"batch": 2, "start": "impatient"}, 1, "mixed", 1000, 16, COST)
+    served = played(setup_of(trace, [vllm(), static], routers.SessionSticky))
+
+    assert served.columns()["replica"] == [0, 1, 1, 0]
+    assert served.columns()["arrival_ps"][3] == 5000
+    assert served.columns()["finished_ps"][3] == 7000
