@@ -256,12 +256,17 @@ def levels() -> list[list[str]]:
     return [found[level] for level in sorted(found)]
 
 
+def is_tools_own(folder: str) -> bool:
+    """Whether a tool keeps things for itself there: Python, Hypothesis, pytest."""
+    return folder in ("__pycache__", ".hypothesis", ".pytest_cache")
+
+
 def test_the_map_names_every_folder() -> None:
     holding = {
         path.parent.relative_to(ROOT)
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not any(is_tools_own(part) for part in path.parts)
     }
     drawn = {place.removesuffix("/") for place in PLACE.findall(MAP)}
     mirrored = {"backend", "policies", *(path.name for path in (ROOT / "sim").iterdir() if path.is_dir())}
@@ -306,7 +311,7 @@ def test_every_scenario_has_its_row() -> None:
 def test_every_folder_of_tests_and_of_sim_is_described() -> None:
     for home in ("tests", "sim"):
         for folder in (ROOT / home).iterdir():
-            if folder.is_dir() and folder.name != "__pycache__":
+            if folder.is_dir() and not is_tools_own(folder.name):
                 assert f"`{folder.name}/`" in TEXTS[f"{home}/README.md"], folder
 
 
