@@ -41,6 +41,7 @@ REQUEST_COLUMNS = (
     "first_token_s",
     "last_token_s",
 )
+LIMIT_COLUMNS = ("max_tokens", "ignore_eos")  # of requests of SGLang, whose decisions rest on them
 STEP_COLUMNS = (
     "schedule_s",
     "done_s",
@@ -70,7 +71,7 @@ class Experiment:
 
     name: str
     folder: Path  # of the recording
-    limits: dict[str, Any]  # of the engine, by vLLM's names
+    limits: dict[str, Any]  # of the engine, by vLLM's names; SGLang's settings beside them, by its own
     summary: dict[str, Any]
     requests: Table
     steps: Table
@@ -242,11 +243,12 @@ def check_limits(limits: dict[str, Any], at: str, name: str) -> None:
 
 def check_engine(engine: dict[str, Any], at: str) -> None:
     """Raise `RecordingError` unless what is read of an engine's facts, which stand ``at``, is sound."""
-    for key in ("gpu", "vllm"):
+    for key in ("gpu", "vllm", "sglang"):
         if not isinstance(engine.get(key, ""), str):
             raise RecordingError(f"{at}.{key}: must be text (got {engine[key]!r})")
-    if not re.match(r"\d+\.\d+", engine.get("vllm", "0.0")):
-        raise RecordingError(f"{at}.vllm: must be a version, such as 0.26.0 (got {engine['vllm']!r})")
+    for key, example in (("vllm", "0.26.0"), ("sglang", "0.5.23")):
+        if not re.match(r"\d+\.\d+", engine.get(key, "0.0")):
+            raise RecordingError(f"{at}.{key}: must be a version, such as {example} (got {engine[key]!r})")
 
 
 def _is_gpt_oss(engine: dict[str, Any]) -> bool:
@@ -350,6 +352,15 @@ def _check(name: str, requests: Table, steps: Table, folder: Path) -> None:
         raise RecordingError(f"{at}: a step is done before it is scheduled")
     if (requests["prompt_tokens"] < 1).any() or (requests["output_tokens"] < 1).any():
         raise RecordingError(f"{at}: every request needs a prompt and an output token")
+    if "max_tokens" in requests:
+        columns = [requests[name] for name in LIMIT_COLUMNS if name in requests]
+        if [column.dtype.kind for column in columns] != ["i", "i"]:
+            raise RecordingError(f"{at}: {' and '.join(LIMIT_COLUMNS)} must be whole numbers of each request")
+        most, ignores = columns
+        if (most < requests["output_tokens"]).any() or not np.isin(ignores, (0, 1)).all() or (most > MOST).any():
+            raise RecordingError(f"{at}: a request's max_tokens are less than its output, or ignore_eos is not 0 or 1")
+        if (ignores[most != requests["output_tokens"]] == 1).any():
+            raise RecordingError(f"{at}: a request that ignores EOS must have max_tokens tokens")
     if (requests["last_token_s"] < requests["first_token_s"]).any():
         raise RecordingError(f"{at}: a request's last token comes before its first")
     empty = (steps["prefill_tokens"] + steps["decode_requests"]) == 0

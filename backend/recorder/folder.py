@@ -22,13 +22,14 @@ import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from chairlift.backend.checked import a_file, once
 from chairlift.backend.fitting.recording import (
+    LIMIT_COLUMNS,
     MOST,
     REQUEST_COLUMNS,
     RecordingError,
@@ -70,20 +71,23 @@ def convert(folder: Path, model: str, name: str = "served") -> list[str]:
     gaps: dict[str, Floats] = {}
     for (stem, rows), engine in zip(served, engines, strict=True):
         label = name if len(served) == 1 else f"{name}_{stem.name.removeprefix('raw-')}"
-        start = min(row[0] for row in rows)
-        rows.sort(key=lambda row: row[0])
-        gaps[label] = np.concatenate([np.diff(times) for *_, times in rows])
-        for i, (arrival, added, prompt, times) in enumerate(rows):
-            ends = (f"{times[0] - start:.6f}", f"{times[-1] - start:.6f}")
-            at = (f"{max(0.0, arrival - start):.6f}", f"{max(0.0, added - start):.6f}")
-            requests.append((label, i, *at, prompt, len(times), -1, *ends))
+        start = min(row.arrival for row in rows)
+        rows.sort(key=lambda row: row.arrival)
+        gaps[label] = np.concatenate([np.diff(row.times) for row in rows])
+        for i, row in enumerate(rows):
+            ends = (f"{row.times[0] - start:.6f}", f"{row.times[-1] - start:.6f}")
+            at = (f"{max(0.0, row.arrival - start):.6f}", f"{max(0.0, row.added - start):.6f}")
+            requests.append((label, i, *at, row.prompt, len(row.times), -1, *ends, *row.limits))
         own = list(_steps(Path(f"{stem}.steps.csv"), start))
         if not own:
             raise RecordingError(f"{stem}.steps.csv: holds no step after the first request's arrival")
         steps += [(label, *row) for row in own]
         experiments.append({"name": label, "steps": len(own), "requests": len(rows), "engine": engine["limits"]})
     (folder / f"{model}_summary.json").unlink(missing_ok=True)  # without one it is no recording, whatever ends this
-    _write(folder / f"{model}_requests.csv.gz", ("experiment", *REQUEST_COLUMNS), requests)
+    columns = ("experiment", *REQUEST_COLUMNS, *LIMIT_COLUMNS)
+    if len({len(row) for row in requests}) > 1:
+        raise RecordingError(f"{folder}: some requests say their limits, some do not")
+    _write(folder / f"{model}_requests.csv.gz", columns[: len(requests[0])], requests)
     _write(folder / f"{model}_steps.csv.gz", ("experiment", *STEP_COLUMNS), steps)
     np.savez_compressed(folder / f"{model}_itl.npz", **gaps)  # type: ignore[arg-type]
     summary = json.dumps({"engine": facts, "experiments": experiments}, indent=1) + "\n"
@@ -91,11 +95,20 @@ def convert(folder: Path, model: str, name: str = "served") -> list[str]:
     return list(read(folder, model).experiments)
 
 
-def _requests(path: Path) -> Iterator[tuple[float, float, int, Floats]]:
-    """Arrival, taking in, prompt tokens and the times of the tokens of each request that ended."""
+class _Request(NamedTuple):
+    """A request that ended: seconds of the machine's clock, tokens, and the time of each token."""
+
+    arrival: float
+    added: float
+    prompt: int
+    times: Floats
+    limits: tuple[int, ...]  # `LIMIT_COLUMNS`, of engines that tell them
+
+
+def _requests(path: Path) -> Iterator[_Request]:
     for line, text in enumerate(_text(path).splitlines(), 1):
         try:
-            arrival, added, prompt, packed = json.loads(text)
+            arrival, added, prompt, packed, *limits = json.loads(text)
             times = np.array(array("d", base64.b64decode(packed, validate=True)))
             if isinstance(arrival, bool) or isinstance(added, bool):
                 raise ValueError("its times must be numbers")
@@ -104,9 +117,14 @@ def _requests(path: Path) -> Iterator[tuple[float, float, int, Floats]]:
                 raise ValueError(f"its prompt has {prompt!r} tokens")
             if not len(times) or not (np.abs(facts) <= MOST).all() or (np.diff(times) < 0).any():
                 raise ValueError("its times must be numbers of seconds, those of its tokens in order")
+            if limits:
+                most, ignores = limits
+                if type(most) is not int or not len(times) <= most <= MOST or ignores not in (0, 1):
+                    raise ValueError(f"it has {len(times)} tokens, and its limits are {most!r} and {ignores!r}")
+                limits = [most, int(ignores and most == len(times))]  # else something ended it all the same
         except (ValueError, TypeError, RecursionError) as error:
             raise RecordingError(f"{path}:{line}: not a request of the recorder's: {error}") from None
-        yield arrival, added, prompt, times
+        yield _Request(arrival, added, prompt, times, tuple(limits))
 
 
 def _engine(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,14 @@ class Scheduled(Protocol):
     num_computed_tokens: int
 
 
+class Counting(Protocol):
+    """What is read of a request that holds its own answer; SGLang's has it in all versions."""
+
+    rid: str
+    output_ids: Sequence[int]
+    finished_reason: object | None  # None: its answer goes on
+
+
 class Journal:
     """The files of one engine process, in ``folder``. ``engine`` says what the engine is."""
 
@@ -43,12 +51,28 @@ class Journal:
         self._requests = Path(f"{stem}.requests.jsonl").open("w", buffering=BUFFER, encoding="utf-8")  # noqa: SIM115
         self._steps.write(",".join(STEP_COLUMNS) + "\n")
         self._begun: dict[int, list[Any]] = {}  # steps that were scheduled and are not done, by the id of their plan
-        self._known: dict[str, tuple[float, float, int, array[float]]] = {}  # arrival, taken in, prompt, tokens' times
+        # arrival, taken in, prompt, tokens' times, and what else is to be written of it
+        self._known: dict[str, tuple[float, float, int, array[float], str]] = {}
         self._wall = time.time() - time.monotonic()
 
-    def added(self, name: str, arrival: float, prompt_tokens: int) -> None:
-        """A request is taken in, which arrived at the Unix time ``arrival``."""
-        self._known[name] = (arrival - self._wall, time.monotonic(), prompt_tokens, array("d"))
+    def added(
+        self, name: str, arrival: float, prompt_tokens: int, max_tokens: int | None = None, ignore_eos: bool = False
+    ) -> None:
+        """A request is taken in, which arrived at the Unix time ``arrival``.
+
+        ``max_tokens``, its answer's limit, and ``ignore_eos``, whether nothing else ends it, are for engines whose
+        decisions rest on them.
+        """
+        more = "" if max_tokens is None else f", {max_tokens}, {ignore_eos:d}"
+        self._known[name] = (arrival - self._wall, time.monotonic(), prompt_tokens, array("d"), more)
+
+    def knows(self, name: str) -> bool:
+        """Whether the request was taken in, and has not ended."""
+        return name in self._known
+
+    def names(self, beginning: str = "") -> list[str]:
+        """Of the requests that it knows, those whose name begins so."""
+        return [name for name in self._known if name.startswith(beginning)]
 
     def dropped(self, names: Iterable[str]) -> None:
         """Requests end without an answer: their clients went away."""
@@ -88,8 +112,18 @@ class Journal:
                 prompt += count
                 pairs += count * before + count * (count + 1) // 2
         if tokens:
-            row = [begun, ended, ended, prefills, prompt, pairs, decodes, context, *queues, decoded]
-            self._begun[id(plan)] = row
+            row = (prefills, prompt, pairs, decodes, context, *queues, decoded)
+            self.holds(plan, (begun, ended, ended), row)
+
+    def holds(self, plan: object, times: tuple[float, float, float], contents: Sequence[int]) -> None:
+        """A step is planned, and known by what it holds.
+
+        Args:
+            plan: as in `scheduled`.
+            times: when planning began and ended, and when the launch ended.
+            contents: the columns of `STEP_COLUMNS` from ``prefill_requests`` on.
+        """
+        self._begun[id(plan)] = [*times, *contents]
 
     def launched(self, plan: object) -> None:
         """The step was handed to the GPU's process, or launched where that is the engine's own."""
@@ -118,6 +152,32 @@ class Journal:
                 times.extend([now] * count)
             if last:
                 self._finished(known.pop(name))
+        self._written(plan, begun, now)
+
+    def counted(self, plan: object, begun: float, requests: Iterable[Counting], aborted: str) -> None:
+        """As `done`, where requests hold their answers: what is new in them came with this step.
+
+        ``aborted`` names the class of the reasons that stand for a client that went away.
+        """
+        now = time.monotonic()
+        known = self._known
+        for request in requests:
+            entry = known.get(request.rid)
+            if entry is None:
+                continue
+            times, reason = entry[3], request.finished_reason
+            new = len(request.output_ids) - len(times)
+            if new == 1:
+                times.append(now)
+            elif new:
+                times.extend([now] * new)
+            if reason is not None:
+                del known[request.rid]
+                if type(reason).__name__ != aborted:
+                    self._finished(entry)
+        self._written(plan, begun, now)
+
+    def _written(self, plan: object, begun: float, now: float) -> None:
         row = self._begun.pop(id(plan), None)
         if row is None:
             return
@@ -125,11 +185,11 @@ class Journal:
         head = f"{start:.6f},{begun:.6f},{ended - start:.6f},{now - begun:.6f},{launched - ended:.6f}"
         self._steps.write(f"{head},{max(0.0, begun - launched):.6f},{','.join(map(str, rest))}\n")
 
-    def _finished(self, entry: tuple[float, float, int, array[float]]) -> None:
-        arrival, added, prompt, times = entry
+    def _finished(self, entry: tuple[float, float, int, array[float], str]) -> None:
+        arrival, added, prompt, times, more = entry
         if times:
             packed = base64.b64encode(times.tobytes()).decode()
-            self._requests.write(f'[{arrival:.6f}, {added:.6f}, {prompt}, "{packed}"]\n')
+            self._requests.write(f'[{arrival:.6f}, {added:.6f}, {prompt}, "{packed}"{more}]\n')
 
     def rest(self) -> None:
         """Write what is kept: the engine has nothing to do."""

@@ -94,16 +94,16 @@ def _engine(scheduler: Any) -> dict[str, Any]:
         limits["graph_tokens"] = max(sizes)
     parallel = config.parallel_config
     drafts = getattr(config, "speculative_config", None)
-    told = {} if drafts is None else {"extra": {"speculative": _speculative(drafts)}}
+    told: dict[str, Any] = {} if drafts is None else {"speculative": _speculative(drafts)}
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
+        told[name] = getattr(parallel, name)
     return {
         "gpu": current_platform.get_device_name(),
         "torch": version("torch"),
         "vllm": version("vllm"),
         "model": str(config.model_config.model),
-        "tensor_parallel_size": parallel.tensor_parallel_size,
-        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "extra": told,
         "limits": {name: value for name, value in limits.items() if value is not None},
-        **told,
     }
 
 

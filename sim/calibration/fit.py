@@ -58,8 +58,9 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
     else:
         base = _without_drafts(recording, gpu)
         fit = calibrate.fit_drafts(steps, base.gpu_time)
-    label = next((f"{key} {engine[key]}" for key in ("vllm", "chairlift", "engine") if key in engine), "unknown engine")
-    version = ".".join(label.split()[-1].split(".")[:2])
+    kinds = ("vllm", "sglang", "chairlift", "engine")
+    label = next((f"{key} {engine[key]}" for key in kinds if key in engine), "unknown engine")
+    version = ".".join(label.split()[-1].split(".")[: 3 if "sglang" in engine else 2])
     return Profile(
         name=name or f"{gpu}-{recording.model}-{label.split()[0]}-{version}",
         model=shape.name,

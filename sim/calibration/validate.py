@@ -1,13 +1,14 @@
 """Predictions of recorded experiments beside what was recorded, metric by metric.
 
-The ``vllm`` policy replays the arrivals, lengths and prefix groups of each experiment under the recorded limits, and a
-profile prices the steps. Metrics are those of `sim.results.metrics`; the distance between two CDFs is Kolmogorov and
-Smirnov's.
+The policy of the recorded engine, ``vllm`` or ``sglang``, replays the arrivals, lengths and prefix groups of each
+experiment under the recorded limits, and a profile prices the steps. Metrics are those of `sim.results.metrics`; the
+distance between two CDFs is Kolmogorov and Smirnov's.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
@@ -21,11 +22,12 @@ from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.checked import wrong
 from chairlift.backend.cuda_graphs import graph_limit
-from chairlift.backend.fitting.recording import Experiment, Recording, RecordingError
+from chairlift.backend.fitting.recording import LIMIT_COLUMNS, Experiment, Recording, RecordingError
 from chairlift.backend.fitting.residuals import pace
 from chairlift.backend.fitting.steps import steps_of, without_stalls
 from chairlift.policies.base import KvGroups
 from chairlift.policies.routers import RoundRobin
+from chairlift.policies.sglang import VERSIONS, Sglang
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_versions import nearest
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps, per_output_token
@@ -137,15 +139,16 @@ def rates(duration: float, requests: int, tokens: int) -> dict[str, float]:
 
 
 def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> Setup:
-    """The run that replays ``experiment``: one replica, under vLLM's policy of the recorded version and limits."""
+    """The run that replays ``experiment``: one replica, under the recorded engine's policy, version and limits."""
     limits = experiment.limits
     try:
         model = specs.model(profile.model)
     except LookupError as error:
         raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
-    known = {f.name for f in fields(Vllm) if f.init}
+    policy: type[Vllm | Sglang] = Sglang if "sglang" in recording.engine else Vllm
+    known = {f.name for f in fields(policy) if f.init}
     settings = {key: value for key, value in limits.items() if key in known}
-    hints = get_type_hints(Vllm, include_extras=True)
+    hints = get_type_hints(policy, include_extras=True)
     for key, value in settings.items():
         try:
             TypeAdapter(hints[key]).validate_python(value, strict=True)
@@ -154,7 +157,9 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
                 f"{recording.folder}: the engine of {experiment.name}: {key} {wrong(error).removeprefix('the file ')}"
             )
             raise RecordingError(rule) from None
-    if "vllm" in recording.engine:
+    if policy is Sglang:
+        settings["version"] = _of_sglang(recording.engine["sglang"])
+    elif "vllm" in recording.engine:
         settings["version"] = nearest(recording.engine["vllm"])
     parallel = profile.parallel
     drafts, speculate, speculation = recording.drafts, None, None
@@ -173,12 +178,12 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         role="mixed",
         gpu=specs.gpu(profile.gpu),
         parallel=parallel,
-        scheduler=Vllm,
+        scheduler=policy,
         scheduler_settings=settings,
         backend=Given(profile, graph_limit(limits)),
         blocks=limits["num_gpu_blocks"] - 1,
         block_size=limits["block_size"],
-        kv_source=f"recorded num_gpu_blocks {limits['num_gpu_blocks']}, one of them vLLM's null block",
+        kv_source=f"recorded num_gpu_blocks {limits['num_gpu_blocks']}, one of them the engine's null block",
         speculation=speculation,
         kv_groups=KvGroups(memory.windows(model, parallel), model.chunked) if model.window_layers else None,
     )
@@ -198,6 +203,16 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
     )
 
 
+def _of_sglang(version: str) -> str:
+    """The newest of `sglang.VERSIONS` that is not newer than ``version``; the oldest if all are."""
+
+    def numbers(told: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", told)[:3]]
+
+    older = [known for known in VERSIONS if numbers(known) <= numbers(version)]
+    return older[-1] if older else VERSIONS[0]
+
+
 def trace_of(experiment: Experiment) -> Trace:
     """The requests of ``experiment``. Those of a grid arrive when they were taken in: its waves waited."""
     table = experiment.requests
@@ -214,6 +229,7 @@ def trace_of(experiment: Experiment) -> Trace:
                 raise RecordingError(f"{experiment.folder}: {experiment.name}: {rule}")
             shared = np.where(groups >= 0, given, 0)
         columns = {"prefix_group": groups[order], "prefix_tokens": np.minimum(shared, table["prompt_tokens"])[order]}
+    columns |= {name: table[name][order] for name in LIMIT_COLUMNS if name in table}
     return Trace(
         arrival_ps=np.rint(arrival[order] * PS_PER_S).astype(np.int64),
         prompt_tokens=table["prompt_tokens"][order],

@@ -227,8 +227,8 @@ def validate_(
 
     [bold]chairlift validate my.yaml --bench results.json[/bold] sends a benchmark's requests through the scenario, when
     it sent them. [bold]chairlift validate --recording DIR --model llama-3.1-8b --profile P[/bold] replays each recorded
-    experiment with its own arrivals, lengths and limits by the vllm policy. Grids, made to measure steps, and repeats,
-    which show the engine's own noise, are left out unless named.
+    experiment with its own arrivals, lengths and limits by the policy of the recorded engine. Grids, made to measure
+    steps, and repeats, which show the engine's own noise, are left out unless named.
     """
     out = console(least=WIDTH)
     if bench is not None or scenario is not None:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from chairlift.backend.fitting.recording import RecordingError, read
+from chairlift.backend.fitting.recording import Recording, RecordingError, read
+from chairlift.backend.parallel import Parallel
 from chairlift.backend.recorder import folder as converting
 from chairlift.backend.recorder import journal
 from chairlift.backend.recorder.folder import convert
@@ -165,6 +167,34 @@ def test_what_is_no_recording_is_one_line(
     (tmp_path / "raw-0.requests.jsonl").write_text(text)
     with pytest.raises(RecordingError, match="engines of several kinds wrote here"):
         convert(tmp_path, "m")
+
+
+def test_how_gpus_share_the_model_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM's configuration says reaches the recording's `Parallel`, by way of what the recorder writes of it."""
+    modules = {
+        "vllm.platforms": {"current_platform": SimpleNamespace(get_device_name=lambda: "NVIDIA H200")},
+        "vllm.v1.core.sched.async_scheduler": {"AsyncScheduler": type("AsyncScheduler", (), {})},
+        "vllm.v1.core.sched.scheduler": {"Scheduler": type("Scheduler", (), {})},
+    }
+    for name, contents in modules.items():
+        made = ModuleType(name)
+        vars(made).update(contents)
+        monkeypatch.setitem(sys.modules, name, made)
+    name = "chairlift.backend.recorder.vllm"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    written = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(written, "version", lambda _: "0.26.0")
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
+        cache_config=SimpleNamespace(num_gpu_blocks=9, block_size=16, enable_prefix_caching=True),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4]),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1, enable_expert_parallel=True),
+        model_config=SimpleNamespace(model="m"),
+    )
+    engine = written._engine(SimpleNamespace(vllm_config=config))
+
+    assert Recording(Path("r"), "m", engine, {}).parallel == Parallel(tensor=2, expert=2)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

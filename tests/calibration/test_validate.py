@@ -53,6 +53,52 @@ def test_a_recording_is_summed_up_as_its_recorder_did() -> None:
     assert metrics["duration"] == pytest.approx(told["wall_s"], abs=0.01)
 
 
+def of_engine(engine: dict[str, Any], **limits: Any) -> Recording:
+    """Two requests at once, of 4 and 20 prompt tokens and 3 each to answer, in steps of 8 tokens."""
+    given = {"num_gpu_blocks": 101, "max_num_batched_tokens": 8, "max_num_seqs": 4, "block_size": 1, **limits}
+    requests = {
+        "arrival_s": np.zeros(2),
+        "added_s": np.zeros(2),
+        "prompt_tokens": np.array([4, 20]),
+        "output_tokens": np.array([3, 3]),
+        "prefix_group": np.array([-1, -1]),
+        "max_tokens": np.array([3, 3]),
+        "ignore_eos": np.array([1, 1]),
+    }
+    recording = Recording(Path("r"), "llama-3.1-8b", engine, {})
+    recording.experiments["two"] = Experiment("two", Path("r"), given, {}, requests, {}, None)
+    return recording
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_the_recorded_engines_policy_replays(overlapped: bool) -> None:
+    """SGLang: chunks of 4 + 4, 8 and 8 tokens, then two steps of both decodes. vLLM: a decode takes a token of the
+    second and the third step, so the other prompt ends with the fourth, and two steps of decodes follow."""
+    step = profile.load(PROFILES["llama-3.1-8b"])
+    settings = {"chunked_prefill_size": 8, "max_running_requests": 4, "page_size": 1, "disable_radix_cache": True}
+    settings["disable_overlap_schedule"] = not overlapped
+    theirs = of_engine({"sglang": "0.5.23"}, **settings)
+    other = of_engine({"vllm": "0.26.0"}, async_scheduling=overlapped)
+
+    assert validate.predict(theirs.experiments["two"], theirs, step).scalars["steps"] == 5
+    assert validate.predict(other.experiments["two"], other, step).scalars["steps"] == 6
+    assert validate.setup_of(theirs.experiments["two"], theirs, step).groups[0].blocks == 100
+
+
+@pytest.mark.parametrize(("told", "version"), [("0.5.17", "0.5.17"), ("0.5.21.post1", "0.5.17"), ("0.5.30", "0.5.23")])
+def test_a_version_of_sglang_between_two_that_are_known_is_the_older(told: str, version: str) -> None:
+    recording = of_engine({"sglang": told})
+    setup = validate.setup_of(recording.experiments["two"], recording, profile.load(PROFILES["llama-3.1-8b"]))
+
+    assert setup.groups[0].scheduler_settings["version"] == version
+
+
+def test_a_setting_that_sglang_has_not_is_said() -> None:
+    recording = of_engine({"sglang": "0.5.23"}, schedule_policy="shortest")
+    with pytest.raises(RecordingError, match=r"r: the engine of two: schedule_policy must be 'fcfs', .*got 'shortest'"):
+        validate.setup_of(recording.experiments["two"], recording, profile.load(PROFILES["llama-3.1-8b"]))
+
+
 def test_distance_by_hand() -> None:
     one, other = np.array([1.0, 2.0, 3.0, 4.0]), np.array([3.0, 4.0, 5.0, 6.0])
 

@@ -55,6 +55,7 @@ LATER = {  # how a command begins → why it is not run here
     "chairlift run hardware_policies": "needs a GPU",
     "chairlift agree runs/hardware_policies": "compares what was measured on a GPU",
     "CHAIRLIFT_RECORDING=DIR vllm serve": "needs vLLM, weights and a GPU",
+    "CHAIRLIFT_RECORDING=DIR sglang serve": "needs SGLang, weights and a GPU",
     "chairlift-record DIR": "needs what a server wrote",
     "chairlift run runs/my_plan/plan.json": "needs the plan's results, which take a minute",
 }
@@ -170,6 +171,10 @@ def test_what_is_not_run_could_be() -> None:
             origin = find_spec(module)
             assert origin is not None, command
             assert f"class {name}(" in Path(str(origin.origin)).read_text(encoding="utf-8"), command
+        elif words[0] == "sglang":
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+            module, _, name = project["project"]["entry-points"]["sglang.srt.plugins"]["chairlift"].partition(":")
+            assert callable(getattr(import_module(module), name))
         elif words[0] == "chairlift-record":
             recorder.parser().parse_args(words[1:])
         else:

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "calibration": (
         ("calibration", "simulate", "results", "study", "workload", *SPINE),
         ALL,
-        ("base", "vllm", "vllm_versions", "routers"),
+        ("base", "vllm", "vllm_versions", "sglang", "routers"),
     ),
     "plan": (
         (
@@ -229,13 +229,13 @@ def test_nothing_at_run_time_needs_more_than_the_project_declares() -> None:
         declared.add(names.get(name, name))
     ours = {"chairlift", *PACKAGES, ""}
     found = {name for path in MODULES for name in imported(path)} - set(sys.stdlib_module_names) - ours
-    in_vllm = {module_name(path) for path in MODULES if "vllm" in imported(path)}
+    engines = {"vllm", "sglang"}
+    within_engines = {module_name(path) for path in MODULES if engines & set(imported(path))}
 
     # the engine imports these itself, where it runs: it is not the project's to bring
-    assert in_vllm == {"backend.recorder.vllm", "backend.recorder.vllm_stats"}
-    assert (
-        found - GPU_LIBRARIES - extras() - declared - {"pydantic_core", "typing_extensions", "vllm"} == set()
-    )  # pydantic brings these
+    assert within_engines == {f"backend.recorder.{name}" for name in ("vllm", "vllm_stats", "sglang")}
+    brought = {"pydantic_core", "typing_extensions"}  # by pydantic
+    assert found - GPU_LIBRARIES - extras() - declared - brought - engines == set()
 
 
 def extras() -> set[str]:
