@@ -128,6 +128,11 @@ class Drafting(Backend):
         self.target, self.draft, self._called, self._each, self._launch = target, draft, called, each, launch
         self.name = target.name
         self.arrival, self.arrival_token = target.arrival, target.arrival_token
+        self.remembers = target.remembers
+
+    def ran(self, tokens: int, gpu: int, slope: int, count: int) -> None:
+        """Tell the target's cost model what ran; passes that draft are no prompts."""
+        self.target.ran(tokens, gpu, slope, count)
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch`` and of the `Batch.proposes` drafts after it."""

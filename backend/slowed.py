@@ -29,6 +29,14 @@ class Slowed(Backend):
         self.name = within.name
         self.arrival = round(within.arrival * factor)
         self.arrival_token = round(within.arrival_token * factor)
+        self.remembers = within.remembers
+        self._told = 0  # ps that have passed, of what `within` was told
+
+    def ran(self, tokens: int, gpu: int, slope: int, count: int) -> None:
+        """Tell the cost model within, whose clock is as much slower; of two rests it hears what it hears of one."""
+        before = round(self._told / self.factor)
+        self._told += gpu * count + slope * (count * (count - 1) // 2)
+        self.within.ran(tokens, round(self._told / self.factor) - before, 0, 1)
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``, host time included; a launch's tail is a length of GPU work, and grows as well."""

@@ -16,8 +16,10 @@ from chairlift.backend.base import FOREVER, PS, Batch, Chunk
 from chairlift.backend.calibrated import profile
 from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.calibrated.warmth import COOL_PS, HEAT_PS, LEVELS, Warmth
+from chairlift.backend.drafting import Drafting
 from chairlift.backend.fitting.recording import read
 from chairlift.backend.fitting.steps import steps_of
+from chairlift.backend.slowed import Slowed
 from chairlift.policies.vllm import Vllm
 from kit.synthetic import Planted, record, write
 from kit.worlds import check_books, play, trace_of
@@ -134,6 +136,22 @@ def test_what_a_launch_outlasts_lets_the_gpu_cool() -> None:
     warm = share / 0.05 / (share / 0.05 + (1 - share) / 0.1)
     usual = Calibrated(COLD).step(small).first
     assert backend.step(small).first == pytest.approx((1 + 0.1 * warm) * usual, rel=2e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 0.7])
+def test_a_backend_around_another_tells_it_what_ran(factor: float) -> None:
+    """As for drafts, or for plans that ask what if all steps took longer; then the clock within is as much slower."""
+    prompt, alone = Batch((Chunk(0, 2048),), 0, 0), Calibrated(HOT)
+    around = Drafting(Calibrated(HOT)) if factor == 1 else Slowed(Calibrated(HOT), factor)
+    assert around.remembers
+    for rest in (0, 100 * MS, 3 * MS, 0):
+        took = alone.step(prompt).first
+        assert around.step(prompt).first == pytest.approx(factor * took, abs=2)
+        alone.ran(2048, took, 0, 1)
+        around.ran(2048, round(factor * took), 0, 1)
+        alone.ran(0, rest, 0, 1)
+        for _ in range(4):
+            around.ran(0, round(factor * rest / 4), 0, 1)
 
 
 def test_fits_and_prices_mean_the_same_by_warmth(tmp_path: Path) -> None:
