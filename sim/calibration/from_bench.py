@@ -5,6 +5,11 @@ are replayed by the simulator, and a dozen factors on parts of a profile (`PARTS
 logarithms of what was measured over what is predicted: durations, percentiles of latencies, and TTFT by prompt length.
 Each factor is drawn to 1, the nearest profile, by as much as profiles differ from one another; a factor that the
 results do not tell stays there, and its interval says so.
+
+Each result has a further factor, the pace of its host: other work on the machine makes everything that the host does
+slower for seconds or minutes at a time. It is drawn to 1 likewise, and what is fitted is the host at pace 1. For
+example: at the same rate TTFTs of one result are twice those of another. No factor of all results explains that, and
+without paces the slower one would lengthen GPU times in all. What one result shows of its host, is part its day's.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from chairlift.backend import specs
 from chairlift.backend.calibrated import profile as profiles
 from chairlift.backend.calibrated.carry import carried
 from chairlift.backend.calibrated.profile import Knots, Profile, between
@@ -50,6 +56,7 @@ CLIENT = len(PARTS) - 1
 ALIKE = (0.05, 0.05, 0.08, 0.06, 0.2, 0.08, 0.05, 0.08, 0.25, 0.3, 0.35)
 OTHER = (0.5, 0.5, 0.7, 0.25, 0.7, 0.5, 0.3, 0.3, 0.6, 0.6, 0.5)
 APART = 0.5  # by how much of that the factors of neighbouring sizes differ from each other
+PACE = 0.25  # by how much a run's host differs from its usual pace, in logarithms: launches of 20 and 31 ms, 57 and 90
 CLIENT_S = 0.002  # what the client and the server's front may add to TTFT
 STEP = 0.2  # of a factor's logarithm at most, for derivatives: small ones drown in decisions that happen to differ
 ROUNDS = 8
@@ -113,9 +120,11 @@ class Run:
 
 
 def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
-    """The shipped profile of vLLM that is nearest: of the model, then of the GPU, of vLLM's ``version``, or the latest.
+    """The shipped profile of vLLM that is nearest, for the first of these that tells two apart.
 
-    Profiles of engines that speculate are left out.
+    It is of the model; of one with experts too, or without too; of the GPU; of weights as wide; of vLLM's ``version``;
+    of a model of which a token reads about as many bytes; of the latest version. Profiles of engines that speculate
+    are left out.
 
     Raises `profiles.ProfileError` if none is of as many GPUs.
     """
@@ -127,11 +136,30 @@ def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
     ]
     if not found:
         raise profiles.ProfileError(f"no shipped profile is of {tensor} GPUs")
-    wanted = f"vllm {version}."
-    return max(
-        found,
-        key=lambda each: (each.model == model.name, each.gpu == gpu.name, each.engine.startswith(wanted), each.engine),
-    )
+
+    def order(each: Profile) -> tuple[object, ...]:
+        own = specs.model(each.model)
+        return (
+            each.model == model.name,
+            bool(own.experts) == bool(model.experts),
+            each.gpu == gpu.name,
+            round(_width(own)) == round(_width(model)),
+            each.engine.startswith(f"vllm {version}."),
+            -abs(math.log(_read(own) / _read(model))),
+            each.engine,
+        )
+
+    return max(found, key=order)
+
+
+def _width(model: Model) -> float:
+    """Bytes of a weight on average."""
+    return model.weight_bytes / model.parameters
+
+
+def _read(model: Model) -> float:
+    """Bytes of weights that a token reads, if those it reads are as wide as the others."""
+    return model.active_parameters * _width(model)
 
 
 def changed(profile: Profile, logs: Floats) -> Profile:
@@ -190,50 +218,71 @@ def _figures(seen: Observed, prompts: npt.NDArray[Any], client_s: float = 0.0) -
 
 
 class _Problem:
-    """The least squares of some runs, from a profile to start from."""
+    """The least squares of some runs, from a profile to start from.
+
+    A point ``at`` has the logarithms of the factors, the client's own seconds, and the logarithm of each run's pace.
+    """
 
     def __init__(self, runs: Sequence[Run], start: Profile, width: Floats, progress: Callable[[str], None]) -> None:
-        self._runs, self._start, self._width, self._progress = runs, start, width, progress
+        self._runs, self._start, self._progress = runs, start, progress
+        self._width = np.concatenate([width, np.full(len(runs), PACE)])
+        self._pull = np.eye(len(self._width))
+        self._pull[: len(PARTS), : len(PARTS)] = _pull(width)
         measured = [_figures(bench.recorded(run.result), run.result.trace.prompt_tokens) for run in runs]
-        self._logs = np.concatenate([logs for logs, _ in measured])
-        self._noise = np.concatenate([noise for _, noise in measured])
+        self._logs = [logs for logs, _ in measured]
+        self._noise = [noise for _, noise in measured]
 
-    def off(self, at: Floats) -> Floats:
-        """Predicted over measured, in noises, at the factors ``at``."""
-        profile = changed(self._start, at)
-        found = [
-            _figures(run.predicted(profile), run.setup.trace.prompt_tokens, float(at[CLIENT]))[0] for run in self._runs
-        ]
-        off: Floats = (np.concatenate(found) - self._logs) / self._noise
+    def _off(self, at: Floats, i: int) -> Floats:
+        run, pace = self._runs[i], math.exp(at[len(PARTS) + i])
+        profile = changed(self._start, at[: len(PARTS)])
+        profile = replace(profile, host=profile.host.at(pace))
+        found = _figures(run.predicted(profile), run.setup.trace.prompt_tokens, float(at[CLIENT]))[0]
+        off: Floats = (found - self._logs[i]) / self._noise[i]
         return off
 
-    def slopes(self, at: Floats, here: Floats) -> Floats:
-        """The derivatives of `off`, in widths of each factor. Shape: ``(figures, parts)``."""
+    def off(self, at: Floats) -> Floats:
+        """Predicted over measured, in noises, at the point ``at``."""
+        return np.concatenate([self._off(at, i) for i in range(len(self._runs))])
+
+    def slopes(self, at: Floats, here: Floats, count: int) -> Floats:
+        """The derivatives of `off`, in widths of the first ``count`` factors. Shape: ``(figures, count)``."""
         columns = []
-        for part in range(len(PARTS)):
-            step = min(self._width[part], STEP)
+        ends = np.cumsum([0, *map(len, self._logs)])
+        for part, width in enumerate(self._width[:count].tolist()):
+            step = min(width, STEP)
             moved = at.copy()
             moved[part] += step
-            columns.append((self.off(moved) - here) * self._width[part] / step)
+            if part < len(PARTS):
+                there = self.off(moved)
+            else:  # a pace moves its own run alone
+                i = part - len(PARTS)
+                there = here.copy()
+                there[ends[i] : ends[i + 1]] = self._off(moved, i)
+            columns.append((there - here) * width / step)
         return np.stack(columns, axis=1)
 
-    def solved(self, at: Floats, rounds: int) -> tuple[Floats, Floats]:
-        """The best factors from ``at`` on, and their standard deviations."""
-        here = self.off(at)
+    def solved(self, start: Floats, rounds: int, paces: bool = True) -> tuple[Floats, Floats]:
+        """The best point from ``start`` on, and its standard deviations. Shape of each: ``(len(PARTS) + runs,)``.
+
+        Without ``paces`` those stay where they are.
+        """
+        count = len(self._width) if paces else len(PARTS)
+        pull, width = self._pull[:count, :count], self._width[:count]
+        at, here = start, self.off(start)
         damping = 0.1
-        pull = _pull(self._width)
-        slopes = self.slopes(at, here)
+        slopes = self.slopes(at, here, count)
         for turn in range(rounds):
-            self._progress(f"fit, round {turn + 1}: {_cost(here, at / self._width, pull):,.0f}")
+            self._progress(f"fit, round {turn + 1}: {_cost(here, at / self._width, self._pull):,.0f}")
             weight = _weights(here)
             inner = slopes.T @ (slopes * weight[:, None]) + pull
-            downhill = -(slopes.T @ (weight * here) + pull @ (at / self._width))
+            downhill = -(slopes.T @ (weight * here) + pull @ (at[:count] / width))
             for _ in range(4):
-                step = np.linalg.solve(inner + damping * np.diag(np.diag(inner)), downhill) * self._width
-                there = at + step
+                step = np.linalg.solve(inner + damping * np.diag(np.diag(inner)), downhill) * width
+                there = at.copy()
+                there[:count] += step
                 there[CLIENT] = max(0.0, there[CLIENT])
                 off = self.off(there)
-                if _cost(off, there / self._width, pull) < _cost(here, at / self._width, pull):
+                if _cost(off, there / self._width, self._pull) < _cost(here, at / self._width, self._pull):
                     damping /= 5
                     break
                 damping *= 5
@@ -243,12 +292,35 @@ class _Problem:
             at, here = there, off
             if moved < CLOSE or turn == rounds - 1:
                 break
-            slopes = self.slopes(at, here)
+            slopes = self.slopes(at, here, count)
         weight = _weights(here)
         inner = slopes.T @ (slopes * weight[:, None])
         worse = max(1.0, float((weight * here**2).sum() / max(1, len(here) - len(PARTS))))
-        spread = np.sqrt(np.diag(np.linalg.inv(inner / worse + pull)))
-        return at, spread * self._width
+        spread = np.zeros(len(self._width))
+        spread[:count] = np.sqrt(np.diag(np.linalg.inv(inner / worse + pull))) * width
+        return at, spread
+
+    def best(self) -> tuple[Floats, Floats]:
+        """As `solved`, from paces of 1 and the profile as it is.
+
+        What all runs have in common comes first, and paces explain what is left. Sought together, paces of one half
+        stood in for the launches of a model that take half as long as the profile's.
+        """
+        common, _ = self.solved(np.zeros(len(self._width)), ROUNDS, paces=False)
+        return self.solved(self.point(common[: len(PARTS)]), ROUNDS)
+
+    def point(self, factors: Floats) -> Floats:
+        """Where hosts take as long as with ``factors`` and paces of 1, but what these have in common is a pace.
+
+        No run tells the two apart; their widths do. It is where the sum of squares of all, in widths, is the smallest.
+        Shape of ``factors``: ``(len(PARTS),)``.
+        """
+        host = slice(CLIENT - 3, CLIENT)
+        stiff = self._width[host] ** -2
+        pace = float(stiff @ factors[host]) / (float(stiff.sum()) + len(self._runs) * PACE**-2)
+        found = np.concatenate([factors, np.full(len(self._runs), pace)])
+        found[host] -= pace
+        return found
 
 
 def _weights(off: Floats) -> Floats:
@@ -290,7 +362,8 @@ def fit(
     width = np.array([*(ALIKE if (start.model, start.gpu) == (model.name, gpu.name) else OTHER), CLIENT_S])
     near = carried(start, model, gpu, replace(start.parallel, expert=start.expert_parallel if model.experts else 1))
     problem = _Problem(runs, near, width, progress)
-    at, spread = problem.solved(np.zeros(len(PARTS)), ROUNDS)
+    at, spread = problem.best()
+    at, spread, paces = at[: len(PARTS)], spread[: len(PARTS)], np.exp(at[len(PARTS) :]).tolist()
     parts = list(_told(at, spread, np.sqrt(np.diag(np.linalg.inv(_pull(width)))) * width))
     cells: dict[str, list[Cell]] = {}
     for i, run in enumerate(runs):
@@ -299,11 +372,16 @@ def fit(
         if hold_out and len(runs) > 1:
             progress(f"fit without {name}")
             rest = [*runs[:i], *runs[i + 1 :]]
-            found = _Problem(rest, near, width, progress).solved(at, ROUNDS_AGAIN)[0]
+            others = _Problem(rest, near, width, progress)
+            begin = np.concatenate([at, np.log([pace for j, pace in enumerate(paces) if j != i])])
+            found = others.solved(begin, ROUNDS_AGAIN)[0][: len(PARTS)]
         cells[name] = compare(name, run.predicted(changed(near, found)), bench.recorded(run.result))
     untold = [each.part for each in parts if not each.told]
     notes = [f"fitted to {len(runs)} results of vllm bench serve, from profile {start.name}"]
     notes += [f"as in {start.name}, for the results do not tell: {', '.join(untold)}"] * bool(untold)
+    for run, pace in zip(runs, paces, strict=True):
+        if abs(math.log(pace)) > PACE / 2:
+            notes.append(f"the host of {run.result.path.name} took {pace:.2f} times as long as it is taken to, usually")
     made = replace(
         changed(near, at),
         name=f"{gpu.name}-{model.name}-bench",
@@ -312,6 +390,7 @@ def fit(
             "results": [run.result.path.name for run in runs],
             "from": f"{start.name} ({start.digest})",
             "date": datetime.now(UTC).date().isoformat(),
+            "paces": [round(pace, 4) for pace in paces],
             "factors": {each.part: [round(value, 4) for value in each[1:4]] for each in parts},
         },
         notes=tuple(notes),

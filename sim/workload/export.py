@@ -5,7 +5,8 @@ tokens that a hash id covers. Each tool makes up a prompt's text from the hash i
 an id here, the last and partial one too: without ids, vLLM's benchmark sends empty prompts.
 
 Read from, and checked with, the parsers of vLLM 0.26 (``TimedTrace``), AIPerf 0.13 (``MooncakeTrace``, with 512 tokens
-an id) and GuideLLM 0.8 (``MooncakeTraceFormat``, whose times are seconds).
+an id) and GuideLLM 0.8 (``MooncakeTraceFormat``, whose times are seconds). The printed commands are accepted by the
+argument parsers of vLLM 0.33, which ignores EOS with timed traces, AIPerf 0.13 and GuideLLM 0.8.1.
 """
 
 from __future__ import annotations
