@@ -205,11 +205,14 @@ class Ends:
 
     def horizon(self) -> int:
         """Steps until the next member's end; `FOREVER` without members."""
-        heap = self.heap
+        heap, group = self.heap, self._group
         while heap:
             first = heap[0]
+            request = self._members.get(first & _ROWS)  # as `_of`, without the call: nearly always it is a member's own
+            if request is not None and request.group is group and self._entries[request.row] == first:
+                return (first >> ROW_BITS) - group.steps
             if self._of(first) is not None:
-                return (first >> ROW_BITS) - self._group.steps
+                return (first >> ROW_BITS) - group.steps
             heappop(heap)
         return FOREVER
 

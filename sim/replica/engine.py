@@ -318,8 +318,9 @@ class Ahead(Engine):
             else:
                 done = NOBODY
             self._latest = flight.when
-            planner.fly(None)
-            if plan is not None:
+            if plan is None:
+                planner.fly(None)
+            else:
                 count = self._count
                 planner.commit(plan, count)
                 if count > 1:
