@@ -99,6 +99,7 @@ def carried(profile: Profile, model: Model, gpu: GPU, parallel: Parallel) -> Pro
         experts_s=experts,
         expert_share=model.experts_per_token / max(1, model.experts),
         token_s=times.token_s * ratio["token"],
+        hot_token_s=times.hot_token_s * ratio["token"],
         sequence_s=times.sequence_s * ratio["sequence"],
         kv_s=times.kv_s * ratio["kv"],
         kv_mixed_s=times.kv_mixed_s * ratio["kv"],

@@ -49,14 +49,23 @@ class Calibrated(Backend):
         self._matmuls: dict[int, int] = {}
         self.remembers = gpu.hot_chunk > 0 or gpu.hot_kv > 0
         self._warmth = Warmth()
-        self._token = _ps(gpu.token_s)
+        self._token = _ps(gpu.hot_token_s or gpu.token_s)
 
     def ran(self, tokens: int, gpu: int, slope: int, count: int) -> None:
         """Remember how warm prompts made the GPU."""
-        work = min(gpu, self._token * tokens)
-        if work:
-            self._warmth.heat(work)
-        self._warmth.cool(gpu * count + slope * (count * (count - 1) // 2) - work)
+        if tokens:
+            self._warmth.heat(*self._prompts(tokens, gpu))
+        else:
+            self._warmth.cool(gpu * count + slope * (count * (count - 1) // 2))
+
+    def _prompts(self, tokens: int, gpu: int) -> tuple[int, float]:
+        """How many ps a step with chunks takes at least, and the share of that in which it computes prompts.
+
+        A launch that outlasts the GPU's work lets it cool meanwhile.
+        """
+        kind = "piecewise" if tokens <= self.limit and self.profile.piecewise else "eager"
+        took = max(gpu, self._launch[kind], 1)
+        return took, min(1.0, self._token * tokens / took)
 
     def step(self, batch: Batch) -> StepCost:
         """The cost of ``batch``; that of decodes alone holds for as long as the batch keeps its members."""
@@ -137,7 +146,7 @@ class Calibrated(Backend):
             gpu += self._draft_token * computed * (batch.proposes > 0)
         gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
         if self.remembers:
-            gpu = round(gpu * (1 + self._gpu.hot_chunk * self._warmth.now))
+            gpu = round(gpu * (1 + self._gpu.hot_chunk * self._warmth.mean(*self._prompts(all_tokens, gpu))))
         kind = "piecewise" if computed <= self.limit and self.profile.piecewise else "eager"
         schedule, update = self._schedule, self._update
         host = Host(

@@ -122,6 +122,7 @@ class GpuTime:
     odd_tiles: Factor = 1.0  # by which an odd number of tiles takes longer: tiles are computed in pairs
     drafting: DraftTime | None = None  # of an engine that speculates
     hot_chunk: Hot = 0.0  # by so much a step with chunks takes longer once prompts have made the GPU's clock sink
+    hot_token_s: Seconds = 0.0  # a token of a step with chunks makes the GPU warm for so long; 0: for ``token_s``
     hot_kv: Hot = 0.0  # likewise attention of decodes alone; their matmuls wait for the memory, whatever the clock
 
     def chunk_matmuls(self, tokens: Floats) -> Floats:
@@ -271,7 +272,7 @@ class Profile:
             del said["drafts"], said["gpu_time"]["drafting"]
         if not self.host.schedule_chunk_s:  # likewise
             del said["host"]["schedule_chunk_s"]
-        for name in ("hot_chunk", "hot_kv"):
+        for name in ("hot_chunk", "hot_token_s", "hot_kv"):
             if not said["gpu_time"][name]:
                 del said["gpu_time"][name]
         return said

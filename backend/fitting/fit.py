@@ -35,6 +35,7 @@ from chairlift.backend.fitting.steps import (
     launch_times,
     own_launches,
     predicted,
+    token_time,
     usual_launches,
 )
 
@@ -81,11 +82,13 @@ def fit(steps: Steps, expert_share: float = 0.0) -> Fit:
 
 
 def _fit(steps: Steps, share: float) -> Fit:
+    token_s = token_time(steps)
     usual = usual_launches(steps)
     rows, seconds = decode_times(steps, usual)
     _spread(steps, rows, "decode-only", "kv_s", steps.context)
     _spread(steps, rows, "decode-only", "weights_s", steps.computed)
-    rough, *_ = _Form(share, mixed=False, chunks=False, workers=False).fitted(steps, _singles(steps, rows, seconds))
+    form = _Form(share, mixed=False, chunks=False, workers=False, token_s=token_s)
+    rough, *_ = form.fitted(steps, _singles(steps, rows, seconds))
     decode_s = np.where(steps.kind == GRAPH, predicted(rough, steps), 0.0)
     notes: list[str] = []
     known_s = np.where(steps.kind == GRAPH, decode_s, np.nan)
@@ -99,7 +102,7 @@ def _fit(steps: Steps, share: float) -> Fit:
     if len(mixed) < 20:
         notes.append(f"{len(mixed)} mixed steps show their GPU time: decodes beside chunks cost what they do alone")
     workers = host.eager_s < WORKERS_S and not steps.launch_known
-    both = _Form(share, mixed=len(mixed) >= 20, chunks=True, workers=workers)
+    both = _Form(share, mixed=len(mixed) >= 20, chunks=True, workers=workers, token_s=token_s)
     spans = _spans(steps, launch)
     gpu, head, tail, off = both.fitted(steps, spans)
     in_tiles = both.in_tiles(TILE).fitted(steps, spans)
@@ -243,16 +246,17 @@ class _Form:
         "hot_kv": 0.3,
     }
 
-    def __init__(self, share: float, mixed: bool, chunks: bool, workers: bool) -> None:
+    def __init__(self, share: float, mixed: bool, chunks: bool, workers: bool, token_s: float) -> None:
         self.share = share  # of the experts that a token is sent to; 0: there are none
         self.mixed = mixed  # whether decodes in steps with chunks have a rate of their own
         self.chunks = chunks  # whether there are steps with chunks at all
         self.tile = 1  # tokens of a tile of the matmuls of steps with chunks
         self.workers = workers  # whether launches kernel by kernel set a floor to GPU time
+        self.token_s = token_s  # for which a token of a step with chunks makes the GPU warm
 
     def in_tiles(self, tokens: int) -> _Form:
         """This form, where matmuls of steps with chunks compute whole tiles of ``tokens`` tokens, two at a time."""
-        other = _Form(self.share, self.mixed, self.chunks, self.workers)
+        other = _Form(self.share, self.mixed, self.chunks, self.workers, self.token_s)
         other.tile = tokens
         return other
 
@@ -270,7 +274,8 @@ class _Form:
             tables = [tuple(zip(k, np.exp(v).tolist(), strict=True)) for k, v in zip(knots, logs, strict=True)]
             named: dict[str, Any] = dict(zip(TABLES, tables, strict=True))
             none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s", "odd_tiles"}, 0.0)
-            return GpuTime(**{**none, **terms}, **named, tile_tokens=self.tile, expert_share=self.share)
+            fixed: dict[str, Any] = {"tile_tokens": self.tile, "expert_share": self.share, "hot_token_s": self.token_s}
+            return GpuTime(**{**none, **terms}, **named, **fixed)
 
         return seen.fitted(made, self._start(*seen.single()), [len(each) for each in knots])
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from chairlift.backend.base import PS
 from chairlift.backend.calibrated.profile import GpuTime, between
-from chairlift.backend.calibrated.warmth import COOL_PS, HEAT_PS
+from chairlift.backend.calibrated.warmth import COOL_PS, towards
 from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment, Table
 
@@ -70,7 +70,7 @@ class Steps:
     last: Bools
     woke: Bools  # whether the engine was idle before it
     stalled: Bools  # whether it took `STALL` times as long as those like it, so that it tells nothing
-    warmth: Floats  # how far prompts had made the GPU's clock sink, from 0 to 1 (`backend.calibrated.warmth`)
+    warmth: Floats  # how far prompts made the GPU's clock sink, from 0 to 1 (`warmed`)
     gpu: Floats  # GPU time as measured by the engine; NaN if it does not measure
     launch: Floats  # likewise the time of the launch
 
@@ -108,10 +108,14 @@ class Steps:
         return found
 
 
-def steps_of(experiments: list[Experiment]) -> Steps:
-    """The steps of ``experiments``, and what the recorded engine did between them."""
+def steps_of(experiments: list[Experiment], token_s: float = 0.0) -> Steps:
+    """The steps of ``experiments``, and what the recorded engine did between them.
+
+    ``token_s``: for how long a token makes the GPU warm, as a profile says (``hot_token_s``); 0: as the steps tell.
+    """
     parts = [_columns(i, each) for i, each in enumerate(experiments)]
-    return Steps(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    steps = Steps(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    return warmed(steps, token_s or token_time(steps))
 
 
 def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.generic]]:
@@ -178,32 +182,53 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "last": last,
         "woke": woke,
         "stalled": _stalled(done - schedule, chunks, decodes, computed, woke),
-        "warmth": _warmth(schedule, done, chunks, decodes, computed, woke),
+        "warmth": np.zeros(n),
         "gpu": table["gpu_s"].astype(np.float64) if "gpu_s" in table else unknown,
         "launch": table["launch_s"].astype(np.float64) if "launch_s" in table else unknown,
     }
 
 
-def _warmth(schedule: Floats, done: Floats, chunks: Floats, decodes: Floats, computed: Floats, woke: Bools) -> Floats:
-    """The warmth of the GPU when each step begins. What a step computes is taken from its tokens.
-
-    A token takes what it takes in the largest steps with chunks, of which the fastest but a few tell.
-    """
-    start = np.where(woke, schedule, np.concatenate([[schedule[0]], done[:-1]]))
-    seconds = np.maximum(done - start, 0.0)
-    found = np.zeros(len(done))
-    chunked = chunks > 0
+def token_time(steps: Steps) -> float:
+    """What a token takes in the largest steps with chunks, seconds, of which the fastest but a few tell."""
+    chunked = steps.chunks > 0
     if not chunked.any():
-        return found
-    large = chunked & (computed >= np.quantile(computed[chunked], 0.9))
-    work = np.where(chunked, np.minimum(seconds, computed * np.quantile((seconds / computed)[large], 0.25)), 0.0)
-    rest = np.concatenate([[0.0], (start[1:] - done[:-1])]) * woke
-    now, heat, cool = 0.0, HEAT_PS / PS, COOL_PS / PS
-    gain, fade, idle = np.exp(-work / heat), np.exp(-(seconds - work) / cool), np.exp(-np.maximum(rest, 0.0) / cool)
-    for i, (g, f, r) in enumerate(zip(gain.tolist(), fade.tolist(), idle.tolist(), strict=True)):
-        found[i] = now = now * r
-        now = (1.0 - (1.0 - now) * g) * f
+        return 0.0
+    large = chunked & (steps.computed >= np.quantile(steps.computed[chunked], 0.9))
+    return float(np.quantile((_lasted(steps) / steps.computed)[large], 0.25))
+
+
+def _lasted(steps: Steps) -> Floats:
+    """Seconds from each step's start, or its scheduling behind a rest, to its end."""
+    start = np.where(steps.woke | steps.first, steps.schedule, np.concatenate([[0.0], steps.done[:-1]]))
+    found: Floats = np.maximum(steps.done - start, 0.0)
     return found
+
+
+def warmed(steps: Steps, token_s: float) -> Steps:
+    """``steps`` with the warmth of the GPU over each with chunks, and at the start of each without.
+
+    A step with chunks computes prompts for the share of its time that its tokens take, ``token_s`` each.
+    """
+    seconds = _lasted(steps)
+    ends = np.concatenate([[0.0], steps.done[:-1]])
+    rest = np.where(steps.woke & ~steps.first, np.maximum(steps.schedule - ends, 0.0), 0.0)
+    rest[steps.first] = np.inf
+    work = np.where(steps.chunks > 0, token_s * (steps.prompt + steps.decodes + steps.drafts), 0.0)
+    share = np.divide(work, seconds, out=np.zeros(len(steps)), where=seconds > 0).clip(0.0, 1.0)
+    level, rate = np.array([towards(each) for each in share.tolist()]).reshape(-1, 2).T
+    change = rate * seconds
+    fade, idle = np.exp(-change), np.exp(-rest * PS / COOL_PS)
+    average = np.divide(-np.expm1(-change), change, out=np.ones(len(steps)), where=change > 0)
+    average = np.where(steps.chunks > 0, average, 1.0)
+    mean = np.where(steps.chunks > 0, level, 0.0)
+    found = np.zeros(len(steps))
+    now = 0.0
+    table = zip(*(each.tolist() for each in (level, fade, idle, average, mean)), strict=True)
+    for i, (near, left, rested, part, by) in enumerate(table):
+        now *= rested
+        found[i] = by + (now - by) * part
+        now = near + (now - near) * left
+    return replace(steps, warmth=found)
 
 
 def _stalled(seconds: Floats, chunks: Floats, decodes: Floats, computed: Floats, woke: Bools, few: int = 1) -> Bools:
@@ -218,15 +243,24 @@ def _usual(seconds: Floats, chunks: Floats, decodes: Floats, computed: Floats, f
     """The median of each step and those like it.
 
     Alike are steps of one experiment whose tokens round to the same power of two, with chunks or without, and, if there
-    are ``few`` of them, also with decodes or without.
+    are ``few`` of them, also with decodes or without. Where fewer than twice `ALIKE` are, larger ones are taken with
+    them, which take no less: a stall makes two steps long from their scheduling on, of a burst's last few.
     """
-    size = np.rint(np.log2(np.maximum(computed, 1))) * 2 + (chunks > 0)
+    chunked = chunks > 0
+    size = np.rint(np.log2(np.maximum(computed, 1))) * 2 + chunked
     usual = np.empty(len(seconds))
-    for like in (size, size + (decodes > 0) * 1000):
-        for each in np.unique(like):
-            mine = like == each
-            if like is size or mine.sum() >= few:
-                usual[mine] = np.median(seconds[mine])
+    for each in np.unique(size):
+        mine = size == each
+        alike, larger = mine, np.unique(size[(chunked == chunked[mine][0]) & (size > each)])
+        for other in larger:
+            if alike.sum() < 2 * ALIKE:
+                alike = alike | (size == other)
+        usual[mine] = np.median(seconds[alike])
+    like = size + (decodes > 0) * 1000
+    for each in np.unique(like):
+        mine = like == each
+        if mine.sum() >= few:
+            usual[mine] = np.median(seconds[mine])
     return usual
 
 

@@ -52,12 +52,12 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         shape = specs.model(recording.shape)
     except LookupError as error:
         raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
-    steps, base = steps_of(list(experiments)), None
+    base = None
     if recording.drafts is None:
-        fit = calibrate.fit(steps, shape.experts_per_token / max(1, shape.experts))
+        fit = calibrate.fit(steps_of(list(experiments)), shape.experts_per_token / max(1, shape.experts))
     else:
         base = _without_drafts(recording, gpu)
-        fit = calibrate.fit_drafts(steps, base.gpu_time)
+        fit = calibrate.fit_drafts(steps_of(list(experiments), base.gpu_time.hot_token_s), base.gpu_time)
     kinds = ("vllm", "sglang", "chairlift", "engine")
     label = next((f"{key} {engine[key]}" for key in kinds if key in engine), "unknown engine")
     version = ".".join(label.split()[-1].split(".")[: 3 if "sglang" in engine else 2])
@@ -123,7 +123,7 @@ def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: 
         if isinstance(profile, str):
             held.skipped[each.name] = profile
             continue
-        table = steps_of([each])
+        table = steps_of([each], profile.gpu_time.hot_token_s)
         held.steps[each.name] = residuals.foresee(profile.gpu_time, profile.host, table)
         held.gpu[each.name] = residuals.on_gpu(profile.gpu_time, profile.host, table)
         held.launches[each.name] = residuals.launches(profile.gpu_time, profile.host, table)

@@ -40,6 +40,7 @@ WORK = (  # label, colour, key of `timeline.work`
     ("prompts", "prefill", "prompts"),
     ("computed again", "last", "again"),
     ("answers", "decode", "answers"),
+    ("drafts rejected", "stalled", "rejected"),  # only where there are any
     ("padding", "padding", "padding"),
 )
 
@@ -210,6 +211,8 @@ def work(names: Sequence[str], works: Sequence[dict[str, int]]) -> Figure:
     """What tokens were computed for, by `WORK`: a bar a run."""
     parts = []
     for label, colour, key in WORK:
+        if key == "rejected" and not any(each[key] for each in works):
+            continue
         told = [each[key] / max(1, sum(each.values())) for each in works]
         parts.append((label, colour, told, [f" ({each[key]:,} tokens)" for each in works]))
     return shares(names, parts, "share of token slots")

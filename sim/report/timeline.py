@@ -57,7 +57,10 @@ class Timeline:
 
 
 def timeline(run: RunResults, requests: Columns) -> Timeline:
-    """The curves of ``run``: tokens per second, requests running and waiting, shares of the KV pools."""
+    """The curves of ``run``: tokens per second, requests running and waiting, shares of the KV pools.
+
+    Where decodes verify drafts each is drawn with the run's mean of tokens: what is kept is known by request alone.
+    """
     arrival, finished = requests["arrival_ps"], requests["finished_ps"]
     edges = np.linspace(float(arrival.min()), float(max(finished.max(), arrival.min() + 1)), BINS + 1)
     width_s = (edges[1] - edges[0]) / PS_PER_S
@@ -99,6 +102,9 @@ def timeline(run: RunResults, requests: Columns) -> Timeline:
             )
         )
     first = requests["first_token_ps"]
+    if drafts_of(run)[0]:
+        decodes = sum(each.computed_decode for each in totals)
+        sums["output"] *= (requests["emitted_tokens"].sum() - (first >= 0).sum()) / max(1, decodes)
     sums["output"] += np.histogram(first[first >= 0], edges)[0] / width_s
     capacity = sum(replica.kv_tokens for replica in run.replicas)
     sums["kv"] /= capacity
@@ -168,11 +174,24 @@ def cdf(values: Floats) -> tuple[Floats, Floats]:
     return np.quantile(values, RANKS), RANKS
 
 
+def drafts_of(run: RunResults) -> tuple[int, int]:
+    """Drafts that a run verified, and those of them that are tokens of answers; made-up ones of joining requests not.
+
+    A run without drafts has a column all the same where it stands beside one with drafts.
+    """
+    if not run.has_column("draft_tokens"):
+        return 0, 0
+    found = run.requests("draft_tokens", "accepted_tokens")
+    verified, kept = (int(np.maximum(found[name], 0).sum()) for name in ("draft_tokens", "accepted_tokens"))
+    return verified, kept
+
+
 def work(run: RunResults, requests: Columns, totals: list[ReplicaTotals]) -> dict[str, int]:
     """Tokens computed, by what they were computed for.
 
     ``prompts`` is the first computation of prompts, ``again`` repeats what a preemption or failure lost, ``answers``
-    are decodes, ``padding`` is computed for nothing.
+    are decodes and the drafts that they kept, ``rejected`` the drafts that they did not, ``padding`` is computed for
+    nothing.
     """
     admitted = requests["admitted_ps"] >= 0
     asked = int((requests["prompt_tokens"] - requests["cached_tokens"])[admitted].sum())
@@ -181,10 +200,12 @@ def work(run: RunResults, requests: Columns, totals: list[ReplicaTotals]) -> dic
     # a decode replica computes one token to take a request in
     decode = sum(each.computed_decode for each in totals) + moved
     again = max(0, prefill - moved - asked)
+    verified, kept = drafts_of(run)
     return {
         "prompts": prefill - moved - again,
         "again": again,
-        "answers": decode,
+        "answers": decode + kept,
+        "rejected": verified - kept,
         "padding": sum(each.padded for each in totals),
     }
 

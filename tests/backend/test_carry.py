@@ -127,7 +127,8 @@ def found(row: Off) -> Off:
     model, version = row.target.removeprefix("h200-").split("-vllm-")
     source = read(TRUTH / f"h200-vllm-{version}", model)
     profile = carried(load(row.source), specs.model(labelled(model)[0]), H200, source.parallel)
-    steps = steps_of([each for each in source.experiments.values() if not each.repeats])
+    runs = [each for each in source.experiments.values() if not each.repeats]
+    steps = steps_of(runs, profile.gpu_time.hot_token_s)
     errors = residuals.summary([residuals.foresee(profile.gpu_time, profile.host, steps)])
     mine = [tuple(round(100 * errors[regime][key], 1) for regime in REGIMES) for key in ("median", "total")]
     return row._replace(median=mine[0], total=mine[1])

@@ -138,7 +138,7 @@ def test_what_drafts_add_is_found(fit: calibrate.Fit, drafted: Path, tmp_path: P
 def test_steps_with_drafts_are_priced_by_the_form(fit: calibrate.Fit) -> None:
     """64 decodes that verify 3 drafts each: 256 tokens; then 3 passes."""
     drafting = profile.DraftTime(pass_s=0.5e-3, token_s=2e-6, draft_s=3e-6)
-    gpu = replace(fit.gpu, drafting=drafting, sequence_s=1e-6, kv_s=0.0)
+    gpu = replace(fit.gpu, drafting=drafting, sequence_s=1e-6, kv_s=0.0, hot_chunk=0.0)
     priced = Calibrated(profile.Profile("made", MODEL, "h200", "vllm", gpu, fit.host))
     dead = 192  # tokens for nothing, which go through the same matmuls
     for chunks, tokens, sequences in (((), 256, dead), ((Chunk(0, 1000),), 1256, 0)):

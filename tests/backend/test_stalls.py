@@ -10,6 +10,7 @@ import pytest
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting.recording import Experiment, read
 from chairlift.backend.fitting.steps import stalls, steps_of, without_stalls
+from kit.places import TESTS
 from kit.synthetic import Log, Planted, record, write
 
 MODEL = "llama-3.1-8b"
@@ -78,6 +79,17 @@ def test_who_comes_within_a_stall_comes_when_it_ends(log: Log, tmp_path: Path) -
 
     assert found["arrival_s"][0] == pytest.approx(end, abs=0.06)
     assert found["first_token_s"][0] - found["arrival_s"][0] == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_stall_among_the_last_few_steps_of_a_burst_is_found() -> None:
+    """vLLM 0.23, 1,000 requests at once: of the last three steps, of 3, 1 and 1 decodes, one took 395 ms, not 10."""
+    [burst] = read(TESTS / "recordings" / "burst", "opt-13b").select(None)
+
+    ends, lengths = stalls(burst)
+
+    assert burst.steps["decode_requests"][-3:].tolist() == [3, 1, 1]
+    assert ends.tolist() == [burst.steps["done_s"][-3]]
+    assert lengths.tolist() == pytest.approx([0.385], abs=0.005)
 
 
 def test_a_bad_day_of_the_host_is_not_the_usual_one(tmp_path: Path) -> None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from chairlift.backend.base import FOREVER, Batch, Chunk
+from chairlift.backend.base import FOREVER, PS, Batch, Chunk
 from chairlift.backend.calibrated import profile
 from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.calibrated.warmth import COOL_PS, HEAT_PS, LEVELS, Warmth
+from chairlift.backend.fitting.recording import read
+from chairlift.backend.fitting.steps import steps_of
 from chairlift.policies.vllm import Vllm
+from kit.synthetic import Planted, record, write
 from kit.worlds import check_books, play, trace_of
 
 MS = 10**9
 SHIPPED = profile.load("h200-llama-3.1-8b-vllm-0.26")
+COLD = replace(SHIPPED, gpu_time=replace(SHIPPED.gpu_time, hot_chunk=0.0, hot_kv=0.0))
 HOT = replace(SHIPPED, gpu_time=replace(SHIPPED.gpu_time, hot_chunk=0.1, hot_kv=0.4))
 
 
@@ -36,6 +42,26 @@ def test_prompts_warm_a_gpu_and_anything_else_cools_it() -> None:
     warmth.heat(20 * HEAT_PS)
     assert warmth.now == pytest.approx(1)
     assert warmth.level == LEVELS
+
+
+@given(start=st.integers(0, HEAT_PS), ms=st.integers(1, 300), share=st.floats(0, 1))
+def test_a_step_that_computes_prompts_for_a_share_of_its_time_warms_and_cools_by_turns(
+    start: int, ms: int, share: float
+) -> None:
+    """As if it did both in slices of 0.01 ms, one after the other."""
+    whole, sliced = Warmth(), Warmth()
+    for each in (whole, sliced):
+        each.heat(start)
+    slices = []
+    for _ in range(100 * ms):
+        slices.append(sliced.now)
+        sliced.heat(round(share * MS / 100))
+        sliced.cool(round((1 - share) * MS / 100))
+
+    assert whole.mean(ms * MS, share) == pytest.approx(sum(slices) / len(slices), abs=1e-3)
+    whole.heat(ms * MS, share)
+    assert whole.now == pytest.approx(sliced.now, abs=1e-3)
+    assert whole.level == pytest.approx(whole.now * LEVELS, abs=0.5 + 1e-9)
 
 
 @given(
@@ -75,12 +101,15 @@ def test_a_series_lasts_for_as_long_as_its_steps_begin_in_the_level(heat: int, f
 
 
 def test_a_step_is_priced_by_the_steps_before_it() -> None:
-    cold, hot = Calibrated(SHIPPED), Calibrated(HOT)
+    cold, hot = Calibrated(COLD), Calibrated(HOT)
     decodes, prompt = Batch((), 64, 64_000), Batch((Chunk(0, 2048),), 0, 0)
     assert not cold.remembers
     assert hot.remembers
     assert hot.step(decodes) == cold.step(decodes)
-    assert hot.step(prompt) == cold.step(prompt)
+    # A cold GPU gets warm meanwhile. 2,048 tokens take nearly all of the step: after t it is at 1 - exp(-t / 50 ms).
+    took = cold.step(prompt).first / HEAT_PS
+    warming = 1 - (1 - math.exp(-took)) / took
+    assert hot.step(prompt).first == pytest.approx((1 + 0.1 * warming) * cold.step(prompt).first, rel=2e-3)
 
     for _ in range(10):  # 0.4 s of prompts
         hot.ran(2048, cold.step(prompt).first, 0, 1)
@@ -92,6 +121,38 @@ def test_a_step_is_priced_by_the_steps_before_it() -> None:
     assert 1 < warm.steps < 10
     hot.ran(0, 10**12, 0, 1)
     assert hot.step(decodes) == usual
+
+
+def test_what_a_launch_outlasts_lets_the_gpu_cool() -> None:
+    """Work of 14 ms is launched kernel by kernel in 26: in a train of such steps the GPU is not all the way warm."""
+    backend = Calibrated(HOT)
+    small = Batch((Chunk(0, 640),), 0, 0)
+    for _ in range(100):
+        backend.ran(640, backend.step(small).first, 0, 1)
+
+    share = HOT.gpu_time.hot_token_s * 640 / HOT.host.eager_s
+    warm = share / 0.05 / (share / 0.05 + (1 - share) / 0.1)
+    usual = Calibrated(COLD).step(small).first
+    assert backend.step(small).first == pytest.approx((1 + 0.1 * warm) * usual, rel=2e-3)
+
+
+def test_fits_and_prices_mean_the_same_by_warmth(tmp_path: Path) -> None:
+    """Recorded steps, told to a backend one after the other. No launch of theirs outlasts them by its profile."""
+    steps = steps_of(read(write(tmp_path, [record(Planted())]), "llama-3.1-8b").select(None), token_s=20e-6)
+    host = replace(SHIPPED.host, piecewise_s=0.0, eager_s=0.0)
+    backend = Calibrated(replace(HOT, gpu_time=replace(HOT.gpu_time, hot_token_s=20e-6), host=host))
+    end, found, chunked = 0, [], steps.chunks > 0
+    columns = (steps.schedule, steps.done, steps.prompt + steps.decodes, steps.woke, chunked)
+    for schedule, done, tokens, woke, chunks in zip(*(each.tolist() for each in columns), strict=True):
+        begin = round(schedule * PS) if woke else end
+        backend.ran(0, begin - end, 0, 1)
+        end = round(done * PS)
+        share = min(1.0, 20e6 * tokens / (end - begin))
+        found.append(backend._warmth.mean(end - begin, share) if chunks else backend._warmth.now)
+        backend.ran(int(tokens) if chunks else 0, end - begin, 0, 1)
+
+    assert np.ptp(steps.warmth[chunked]) > 0.5
+    assert steps.warmth == pytest.approx(np.array(found), abs=1e-6)
 
 
 @hypothesis_settings(max_examples=40)

@@ -108,7 +108,9 @@ def test_planted_factors_are_found_again(tmp_path: Path, monkeypatch: pytest.Mon
     held = [each.low <= factor <= each.high for each, factor in zip(found.parts, np.exp(planted).tolist(), strict=True)]
     assert sum(held[:CLIENT]) >= CLIENT - 2  # 9 in 10 of the intervals are to hold
     unseen = served(7, truth)
-    assert max(off(unseen, found.profile)[f"{q}_{m}_ms"] for q in ("median", "p90") for m in ("ttft", "tpot")) < 0.05
+    errors = off(unseen, found.profile)
+    assert max(errors[f"{q}_tpot_ms"] for q in ("median", "p90")) < 0.02
+    assert max(errors[f"{q}_ttft_ms"] for q in ("median", "p90")) < 0.12  # it jumps by a launch
 
 
 def test_a_factor_bends_its_part_alone() -> None:

@@ -90,11 +90,10 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
             computed = int(GRAPHS[np.searchsorted(GRAPHS, tokens)]) if graph else tokens
             pairs = chunk * (chunk + 1) // 2
             context = running * per
-            gpu = planted.gpu(computed, running, context, pairs, chunk > 0, warm) * float(
-                np.exp(random.normal(0, noise))
-            )
-            busy = min(gpu, planted.token * computed) if chunk else 0.0  # e-folding in 50 ms up, in 100 ms down
-            warm = (1 - (1 - warm) * float(np.exp(-busy / 0.05))) * float(np.exp(-(gpu - busy) / 0.1))
+            usual = planted.gpu(computed, running, context, pairs, chunk > 0)
+            over, warm = _warmed(warm, usual, min(1.0, planted.token * tokens / usual) if chunk else 0.0)
+            gpu = planted.gpu(computed, running, context, pairs, chunk > 0, over)
+            gpu *= float(np.exp(random.normal(0, noise)))
             sequences = running + (chunk > 0)
             schedule = planted.schedule + planted.schedule_request * sequences
             launch = (planted.piecewise if graph else planted.eager) if chunk else planted.graph
@@ -123,6 +122,18 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
     end = log.steps[-1][1]
     log.requests = [[i, 0.0, 0.0, 10, 5, -1, end / 2, end, 5] for i in range(3)]
     return log
+
+
+def _warmed(warm: float, seconds: float, share: float) -> tuple[float, float]:
+    """A GPU's warmth over a step that computes prompts for so long (at the start of one that does not), and behind it.
+
+    In slices of a ms: by e in 50 ms up while it does, in 100 ms down while it does not.
+    """
+    slices = []
+    for left in np.arange(seconds, 0.0, -1e-3).tolist():
+        slices.append(warm)
+        warm += min(left, 1e-3) * (share * (1 - warm) / 0.05 - (1 - share) * warm / 0.1)
+    return (sum(slices) / len(slices) if share else slices[0]), warm
 
 
 STEPS = (

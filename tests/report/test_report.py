@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from chairlift.sim.cli import run as cli
 from chairlift.sim.cli import terminal as progress
+from chairlift.sim.report import figures
 from chairlift.sim.report import slot_data as slotview
 from chairlift.sim.report.slots import GLYPHS, seat
 from chairlift.sim.report.sparkline import inside, sparkline
@@ -159,6 +161,37 @@ def test_areas_under_the_curves_are_the_totals() -> None:
     assert tokens["prompts"] == summary["total_input_tokens"]
     assert tokens["again"] > 0
     assert tokens["prompts"] + tokens["again"] == sum(row["prefill_tokens"] for row in steps)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_tokens_of_drafts_are_told_by_what_becomes_of_them(kept: int) -> None:
+    """Two, one after the other, each with 10 tokens of prompt and 9 of answer, of which one comes with the prompt.
+
+    With 3 drafts that are all kept the other 8 take 2 steps; with none kept 8, each beside 3 rejected. Beside a run
+    without drafts, which has no such tokens.
+    """
+    scenario = f"""
+        model: llama-3.1-8b
+        gpu: h200
+        policy: {{name: vllm, async_scheduling: false}}
+        workload: {{requests: 2, clients: {{concurrency: 1}}, prompt_tokens: 10, output_tokens: 9}}
+        compare:
+          - {{name: none}}
+          - {{name: drafted, speculate: {{method: eagle3, tokens: 3, acceptance: {{rates: [{kept}, {kept}, {kept}]}}}}}}
+    """
+    made(textwrap.dedent(scenario))
+    plain, drafted = results.read(Path("out")).runs
+    told = []
+    for run in (plain, drafted):
+        requests = run.requests(*REQUEST_COLUMNS)
+        line = timeline(run, requests)
+        told.append(work(run, requests, line.totals))
+        assert (line.curves["output"] * np.diff(line.edges)).sum() == pytest.approx(18)
+
+    same = {"prompts": 20, "again": 0, "answers": 16, "padding": 0}
+    assert told == [{**same, "rejected": 0}, {**same, "rejected": 0 if kept else 2 * 8 * 3}]
+    bars = [bar["name"] for bar in figures.work(["none", "drafted"], told)["data"]]
+    assert ("drafts rejected" in bars) == (not kept)
 
 
 def test_no_curve_is_ever_below_nothing() -> None:
