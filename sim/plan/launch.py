@@ -198,8 +198,8 @@ def _vllm(setup: Setup, group: ReplicaGroup, policy: Vllm, kv: Kv) -> Iterator[s
                 yield "None" if value == "dense" else said
     if (speculate := setup.speculate) is not None:
         told: dict[str, Any] = {"method": speculate.method, "num_speculative_tokens": speculate.tokens}
-        if isinstance(speculate.draft, str):
-            told["model"] = speculate.draft
+        if (drafter := _drafter(setup)) is not None:
+            told["model"] = drafter
         yield from ("--speculative-config", json.dumps(told))
     if (graphs := _graphs(group)) is not None:
         yield from ("--max-cudagraph-capture-size", str(graphs))
@@ -239,6 +239,19 @@ def _sglang(setup: Setup, group: ReplicaGroup, policy: Sglang) -> Iterator[str]:
         yield from ("--disaggregation-mode", group.role)
 
 
+def _drafter(setup: Setup) -> str | None:
+    """The checkpoint of the model that drafts; None: none is known, or the served one's has it."""
+    draft = setup.speculate.draft if setup.speculate is not None else None
+    if not isinstance(draft, str):
+        return None
+    if draft.endswith(".json"):  # of the user's, whose folder is a checkpoint's
+        return Path(draft).parent.as_posix()
+    try:
+        return specs.model(draft).repository
+    except LookupError:
+        return None
+
+
 def _of_all_ranks(name: str, value: Any, ranks: int) -> Any:
     """A setting of each of SGLang's ranks as its flag has it: those that the ranks share out, for all of them."""
     if name == "schedule_conservativeness":
@@ -251,7 +264,7 @@ def _notes(setup: Setup, group: ReplicaGroup, policy: Scheduler, kv: Kv) -> list
     found = []
     if (speculate := setup.speculate) is not None:
         found.append(f"drafts: how many are kept was given, {speculate.acceptance.model_dump(exclude_none=True)}")
-        if speculate.method in ("eagle3", "draft_model"):
+        if speculate.method in ("eagle3", "draft_model") and _drafter(setup) is None:
             found.append('drafts: say the checkpoint that drafts as "model" in --speculative-config')
     parallel = group.parallel
     if 1 < parallel.expert < parallel.ranks and isinstance(policy, Vllm):

@@ -14,7 +14,7 @@ from chairlift.sim.plan.answer import Answer
 from chairlift.sim.plan.capacity import Capacity
 from chairlift.sim.plan.cheapest import Race
 from chairlift.sim.plan.costs import cost_of
-from chairlift.sim.plan.flips import SWING
+from chairlift.sim.plan.flips import SWING, Change
 from chairlift.sim.plan.promises import Promise
 from chairlift.sim.plan.tables import (
     CHANGING,
@@ -263,26 +263,42 @@ def _front(answer: Answer) -> dict[str, Any]:
 
 def _changes(answer: Answer) -> dict[str, Any]:
     """What would change the answer: a table, and a tornado of the price at each assumption's swing."""
-    now = answer.races[-1].winner
+    figures = tornado(answer.races[-1], answer.changes)
+    return {"head": FLIPS, "rows": flips(answer), "said": CHANGING, "figures": figures}
+
+
+def tornado(race: Race, changes: Sequence[Change]) -> list[Drawn]:
+    """Bars from what the answer costs to what it would cost at each assumption's swing, if any differs."""
+    now = race.winner
     assert now is not None
-    told = sorted((c for c in answer.changes if c.swing > 0), key=lambda c: c.swing)  # the widest bar at the top
+    told = sorted((c for c in changes if c.swing > 0), key=lambda c: c.swing)  # the widest bar at the top
     bars: list[Figure] = []
+    none = "nothing will do"  # beside the widest bar too: neither cut off at the axis nor at the figure's edge
     for i, words in enumerate((f"÷ {SWING:g}", f"× {SWING:g}")):
-        reach = [c.usd[i] - now.usd_per_hour if math.isfinite(c.usd[i]) else None for c in told]
-        text = ["" if math.isfinite(c.usd[i]) else "nothing will do" for c in told]
+        # a bar of no length carries the words: Plotly draws none of a bar without a value
+        reach = [c.usd[i] - now.usd_per_hour if math.isfinite(c.usd[i]) else 0.0 for c in told]
+        text = ["" if math.isfinite(c.usd[i]) else none for c in told]
         bar: Figure = {"type": "bar", "orientation": "h", "name": words, "x": reach, "y": [c.what for c in told]}
-        bar |= {"base": now.usd_per_hour, "marker": {"color": hue(i)}, "text": text, "textposition": "outside"}
+        bar |= {
+            "base": now.usd_per_hour,
+            "marker": {"color": hue(i)},
+            "text": text,
+            "textposition": "outside",
+            "cliponaxis": False,
+        }
         bar |= {"customdata": [c.usd[i] if math.isfinite(c.usd[i]) else None for c in told]}
         bar["hovertemplate"] = f"%{{y}} {words}: $%{{customdata:.2f}} an hour<extra></extra>"
         bars.append(bar)
     figure = _figure(bars, "$ an hour", "")
     figure["layout"] |= {"barmode": "overlay", "height": 90 + 34 * len(told)}
     figure["layout"]["yaxis"] = {"automargin": True}
+    if any(none in bar["text"] for bar in bars):
+        figure["layout"]["margin"] |= {"r": 8 * len(none)}
     title = (
         f"price of the answer where an assumption is {SWING:g} times as large or as small; now ${now.usd_per_hour:,.2f}"
     )
     keys = [(hue(i), f"{sign} {SWING:g}") for i, sign in enumerate("÷×")]
-    return {"head": FLIPS, "rows": flips(answer), "said": CHANGING, "figures": [(title, figure, keys)] if told else []}
+    return [(title, figure, keys)] if told else []
 
 
 def _figure(traces: list[Figure], x: str, y: str, shapes: Sequence[Figure] = ()) -> Figure:

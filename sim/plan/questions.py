@@ -192,8 +192,7 @@ def said(
                 yield _against(api, candidate.usd_per_hour, tokens_of(candidate), capacity.rate_per_s, unit)
     if (budget := ask.budget_usd_per_day) is not None:
         for candidate, capacity in capacities:
-            each, copies = tokens_of(candidate), int(budget / (HOURS * candidate.usd_per_hour))
-            served = copies * capacity.rate_per_s * 3600 * HOURS
+            each, (copies, served) = tokens_of(candidate), for_a_day(budget, candidate, capacity)
             yield (
                 f"${budget:,g} a day pay for {copies} × {candidate.name}: {served:,.0f} {unit} a day, "
                 f"{served * each.into / 1e6:,.4g} million tokens in and {served * each.out / 1e6:,.4g} million out"
@@ -217,6 +216,12 @@ def said(
                 f"${day[0]:,.2f} a day where the system follows the hours, ${day[1]:,.2f} with the busiest hour's all "
                 f"day: {100 * (1 - day[0] / day[1]):.3g} % less; the time that replicas take to load is not in it"
             )
+
+
+def for_a_day(usd: float, candidate: Candidate, capacity: Capacity) -> tuple[int, float]:
+    """How many of a system ``usd`` a day pay for, and how many requests (or sessions) a day these serve."""
+    copies = int(usd / (HOURS * candidate.usd_per_hour))
+    return copies, copies * capacity.rate_per_s * 3600 * HOURS
 
 
 def _against(api: Api, usd_per_hour: float, tokens: Tokens, rate_per_s: float, unit: str) -> str:

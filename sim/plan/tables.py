@@ -25,6 +25,7 @@ from chairlift.sim.plan.file import BuyingPlan
 from chairlift.sim.plan.flips import FAR, SWING, Flip
 from chairlift.sim.plan.headroom import Margin
 from chairlift.sim.plan.promises import UNSERVED_MS
+from chairlift.sim.plan.questions import for_a_day
 from chairlift.sim.plan.verdict import Verdict
 from chairlift.sim.results.catalogue import LATENCY
 from chairlift.sim.scenario.resolved import relocated, resolved
@@ -85,6 +86,12 @@ def sentence(answer: Answer) -> str:
     if plan.spec.ask.tenant is not None and answer.asked:
         told = f"{answer.asked[-1][0].upper()}{answer.asked[-1][1:]}"
         return f"{told}." if answer.failed else f"{told}, which keeps {kept} with it."
+    if (usd := plan.spec.ask.budget_usd_per_day) is not None:
+        found = [(for_a_day(usd, *each), each[0].name) for each in answer.capacities if each[1].reached]
+        (copies, served), name = max(found, key=lambda each: each[0][1], default=((0, 0.0), ""))
+        if not copies:
+            return f"${usd:,g} a day pay for none of {len(answer.capacities)} systems that keeps {kept}."
+        return f"${usd:,g} a day serve most with {copies} × {name}: {served:,.0f} {plan.unit} a day, keeping {kept}."
     candidate, capacity = answer.capacities[0]
     if not capacity.reached:
         return f"{candidate.name} does not keep {kept} at any load."

@@ -137,9 +137,15 @@ class Comparison:
         return {s: {m: fmean(r) for m, r in by.items()} for s, by in sums.items()}
 
     def fronts(self, metrics: Sequence[str]) -> dict[Setting, list[System]]:
-        """In each setting the systems that no other beats in one of ``metrics`` without losing in another, by means."""
+        """In each setting the systems that no other beats in one of ``metrics`` without losing in another, by means.
+
+        Raises `BadInput` if one of them was never measured.
+        """
         for metric in metrics:
             sign(self.results.known(metric, self.results.metrics, "metric"))
+            if not any(self._means(setting, metric) for setting in self.settings):
+                rule = "has no value in any run, so that there is no front (goodput needs an slo)"
+                raise BadInput(Problem(rule, self.results.file, value=metric))
         return {setting: self._front(setting, metrics) for setting in self.settings}
 
     def _front(self, setting: Setting, metrics: Sequence[str]) -> list[System]:

@@ -28,17 +28,24 @@ slo:
   - {percentile: 95, ttft_ms: 400}
   - {percentile: 95, tpot_ms: 40}
 rate_per_s: 70
-search: {requests: 400, most_requests: 1600, precision: 0.05}
+search: {requests: 200, most_requests: 800, precision: 0.1}
 """
 DRAFTS = "{method: eagle3, tokens: 2, acceptance: {length: 1.6}}"
-APART = "[{count: 1, role: prefill}, {count: 1, role: decode}]"
+SPLITS = ["2", *(f"[{{count: {p}, role: prefill}}, {{count: {d}, role: decode}}]" for p, d in ((1, 1), (1, 2)))]
+LINKS = ["null" if split.isdigit() else "{gb_per_s: 50}" for split in SPLITS]
+SWAP = "{name: vllm_v0, preemption_mode: swap, max_num_batched_tokens: 4096}"
 SPACES = {
-    "router": "axes: {router: [round_robin, least_outstanding], replicas: [1, 2, 3]}",
-    "parallel": "axes: {parallel: [{tensor: 1}, {tensor: 2}], replicas: [1, 2]}",
+    "router": "axes: {router: [round_robin, least_outstanding, power_of_two], replicas: [1, 2, 3]}",
+    "tensor and pipeline": "zip: [{parallel: [{tensor: 1}, {tensor: 1}, {tensor: 2}, {pipeline: 2}], "
+    "replicas: [1, 2, 1, 1]}]",
+    "data and expert": "axes: {model: [qwen3-30b-a3b], parallel: [{tensor: 2}, {tensor: 2, expert: 2}, "
+    "{data: 2, expert: 2}], replicas: [2, 6]}",
     "quantised": "axes: {model: [llama-3.1-8b, llama-3.1-8b-fp8], replicas: [1, 2]}",
-    "policy": "axes: {policy: [vllm, sglang], replicas: [1, 2]}",
+    "engine": "axes: {policy: [vllm, sglang], replicas: [1, 2]}",
+    "version": "axes: {policy.version: [0.23, 0.33], replicas: [1, 2]}",
     "speculation": f"axes: {{speculate: [null, {DRAFTS}], replicas: [1, 2]}}",
-    "apart": f"zip: [{{replicas: [1, 2, {APART}], link: [null, null, {{gb_per_s: 50}}]}}]",
+    "host memory": f"axes: {{policy: [{SWAP}], kv.blocks: [1200], kv.host_gib: [0, 4], replicas: [1, 2, 3]}}",
+    "prefill and decode": f"zip: [{{replicas: [{', '.join(SPLITS)}], link: [{', '.join(LINKS)}]}}]",
 }
 
 

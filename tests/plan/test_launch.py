@@ -32,6 +32,12 @@ from kit.serving import commands, flags, serve_line
 
 WORKLOAD = {"requests": 3, "arrivals": {"burst": {}}, "prompt_tokens": 50, "output_tokens": 5}
 BASE = {"model": "llama-3.1-8b", "gpu": "h100", "max_model_len": 8192, "workload": WORKLOAD}
+DRAFTS = {"method": "mtp", "tokens": 1, "acceptance": {"length": 1.8}}
+DRAFTED_BY_8B: dict[str, Any] = {
+    "model": "llama-3.1-70b",
+    "tensor_parallel": 4,
+    "speculate": {**DRAFTS, "method": "draft_model", "draft": "llama-3.1-8b"},
+}
 KV_BYTES = 131_072  # of a token of Llama-3.1-8B: 2 · 32 layers · 8 heads · 128 · 2 B
 
 
@@ -148,6 +154,7 @@ def test_the_reported_case() -> None:
             "--max-cudagraph-capture-size 64",
         ),
         ({"model": "deepseek-v3", "gpu": "h200", "tensor_parallel": 8}, "vllm serve deepseek-ai/DeepSeek-V3 --tensor"),
+        (DRAFTED_BY_8B, '"model": "meta-llama/Llama-3.1-8B"'),
     ],
 )
 def test_memory_parallelism_and_dtypes_are_in_the_line(keys: dict[str, Any], said: str) -> None:
@@ -160,6 +167,7 @@ def test_memory_parallelism_and_dtypes_are_in_the_line(keys: dict[str, Any], sai
         ({"model": "llama-3.1-70b-awq", "tensor_parallel": 2}, "weights in int4: name such a checkpoint"),
         ({"model": {"name": "llama-3.1-8b", "layers": 16}}, "the model was simulated with layers 16"),
         ({"policy": {"name": "sarathi"}}, "policy Sarathi: none of vLLM's or SGLang's"),
+        ({"speculate": {**DRAFTS, "method": "eagle3"}}, 'say the checkpoint that drafts as "model"'),
         ({"replicas": 3}, "in front of the replicas: RoundRobin: any load balancer"),
         ({"replicas": 2, "router": "prefix_affinity", "router_stale_ms": 50}, "as they were 50 ms ago: a prefix-aware"),
         ({"replicas": 2, "router": "session_sticky"}, "sticky sessions do"),
@@ -266,6 +274,10 @@ def parsed(engine: str, script: str, lines: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+APART = {
+    "replicas": [{"count": 2, "role": "prefill"}, {"count": 1, "role": "decode", "tensor_parallel": 2}],
+    "link": {"gb_per_s": 50},
+}
 VLLM_CASES: list[dict[str, Any]] = [
     {},
     {"policy": {"name": "vllm", "max_num_seqs": 64, "max_num_batched_tokens": 2048, "watermark": 0.013}},
@@ -278,8 +290,17 @@ VLLM_CASES: list[dict[str, Any]] = [
     {"policy": {"name": "vllm", "long_prefill_token_threshold_adaptive": True}, "kv": {"memory_utilization": 0.87}},
     {"model": {"name": "llama-3.1-8b-fp8", "kv_bytes_per_element": 1}},
     {"model": "qwen3-30b-a3b", "parallel": {"tensor": 2, "data": 2, "expert": 4}},
+    {"parallel": {"tensor": 2, "pipeline": 2}},
     {"backend": {"name": "profile", "profile": "h200-llama-3.1-8b-vllm-0.23", "graph_tokens": 64}},
+    {"speculate": {"method": "eagle3", "tokens": 3, "acceptance": {"length": 2.4}}},
+    {"speculate": {**DRAFTS, "method": "ngram"}, "policy": {"name": "vllm", "async_scheduling": False}},
+    DRAFTED_BY_8B,
+    {"model": "deepseek-v3", "gpu": "h200", "parallel": {"data": 8, "expert": 8}, "speculate": DRAFTS},
 ]
+
+
+# Defaults of vLLM's under which the policy's own default, by its version, is what vLLM does
+VLLM_OWN = {"disable_hybrid_kv_cache_manager": None, "prefix_cache_retention_interval": 0}
 
 
 def test_vllm_reads_its_lines_as_they_were_meant() -> None:
@@ -295,16 +316,53 @@ def test_vllm_reads_its_lines_as_they_were_meant() -> None:
             value = getattr(policy, each.name)
             if each.name in ("version", "block_size", "num_gpu_blocks"):
                 continue
-            assert read[each.name] == (pytest.approx(value) if isinstance(value, float) else value), (each.name, line)
+            found = read[each.name]
+            if found == VLLM_OWN.get(each.name, ...):
+                found = each.default
+            assert found == (pytest.approx(value) if isinstance(value, float) else value), (each.name, line)
         assert read["block_size"] == group.block_size
         assert read["max_model_len"] == setup.max_model_len
         assert read["gpu_memory_utilization"] == told
         assert (read["tensor_parallel_size"], read["data_parallel_size"]) == (parallel.tensor, ranks)
+        assert read["pipeline_parallel_size"] == parallel.pipeline
         assert read["enable_expert_parallel"] == (parallel.expert > 1)
+        drafts = json.loads(json.dumps(read["speculative_config"]))
+        if setup.speculate is None:
+            assert drafts is None
+        else:
+            told_drafts = (setup.speculate.method, setup.speculate.tokens)
+            assert (drafts["method"], drafts["num_speculative_tokens"]) == told_drafts
+        assert read["max_cudagraph_capture_size"] == one.data.get("backend", {}).get("graph_tokens")
         given_blocks = isinstance(policy, Vllm) and policy.num_gpu_blocks is not None
         assert read["num_gpu_blocks_override"] == (group.blocks + 1 if given_blocks else None)
         assert read["kv_cache_dtype"] == ("fp8_e4m3" if setup.model.kv_bytes_per_element == 1 else "auto")
         assert read["quantization"] == ("fp8" if "fp8" in setup.model.name else None)
+
+
+def test_vllm_reads_lines_of_prefill_and_decode_replicas() -> None:
+    parts = launches(ready(**APART))
+    prefill, decode = parsed("vllm", VLLM, [shlex.join(part.argv) for part in parts])
+
+    assert [part.count for part in parts] == [2, 1]
+    assert (prefill["tensor_parallel_size"], decode["tensor_parallel_size"]) == (1, 2)
+    for read in (prefill, decode):
+        assert "NixlConnector" in str(read["kv_transfer_config"])
+        assert "kv_both" in str(read["kv_transfer_config"])
+
+
+def test_sglang_reads_lines_of_every_way_to_share_a_model() -> None:
+    sglang = {"policy": "sglang", "model": "qwen3-30b-a3b"}
+    parallels = [{"tensor": 2}, {"tensor": 2, "pipeline": 2}, {"tensor": 4, "expert": 4}, {"data": 2, "expert": 2}]
+    lines = [line_of(**sglang, parallel=each) for each in parallels]
+    lines += [shlex.join(part.argv) for part in launches(ready(**APART, policy="sglang"))]
+    lines.append(line_of(policy="sglang", model={"name": "llama-3.1-8b-fp8", "kv_bytes_per_element": 1}))
+    read = parsed("sglang", SGLANG, lines)
+    sizes = [tuple(each[f"{kind}_size"] for kind in ("tp", "pp", "dp", "ep")) for each in read]
+
+    assert sizes == [(2, 1, 1, 1), (2, 2, 1, 1), (4, 1, 1, 4), (2, 1, 2, 2), (1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 1, 1)]
+    assert [each["enable_dp_attention"] for each in read] == [False] * 3 + [True] + [False] * 3
+    assert [each["disaggregation_mode"] for each in read[4:6]] == ["prefill", "decode"]
+    assert (read[6]["quantization"], read[6]["kv_cache_dtype"]) == ("fp8", "fp8_e4m3")
 
 
 def test_sglang_reads_its_lines_as_they_were_meant() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from chairlift.sim.plan.page import SCALE, logarithmic
+from chairlift.sim.plan.flips import Change
+from chairlift.sim.plan.page import SCALE, logarithmic, tornado
 from chairlift.sim.report.html import ASSETS, apart
 
 LEAST = 3.0  # of graphics beside what is next to them: WCAG 2.2, success criterion 1.4.11
@@ -35,6 +38,18 @@ def test_rings_off_the_front_are_seen_on_light_and_on_dark_paper() -> None:
 
     assert len(papers) == 2
     assert all(contrast(colour, paper) >= LEAST for _, colour in SCALE for paper in papers)
+
+
+def test_an_assumption_under_which_nothing_will_do_is_told_in_the_tornado() -> None:
+    """A bar of no length has the words beside it, and room for them: of a bar without a value Plotly draws none."""
+    now = SimpleNamespace(winner=SimpleNamespace(usd_per_hour=3.0))
+    change = Change("load", None, None, (3.0, math.inf))
+    [(_, figure, _)] = tornado(now, [change])  # type: ignore[arg-type]
+    less, more = figure["data"]
+
+    assert (less["x"], less["text"]) == ([0.0], [""])
+    assert (more["x"], more["text"]) == ([0.0], ["nothing will do"])
+    assert figure["layout"]["margin"]["r"] >= 100
 
 
 def test_ticks_of_a_logarithmic_axis_are_whole_numbers() -> None:

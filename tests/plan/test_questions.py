@@ -70,6 +70,8 @@ def test_tokens_a_day_for_a_budget(tmp_path: Path) -> None:
         f"$200 a day pay for 2 × replicas 1: {served:,.0f} requests a day, {served / 1e3:,.4g} million tokens in and "
         f"{served / 1e4:,.4g} million out"
     ]
+    page = (tmp_path / "out" / "plan.html").read_text()
+    assert f"$200 a day serve most with 2 × replicas 1: {served:,.0f} requests a day, keeping" in page
 
 
 def test_the_hours_of_a_day_by_hand(tmp_path: Path) -> None:

@@ -198,6 +198,17 @@ def test_wrong_options_are_refused(tmp_path: Path, options: list[str], rule: str
     assert rule in result.err
 
 
+def test_there_is_no_front_of_a_metric_that_no_run_has(tmp_path: Path) -> None:
+    """Without an slo there is no goodput, and a plot of it would have axes of its own invention."""
+    figures = {(policy, 1.0): {"p99_ttft_ms": [5.0, 6.0], "request_goodput": [None, None]} for policy in "ab"}
+    asked = ("--pareto", "p99_ttft_ms", "--pareto", "request_goodput", "--html", str(tmp_path / "c.html"))
+    result = chairlift("compare", str(made(tmp_path, figures)), *asked)
+
+    assert result.status == 2
+    assert "has no value in any run" in result.err
+    assert not (tmp_path / "c.html").exists()
+
+
 def test_what_is_no_result_of_a_sweep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no")
 
