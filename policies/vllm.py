@@ -125,11 +125,6 @@ class Vllm(Scheduler):
             pads_joining=self.holds("pads_joining", version),
             cadence=Cadence(interval) if interval > 1 else None,
         )
-        # As the methods of these names, which subclasses may extend, without a call on the way: they are called each step.
-        if type(self).schedule is Vllm.schedule:
-            self.schedule = self._turn.schedule  # type: ignore[method-assign]
-        if type(self).heeds_arrival is Vllm.heeds_arrival:
-            self.heeds_arrival = self._turn.heeds_arrival  # type: ignore[method-assign]
 
     @classmethod
     def holds(cls, rule: str, version: str) -> bool:

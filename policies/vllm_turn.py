@@ -63,6 +63,7 @@ class VllmTurn:
         self._cadence = cadence
         self._one_each: bool | None = None  # if the running always take turns; None: not known yet
         self._drafts = 0  # of a decode
+        self._staged = False
 
     def schedule(self, step: Step) -> int:
         """Running first, in order; then the head of the queue, unless somebody was preempted.
@@ -83,6 +84,7 @@ class VllmTurn:
             drafted = step.speculation is not None
             one_each = self._one_each = self._by_priority or step.stages > 1 or (drafted and step.windowed)
             self._drafts = 0 if step.speculation is None else step.speculation.drafts
+            self._staged = step.stages > 1
         in_one_go = decodes <= budget and not one_each and (alone or _in_one_go(step, unfinished))
         drafts = self._drafts
         if drafts and 0 < self._threshold <= drafts:  # it cuts decodes
@@ -118,8 +120,8 @@ class VllmTurn:
         """
         waiting, running, whole = step.waiting, step.running, self._whole
         prefills = False
-        staged = step.stages > 1
-        padding = 0 if beside else self._padding(step.speculation)
+        staged = self._staged
+        padding = self._padding(step.speculation) if self._drafts and not beside else 0
         joins = budget < self._budget  # some of the running are in the step
         place = 0  # behind those that were preempted while in flight, and still are
         while len(waiting) > place and budget > 0 and len(running) < self._limit:
@@ -208,7 +210,7 @@ class VllmTurn:
         running = list(step.running)
         planned: dict[int, int] = {}
         preempted = prefills = False
-        staged = step.stages > 1
+        staged = self._staged
         index = 0
         while index < len(running) and budget > 0:
             request = running[index]

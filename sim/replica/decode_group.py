@@ -208,11 +208,10 @@ class Ends:
         heap, group = self.heap, self._group
         while heap:
             first = heap[0]
-            request = self._members.get(first & _ROWS)  # as `_of`, without the call: nearly always it is a member's own
+            request = self._members.get(first & _ROWS)  # None if it has left
             if request is not None and request.group is group and self._entries[request.row] == first:
                 return (first >> ROW_BITS) - group.steps
-            if self._of(first) is not None:
-                return (first >> ROW_BITS) - group.steps
+            self._forget(first)
             heappop(heap)
         return FOREVER
 
@@ -221,23 +220,21 @@ class Ends:
 
         None if the entry was of a member that has left, or of one whose reservation ends, which goes on without.
         """
-        request = self._of(heappop(self.heap))
-        if request is None:
+        entry, group = heappop(self.heap), self._group
+        request = self._members.get(entry & _ROWS)  # likewise
+        if request is None or request.group is not group or self._entries[request.row] != entry:
+            self._forget(entry)
             return None
-        if request.offset + self._group.steps < request.prompt + self.outputs[request.row] - 1:
-            self._group.outgrow(request)
+        if request.offset + group.steps < request.prompt + self.outputs[request.row] - 1:
+            group.outgrow(request)
             self.add(request)
             return None
         del self._members[request.row], self._entries[request.row]
         return request
 
-    def _of(self, entry: int) -> Live | None:
-        """The member that an entry of the heap is of; None if it has left, or has another end."""
+    def _forget(self, entry: int) -> None:
+        """An entry is of no use: its request has left, or has another end."""
         row = entry & _ROWS
         request = self._members.get(row)
-        if request is None:
-            return None
-        if request.group is not self._group:
+        if request is not None and request.group is not self._group:
             del self._members[row], self._entries[row]
-            return None
-        return request if self._entries[row] == entry and request.phase is DECODING else None
