@@ -18,6 +18,9 @@ Of an engine that speculates, T counts the drafts that decodes verify, and to a 
     + token · T                                       the first of them goes over all of its tokens
     + draft · D                                       head and sampler of the D drafts that it verifies
 
+vLLM sends a step's output on its way before those passes, so recorded times from one output to the next hold the passes
+of the step before (`backend.fitting.steps`).
+
 Host time: scheduling and updating, each fixed + per request + per token; launching, by how the step runs (one CUDA
 graph, piecewise graphs, or kernel by kernel); taking requests in. `backend.fitting.fit` fits all of it to a recording,
 `backend.calibrated.pricing` prices steps by it. The file is JSON, `FORMAT` 1.

@@ -145,7 +145,7 @@ def fit_drafts(steps: Steps, base: GpuTime) -> Fit:
     rows, seconds = decode_times(steps, usual)
     _spread(steps, rows, "decode-only", "pass_s and draft_s", steps.drafts)
     more = seconds - predicted(base, steps)[rows]  # than without drafts
-    each_pass, each_draft = _linear([steps.proposes[rows], steps.drafts[rows]], more, 1e-4)
+    each_pass, each_draft = _linear([steps.passes[rows], steps.drafts[rows]], more, 1e-4)
     begin = np.array([each_pass, base.token_s * DRAFT_SHARE, each_draft]).clip(1e-9)
     start = dict(zip(DRAFTING, begin.tolist(), strict=True))
 

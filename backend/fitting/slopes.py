@@ -65,7 +65,7 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     rest = gpu.sequence_s * steps.sequences + gpu.pair_s * steps.pairs + chunked * gpu.chunk_s
     work = bound * factor + kv + rest + gpu.request_s * steps.chunks
     if gpu.drafting is not None:
-        of_drafts = (steps.proposes, steps.computed, steps.drafts)
+        of_drafts = (steps.passes, steps.passed, steps.drafts)
         found |= dict(zip(DRAFTING, of_drafts, strict=True))
         work += sum(each * n for each, n in zip(astuple(gpu.drafting), of_drafts, strict=True))
     hot = 1 + np.where(chunked, gpu.hot_chunk * steps.warmth, 0.0)

@@ -26,7 +26,7 @@ from chairlift.backend.fitting.recording import Experiment, Table
 
 CLEAR = 1.15  # a step that takes so many times its launch is taken to show the GPU's time
 SURE = 1.75  # after so many times the usual launch of its kind a launch has surely ended
-SURE_DRAFTING = 1.25  # likewise that of a whole graph and the passes that draft after it, which differ less
+SURE_DRAFTING = 1.25  # likewise that of a graph and the passes that draft after it, behind another: these differ less
 SHORTEST_S = 0.0025  # and after no less than this
 SHOWN_S = 0.0004  # by so much a launch must outlast the GPU's work to be told from it
 OWN = 8  # launches of a run from which its own usual launch is told
@@ -61,7 +61,8 @@ class Steps:
     pairs: Floats  # of a query and a key of the chunks
     decodes: Floats
     drafts: Floats  # tokens that the decodes verify, beside one each
-    proposes: Floats  # drafts that each sequence gets after the step
+    passes: Floats  # that made drafts of each sequence within the step's time: after the output of the step before
+    passed: Floats  # tokens that the first of these passes went over
     context: Floats  # tokens of KV that the decodes read
     computed: Floats  # tokens, padded to a graph's size
     kind: npt.NDArray[np.int64]  # of `KINDS`
@@ -156,6 +157,11 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
     outputs = np.where(some & (came > earlier), 0.0, outputs)
     turn = np.where(second | ~np.isfinite(turn_start), np.nan, schedule - turn_start)
     turn = np.where(woke & ~some, np.nan, turn)
+    # An output is on its way before the passes that draft, so they are of the time until the next one, and of none
+    # behind which the engine rested. The GPU's own clock counts them with the graph that they follow.
+    passes, passed = table["proposes"].astype(np.float64), computed.astype(np.float64)
+    if "gpu_s" not in table:
+        passes, passed = (np.where(woke, 0.0, np.concatenate([[0.0], each[:-1]])) for each in (passes, passed))
     edge = np.zeros(n, dtype=bool)
     first, last = edge.copy(), edge.copy()
     first[0] = last[-1] = True
@@ -173,7 +179,8 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "pairs": table["prefill_pairs"].astype(np.float64),
         "decodes": decodes,
         "drafts": drafts,
-        "proposes": table["proposes"].astype(np.float64),
+        "passes": passes,
+        "passed": passed,
         "context": table["decode_context_tokens"].astype(np.float64),
         "computed": computed.astype(np.float64),
         "kind": kind,
@@ -324,7 +331,7 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     )
     if gpu.drafting is not None:
         each = gpu.drafting
-        found += each.pass_s * steps.proposes + each.token_s * steps.computed + each.draft_s * steps.drafts
+        found += each.pass_s * steps.passes + each.token_s * steps.passed + each.draft_s * steps.drafts
     found = np.where(chunked, found * (1 + gpu.hot_chunk * steps.warmth), found)
     return np.maximum(found, np.where(chunked, floor, 0.0))
 
@@ -345,7 +352,8 @@ class Waits:
         room = np.where(follows, steps.done - ready, np.inf)
         # After a step of a whole graph the launch of another is hidden, and shorter than any such step.
         hidden = (steps.kind == GRAPH) & (kind == GRAPH) & (steps.drafts == 0)
-        factor = np.where((kind == GRAPH) & steps.drafts.any(), SURE_DRAFTING, SURE)
+        # With drafts launches differ little behind decodes; behind prompts a slow spell of the host shows as elsewhere.
+        factor = np.where((kind == GRAPH) & (steps.kind == GRAPH) & steps.drafts.any(), SURE_DRAFTING, SURE)
         surely = np.where(hidden, 0.0, factor * launch[steps.experiment, kind])
         return cls(ready, kind, room > np.maximum(surely, SHORTEST_S))
 

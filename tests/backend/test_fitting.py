@@ -117,6 +117,7 @@ def test_what_drafts_add_is_found(fit: calibrate.Fit, drafted: Path, tmp_path: P
     added = found.gpu.drafting
     assert added is not None
     assert added.pass_s == pytest.approx(DRAFTS.each_pass, rel=0.1)
+    assert added.token_s == pytest.approx(DRAFTS.draft_token, rel=0.15)
     priced = Calibrated(profile.Profile("made", MODEL, "h200", "vllm", found.gpu, found.host))
     for decodes in (4, 32, 64, 128):
         cost = priced.step(Batch((), decodes, decodes * 400, 0, None, 3 * decodes, 3))

@@ -45,7 +45,8 @@ def steps(chunks: list[int], tokens: list[int], decodes: list[int], kind: list[i
         "context": np.array(decodes, dtype=float) * 700,
         "pairs": np.array(chunks, dtype=float) * 130_000,
         "drafts": np.array(decodes, dtype=float) * 3,
-        "proposes": np.full(n, 3.0),
+        "passes": np.full(n, 3.0),
+        "passed": np.array([0, *tokens[:-1]], dtype=float),
         "kind": np.array(kind),
         "warmth": np.linspace(0, 1, n),
     }

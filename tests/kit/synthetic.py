@@ -47,9 +47,11 @@ class Planted:
 
     def _work(self, kv: float, tokens: int, decodes: int, context: int, pairs: int) -> float:
         found = max(self.weights, self.token * tokens) + kv * context + self.pair * pairs
-        if self.drafts:
-            found += self.drafts * (self.each_pass + self.draft * decodes) + self.draft_token * tokens
-        return found
+        return found + self.drafts * self.draft * decodes + self.passes(tokens)
+
+    def passes(self, tokens: int) -> float:
+        """The part of it that drafts, behind the step's output."""
+        return self.drafts * self.each_pass + self.draft_token * tokens
 
 
 @dataclass
@@ -66,7 +68,7 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
     random = np.random.default_rng(seed)
     log, loop = Log(name), Loop()
     flying: list[float] | None = None
-    warm = 0.0
+    warm = behind = 0.0
     for phase in range(150):
         decodes = min(256, int(2 ** random.uniform(0, 8.4)))
         per = int(2 ** random.uniform(6, 11))
@@ -82,6 +84,7 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
                     flying[1] = done
                     log.steps.append(flying)
                 flying = None
+                behind = 0.0
                 loop.now += 0.01
                 warm *= float(np.exp(-0.1))
                 continue
@@ -92,7 +95,8 @@ def record(planted: Planted, seed: int = 1, noise: float = 0.01, name: str = "ma
             context = running * per
             usual = planted.gpu(computed, running, context, pairs, chunk > 0)
             over, warm = _warmed(warm, usual, min(1.0, planted.token * tokens / usual) if chunk else 0.0)
-            gpu = planted.gpu(computed, running, context, pairs, chunk > 0, over)
+            gpu = planted.gpu(computed, running, context, pairs, chunk > 0, over) + behind - planted.passes(computed)
+            behind = planted.passes(computed)
             gpu *= float(np.exp(random.normal(0, noise)))
             sequences = running + (chunk > 0)
             schedule = planted.schedule + planted.schedule_request * sequences
