@@ -25,6 +25,13 @@ def head_of(model: Model, method: str) -> Model:
     return replace(model, name=f"{model.name} {method}", **alike)
 
 
-def in_memory(draft: Model, method: str) -> Model:
-    """``draft`` as far as it takes memory of its own: embedding and head of MTP layers are the model's."""
-    return replace(draft, vocab=1) if method == "mtp" else draft
+def in_memory(draft: Model, method: str, apart: Model | None = None) -> Model:
+    """``draft`` as far as it takes memory of its own: embedding and head of MTP layers are the model's.
+
+    ``apart``: the model, where its input embedding lies on another stage of a pipeline than the layers that draft, the
+    last: those then have a copy (vLLM 0.33, `maybe_share_target_embed` of `vllm/v1/worker/gpu/spec_decode/eagle`).
+    """
+    kept = replace(draft, vocab=1) if method == "mtp" else draft
+    if apart is None or method == "draft_model":
+        return kept
+    return replace(kept, other_parameters=kept.other_parameters + apart.vocab * apart.hidden)

@@ -83,8 +83,12 @@ class WithDrafts:
         return Drafting(target, passes, self.draft.name, round(by_part.draft_us * 10**6), LAUNCH_US * 10**6)
 
     def _passes(self, settings: Settings, gpu: GPU, parallel: Parallel) -> Backend:
-        """What prices the passes of the draft: without experts each rank of DP-attention has a draft of its own."""
+        """What prices the passes of the draft: without experts each rank of DP-attention has a draft of its own.
+
+        Of the stages of a pipeline the last one does them all (`sim.replica.stages`).
+        """
         assert self.draft is not None
+        parallel = replace(parallel, pipeline=1)
         if self.draft.experts or (parallel.data, parallel.expert) == (1, 1):
             return settings.build(self.draft, gpu, parallel)
         return EachRank(settings.build(self.draft, gpu, Parallel(parallel.tensor)), parallel.data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chairlift.backend.parallel import ONE, Parallel
 from chairlift.backend.shapes import GIB, GPU, KvGroup, Model
@@ -133,7 +133,7 @@ def kv_blocks(
 
     Per GPU: memory × utilisation (vLLM's ``gpu_memory_utilization``) − `weight_bytes` − reserve. The reserve is
     `reserve` of a step of ``tokens`` tokens and ``sequences`` requests, and `RESERVE_GIB` at least, unless
-    ``reserve_gib`` gives it. ``draft``: a model that drafts tokens, on the same GPUs.
+    ``reserve_gib`` gives it. ``draft``: a model that drafts tokens, on the same GPUs, those of the last stage.
     ``static``: the share is of what is free before weights are loaded, and all of it is theirs and KV's, as SGLang has
     it (``mem_fraction_static``). A measured block count is better
     where there is one. Raises ValueError for settings out of range, for a model that cannot be shared out so, and, with
@@ -157,7 +157,7 @@ def kv_blocks(
     weights = weight_bytes(model, parallel)
     groups = _beside(_groups(model, parallel), draft, parallel)
     if draft is not None:
-        weights += weight_bytes(draft, parallel)
+        weights += weight_bytes(draft, replace(parallel, pipeline=1))
     fit = KVFit(
         model=model.name,
         gpu=gpu.name,

@@ -305,6 +305,8 @@ class ReplicaGroup:
         if self.stages == 1:
             return {"pipeline": "a step passes all stages before the next begins: more at a time is not modelled here"}
         equal = "" if getattr(self.backend, "executes", False) else ", which take equal times"
+        if self.speculation is not None:
+            equal += ", the last one its passes that draft besides"
         return {"pipeline": f"a step under way in each of {self.stages} stages{equal}"}
 
     @property

@@ -34,7 +34,7 @@ from chairlift.sim.replica.prefix_identity import Identity
 from chairlift.sim.replica.prefix_pool import PrefixPool, TablePool
 from chairlift.sim.replica.radix_pool import RadixPool
 from chairlift.sim.replica.ranks import RankBackend, Ranks, rank_records
-from chairlift.sim.replica.stages import Staged, StagedPlanner
+from chairlift.sim.replica.stages import Staged, StagedPlanner, StagedVerifyingPlanner
 from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import RequestRecords
 from chairlift.sim.study import Autoscale, ReplicaGroup, Setup
@@ -160,10 +160,12 @@ class _Engines:
 
         executes = isinstance(backend, Executor)
         kind: Callable[..., Planner] = Planner
-        if group.stages > 1:
-            kind = partial(StagedPlanner, stages=group.stages)
+        staged = group.stages > 1
         if group.speculation is not None and self._accepts is not None:
-            kind = partial(VerifyingPlanner, group.speculation, self._accepts)
+            verifying = StagedVerifyingPlanner if staged else VerifyingPlanner
+            kind = partial(verifying, group.speculation, self._accepts)
+        elif staged:
+            kind = StagedPlanner
         planner = kind(
             scheduler,
             backend,
@@ -178,6 +180,7 @@ class _Engines:
             records=replica.records if group.parallel.data == 1 else rank_records(replica.records),
             handover=self.handover.take if prefills and self.handover is not None else None,
             journal=self.journal,
+            stages=group.stages,
         )
         planner.ends_in_plan = replica.ends_in_plan
         planner.state.expect(cluster.more_arrivals)

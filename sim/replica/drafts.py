@@ -140,6 +140,8 @@ class DraftedStep(ReplicaStep):
             self._fail(f"run of {request}, which is not running")
         if request.row in self.chosen:
             self._fail(f"run of {request} twice in one step")
+        if self.flights is not None and not self.flights.ready(request, True):
+            self._fail(f"run of {request}, whose token is in flight")
         if type(tokens) is not int:
             tokens = self._whole(f"run of {request}", tokens)
         stored, known = request.stored, request.prompt + request.produced + request.ahead

@@ -8,8 +8,6 @@ planned meanwhile is told by `vllm/v1/core/sched/scheduler.py`, and by `async_sc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from chairlift.sim.replica.request import Live
 from chairlift.sim.replica.step_plan import Plan
 
@@ -56,10 +54,8 @@ class InFlight:
         """Whose token a plan in flight brings."""
         return self._plans[plan][1]
 
-    def launch(self, plan: Plan, decodes: Iterable[Live]) -> None:
-        """A plan is committed, in which ``decodes`` decode."""
-        emitting = [*decodes, *plan.emitting]
-        members = [*decodes, *(request for request, _ in plan.chunks)]
+    def launch(self, plan: Plan, members: list[Live], emitting: list[Live]) -> None:
+        """A plan is committed: ``members`` are in it, and it brings tokens to ``emitting``."""
         for request in members:
             self._steps[request.row] = self._steps.get(request.row, 0) + 1
         for request in emitting:

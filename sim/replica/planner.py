@@ -342,7 +342,9 @@ class Planner:
         if ending:
             plan.ending = ending
         if state.flights is not None:
-            state.flights.launch(plan, state.ran.values() if plan.decoding else ())
+            decodes = list(state.ran.values()) if plan.decoding else []
+            members = [*decodes, *(request for request, _ in plan.chunks)]
+            state.flights.launch(plan, members, [*decodes, *plan.emitting])
 
     def _leap(self, plan: Plan, count: int) -> None:
         """Take the blocks of the steps that follow the first of ``plan``, ``count`` in all, and keep what they held.

@@ -8,14 +8,21 @@ batch is planned, and queued, though nobody could be in it. Who may be planned m
 With s stages that take equal times, a step of cost c passes each in c / s. It enters a stage once it has left the one
 before and the step before it has left this one. So a step takes c if it is alone, and s of them, planned one after the
 other, come out c / s apart: a token of each every c. Alone, a request leaves s - 1 of s stages idle.
+
+The passes that draft are the last stage's, which samples and then drafts (`sample_tokens` of
+`vllm/v1/worker/gpu/model_runner.py`); a decode enters the first stage once its drafts have come from there
+(`broadcast_drafts`). With s requests in steps of their own, of which p ps are such passes, the last stage sets the
+pace: steps come out (c - p) / s + p apart.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
+from chairlift.backend.base import Batch, StepCost
 from chairlift.policies.base import NoProgress, PolicyError
+from chairlift.sim.replica.drafts import DraftedStep
 from chairlift.sim.replica.engine import PATIENCE, Engine
 from chairlift.sim.replica.executing import Execution
 from chairlift.sim.replica.planner import Planner
@@ -23,15 +30,17 @@ from chairlift.sim.replica.request import AWAY, HELD, NEVER, Live, When, at
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import Plan
 from chairlift.sim.replica.users_code import name_of
+from chairlift.sim.replica.verifying import VerifyingPlanner
 from chairlift.sim.results.records import Status
 
 _SILENCE = at(-1)  # ends no step: whoever decodes is late, and their gap is counted from their latest token
 
 
 class StagedPlanner(Planner):
-    """As `Planner`, where several steps fly: who leaves meanwhile loses all their tokens in flight."""
+    """As `Planner`, where several steps fly: who leaves meanwhile loses all their tokens in flight.
 
-    __slots__ = ("delivered", "flying")
+    It has no slots of its own: with them no class could be this and a `VerifyingPlanner`.
+    """
 
     def __init__(self, *parts: object, **more: object) -> None:
         super().__init__(*parts, **more)  # type: ignore[arg-type]
@@ -39,6 +48,11 @@ class StagedPlanner(Planner):
             raise PolicyError("a pipeline has several stages", name_of(self.scheduler))
         self.flying: list[Plan] = []  # those whose output is not in, the oldest first
         self.delivered: dict[int, When] = {}  # request → when the latest of its tokens that is in came
+        self.passes = 0  # ps that the plan at hand takes in the last stage beside its share
+
+    def decoding(self) -> Container[int]:
+        """Who decodes in the plan at hand."""
+        return self.state.ran
 
     def row_to_come(self) -> int:  # noqa: D102 - documented in `Planner`, as all below
         assert self.journal is not None
@@ -113,6 +127,36 @@ class StagedPlanner(Planner):
             self.backend.drop(request.row)
 
 
+class StagedVerifyingPlanner(StagedPlanner, VerifyingPlanner):
+    """As `StagedPlanner`, where decodes verify drafts. Each step is planned on its own."""
+
+    state: DraftedStep
+
+    def __init__(self, *parts: object, **more: object) -> None:
+        super().__init__(*parts, **more)
+        self.price = self._price
+        self._left_out: list[int] = []  # who decodes, but not in the latest step with decodes; for the journal
+
+    def ask(self, now: int, start: When) -> Plan | None:  # noqa: D102
+        plan = super().ask(now, start)
+        if self.journal is not None and plan is not None and plan.decoding:
+            parked, decoding = self.state.parked, self.decoding()
+            before = [row for row in self._left_out if row in parked]
+            self._left_out = [row for row in parked if row not in decoding]
+            self.journal.arranged(now, self.row_to_come(), before, self._left_out)
+        return plan
+
+    def decoding(self) -> Container[int]:  # noqa: D102
+        return {row for row, chosen in self.state.chosen.items() if chosen.decodes}
+
+    def _price(self, batch: Batch) -> StepCost:
+        """The cost of a step, of which `passes` is for the drafts that it proposes."""
+        cost, self.passes = self.backend.step(batch), 0
+        if batch.proposes:
+            self.passes = max(0, cost.first - self.backend.step(batch._replace(proposes=0)).first)
+        return cost
+
+
 class Staged(Engine):
     """Plan until the pipeline is full, take the oldest step in::
 
@@ -137,7 +181,7 @@ class Staged(Engine):
         self._queue: deque[Plan | None] = deque()  # None: a batch with nobody in it
         self._host = 0  # until when the host launches what it has planned
         self._done: dict[Plan, int] = {}  # of each step in flight: when it has left the last stage
-        self._passed: dict[Plan, tuple[int, int]] = {}  # likewise: when it entered the first, and its time in each
+        self._passed: dict[Plan, tuple[int, int]] = {}  # likewise: when it entered the first, its mean time in each
         self._left = 0  # when the latest step that is taken in had left the last stage
         self._free = [0] * self._stages  # when each stage has done all that has been planned
         self._landed = 0  # when the latest step landed, or is to
@@ -219,7 +263,7 @@ class Staged(Engine):
         planner = self.planner
         if not (plan.decoding and self.scheduler.asynchronous):
             return 0
-        ran, done = planner.state.ran, self._done
+        ran, done = planner.decoding(), self._done
         return max(
             (done[flying] for flying in planner.flying if any(r.row in ran for r in planner.emitting(flying))),
             default=0,
@@ -235,13 +279,14 @@ class Staged(Engine):
             plan.begun, plan.when.ps, self._done[plan] = now, self._unknown, 0
             self.planner.launch(plan)
             return
-        free, host = self._free, plan.host
+        free, host, passes = self._free, plan.host, self.planner.passes
         self._host += plan.intake + host.schedule + host.launch
         left = max(self._host, self._sampled(plan))
-        each = -(-plan.gpu // self._stages)
-        self._passed[plan] = max(left, free[0]), each
+        each = -(-(plan.gpu - passes) // self._stages)
+        self._passed[plan] = max(left, free[0]), each + passes // self._stages
         for stage in range(self._stages):
             left = free[stage] = max(left, free[stage]) + each
+        left = free[-1] = left + passes
         self._done[plan] = left
         plan.begun = max(now, self._landed)  # the records let steps follow each other
         self._landed = plan.when.ps = max(left + host.update, plan.begun + 1)

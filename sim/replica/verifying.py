@@ -6,7 +6,7 @@ Source: vLLM 0.33.0, `update_from_output` of `vllm/v1/core/sched/scheduler.py`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from chairlift.backend import base
@@ -50,6 +50,10 @@ class VerifyingPlanner(Planner):
     tokens of its answer. Tokens that come together come at one time, with one gap before them, as clients get them: in
     one message.
 
+    With several ``stages`` the steps in flight of a request that bring it tokens are at most two: the one that lands
+    next, and one planned as it did. Source: vLLM 0.33.0, asynchronous; without, it takes up drafts of a step that is
+    not in (`post_step` of `vllm/v1/engine/core.py`), which is not modelled.
+
     Raises `PolicyError` if the policy cannot plan such steps, or the KV pool or the pipeline is none for them.
     """
 
@@ -73,12 +77,13 @@ class VerifyingPlanner(Planner):
         super().__init__(*parts, **more)
         policy = self.scheduler
         windowed = self.pool if isinstance(self.pool, DraftedHybridPool) else None
-        unfit = self.pool.keeps or (self.pool.windowed and windowed is None)
-        if not policy.verifies_drafts or unfit or self.state.stages > 1:
+        staged = self.state.stages > 1
+        unfit = self.pool.keeps or (self.pool.windowed and windowed is None) or (staged and not policy.asynchronous)
+        if not policy.verifies_drafts or unfit:
             raise PolicyError("speculation is not modelled here", name_of(policy))
         self._windowed = windowed
         # where others find answers each block that a decode fills matters, and each token where windows slide
-        self._groups = self._leaps and not (speculation.by_batch or windowed or self.pool.publishes)
+        self._groups = self._leaps and not (speculation.by_batch or windowed or self.pool.publishes or staged)
         self._runs = self._groups and not isinstance(self.backend, RankBackend)  # a step of ranks is of all of them
         self._leaps = False
         if DRAFT_COLUMNS[0] not in self.requests.extra:
@@ -280,19 +285,25 @@ class VerifyingPlanner(Planner):
                 context += int(self._paths.of(group.steps - 1)[:decodes].sum())
             else:
                 context += decodes * group.width
-        flying = None if self.flight is None else self._verified[self.flight]
+        ahead = self._in_flight()
         for request, tokens, verified, _, decoding, _ in state.chosen.values():
             start = request.stored
             if decoding:
                 decodes += 1
                 context += start + tokens
-                if flying is not None:
-                    context -= self._rejected_ahead(request, flying)
+                for before in ahead:
+                    context -= self._rejected_ahead(request, before)
                 drafts += verified
             else:
                 prefills.append(Chunk(start, tokens))
                 prompt_tokens += tokens - verified
         return decodes > 0, Batch(tuple(prefills), decodes, context, 0, None, drafts, self.drafting), prompt_tokens
+
+    def _in_flight(self) -> Collection[Verified]:
+        """What the steps in flight verify as a plan is made."""
+        if self.state.flights is not None:
+            return self._verified.values()
+        return () if self.flight is None else (self._verified[self.flight],)
 
     def _rejected_ahead(self, request: Drafted, verified: Verified) -> int:
         """Drafts in flight of a request that will be rejected: when the step after ``verified`` runs, its GPU knows."""
@@ -390,6 +401,8 @@ class VerifyingPlanner(Planner):
         plan.emitting, plan.ending = emitting, ending
         if self._windowed is not None:
             self._windowed.under_way = {row: chosen.tokens for row, chosen in self._verified[plan].chosen.items()}
+        if state.flights is not None:
+            state.flights.launch(plan, [c.request for c in self._verified[plan].chosen.values()], [*ending])
 
     def record(self, plan: Plan, start: int, first: int, count: int) -> None:  # noqa: D102
         course, undated = plan.course, self._undated
@@ -405,6 +418,9 @@ class VerifyingPlanner(Planner):
 
     def complete(self, plan: Plan, now: int, behind: Plan | None = None) -> list[Live]:  # noqa: D102
         verifying = self._verified.pop(plan)
+        flights = self.state.flights
+        if flights is not None:
+            flights.land(plan)
         if self._windowed is not None:
             self._windowed.under_way = {}
         chosen, drafting, known = verifying.chosen, verifying.drafting, verifying.kept
@@ -430,6 +446,9 @@ class VerifyingPlanner(Planner):
                 self.pool.computed(request, request.prompt + request.produced - 1)
             if request.produced == outputs[request.row]:
                 ended.append(request)
+                if flights is not None:
+                    behind = next((p for p, other in self._verified.items() if request.row in other.chosen), None)
+                    request.last = plan.when  # a step behind it is committed already
                 self._finish_one(request, now, behind)
             elif stored and self._ahead:
                 self._see_end(request)
@@ -464,7 +483,10 @@ class VerifyingPlanner(Planner):
     def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
         state = self.state
         if behind is not None and self._verified[behind].chosen.pop(request.row, None) is not None:
-            behind.undelivered += 1
+            if state.flights is None:
+                behind.undelivered += 1
+            else:
+                behind.lose_gap(now)
             self.drop(request)
             if request in behind.ending:
                 behind.ending.remove(request)
@@ -475,5 +497,7 @@ class VerifyingPlanner(Planner):
             state.withdraw(request)
         else:
             state.vacate(request, request.phase)
+        if state.flights is not None:
+            state.flights.forget(request)
         self.scheduler.ended(request)
         self.end_request(request, now, Status.FINISHED)

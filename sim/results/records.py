@@ -375,7 +375,7 @@ class RunRecords:
         self.gap_rows = Rows(GAP_COLUMNS)
         self.measured = array("q")  # a row a step, where steps are executed: MEASURED_COLUMNS
         self.event_rows = Rows(EVENT_COLUMNS)  # if a journal is kept
-        self.stage_ps = 0  # of a pipeline whose steps are modelled: in which a stage computes, which each does as long
+        self.stage_ps = 0  # of a pipeline whose steps are modelled: in which a stage computes, on average of them
         self.piped_ps = 0  # in which any stage does
 
     def pack(self) -> None:

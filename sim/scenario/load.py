@@ -20,6 +20,7 @@ from chairlift.backend.machine import check_memory
 from chairlift.backend.parallel import Parallel
 from chairlift.backend.shapes import Model
 from chairlift.policies.base import Deployment, Scheduler
+from chairlift.policies.vllm_versions import NEWEST
 from chairlift.sim.bad_input import MOST_TOLD, BadInput, Problem, did_you_mean
 from chairlift.sim.results import catalogue
 from chairlift.sim.scenario.loops import is_said, same_loop
@@ -399,12 +400,9 @@ class _Resolver(Lookup):
         if speculate is not None and speculate.tokens and model:
             found = self._try((*speculate_at, "draft"), lambda: (speculate, find_draft(speculate, model, self._folder)))
             drafted = found or None
-        kept = None
-        if drafted is not None and (draft := drafted[1]) is not None:
-            kept = in_memory(draft, drafted[0].method)
         for i, group in enumerate(replicas if isinstance(replicas, list) else [Group(count=replicas)]):
             from_file = group.policy is not None or not self._policies
-            groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file, kept))
+            groups.append(self._group(model, longest, group, (*replicas_at, i), need, pick, from_file, drafted))
         if drafted is not None and model:
             self._add_drafts(drafted, speculate_at, model, groups)
         self._check_roles(replicas, replicas_at, pick)
@@ -443,12 +441,12 @@ class _Resolver(Lookup):
         need: Pick,
         pick: Pick,
         from_file: bool,
-        draft: Model | None,
+        drafted: tuple[Speculate, Model | None] | None,
     ) -> ReplicaGroup | None:
         """One group of replicas; None if something is wrong with it, which is then noted.
 
         ``group`` stands at ``at``. Keys that it leaves out come from the variant, or else from the scenario.
-        ``draft``: what drafts for the model, as far as it takes memory.
+        ``drafted``: how the scenario speculates, and what drafts for the model.
         """
         before = len(self._problems)
 
@@ -466,6 +464,9 @@ class _Resolver(Lookup):
         kv, kv_at = own("kv", pick("kv"))
         if len(self._problems) > before or not (model and gpu and policy and backend):
             return None
+        draft = None
+        if drafted is not None and drafted[1] is not None:
+            draft = in_memory(drafted[1], drafted[0].method, model if parallel.pipeline > 1 else None)
         scheduler, settings = policy
         given = {key: settings[key] for key in choice if key in settings} if isinstance(choice, dict) else {}
         deployment = Deployment(gpu.name, gpu.memory_bytes, longest, ranks=parallel.data)
@@ -650,11 +651,25 @@ def _no_drafts(speculate: Speculate, group: ReplicaGroup) -> str:
             return f"must not be given with this backend, which executes steps: it {by} (got {speculate.method})"
     if group.role != "mixed":
         return "must not be given with prefill and decode replicas: that is not modelled"
-    if group.parallel.pipeline > 1:
-        return "must not be given with pipeline stages: of vLLM's decisions with both no ledger is there to hold it to"
+    if group.parallel.pipeline > 1 and (rule := _no_drafts_in_stages(group, scheduler)):
+        return f"must not be given with pipeline stages {rule}"
     if group.kv_groups is not None and scheduler.speculation(speculate.method, 1).prefix == "drop":
         version = getattr(scheduler, "version", "")
         return f"is not modelled with vLLM {version} where layers give KV back and prefixes are cached: 0.33 is"
     if speculate.method == "ngram" and scheduler.asynchronous:
         return "method ngram needs policy.async_scheduling: false; vLLM refuses both together"
+    return ""
+
+
+def _no_drafts_in_stages(group: ReplicaGroup, scheduler: Scheduler) -> str:
+    """Why the stages of a group's pipeline cannot serve with drafts; "" if they can."""
+    if getattr(group.backend, "executes", False):
+        return "and a backend that executes steps"
+    if group.stages == 1:
+        return "where layers have windows, or ranks requests of their own: one step at a time is modelled there"
+    if not scheduler.asynchronous:
+        return "and async_scheduling: false, by which vLLM 0.33 takes up drafts of a step whose output is not in"
+    version = getattr(scheduler, "version", NEWEST)
+    if version != NEWEST:
+        return f"and vLLM {version}: of its decisions with both no ledger is there to hold it to, of {NEWEST}'s one is"
     return ""

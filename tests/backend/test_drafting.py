@@ -213,6 +213,37 @@ def test_its_weights_and_kv_are_on_the_same_gpus() -> None:
     assert with_it / without == pytest.approx(53_794 / 56_057, rel=0.01)
 
 
+def test_on_a_pipeline_the_last_stage_has_all_of_it() -> None:
+    """Llama-3.1-8B on two GPUs: half of 32 layers each, and one table of 128,256 rows of 4,096 numbers of 2 bytes.
+
+    The last one has the model's head, the layer that drafts with its head, and a copy of the input embedding, which
+    lies on the first; so 17 rows of KV a token, of 4,096 bytes.
+    """
+    stages, head = Parallel(pipeline=2), replace(head_of(LLAMA, "eagle3"), vocab=32_000)
+    table, norms = 128_256 * 4096 * 2, 2 * 4096
+    layer = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336 + norms)
+    kept = in_memory(head, "eagle3", LLAMA)
+    fit = kv_blocks(LLAMA, H200, stages, draft=kept, reserve_gib=1.92)
+
+    last = 16 * layer + table + layer + 32_000 * 4096 * 2 + table
+    assert fit.weight_bytes == pytest.approx(last, abs=6 * 4096)  # the norms before the heads
+    assert sum(group.bytes_per_token for group in fit.groups) == 17 * 4096
+    assert in_memory(head, "draft_model", LLAMA) == head  # a model of its own has its own embedding
+
+
+def test_passes_of_a_pipeline_are_those_of_one_stage() -> None:
+    """On two stages of 2 GPUs each a pass takes what it takes on 2 GPUs, though a layer cannot be shared by stages."""
+    layer, stages = head_of(LLAMA, "eagle3"), Parallel(tensor=2, pipeline=2)
+    both, one = (
+        (WithDrafts(Efficiency(), layer, EAGLE3).build(LLAMA, H200, p), Efficiency().build(LLAMA, H200, p))
+        for p in (stages, Parallel(tensor=2))
+    )
+    batch = verify(8, 16_000, 24, 3)
+    passes = [drafted.step(batch).first - plain.step(batch).first for drafted, plain in (both, one)]
+
+    assert passes[0] == passes[1] > 3 * 290_000_000
+
+
 def test_a_dense_draft_is_each_ranks_own() -> None:
     """Of 8 ranks with equal work, a pass takes what it takes on one GPU alone."""
     shape, parallel = model("deepseek-v3"), Parallel(data=8, expert=8)

@@ -74,6 +74,11 @@ SETUPS = {
         "speculate: {method: ngram, tokens: 3, acceptance: {length: 2.1}}",
     ),
     "stages": ("llama-3.1-8b", "vllm", "parallel: {pipeline: 2}"),
+    "drafts in stages": (
+        "llama-3.1-8b",
+        "vllm",
+        "parallel: {pipeline: 2}\nspeculate: {method: mtp, tokens: 3, acceptance: {length: 2.1}}",
+    ),
     "outages": ("llama-3.1-8b", "vllm", "failures: {mtbf_s: 5, mttr_s: 1}"),
     "impatient": ("llama-3.1-8b", "vllm", "limits: {timeout_s: 4}"),
 }

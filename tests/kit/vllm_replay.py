@@ -118,7 +118,7 @@ class Replay:
         if speculation is None:
             self.planner: Planner = Planner(*parts, stages=stages)
         else:
-            self.planner = VerifyingPlanner(speculation, partial(accepted, case), *parts, leap=False)
+            self.planner = VerifyingPlanner(speculation, partial(accepted, case), *parts, leap=False, stages=stages)
             self.kind = Drafted
         self.engine = make_engine(self.planner)
         self.lag = stages - 1 + policy.asynchronous

@@ -293,6 +293,7 @@ VLLM_CASES: list[dict[str, Any]] = [
     {"parallel": {"tensor": 2, "pipeline": 2}},
     {"backend": {"name": "profile", "profile": "h200-llama-3.1-8b-vllm-0.23", "graph_tokens": 64}},
     {"speculate": {"method": "eagle3", "tokens": 3, "acceptance": {"length": 2.4}}},
+    {"parallel": {"tensor": 2, "pipeline": 2}, "speculate": {**DRAFTS, "method": "eagle3"}},
     {"speculate": {**DRAFTS, "method": "ngram"}, "policy": {"name": "vllm", "async_scheduling": False}},
     DRAFTED_BY_8B,
     {"model": "deepseek-v3", "gpu": "h200", "parallel": {"data": 8, "expert": 8}, "speculate": DRAFTS},

@@ -153,12 +153,13 @@ def test_a_policy_that_cannot_plan_drafts_is_refused() -> None:
         VerifyingPlanner(THREE, nothing, policy, HundredAStep(), pool, records, [1], 64, stages=stages)
 
     planner(Vllm(), CountingPool(8, 4))
+    planner(Vllm(), CountingPool(8, 4), stages=2)
     with pytest.raises(PolicyError, match="policy Sarathi: speculation is not modelled here"):
         planner(Sarathi(), CountingPool(8, 4))
     with pytest.raises(PolicyError, match="speculation is not modelled"):
         planner(Vllm(), RadixPool(8, 4, None))  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="speculation is not modelled"):
-        planner(Vllm(), CountingPool(8, 4), stages=2)
+        planner(Vllm(async_scheduling=False), CountingPool(8, 4), stages=2)  # drafts of a step that is not in
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

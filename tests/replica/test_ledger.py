@@ -30,6 +30,7 @@ ALL = sorted(TRUTH.glob("ledgers/vllm-*.jsonl.gz"))
 PLAIN = [path for path in HERE if not any(kind in path.name for kind in ("hybrid", "pipeline", "speculation"))]
 PIPELINED = [case for path, case in CASES if "pipeline" in path.name]
 DRAFTED = [case for path, case in CASES if "speculation" in path.name]
+BOTH = [case for path, case in CASES if "speculation-pipeline" in path.name]
 SIZING = {"largest_gpus", "retains_little", "null_block_apart"}  # rules that a ledger's own settings overrule
 WINDOWED = [path for path in HERE if "hybrid" in path.name]
 
@@ -104,6 +105,31 @@ def test_the_cases_with_pipelines_are_varied() -> None:
     assert sum(cached > 0 for row in rows for _, cached in row.get("resumed", ())) > 5
     for setting in ("async_scheduling", "prefix_caching", "policy", "pipeline_parallel_size"):
         assert len({case[setting] for case in PIPELINED}) > 1
+
+
+def test_the_cases_with_pipelines_and_drafts_are_varied() -> None:
+    rows = [row for case in BOTH for row in case["ledger"]]
+
+    assert len(BOTH) >= 25
+    assert all(case["async_scheduling"] for case in BOTH)
+    assert sum(len(row.get("preempted", ())) for row in rows) > 50
+    assert sum(len(row.get("padded", ())) for row in rows) > 20
+    assert sum(cached > 0 for row in rows for _, cached in row.get("new", ())) > 20
+    assert sum(case["totals"]["stale_outputs"] for case in BOTH) > 50
+    for setting in ("prefix_caching", "policy", "num_speculative_tokens", "pipeline_parallel_size"):
+        assert len({case[setting] for case in BOTH}) > 1
+    assert {case["prefix_mode"] for case in BOTH} == {"lookahead", "drop", "plain"}
+    assert {bool(case["k_by_batch"]) for case in BOTH} == {True, False}
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["too soon after its latest", "preempted in flight"])
+def test_without_a_rule_of_pipelines_some_case_with_drafts_differs(
+    running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = InFlight.ready
+    monkeypatch.setattr(InFlight, "ready", lambda self, request, runs: runs is running or rule(self, request, runs))
+
+    assert any(ledger.difference(case, "vllm", "0.33.0") for case in BOTH)
 
 
 @pytest.mark.parametrize(

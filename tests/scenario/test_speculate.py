@@ -99,6 +99,18 @@ def test_drafts_shorten_answers_and_are_told(tmp_path: Path) -> None:
     assert drafted.setup.groups[0].blocks < plain.setup.groups[0].blocks  # KV and weights of the layer that drafts
 
 
+def test_on_stages_the_same_drafts_are_kept_and_the_last_stage_makes_them(tmp_path: Path) -> None:
+    one, two = (simulate(setup(tmp_path, EAGLE, *more)) for more in ((), ("parallel={pipeline: 2}",)))
+    told = two.assumptions
+
+    assert list(two.requests.extra["accepted_tokens"]) == list(one.requests.extra["accepted_tokens"])
+    assert two.summary["completed"] == 40
+    assert told["pipeline"].endswith("2 stages, which take equal times, the last one its passes that draft besides")
+    assert told["drafting"] == one.assumptions["drafting"]  # on the GPUs of one stage
+    assert two.setup.groups[0].blocks > 2 * one.setup.groups[0].blocks  # half of the layers on each GPU
+    assert 0 < two.summary["bubble_share"] < 1
+
+
 def test_variants_with_drafts_and_without_make_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text(f"{BASE}compare: [{{name: plain}}, {{name: drafted, {EAGLE.strip()}}}]\n")
@@ -151,7 +163,26 @@ def test_the_prefix_cache_looks_ahead_for_layers_that_read_states(
             ["backend=h200-llama-3.1-8b-eagle3-vllm-0.26"],
             "backend: profile h200-llama-3.1-8b-eagle3-vllm-0.26 was measured with 3 drafts by eagle3, not without any",
         ),
-        (EAGLE, ["parallel={pipeline: 2}"], "speculate: must not be given with pipeline stages"),
+        (
+            EAGLE,
+            ["parallel={pipeline: 2}", "policy={name: vllm, async_scheduling: false}"],
+            "speculate: must not be given with pipeline stages and async_scheduling: false, by which vLLM 0.33",
+        ),
+        (
+            EAGLE,
+            ["parallel={pipeline: 2}", "policy={name: vllm, version: 0.31}"],
+            "speculate: must not be given with pipeline stages and vLLM 0.31: of its decisions with both no ledger",
+        ),
+        (
+            EAGLE,
+            ["parallel={pipeline: 2}", "model=gpt-oss-20b", "speculate.draft=null"],
+            "speculate: must not be given with pipeline stages where layers have windows",
+        ),
+        (
+            EAGLE,
+            ["parallel={pipeline: 2}", "backend=torch"],
+            "speculate: must not be given with pipeline stages and a backend that executes steps",
+        ),
         (EAGLE, ["speculate.method=ngram"], "speculate: draft must not be given with ngram"),
         (EAGLE, ["speculate.acceptance={length: 5}"], "speculate: length must be at most 1 + tokens, 4 (got 5)"),
         (EAGLE, ["speculate.acceptance={}"], "speculate.acceptance: exactly one of"),
