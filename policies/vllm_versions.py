@@ -7,6 +7,8 @@ in the source of every minor version from 0.23 to 0.33: `vllm/v1/core/sched/sche
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 VERSIONS = ("0.23", "0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33")
@@ -76,11 +78,14 @@ SETTINGS = {
 }
 
 
-def nearest(version: str) -> str:
-    """The newest of `VERSIONS` that is not newer than ``version``, such as ``0.26.0``; the oldest if all are."""
-    asked = [int(part) for part in version.split(".")[:2]]
-    older = [known for known in VERSIONS if [int(part) for part in known.split(".")] <= asked]
-    return older[-1] if older else VERSIONS[0]
+def nearest(version: str, known: Sequence[str] = VERSIONS) -> str:
+    """The newest of the ``known`` that is not newer than ``version``, such as ``0.26.0``; the oldest if all are."""
+
+    def numbers(told: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", told)[: known[0].count(".") + 1]]
+
+    older = [each for each in known if numbers(each) <= numbers(version)]
+    return older[-1] if older else known[0]
 
 
 def named(version: str | float) -> str:

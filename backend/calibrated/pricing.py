@@ -54,16 +54,19 @@ class Calibrated(Backend):
     def ran(self, tokens: int, gpu: int, slope: int, count: int) -> None:
         """Remember how warm prompts made the GPU."""
         if tokens:
-            self._warmth.heat(*self._prompts(tokens, gpu))
+            self._warmth.heat(*self._prompts(tokens, gpu, self._kind(tokens)))
         else:
             self._warmth.cool(gpu * count + slope * (count * (count - 1) // 2))
 
-    def _prompts(self, tokens: int, gpu: int) -> tuple[int, float]:
+    def _kind(self, tokens: int) -> str:
+        """How a step with chunks of so many tokens is launched."""
+        return "piecewise" if tokens <= self.limit and self.profile.piecewise else "eager"
+
+    def _prompts(self, tokens: int, gpu: int, kind: str) -> tuple[int, float]:
         """How many ps a step with chunks takes at least, and the share of that in which it computes prompts.
 
         A launch that outlasts the GPU's work lets it cool meanwhile.
         """
-        kind = "piecewise" if tokens <= self.limit and self.profile.piecewise else "eager"
         took = max(gpu, self._launch[kind], 1)
         return took, min(1.0, self._token * tokens / took)
 
@@ -145,9 +148,9 @@ class Calibrated(Backend):
             gpu += self._draft * batch.drafts + self._pass * batch.proposes
             gpu += self._draft_token * computed * (batch.proposes > 0)
         gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
+        kind = self._kind(all_tokens)
         if self.remembers:
-            gpu = round(gpu * (1 + self._gpu.hot_chunk * self._warmth.mean(*self._prompts(all_tokens, gpu))))
-        kind = "piecewise" if computed <= self.limit and self.profile.piecewise else "eager"
+            gpu = round(gpu * (1 + self._gpu.hot_chunk * self._warmth.mean(*self._prompts(all_tokens, gpu, kind))))
         schedule, update = self._schedule, self._update
         host = Host(
             schedule[0] + schedule[1] * sequences + schedule[2] * tokens + self._schedule_chunk * chunks,

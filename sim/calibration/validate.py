@@ -8,7 +8,6 @@ distance between two CDFs is Kolmogorov and Smirnov's.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
@@ -158,7 +157,7 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
             )
             raise RecordingError(rule) from None
     if policy is Sglang:
-        settings["version"] = _of_sglang(recording.engine["sglang"])
+        settings["version"] = nearest(recording.engine["sglang"], VERSIONS)
     elif "vllm" in recording.engine:
         settings["version"] = nearest(recording.engine["vllm"])
     parallel = profile.parallel
@@ -201,16 +200,6 @@ def setup_of(experiment: Experiment, recording: Recording, profile: Profile) -> 
         limits=Limits(),
         speculate=speculate,
     )
-
-
-def _of_sglang(version: str) -> str:
-    """The newest of `sglang.VERSIONS` that is not newer than ``version``; the oldest if all are."""
-
-    def numbers(told: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", told)[:3]]
-
-    older = [known for known in VERSIONS if numbers(known) <= numbers(version)]
-    return older[-1] if older else VERSIONS[0]
 
 
 def trace_of(experiment: Experiment) -> Trace:

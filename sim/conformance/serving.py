@@ -197,10 +197,10 @@ def hanging() -> str:
 
 
 @contextmanager
-def patience() -> Iterator[None]:
-    """Raise `Hangs` after `HANG_S`, or `WAITS` times that by the clock: a subject may wait for what never comes.
+def patience(seconds: float | None = None) -> Iterator[None]:
+    """Raise `Hangs` after ``seconds`` of CPU time, or `WAITS` times that by the clock: waiting takes no CPU time.
 
-    Only where the platform has timers and this is the main thread.
+    Only where the platform has timers and this is the main thread. None: `HANG_S`.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -209,11 +209,12 @@ def patience() -> Iterator[None]:
     def late(_signal: int, _frame: FrameType | None) -> None:
         raise Hangs
 
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, HANG_S), signal.ITIMER_REAL: (signal.SIGALRM, WAITS * HANG_S)}
+    most = HANG_S if seconds is None else seconds
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, most), signal.ITIMER_REAL: (signal.SIGALRM, WAITS * most)}
     before = {number: signal.signal(number, late) for number, _ in timers.values()}
     try:
-        for timer, (_, seconds) in timers.items():
-            signal.setitimer(timer, seconds)
+        for timer, (_, after) in timers.items():
+            signal.setitimer(timer, after)
         yield
     finally:
         for timer in timers:

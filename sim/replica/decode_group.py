@@ -211,7 +211,7 @@ class Ends:
             request = self._members.get(first & _ROWS)  # None if it has left
             if request is not None and request.group is group and self._entries[request.row] == first:
                 return (first >> ROW_BITS) - group.steps
-            self._forget(first)
+            self._forget(request)
             heappop(heap)
         return FOREVER
 
@@ -223,7 +223,7 @@ class Ends:
         entry, group = heappop(self.heap), self._group
         request = self._members.get(entry & _ROWS)  # likewise
         if request is None or request.group is not group or self._entries[request.row] != entry:
-            self._forget(entry)
+            self._forget(request)
             return None
         if request.offset + group.steps < request.prompt + self.outputs[request.row] - 1:
             group.outgrow(request)
@@ -232,9 +232,7 @@ class Ends:
         del self._members[request.row], self._entries[request.row]
         return request
 
-    def _forget(self, entry: int) -> None:
-        """An entry is of no use: its request has left, or has another end."""
-        row = entry & _ROWS
-        request = self._members.get(row)
+    def _forget(self, request: Live | None) -> None:
+        """An entry is of no use: its ``request`` has left, or has another end."""
         if request is not None and request.group is not self._group:
-            del self._members[row], self._entries[row]
+            del self._members[request.row], self._entries[request.row]

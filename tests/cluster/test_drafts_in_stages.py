@@ -15,17 +15,11 @@ from chairlift.backend.base import Batch, StepCost
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.metrics import bubbles
 from chairlift.sim.results.records import DRAFT_COLUMNS, Kind
-from chairlift.sim.study import Speculate
-from chairlift.sim.workload.acceptance import Acceptance
-from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, mixed, table, tight
+from kit import crowds
+from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, drafts, mixed, table, tight
 from kit.worlds import Affine, World, check_books, play, sorted_gaps, trace_of
 
 PASS = 60  # ps that each draft takes, of those below
-
-
-def drafts(tokens: int = 3, method: str = "eagle3", **acceptance: Any) -> Speculate:
-    draft = "opt-125m" if method == "draft_model" else None
-    return Speculate(method=method, tokens=tokens, acceptance=Acceptance(**acceptance), draft=draft)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -151,21 +145,13 @@ def test_drafts_of_which_none_is_kept_are_dead_tokens(cached: bool, seed: int, t
     assert drafted.outcome()[:-1] == plain.outcome()[:-1]
 
 
-ANY: dict[str, st.SearchStrategy[Any]] = {
-    "seed": st.integers(0, 999),
-    "tokens": st.integers(1, 5),
-    "stages": st.integers(2, 4),
-    "cached": st.booleans(),
-    "priority": st.booleans(),
-}
+ANY = {**crowds.OF_ANY, "stages": st.integers(2, 4)}
 
 
 @settings(max_examples=40)
 @given(
     **ANY,
-    blocks=st.integers(7, 40),
-    budget=st.integers(16, 200),
-    method=st.sampled_from(["eagle3", "draft_model"]),
+    **crowds.SHORT_OF_MEMORY,
     share=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_books_balance_however_tight_memory_is(

@@ -22,20 +22,16 @@ from chairlift.sim.results.metrics import Pool, summarise
 from chairlift.sim.results.records import DRAFT_COLUMNS
 from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
-from chairlift.sim.study import Failures, Limits, Outage, Slo, Speculate
-from chairlift.sim.workload.acceptance import Acceptance, Draws
-from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, mixed, table, tight
+from chairlift.sim.study import Failures, Limits, Outage, Slo
+from chairlift.sim.workload.acceptance import Draws
+from kit import crowds
+from kit.crowds import check_a_journal_changes_nothing, check_those_who_leave, drafts, mixed, table, tight
 from kit.leaping import backends
 from kit.places import TRUTH
 from kit.worlds import Affine, check_books, play, trace_of
 
 RECORDED = TRUTH / "h200-vllm-0.26" / "llama-3.1-8b-eagle3_requests.csv.gz"
 TIMES = ("first_token_s", "last_token_s")
-
-
-def drafts(tokens: int = 3, method: str = "eagle3", **acceptance: Any) -> Speculate:
-    draft = "opt-125m" if method == "draft_model" else None
-    return Speculate(method=method, tokens=tokens, acceptance=Acceptance(**acceptance), draft=draft)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -113,21 +109,13 @@ def test_the_accepted_length_is_the_one_asked_for() -> None:
     assert summary["draft_tokens"] == sum(world.requests.extra["draft_tokens"])
 
 
-OF_ANY: dict[str, st.SearchStrategy[Any]] = {  # run that drafts
-    "seed": st.integers(0, 999),
-    "tokens": st.integers(1, 5),
-    "asynchronous": st.booleans(),
-    "cached": st.booleans(),
-    "priority": st.booleans(),
-}
+OF_ANY = {**crowds.OF_ANY, "asynchronous": st.booleans()}
 
 
 @settings(max_examples=25)
 @given(
     **OF_ANY,
-    blocks=st.integers(7, 40),
-    budget=st.integers(16, 200),
-    method=st.sampled_from(["eagle3", "draft_model"]),
+    **crowds.SHORT_OF_MEMORY,
 )
 def test_books_balance_however_tight_memory_is(
     seed: int,

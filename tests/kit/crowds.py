@@ -6,12 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from chairlift.policies.vllm import Vllm
 from chairlift.sim.results.records import Status
-from chairlift.sim.study import Failures, Limits, Outage
+from chairlift.sim.study import Failures, Limits, Outage, Speculate
+from chairlift.sim.workload.acceptance import Acceptance
 from chairlift.sim.workload.trace import Trace
 from kit.worlds import play, trace_of
+
+OF_ANY: dict[str, st.SearchStrategy[Any]] = {  # run that drafts
+    "seed": st.integers(0, 999),
+    "tokens": st.integers(1, 5),
+    "cached": st.booleans(),
+    "priority": st.booleans(),
+}
+SHORT_OF_MEMORY: dict[str, st.SearchStrategy[Any]] = {  # among those
+    "blocks": st.integers(7, 40),
+    "budget": st.integers(16, 200),
+    "method": st.sampled_from(["eagle3", "draft_model"]),
+}
 
 
 def table(seed: int, requests: int, rate_ps: int = 2000) -> list[tuple[int, int, int]]:
@@ -41,6 +55,12 @@ def tight(asynchronous: bool, cached: bool, priority: bool, budget: int) -> Call
         max_num_batched_tokens=budget,
         max_num_seqs=16,
     )
+
+
+def drafts(tokens: int = 3, method: str = "eagle3", **acceptance: Any) -> Speculate:
+    """So many drafts a step, kept as ``acceptance`` says."""
+    draft = "opt-125m" if method == "draft_model" else None
+    return Speculate(method=method, tokens=tokens, acceptance=Acceptance(**acceptance), draft=draft)  # type: ignore[arg-type]
 
 
 def check_those_who_leave(

@@ -13,18 +13,16 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import traceback
 import warnings
 from array import array
 from base64 import b64encode
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -35,6 +33,7 @@ import pyarrow.parquet as pq
 from chairlift.backend.calibrated import profile
 from chairlift.backend.recorder import folder as recorder
 from chairlift.sim.cli import main as cli
+from chairlift.sim.conformance.serving import Hangs, patience
 from chairlift.sim.sweep.table import TIMES
 from kit.command import SCENARIO, Result, chairlift
 from kit.damage import STRANGE, Arrays, Columns, Csv, Damage, Entries, Json, Packed, Tensors, Yaml
@@ -579,29 +578,6 @@ def _clear() -> None:
             path.unlink()
 
 
-class Hangs(BaseException):
-    """It takes too long."""
-
-
-@contextmanager
-def patient() -> Iterator[None]:
-    """Raise `Hangs` after `HANG_S` of CPU time, or six times that by the clock."""
-
-    def late(_signal: int, _frame: FrameType | None) -> None:
-        raise Hangs
-
-    timers = ((signal.ITIMER_PROF, signal.SIGPROF, HANG_S), (signal.ITIMER_REAL, signal.SIGALRM, 6 * HANG_S))
-    before = [signal.signal(number, late) for _, number, _ in timers]
-    for timer, _, seconds in timers:
-        signal.setitimer(timer, seconds)
-    try:
-        yield
-    finally:
-        for (timer, number, _), handler in zip(timers, before, strict=True):
-            signal.setitimer(timer, 0)
-            signal.signal(number, handler)
-
-
 def _without_clock(results: Path) -> bytes:
     """A sweep's table without what the clock says: of a journal that is empty all is run once more."""
     return repr(pq.read_table(results).drop_columns(list(TIMES)).to_pydict()).encode()
@@ -624,7 +600,7 @@ def tried(reader: Reader, data: bytes) -> Tried:
     _lay(reader.files)
     Path(reader.file).write_bytes(data)
     try:
-        with patient(), warnings.catch_warnings(), mock.patch.object(cli.Commands, "get_command", _known):
+        with patience(HANG_S), warnings.catch_warnings(), mock.patch.object(cli.Commands, "get_command", _known):
             warnings.simplefilter("error")
             result = chairlift(*reader.read) if isinstance(reader.read, tuple) else reader.read()
     except Hangs:
