@@ -12,6 +12,8 @@ from chairlift.backend.base import FOREVER, PS, WHOLE, Backend, Batch, Host, Ste
 from chairlift.backend.calibrated.profile import DraftTime, Profile, between
 from chairlift.backend.calibrated.warmth import LEVELS, Warmth
 from chairlift.backend.cuda_graphs import padded
+from chairlift.backend.whole_prompts import dense
+from chairlift.backend.whole_prompts import pairs as whole_pairs
 
 # Of launching a pass that drafts, where it shows: vLLM 0.26 on an H200 launched a step of Llama-3.1-8B with 3 drafts of
 # an EAGLE3 head in 14.9 ms, without in 10.7, in pieces of a graph; kernel by kernel in 33 and 26.
@@ -30,7 +32,7 @@ class Calibrated(Backend):
         gpu, host = profile.gpu_time, profile.host
         self._gpu = gpu
         self._kv_mixed = _ps(gpu.kv_mixed_s)
-        self._pair_fs = round(gpu.pair_s * PS * 1000)
+        self._pair_fs, self._whole_pair_fs = round(gpu.pair_s * PS * 1000), round(gpu.whole_pair_s * PS * 1000)
         self._sequence = _ps(gpu.sequence_s)
         drafting = gpu.drafting or DraftTime(0.0, 0.0, gpu.sequence_s)
         self._pass, self._draft = _ps(drafting.pass_s), _ps(drafting.draft_s)
@@ -46,7 +48,7 @@ class Calibrated(Backend):
         self.arrival, self.arrival_token = _ps(host.arrival_s), _ps(host.arrival_token_s)
         self._decodes: dict[int, tuple[int, int, Host]] = {}
         self._verifying: dict[tuple[int, int, int], tuple[int, int, Host]] = {}
-        self._matmuls: dict[int, int] = {}
+        self._matmuls: dict[tuple[int, int], int] = {}
         self.remembers = gpu.hot_chunk > 0 or gpu.hot_kv > 0
         self._warmth = Warmth()
         self._token = _ps(gpu.hot_token_s or gpu.token_s)
@@ -105,7 +107,8 @@ class Calibrated(Backend):
         ``drafts``: tokens that they verify beside one each; ``proposes``: drafts of each after it.
         """
         tokens = padded(slots + drafts, self.limit)
-        seconds = float(self._gpu.matmuls(np.array([tokens], dtype=np.float64), self._gpu.decode_residual)[0])
+        both = np.array([[tokens], [slots + drafts]], dtype=np.float64)
+        seconds = float(self._gpu.matmuls(both[0], self._gpu.decode_residual, both[1])[0])
         fixed = max(1, round(seconds * PS)) + self._sequence * slots
         if drafts or proposes:
             fixed += self._draft * drafts + self._pass * proposes + self._draft_token * tokens * (proposes > 0)
@@ -139,16 +142,22 @@ class Calibrated(Backend):
         sequences = batch.decodes + chunks
         all_tokens = tokens + batch.decodes + batch.padded + batch.drafts
         computed = padded(all_tokens, self.limit) if self.profile.piecewise else all_tokens
-        matmuls = self._matmuls.get(computed)
+        live = all_tokens if self._gpu.live_experts else computed
+        matmuls = self._matmuls.get((computed, live))
         if matmuls is None:
-            seconds = float(self._gpu.chunk_matmuls(np.array([computed], dtype=np.float64))[0])
-            matmuls = self._matmuls[computed] = max(1, round(seconds * PS))
+            seconds = float(self._gpu.chunk_matmuls(*np.array([[computed], [live]], dtype=np.float64))[0])
+            matmuls = self._matmuls[computed, live] = max(1, round(seconds * PS))
         gpu = matmuls + self._sequence * sequences + self._kv_mixed * batch.context
         if batch.drafts or batch.proposes:
             gpu += self._draft * batch.drafts + self._pass * batch.proposes
             gpu += self._draft_token * computed * (batch.proposes > 0)
-        gpu += pairs * self._pair_fs // 1000 + self._chunk + self._request * chunks
         kind = self._kind(all_tokens)
+        attention = pairs * self._pair_fs
+        if self._whole_pair_fs and kind == "eager" and not (self.profile.drafts and batch.decodes):
+            whole = [length for start, length in batch.prefills if not start]
+            if len(whole) == chunks and dense(whole):
+                attention = whole_pairs(whole) * self._whole_pair_fs
+        gpu += attention // 1000 + self._chunk + self._request * chunks
         if self.remembers:
             gpu = round(gpu * (1 + self._gpu.hot_chunk * self._warmth.mean(*self._prompts(all_tokens, gpu, kind))))
         schedule, update = self._schedule, self._update

@@ -127,20 +127,28 @@ class GpuTime:
     hot_chunk: Hot = 0.0  # by so much a step with chunks takes longer once prompts have made the GPU's clock sink
     hot_token_s: Seconds = 0.0  # a token of a step with chunks makes the GPU warm for so long; 0: for ``token_s``
     hot_kv: Hot = 0.0  # likewise attention of decodes alone; their matmuls wait for the memory, whatever the clock
+    whole_pair_s: Seconds = 0.0  # each pair of prompts that `backend.whole_prompts` calls dense; 0: as any pair
+    live_experts: bool = False  # whether tokens that pad a step to a graph's size are sent to no expert
 
-    def chunk_matmuls(self, tokens: Floats) -> Floats:
-        """Seconds of the matmuls of steps with chunks, of ``tokens`` tokens."""
+    def chunk_matmuls(self, tokens: Floats, live: Floats | None = None) -> Floats:
+        """Seconds of the matmuls of steps with chunks, as `matmuls`."""
         tiles = np.ceil(tokens / self.tile_tokens)
-        whole = self.matmuls(tiles * self.tile_tokens, self.chunk_residual)
+        whole = self.matmuls(tiles * self.tile_tokens, self.chunk_residual, live)
         found: Floats = whole * np.where((tiles % 2 == 1) & (self.tile_tokens > 1), self.odd_tiles, 1.0)
         return found
 
-    def matmuls(self, tokens: Floats, residual: Knots) -> Floats:
-        """Seconds of the matmuls of ``tokens`` tokens, corrected by ``residual``."""
+    def matmuls(self, tokens: Floats, residual: Knots, live: Floats | None = None) -> Floats:
+        """Seconds of the matmuls of ``tokens`` tokens, corrected by ``residual``; ``live`` (None: all) are no padding."""
         p = self.sharpness
-        read = self.weights_s + self.experts_s * (1 - (1 - self.expert_share) ** tokens)
+        read = self.weights_s + self.experts_s * self.experts_read(tokens, live)
         bound = (read**p + (self.token_s * tokens) ** p) ** (1 / p)
         found: Floats = bound * between(residual, tokens)
+        return found
+
+    def experts_read(self, tokens: Floats, live: Floats | None = None) -> Floats:
+        """The share of the experts that a step reads, in expectation; the arguments are those of `matmuls`."""
+        sent = tokens if live is None or not self.live_experts else live
+        found: Floats = 1 - (1 - self.expert_share) ** sent
         return found
 
 
@@ -275,7 +283,7 @@ class Profile:
             del said["drafts"], said["gpu_time"]["drafting"]
         if not self.host.schedule_chunk_s:  # likewise
             del said["host"]["schedule_chunk_s"]
-        for name in ("hot_chunk", "hot_token_s", "hot_kv"):
+        for name in ("hot_chunk", "hot_token_s", "hot_kv", "whole_pair_s", "live_experts"):
             if not said["gpu_time"][name]:
                 del said["gpu_time"][name]
         return said

@@ -51,6 +51,7 @@ TILE = 128  # tokens of a tile of matmul kernels
 TELLS = 0.97  # a form with a further term must have a loss so much smaller
 FEWEST = 200  # steps of a recording
 FEWEST_SERVED = 30  # steps of loads that tell how long the mean step takes
+FEWEST_WHOLE = 3  # steps of whole prompts that tell what a pair of theirs takes
 CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
 DRAFT_SHARE = 1 / 16  # of a token's matmuls, those of the layer that drafts: where the search for it starts
 HEAD_S, TAIL_S = 2e-3, 1e-3  # of a launch kernel by kernel: likewise
@@ -125,7 +126,8 @@ def _fit(steps: Steps, share: float) -> Fit:
                 f"launch of a whole graph is hidden by the GPU everywhere: {host.graph_s * 1e3:.1f} ms at most, which"
                 " is assumed"
             )
-        host = replace(host, head_s=head, tail_s=tail, **found)
+        host = replace(host, **found)
+    host = replace(host, head_s=_head(gpu, steps, host) if steps.gpu_known else head, tail_s=tail)
     if workers:
         notes.append("worker processes launch the steps: kernel by kernel, that sets a floor to their GPU time")
     counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": len(shown[0])}
@@ -160,9 +162,11 @@ def fit_drafts(steps: Steps, base: GpuTime) -> Fit:
     seen = _Seen.of(steps, _spans(steps, launch))
     with threadpool_limits(limits=1, user_api="blas"):
         # Finer than fits of the whole form: few terms move a loss that is mostly of the given rest.
-        gpu, head, tail, _ = seen.fitted(made, {**start, "head_s": HEAD_S, "tail_s": TAIL_S}, ftol=1e-8)
+        ends = {"tail_s": TAIL_S} if steps.gpu_known else {"head_s": HEAD_S, "tail_s": TAIL_S}
+        gpu, head, tail, _ = seen.fitted(made, start | ends, ftol=1e-8)
+    host = replace(host, head_s=_head(gpu, steps, host) if steps.gpu_known else head, tail_s=tail)
     counts = {"steps": len(steps), "decode": len(rows), "launch": len(shown[0])}
-    return Fit(gpu, replace(host, head_s=head, tail_s=tail), counts, tuple(notes))
+    return Fit(gpu, host, counts, tuple(notes))
 
 
 def _spread(steps: Steps, rows: npt.NDArray[np.int64], what: str, term: str, by: Floats) -> None:
@@ -234,6 +238,7 @@ class _Form:
         "kv_s": 30e-9,
         "kv_mixed_s": 60e-9,
         "pair_s": 1e-9,
+        "whole_pair_s": 1e-9,
         "chunk_s": 0.2e-3,
         "request_s": 20e-6,
         "experts_s": 10e-3,
@@ -275,6 +280,7 @@ class _Form:
             named: dict[str, Any] = dict(zip(TABLES, tables, strict=True))
             none: dict[str, Any] = dict.fromkeys(set(self.TERMS) - {"head_s", "tail_s", "odd_tiles"}, 0.0)
             fixed: dict[str, Any] = {"tile_tokens": self.tile, "expert_share": self.share, "hot_token_s": self.token_s}
+            fixed["live_experts"] = bool(self.share) and steps.gpu_known  # our own engine sends padding to none
             return GpuTime(**{**none, **terms}, **named, **fixed)
 
         return seen.fitted(made, self._start(*seen.single()), [len(each) for each in knots])
@@ -283,9 +289,13 @@ class _Form:
         """Where the search begins: a value of each term that takes part."""
         start = dict(self.TERMS)
         start["weights_s"] = float(seconds.min())
+        if steps.gpu_known:
+            del start["head_s"]  # by `_head`
+        if not steps.gpu_known or not self.chunks or (steps.whole > 0).sum() < FEWEST_WHOLE:
+            del start["whole_pair_s"]  # our own engine alone attends to such prompts in another way
         if not self.chunks:
             for name in ("pair_s", "chunk_s", "request_s", "kv_mixed_s", "head_s", "tail_s", "hot_chunk"):
-                del start[name]
+                start.pop(name, None)
         if not self.mixed:
             start.pop("kv_mixed_s", None)
         if self.tile == 1:
@@ -432,9 +442,23 @@ def _singles(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> Span
 
 def _spans(steps: Steps, launch: Floats) -> Spans:
     """What tells the GPU times of ``steps``."""
-    if steps.gpu_known:
-        return _singles(steps, np.arange(len(steps)), steps.gpu)
-    return Spans.of(steps, launch)
+    if not steps.gpu_known:
+        return Spans.of(steps, launch)
+    # On an idle GPU such a time holds a part of the launch, and of one that is a graph or two that is a good part.
+    return Spans.timed(steps, launch).take(np.flatnonzero(~_led(steps)))
+
+
+def _led(steps: Steps) -> npt.NDArray[np.bool_]:
+    """Which steps with chunks an idle engine launched as graphs, so that the GPU's own time holds some of the launch."""
+    found: npt.NDArray[np.bool_] = steps.woke & (steps.kind == PIECEWISE)
+    return found
+
+
+def _head(gpu: GpuTime, steps: Steps, host: HostTime) -> float:
+    """By how many seconds they take longer than the GPU does with ``gpu``: until it gets the first kernel."""
+    led = _led(steps)
+    late = (steps.gpu - predicted(gpu, steps))[led]
+    return float(np.clip(np.median(late), 0.0, host.piecewise_s)) if led.any() else 0.0
 
 
 def _within(knots: tuple[int, ...], tokens: Floats) -> tuple[int, ...]:
@@ -522,7 +546,7 @@ def _host(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats, usual: Flo
         update_request_s=turn[1],
         arrival_s=turn[2],
         arrival_token_s=turn[3],
-        tail_s=_tail(steps, launch["eager_s"]) if steps.gpu_known else 0.0,
+        tail_s=0.0,
         **{"graph_s": graph_s, **launch},
     )
     return HostTime(**{name: float(value) for name, value in vars(host).items()})
@@ -539,12 +563,6 @@ def _launches(steps: Steps, rows: npt.NDArray[np.int64], seconds: Floats) -> dic
             else:
                 found[f"{KINDS[kind]}_s"] = _typical(seconds[mine], steps.experiment[rows][mine])
     return found
-
-
-def _tail(steps: Steps, launch: float) -> float:
-    """By how many seconds small steps with chunks end on the GPU after their launch; both are measured."""
-    rows = (steps.chunks > 0) & steps.woke & (steps.gpu <= CLEAR * launch)
-    return max(0.0, float(np.median((steps.gpu - steps.launch)[rows]))) if rows.any() else 0.0
 
 
 def _typical(seconds: Floats, experiment: npt.NDArray[np.int64]) -> float:

@@ -76,6 +76,7 @@ class Experiment:
     requests: Table
     steps: Table
     itl_s: Column | None  # all inter-token gaps; None if they were not recorded
+    jumps: bool = False  # whether its clock jumped over silence, as that of our own engine does: its GPU never rested
 
     @property
     def is_grid(self) -> bool:
@@ -191,7 +192,8 @@ def read(folder: Path, model: str) -> Recording:
             for table in (requests, steps)
         ]
         _check(name, own[0], own[1], folder)
-        recording.experiments[name] = Experiment(name, folder, limits, facts, own[0], own[1], gaps.get(name))
+        jumps = "chairlift" in summary["engine"]
+        recording.experiments[name] = Experiment(name, folder, limits, facts, own[0], own[1], gaps.get(name), jumps)
     for file, names in (
         ("requests.csv.gz", set(requests["experiment"].tolist())),
         ("steps.csv.gz", set(steps["experiment"].tolist())),

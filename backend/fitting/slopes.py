@@ -30,7 +30,7 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     tiles = np.ceil(steps.computed / gpu.tile_tokens)
     odd = chunked & (tiles % 2 == 1) & (gpu.tile_tokens > 1)
     tokens = np.where(chunked, tiles * gpu.tile_tokens, steps.computed)
-    share = 1 - (1 - gpu.expert_share) ** tokens
+    share = gpu.experts_read(tokens, steps.tokens)
     read, computed = gpu.weights_s + gpu.experts_s * share, gpu.token_s * tokens
     p = gpu.sharpness
     total = read**p + computed**p
@@ -40,6 +40,7 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     by_read, by_computed = factor * (read / bound) ** (p - 1), factor * (computed / bound) ** (p - 1)
     logs = (read**p * np.log(read) + computed**p * np.log(computed)) / (p * total) - np.log(total) / p**2
     hot_kv = 1 + gpu.hot_kv * steps.warmth
+    dense = gpu.whole_pair_s * steps.whole > 0
     kv_factor = between(gpu.kv_residual, steps.decodes) * hot_kv
     whole = bound * np.where(odd, gpu.odd_tiles, 1.0)
     found: dict[str, Floats] = {
@@ -50,7 +51,8 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
         "sequence_s": steps.sequences,
         "kv_s": np.where(chunked, 0.0, kv_factor * steps.context),
         "kv_mixed_s": np.where(chunked, steps.context, 0.0),
-        "pair_s": steps.pairs,
+        "pair_s": np.where(dense, 0.0, steps.pairs),
+        "whole_pair_s": np.where(dense, steps.whole, 0.0),
         "chunk_s": chunked.astype(np.float64),
         "request_s": steps.chunks,
         "odd_tiles": np.where(odd, bound * residual, 0.0),
@@ -62,7 +64,8 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
         "hot_kv": np.where(chunked, 0.0, gpu.kv_s * kv_factor / hot_kv * steps.context * steps.warmth),
     }
     kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * kv_factor) * steps.context
-    rest = gpu.sequence_s * steps.sequences + gpu.pair_s * steps.pairs + chunked * gpu.chunk_s
+    pairs = np.where(dense, gpu.whole_pair_s * steps.whole, gpu.pair_s * steps.pairs)
+    rest = gpu.sequence_s * steps.sequences + pairs + chunked * gpu.chunk_s
     work = bound * factor + kv + rest + gpu.request_s * steps.chunks
     if gpu.drafting is not None:
         of_drafts = (steps.passes, steps.passed, steps.drafts)

@@ -23,6 +23,8 @@ from chairlift.backend.calibrated.profile import GpuTime, between
 from chairlift.backend.calibrated.warmth import COOL_PS, towards
 from chairlift.backend.cuda_graphs import graph_limit, graph_sizes
 from chairlift.backend.fitting.recording import Experiment, Table
+from chairlift.backend.whole_prompts import dense
+from chairlift.backend.whole_prompts import pairs as dense_pairs
 
 CLEAR = 1.15  # a step that takes so many times its launch is taken to show the GPU's time
 SURE = 1.75  # after so many times the usual launch of its kind a launch has surely ended
@@ -59,6 +61,7 @@ class Steps:
     chunks: Floats
     prompt: Floats  # tokens of the chunks
     pairs: Floats  # of a query and a key of the chunks
+    whole: Floats  # pairs that are computed instead where the chunks are prompts that are `dense`, launched so; else 0
     decodes: Floats
     drafts: Floats  # tokens that the decodes verify, beside one each
     passes: Floats  # that made drafts of each sequence within the step's time: after the output of the step before
@@ -70,6 +73,7 @@ class Steps:
     first: Bools  # whether it is the first step of its experiment
     last: Bools
     woke: Bools  # whether the engine was idle before it
+    rest: Floats  # for how long the GPU was idle then; 0 where the clock of an engine jumps over silence
     stalled: Bools  # whether it took `STALL` times as long as those like it, so that it tells nothing
     warmth: Floats  # how far prompts made the GPU's clock sink, from 0 to 1 (`warmed`)
     gpu: Floats  # GPU time as measured by the engine; NaN if it does not measure
@@ -92,6 +96,11 @@ class Steps:
     def sequences(self) -> Floats:
         """Sequences in each step."""
         return self.decodes + self.chunks
+
+    @property
+    def tokens(self) -> Floats:
+        """Tokens of each step, without those that pad it to a graph's size."""
+        return self.prompt + self.decodes + self.drafts
 
     @property
     def singly(self) -> Bools:
@@ -177,6 +186,7 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "chunks": chunks,
         "prompt": prompt,
         "pairs": table["prefill_pairs"].astype(np.float64),
+        "whole": _whole(table, kind),
         "decodes": decodes,
         "drafts": drafts,
         "passes": passes,
@@ -188,11 +198,28 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "first": first,
         "last": last,
         "woke": woke,
+        "rest": np.where(woke & np.isfinite(earlier) & ~experiment.jumps, schedule - earlier, 0.0),
         "stalled": _stalled(done - schedule, chunks, decodes, computed, woke),
         "warmth": np.zeros(n),
         "gpu": table["gpu_s"].astype(np.float64) if "gpu_s" in table else unknown,
         "launch": table["launch_s"].astype(np.float64) if "launch_s" in table else unknown,
     }
+
+
+def _whole(table: Table, kind: npt.NDArray[np.int64]) -> Floats:
+    """Pairs of those steps whose chunks are whole prompts that `backend.whole_prompts` calls dense; 0 of any other.
+
+    A recording tells the chunks' sums. A single chunk has the pairs of a whole prompt only if it is one; several have
+    those of equally long ones only if they are such.
+    """
+    found = np.zeros(len(kind))
+    drafts = table["proposes"] > 0
+    for i in np.flatnonzero((kind == EAGER) & (table["prefill_requests"] > 0) & ~(drafts & (table["decode_requests"] > 0))):
+        chunks, tokens = int(table["prefill_requests"][i]), int(table["prefill_tokens"][i])
+        each = [tokens // chunks] * chunks
+        if sum(n * (n + 1) // 2 for n in each) == table["prefill_pairs"][i] and dense(each):
+            found[i] = dense_pairs(each)
+    return found
 
 
 def token_time(steps: Steps) -> float:
@@ -217,10 +244,8 @@ def warmed(steps: Steps, token_s: float) -> Steps:
     A step with chunks computes prompts for the share of its time that its tokens take, ``token_s`` each.
     """
     seconds = _lasted(steps)
-    ends = np.concatenate([[0.0], steps.done[:-1]])
-    rest = np.where(steps.woke & ~steps.first, np.maximum(steps.schedule - ends, 0.0), 0.0)
-    rest[steps.first] = np.inf
-    work = np.where(steps.chunks > 0, token_s * (steps.prompt + steps.decodes + steps.drafts), 0.0)
+    rest = np.where(steps.first, np.inf, steps.rest)
+    work = np.where(steps.chunks > 0, token_s * steps.tokens, 0.0)
     share = np.divide(work, seconds, out=np.zeros(len(steps)), where=seconds > 0).clip(0.0, 1.0)
     level, rate = np.array([towards(each) for each in share.tolist()]).reshape(-1, 2).T
     change = rate * seconds
@@ -316,16 +341,17 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     floor = np.array([0.0, gpu.piecewise_floor_s, gpu.eager_floor_s])[steps.kind]
     matmuls = np.where(
         chunked,
-        gpu.chunk_matmuls(steps.computed),
-        gpu.matmuls(steps.computed, gpu.decode_residual),
+        gpu.chunk_matmuls(steps.computed, steps.tokens),
+        gpu.matmuls(steps.computed, gpu.decode_residual, steps.tokens),
     )
     hot_kv = 1 + gpu.hot_kv * steps.warmth
     kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes) * hot_kv)
+    pairs = np.where(gpu.whole_pair_s * steps.whole > 0, gpu.whole_pair_s * steps.whole, gpu.pair_s * steps.pairs)
     found: Floats = (
         matmuls
         + gpu.sequence_s * steps.sequences
         + kv * steps.context
-        + gpu.pair_s * steps.pairs
+        + pairs
         + chunked * gpu.chunk_s
         + gpu.request_s * steps.chunks
     )
@@ -434,7 +460,7 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     launch_s = launch[steps.experiment, steps.kind]
     if steps.gpu_known:
         rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch_s))
-        return rows, steps.gpu[rows], np.zeros(len(rows), dtype=bool)
+        return rows, steps.gpu[rows], steps.woke[rows]
     sure = Waits.of(steps, launch).sure & ~steps.stalled
     begun = steps.schedule + steps.schedule_cpu  # its launch
     earlier = np.concatenate([[0.0], steps.done[:-1]])
@@ -512,6 +538,30 @@ class Spans:
             ends[rows],
             np.where(rows >= 0, steps.done[rows], np.inf),
             np.array(sure, dtype=bool)[last] & ~short[last],
+        )
+
+    @classmethod
+    def timed(cls, steps: Steps, launch: Floats) -> Spans:
+        """All of ``steps``, a span each, where the engine measured their GPU times; ``launch`` as for `of`.
+
+        Such a time counts from the start of the step's launch, or from the end of the step before, where that is later.
+        So on an idle GPU it holds what the launch takes until the first kernel comes.
+        """
+        begun = steps.schedule + steps.schedule_cpu
+        before = np.where(steps.first | steps.woke, -np.inf, np.concatenate([[-np.inf], steps.done[:-1]]))
+        origin = np.maximum(begun, before)
+        seconds = launch[steps.experiment, steps.kind]
+        if steps.launch_known:  # behind a step with chunks it may have waited for the GPU
+            quiet = steps.woke | np.concatenate([[False], (steps.kind == GRAPH)[:-1]])
+            seconds = np.where(quiet, steps.launch, np.minimum(steps.launch, seconds))
+        return cls(
+            np.arange(len(steps))[:, None],
+            np.where(begun < before, 0.0, -np.inf),
+            np.zeros(len(steps)),
+            (begun - origin)[:, None],
+            (begun - origin + seconds)[:, None],
+            steps.gpu[:, None],
+            np.ones(len(steps), dtype=bool),
         )
 
     def __len__(self) -> int:
