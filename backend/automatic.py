@@ -41,12 +41,14 @@ class Auto:
         return Efficiency()
 
 
-def chosen(model: Model, gpu: GPU, parallel: Parallel, drafts: Drafts | None = None) -> str | None:
+def chosen(
+    model: Model, gpu: GPU, parallel: Parallel, drafts: Drafts | None = None, engine: str = "vllm"
+) -> str | None:
     """The name of the shipped profile that prices a replica's steps; None: none fits.
 
-    A profile fits a model by its name, and a replica by its degrees of parallelism. Profiles of vLLM come first, among
-    them those of the GPU itself, among these those of engines that made ``drafts`` so, and among these that of the
-    newest version. None made drafts in another way.
+    A profile fits a model by its name, and a replica by its degrees of parallelism. Profiles of ``engine`` come first,
+    among them those of the GPU itself, among these those of engines that made ``drafts`` so, and among these that of
+    the newest version. None made drafts in another way.
     """
     methods = (None, drafts and drafts.method)
     fitting = [
@@ -58,7 +60,7 @@ def chosen(model: Model, gpu: GPU, parallel: Parallel, drafts: Drafts | None = N
         return None
 
     def order(p: profile.Profile) -> tuple[object, ...]:
-        return p.engine.startswith("vllm"), p.gpu == gpu.name, p.drafts is not None, _version(p.engine)
+        return p.engine.startswith(engine), p.gpu == gpu.name, p.drafts is not None, _version(p.engine)
 
     return max(fitting, key=order).name
 

@@ -1,4 +1,4 @@
-"""Which prompts our own GPU engine attends to by cuDNN's kernel, and at what length: the engine and profiles agree on it.
+"""Which prompts our own GPU engine attends to by cuDNN's kernel, and at what length: it and its profiles agree.
 
 cuDNN's attention is faster than the engine's own where prompts are long and computed whole, from their first token to
 their last. It cannot be captured in a CUDA graph for lengths unknown, and it plans once a shape. So only steps that are

@@ -104,6 +104,7 @@ def carried(profile: Profile, model: Model, gpu: GPU, parallel: Parallel) -> Pro
         kv_s=times.kv_s * ratio["kv"],
         kv_mixed_s=times.kv_mixed_s * ratio["kv"],
         pair_s=times.pair_s * ratio["pair"],
+        whole_pair_s=times.whole_pair_s * ratio["pair"],
         chunk_s=times.chunk_s * layers,
         request_s=times.request_s * layers,
         drafting=times.drafting and replace(times.drafting, token_s=times.drafting.token_s * ratio["token"]),

@@ -36,7 +36,9 @@ class Calibrated(Backend):
         self._sequence = _ps(gpu.sequence_s)
         drafting = gpu.drafting or DraftTime(0.0, 0.0, gpu.sequence_s)
         self._pass, self._draft = _ps(drafting.pass_s), _ps(drafting.draft_s)
-        self._draft_token = _ps(drafting.token_s)
+        self._draft_token, self._verify, self._kv_verify = map(
+            _ps, (drafting.token_s, drafting.verify_s, drafting.kv_s)
+        )
         self._chunk, self._request = _ps(gpu.chunk_s), _ps(gpu.request_s)
         self._schedule = _ps(host.schedule_s), _ps(host.schedule_request_s), _ps(host.schedule_token_s)
         self._schedule_chunk = _ps(host.schedule_chunk_s)
@@ -124,7 +126,7 @@ class Calibrated(Backend):
             0 if whole else self._head[kind],
         )
         kv = _ps(self._gpu.kv_s * float(between(self._gpu.kv_residual, np.array([slots]))[0]))
-        return fixed, kv, host
+        return fixed + self._verify * (drafts > 0), kv + self._kv_verify * (drafts > 0), host
 
     def _launch_of(self, kind: str, proposes: int) -> int:
         """The host's ps to launch such a step, with the passes that make other than the measured number of drafts."""

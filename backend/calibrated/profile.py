@@ -6,7 +6,8 @@ GPU time of a step that computes T tokens (padded to a CUDA graph's size where o
                                                       experts, weights + experts · (1 − (1 − share)^T)
     + sequence · N                                    LM head and sampler
     + kv · residual(N) · Σ context                    decodes' attention (another rate beside chunks)
-    + pair · Σ query–key pairs + chunk + request · n  n chunks' attention
+    + pair · Σ query–key pairs + chunk + request · n  n chunks' attention (another rate where cuDNN's kernel does it:
+                                                      `backend.whole_prompts`)
 
 A step with chunks takes ``1 + hot_chunk`` times as long on a GPU whose clock has sunk all the way
 (`backend.calibrated.warmth`), the attention of decodes alone ``1 + hot_kv`` times. A step takes at least the floor of
@@ -17,6 +18,8 @@ Of an engine that speculates, T counts the drafts that decodes verify, and to a 
     pass · K                                          the passes that make K drafts after it
     + token · T                                       the first of them goes over all of its tokens
     + draft · D                                       head and sampler of the D drafts that it verifies
+    + verify + kv · Σ context                         where decodes alone verify: how far their kernels are from those
+                                                      of decodes without drafts
 
 vLLM sends a step's output on its way before those passes, so recorded times from one output to the next hold the passes
 of the step before (`backend.fitting.steps`).
@@ -98,6 +101,8 @@ class DraftTime:
     pass_s: Seconds  # each pass that makes a draft of every sequence
     token_s: Seconds  # each token of the step
     draft_s: Seconds  # each draft that is verified
+    verify_s: Seconds = 0.0  # a step that verifies beside no chunk: other kernels than those of plain decodes
+    kv_s: Seconds = 0.0  # each token of context that it reads, beside what a plain decode takes for it
 
 
 @with_config(_STRICT)
@@ -127,8 +132,8 @@ class GpuTime:
     hot_chunk: Hot = 0.0  # by so much a step with chunks takes longer once prompts have made the GPU's clock sink
     hot_token_s: Seconds = 0.0  # a token of a step with chunks makes the GPU warm for so long; 0: for ``token_s``
     hot_kv: Hot = 0.0  # likewise attention of decodes alone; their matmuls wait for the memory, whatever the clock
-    whole_pair_s: Seconds = 0.0  # each pair of prompts that `backend.whole_prompts` calls dense; 0: as any pair
-    live_experts: bool = False  # whether tokens that pad a step to a graph's size are sent to no expert
+    whole_pair_s: Seconds = 0.0  # each pair of whole prompts for which an engine has another kernel; 0: it has none
+    live_experts: bool = False  # whether tokens that only pad a step to a graph's size are sent to no expert
 
     def chunk_matmuls(self, tokens: Floats, live: Floats | None = None) -> Floats:
         """Seconds of the matmuls of steps with chunks, as `matmuls`."""
@@ -138,7 +143,10 @@ class GpuTime:
         return found
 
     def matmuls(self, tokens: Floats, residual: Knots, live: Floats | None = None) -> Floats:
-        """Seconds of the matmuls of ``tokens`` tokens, corrected by ``residual``; ``live`` (None: all) are no padding."""
+        """Seconds of the matmuls of ``tokens`` tokens, of which ``live`` (None: all) are no padding.
+
+        They are corrected by ``residual``.
+        """
         p = self.sharpness
         read = self.weights_s + self.experts_s * self.experts_read(tokens, live)
         bound = (read**p + (self.token_s * tokens) ** p) ** (1 / p)
@@ -281,6 +289,9 @@ class Profile:
         said = {"format": FORMAT, **asdict(self)}
         if self.drafts is None:  # as before there were any
             del said["drafts"], said["gpu_time"]["drafting"]
+        for name in ("verify_s", "kv_s"):  # likewise
+            if self.gpu_time.drafting and self.drafts and not getattr(self.gpu_time.drafting, name):
+                del said["gpu_time"]["drafting"][name]
         if not self.host.schedule_chunk_s:  # likewise
             del said["host"]["schedule_chunk_s"]
         for name in ("hot_chunk", "hot_token_s", "hot_kv", "whole_pair_s", "live_experts"):

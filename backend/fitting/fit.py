@@ -18,7 +18,6 @@ import numpy.typing as npt
 from chairlift.backend.calibrated.profile import DraftTime, GpuTime, HostTime
 from chairlift.backend.fitting.slopes import DRAFTING, TABLES, Ends, of_terms
 from chairlift.backend.fitting.steps import (
-    CLEAR,
     EAGER,
     GRAPH,
     KINDS,
@@ -54,6 +53,7 @@ FEWEST_SERVED = 30  # steps of loads that tell how long the mean step takes
 FEWEST_WHOLE = 3  # steps of whole prompts that tell what a pair of theirs takes
 CELL = 100  # steps of one kind and size that take part in the fit; more would tell no more
 DRAFT_SHARE = 1 / 16  # of a token's matmuls, those of the layer that drafts: where the search for it starts
+VERIFY_S = 0.2e-3  # of a step whose decodes verify, beside passes and drafts: likewise
 HEAD_S, TAIL_S = 2e-3, 1e-3  # of a launch kernel by kernel: likewise
 WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
 
@@ -149,10 +149,12 @@ def fit_drafts(steps: Steps, base: GpuTime) -> Fit:
     more = seconds - predicted(base, steps)[rows]  # than without drafts
     each_pass, each_draft = _linear([steps.passes[rows], steps.drafts[rows]], more, 1e-4)
     begin = np.array([each_pass, base.token_s * DRAFT_SHARE, each_draft]).clip(1e-9)
-    start = dict(zip(DRAFTING, begin.tolist(), strict=True))
+    start = dict(zip(DRAFTING, begin.tolist(), strict=False))
+    if steps.gpu_known:  # our own engine, whose decodes that verify run by other kernels than plain ones
+        start |= {"drafting.verify_s": VERIFY_S, "drafting.kv_s": base.kv_s / 4}
 
     def made(terms: dict[str, float], _: Sequence[Floats] = ()) -> GpuTime:
-        return replace(base, drafting=DraftTime(*(terms[name] for name in DRAFTING)))
+        return replace(base, drafting=DraftTime(*(terms.get(name, 0.0) for name in DRAFTING)))
 
     decode_s = np.where(steps.kind == GRAPH, predicted(made(start), steps), 0.0)
     notes: list[str] = []
@@ -449,7 +451,7 @@ def _spans(steps: Steps, launch: Floats) -> Spans:
 
 
 def _led(steps: Steps) -> npt.NDArray[np.bool_]:
-    """Which steps with chunks an idle engine launched as graphs, so that the GPU's own time holds some of the launch."""
+    """Which steps with chunks an idle engine launched as graphs: the GPU's own time holds some of the launch."""
     found: npt.NDArray[np.bool_] = steps.woke & (steps.kind == PIECEWISE)
     return found
 

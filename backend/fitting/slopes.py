@@ -8,16 +8,16 @@ derivative is that of the second and third step's GPU time, whatever the first o
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import GpuTime, Knots, between
+from chairlift.backend.calibrated.profile import DraftTime, GpuTime, Knots, between
 from chairlift.backend.fitting.steps import EAGER, PIECEWISE, Floats, Spans, Steps
 
 TABLES = ("decode_residual", "chunk_residual", "kv_residual")
-DRAFTING = ("drafting.pass_s", "drafting.token_s", "drafting.draft_s")  # of `DraftTime`, in its order
+DRAFTING = tuple(f"drafting.{each.name}" for each in fields(DraftTime))
 
 
 def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
@@ -68,8 +68,11 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     rest = gpu.sequence_s * steps.sequences + pairs + chunked * gpu.chunk_s
     work = bound * factor + kv + rest + gpu.request_s * steps.chunks
     if gpu.drafting is not None:
-        of_drafts = (steps.passes, steps.passed, steps.drafts)
+        verifies = (steps.drafts > 0) & ~chunked
+        context = np.where(verifies, steps.context * hot_kv, 0.0)
+        of_drafts = (steps.passes, steps.passed, steps.drafts, verifies.astype(np.float64), context)
         found |= dict(zip(DRAFTING, of_drafts, strict=True))
+        found["hot_kv"] = found["hot_kv"] + gpu.drafting.kv_s * context / hot_kv * steps.warmth
         work += sum(each * n for each, n in zip(astuple(gpu.drafting), of_drafts, strict=True))
     hot = 1 + np.where(chunked, gpu.hot_chunk * steps.warmth, 0.0)
     for term in found:

@@ -61,7 +61,7 @@ class Steps:
     chunks: Floats
     prompt: Floats  # tokens of the chunks
     pairs: Floats  # of a query and a key of the chunks
-    whole: Floats  # pairs that are computed instead where the chunks are prompts that are `dense`, launched so; else 0
+    whole: Floats  # pairs that another kernel computes instead, of whole prompts that are `dense`; 0 of all others
     decodes: Floats
     drafts: Floats  # tokens that the decodes verify, beside one each
     passes: Floats  # that made drafts of each sequence within the step's time: after the output of the step before
@@ -207,14 +207,16 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
 
 
 def _whole(table: Table, kind: npt.NDArray[np.int64]) -> Floats:
-    """Pairs of those steps whose chunks are whole prompts that `backend.whole_prompts` calls dense; 0 of any other.
+    """Pairs of those steps whose chunks are whole prompts for which there may be another kernel; 0 of any other.
 
-    A recording tells the chunks' sums. A single chunk has the pairs of a whole prompt only if it is one; several have
-    those of equally long ones only if they are such.
+    A recording tells the sums of a step's chunks. One chunk has the pairs of a whole prompt only if it is one, and
+    several have those of equally long ones only if they are such. Steps in which decodes verify drafts have no such
+    kernel.
     """
     found = np.zeros(len(kind))
-    drafts = table["proposes"] > 0
-    for i in np.flatnonzero((kind == EAGER) & (table["prefill_requests"] > 0) & ~(drafts & (table["decode_requests"] > 0))):
+    chunked = (kind == EAGER) & (table["prefill_requests"] > 0)
+    verifies = (table["proposes"] > 0) & (table["decode_requests"] > 0)
+    for i in np.flatnonzero(chunked & ~verifies):
         chunks, tokens = int(table["prefill_requests"][i]), int(table["prefill_tokens"][i])
         each = [tokens // chunks] * chunks
         if sum(n * (n + 1) // 2 for n in each) == table["prefill_pairs"][i] and dense(each):
@@ -358,6 +360,7 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     if gpu.drafting is not None:
         each = gpu.drafting
         found += each.pass_s * steps.passes + each.token_s * steps.passed + each.draft_s * steps.drafts
+        found += ((steps.drafts > 0) & ~chunked) * (each.verify_s + each.kv_s * hot_kv * steps.context)
     found = np.where(chunked, found * (1 + gpu.hot_chunk * steps.warmth), found)
     return np.maximum(found, np.where(chunked, floor, 0.0))
 
@@ -545,7 +548,8 @@ class Spans:
         """All of ``steps``, a span each, where the engine measured their GPU times; ``launch`` as for `of`.
 
         Such a time counts from the start of the step's launch, or from the end of the step before, where that is later.
-        So on an idle GPU it holds what the launch takes until the first kernel comes.
+        For example: a step is launched in 2 ms, from 1 ms before the end of the step before on. In its GPU time the
+        launch ends at 1 ms. On an idle GPU that time holds what passes until the first kernel comes.
         """
         begun = steps.schedule + steps.schedule_cpu
         before = np.where(steps.first | steps.woke, -np.inf, np.concatenate([[-np.inf], steps.done[:-1]]))

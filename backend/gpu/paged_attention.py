@@ -6,7 +6,8 @@ the 16-byte pieces of each row permuted so that a tile lies in memory as the dec
 
 Decodes go through `kernels/paged_decode.cu`, chunks of prompts through `kernels/paged_chunks.cu`; both read the number
 and the lengths of what they serve on the device, so a captured launch serves every step. A long prompt that is computed
-whole goes through cuDNN's attention, which is faster there (`backend.whole_prompts`) and cannot be captured for lengths unknown.
+whole goes through cuDNN's attention, which is faster there (`backend.whole_prompts`). It cannot be captured for lengths
+unknown.
 """
 
 from __future__ import annotations

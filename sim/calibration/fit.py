@@ -52,14 +52,14 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
         shape = specs.model(recording.shape)
     except LookupError as error:
         raise RecordingError(f"{recording.folder}: {error.args[0]}") from None
+    kinds = ("vllm", "sglang", "chairlift", "engine")
+    label = next((f"{key} {engine[key]}" for key in kinds if key in engine), "unknown engine")
     base = None
     if recording.drafts is None:
         fit = calibrate.fit(steps_of(list(experiments)), shape.experts_per_token / max(1, shape.experts))
     else:
-        base = _without_drafts(recording, gpu)
+        base = _without_drafts(recording, gpu, label.split()[0])
         fit = calibrate.fit_drafts(steps_of(list(experiments), base.gpu_time.hot_token_s), base.gpu_time)
-    kinds = ("vllm", "sglang", "chairlift", "engine")
-    label = next((f"{key} {engine[key]}" for key in kinds if key in engine), "unknown engine")
     version = ".".join(label.split()[-1].split(".")[: 3 if "sglang" in engine else 2])
     return Profile(
         name=name or f"{gpu}-{recording.model}-{label.split()[0]}-{version}",
@@ -85,13 +85,14 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
     )
 
 
-def _without_drafts(recording: Recording, gpu: str) -> Profile:
-    """The shipped profile of the same model, GPU and parallelism, to which drafts add their time."""
-    name = chosen(specs.model(recording.shape), specs.gpu(gpu), recording.parallel)
+def _without_drafts(recording: Recording, gpu: str, engine: str) -> Profile:
+    """The shipped profile of the same model, GPU, parallelism and ``engine``, to which drafts add their time."""
+    name = chosen(specs.model(recording.shape), specs.gpu(gpu), recording.parallel, engine=engine)
     found = None if name is None else load(name)
-    if found is None or found.gpu != gpu:
+    if found is None or found.gpu != gpu or not found.engine.startswith(engine):
         raise calibrate.CalibrationError(
-            f"what drafts add cannot be told: no shipped profile of {recording.shape} on {gpu} tells a step without"
+            f"what drafts add cannot be told: no shipped profile of {recording.shape} by {engine} on {gpu} tells a step"
+            " without"
         )
     return found
 

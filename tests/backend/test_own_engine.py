@@ -23,18 +23,18 @@ def cells(request: pytest.FixtureRequest) -> tuple[str, list[Cell]]:
 @pytest.mark.parametrize(
     ("metric", "dense", "fp8", "experts"),
     [
-        ("duration", 0.005, 0.005, 0.011),
-        ("output_throughput", 0.005, 0.005, 0.011),
-        ("steps", 0.014, 0.021, 0.02),
-        ("median_ttft_ms", 0.08, 0.09, 0.03),
-        ("p90_ttft_ms", 0.11, 0.06, 0.1),
-        ("p99_ttft_ms", 0.05, 0.17, 0.21),
-        ("median_tpot_ms", 0.01, 0.03, 0.03),
-        ("p90_tpot_ms", 0.03, 0.03, 0.03),
-        ("p99_tpot_ms", 0.07, 0.07, 0.04),
-        ("median_e2el_ms", 0.02, 0.03, 0.03),
-        ("p90_e2el_ms", 0.02, 0.03, 0.022),
-        ("p99_e2el_ms", 0.014, 0.03, 0.04),
+        ("duration", 0.005, 0.002, 0.007),
+        ("output_throughput", 0.005, 0.002, 0.007),
+        ("steps", 0.021, 0.008, 0.02),
+        ("median_ttft_ms", 0.09, 0.04, 0.06),
+        ("p90_ttft_ms", 0.08, 0.06, 0.1),
+        ("p99_ttft_ms", 0.02, 0.05, 0.22),
+        ("median_tpot_ms", 0.03, 0.012, 0.035),
+        ("p90_tpot_ms", 0.016, 0.02, 0.025),
+        ("p99_tpot_ms", 0.04, 0.03, 0.03),
+        ("median_e2el_ms", 0.02, 0.02, 0.03),
+        ("p90_e2el_ms", 0.022, 0.02, 0.03),
+        ("p99_e2el_ms", 0.04, 0.012, 0.035),
     ],
 )
 def test_predictions_do_not_get_worse(
@@ -48,7 +48,7 @@ def test_predictions_do_not_get_worse(
     assert all(error is not None and abs(error) <= most for error in found.values()), found
 
 
-@pytest.mark.parametrize("model", [*MODELS, "opt-13b"])
+@pytest.mark.parametrize("model", [*MODELS, "opt-13b", "llama-3.1-8b-eagle3"])
 def test_a_profile_is_of_the_grid_that_lies_here(model: str) -> None:
     recording = read(MEASURED / "grid", model)
     profile = load(f"h200-{model}-chairlift-0.1")

@@ -31,7 +31,9 @@ EXPERTS = replace(DENSE, experts_s=20e-3, expert_share=1 / 16, sharpness=1.3)
 TILES = replace(DENSE, tile_tokens=128, odd_tiles=1.16, chunk_residual=((1, 1.0),))
 FLOORS = replace(DENSE, piecewise_floor_s=9e-3, eager_floor_s=40e-3)
 HOT = replace(DENSE, hot_chunk=0.1, hot_kv=0.3)
-DRAFTS = replace(DENSE, drafting=DraftTime(pass_s=5e-4, token_s=1e-6, draft_s=4e-6))
+WHOLE = replace(HOT, whole_pair_s=0.6e-9)
+LIVE = replace(EXPERTS, live_experts=True)
+DRAFTS = replace(HOT, drafting=DraftTime(pass_s=5e-4, token_s=1e-6, draft_s=4e-6, verify_s=3e-4, kv_s=9e-9))
 
 
 def steps(chunks: list[int], tokens: list[int], decodes: list[int], kind: list[int]) -> Steps:
@@ -44,6 +46,8 @@ def steps(chunks: list[int], tokens: list[int], decodes: list[int], kind: list[i
         "decodes": np.array(decodes, dtype=float),
         "context": np.array(decodes, dtype=float) * 700,
         "pairs": np.array(chunks, dtype=float) * 130_000,
+        "prompt": np.array(tokens, dtype=float) * 0.9 * (np.array(chunks) > 0),
+        "whole": 170_000.0 * ((np.array(chunks) == 1) & (np.array(kind) == EAGER)),
         "drafts": np.array(decodes, dtype=float) * 3,
         "passes": np.full(n, 3.0),
         "passed": np.array([0, *tokens[:-1]], dtype=float),
@@ -75,7 +79,9 @@ def with_value(gpu: GpuTime, name: str, number: float) -> GpuTime:
     return replace(gpu, **changed)
 
 
-@pytest.mark.parametrize("gpu", [DENSE, EXPERTS, TILES, FLOORS, HOT, DRAFTS, replace(FLOORS, drafting=DRAFTS.drafting)])
+@pytest.mark.parametrize(
+    "gpu", [DENSE, EXPERTS, TILES, FLOORS, HOT, WHOLE, LIVE, DRAFTS, replace(FLOORS, drafting=DRAFTS.drafting)]
+)
 def test_derivatives_are_those_that_differences_show(gpu: GpuTime) -> None:
     found = of_terms(gpu, MANY)
     terms = [name for name in found if name not in TABLES and value(gpu, name)]
