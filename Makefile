@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test fuzz kills bench fast wheel gallery profiles lint types check clean
+.PHONY: run test fuzz kills bench fast wheel gallery profiles own-profiles lint types check clean
 
 run: $(VENV)/.installed  ## the flagship scenario: where do the 23x come from?
 	$(BIN)/chairlift run anyscale_23x
@@ -43,6 +43,13 @@ profiles: $(VENV)/.installed
 	done
 	$(BIN)/chairlift calibrate --recording $(RECORDINGS)/h200-vllm-0.26 --model llama-3.1-8b-eagle3 \
 	  --out backend/calibrated/profiles/h200-llama-3.1-8b-eagle3-vllm-0.26.json  # on top of the one without drafts
+
+# Those of our own engine, from the grids beside it; the one with drafts last, on top of the one without
+own-profiles: $(VENV)/.installed
+	for model in llama-3.1-8b llama-3.1-8b-fp8 opt-13b qwen3-30b-a3b qwen3-30b-a3b-tp2-ep llama-3.1-8b-eagle3; do \
+	  $(BIN)/chairlift calibrate --recording backend/gpu/measured/grid --model $$model \
+	    --name h200-$$model-chairlift-0.1 --out backend/calibrated/profiles/h200-$$model-chairlift-0.1.json || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

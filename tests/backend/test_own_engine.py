@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from chairlift.backend.calibrated.profile import load
 from chairlift.backend.fitting.recording import read
-from chairlift.sim.calibration.validate import Cell, validate
+from chairlift.sim.calibration.validate import Cell, setup_of, validate
+from chairlift.sim.results.metrics import Latencies
+from chairlift.sim.simulate import simulate
 from kit.places import ROOT
 
 MEASURED = ROOT / "backend" / "gpu" / "measured"
@@ -46,6 +51,23 @@ def test_predictions_do_not_get_worse(
 
     assert set(found) >= {"conv_8", "conv_20"}
     assert all(error is not None and abs(error) <= most for error in found.values()), found
+
+
+def test_a_high_percentile_of_ttft_rests_on_which_arrivals_meet_in_a_step() -> None:
+    """Shifted by up to 2 ms each, 120 arrivals move the p99 of TTFT by more than its band."""
+    recording = read(MEASURED / "hardware_check", "qwen3-30b-a3b-tp2-ep")
+    setup = setup_of(recording.experiments["conv_8"], recording, load("h200-qwen3-30b-a3b-tp2-ep-chairlift-0.1"))
+    random, arrivals = np.random.default_rng(0), setup.trace.arrival_ps
+    found = []
+    for _ in range(12):
+        shift = np.rint(random.uniform(-2e9, 2e9, len(arrivals))).astype(np.int64)
+        shifted = replace(setup.trace, arrival_ps=np.sort(np.maximum(arrivals + shift, 0)))
+        found.append(np.percentile(Latencies(simulate(replace(setup, trace=shifted)).requests).of("ttft"), [50, 99]))
+
+    median, high = np.array(found).T
+
+    assert high.max() > 1.15 * high.min()
+    assert median.max() < 1.1 * median.min()
 
 
 @pytest.mark.parametrize("model", [*MODELS, "opt-13b", "llama-3.1-8b-eagle3"])
