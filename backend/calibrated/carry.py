@@ -107,7 +107,13 @@ def carried(profile: Profile, model: Model, gpu: GPU, parallel: Parallel) -> Pro
         whole_pair_s=times.whole_pair_s * ratio["pair"],
         chunk_s=times.chunk_s * layers,
         request_s=times.request_s * layers,
-        drafting=times.drafting and replace(times.drafting, token_s=times.drafting.token_s * ratio["token"]),
+        drafting=times.drafting
+        and replace(
+            times.drafting,
+            token_s=times.drafting.token_s * ratio["token"],
+            verify_s=times.drafting.verify_s * layers,
+            kv_s=times.drafting.kv_s * ratio["kv"],
+        ),
     )
     gpu_time, host = _launched(gpu_time, profile.host, layers, eager, profile.parallel.gpus, parallel.gpus)
     said = {"weights": "read", "products": "token", "context": "kv", "pairs": "pair"}

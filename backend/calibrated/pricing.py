@@ -129,10 +129,14 @@ class Calibrated(Backend):
         return fixed + self._verify * (drafts > 0), kv + self._kv_verify * (drafts > 0), host
 
     def _launch_of(self, kind: str, proposes: int) -> int:
-        """The host's ps to launch such a step, with the passes that make other than the measured number of drafts."""
+        """The host's ps to launch such a step, with the passes that make other than the measured number of drafts.
+
+        Each pass takes `LAUNCH_US`, or its part of the whole launch where that is less: our own engine's passes are one
+        graph.
+        """
         launch, drafts = self._launch[kind], self.profile.drafts
         if drafts is not None and proposes:
-            launch = max(0, launch + (proposes - drafts.tokens) * LAUNCH_US * 10**6)
+            launch += (proposes - drafts.tokens) * min(LAUNCH_US * 10**6, launch // drafts.tokens)
         return launch
 
     def _with_chunks(self, batch: Batch) -> StepCost:
