@@ -218,6 +218,8 @@ class PagedAttention:
         self._arrived = torch.zeros(max_batch * heads.kv, dtype=torch.int32, device=device)
         self._scale = math.log2(math.e) / math.sqrt(heads.size)
         self._tokens = CHUNK_ROWS // group  # of a query tile
+        pieces = (heads.query + 3 * heads.kv) * heads.size // 16  # of a row, with one for every two of Q and K
+        self._threads = 32 * min(16, -(-pieces // 32))  # to rotate and store them
         parts = 4 * self._grid  # results of parts that `plan_chunks` makes at most, see there
         self._parts = torch.empty(parts * 128 * (heads.size // 2 + 4), dtype=torch.float32, device=device)
         self._parts_arrived = torch.zeros(parts, dtype=torch.int32, device=device)
@@ -286,9 +288,8 @@ class PagedAttention:
         """
         heads = self.heads
         if self._cuda:
-            self._rotate_and_store(
-                (len(qkv),), 256, qkv, cache, positions, slots, self.rotation, heads.query, heads.kv, qkv.stride(0)
-            )
+            given = (qkv, cache, positions, slots, self.rotation, heads.query, heads.kv, qkv.stride(0))
+            self._rotate_and_store((len(qkv),), self._threads, *given)
             return
         mine = slots != UNTOUCHED
         query, key, value = self._split(qkv, positions.long())

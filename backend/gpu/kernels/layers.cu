@@ -76,14 +76,21 @@ extern "C" __global__ void apply_scales(uint4* __restrict__ x, const float* __re
 }
 
 #ifdef EACH
-// A row that a thread block holds, written as e4m3 with its scale.
-__device__ __forceinline__ void write_e4m3(const Eight (&held)[EACH], uint2* out, float* scale, float* shared) {
+__device__ __forceinline__ Eight unpacked(const uint4& v) { return Eight(v); }
+__device__ __forceinline__ const Eight& unpacked(const Eight& v) { return v; }
+
+// A row that a thread block holds, written as e4m3 with its scale. Packed it takes half the registers: a wide row's threads
+// then leave room for those of other rows, which read while these compute.
+template <class Piece>
+__device__ __forceinline__ void write_e4m3(const Piece (&held)[EACH], uint2* out, float* scale, float* shared) {
   float top = 0.f;
 #pragma unroll
   for (int k = 0; k < EACH; ++k)
-    if (threadIdx.x + k * blockDim.x < WIDTH / 8)
+    if (threadIdx.x + k * blockDim.x < WIDTH / 8) {
+      const Eight x = unpacked(held[k]);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) top = fmaxf(top, fabsf(held[k].x[j]));
+      for (int j = 0; j < 8; ++j) top = fmaxf(top, fabsf(x.x[j]));
+    }
   top = fmaxf(max_of_block(top, shared), 1e-12f);
   if (threadIdx.x == 0) *scale = top / 448.f;
   const float inverse = 448.f / top;
@@ -91,7 +98,8 @@ __device__ __forceinline__ void write_e4m3(const Eight (&held)[EACH], uint2* out
   for (int k = 0; k < EACH; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= WIDTH / 8) continue;
-    const float* x = held[k].x;
+    const Eight all = unpacked(held[k]);
+    const float* x = all.x;
     out[i] = make_uint2(pack_e4m3(x[0] * inverse, x[1] * inverse, x[2] * inverse, x[3] * inverse),
                         pack_e4m3(x[4] * inverse, x[5] * inverse, x[6] * inverse, x[7] * inverse));
   }
@@ -101,11 +109,11 @@ __device__ __forceinline__ void write_e4m3(const Eight (&held)[EACH], uint2* out
 extern "C" __global__ void quantise(const uint4* __restrict__ x, uint2* __restrict__ out, float* __restrict__ scale) {
   __shared__ float shared[32];
   in_order();
-  Eight held[EACH];
+  uint4 held[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i < WIDTH / 8) held[k] = Eight(x[(u64)blockIdx.x * (WIDTH / 8) + i]);
+    if (i < WIDTH / 8) held[k] = x[(u64)blockIdx.x * (WIDTH / 8) + i];
   }
   write_e4m3(held, out + (u64)blockIdx.x * (WIDTH / 8), scale + blockIdx.x, shared);
 }
@@ -121,7 +129,7 @@ extern "C" __global__ void gated_e4m3(const uint4* __restrict__ x, const float* 
 #if SCALED
   const float of_row = row_scale[blockIdx.x];
 #endif
-  Eight held[EACH];
+  uint4 held[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
@@ -133,7 +141,8 @@ extern "C" __global__ void gated_e4m3(const uint4* __restrict__ x, const float* 
     up = scaled(up, of_row, column_scale + WIDTH + i * 8);
 #endif
 #pragma unroll
-    for (int j = 0; j < 8; ++j) held[k].x[j] = silu(gate.x[j]) * up.x[j];
+    for (int j = 0; j < 8; ++j) gate.x[j] = silu(gate.x[j]) * up.x[j];
+    held[k] = gate.packed();
   }
   write_e4m3(held, out + (u64)blockIdx.x * pieces, scale + blockIdx.x, shared);
 }
@@ -402,7 +411,15 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
   const u64 head_step = (u64)(BLOCK / TILE) * (2 * TILE * D);
   const float2* angle = rotation ? rotation + (u64)positions[blockIdx.x] * (D / 2) : 0;
   const int halves = D / 16;
-  for (int i = threadIdx.x; i < (query_heads + key_heads) * halves; i += blockDim.x) {
+  const int rotated = (query_heads + key_heads) * halves;
+  for (int i = threadIdx.x; i < rotated + key_heads * PIECES; i += blockDim.x) {
+    if (i >= rotated) {
+      const int head = (i - rotated) / PIECES, piece = (i - rotated) % PIECES;
+      if (slot < 0) break;
+      const uint4 v = ((const uint4*)(row + (query_heads + key_heads + head) * D))[piece];
+      ((uint4*)(tiles + head * head_step + (TILE + token) * D))[place(token, piece)] = v;
+      continue;
+    }
     const int head = i / halves, piece = i % halves;
     if (!rotation && head < query_heads) continue;
     uint4* low = (uint4*)(row + head * D) + piece;
@@ -410,11 +427,14 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
     Eight a(*low), b(*high);
     if (rotation) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 t = angle[piece * 8 + j];
-        const float x = a.x[j], y = b.x[j];
-        a.x[j] = x * t.x - y * t.y;
-        b.x[j] = y * t.x + x * t.y;
+      for (int j = 0; j < 8; j += 2) {
+        const float4 t = ((const float4*)angle)[piece * 4 + j / 2];  // of two pairs
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float x = a.x[j + k], y = b.x[j + k], cosine = k ? t.z : t.x, sine = k ? t.w : t.y;
+          a.x[j + k] = x * cosine - y * sine;
+          b.x[j + k] = y * cosine + x * sine;
+        }
       }
       *low = a.packed();
       *high = b.packed();
@@ -424,12 +444,6 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
       to[place(token, piece)] = a.packed();
       to[place(token, piece + halves)] = b.packed();
     }
-  }
-  if (slot < 0) return;
-  for (int i = threadIdx.x; i < key_heads * PIECES; i += blockDim.x) {
-    const int head = i / PIECES, piece = i % PIECES;
-    const uint4 v = ((const uint4*)(row + (query_heads + key_heads + head) * D))[piece];
-    ((uint4*)(tiles + head * head_step + (TILE + token) * D))[place(token, piece)] = v;
   }
 }
 #endif

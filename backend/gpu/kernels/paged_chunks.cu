@@ -10,6 +10,8 @@
 // A thread block takes 64 query rows: QT tokens with their GROUP heads of one KV head (FlashAttention 2's loop, Dao 2023,
 // over tiles as the cache holds them). Where there are fewer such items than the GPU takes at once, long contexts are split
 // (flash-decoding, Dao et al. 2023) and whoever comes last puts the parts together. `plan_chunks` says which items there are.
+// Where 16 rows are all there are, as where a sequence verifies its drafts, the four warps take the same rows and a tile of
+// KV each, and are put together at the end: so few rows and much KV take what reading takes.
 
 #include "tiles.cuh"
 
@@ -105,6 +107,73 @@ __device__ __forceinline__ void arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Scores of `TILES` tiles of KV from token `base` on, and their share of the values: a warp's 16 query rows.
+template <int TILES>
+__device__ __forceinline__ void look(u32 tiles_at, int base, int least, int from_token, const int (&sees)[2], float scale,
+                                     const u32 (&query)[D / 8], const u32 (&query_high)[D / 8], float (&o)[D / 8][4],
+                                     float (&m)[2], float (&l)[2]) {
+  const int lane = threadIdx.x % 32, column = lane % 4 * 2;
+  float s[2 * TILES][4];
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    const u32 keys = tiles_at + n * TILE_BYTES;
+    const int token = lane / 16 * 8 + lane % 8, piece = lane / 8 % 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[2 * n][i] = s[2 * n + 1][i] = 0.f;
+#pragma unroll
+    for (int e = 0; e < D / 16; ++e) {
+      u32 k[4];
+      load4(k, keys + token * ROW + place(token, 2 * e + piece) * 16);
+      mma(s[2 * n], query[2 * e], query_high[2 * e], query[2 * e + 1], query_high[2 * e + 1], k[0], k[1]);
+      mma(s[2 * n + 1], query[2 * e], query_high[2 * e], query[2 * e + 1], query_high[2 * e + 1], k[2], k[3]);
+    }
+  }
+  if (base + TILES * TILE > least || base < from_token) {
+#pragma unroll
+    for (int n = 0; n < 2 * TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = base + n * 8 + column + (i & 1);
+        if (token >= sees[i / 2] || token < from_token) s[n][i] = __int_as_float(0xff800000);
+      }
+  }
+#pragma unroll
+  for (int high = 0; high < 2; ++high) {
+    float top = fmaxf(s[0][2 * high], s[0][2 * high + 1]);
+#pragma unroll
+    for (int n = 1; n < 2 * TILES; ++n) top = fmaxf(top, fmaxf(s[n][2 * high], s[n][2 * high + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
+    const float next = fmaxf(m[high], top), shrink = power2(m[high] - next);
+    m[high] = next;
+    l[high] *= shrink;
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) o[i][2 * high] *= shrink, o[i][2 * high + 1] *= shrink;
+#pragma unroll
+    for (int n = 0; n < 2 * TILES; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float p = power2(s[n][2 * high + i] * scale - next);
+        s[n][2 * high + i] = p;
+        l[high] += p;
+      }
+  }
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+    const u32 values = tiles_at + n * TILE_BYTES + TILE * ROW;
+    const u32 p0 = pack(s[2 * n][0], s[2 * n][1]), p1 = pack(s[2 * n][2], s[2 * n][3]);
+    const u32 p2 = pack(s[2 * n + 1][0], s[2 * n + 1][1]), p3 = pack(s[2 * n + 1][2], s[2 * n + 1][3]);
+    const int token = lane / 8 % 2 * 8 + lane % 8, piece = lane / 16;
+#pragma unroll
+    for (int e = 0; e < D / 16; ++e) {
+      u32 v[4];
+      load4_transposed(v, values + token * ROW + place(token, 2 * e + piece) * 16);
+      mma(o[2 * e], p0, p1, p2, p3, v[0], v[1]);
+      mma(o[2 * e + 1], p0, p1, p2, p3, v[2], v[3]);
+    }
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads, rotated
              const half_t* __restrict__ cache,  // this layer's blocks; the rows' own keys and values are in it
@@ -151,12 +220,13 @@ paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
     if (threadIdx.x < 4)
       for (int i = 0; i < STAGES && begin + i < stop; ++i) load(begin + i, (used + i) % STAGES);
 
+    const bool few = min(rows - tile * QT, QT) * GROUP <= 16;
     u32 query[D / 8], query_high[D / 8];
     int sees[2];  // tokens that each of this lane's two rows sees
     half_t* to[2];
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
-      const int r = warp * 16 + row + high * 8, token = tile * QT + r / GROUP;
+      const int r = (few ? 0 : warp * 16) + row + high * 8, token = tile * QT + r / GROUP;
       const bool live = r < QT * GROUP && token < rows;
       const int mine = live ? token : rows - 1, query_head = head * GROUP + r % GROUP;
       const half_t* from = q + (u64)(first_row + mine) * q_stride + query_head * D;
@@ -164,7 +234,7 @@ paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
 #pragma unroll
       for (int e = 0; e < D / 8; ++e) into[e] = *(const u32*)(from + e * 8 + column);
       sees[high] = end - rows + mine + 1;
-      to[high] = live ? out + ((u64)(first_row + mine) * heads * GROUP + query_head) * D : 0;
+      to[high] = live && !(few && warp) ? out + ((u64)(first_row + mine) * heads * GROUP + query_head) * D : 0;
     }
     const int least = end - rows + min(tile * QT, rows - 1) + 1;  // tokens that the tile's first row sees
 
@@ -189,65 +259,10 @@ paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
         __syncthreads();
       }
 
-      float s[8][4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const u32 keys = tiles_at + n * TILE_BYTES;
-        const int token = lane / 16 * 8 + lane % 8, piece = lane / 8 % 2;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[2 * n][i] = s[2 * n + 1][i] = 0.f;
-#pragma unroll
-        for (int e = 0; e < D / 16; ++e) {
-          u32 k[4];
-          load4(k, keys + token * ROW + place(token, 2 * e + piece) * 16);
-          mma(s[2 * n], query[2 * e], query_high[2 * e], query[2 * e + 1], query_high[2 * e + 1], k[0], k[1]);
-          mma(s[2 * n + 1], query[2 * e], query_high[2 * e], query[2 * e + 1], query_high[2 * e + 1], k[2], k[3]);
-        }
-      }
-      if (base + WIDTH > least || base < from_token) {
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int token = base + n * 8 + column + (i & 1);
-            if (token >= sees[i / 2] || token < from_token) s[n][i] = __int_as_float(0xff800000);
-          }
-      }
-#pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        float top = fmaxf(s[0][2 * high], s[0][2 * high + 1]);
-#pragma unroll
-        for (int n = 1; n < 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * high], s[n][2 * high + 1]));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
-        const float next = fmaxf(m[high], top), shrink = power2(m[high] - next);
-        m[high] = next;
-        l[high] *= shrink;
-#pragma unroll
-        for (int i = 0; i < D / 8; ++i) o[i][2 * high] *= shrink, o[i][2 * high + 1] *= shrink;
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float p = power2(s[n][2 * high + i] * scale - next);
-            s[n][2 * high + i] = p;
-            l[high] += p;
-          }
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const u32 values = tiles_at + n * TILE_BYTES + TILE * ROW;
-        const u32 p0 = pack(s[2 * n][0], s[2 * n][1]), p1 = pack(s[2 * n][2], s[2 * n][3]);
-        const u32 p2 = pack(s[2 * n + 1][0], s[2 * n + 1][1]), p3 = pack(s[2 * n + 1][2], s[2 * n + 1][3]);
-        const int token = lane / 8 % 2 * 8 + lane % 8, piece = lane / 16;
-#pragma unroll
-        for (int e = 0; e < D / 16; ++e) {
-          u32 v[4];
-          load4_transposed(v, values + token * ROW + place(token, 2 * e + piece) * 16);
-          mma(o[2 * e], p0, p1, p2, p3, v[0], v[1]);
-          mma(o[2 * e + 1], p0, p1, p2, p3, v[2], v[3]);
-        }
-      }
+      if (few)
+        look<1>(tiles_at + warp * TILE_BYTES, base + warp * TILE, least, from_token, sees, scale, query, query_high, o, m, l);
+      else
+        look<4>(tiles_at, base, least, from_token, sees, scale, query, query_high, o, m, l);
       __syncthreads();  // all warps have read this stage
       if (threadIdx.x < 4 && stage + STAGES < stop) load(stage + STAGES, here);
     }
@@ -256,6 +271,35 @@ paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
     for (int high = 0; high < 2; ++high) {
       l[high] += __shfl_xor_sync(~0u, l[high], 1);
       l[high] += __shfl_xor_sync(~0u, l[high], 2);
+    }
+    if (few) {  // the first warp puts together what each has of the same rows
+      float* held = (float*)ring + lane;  // [warp][D / 2 + 4][lane]
+      auto of = [&](int w, int i) -> float& { return held[(w * (D / 2 + 4) + i) * 32]; };
+      if (warp) {
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) of(warp, i * 4 + j) = o[i][j];
+#pragma unroll
+        for (int high = 0; high < 2; ++high) of(warp, D / 2 + high) = m[high], of(warp, D / 2 + 2 + high) = l[high];
+      }
+      __syncthreads();
+      for (int w = 1; w < WARPS && warp == 0; ++w) {
+        float mine[2], other[2];
+#pragma unroll
+        for (int high = 0; high < 2; ++high) {
+          const float theirs = of(w, D / 2 + high), top = fmaxf(m[high], theirs);
+          mine[high] = power2(m[high] - top), other[high] = power2(theirs - top);
+          m[high] = top;
+          l[high] = l[high] * mine[high] + of(w, D / 2 + 2 + high) * other[high];
+        }
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) o[i][j] = o[i][j] * mine[j / 2] + of(w, i * 4 + j) * other[j / 2];
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // bulk copies of the next item follow
+      __syncthreads();
     }
     if (parts > 1) {
       const int place_of_first = entry[6] * heads + head;
