@@ -96,6 +96,8 @@ def carried(profile: Profile, model: Model, gpu: GPU, parallel: Parallel) -> Pro
     gpu_time = replace(
         times,
         weights_s=times.weights_s * ratio["read"],
+        empty_pair_s=times.empty_pair_s * ratio["read"],
+        size_factors=(),  # of kernels for these very matrices on this GPU
         experts_s=experts,
         expert_share=model.experts_per_token / max(1, model.experts),
         token_s=times.token_s * ratio["token"],
@@ -180,10 +182,16 @@ def _launched(
 ) -> tuple[GpuTime, HostTime]:
     """``times`` and ``host`` with launches of so many times the layers, by a host of so many GPUs."""
     one, other = pace(HOST, before), pace(HOST, after)
-    piecewise_s = max(times.piecewise_floor_s, host.piecewise_s) * (layers * other.launch_us / one.launch_us)
+    workers = times.eager_floor_s > 0
+    # An idle engine's workers are done `tail_s` after a step was handed to them, which begins with `head_s`.
+    piecewise_s = host.piecewise_s + (host.tail_s - host.head_s if workers else 0.0)
+    piecewise_s = max(times.piecewise_floor_s, piecewise_s)
+    piecewise_s *= layers * other.launch_us / one.launch_us
     eager_s = max(times.eager_floor_s, host.eager_s) * (eager * other.eager_us / one.eager_us)
     if after > 1:
-        times = replace(times, piecewise_floor_s=piecewise_s, eager_floor_s=eager_s)
-        return times, replace(host, piecewise_s=WORKERS_S, eager_s=WORKERS_S)
+        times = replace(times, piecewise_floor_s=0.0, eager_floor_s=eager_s)
+        tail_s = max(0.0, piecewise_s + host.head_s - WORKERS_S)
+        return times, replace(host, piecewise_s=WORKERS_S, eager_s=WORKERS_S, tail_s=tail_s)
     times = replace(times, piecewise_floor_s=0.0, eager_floor_s=0.0)
-    return times, replace(host, piecewise_s=piecewise_s, eager_s=eager_s, tail_s=host.tail_s * layers)
+    tail_s = 0.0 if workers else host.tail_s * layers
+    return times, replace(host, piecewise_s=piecewise_s, eager_s=eager_s, tail_s=tail_s)

@@ -9,9 +9,11 @@ GPU time of a step that computes T tokens (padded to a CUDA graph's size where o
     + pair · Σ query–key pairs + chunk + request · n  n chunks' attention (another rate where cuDNN's kernel does it:
                                                       `backend.whole_prompts`)
 
-A step with chunks takes ``1 + hot_chunk`` times as long on a GPU whose clock has sunk all the way
-(`backend.calibrated.warmth`), the attention of decodes alone ``1 + hot_kv`` times. A step takes at least the floor of
-its kind, where worker processes launch it kernel by kernel.
+Matmuls of steps with chunks may compute whole tiles, or pairs of them, and a size may have kernels of its own
+(`GpuTime.chunk_matmuls`). A step with chunks takes ``1 + hot_chunk`` times as long on a GPU whose clock has sunk all
+the way (`backend.calibrated.warmth`), the attention of decodes alone ``1 + hot_kv`` times. Where worker processes
+launch, one step after the other, a step takes at least the floor of its kind, and ends no sooner than
+`HostTime.tail_s` after it was handed to them.
 
 Of an engine that speculates, T counts the drafts that decodes verify, and to a step come (`DraftTime`)::
 
@@ -78,6 +80,7 @@ Factor = Annotated[float, Field(ge=0.01, le=100)]
 Hot = Annotated[float, Field(ge=0, le=10)]
 Tokens = Annotated[int, Field(ge=1, le=10**9)]
 Knots = Annotated[tuple[tuple[Tokens, Factor], ...], Field(min_length=1), AfterValidator(_rising)]  # tokens, ascending
+Sizes = Annotated[tuple[tuple[Tokens, Factor], ...], Field(max_length=200), AfterValidator(_rising)]
 Text = Annotated[str, Field(max_length=1000)]
 Relative = Annotated[float, Field(ge=-1e6, le=1e6)]
 
@@ -128,6 +131,10 @@ class GpuTime:
     eager_floor_s: Seconds = 0.0  # of a larger one
     tile_tokens: Annotated[int, Field(ge=1, le=1024)] = 1  # matmuls of steps with chunks compute whole tiles of so many
     odd_tiles: Factor = 1.0  # by which an odd number of tiles takes longer: tiles are computed in pairs
+    # If any, more than one tile are computed in whole pairs. For a last pair that is all but empty, matmuls take
+    # `odd_tiles` times as long as with a full one, and so much longer.
+    empty_pair_s: Seconds = 0.0
+    size_factors: Sizes = ()  # by which matmuls of steps with chunks of just so many tokens take longer: other kernels
     drafting: DraftTime | None = None  # of an engine that speculates
     hot_chunk: Hot = 0.0  # by so much a step with chunks takes longer once prompts have made the GPU's clock sink
     hot_token_s: Seconds = 0.0  # a token of a step with chunks makes the GPU warm for so long; 0: for ``token_s``
@@ -137,10 +144,32 @@ class GpuTime:
 
     def chunk_matmuls(self, tokens: Floats, live: Floats | None = None) -> Floats:
         """Seconds of the matmuls of steps with chunks, as `matmuls`."""
-        tiles = np.ceil(tokens / self.tile_tokens)
+        tiles, odd = self.tiles(tokens)
         whole = self.matmuls(tiles * self.tile_tokens, self.chunk_residual, live)
-        found: Floats = whole * np.where((tiles % 2 == 1) & (self.tile_tokens > 1), self.odd_tiles, 1.0)
+        whole = whole * (1 + (self.odd_tiles - 1) * odd) + self.empty_pair_s * odd
+        found: Floats = whole * self.of_size(tokens)
         return found
+
+    def of_size(self, tokens: Floats) -> Floats:
+        """The factor of `size_factors` of each of ``tokens``; 1 where there is none."""
+        if not self.size_factors:
+            return np.ones(len(tokens))
+        sizes, factors = np.array(self.size_factors, dtype=np.float64).T
+        at = np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)
+        found: Floats = np.where(sizes[at] == tokens, factors[at], 1.0)
+        return found
+
+    def tiles(self, tokens: Floats) -> tuple[Floats, Floats]:
+        """Tiles that matmuls of steps with chunks compute of ``tokens`` tokens, and how odd their number is, 0 to 1.
+
+        An odd number of tiles is 1. Where only whole pairs are computed it is the empty share of the last pair, and 0
+        of a single tile, which has kernels of its own.
+        """
+        tiles = np.ceil(tokens / self.tile_tokens)
+        if self.empty_pair_s:
+            whole = np.where(tiles > 1, 2 * np.ceil(tiles / 2), tiles)
+            return whole, np.where(tiles > 1, (whole - tokens / self.tile_tokens) / 2, 0.0)
+        return tiles, tiles % 2 * (self.tile_tokens > 1)
 
     def matmuls(self, tokens: Floats, residual: Knots, live: Floats | None = None) -> Floats:
         """Seconds of the matmuls of ``tokens`` tokens, of which ``live`` (None: all) are no padding.
@@ -175,7 +204,7 @@ class HostTime:
     graph_s: Seconds  # launch of one whole CUDA graph
     piecewise_s: Seconds  # launch of a step with chunks that fits the captured graphs
     eager_s: Seconds  # launch of a larger step, kernel by kernel
-    tail_s: Seconds  # GPU work left once such a launch has ended, however short the step
+    tail_s: Seconds  # GPU work left once such a launch has ended, however short the step; of workers, their own launch
     head_s: Seconds = 0.0  # from the start of such a launch until an idle GPU gets its first kernel
     schedule_chunk_s: Seconds = 0.0  # scheduling each chunk
 
@@ -294,7 +323,9 @@ class Profile:
                 del said["gpu_time"]["drafting"][name]
         if not self.host.schedule_chunk_s:  # likewise
             del said["host"]["schedule_chunk_s"]
-        for name in ("hot_chunk", "hot_token_s", "hot_kv", "whole_pair_s", "live_experts"):
+        for name in (
+            *("hot_chunk", "hot_token_s", "hot_kv", "empty_pair_s", "size_factors", "whole_pair_s", "live_experts"),
+        ):
             if not said["gpu_time"][name]:
                 del said["gpu_time"][name]
         return said

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.calibrated.profile import DraftTime, GpuTime, HostTime
+from chairlift.backend.calibrated.profile import DraftTime, GpuTime, HostTime, Sizes
 from chairlift.backend.fitting.slopes import DRAFTING, TABLES, Ends, of_terms
 from chairlift.backend.fitting.steps import (
+    ALIKE,
+    CLEAR,
     EAGER,
     GRAPH,
     KINDS,
@@ -25,10 +28,12 @@ from chairlift.backend.fitting.steps import (
     PIECEWISE,
     SHORTEST_S,
     USUAL_LAUNCH,
+    WORKERS_S,
     Floats,
     Spans,
     Steps,
     Waits,
+    at_floor,
     chunk_times,
     decode_times,
     launch_times,
@@ -47,6 +52,8 @@ STRAY = 10  # by how much the root of a term may differ from where its search st
 STIFF = 0.05  # by how much neighbouring knots of a residual may differ
 TIED = 0.15  # by how much a residual may differ from 1
 TILE = 128  # tokens of a tile of matmul kernels
+CLEAR_ERRORS, CLEAR_OFF = 3, 0.05  # by so many standard errors, and so much, matmuls of a size clearly differ
+DEVIATION, MEDIAN_ERROR = 1.4826, 1.2533  # of a normal: standard ÷ median absolute deviation; median's error ÷ mean's
 TELLS = 0.97  # a form with a further term must have a loss so much smaller
 FEWEST = 200  # steps of a recording
 FEWEST_SERVED = 30  # steps of loads that tell how long the mean step takes
@@ -55,7 +62,6 @@ CELL = 100  # steps of one kind and size that take part in the fit; more would t
 DRAFT_SHARE = 1 / 16  # of a token's matmuls, those of the layer that drafts: where the search for it starts
 VERIFY_S = 0.2e-3  # of a step whose decodes verify, beside passes and drafts: likewise
 HEAD_S, TAIL_S = 2e-3, 1e-3  # of a launch kernel by kernel: likewise
-WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
 
 
 class CalibrationError(ValueError):
@@ -72,17 +78,20 @@ class Fit:
     notes: tuple[str, ...]
 
 
-def fit(steps: Steps, expert_share: float = 0.0) -> Fit:
-    """The cost model of ``steps``; ``expert_share`` of the experts see a token. Raises `CalibrationError`."""
+def fit(steps: Steps, expert_share: float = 0.0, sizes: Sizes = ()) -> Fit:
+    """The cost model of ``steps``; ``expert_share`` of the experts see a token. Raises `CalibrationError`.
+
+    ``sizes``: `GpuTime.size_factors` of another engine with the same kernels, for sizes of which few steps show.
+    """
     from threadpoolctl import threadpool_limits
 
     if len(steps) < FEWEST:
         raise CalibrationError(f"{len(steps)} steps are too few: at least {FEWEST} are needed")
     with threadpool_limits(limits=1, user_api="blas"):
-        return _fit(steps, expert_share)
+        return _fit(steps, expert_share, sizes)
 
 
-def _fit(steps: Steps, share: float) -> Fit:
+def _fit(steps: Steps, share: float, sizes: Sizes) -> Fit:
     token_s = token_time(steps)
     usual = usual_launches(steps)
     rows, seconds = decode_times(steps, usual)
@@ -96,7 +105,7 @@ def _fit(steps: Steps, share: float) -> Fit:
     shown = launch_times(steps, known_s, usual)
     host = _host(steps, *shown, usual, notes)
     launch = own_launches(steps, *shown, np.array([host.graph_s, host.piecewise_s, host.eager_s]))
-    chunk_rows, *_ = chunk_times(steps, decode_s, launch)
+    chunk_rows, chunk_s, _ = chunk_times(steps, decode_s, launch)
     _spread(steps, chunk_rows, "chunk", "token_s", steps.prompt)
     _spread(steps, chunk_rows, "chunk", "pair_s", steps.pairs)
     mixed = chunk_rows[steps.decodes[chunk_rows] > 0]
@@ -106,14 +115,21 @@ def _fit(steps: Steps, share: float) -> Fit:
     both = _Form(share, mixed=len(mixed) >= 20, chunks=True, workers=workers, token_s=token_s)
     spans = _spans(steps, launch)
     gpu, head, tail, off = both.fitted(steps, spans)
-    in_tiles = both.in_tiles(TILE).fitted(steps, spans)
-    if in_tiles[-1] < TELLS * off:
-        gpu, head, tail, _ = in_tiles
+    in_tiles = both.in_tiles(TILE)
+    tiled = in_tiles.fitted(steps, spans)
+    if tiled[-1] < TELLS * off:
+        both, (gpu, head, tail, off) = in_tiles, tiled
+    for name in both.floors:
+        hidden = both.without_floor(name)
+        other = hidden.fitted(steps, spans)
+        if off > TELLS * other[-1]:  # no step waits for such a launch
+            both, (gpu, head, tail, off) = hidden, other
     singles = _singles(steps, rows, seconds)
     gpu = _mean(gpu, steps, singles, 0.0, 0.0, "decode_residual", "kv_residual")
     # In a train of chunks the GPU's clock sinks; it is such trains, not prompts after a rest, that a load is made of.
     # Where the GPU waited for a launch within a train, that the launch took long is not the GPU's doing.
     busy = Ends.of(spans, predicted(gpu, steps), steps.singly, head, tail).first[spans.at_last] == 0
+    busy &= ~at_floor(gpu, steps)[spans.rows[spans.at_last]]
     ends_with_chunk = spans.known & (steps.chunks > 0)[spans.rows.max(axis=1)] & (spans.free > -np.inf)
     gpu = _mean(gpu, steps, spans.take(np.flatnonzero(ends_with_chunk & busy)), head, tail, "chunk_residual")
     # In worker processes a launch holds no loop up: a step that ends late tells of the floor under its GPU time.
@@ -128,8 +144,18 @@ def _fit(steps: Steps, share: float) -> Fit:
             )
         host = replace(host, **found)
     host = replace(host, head_s=_head(gpu, steps, host) if steps.gpu_known else head, tail_s=tail)
-    if workers:
+    if not workers:  # launches in worker processes would be taken for kernels
+        typical = np.array([host.graph_s, host.piecewise_s, host.eager_s])
+        gpu = replace(gpu, size_factors=_sizes(gpu, steps, own_launches(steps, *shown, typical), sizes))
+    if workers and gpu.eager_floor_s:
         notes.append("worker processes launch the steps: kernel by kernel, that sets a floor to their GPU time")
+    elif workers and (steps.kind[chunk_rows] == EAGER).any():
+        most = float(np.quantile(chunk_s[steps.kind[chunk_rows] == EAGER], 0.01)) / CLEAR
+        gpu = replace(gpu, eager_floor_s=most)
+        notes.append(
+            f"worker processes launch the steps: kernel by kernel in {most * 1e3:.0f} ms at most, which is assumed,"
+            " for the GPU hides it"
+        )
     counts = {"steps": len(steps), "decode": len(rows), "chunk": len(chunk_rows), "launch": len(shown[0])}
     return Fit(gpu, host, counts, tuple(notes))
 
@@ -220,6 +246,30 @@ def _mean(gpu: GpuTime, steps: Steps, spans: Spans, head: float, tail: float, *t
     return lifted(_usual(own, np.sqrt(np.bincount(run)[runs])))
 
 
+def _sizes(gpu: GpuTime, steps: Steps, launch: Floats, known: Sizes) -> Sizes:
+    """`GpuTime.size_factors` of the captured sizes whose steps clearly take another time than ``gpu`` says.
+
+    A library may choose other kernels for one size than for its neighbours. ``gpu`` stays: a robust fit follows the
+    usual size. The median of at least `ALIKE` steps of a size tells, if it is off by `CLEAR_ERRORS` standard errors and
+    by `CLEAR_OFF`. Of sizes with fewer steps, what is ``known`` stays.
+    """
+    rows, seconds, led = chunk_times(steps, np.where(steps.kind == GRAPH, predicted(gpu, steps), 0.0), launch)
+    shown = (steps.kind[rows] == PIECEWISE) & ~led
+    rows, seconds = rows[shown], seconds[shown]
+    size = steps.computed[rows]
+    off = (seconds - predicted(gpu, steps)[rows]) / gpu.chunk_matmuls(size, steps.tokens[rows])
+    of = {int(each): off[size == each] for each in np.unique(size) if (size == each).sum() >= ALIKE}
+    found = {each: factor for each, factor in known if each not in of}
+    if of:
+        own = np.concatenate([some - np.median(some) for some in of.values()])
+        deviation = DEVIATION * float(np.median(np.abs(own)))
+        for each, some in of.items():
+            middle, error = float(np.median(some)), MEDIAN_ERROR * deviation / math.sqrt(len(some))
+            if abs(middle) > max(CLEAR_ERRORS * error, CLEAR_OFF):
+                found[each] = 1 + middle
+    return tuple(sorted(found.items()))
+
+
 def _usual(values: Sequence[float], weights: Floats) -> float:
     """The weighted median; between the two values in the middle it is interpolated."""
     order = np.argsort(values)
@@ -248,7 +298,8 @@ class _Form:
         "eager_floor_s": 20e-3,
         "head_s": HEAD_S,
         "tail_s": TAIL_S,
-        "odd_tiles": 1.0,
+        "odd_tiles": 1.05,
+        "empty_pair_s": 2e-3,
         "hot_chunk": 0.05,
         "hot_kv": 0.3,
     }
@@ -259,12 +310,19 @@ class _Form:
         self.chunks = chunks  # whether there are steps with chunks at all
         self.tile = 1  # tokens of a tile of the matmuls of steps with chunks
         self.workers = workers  # whether launches kernel by kernel set a floor to GPU time
+        self.floors: tuple[str, ...] = ("piecewise_floor_s", "eager_floor_s") if workers else ()  # set by launches
         self.token_s = token_s  # for which a token of a step with chunks makes the GPU warm
 
     def in_tiles(self, tokens: int) -> _Form:
-        """This form, where matmuls of steps with chunks compute whole tiles of ``tokens`` tokens, two at a time."""
-        other = _Form(self.share, self.mixed, self.chunks, self.workers, self.token_s)
+        """This form, where matmuls of steps with chunks compute whole pairs of tiles of ``tokens`` tokens."""
+        other = copy(self)
         other.tile = tokens
+        return other
+
+    def without_floor(self, name: str) -> _Form:
+        """This form without the floor of `GpuTime` of this name."""
+        other = copy(self)
+        other.floors = tuple(each for each in self.floors if each != name)
         return other
 
     def fitted(self, steps: Steps, spans: Spans) -> tuple[GpuTime, float, float, float]:
@@ -301,16 +359,22 @@ class _Form:
         if not self.mixed:
             start.pop("kv_mixed_s", None)
         if self.tile == 1:
-            del start["odd_tiles"]
+            del start["odd_tiles"], start["empty_pair_s"]
+        else:
+            start["empty_pair_s"] = start["weights_s"]
         if self.share:
             start["experts_s"] = max(1e-3, float(np.quantile(seconds, 0.75)) - start["weights_s"])
         else:
             del start["experts_s"]
         if self.workers:
             for name, kind in (("piecewise_floor_s", PIECEWISE), ("eager_floor_s", EAGER)):
+                if name not in self.floors:
+                    del start[name]
+                    continue
                 small = seconds[(steps.chunks > 0) & (steps.kind == kind)]
                 start[name] = float(np.quantile(small, 0.1)) if len(small) else 1e-3
-            del start["tail_s"]
+            idle = seconds[(steps.chunks > 0) & steps.woke]
+            start["tail_s"] = float(np.quantile(idle, 0.1)) if len(idle) else 1e-3
         else:
             del start["piecewise_floor_s"], start["eager_floor_s"]
         if self.chunks:

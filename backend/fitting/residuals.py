@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,11 @@ import numpy.typing as npt
 from chairlift.backend.calibrated.profile import HOST, QUANTILES, REGIMES, GpuTime, HostTime, Spread
 from chairlift.backend.fitting.steps import (
     GRAPH,
+    WORKERS_S,
+    Bools,
     Floats,
     Steps,
+    at_floor,
     chunk_times,
     decode_times,
     launch_times,
@@ -88,8 +91,25 @@ def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
     rows, seconds = decode_times(steps, launch)
     chunk_rows, chunk_seconds, led = chunk_times(steps, decode_s, launch)
     chunk_seconds = np.maximum(chunk_seconds - host.head_s * led, 1e-6)
-    both = np.concatenate([rows, chunk_rows])
-    return Foreseen(gpu_s[both], np.concatenate([seconds, chunk_seconds]), steps.regime[both], steps.experiment[both])
+    both, times = np.concatenate([rows, chunk_rows]), np.concatenate([seconds, chunk_seconds])
+    shown = ~by_workers(gpu, host, steps)[both]
+    both, times = both[shown], times[shown]
+    return Foreseen(gpu_s[both], times, steps.regime[both], steps.experiment[both])
+
+
+def by_workers(gpu: GpuTime, host: HostTime, steps: Steps) -> Bools:
+    """Which steps take as long as worker processes need to launch them, so that they tell nothing of the GPU.
+
+    Workers launch one step after the other. They are done after the GPU where its work is shorter than the floor of its
+    kind, and where nothing hides a launch: on an idle engine, and behind a step that was launched in the same way.
+    Behind a whole graph a launch goes on while that runs.
+    """
+    work = predicted(replace(gpu, piecewise_floor_s=0.0, eager_floor_s=0.0), steps)
+    launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])[steps.kind] + host.tail_s
+    behind = np.concatenate([[False], (steps.kind != GRAPH)[:-1]]) & ~steps.woke
+    ruled = (behind & (work < launch)) | (steps.woke & (host.head_s + work < launch)) | at_floor(gpu, steps)
+    found: Bools = (steps.chunks > 0) & (host.eager_s < WORKERS_S) & ruled
+    return found
 
 
 def pace(host: HostTime, steps: Steps) -> float:

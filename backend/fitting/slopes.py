@@ -27,8 +27,8 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     by the fields of `DraftTime`, as `DRAFTING` names them, if ``gpu`` has any.
     """
     chunked = steps.chunks > 0
-    tiles = np.ceil(steps.computed / gpu.tile_tokens)
-    odd = chunked & (tiles % 2 == 1) & (gpu.tile_tokens > 1)
+    tiles, odd = gpu.tiles(steps.computed)
+    odd = np.where(chunked, odd, 0.0)
     tokens = np.where(chunked, tiles * gpu.tile_tokens, steps.computed)
     share = gpu.experts_read(tokens, steps.tokens)
     read, computed = gpu.weights_s + gpu.experts_s * share, gpu.token_s * tokens
@@ -36,13 +36,15 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     total = read**p + computed**p
     bound = total ** (1 / p)
     residual = np.where(chunked, between(gpu.chunk_residual, tokens), between(gpu.decode_residual, tokens))
-    factor = residual * np.where(odd, gpu.odd_tiles, 1.0)
+    of_size = np.where(chunked, gpu.of_size(steps.computed), 1.0)
+    longer = (1 + (gpu.odd_tiles - 1) * odd) * of_size
+    factor = residual * longer
     by_read, by_computed = factor * (read / bound) ** (p - 1), factor * (computed / bound) ** (p - 1)
     logs = (read**p * np.log(read) + computed**p * np.log(computed)) / (p * total) - np.log(total) / p**2
     hot_kv = 1 + gpu.hot_kv * steps.warmth
     dense = gpu.whole_pair_s * steps.whole > 0
     kv_factor = between(gpu.kv_residual, steps.decodes) * hot_kv
-    whole = bound * np.where(odd, gpu.odd_tiles, 1.0)
+    whole = bound * longer
     found: dict[str, Floats] = {
         "weights_s": by_read,
         "experts_s": by_read * share,
@@ -55,7 +57,8 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
         "whole_pair_s": np.where(dense, steps.whole, 0.0),
         "chunk_s": chunked.astype(np.float64),
         "request_s": steps.chunks,
-        "odd_tiles": np.where(odd, bound * residual, 0.0),
+        "odd_tiles": odd * bound * residual * of_size,
+        "empty_pair_s": odd * of_size if gpu.empty_pair_s else np.zeros(len(odd)),
         "decode_residual": _by_knots(gpu.decode_residual, tokens, np.where(chunked, 0.0, whole)),
         "chunk_residual": _by_knots(gpu.chunk_residual, tokens, np.where(chunked, whole, 0.0)),
         "kv_residual": _by_knots(
@@ -66,7 +69,7 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * kv_factor) * steps.context
     pairs = np.where(dense, gpu.whole_pair_s * steps.whole, gpu.pair_s * steps.pairs)
     rest = gpu.sequence_s * steps.sequences + pairs + chunked * gpu.chunk_s
-    work = bound * factor + kv + rest + gpu.request_s * steps.chunks
+    work = bound * factor + gpu.empty_pair_s * odd * of_size + kv + rest + gpu.request_s * steps.chunks
     if gpu.drafting is not None:
         verifies = (steps.drafts > 0) & ~chunked
         context = np.where(verifies, steps.context * hot_kv, 0.0)

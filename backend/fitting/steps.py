@@ -32,6 +32,7 @@ SURE_DRAFTING = 1.25  # likewise that of a graph and the passes that draft after
 SHORTEST_S = 0.0025  # and after no less than this
 SHOWN_S = 0.0004  # by so much a launch must outlast the GPU's work to be told from it
 OWN = 8  # launches of a run from which its own usual launch is told
+WORKERS_S = 0.002  # an eager launch that holds the engine's loop up no longer goes on in worker processes
 HEAD_S = 0.004  # within this a launch that goes kernel by kernel has surely reached the GPU
 MOST_STEPS = 24  # of a span: what comes later tells little of each
 ALIKE = 3  # steps whose median says what is usual for them
@@ -365,6 +366,14 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     return np.maximum(found, np.where(chunked, floor, 0.0))
 
 
+def at_floor(gpu: GpuTime, steps: Steps) -> Bools:
+    """Which steps' work is no longer than `CLEAR` times the floor of their kind: they tell of launches by workers."""
+    floor = np.array([0.0, gpu.piecewise_floor_s, gpu.eager_floor_s])[steps.kind]
+    work = predicted(replace(gpu, piecewise_floor_s=0.0, eager_floor_s=0.0), steps)
+    found: Bools = (steps.chunks > 0) & (CLEAR * floor > work)
+    return found
+
+
 @dataclass(frozen=True)
 class Waits:
     """What the host was doing when each step ended: the launch of the step after it."""
@@ -591,6 +600,8 @@ def launch_times(
     the GPU 5 ms after the next one's launch began, and its output is processed 20 ms after that: so long took the
     launch. ``launch[experiment, kind]`` holds the usual launches, ``head`` is that of `HostTime`.
 
+    Where worker processes launch, no output waits for that: an idle engine shows how long it takes to hand a step over.
+
     That of a whole graph is hidden by a step of another. It shows behind a step with chunks that the GPU had done
     before it began, also if that took `CLEAR` times what is foreseen.
     """
@@ -602,7 +613,8 @@ def launch_times(
     begun, ends, idle = _idle(steps)
     gpu_end = _latest_ends(steps, gpu_s, launch, head)
     follows = ~steps.last & ~np.append(steps.woke[1:], True)
-    of = np.flatnonzero(follows & (steps.done > gpu_end + SHOWN_S)) + 1
+    workers = launch[:, EAGER].max() < WORKERS_S
+    of = np.flatnonzero(follows & (steps.done > gpu_end + SHOWN_S) & ~workers) + 1
     shown = np.zeros(n, dtype=bool)
     value = np.full(n, np.nan)
     room = np.full(n, np.inf)  # what the GPU would have hidden anyway

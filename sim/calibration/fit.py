@@ -15,7 +15,7 @@ import numpy as np
 
 from chairlift.backend import specs
 from chairlift.backend.automatic import chosen
-from chairlift.backend.calibrated.profile import DraftTime, Errors, Profile, load
+from chairlift.backend.calibrated.profile import DraftTime, Errors, Profile, Sizes, load, shipped
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.fitting import fit as calibrate
 from chairlift.backend.fitting import residuals
@@ -56,7 +56,8 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
     label = next((f"{key} {engine[key]}" for key in kinds if key in engine), "unknown engine")
     base = None
     if recording.drafts is None:
-        fit = calibrate.fit(steps_of(list(experiments)), shape.experts_per_token / max(1, shape.experts))
+        share = shape.experts_per_token / max(1, shape.experts)
+        fit = calibrate.fit(steps_of(list(experiments)), share, _sizes_before(recording, shape.name, gpu))
     else:
         base = _without_drafts(recording, gpu, label.split()[0])
         fit = calibrate.fit_drafts(steps_of(list(experiments), base.gpu_time.hot_token_s), base.gpu_time)
@@ -95,6 +96,28 @@ def _without_drafts(recording: Recording, gpu: str, engine: str) -> Profile:
             " without"
         )
     return found
+
+
+def _sizes_before(recording: Recording, model: str, gpu: str) -> Sizes:
+    """``size_factors`` of the shipped profile of the engine's newest earlier version that ran on the same torch.
+
+    Kernels of matmuls are of a library that comes with torch.
+    """
+    engine = recording.engine
+    torch, version = engine.get("torch"), engine.get("vllm")
+    if torch is None or version is None:
+        return ()
+    earlier = []
+    for each in map(load, shipped()):
+        name, _, number = each.engine.partition(" ")
+        same = (each.model, each.gpu, each.parallel, each.drafts) == (model, gpu, recording.parallel, None)
+        if same and name == "vllm" and each.provenance.get("torch") == torch and _numbers(number) < _numbers(version):
+            earlier.append((_numbers(number), each.gpu_time.size_factors))
+    return max(earlier)[1] if earlier else ()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 def leave_one_out(

@@ -40,6 +40,8 @@ def test_another_gpu_reads_at_its_bandwidth_and_multiplies_at_its_peak() -> None
     assert new.kv_s / old.kv_s == pytest.approx(4800 / 3350)
     assert (new.token_s, new.pair_s, new.chunk_s) == (old.token_s, old.pair_s, old.chunk_s)
     assert found.host == LLAMA.host
+    assert old.size_factors
+    assert new.size_factors == ()  # which kernels a library takes for a size is another matter there
     assert "no other GPU was recorded" in found.notes[-1]
 
 
@@ -53,6 +55,8 @@ def test_on_two_gpus_each_has_half_of_the_work_and_their_processes_launch() -> N
     assert found.gpu_time.weights_s > qwen.gpu_time.weights_s / 2  # kernels are as many, and collectives come to them
     assert found.gpu_time.eager_floor_s == pytest.approx(qwen.host.eager_s * 989 / 813)
     assert found.host.eager_s < 0.001
+    launch = qwen.host.piecewise_s * 187 / 309  # by workers, once the first kernel has come to an idle GPU
+    assert found.host.piecewise_s + found.host.tail_s - found.host.head_s == pytest.approx(launch)
     assert found.parallel == Parallel(tensor=2, expert=2)
 
 

@@ -36,7 +36,9 @@ def layers(profile: Profile) -> int:
 
 
 def piecewise(profile: Profile) -> float:
-    return max(profile.host.piecewise_s, profile.gpu_time.piecewise_floor_s)
+    # on an idle engine workers are done `tail_s` after they were handed a step, whose first kernel comes after `head_s`
+    by_workers = profile.host.tail_s - profile.host.head_s if profile.gpu_time.eager_floor_s else 0.0
+    return max(profile.host.piecewise_s + by_workers, profile.gpu_time.piecewise_floor_s)
 
 
 def eager(profile: Profile) -> float:
@@ -56,11 +58,11 @@ def test_the_table_is_the_median_of_what_was_recorded(engine: str, gpus: str) ->
     request = told(lambda p: p.host.schedule_request_s + p.host.update_request_s)
     assert row["step_ms"] == pytest.approx(1e3 * step, rel=0.03)
     assert row["request_us"] == pytest.approx(1e6 * request, rel=0.03, abs=0.06)
-    # Experts on two GPUs take longer than any launch of theirs in pieces of graphs: their profile tells of none.
-    show = [p for p in of if not (gpus == "several" and engine.startswith("vllm") and specs.model(p.model).experts)]
     own = 1e-3 * row["prepare_ms"]
-    assert own + 1e-6 * row["launch_us"] * median(map(layers, show)) == pytest.approx(told(piecewise, show), rel=0.15)
-    each = told(lambda p: (eager(p) - own) / (layers(p) + specs.model(p.model).expert_layers))
+    assert own + 1e-6 * row["launch_us"] * median(map(layers, of)) == pytest.approx(told(piecewise), rel=0.15)
+    bound = [p for p in of if any("kernel by kernel in" in note for note in p.notes)]  # the GPU hides these launches
+    shown = [p for p in of if p not in bound]
+    each = told(lambda p: (eager(p) - own) / (layers(p) + specs.model(p.model).expert_layers), shown)
     assert row["eager_us"] == pytest.approx(1e6 * each, rel=0.03)
 
 

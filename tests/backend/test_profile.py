@@ -92,6 +92,37 @@ def test_whole_tiles_are_computed_two_at_a_time() -> None:
     assert matmuls(1152) == pytest.approx(matmuls(1025), rel=1e-9)
 
 
+def test_whole_pairs_of_tiles_are_computed_and_an_empty_last_one_takes_longer() -> None:
+    pairs = replace(GPU_TIME, token_s=4e-6, tile_tokens=128, odd_tiles=1.25, empty_pair_s=2e-3)
+    backend = Calibrated(replace(MADE, gpu_time=pairs))
+
+    def matmuls(tokens: int) -> float:
+        rest = GPU_TIME.pair_s * tokens * (tokens + 1) / 2 + GPU_TIME.chunk_s + GPU_TIME.request_s
+        return backend.step(Batch((Chunk(0, tokens),), 0, 0)).first / 1e12 - rest - GPU_TIME.sequence_s
+
+    # √(4² + (4e-3 · 1024)²) ms for four full pairs; of five pairs, √(4² + (4e-3 · 1280)²) ms, the last is half empty
+    # with 1152 tokens: half of a quarter longer, and half of 2 ms; a single tile has no empty half
+    assert matmuls(1024) == pytest.approx(5.7250e-3, rel=1e-3)
+    assert matmuls(1280) == pytest.approx(6.4973e-3, rel=1e-3)
+    assert matmuls(1152) == pytest.approx(1.125 * 6.4973e-3 + 1e-3, rel=1e-3)
+    assert matmuls(128) == pytest.approx(matmuls(100), rel=1e-9)
+    assert matmuls(128) == pytest.approx(4.0327e-3, rel=1e-3)
+
+
+def test_a_captured_size_may_have_kernels_of_its_own() -> None:
+    plain = Calibrated(replace(MADE, gpu_time=replace(GPU_TIME, token_s=4e-6)))
+    slow = Calibrated(replace(MADE, gpu_time=replace(GPU_TIME, token_s=4e-6, size_factors=((432, 0.9), (448, 1.3)))))
+
+    def longer(tokens: int) -> float:
+        batch = Batch((Chunk(0, tokens),), 0, 0)
+        return (slow.step(batch).first - plain.step(batch).first) / 1e12
+
+    # 440 tokens are padded to 448, whose matmuls take √(4² + (4e-3 · 448)²) = 4.3831 ms
+    assert longer(448) == longer(440) == pytest.approx(0.3 * 4.3831e-3, rel=1e-3)
+    assert longer(432) == pytest.approx(-0.1 * 4.3575e-3, rel=1e-3)
+    assert longer(464) == longer(416) == longer(4480) == 0
+
+
 @pytest.mark.parametrize(
     ("tokens", "limit", "computed"),
     [

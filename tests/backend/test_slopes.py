@@ -29,6 +29,8 @@ DENSE = GpuTime(
 )
 EXPERTS = replace(DENSE, experts_s=20e-3, expert_share=1 / 16, sharpness=1.3)
 TILES = replace(DENSE, tile_tokens=128, odd_tiles=1.16, chunk_residual=((1, 1.0),))
+PAIRS = replace(TILES, empty_pair_s=3e-3)
+SIZES = replace(PAIRS, size_factors=((128, 0.9), (500, 1.3)))
 FLOORS = replace(DENSE, piecewise_floor_s=9e-3, eager_floor_s=40e-3)
 HOT = replace(DENSE, hot_chunk=0.1, hot_kv=0.3)
 WHOLE = replace(HOT, whole_pair_s=0.6e-9)
@@ -80,7 +82,8 @@ def with_value(gpu: GpuTime, name: str, number: float) -> GpuTime:
 
 
 @pytest.mark.parametrize(
-    "gpu", [DENSE, EXPERTS, TILES, FLOORS, HOT, WHOLE, LIVE, DRAFTS, replace(FLOORS, drafting=DRAFTS.drafting)]
+    "gpu",
+    [DENSE, EXPERTS, TILES, PAIRS, SIZES, FLOORS, HOT, WHOLE, LIVE, DRAFTS, replace(FLOORS, drafting=DRAFTS.drafting)],
 )
 def test_derivatives_are_those_that_differences_show(gpu: GpuTime) -> None:
     found = of_terms(gpu, MANY)

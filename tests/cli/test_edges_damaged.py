@@ -78,6 +78,8 @@ NONSENSE = [
     (("gpu_time", "decode_residual"), [[1, 1e200]], "gpu_time.decode_residual.0.1 must be less than"),
     (("gpu_time", "decode_residual"), [[1, -1.0]], "gpu_time.decode_residual.0.1 must be greater than"),
     (("gpu_time", "decode_residual"), [[8, 1.0], [4, 1.0]], "gpu_time.decode_residual must list its tokens in rising"),
+    (("gpu_time", "size_factors"), [[448, 1.3], [432, 1.1]], "gpu_time.size_factors must list its tokens in rising"),
+    (("gpu_time", "size_factors"), [[448, 0.0]], "gpu_time.size_factors.0.1 must be greater than or equal to"),
     (("host", "graph_s"), ..., "host.graph_s is required"),
     (("gpu",), None, "gpu must be a valid string (got None)"),
     (("graph_tokens",), "x", "graph_tokens must be a valid integer (got 'x')"),
