@@ -1,4 +1,4 @@
-"""What this GPU reaches: copies, matrix products, paged attention, whole steps.
+"""What this GPU reaches: copies, matrix products, paged attention, whole steps; and several GPUs: collectives.
 
 ``python -m chairlift.backend.gpu.bench --json FILE`` prints a line a row, and writes each as a line of JSON into FILE.
 Beside each time stands what physics allows: the copy bandwidth and the matrix rate measured in the same run. Times are
@@ -25,6 +25,7 @@ from torch import Tensor
 from chairlift.backend import specs
 from chairlift.backend.base import Batch, Prompt, Verified
 from chairlift.backend.draft_shapes import head_of
+from chairlift.backend.gpu import collective_times
 from chairlift.backend.gpu.block_tables import Practice
 from chairlift.backend.gpu.engine import TorchEngine
 from chairlift.backend.gpu.options import Options
@@ -371,6 +372,8 @@ def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: in
     top = ceilings(timer)
     yield top
     copy = top["copy_gb_per_s"] * 1e9
+    if "collectives" in parts:
+        yield from collective_times.rows(gpus)
     if "attention" in parts:
         for shape in ATTENTION:
             yield attention(timer, copy, shape)
@@ -396,8 +399,11 @@ def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: in
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a row; with ``--json`` write them to a file too."""
     parser = argparse.ArgumentParser(prog="python -m chairlift.backend.gpu.bench", description=__doc__.split("\n")[0])
-    choices = ("attention", "decode", "prefill", "mixed", "drafted")
-    parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all but drafted)")
+    usual = ("attention", "decode", "prefill", "mixed")
+    choices = (*usual, "drafted", "collectives")
+    parser.add_argument(
+        "parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all but the last two)"
+    )
     parser.add_argument("--model", action="append", help="default: llama-3.1-8b and opt-13b")
     parser.add_argument("--quantization", choices=("none", "fp8"), default="none", help="of the layers' weights")
     parser.add_argument("--gpus", type=int, default=1, help="that share each model (default 1)")
@@ -407,13 +413,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if wrong := set(given.parts) - set(choices):
         parser.error(f"no such part: {', '.join(sorted(wrong))}; there are {', '.join(choices)}")
+    if "collectives" in given.parts and given.gpus < 2:
+        parser.error(f"collectives need --gpus 2 or more (got {given.gpus})")
     if not torch.cuda.is_available():
         sys.stderr.write("error: torch sees no CUDA device here\n")
         return 2
     options = Options(max_batch=257, quantization=given.quantization, routing_skew=given.routing_skew)
     lines = []
     models = given.model or ("llama-3.1-8b", "opt-13b")
-    for row in rows(given.parts or choices[:-1], models, options, given.gpus, given.drafts):
+    for row in rows(given.parts or usual, models, options, given.gpus, given.drafts):
         lines.append(json.dumps(row))
         sys.stdout.write(
             "  ".join(f"{k} {v}" for k, v in row.items() if k != "bench").join((f"{row['bench']:10}", "\n"))

@@ -18,9 +18,10 @@ from chairlift.backend.shapes import Model
 
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 
-from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402 - torch may be absent
+from chairlift.backend.gpu import collective_times  # noqa: E402 - torch may be absent
+from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.options import Options  # noqa: E402
-from chairlift.backend.gpu.ranks import Ranks, indivisible  # noqa: E402
+from chairlift.backend.gpu.ranks import Ranks, Team, indivisible  # noqa: E402
 from kit.at_work import lives  # noqa: E402
 from kit.clusters import GPU  # noqa: E402
 from kit.executions import Working  # noqa: E402
@@ -165,3 +166,20 @@ def test_parts_cover_everything_once_and_few_heads_stand_on_several_gpus() -> No
         *[list(range(8))] * 2,
         *[list(range(8, 16))] * 2,
     ]
+
+
+def test_collectives_that_are_timed_do_what_they_are_called() -> None:
+    """Three processes give 1, 2 and 3; the first one's sum, gathered shares and received parts are known."""
+    team = Team(3, "cpu", collective_times.Times)
+    try:
+        own = collective_times.Times(Ranks(0, 3), torch.device("cpu"))
+        team.ready()
+        gathered, parted = [1.0] * 6 + [2.0] * 6 + [3.0] * 6, [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+        wanted = {"all_reduce": [6.0] * 6, "all_gather": gathered, "all_to_all": parted}
+        for kind in collective_times.KINDS:
+            team.tell("once", kind, 12)  # bytes: six numbers
+            assert own.once(kind, 12).tolist() == wanted[kind]
+            team.tell("measure", kind, 12, False)
+            assert own.measure(kind, 12, False) > 0
+    finally:
+        team.close()
