@@ -6,7 +6,8 @@ the 16-byte pieces of each row permuted so that a tile lies in memory as the dec
 
 Decodes go through `kernels/paged_decode.cu`, chunks of prompts through `kernels/paged_chunks.cu`; both read the number
 and the lengths of what they serve on the device, so a captured launch serves every step. A long prompt that is computed
-whole goes through cuDNN's attention, which is faster there (`_long`) and cannot be captured for lengths unknown.
+whole goes through cuDNN's attention, which is faster there (`backend.whole_prompts`). It cannot be captured for lengths
+unknown.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from chairlift.backend.gpu import kernels
+from chairlift.backend.whole_prompts import LONG, LONGEST, dense, filled
 
 TILE = 16  # tokens a tile
 BLOCKS = (16, 32)  # tokens a block can have
@@ -28,8 +30,6 @@ HEADS = (64, 80, 96, 128)  # head sizes with a kernel
 GROUP = 16  # query heads a KV head can have
 WARPS = 8  # of a thread block of the decode kernel
 MIN_TILES = 2  # worth a warp of their own
-LONG = 1024  # long prompts are padded to a multiple of this for cuDNN, which plans once a shape,
-LONGEST = 16 * LONG  # and up to here
 CHUNK_ROWS = 64  # query rows of a thread block of the kernel for chunks
 CHUNK_BYTES = 112 * 1024  # shared memory of one, so that two share an SM
 NOWHERE, UNTOUCHED = -1, -2  # slots: a row whose key and value are not stored; one that is not even rotated
@@ -79,21 +79,6 @@ def unfit(heads: Heads, block: int) -> str | None:
     if block not in BLOCKS:
         return f"no kernel for blocks of {block} tokens; there are kernels for 16 and 32"
     return None
-
-
-def _filled(tokens: int) -> int:
-    """The length that cuDNN's attention computes a prompt at: a multiple of `LONG`."""
-    return -(-tokens // LONG) * LONG
-
-
-def _long(whole: Sequence[int]) -> bool:
-    """Whether cuDNN's attention is faster than ours, where a step's spans are whole prompts of these lengths.
-
-    On an H200 it takes 96 µs a layer of Llama-3.1-8B for 2,048 tokens and 1,174 for 8,192, ours 129 and some 1,640. So
-    a prompt alone in its step may be filled up by a seventh; of several, copies to fill them up take the lead away.
-    """
-    alone = 1.15 if len(whole) == 1 else 1.0
-    return bool(whole) and all(LONG <= n <= LONGEST and _filled(n) <= alone * n for n in whole)
 
 
 def new_cache(layers: int, blocks: int, block: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -238,7 +223,7 @@ class PagedAttention:
 
     def plan_chunks(self, spans: Spans, rows: int) -> Tensor | None:
         """Share spans of at most ``rows`` rows out over the GPU, once a step: what `chunks` needs in each layer."""
-        if not self._cuda or _long(spans.whole):
+        if not self._cuda or dense(spans.whole):
             return None
         entries = rows // self._tokens + len(spans.each) + 4 * self._grid
         plan = torch.empty(8 * (1 + entries), dtype=torch.int32, device=spans.each.device)
@@ -247,10 +232,10 @@ class PagedAttention:
 
     def room(self, spans: Spans | None, rows: int) -> int:
         """For how many rows `chunks` wants room in ``qkv``, the last ones zero, in a step of so many rows."""
-        if not self._cuda or spans is None or len(spans.whole) != 1 or not _long(spans.whole):
+        if not self._cuda or spans is None or len(spans.whole) != 1 or not dense(spans.whole):
             return rows
         [tokens] = spans.whole  # the last rows
-        return rows - tokens + _filled(tokens)
+        return rows - tokens + filled(tokens)
 
     def append_and_decode(self, qkv: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         """One new token a sequence: rotate, store its key and value, attend.
@@ -316,7 +301,7 @@ class PagedAttention:
         if self._cuda:
             at = len(out) - sum(spans.whole)
             for n in spans.whole:
-                mine = slice(at, at + _filled(n))
+                mine = slice(at, at + filled(n))
                 found = self._whole(query[mine], key[mine], value[mine]).flatten(1)[:n]
                 if n == len(out):
                     return found
