@@ -32,6 +32,7 @@ from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.calibrated.settings import Given
 from chairlift.backend.parts import TILES
 from chairlift.backend.shapes import GPU, Model
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration import bench
 from chairlift.sim.calibration.bench_parts import CLIENT, GPU_TIME, HOST, PARTS, changed, is_plain_vllm, precision
 from chairlift.sim.calibration.validate import Cell, Observed, compare, observed
@@ -106,8 +107,18 @@ class Run:
         return simulate(replace(self.setup, groups=groups))
 
     def predicted(self, profile: Profile) -> Observed:
-        """The figures of `outcome`."""
-        return observed(self.outcome(profile))
+        """The figures of `outcome`. Raises `BadInput` if the deployment does not answer what the server did."""
+        outcome = self.outcome(profile)
+        trace, group = self.setup.trace, self.setup.groups[0]
+        if lost := len(trace) - int(outcome.summary["completed"]):
+            tokens = int((trace.prompt_tokens.astype(np.int64) + trace.output_tokens).max())
+            rule = (
+                f"the deployment does not answer {lost:,} of its {len(trace):,} requests: the longest has {tokens:,}"
+                f" tokens, max_model_len is {self.setup.max_model_len or 0:,}, and the KV pool has room for"
+                f" {group.blocks * group.block_size:,}"
+            )
+            raise BadInput(Problem(rule, str(self.result.path)))
+        return observed(outcome)
 
 
 def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
@@ -389,7 +400,7 @@ def fit(
     notes += [f"as in {start.name}, for the results do not tell: {', '.join(untold)}"] * bool(untold)
     for run, pace in zip(runs, paces, strict=True):
         if abs(math.log(pace)) > RARE * float(_scale(np.log(pace))):
-            notes.append(f"the host of {run.result.path.name} took {pace:.2f} times as long as it is taken to, usually")
+            notes.append(f"the host of {run.result.path.name} took {pace:.2f} times as long as the usual one")
     made = replace(
         changed(near, at),
         name=f"{gpu.name}-{model.name}-bench",

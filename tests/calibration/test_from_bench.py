@@ -219,6 +219,10 @@ def test_of_a_model_without_a_profile_the_nearest_is_of_one_alike(model: str, gp
             "c.json: model_id: must be of one model with b.json, whose server calls it 'm' (got 'other')",
         ),
         (
+            ["--bench", "long.json", "--model", "opt-13b", "--gpu", "h200"],
+            "long.json: the deployment does not answer 1 of its 2 requests: the longest has 9,003 tokens, max_model_len",
+        ),
+        (
             ["--bench", "b.json", "none.json", "--model", "opt-13b", "--gpu", "h200"],
             "none.json: none of its 2 requests was answered",
         ),
@@ -237,7 +241,12 @@ def test_what_cannot_be_fitted_is_said(
     lengths = {"prompt_tokens": [5, 6], "output_tokens": [3, 3]}
     document = result_of({name: np.array(v) for name, v in {**columns, **lengths}.items()})
     failed = {"output_lens": [0, 0], "ttfts": [0.0, 0.0], "itls": [[], []], "errors": ["x", "x"], "completed": 0}
-    for name, changes in (("b", {}), ("c", {"model_id": "other"}), ("none", failed)):
+    for name, changes in (
+        ("b", {}),
+        ("c", {"model_id": "other"}),
+        ("none", failed),
+        ("long", {"input_lens": [5, 9000]}),
+    ):
         Path(f"{name}.json").write_text(json.dumps(document | changes))
     found = chairlift("calibrate", *arguments)
 
