@@ -220,7 +220,7 @@ def test_of_a_model_without_a_profile_the_nearest_is_of_one_alike(model: str, gp
         ),
         (
             ["--bench", "long.json", "--model", "opt-13b", "--gpu", "h200"],
-            "long.json: the deployment does not answer 1 of its 2 requests: the longest has 9,003 tokens, max_model_len",
+            "long.json: the deployment does not answer 1 of its 2 requests: the longest has 9,003 tokens, max_model",
         ),
         (
             ["--bench", "b.json", "none.json", "--model", "opt-13b", "--gpu", "h200"],
