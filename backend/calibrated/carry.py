@@ -30,6 +30,10 @@ from chairlift.backend.roofline import Efficiency
 from chairlift.backend.shapes import GPU, Model
 
 MANY = 8192  # tokens of a step that is bound by products, and reads all experts
+# A kernel of decode attention gives each sequence and KV head a block of its own. So what a sequence costs besides its
+# context goes by KV heads, where they are many: by vLLM 0.23 a sequence of Llama-3.1-8B (8) takes 3 µs, and one of
+# OPT-13B (40) 34. With 2 to 8 on a GPU recorded engines show no such order.
+KV_HEADS = 8
 WORKERS_S = 0.0004  # to hand a step to worker processes, which launch it: 0.3 to 0.7 ms of vLLM 0.26
 HOST = "vllm-0.26"  # whose hosts launch on one GPU and on several
 
@@ -41,7 +45,7 @@ class Seconds:
     read: float  # once: the weights that every token uses, the kernels, the collectives of one token
     experts: float  # once: all experts
     token: float  # products of a token, and its share of collectives
-    sequence: float  # a sampled token's head
+    sequence: float  # a sampled token's head, and its attention but for what context takes
     kv: float  # a token of context
     pair: float  # a query and a key of a prompt
 
@@ -58,6 +62,7 @@ def seconds(model: Model, gpu: GPU, parallel: Parallel) -> Seconds:
         graph = tokens <= GRAPH_TOKENS
         return 1e-6 * 2 * model.layers * collectives.all_reduce_us(gpu, parallel.tensor, size, graph)
 
+    blocks = 1.0 if model.latent else max(1.0, model.kv_heads / parallel.tensor / KV_HEADS)
     few, many = reduced(1), reduced(MANY)
     products = sum(part.compute_s for name, part in parts.items() if name != "head")
     products += experts.compute_s if experts else 0.0
@@ -65,7 +70,7 @@ def seconds(model: Model, gpu: GPU, parallel: Parallel) -> Seconds:
         read=sum(part.memory_s for part in parts.values()) + 1e-6 * e.kernel_us * costs.kernels() + few,
         experts=experts.memory_s if experts else 0.0,
         token=(products + many - few) / MANY,
-        sequence=head.compute_s / MANY + 1e-6 * e.attention_us * model.layers,
+        sequence=head.compute_s / MANY + 1e-6 * e.attention_us * model.layers * blocks,
         kv=max(costs.kv_bytes / costs.byte_rate, costs.decode_pair / costs.attention_rate()),
         pair=costs.prompt_pair / costs.attention_rate(),
     )

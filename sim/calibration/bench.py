@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from chairlift.backend import specs
+from chairlift.backend.shapes import Model
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration.validate import Observed, rates
 from chairlift.sim.results.metrics import per_output_token
@@ -43,8 +45,9 @@ def replayed(setup: Setup, result: Result) -> Setup:
     was benchmarked.
 
     Raises:
-        BadInput: the workload has other requests than the result.
+        BadInput: the workload has other requests than the result, or the result is of another model.
     """
+    _same_model(setup.model, result)
     trace = setup.trace
     rows = result.rows if len(trace) == result.sent else np.arange(len(trace))
     if len(rows) != len(result.trace):
@@ -66,6 +69,17 @@ def replayed(setup: Setup, result: Result) -> Setup:
         **columns, hash_ids=ids, hash_block=trace.hash_block, tenants=trace.tenants, source=result.trace.source
     )
     return replace(setup, trace=made)
+
+
+def _same_model(model: Model, result: Result) -> None:
+    """Refuse a result whose server names a known model of another shape. It may go by any name of its own."""
+    try:
+        served = specs.model(result.model_id or "")
+    except LookupError:
+        return
+    if any(getattr(served, name) != getattr(model, name) for name in ("layers", "hidden", "ffn", "experts")):
+        rule = f"must be of the model that was benchmarked: {served.name} is not {model.name}"
+        raise BadInput(Problem(rule, str(result.path), None, "model_id", result.model_id))
 
 
 def notes(setup: Setup, result: Result) -> Iterator[str]:

@@ -3,13 +3,15 @@
 A result says nothing of steps, only how long requests waited, so steps cannot be fitted one by one. Instead all results
 are replayed by the simulator, and a dozen factors on parts of a profile (`PARTS`) are fitted by least squares on the
 logarithms of what was measured over what is predicted: durations, percentiles of latencies, and TTFT by prompt length.
-Each factor is drawn to 1, the nearest profile, by as much as profiles differ from one another; a factor that the
-results do not tell stays there, and its interval says so.
+Each factor is drawn to 1, the nearest profile, by as much as profiles were measured to differ (`bench_parts`); a factor
+that the results do not tell stays there, and its interval says so.
 
-Each result has a further factor, the pace of its host: other work on the machine makes everything that the host does
-slower for seconds or minutes at a time. It is drawn to 1 likewise, and what is fitted is the host at pace 1. For
-example: at the same rate TTFTs of one result are twice those of another. No factor of all results explains that, and
-without paces the slower one would lengthen GPU times in all. What one result shows of its host, is part its day's.
+Each result has two further factors. One is the pace of its host: other work on the machine makes everything that the
+host does slower for seconds or minutes at a time. Most paces are near 1 and a few are far off, so one slow result among
+several is taken for that and does not change what the others tell. For example: at the same rate TTFTs of one result
+are twice those of another. No factor of all results explains that, and without paces the slower one would lengthen GPU
+times in all. The other is the speed of its GPU, for an engine's repeats differ by 1 or 2 % in all GPU times. The
+profile is that of the usual host, at pace 1, and of the usual GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ import numpy.typing as npt
 from chairlift.backend import specs
 from chairlift.backend.calibrated import profile as profiles
 from chairlift.backend.calibrated.carry import carried
-from chairlift.backend.calibrated.profile import Knots, Profile, between
+from chairlift.backend.calibrated.profile import Profile
 from chairlift.backend.calibrated.settings import Given
+from chairlift.backend.parts import TILES
 from chairlift.backend.shapes import GPU, Model
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.calibration import bench
+from chairlift.sim.calibration.bench_parts import CLIENT, GPU_TIME, HOST, PARTS, changed, is_plain_vllm, precision
 from chairlift.sim.calibration.validate import Cell, Observed, compare, observed
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.simulate import simulate
@@ -38,26 +43,15 @@ from chairlift.sim.workload.formats.vllm_bench import Result
 
 Floats = npt.NDArray[np.float64]
 
-DECODES = (1, 16, 256)  # sequences of steps of decodes alone at which their matmuls have a factor of their own
-CHUNKS = (128, 1024, 8192)  # tokens of steps with chunks, likewise
-PARTS = (
-    *(f"decode steps of {n}" for n in DECODES),
-    "attention of decodes",
-    *(f"steps with chunks of {n:,} tokens" for n in CHUNKS),
-    "attention of prompts",
-    "launches by graph pieces",
-    "launches kernel by kernel",
-    "scheduling and updating",
-    "the client's own time",
-)
-CLIENT = len(PARTS) - 1
-# By how much the parts of two profiles differ, in logarithms: of one model and GPU (vLLM 0.23 and 0.26 on an H200), and
-# of different models, `carried` from one to the other.
-ALIKE = (0.05, 0.05, 0.08, 0.06, 0.2, 0.08, 0.05, 0.08, 0.25, 0.3, 0.35)
-OTHER = (0.5, 0.5, 0.7, 0.25, 0.7, 0.5, 0.3, 0.3, 0.6, 0.6, 0.5)
-APART = 0.5  # by how much of that the factors of neighbouring sizes differ from each other
-PACE = 0.25  # by how much a run's host differs from its usual pace, in logarithms: launches of 20 and 31 ms, 57 and 90
-CLIENT_S = 0.002  # what the client and the server's front may add to TTFT
+# The logarithm of the pace of a run's host: Student's t of two degrees of freedom, with one scale for slower hosts and
+# one for faster, fitted to the paces of 58 recorded experiments (`validate.host_pace`). Most are within a tenth of the
+# usual one, and a few take half as long again.
+SLOWER, FASTER = 0.077, 0.044
+FREEDOM = 2
+RARE = 2.92  # scales within which that distribution has 9 in 10 paces
+UNEVEN = 0.3  # of it, by how much the parts of a host differ in it: launches took 1.6 times as long, and scheduling 1.4
+PACES = np.linspace(-0.8, 0.8, 9)  # at which a fit may begin, logarithms
+SPEED = 0.015  # by how much GPU times of one run differ from another's, in logarithms
 STEP = 0.2  # of a factor's logarithm at most, for derivatives: small ones drown in decisions that happen to differ
 ROUNDS = 8
 ROUNDS_AGAIN = 3  # of a fit without one result, from where all of them led
@@ -68,12 +62,10 @@ QUANTILES = {
     "e2el": (50, 90, 99),
     "itl": (50, 75, 90, 95, 99),
 }
-NOISE = {
-    "ttft": 0.05,
-    "tpot": 0.03,
-    "e2el": 0.03,
-    "itl": 0.1,
-}  # of an engine's own repeat and of a profile's form, relative
+# Of figures, relative, and of their medians by prompt length: what is left between an engine's repeats, and between
+# recorded runs and their own profile. Percentiles of one metric go together, so each is taken to be off by √2 as much.
+NOISE = {"ttft": 0.07, "tpot": 0.03, "e2el": 0.03, "itl": 0.15}
+GROUP_NOISE = 0.1
 DURATION_NOISE = 0.01
 GROUPS = 6  # of prompts by length
 UNTOLD = 0.7  # an interval that is so much as wide as what was taken for granted tells nothing
@@ -115,25 +107,31 @@ class Run:
         return simulate(replace(self.setup, groups=groups))
 
     def predicted(self, profile: Profile) -> Observed:
-        """The figures of `outcome`."""
-        return observed(self.outcome(profile))
+        """The figures of `outcome`. Raises `BadInput` if the deployment does not answer what the server did."""
+        outcome = self.outcome(profile)
+        trace, group = self.setup.trace, self.setup.groups[0]
+        if lost := len(trace) - int(outcome.summary["completed"]):
+            tokens = int((trace.prompt_tokens.astype(np.int64) + trace.output_tokens).max())
+            rule = (
+                f"the deployment does not answer {lost:,} of its {len(trace):,} requests: the longest has {tokens:,}"
+                f" tokens, max_model_len is {self.setup.max_model_len or 0:,}, and the KV pool has room for"
+                f" {group.blocks * group.block_size:,}"
+            )
+            raise BadInput(Problem(rule, str(self.result.path)))
+        return observed(outcome)
 
 
 def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
     """The shipped profile of vLLM that is nearest, for the first of these that tells two apart.
 
-    It is of the model; of one with experts too, or without too; of the GPU; of weights as wide; of vLLM's ``version``;
-    of a model of which a token reads about as many bytes; of the latest version. Profiles of engines that speculate
-    are left out.
+    It is of the model; of one with experts too, or without too, and not with experts in tiles (MXFP4) for others, which
+    take twice what their kernels measured alone do; of the GPU; of weights as wide; of vLLM's ``version``; of a model
+    of which a token reads about as many bytes; of the latest version. Profiles of engines that speculate are left out.
 
     Raises `profiles.ProfileError` if none is of as many GPUs.
     """
     known = [profiles.load(name) for name in profiles.shipped()]
-    found = [
-        each
-        for each in known
-        if each.tensor_parallel == tensor and each.engine.startswith("vllm") and each.drafts is None
-    ]
+    found = [each for each in known if each.tensor_parallel == tensor and is_plain_vllm(each)]
     if not found:
         raise profiles.ProfileError(f"no shipped profile is of {tensor} GPUs")
 
@@ -141,7 +139,7 @@ def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
         own = specs.model(each.model)
         return (
             each.model == model.name,
-            bool(own.experts) == bool(model.experts),
+            _experts(own) == _experts(model),
             each.gpu == gpu.name,
             round(_width(own)) == round(_width(model)),
             each.engine.startswith(f"vllm {version}."),
@@ -152,6 +150,13 @@ def nearest(model: Model, gpu: GPU, tensor: int, version: str) -> Profile:
     return max(found, key=order)
 
 
+def _experts(model: Model) -> str:
+    """What tells models with experts apart: none, plain ones, or the format of those whose kernel computes tiles."""
+    if not model.experts:
+        return ""
+    return model.quantization if model.quantization in TILES else "plain"
+
+
 def _width(model: Model) -> float:
     """Bytes of a weight on average."""
     return model.weight_bytes / model.parameters
@@ -160,44 +165,6 @@ def _width(model: Model) -> float:
 def _read(model: Model) -> float:
     """Bytes of weights that a token reads, if those it reads are as wide as the others."""
     return model.active_parameters * _width(model)
-
-
-def changed(profile: Profile, logs: Floats) -> Profile:
-    """``profile`` with its parts multiplied by the exponentials of ``logs``. Shape of ``logs``: ``(len(PARTS),)``."""
-    decodes, chunks = logs[: len(DECODES)], logs[len(DECODES) + 1 :][: len(CHUNKS)]
-    kv = float(np.exp(logs[len(DECODES)]))
-    pair, piecewise, eager, host = np.exp(logs[len(DECODES) + 1 + len(CHUNKS) : CLIENT]).tolist()
-    times = profile.gpu_time
-    own = {name: getattr(profile.host, name) * host for name in vars(profile.host) if name not in _LAUNCHES}
-    return replace(
-        profile,
-        gpu_time=replace(
-            times,
-            kv_s=times.kv_s * kv,
-            kv_mixed_s=times.kv_mixed_s * kv,
-            pair_s=times.pair_s * pair,
-            sequence_s=times.sequence_s * float(np.exp(decodes[-1])),
-            decode_residual=_bent(times.decode_residual, DECODES, decodes),
-            chunk_residual=_bent(times.chunk_residual, CHUNKS, chunks),
-        ),
-        host=replace(
-            profile.host,
-            **own,
-            piecewise_s=profile.host.piecewise_s * piecewise,
-            eager_s=profile.host.eager_s * eager,
-        ),
-    )
-
-
-_LAUNCHES = ("graph_s", "piecewise_s", "eager_s", "tail_s", "head_s")
-
-
-def _bent(residual: Knots, at: tuple[int, ...], logs: Floats) -> Knots:
-    """``residual`` times factors whose logarithms are ``logs`` at ``at``, and linear between in log tokens."""
-    knots = sorted({tokens for tokens, _ in residual} | set(at))
-    tokens = np.array(knots, dtype=np.float64)
-    factors = between(residual, tokens) * np.exp(np.interp(np.log(tokens), np.log(at), logs))
-    return tuple(zip(knots, np.clip(factors, 0.01, 100).tolist(), strict=True))
 
 
 def _figures(seen: Observed, prompts: npt.NDArray[Any], client_s: float = 0.0) -> tuple[Floats, Floats]:
@@ -213,28 +180,41 @@ def _figures(seen: Observed, prompts: npt.NDArray[Any], client_s: float = 0.0) -
     ttft = seen.series["ttft"] + 1e3 * client_s
     for each in np.unique(group):
         values.append(float(np.median(ttft[group == each])))
-        noises.append(NOISE["ttft"])
+        noises.append(GROUP_NOISE)
     return np.log(np.maximum(values, 1e-3)), np.array(noises)
 
 
 class _Problem:
     """The least squares of some runs, from a profile to start from.
 
-    A point ``at`` has the logarithms of the factors, the client's own seconds, and the logarithm of each run's pace.
+    A point ``at`` has the logarithms of the factors, the client's own seconds, the logarithm of each run's pace of the
+    host, and that of each run's GPU times over what the factors say. Its shape: ``(len(PARTS) + 2 · runs,)``.
     """
 
-    def __init__(self, runs: Sequence[Run], start: Profile, width: Floats, progress: Callable[[str], None]) -> None:
+    def __init__(self, runs: Sequence[Run], start: Profile, before: Floats, progress: Callable[[str], None]) -> None:
         self._runs, self._start, self._progress = runs, start, progress
-        self._width = np.concatenate([width, np.full(len(runs), PACE)])
-        self._pull = np.eye(len(self._width))
-        self._pull[: len(PARTS), : len(PARTS)] = _pull(width)
+        self._size = len(PARTS) + 2 * len(runs)
+        self._before = before
+        widths = np.sqrt(np.diag(np.linalg.inv(before)))
+        self._steps = np.minimum(np.concatenate([widths, np.full(len(runs), 0.1)]), STEP)
         measured = [_figures(bench.recorded(run.result), run.result.trace.prompt_tokens) for run in runs]
         self._logs = [logs for logs, _ in measured]
-        self._noise = [noise for _, noise in measured]
+        self._noises = [noise for _, noise in measured]
+        self._noise = list(self._noises)
+
+    @property
+    def _paces(self) -> slice:
+        return slice(len(PARTS), len(PARTS) + len(self._runs))
+
+    @property
+    def _speeds(self) -> slice:
+        return slice(len(PARTS) + len(self._runs), self._size)
 
     def _off(self, at: Floats, i: int) -> Floats:
-        run, pace = self._runs[i], math.exp(at[len(PARTS) + i])
-        profile = changed(self._start, at[: len(PARTS)])
+        run, pace = self._runs[i], math.exp(at[self._paces][i])
+        factors = at[: len(PARTS)].copy()
+        factors[GPU_TIME] += at[self._speeds][i]
+        profile = changed(self._start, factors)
         profile = replace(profile, host=profile.host.at(pace))
         found = _figures(run.predicted(profile), run.setup.trace.prompt_tokens, float(at[CLIENT]))[0]
         off: Floats = (found - self._logs[i]) / self._noise[i]
@@ -244,45 +224,59 @@ class _Problem:
         """Predicted over measured, in noises, at the point ``at``."""
         return np.concatenate([self._off(at, i) for i in range(len(self._runs))])
 
-    def slopes(self, at: Floats, here: Floats, count: int) -> Floats:
-        """The derivatives of `off`, in widths of the first ``count`` factors. Shape: ``(figures, count)``."""
-        columns = []
+    def _slopes(self, at: Floats, here: Floats) -> Floats:
+        """The derivatives of `off`. Shape: ``(figures, size of a point)``."""
+        found = np.zeros((len(here), self._size))
         ends = np.cumsum([0, *map(len, self._logs)])
-        for part, width in enumerate(self._width[:count].tolist()):
-            step = min(width, STEP)
+        for part, step in enumerate(self._steps.tolist()):
             moved = at.copy()
             moved[part] += step
             if part < len(PARTS):
-                there = self.off(moved)
+                found[:, part] = (self.off(moved) - here) / step
             else:  # a pace moves its own run alone
                 i = part - len(PARTS)
-                there = here.copy()
-                there[ends[i] : ends[i + 1]] = self._off(moved, i)
-            columns.append((there - here) * width / step)
-        return np.stack(columns, axis=1)
+                own = slice(ends[i], ends[i + 1])
+                found[own, part] = (self._off(moved, i) - here[own]) / step
+        for i, part in enumerate(range(self._size)[self._speeds]):  # as all parts of GPU times together
+            own = slice(ends[i], ends[i + 1])
+            found[own, part] = found[own, GPU_TIME].sum(axis=1)
+        return found
 
-    def solved(self, start: Floats, rounds: int, paces: bool = True) -> tuple[Floats, Floats]:
-        """The best point from ``start`` on, and its standard deviations. Shape of each: ``(len(PARTS) + runs,)``.
+    def _pull(self, at: Floats) -> Floats:
+        """The curvature of `_drawn`: how a point is drawn to the profile as it is, paces of 1 and speeds alike."""
+        found = np.zeros((self._size, self._size))
+        found[: len(PARTS), : len(PARTS)] = self._before
+        paces = at[self._paces]
+        found[self._paces, self._paces] = np.diag((FREEDOM + 1) / (FREEDOM * _scale(paces) ** 2 + paces**2))
+        found[self._speeds, self._speeds] = np.eye(len(self._runs)) * SPEED**-2
+        return found
 
-        Without ``paces`` those stay where they are.
-        """
-        count = len(self._width) if paces else len(PARTS)
-        pull, width = self._pull[:count, :count], self._width[:count]
+    def _drawn(self, at: Floats) -> float:
+        """Twice the logarithm of how much likelier the start is beforehand than the point ``at``."""
+        factors = at[: len(PARTS)]
+        paces = at[self._paces]
+        paces = np.log1p((paces / _scale(paces)) ** 2 / FREEDOM).sum() * (FREEDOM + 1)
+        return float(factors @ self._before @ factors + paces + (at[self._speeds] ** 2).sum() / SPEED**2)
+
+    def _cost(self, off: Floats, at: Floats) -> float:
+        return _loss(off) + self._drawn(at)
+
+    def solved(self, start: Floats, rounds: int) -> tuple[Floats, Floats]:
+        """The best point from ``start`` on, and its standard deviations. Shapes: of a point."""
         at, here = start, self.off(start)
         damping = 0.1
-        slopes = self.slopes(at, here, count)
+        slopes = self._slopes(at, here)
         for turn in range(rounds):
-            self._progress(f"fit, round {turn + 1}: {_cost(here, at / self._width, self._pull):,.0f}")
-            weight = _weights(here)
+            self._progress(f"fit, round {turn + 1}: {self._cost(here, at):,.0f}")
+            weight, pull = _weights(here), self._pull(at)
             inner = slopes.T @ (slopes * weight[:, None]) + pull
-            downhill = -(slopes.T @ (weight * here) + pull @ (at[:count] / width))
+            downhill = -(slopes.T @ (weight * here) + pull @ at)
             for _ in range(4):
-                step = np.linalg.solve(inner + damping * np.diag(np.diag(inner)), downhill) * width
                 there = at.copy()
-                there[:count] += step
+                there += np.linalg.solve(inner + damping * np.diag(np.diag(inner)), downhill)
                 there[CLIENT] = max(0.0, there[CLIENT])
                 off = self.off(there)
-                if _cost(off, there / self._width, self._pull) < _cost(here, at / self._width, self._pull):
+                if self._cost(off, there) < self._cost(here, at):
                     damping /= 5
                     break
                 damping *= 5
@@ -292,58 +286,82 @@ class _Problem:
             at, here = there, off
             if moved < CLOSE or turn == rounds - 1:
                 break
-            slopes = self.slopes(at, here, count)
+            slopes = self._slopes(at, here)
         weight = _weights(here)
         inner = slopes.T @ (slopes * weight[:, None])
         worse = max(1.0, float((weight * here**2).sum() / max(1, len(here) - len(PARTS))))
-        spread = np.zeros(len(self._width))
-        spread[:count] = np.sqrt(np.diag(np.linalg.inv(inner / worse + pull))) * width
-        return at, spread
+        return at, np.sqrt(np.diag(np.linalg.inv(inner / worse + self._pull(at))))
 
     def best(self) -> tuple[Floats, Floats]:
-        """As `solved`, from paces of 1 and the profile as it is.
+        """As `solved`, from the profile as it is and the pace at which it is the least wrong about each run.
 
-        What all runs have in common comes first, and paces explain what is left. Sought together, paces of one half
-        stood in for the launches of a model that take half as long as the profile's.
+        A fit that begins at paces of 1 explains a slow host by GPU times, and does not find back.
         """
-        common, _ = self.solved(np.zeros(len(self._width)), ROUNDS, paces=False)
-        return self.solved(self.point(common[: len(PARTS)]), ROUNDS)
+        first = np.zeros(self._size)
+        for i in range(len(self._runs)):
+            tried = []
+            for pace in PACES:
+                first[self._paces][i] = pace
+                tried.append(_loss(self._off(first, i)))
+            first[self._paces][i] = PACES[int(np.argmin(tried))]
+        apart, _ = self.solved(self._usual(first), ROUNDS)
+        return self.again(self._usual(apart), ROUNDS)
 
-    def point(self, factors: Floats) -> Floats:
-        """Where hosts take as long as with ``factors`` and paces of 1, but what these have in common is a pace.
+    def again(self, start: Floats, rounds: int) -> tuple[Floats, Floats]:
+        """As `solved`, from a point with paces that are nearly right."""
+        self._blur(start)
+        return self.solved(self._relaxed(start), rounds)
 
-        No run tells the two apart; their widths do. It is where the sum of squares of all, in widths, is the smallest.
-        Shape of ``factors``: ``(len(PARTS),)``.
+    def _relaxed(self, at: Floats) -> Floats:
+        """``at``, but each factor back at what the others say of it beforehand, where the runs do not mind.
+
+        Figures jump where decisions change, so that a part that hardly matters may be stuck where the pace had put it.
         """
-        host = slice(CLIENT - 3, CLIENT)
-        stiff = self._width[host] ** -2
-        pace = float(stiff @ factors[host]) / (float(stiff.sum()) + len(self._runs) * PACE**-2)
-        found = np.concatenate([factors, np.full(len(self._runs), pace)])
-        found[host] -= pace
-        return found
+        cost = self._cost(self.off(at), at)
+        for part in range(CLIENT):
+            other = at.copy()
+            rest = np.delete(np.arange(len(PARTS)), part)
+            other[part] = -float(self._before[part, rest] @ at[rest]) / self._before[part, part]
+            found = self._cost(self.off(other), other)
+            if found < cost:
+                at, cost = other, found
+        return at
+
+    def _usual(self, at: Floats) -> Floats:
+        """Where hosts take as long as at ``at``, but another of their paces is the usual one.
+
+        No run tells a host from its pace. It is what is likeliest beforehand: the pace of most runs, or the profile's.
+        """
+        found = []
+        for pace in np.linspace(-1, 1, 401):
+            other = at.copy()
+            other[HOST] += pace
+            other[self._paces] -= pace
+            found.append(other)
+        return min(found, key=self._drawn)
+
+    def _blur(self, at: Floats) -> None:
+        """Trust runs of other than the usual pace less: a host that slows does not do so alike in all that it does."""
+        for i, pace in enumerate(at[self._paces].tolist()):
+            noise = self._noises[i]
+            self._noise[i] = np.where(noise == DURATION_NOISE, noise, np.hypot(noise, UNEVEN * pace))
+
+
+def _scale(paces: Floats) -> Floats:
+    """That of the distribution of ``paces``, logarithms."""
+    found: Floats = np.where(paces > 0, SLOWER, FASTER)
+    return found
+
+
+def _loss(off: Floats) -> float:
+    """Soft L1: a figure that is far off counts less than its square."""
+    return float((18 * (np.sqrt(1 + (off / 3) ** 2) - 1)).sum())
 
 
 def _weights(off: Floats) -> Floats:
-    """Of a soft-L1 loss: a figure that is far off pulls less than its square."""
+    """Of each figure in the curvature of `_loss`."""
     found: Floats = 1 / np.sqrt(1 + (off / 3) ** 2)
     return found
-
-
-def _pull(width: Floats) -> Floats:
-    """How factors are drawn to 1, and those of neighbouring sizes to each other. Shape: ``(parts, parts)``."""
-    found = np.eye(len(PARTS))
-    chunks = len(DECODES) + 1
-    for first, count in ((0, len(DECODES)), (chunks, len(CHUNKS))):
-        for one in range(first, first + count - 1):
-            apart = np.zeros(len(PARTS))
-            both = APART * min(width[one], width[one + 1])
-            apart[one], apart[one + 1] = width[one] / both, -width[one + 1] / both
-            found += np.outer(apart, apart)
-    return found
-
-
-def _cost(off: Floats, at: Floats, pull: Floats) -> float:
-    return float((18 * (np.sqrt(1 + (off / 3) ** 2) - 1)).sum() + at @ pull @ at)
 
 
 def fit(
@@ -359,12 +377,13 @@ def fit(
     is on runs that it has not seen.
     """
     model = runs[0].setup.model
-    width = np.array([*(ALIKE if (start.model, start.gpu) == (model.name, gpu.name) else OTHER), CLIENT_S])
+    group = runs[0].setup.groups[0]
+    before = precision(start, model, gpu, group.parallel.tensor, str(getattr(group.make_scheduler(), "version", "")))
     near = carried(start, model, gpu, replace(start.parallel, expert=start.expert_parallel if model.experts else 1))
-    problem = _Problem(runs, near, width, progress)
-    at, spread = problem.best()
-    at, spread, paces = at[: len(PARTS)], spread[: len(PARTS)], np.exp(at[len(PARTS) :]).tolist()
-    parts = list(_told(at, spread, np.sqrt(np.diag(np.linalg.inv(_pull(width)))) * width))
+    best, spread = _Problem(runs, near, before, progress).best()
+    at, own = best[: len(PARTS)], best[len(PARTS) :].reshape(2, len(runs))  # paces, speeds
+    paces = np.exp(own[0]).tolist()
+    parts = list(_told(at, spread[: len(PARTS)], np.sqrt(np.diag(np.linalg.inv(before)))))
     cells: dict[str, list[Cell]] = {}
     for i, run in enumerate(runs):
         name = run.result.path.name
@@ -372,16 +391,16 @@ def fit(
         if hold_out and len(runs) > 1:
             progress(f"fit without {name}")
             rest = [*runs[:i], *runs[i + 1 :]]
-            others = _Problem(rest, near, width, progress)
-            begin = np.concatenate([at, np.log([pace for j, pace in enumerate(paces) if j != i])])
-            found = others.solved(begin, ROUNDS_AGAIN)[0][: len(PARTS)]
+            others = _Problem(rest, near, before, progress)
+            begin = np.concatenate([at, np.delete(own, i, axis=1).ravel()])
+            found = others.again(begin, ROUNDS_AGAIN)[0][: len(PARTS)]
         cells[name] = compare(name, run.predicted(changed(near, found)), bench.recorded(run.result))
     untold = [each.part for each in parts if not each.told]
     notes = [f"fitted to {len(runs)} results of vllm bench serve, from profile {start.name}"]
     notes += [f"as in {start.name}, for the results do not tell: {', '.join(untold)}"] * bool(untold)
     for run, pace in zip(runs, paces, strict=True):
-        if abs(math.log(pace)) > PACE / 2:
-            notes.append(f"the host of {run.result.path.name} took {pace:.2f} times as long as it is taken to, usually")
+        if abs(math.log(pace)) > RARE * float(_scale(np.log(pace))):
+            notes.append(f"the host of {run.result.path.name} took {pace:.2f} times as long as the usual one")
     made = replace(
         changed(near, at),
         name=f"{gpu.name}-{model.name}-bench",

@@ -41,6 +41,10 @@ Floats = npt.NDArray[np.float64]
 SERIES = ("ttft", "tpot", "e2el", "itl")
 QUANTILES = (("median", 50), ("p90", 90), ("p99", 99))
 EXACT = ("steps", "preemptions")  # equal, or not
+BANDS = (  # as `allowed` has them, in a line
+    "2 % of duration and throughput; 5 % of percentiles of TPOT and E2E; 8 % or 5 ms of those of TTFT;"
+    " or the engine's own noise, if that is more"
+)
 SAME_TIME_S = 0.1  # requests that all arrive within it are a burst
 
 

@@ -62,11 +62,13 @@ def fitted(
         progress: is told what is done.
 
     Raises:
-        BadInput: a file cannot be read, or the deployment is not one replica of one kind.
+        BadInput: a file cannot be read, is another's copy or of another model, or the deployment is not one replica of
+            one kind.
     """
-    runs = []
+    runs: list[from_bench.Run] = []
     for file in files:
         result = vllm_bench.result(file)
+        _one_more(runs, result)
         setup = _deployed(deployment, file)
         runs.append(from_bench.Run(result, bench.replayed(setup, result)))
     group = runs[0].setup.groups[0]
@@ -76,6 +78,17 @@ def fitted(
     else:
         near = load_profile(start)
     return from_bench.fit(runs, near, group.gpu, progress, hold_out)
+
+
+def _one_more(runs: Sequence[from_bench.Run], result: vllm_bench.Result) -> None:
+    """Refuse ``result`` beside ``runs``, if no one server can have given all of them."""
+    for other in (run.result for run in runs):
+        if other.path.resolve() == result.path.resolve():
+            raise BadInput(Problem("is given twice", file=str(result.path)))
+        told = other.model_id, result.model_id
+        if None not in told and told[0] != told[1]:
+            rule = f"must be of one model with {other.path}, whose server calls it {other.model_id!r}"
+            raise BadInput(Problem(rule, str(result.path), None, "model_id", result.model_id))
 
 
 def _deployed(deployment: str | tuple[str, str], file: Path) -> Setup:

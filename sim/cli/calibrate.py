@@ -25,8 +25,8 @@ from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.parallel import labelled
 from chairlift.sim.atomic import write_text
 from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.calibration import bench_parts, from_bench, grid, validate
 from chairlift.sim.calibration import fit as fitting
-from chairlift.sim.calibration import from_bench, grid, validate
 from chairlift.sim.cli import benched
 from chairlift.sim.cli.shipped import complete
 from chairlift.sim.cli.terminal import console, status
@@ -188,7 +188,7 @@ def _factors(parts: Sequence[from_bench.Told], source: str) -> Table:
     for label in ("factor", "9 in 10 from", "to", ""):
         table.add_column(label, justify="right")
     for each in parts:
-        client = each.part == from_bench.PARTS[from_bench.CLIENT]
+        client = each.part == bench_parts.PARTS[bench_parts.CLIENT]
         values = (f"{1e3 * value:.1f} ms" if client else f"{value:.3f}" for value in each[1:4])
         table.add_row(each.part, *values, "" if each.told else "the results do not tell")
     return table
@@ -295,6 +295,7 @@ def _bands(out: Console, cells: Sequence[validate.Cell], bursts: set[str]) -> No
     judged = [validate.allowed(cell, cell.experiment in bursts) for cell in cells]
     banded = [each for each in judged if each is not None]
     out.print(f"{sum(banded)} of {len(banded)} cells that have a band are within it", style="bold")
+    out.print(f"bands: {validate.BANDS}", style="dim", soft_wrap=True)
 
 
 def _profiles(
@@ -323,7 +324,10 @@ def _predicted(
 def _cells_table(name: str, burst: bool, cells: Sequence[validate.Cell]) -> Table:
     table = Table(title=escape(name), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
-    for label in ("predicted", "recorded", "error", "engine's own noise", ""):
+    for label in ("predicted", "recorded", "error"):
+        table.add_column(label, justify="right")
+    repeated = any(cell.noise is not None for cell in cells)
+    for label in ("engine's own noise",) * repeated + ("",):
         table.add_column(label, justify="right")
     for cell in cells:
         error, noise = cell.relative_error, cell.noise
@@ -334,7 +338,7 @@ def _cells_table(name: str, burst: bool, cells: Sequence[validate.Cell]) -> Tabl
             f"{cell.predicted:,.3f}",
             "" if distance else f"{cell.recorded:,.3f}",
             "" if error is None or distance else f"{100 * error:+.2f} %",
-            "" if noise is None else (f"{noise:.3f}" if distance else f"{100 * noise:+.2f} %"),
+            *["" if noise is None else (f"{noise:.3f}" if distance else f"{100 * noise:+.2f} %")] * repeated,
             "outside its band" if style else "",
             style=style,
         )

@@ -95,6 +95,16 @@ def test_another_workload_is_refused(bench: dict[str, Any], workload: dict[str, 
     assert rule in result.err
 
 
+def test_a_result_of_another_model_is_refused(bench: dict[str, Any]) -> None:
+    Path("bench.json").write_text(json.dumps(bench | {"model_id": "meta-llama/Llama-3.1-8B-Instruct"}))
+    result, _ = beside()
+
+    assert result.status == 2
+    assert "bench.json: model_id: must be of the model that was benchmarked: llama-3.1-8b is not opt-13b" in result.err
+    Path("bench.json").write_text(json.dumps(bench | {"model_id": "facebook/opt-13b"}))
+    assert beside()[0].status == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [

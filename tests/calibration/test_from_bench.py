@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from chairlift.backend import specs
+from chairlift.backend.calibrated import carry
 from chairlift.backend.calibrated.profile import Profile, between, load
 from chairlift.backend.fitting.recording import read
 from chairlift.sim.calibration import bench
-from chairlift.sim.calibration.from_bench import CHUNKS, CLIENT, DECODES, PARTS, Run, changed, fit, nearest
+from chairlift.sim.calibration.bench_parts import CHUNKS, CLIENT, DECODES, PARTS, changed, precision, taken
+from chairlift.sim.calibration.from_bench import Run, fit, nearest
 from chairlift.sim.calibration.validate import setup_of
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps
 from chairlift.sim.scenario.load import load as load_scenario
@@ -127,11 +129,11 @@ def test_a_slow_day_of_one_host_is_not_taken_for_the_gpus(tmp_path: Path, monkey
     for each in found.parts:
         if each.part.startswith(("decode steps", "steps with chunks", "attention")):
             assert not each.told or each.factor == pytest.approx(1, abs=0.04), each
-    # the usual pace is taken to lie between those of the two
-    assert 1 < parts["launches by graph pieces"].factor < 1.6
+    # more hosts are slow for a while than fast, and the first one's takes as long as the profile says
+    assert parts["launches by graph pieces"].factor == pytest.approx(1, abs=0.05)
     first, second = cast(list[float], found.profile.provenance["paces"])
-    assert first < 1 < second
-    assert second / first == pytest.approx(1.6, rel=0.1)
+    assert first == pytest.approx(1, abs=0.05)
+    assert second == pytest.approx(1.6, rel=0.1)
     assert any("the host of q8 took 1." in note for note in found.profile.notes)
 
 
@@ -150,6 +152,33 @@ def test_a_factor_bends_its_part_alone() -> None:
     assert len(PARTS) - 1 == CLIENT
 
 
+def test_parts_of_carried_profiles_are_off_by_what_was_seen_of_their_steps() -> None:
+    """Decode steps, whose sum `carried.yaml` has of recordings, are the sum of parts: as far off as some of these."""
+    for seen in carry.known():
+        if "versions" not in seen.changes:  # then nothing is carried
+            own = load(seen.target)
+            there = carry.carried(load(seen.source), specs.model(own.model), specs.gpu(own.gpu), own.parallel)
+            parts = np.log(taken(there) / taken(own))[: len(DECODES) + 1]
+            assert parts.min() - 0.02 < np.log1p(seen.total[0] / 100) < parts.max() + 0.02, seen
+
+
+def test_what_is_known_beforehand_is_what_other_engines_showed() -> None:
+    start, model = load(START), specs.model("qwen3-30b-a3b")
+    other, older, alike = (
+        np.linalg.inv(precision(start, model, H200, 1, "0.26")),
+        np.linalg.inv(precision(start, specs.model("llama-3.1-8b"), H200, 1, "0.23")),
+        np.linalg.inv(precision(start, specs.model("llama-3.1-8b"), H200, 1, "0.26")),
+    )
+    decodes, chunks, host = slice(0, len(DECODES)), slice(len(DECODES) + 1, len(DECODES) + 4), slice(CLIENT - 3, CLIENT)
+    # carrying to another model misses more than another version does, and that more than another host
+    assert (np.diag(other)[decodes] > np.diag(older)[decodes]).all()
+    assert (np.diag(older)[host] > np.diag(alike)[host]).all()
+    # experts of gpt-oss-120b read for twice as long as Qwen3's: parts that read them are wrong together
+    for parts in (decodes, chunks):
+        block = other[parts, parts]
+        assert (block / np.sqrt(np.outer(np.diag(block), np.diag(block))) > 0.05).all()
+
+
 def test_the_nearest_profile_is_of_the_model_the_gpu_and_the_version() -> None:
     model = specs.model("llama-3.1-8b")
 
@@ -163,6 +192,8 @@ def test_the_nearest_profile_is_of_the_model_the_gpu_and_the_version() -> None:
         ("qwen3-8b", 1, "llama-3.1-8b"),  # 16 GB a token, as the Llama; the OPT has 26, gpt-oss and Qwen have experts
         ("qwen3-32b-fp8", 1, "llama-3.1-8b-fp8"),
         ("mixtral-8x7b", 1, "qwen3-30b-a3b"),  # experts in bfloat16
+        ("qwen3-30b-a3b-fp8", 1, "qwen3-30b-a3b"),  # gpt-oss-120b's weights are as wide, but in MXFP4
+        ("gpt-oss-20b", 1, "gpt-oss-120b"),
         ("qwen3-32b", 2, "llama-3.1-70b-fp8-tp2"),  # the only one of two GPUs without experts
         ("qwen3-235b-a22b", 2, "qwen3-30b-a3b-tp2-ep"),
     ],
@@ -180,6 +211,22 @@ def test_of_a_model_without_a_profile_the_nearest_is_of_one_alike(model: str, gp
         (["--bench", "b.json", "--model", "opt-31b", "--gpu", "h200"], "opt-31b"),
         (["--bench", "b.json", "--model", "opt-13b", "--gpu", "h200", "--from", "x"], "no profile 'x'"),
         (
+            ["--bench", "b.json", "./b.json", "--model", "opt-13b", "--gpu", "h200"],
+            "b.json: is given twice",
+        ),
+        (
+            ["--bench", "b.json", "c.json", "--model", "opt-13b", "--gpu", "h200"],
+            "c.json: model_id: must be of one model with b.json, whose server calls it 'm' (got 'other')",
+        ),
+        (
+            ["--bench", "long.json", "--model", "opt-13b", "--gpu", "h200"],
+            "long.json: the deployment does not answer 1 of its 2 requests: the longest has 9,003 tokens, max_model",
+        ),
+        (
+            ["--bench", "b.json", "none.json", "--model", "opt-13b", "--gpu", "h200"],
+            "none.json: none of its 2 requests was answered",
+        ),
+        (
             ["--bench", "b.json", "--model", "opt-13b", "--recording", "r"],
             "--recording: must not be given beside --bench",
         ),
@@ -192,7 +239,15 @@ def test_what_cannot_be_fitted_is_said(
     monkeypatch.chdir(tmp_path)
     columns = {"arrival_s": [0.0, 1.0], "first_token_s": [0.5, 1.5], "last_token_s": [1.0, 2.0]}
     lengths = {"prompt_tokens": [5, 6], "output_tokens": [3, 3]}
-    Path("b.json").write_text(json.dumps(result_of({name: np.array(v) for name, v in {**columns, **lengths}.items()})))
+    document = result_of({name: np.array(v) for name, v in {**columns, **lengths}.items()})
+    failed = {"output_lens": [0, 0], "ttfts": [0.0, 0.0], "itls": [[], []], "errors": ["x", "x"], "completed": 0}
+    for name, changes in (
+        ("b", {}),
+        ("c", {"model_id": "other"}),
+        ("none", failed),
+        ("long", {"input_lens": [5, 9000]}),
+    ):
+        Path(f"{name}.json").write_text(json.dumps(document | changes))
     found = chairlift("calibrate", *arguments)
 
     assert found.status == 2

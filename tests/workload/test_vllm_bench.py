@@ -101,6 +101,7 @@ def _two_clocks(document: dict[str, Any]) -> None:
         ),
         (_two_clocks, "start_times: must be seconds of one clock: from first to last they span 353,325"),
         (lambda d: d["itls"].__setitem__(0, []), "itls.0: must have the gaps between the 5 tokens of an answer"),
+        (lambda d: d["ttfts"].__setitem__(0, 0), "ttfts.0: must be more than 0, of an answer"),
         (lambda d: d["ttfts"].__setitem__(0, -1), "ttfts.0 must be greater than or equal to 0 (got -1"),
         (lambda d: d["ttfts"].__setitem__(0, float("nan")), "ttfts.0 must be a finite number"),
         (lambda d: d["ttfts"].__setitem__(0, "0.1"), "ttfts.0 must be a valid number"),

@@ -143,6 +143,10 @@ def _refuse(path: Path, found: _File, answered: npt.NDArray[np.bool_], latency: 
     row = int(np.argmax(bare))
     rule = f"must have the gaps between the {outputs[row]} tokens of an answer: {DETAILED}, answers streamed"
     wrong_if(bare.any(), rule, f"itls.{row}", [])
+    ttft = np.array(found.ttfts)
+    row = int(np.argmax(answered & (ttft == 0)))
+    rule = f"must be more than 0, of an answer: {DETAILED}, answers streamed"
+    wrong_if((answered & (ttft == 0)).any(), rule, f"ttfts.{row}", 0)
     row = int(np.argmax(np.where(answered, latency, 0)))
     rule = f"must be seconds: an answer took {latency[row]:,.6g}, more than the run's duration, {duration:,.6g}"
     wrong_if(latency[row] > duration + SLACK_S, rule, f"ttfts.{row}, itls.{row}")
