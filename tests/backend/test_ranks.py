@@ -70,6 +70,11 @@ def test_two_processes_choose_the_tokens_that_one_does(model: Model, graphs: boo
     assert generated(2, model, options) == one
 
 
+@pytest.mark.parametrize("model", [DENSE, EXPERTS])  # of two KV heads, each of which two processes have
+def test_four_processes_choose_the_tokens_that_one_does(model: Model) -> None:
+    assert generated(4, model) == generated(1, model)
+
+
 @pytest.mark.parametrize("model", [DENSE, EXPERTS])
 def test_eight_bit_weights_are_shared_out_too(model: Model) -> None:
     one, two = (generated(gpus, model, replace(OPTIONS, quantization="fp8")) for gpus in (1, 2))
