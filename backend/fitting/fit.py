@@ -355,7 +355,7 @@ class _Form:
         if not steps.gpu_known or not self.chunks or (steps.whole > 0).sum() < FEWEST_WHOLE:
             del start["whole_pair_s"]  # our own engine alone attends to such prompts in another way
         # A sunk clock slows what is computed. Which experts' products wait for the memory the form does not tell, and
-        # steps of our own engine are foreseen better if all of a step is slowed.
+        # mixed steps of our own engine are foreseen no better so: there all of a step is slowed.
         del start["hot_computed" if self.share or steps.gpu_known else "hot_chunk"]
         if not self.chunks:
             of_chunks = ("pair_s", "chunk_s", "request_s", "kv_mixed_s", "head_s", "tail_s")
