@@ -10,9 +10,11 @@ GPU time of a step that computes T tokens (padded to a CUDA graph's size where o
                                                       `backend.whole_prompts`)
 
 Matmuls of steps with chunks may compute whole tiles, or pairs of them, and a size may have kernels of its own
-(`GpuTime.chunk_matmuls`). A step with chunks takes ``1 + hot_chunk`` times as long on a GPU whose clock has sunk all
-the way (`backend.calibrated.warmth`), the attention of decodes alone ``1 + hot_kv`` times. Where worker processes
-launch, one step after the other, a step takes at least the floor of its kind, and ends no sooner than
+(`GpuTime.chunk_matmuls`). On a GPU whose clock has sunk all the way (`backend.calibrated.warmth`), a step with chunks
+computes ``1 + hot_computed`` times as long: its ``token · T`` and its attention, while weights are read as fast as
+before. The attention of decodes alone takes ``1 + hot_kv`` times as long. Where a profile has ``hot_chunk`` instead, as
+those of our own engine and of experts do, the whole of a step with chunks takes ``1 + hot_chunk`` times as long. Where
+worker processes launch, one step after the other, a step takes at least the floor of its kind, and ends no sooner than
 `HostTime.tail_s` after it was handed to them.
 
 Of an engine that speculates, T counts the drafts that decodes verify, and to a step come (`DraftTime`)::
@@ -137,15 +139,16 @@ class GpuTime:
     size_factors: Sizes = ()  # by which matmuls of steps with chunks of just so many tokens take longer: other kernels
     drafting: DraftTime | None = None  # of an engine that speculates
     hot_chunk: Hot = 0.0  # by so much a step with chunks takes longer once prompts have made the GPU's clock sink
+    hot_computed: Hot = 0.0  # likewise all that it computes: attention, and products as far as no memory bounds them
     hot_token_s: Seconds = 0.0  # a token of a step with chunks makes the GPU warm for so long; 0: for ``token_s``
     hot_kv: Hot = 0.0  # likewise attention of decodes alone; their matmuls wait for the memory, whatever the clock
     whole_pair_s: Seconds = 0.0  # each pair of whole prompts for which an engine has another kernel; 0: it has none
     live_experts: bool = False  # whether tokens that only pad a step to a graph's size are sent to no expert
 
-    def chunk_matmuls(self, tokens: Floats, live: Floats | None = None) -> Floats:
+    def chunk_matmuls(self, tokens: Floats, live: Floats | None = None, slower: Floats | float = 1.0) -> Floats:
         """Seconds of the matmuls of steps with chunks, as `matmuls`."""
         tiles, odd = self.tiles(tokens)
-        whole = self.matmuls(tiles * self.tile_tokens, self.chunk_residual, live)
+        whole = self.matmuls(tiles * self.tile_tokens, self.chunk_residual, live, slower)
         whole = whole * (1 + (self.odd_tiles - 1) * odd) + self.empty_pair_s * odd
         found: Floats = whole * self.of_size(tokens)
         return found
@@ -171,14 +174,16 @@ class GpuTime:
             return whole, np.where(tiles > 1, (whole - tokens / self.tile_tokens) / 2, 0.0)
         return tiles, tiles % 2 * (self.tile_tokens > 1)
 
-    def matmuls(self, tokens: Floats, residual: Knots, live: Floats | None = None) -> Floats:
+    def matmuls(
+        self, tokens: Floats, residual: Knots, live: Floats | None = None, slower: Floats | float = 1.0
+    ) -> Floats:
         """Seconds of the matmuls of ``tokens`` tokens, of which ``live`` (None: all) are no padding.
 
-        They are corrected by ``residual``.
+        They are corrected by ``residual``. The GPU computes ``slower`` times as long, and reads as fast as ever.
         """
         p = self.sharpness
         read = self.weights_s + self.experts_s * self.experts_read(tokens, live)
-        bound = (read**p + (self.token_s * tokens) ** p) ** (1 / p)
+        bound = (read**p + (self.token_s * slower * tokens) ** p) ** (1 / p)
         found: Floats = bound * between(residual, tokens)
         return found
 
@@ -324,7 +329,8 @@ class Profile:
         if not self.host.schedule_chunk_s:  # likewise
             del said["host"]["schedule_chunk_s"]
         for name in (
-            *("hot_chunk", "hot_token_s", "hot_kv", "empty_pair_s", "size_factors", "whole_pair_s", "live_experts"),
+            *("hot_chunk", "hot_computed", "hot_token_s", "hot_kv"),
+            *("empty_pair_s", "size_factors", "whole_pair_s", "live_experts"),
         ):
             if not said["gpu_time"][name]:
                 del said["gpu_time"][name]

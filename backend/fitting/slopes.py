@@ -31,7 +31,8 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     odd = np.where(chunked, odd, 0.0)
     tokens = np.where(chunked, tiles * gpu.tile_tokens, steps.computed)
     share = gpu.experts_read(tokens, steps.tokens)
-    read, computed = gpu.weights_s + gpu.experts_s * share, gpu.token_s * tokens
+    slower = np.where(chunked, 1 + gpu.hot_computed * steps.warmth, 1.0)
+    read, computed = gpu.weights_s + gpu.experts_s * share, gpu.token_s * tokens * slower
     p = gpu.sharpness
     total = read**p + computed**p
     bound = total ** (1 / p)
@@ -48,13 +49,13 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
     found: dict[str, Floats] = {
         "weights_s": by_read,
         "experts_s": by_read * share,
-        "token_s": by_computed * tokens,
+        "token_s": by_computed * tokens * slower,
         "sharpness": factor * bound * logs,
         "sequence_s": steps.sequences,
         "kv_s": np.where(chunked, 0.0, kv_factor * steps.context),
-        "kv_mixed_s": np.where(chunked, steps.context, 0.0),
-        "pair_s": np.where(dense, 0.0, steps.pairs),
-        "whole_pair_s": np.where(dense, steps.whole, 0.0),
+        "kv_mixed_s": np.where(chunked, steps.context * slower, 0.0),
+        "pair_s": np.where(dense, 0.0, steps.pairs) * slower,
+        "whole_pair_s": np.where(dense, steps.whole, 0.0) * slower,
         "chunk_s": chunked.astype(np.float64),
         "request_s": steps.chunks,
         "odd_tiles": odd * bound * residual * of_size,
@@ -66,9 +67,11 @@ def of_terms(gpu: GpuTime, steps: Steps) -> dict[str, Floats]:
         ),
         "hot_kv": np.where(chunked, 0.0, gpu.kv_s * kv_factor / hot_kv * steps.context * steps.warmth),
     }
-    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * kv_factor) * steps.context
+    kv = np.where(chunked, gpu.kv_mixed_s * slower, gpu.kv_s * kv_factor) * steps.context
     pairs = np.where(dense, gpu.whole_pair_s * steps.whole, gpu.pair_s * steps.pairs)
-    rest = gpu.sequence_s * steps.sequences + pairs + chunked * gpu.chunk_s
+    slowed = by_computed * gpu.token_s * tokens + pairs + gpu.kv_mixed_s * steps.context
+    found["hot_computed"] = np.where(chunked, slowed * steps.warmth, 0.0)
+    rest = gpu.sequence_s * steps.sequences + pairs * slower + chunked * gpu.chunk_s
     work = bound * factor + gpu.empty_pair_s * odd * of_size + kv + rest + gpu.request_s * steps.chunks
     if gpu.drafting is not None:
         verifies = (steps.drafts > 0) & ~chunked

@@ -342,19 +342,20 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     """GPU seconds of each step by the form of `backend.calibrated.profile`."""
     chunked = steps.chunks > 0
     floor = np.array([0.0, gpu.piecewise_floor_s, gpu.eager_floor_s])[steps.kind]
+    slower = 1 + gpu.hot_computed * steps.warmth
     matmuls = np.where(
         chunked,
-        gpu.chunk_matmuls(steps.computed, steps.tokens),
+        gpu.chunk_matmuls(steps.computed, steps.tokens, slower),
         gpu.matmuls(steps.computed, gpu.decode_residual, steps.tokens),
     )
     hot_kv = 1 + gpu.hot_kv * steps.warmth
-    kv = np.where(chunked, gpu.kv_mixed_s, gpu.kv_s * between(gpu.kv_residual, steps.decodes) * hot_kv)
+    kv = np.where(chunked, gpu.kv_mixed_s * slower, gpu.kv_s * between(gpu.kv_residual, steps.decodes) * hot_kv)
     pairs = np.where(gpu.whole_pair_s * steps.whole > 0, gpu.whole_pair_s * steps.whole, gpu.pair_s * steps.pairs)
     found: Floats = (
         matmuls
         + gpu.sequence_s * steps.sequences
         + kv * steps.context
-        + pairs
+        + pairs * slower
         + chunked * gpu.chunk_s
         + gpu.request_s * steps.chunks
     )

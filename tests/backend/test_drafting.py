@@ -170,7 +170,7 @@ def test_beside_a_profile_without_drafts_their_passes_are_priced_apart() -> None
 
     for decodes, measured in ((1, 6.30), (4, 6.37), (8, 6.55)):
         cost = apart.step(verify(decodes, decodes * 140, 3 * decodes, 3))
-        assert cost.first / 1e9 == pytest.approx(measured, rel=0.05)
+        assert cost.first / 1e9 == pytest.approx(measured, rel=0.06)
     bare = plain.build(LLAMA, H200, ONE)
     host, alone = apart.step(verify(1, 140, 3, 3)).host, bare.step(verify(1, 140, 3)).host
     assert (host.launch - alone.launch, host.head) == (3 * LAUNCH_US * 10**6, alone.launch)

@@ -65,12 +65,12 @@ def test_a_planted_coefficient_is_found(
 
 
 def test_a_clock_that_sinks_is_found_and_none_where_none_does(fit: calibrate.Fit, tmp_path: Path) -> None:
-    hot = Planted(hot_chunk=0.12, hot_kv=0.4)
+    hot = Planted(hot_computed=0.12, hot_kv=0.4)
     found = calibrate.fit(steps_of(read(write(tmp_path / "hot", [record(hot)]), MODEL).select(None))).gpu
 
-    assert found.hot_chunk == pytest.approx(hot.hot_chunk, rel=0.25)
+    assert found.hot_computed == pytest.approx(hot.hot_computed, rel=0.25)
     assert found.hot_kv == pytest.approx(hot.hot_kv, rel=0.25)
-    assert max(fit.gpu.hot_chunk, fit.gpu.hot_kv) < 0.03
+    assert max(fit.gpu.hot_computed, fit.gpu.hot_kv) < 0.03
 
 
 @pytest.mark.parametrize("decodes", [1, 8, 64, 256])
@@ -139,7 +139,7 @@ def test_what_drafts_add_is_found(fit: calibrate.Fit, drafted: Path, tmp_path: P
 def test_steps_with_drafts_are_priced_by_the_form(fit: calibrate.Fit) -> None:
     """64 decodes that verify 3 drafts each: 256 tokens; then 3 passes."""
     drafting = profile.DraftTime(pass_s=0.5e-3, token_s=2e-6, draft_s=3e-6)
-    gpu = replace(fit.gpu, drafting=drafting, sequence_s=1e-6, kv_s=0.0, hot_chunk=0.0)
+    gpu = replace(fit.gpu, drafting=drafting, sequence_s=1e-6, kv_s=0.0, hot_computed=0.0)
     priced = Calibrated(profile.Profile("made", MODEL, "h200", "vllm", gpu, fit.host))
     dead = 192  # tokens for nothing, which go through the same matmuls
     for chunks, tokens, sequences in (((), 256, dead), ((Chunk(0, 1000),), 1256, 0)):

@@ -33,9 +33,11 @@ PAIRS = replace(TILES, empty_pair_s=3e-3)
 SIZES = replace(PAIRS, size_factors=((128, 0.9), (500, 1.3)))
 FLOORS = replace(DENSE, piecewise_floor_s=9e-3, eager_floor_s=40e-3)
 HOT = replace(DENSE, hot_chunk=0.1, hot_kv=0.3)
-WHOLE = replace(HOT, whole_pair_s=0.6e-9)
+WARM = replace(HOT, hot_computed=0.2)
+WARM_EXPERTS = replace(EXPERTS, hot_computed=0.2, tile_tokens=128, odd_tiles=1.16)
+WHOLE = replace(WARM, whole_pair_s=0.6e-9)
 LIVE = replace(EXPERTS, live_experts=True)
-DRAFTS = replace(HOT, drafting=DraftTime(pass_s=5e-4, token_s=1e-6, draft_s=4e-6, verify_s=3e-4, kv_s=9e-9))
+DRAFTS = replace(WARM, drafting=DraftTime(pass_s=5e-4, token_s=1e-6, draft_s=4e-6, verify_s=3e-4, kv_s=9e-9))
 
 
 def steps(chunks: list[int], tokens: list[int], decodes: list[int], kind: list[int]) -> Steps:
@@ -83,7 +85,10 @@ def with_value(gpu: GpuTime, name: str, number: float) -> GpuTime:
 
 @pytest.mark.parametrize(
     "gpu",
-    [DENSE, EXPERTS, TILES, PAIRS, SIZES, FLOORS, HOT, WHOLE, LIVE, DRAFTS, replace(FLOORS, drafting=DRAFTS.drafting)],
+    [
+        *(DENSE, EXPERTS, TILES, PAIRS, SIZES, FLOORS, HOT, WARM, WARM_EXPERTS, WHOLE, LIVE, DRAFTS),
+        replace(FLOORS, drafting=DRAFTS.drafting),
+    ],
 )
 def test_derivatives_are_those_that_differences_show(gpu: GpuTime) -> None:
     found = of_terms(gpu, MANY)

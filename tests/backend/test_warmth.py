@@ -26,8 +26,8 @@ from kit.worlds import check_books, play, trace_of
 
 MS = 10**9
 SHIPPED = profile.load("h200-llama-3.1-8b-vllm-0.26")
-COLD = replace(SHIPPED, gpu_time=replace(SHIPPED.gpu_time, hot_chunk=0.0, hot_kv=0.0))
-HOT = replace(SHIPPED, gpu_time=replace(SHIPPED.gpu_time, hot_chunk=0.1, hot_kv=0.4))
+COLD = replace(SHIPPED, gpu_time=replace(SHIPPED.gpu_time, hot_computed=0.0, hot_kv=0.0))
+HOT = replace(COLD, gpu_time=replace(COLD.gpu_time, hot_chunk=0.1, hot_kv=0.4))
 
 
 def test_prompts_warm_a_gpu_and_anything_else_cools_it() -> None:
@@ -123,6 +123,24 @@ def test_a_step_is_priced_by_the_steps_before_it() -> None:
     assert 1 < warm.steps < 10
     hot.ran(0, 10**12, 0, 1)
     assert hot.step(decodes) == usual
+
+
+@pytest.mark.parametrize(("decodes", "tokens"), [(0, 16), (200, 16), (64, 256), (0, 2048), (100, 8000)])
+def test_a_warm_gpu_computes_slower_and_reads_as_fast(decodes: int, tokens: int) -> None:
+    """By the form, of a profile without tiles or sizes."""
+    gpu = replace(COLD.gpu_time, size_factors=(), chunk_residual=((1, 1.0),), tile_tokens=1, empty_pair_s=0.0)
+    gpu = replace(gpu, hot_computed=0.2, hot_token_s=1.0)
+    warm, cool = (
+        Calibrated(replace(COLD, gpu_time=each, piecewise=False)) for each in (gpu, replace(gpu, hot_computed=0.0))
+    )
+    batch = Batch((Chunk(0, tokens),), decodes, decodes * 700)
+    warm.ran(tokens, PS, 0, 1)
+
+    p, computed = gpu.sharpness, gpu.token_s * (tokens + decodes)
+    products = [(gpu.weights_s**p + (slower * computed) ** p) ** (1 / p) for slower in (1.0, 1.2)]
+    attention = gpu.kv_mixed_s * decodes * 700 + gpu.pair_s * tokens * (tokens + 1) / 2
+    more = warm.step(batch).first - cool.step(batch).first
+    assert more == pytest.approx(PS * (products[1] - products[0] + 0.2 * attention), rel=1e-3)
 
 
 def test_what_a_launch_outlasts_lets_the_gpu_cool() -> None:

@@ -35,18 +35,18 @@ class Planted:
     each_pass: float = 0.0  # that drafts
     draft_token: float = 0.0  # each token of the step
     draft: float = 0.0  # each draft that is verified
-    hot_chunk: float = 0.0  # of steps with chunks, on a GPU whose clock has sunk
+    hot_computed: float = 0.0  # of what steps with chunks compute, on a GPU whose clock has sunk
     hot_kv: float = 0.0  # of the attention of decodes alone
 
     def gpu(self, tokens: int, decodes: int, context: int, pairs: int, chunked: bool, warm: float = 0.0) -> float:
         """A step's GPU time; the larger of two bounds, attention, and drafting."""
         if chunked:
-            warmer = 1 + self.hot_chunk * warm
-            return self._work(self.kv_mixed, tokens, decodes, context, pairs) * warmer
+            slower = 1 + self.hot_computed * warm
+            return self._work(self.kv_mixed * slower, tokens, decodes, context, pairs, slower)
         return self._work(self.kv * (1 + self.hot_kv * warm), tokens, decodes, context, pairs)
 
-    def _work(self, kv: float, tokens: int, decodes: int, context: int, pairs: int) -> float:
-        found = max(self.weights, self.token * tokens) + kv * context + self.pair * pairs
+    def _work(self, kv: float, tokens: int, decodes: int, context: int, pairs: int, slower: float = 1.0) -> float:
+        found = max(self.weights, self.token * slower * tokens) + kv * context + self.pair * slower * pairs
         return found + self.drafts * self.draft * decodes + self.passes(tokens)
 
     def passes(self, tokens: int) -> float:
