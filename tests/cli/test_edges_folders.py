@@ -16,7 +16,7 @@ from chairlift.sim.atomic import Busy, NewFolder
 from kit.command import SCENARIO, chairlift, replaced
 from kit.places import IMPORTS
 
-LONG = replaced("requests: 30", "requests: 30000")
+LONG = replaced("requests: 30", "requests: 300000")  # it is still at work whenever a busy machine sends a signal
 TWO = SCENARIO + "compare: [{name: a}, {name: b, policy: orca}]\n"
 SWEEP = "base: s.yaml\nseeds: 2\naxes: {policy: [vllm]}\n"
 PLAN = "base: s.yaml\nset: {seed: 0}\nslo: [{percentile: 99, ttft_ms: 500}]\nrate_per_s: [1]\naxes: {replicas: [1]}\n"
@@ -144,7 +144,7 @@ def test_the_folder_of_a_sweep_is_not_replaced() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a limit of file sizes stands for a full disk")
-@pytest.mark.parametrize("command", ["run long.yaml --events", "sweep w.yaml -j 1"])
+@pytest.mark.parametrize("command", ["run long.yaml --set workload.requests=30000 --events", "sweep w.yaml -j 1"])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(command: str) -> None:
     name, file, *rest = command.split()
     if name == "run":
