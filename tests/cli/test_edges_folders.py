@@ -42,7 +42,12 @@ def started(*arguments: str, before: str = "") -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_heeds_interrupts,
     )
+
+
+def _heeds_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what it starts in the background ignore them
 
 
 def content(folder: str) -> dict[str, bytes]:
