@@ -60,12 +60,12 @@ def chosen(
         return None
 
     def order(p: profile.Profile) -> tuple[object, ...]:
-        return p.engine.startswith(engine), p.gpu == gpu.name, p.drafts is not None, _version(p.engine)
+        return p.engine.startswith(engine), p.gpu == gpu.name, p.drafts is not None, version(p.engine)
 
     return max(fitting, key=order).name
 
 
-def _version(engine: str) -> tuple[int, ...]:
+def version(engine: str) -> tuple[int, ...]:
     """The numbers in the version of ``engine``: of "vllm 0.26.0" 0, 26 and 0."""
     return tuple(int(part) for part in engine.split()[-1].split(".") if part.isdigit())
 

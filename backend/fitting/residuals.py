@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from chairlift.backend.fitting.steps import (
     launch_times,
     own_launches,
     predicted,
+    without_floors,
 )
 
 LENGTHS_S = (0.008, 0.016, 0.032, 0.064)  # classes of length: steps of each are off by factors of their own
@@ -104,7 +105,7 @@ def by_workers(gpu: GpuTime, host: HostTime, steps: Steps) -> Bools:
     kind, and where nothing hides a launch: on an idle engine, and behind a step that was launched in the same way.
     Behind a whole graph a launch goes on while that runs.
     """
-    work = predicted(replace(gpu, piecewise_floor_s=0.0, eager_floor_s=0.0), steps)
+    work = without_floors(gpu, steps)
     launch = np.array([host.graph_s, host.piecewise_s, host.eager_s])[steps.kind] + host.tail_s
     behind = np.concatenate([[False], (steps.kind != GRAPH)[:-1]]) & ~steps.woke
     ruled = (behind & (work < launch)) | (steps.woke & (host.head_s + work < launch)) | at_floor(gpu, steps)

@@ -367,10 +367,15 @@ def predicted(gpu: GpuTime, steps: Steps) -> Floats:
     return np.maximum(found, np.where(chunked, floor, 0.0))
 
 
+def without_floors(gpu: GpuTime, steps: Steps) -> Floats:
+    """As `predicted`, whatever launches by workers take."""
+    return predicted(replace(gpu, piecewise_floor_s=0.0, eager_floor_s=0.0), steps)
+
+
 def at_floor(gpu: GpuTime, steps: Steps) -> Bools:
     """Which steps' work is no longer than `CLEAR` times the floor of their kind: they tell of launches by workers."""
     floor = np.array([0.0, gpu.piecewise_floor_s, gpu.eager_floor_s])[steps.kind]
-    work = predicted(replace(gpu, piecewise_floor_s=0.0, eager_floor_s=0.0), steps)
+    work = without_floors(gpu, steps)
     found: Bools = (steps.chunks > 0) & (CLEAR * floor > work)
     return found
 

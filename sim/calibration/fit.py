@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from chairlift.backend import specs
-from chairlift.backend.automatic import chosen
+from chairlift.backend.automatic import chosen, version
 from chairlift.backend.calibrated.profile import DraftTime, Errors, Profile, Sizes, load, shipped
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.fitting import fit as calibrate
@@ -61,9 +61,9 @@ def fitted(recording: Recording, experiments: Sequence[Experiment], name: str = 
     else:
         base = _without_drafts(recording, gpu, label.split()[0])
         fit = calibrate.fit_drafts(steps_of(list(experiments), base.gpu_time.hot_token_s), base.gpu_time)
-    version = ".".join(label.split()[-1].split(".")[: 3 if "sglang" in engine else 2])
+    release = ".".join(label.split()[-1].split(".")[: 3 if "sglang" in engine else 2])
     return Profile(
-        name=name or f"{gpu}-{recording.model}-{label.split()[0]}-{version}",
+        name=name or f"{gpu}-{recording.model}-{label.split()[0]}-{release}",
         model=shape.name,
         gpu=gpu,
         engine=label,
@@ -104,20 +104,17 @@ def _sizes_before(recording: Recording, model: str, gpu: str) -> Sizes:
     Kernels of matmuls are of a library that comes with torch.
     """
     engine = recording.engine
-    torch, version = engine.get("torch"), engine.get("vllm")
-    if torch is None or version is None:
+    torch, own = engine.get("torch"), engine.get("vllm")
+    if torch is None or own is None:
         return ()
     earlier = []
     for each in map(load, shipped()):
-        name, _, number = each.engine.partition(" ")
+        number = version(each.engine)[:2]
         same = (each.model, each.gpu, each.parallel, each.drafts) == (model, gpu, recording.parallel, None)
-        if same and name == "vllm" and each.provenance.get("torch") == torch and _numbers(number) < _numbers(version):
-            earlier.append((_numbers(number), each.gpu_time.size_factors))
+        alike = same and each.engine.startswith("vllm ") and each.provenance.get("torch") == torch
+        if alike and number < version(own)[:2]:
+            earlier.append((number, each.gpu_time.size_factors))
     return max(earlier)[1] if earlier else ()
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 def leave_one_out(
