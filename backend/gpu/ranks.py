@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from chairlift.backend.base import DeviceError
 from chairlift.backend.gpu.kernels.layers import TOP, Eights, largest, quantised
+from chairlift.backend.spawned import SPAWN, spawned
 
 if TYPE_CHECKING:
     from chairlift.backend.gpu.paged_attention import Heads
@@ -132,16 +133,13 @@ class Team:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = get_context("spawn")
         self._ends: list[Connection] = []
         self._processes = []
         for rank in range(1, count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_follow, args=(theirs, rank, count, port, device, build), daemon=True)
-            process.start()
-            theirs.close()
+            ours, theirs = SPAWN.Pipe()
+            with theirs:
+                self._processes.append(spawned(_follow, theirs, rank, count, port, device, build))
             self._ends.append(ours)
-            self._processes.append(process)
         self.on_loss: Callable[[], None] = _nothing  # what else there is to end once a process has died
         self.ready()  # all have begun: whoever died before would be waited for in vain
         join(0, count, port, device)

@@ -3,27 +3,24 @@
 Each worker process has a pipe of its own to this process, and one run at a time. The end of a pipe therefore tells
 which run its process died of, and no other run is disturbed. A `concurrent.futures.ProcessPoolExecutor` cannot tell,
 and ends all its processes with one; an executor for every process would need ten open files each.
-Processes are spawned, not forked, on every system.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
+from chairlift.backend.spawned import SPAWN, spawned
 from chairlift.sim.sweep.runs import OF_THE_MACHINE, Row, Run, failure
 
 STRIKES = 3  # deaths of its process after which a run is given up
 HEARD_S = 0.5  # longest wait for a row: on Windows an interrupt is heard between two waits only
-_SPAWN = get_context("spawn")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # NumPy's BLAS reads them as it is loaded
 
 
@@ -112,10 +109,9 @@ class _Worker:
     """A process that does what it is sent, one task after the other."""
 
     def __init__(self, jobs: int) -> None:
-        self.pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_work, args=(theirs,), daemon=True)
-        with theirs, _starting(jobs):
-            self._process.start()
+        self.pipe, theirs = SPAWN.Pipe()
+        with theirs, _share(jobs):
+            self._process = spawned(_work, theirs)
 
     def end(self) -> None:
         """Kill the process, whatever it does."""
@@ -125,28 +121,22 @@ class _Worker:
 
 
 @contextmanager
-def _starting(jobs: int) -> Iterator[None]:
-    """Around the start of a process, which inherits what is set here.
+def _share(jobs: int) -> Iterator[None]:
+    """Around the start of a process: its BLAS has its share of the cores among ``jobs`` processes.
 
-    The process hears no interrupt from its first instruction on, and its BLAS has its share of the cores among
-    ``jobs`` processes, unless the user's environment says how many threads BLAS has.
+    Where the user's environment says how many threads BLAS has, that holds.
     """
     unset = [name for name in _THREADS if name not in os.environ]
     os.environ.update(dict.fromkeys(unset, str(max(1, (os.cpu_count() or 1) // jobs))))
-    masks = hasattr(signal, "pthread_sigmask")  # Windows has none
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masks else ()
     try:
         yield
     finally:
         for name in unset:
             del os.environ[name]
-        if masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # last: an interrupt that waited is raised here
 
 
 def _work(pipe: Connection) -> None:
     """In a worker: call each function that comes with its task, and send back what it returned or raised."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's business
     tasks: SimpleQueue[tuple[Callable[[Any], Any], Any]] = SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, tasks), daemon=True).start()
     while True:

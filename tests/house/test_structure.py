@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "report": (("report", "results", "study", "workload.trace", *SPINE), (), ()),
     "sweep": (
         ("sweep", "simulate", "scenario", "report.html", "results", "workload", *SPINE),
-        ("base", "checked", "machine"),
+        ("base", "checked", "machine", "spawned"),
         ("base",),
     ),
     "calibration": (

@@ -38,6 +38,12 @@ def worked(task: Task) -> Done:
     return Done(task.key, os.getpid())
 
 
+def asleep(folder: Path, seconds: float) -> None:
+    """Sleep; a file in ``folder`` says that it has begun."""
+    (folder / str(os.getpid())).touch()
+    time.sleep(seconds)
+
+
 def environment(task: Task) -> dict[str, str]:
     """What BLAS would read in this process."""
     return {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name in os.environ}
