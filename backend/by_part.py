@@ -245,7 +245,8 @@ class ByPart(Backend):
             "cost model": f"roofline by part: {model.name} on {parallel.gpus} × {self.gpu.name}"
             + (f" ({parallel})" if parallel.gpus > 1 else ""),
             "efficiency": f"MFU {e.gemm_mfu:g}, of attention {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed);"
-            f" {e.kernel_us:g} µs a kernel, {e.attention_us:g} µs a sequence and layer of attention",
+            f" {e.kernel_us:g} µs a kernel, {e.attention_us:g} µs a sequence and layer of attention"
+            + e.unused(by_part=True, several=parallel.gpus > 1, experts=bool(model.experts)),
             "host": told(e.host, self._pace, self._floors),
         }
         if model.experts:

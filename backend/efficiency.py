@@ -10,6 +10,10 @@ from annotated_types import Ge, Interval, Le
 from chairlift.backend import hosts
 
 Share = Annotated[float, Interval(gt=0, le=1)]
+_WHOLE = ("mixed_overlap", "link", "allreduce_us")  # settings that count where a step is priced as a whole,
+_LINKED = ("link", "allreduce_us")  # these of them on several GPUs;
+_PARTS = ("gemm_mfu", "kernel_us", "attention_us", "skew", "expert_rows")  # where it is priced by part,
+_EXPERTS = ("skew", "expert_rows")  # these of them for models with experts
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,19 @@ class Shares:
         """What a step takes the host of a replica of ``gpus``: that of ``host``, and what is set beside."""
         own = {each.name: getattr(self, each.name) for each in fields(hosts.Pace)}
         return replace(hosts.pace(self.host, gpus), **{name: value for name, value in own.items() if value is not None})
+
+    def unused(self, by_part: bool, several: bool, experts: bool) -> str:
+        """``; not used: link 0.5`` where settings differ from their defaults and change nothing; else "".
+
+        ``by_part``: how steps are priced; ``several``: on more than one GPU; ``experts``: the model has some.
+        """
+        if by_part:
+            idle = {*_WHOLE, *(() if experts else _EXPERTS), *(("by_part",) if self.by_part is False else ())}
+        else:
+            idle = {*_PARTS, *(() if several else _LINKED)}
+        told = [
+            f"{each.name} {str(value).lower() if isinstance(value, bool) else f'{value:g}'}"
+            for each in fields(self)
+            if each.name in idle and (value := getattr(self, each.name)) != each.default
+        ]
+        return f"; not used: {', '.join(told)}" if told else ""

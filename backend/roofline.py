@@ -106,7 +106,8 @@ class Roofline(Backend):
         lines = {
             "cost model": f"roofline: {self.model.name} on {self.parallel.gpus} × {self.gpu.name}",
             "efficiency": f"MFU {e.mfu:g}, bandwidth {e.bandwidth:g} (assumed, not measured);"
-            f" mixed steps overlap {e.mixed_overlap:g} of the shorter part",
+            f" mixed steps overlap {e.mixed_overlap:g} of the shorter part"
+            + e.unused(by_part=False, several=self.parallel.gpus > 1, experts=False),
             "decode floor": f"{self._weights / MS:.2f} ms to read the weights once",
             "host": told(e.host, self._pace, self._floors),
         }

@@ -360,6 +360,23 @@ class Setup:
     note: str = ""  # said under a comparison's table
     published: float | None = None  # a published ratio to the first variant
 
+    @property
+    def unused(self) -> list[str]:
+        """What was set and changes nothing in this cluster, with the reason."""
+        roles: dict[str, int] = {}
+        for group in self.groups:
+            roles[group.role] = roles.get(group.role, 0) + self.most(group)
+        told = []
+        if max(roles.values()) == 1:
+            why = "one replica" if len(roles) == 1 else "one replica of each role"
+            if self.router.__name__ != "RoundRobin":  # the default
+                told.append(f"router {self.router.__name__} ({why})")
+            if self.router_stale_ps:
+                told.append(f"router_stale_ms {self.router_stale_ps / 1e9:g} ({why})")
+        if self.start_up_ps and self.failures is None:
+            told.append(f"start_up_s {self.start_up_ps / 1e12:g} (no failures)")
+        return told
+
     def scale_of(self, group: ReplicaGroup) -> Autoscale | None:
         """What scales a group; None: it stays as it is."""
         return group.autoscale or self.autoscale

@@ -15,9 +15,7 @@ with a file. `Scheduler`, `Router` and `Backend` are the contracts of policies, 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # type checkers take it for true, as they take that of `typing`, whose import takes time
 if TYPE_CHECKING:
     from chairlift.backend.base import Backend, Batch, StepCost
     from chairlift.policies.base import Request, Router, Scheduler, Step
@@ -74,6 +72,8 @@ _HOMES = {  # where each name is defined; imported at its first use, so that a p
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'chairlift' has no attribute {name!r}")
+    from importlib import import_module  # here, so that the command (`__main__`) is ready for Ctrl-C the sooner
+
     value = getattr(import_module(f"chairlift.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

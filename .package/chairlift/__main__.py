@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
-import threading
 
 
 def main() -> None:
-    """The console script: `chairlift.sim.cli.main.main`. Ctrl-C while that is imported is silent, not a traceback."""
-    before = signal.getsignal(signal.SIGINT)
-    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    """The console script: `chairlift.sim.cli.main.main`. Ctrl-C while that is imported is silent, not a traceback.
+
+    Until this is called Python answers Ctrl-C with a traceback, so nothing else is imported before.
+    """
+    ours = (before := signal.getsignal(signal.SIGINT)) is signal.default_int_handler
     if ours:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        except ValueError:
+            ours = False  # not the main thread, which alone may say what a signal does
     from chairlift.sim.cli.main import main as command
 
     if ours:

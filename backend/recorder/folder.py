@@ -83,10 +83,10 @@ def convert(folder: Path, model: str, name: str = "served") -> list[str]:
             raise RecordingError(f"{stem}.steps.csv: holds no step after the first request's arrival")
         steps += [(label, *row) for row in own]
         experiments.append({"name": label, "steps": len(own), "requests": len(rows), "engine": engine["limits"]})
-    (folder / f"{model}_summary.json").unlink(missing_ok=True)  # without one it is no recording, whatever ends this
     columns = ("experiment", *REQUEST_COLUMNS, *LIMIT_COLUMNS)
     if len({len(row) for row in requests}) > 1:
         raise RecordingError(f"{folder}: some requests say their limits, some do not")
+    (folder / f"{model}_summary.json").unlink(missing_ok=True)  # without one it is no recording, whatever ends this
     _write(folder / f"{model}_requests.csv.gz", columns[: len(requests[0])], requests)
     _write(folder / f"{model}_steps.csv.gz", ("experiment", *STEP_COLUMNS), steps)
     np.savez_compressed(folder / f"{model}_itl.npz", **gaps)  # type: ignore[arg-type]
@@ -198,5 +198,8 @@ def main() -> None:
     except (RecordingError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command begins again\n")
+        raise SystemExit(130) from None
     after = f"chairlift calibrate --recording {given.folder} --model {given.model}"
     sys.stdout.write(f"{', '.join(names)} in {given.folder}; next: {after}\n")

@@ -82,7 +82,11 @@ def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     path = folder if folder.suffix == ".json" else folder / "comparison.json"
     try:
         rows = json.loads(a_file(path).read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
+    except NotADirectoryError:
+        raise BadInput(Problem("is a file, neither a results folder nor a comparison.json", file=str(folder))) from None
+    except OSError as error:
+        raise BadInput(Problem(f"cannot be read: {error.strerror or error}", file=str(path))) from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "variant" in row for row in rows):
         raise BadInput(Problem("must be the comparison.json of a run that compares systems", file=str(path)))

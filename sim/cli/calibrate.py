@@ -232,8 +232,11 @@ def validate_(
     """
     out = console(least=WIDTH)
     if bench is not None or scenario is not None:
-        others = {"--recording": recording, "--model": model, "--profile": profile, "--experiments": experiments}
-        if given := [name for name, value in {**others, "--leave-one-out": leave_one_out}.items() if value]:
+        others = {
+            **{"--recording": recording, "--model": model, "--profile": profile, "--experiments": experiments},
+            **{"--leave-one-out": leave_one_out, "--recorded-host": recorded_host},
+        }
+        if given := [name for name, value in others.items() if value]:
             raise BadInput(Problem("must not be given beside a scenario and --bench", file=given[0]))
         if bench is None or scenario is None:
             raise BadInput(Problem("give both a scenario and --bench FILE", file="validate"))
@@ -252,28 +255,25 @@ def validate_(
             chosen = [each for each in chosen if not each.is_grid and not each.repeats]
         if not chosen:
             raise BadInput(Problem("holds grids only; name those to predict by --experiments", file=str(recording)))
-        try:
-            for each, by in _profiles(source, chosen, profile, progress):
-                found = _predicted(source, each, by, recorded_host, progress)
-                cells += found
-                if not quiet:
-                    out.print(_cells_table(each.name, validate.is_burst(each), found))
-                    pace = validate.host_pace(each, by) if recorded_host else 1.0
-                    if pace != 1.0:
-                        out.print(
-                            f"note: {escape(each.name)}: its host took {pace:.2f} times as long to schedule as the"
-                            " profile's, and is predicted to launch so too"
-                        )
-                    _, lengths = stalls(each)
-                    if len(lengths):
-                        out.print(
-                            f"note: {escape(each.name)}: the engine stalled {len(lengths)} times, {lengths.sum():.1f} s"
-                            f" in all (a step {STALL} times as long as those like it); the clock stands still in them"
-                        )
-        finally:
-            if json_file is not None:
-                rows = [cell.json() for cell in cells]
-                write_text(json_file, json.dumps(rows, indent=1) + "\n")
+        for each, by in _profiles(source, chosen, profile, progress):
+            found = _predicted(source, each, by, recorded_host, progress)
+            cells += found
+            if not quiet:
+                out.print(_cells_table(each.name, validate.is_burst(each), found))
+                pace = validate.host_pace(each, by) if recorded_host else 1.0
+                if pace != 1.0:
+                    out.print(
+                        f"note: {escape(each.name)}: its host took {pace:.2f} times as long to schedule as the"
+                        " profile's, and is predicted to launch so too"
+                    )
+                _, lengths = stalls(each)
+                if len(lengths):
+                    out.print(
+                        f"note: {escape(each.name)}: the engine stalled {len(lengths)} times, {lengths.sum():.1f} s"
+                        f" in all (a step {STALL} times as long as those like it); the clock stands still in them"
+                    )
+        if json_file is not None:  # all rows or none: a file of some would look like one of all
+            write_text(json_file, json.dumps([cell.json() for cell in cells], indent=1) + "\n")
     if not quiet:
         _bands(out, cells, {each.name for each in chosen if validate.is_burst(each)})
 

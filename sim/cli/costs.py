@@ -58,6 +58,13 @@ def explain_cost(
         _tried("MODEL", model, lambda: find_model(model, Path())),
         _tried("--gpu", gpu, lambda: specs.gpu(gpu)),
     )
+    if past and not prompt:
+        raise BadInput(Problem("must not be given without --prompt", file="--past", value=past))
+    longest = f"must be at most the {shape.max_model_len} tokens that {shape.name} takes"
+    if context > shape.max_model_len:
+        raise BadInput(Problem(longest, file="--context", value=context))
+    if past + prompt > shape.max_model_len:
+        raise BadInput(Problem(f"{longest}, with --past {past}" if past else longest, file="--prompt", value=prompt))
     parallel = _tried("MODEL", model, lambda: _parallel(tensor, pipeline, data, expert).check(shape))
     efficiency = _efficiency(set_ or [])
     backend = _tried("--gpu", gpu, lambda: ByPart(shape, card, parallel, efficiency))

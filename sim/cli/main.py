@@ -211,7 +211,7 @@ def _of_the_machine(error: BaseException) -> Problem | None:
     if isinstance(error, MemoryError):
         return Problem(f"not enough memory{f': {error}' if str(error) else ''}")
     if isinstance(error, OSError):
-        return Problem(f"cannot be used: {error.strerror or error}", file=str(error.filename or "output"))
+        return Problem(f"cannot be used: {error.strerror or error}", file=str(error.filename or "standard output"))
     return None
 
 

@@ -77,6 +77,12 @@ def plan(
     [bold]chairlift plan chat_8b[/bold]
     """
     check_executor(executor, jobs, address)
+    if as_json and emit is not None:
+        raise BadInput(Problem("must not be given beside --json: each says what is printed", file="--emit", value=emit))
+    if dry_run:
+        asked = {"--json": as_json, "--emit": emit, "--what-would-change": what_would_change}
+        if given := [option for option, value in asked.items() if value]:
+            raise BadInput(Problem("must not be given with --dry-run, which simulates nothing", file=given[0]))
     found = read_plan(shipped_file(plan, PLANS, "plan"), set_ or [], rate or [], trust)
     folder = out_dir or Path("runs") / found.name
     if dry_run:

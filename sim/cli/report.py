@@ -15,6 +15,7 @@ from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.cli import terminal as progress
 from chairlift.sim.cli.terminal import run_folder
 from chairlift.sim.results.reader import Results, RunResults, read
+from chairlift.sim.units import PS_PER_S
 
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="A run's folder, or the name of a run from here.", show_default=False)
@@ -22,6 +23,7 @@ Folder = Annotated[
 Case = Annotated[str | None, typer.Option("--case", help="Which case, of a study with several; default: the last.")]
 Variant = Annotated[str | None, typer.Option("--variant", help="Which variant of a comparison.")]
 MB = 1e6
+HERE = Path()
 WIDTH = 120  # columns of what goes to a file or a pipe
 
 
@@ -44,12 +46,13 @@ def report(
 
     [bold]chairlift run anyscale_23x --report[/bold]
 
-    does both in one go. Runs of more than 20,000 requests need --events for their slot diagram. With --perfetto the
-    steps, slots and requests become a trace instead; --case and --variant choose the runs in it.
+    does both in one go. Runs of more than 20,000 requests need --events for their slot diagram. Where a page has
+    room for all steps it shows all, whatever --from and --to. With --perfetto the steps, slots and requests become a
+    trace instead; --case and --variant choose the runs in it.
     """
     folder = run_folder(folder)
     results = read(folder)
-    span = _span(begin, end)
+    span = _span(results, begin, end)
     if perfetto:
         _perfetto(results, out_file or folder / "trace.json", span, case, variant)
     else:
@@ -75,12 +78,19 @@ def explain(
     ] = None,
     folder: Annotated[
         Path,
-        typer.Option("--in", metavar="DIR", help="A run's folder, or the name of a run from here.", show_default=False),
-    ] = Path("."),
+        typer.Option(
+            "--in",
+            metavar="DIR",
+            help="A run's folder, or the name of a run from here; default: this folder.",
+            show_default=False,
+        ),
+    ] = HERE,
     slowest: Annotated[
         int | None, typer.Option("--slowest", metavar="N", min=1, help="Explain the N slowest requests instead.")
     ] = None,
-    by: Annotated[str, typer.Option("--by", help="What slow means: e2el, ttft or tpot.")] = "e2el",
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="LATENCY", help="What slow means: e2el (the default), ttft or tpot.")
+    ] = None,
     case: Case = None,
     variant: Variant = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -94,12 +104,16 @@ def explain(
     from chairlift.sim.report import explain as lives
     from chairlift.sim.report.timeline import TIMES
 
-    if by not in TIMES:
+    if by is not None and by not in TIMES:
         raise BadInput(Problem(f"no such order{did_you_mean(by, list(TIMES))}", file="--by", value=by))
     if (request is None) == (slowest is None):
         raise BadInput(Problem("give a request's number, or --slowest N", file="explain"))
+    if by is not None and slowest is None:
+        raise BadInput(Problem("must not be given without --slowest", file="--by", value=by))
+    if folder == HERE and not (HERE / "study.json").exists():
+        raise BadInput(Problem("say which run, by --in DIR: this folder holds none", file="explain"))
     run = read(run_folder(folder)).pick(case, variant)
-    chosen = lives.slowest(run, slowest, by) if slowest is not None else [request or 0]
+    chosen = lives.slowest(run, slowest, by or "e2el") if slowest is not None else [request or 0]
     told = lives.explain(run, chosen)
     if as_json:
         found = [
@@ -148,12 +162,20 @@ def _of_case(results: Results, case: str | None) -> list[RunResults]:
     return [run for run in results.runs if run.case == wanted]
 
 
-def _span(begin: float | None, end: float | None) -> tuple[float, float] | None:
+def _span(results: Results, begin: float | None, end: float | None) -> tuple[float, float] | None:
+    """The seconds that the user asks for. Raises `BadInput`: there are none, or no step is in them."""
     if begin is None and end is None:
         return None
     span = (begin or 0.0, float("inf") if end is None else end)
     if span[1] <= span[0]:
         raise BadInput(Problem(f"must be after --from ({span[0]:g})", file="--to", value=span[1]))
+    starts = [steps["start_ps"] for run in results.runs for steps in run.steps("start_ps") if len(steps["start_ps"])]
+    first = min((int(each[0]) for each in starts), default=0) / PS_PER_S
+    last = max((int(each[-1]) for each in starts), default=0) / PS_PER_S
+    if starts and span[0] > last:
+        raise BadInput(Problem(f"must be at most {last:,.3f} s, when the last step begins", file="--from", value=begin))
+    if starts and span[1] < first:
+        raise BadInput(Problem(f"must be at least {first:,.3f} s, when the first step begins", file="--to", value=end))
     return span
 
 

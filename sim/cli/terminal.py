@@ -22,11 +22,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from typer.core import TyperGroup
 
-from chairlift.sim.bad_input import BadInput, Problem
-
 if TYPE_CHECKING:
     from chairlift.sim.study import Study
 
+UNREAD = 128 + 13  # exit status where the output's reader has gone: 128 and SIGPIPE's number, as a shell has it
 Advance = Callable[[int, str, float | None], None]  # requests arrived, what runs, simulated seconds
 
 
@@ -68,7 +67,7 @@ def interruptible() -> Iterator[None]:
 
 
 class Interruptible(TyperGroup):
-    """Commands that say in one line that they were interrupted."""
+    """Commands that say in one line that they were interrupted, and nothing where nobody reads on."""
 
     def make_context(self, *arguments: Any, **more: Any) -> Any:
         """Read the options. What comes of a signal later is told by `invoke`."""
@@ -82,9 +81,9 @@ class Interruptible(TyperGroup):
                 result = super().invoke(ctx)
                 sys.stdout.flush()
                 return result
-        except BrokenPipeError as error:
+        except BrokenPipeError:  # whoever reads has seen enough, as ``| head`` has: no mistake, and nothing to say
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it once more at its end
-            raise BadInput(Problem(f"cannot be written: {error.strerror}", file="standard output")) from None
+            raise SystemExit(UNREAD) from None
 
 
 class _Console(Console):

@@ -32,7 +32,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set seed=3. Repeatable.")
 ]
 
-app = typer.Typer(help="Look at request traces, and write them.", no_args_is_help=True)
+app = typer.Typer(help="Look at request traces, and write them.", no_args_is_help=True, add_completion=False)
 out = console(least=WIDTH)
 
 
@@ -99,6 +99,10 @@ def import_(
         start = head(file)
         rule = f"must be given; {foreign.described(file, start)}"
         raise BadInput(Problem(rule, file=lacking))
+    if prompt == output:
+        raise BadInput(Problem("must be another column than --prompt's", file="--output", value=output))
+    if time_unit is not None and arrival is None:
+        raise BadInput(Problem("must not be given without --arrival", file="--time-unit", value=time_unit))
     trace = mapped.read(file, named, time_unit, limit, drop_empty)
     if target.exists() and target.samefile(file):
         raise BadInput(Problem("is the file that is read: name another", file="--to", value=str(target)))
@@ -144,7 +148,7 @@ def export(
     [bold]chairlift trace export my.yaml my.jsonl --to vllm-bench[/bold]
     """
     if to not in TOOLS:
-        rule = f"must be one of {', '.join(TOOLS)}{did_you_mean(to, list(TOOLS))}"
+        rule = f"no such tool{did_you_mean(to, list(TOOLS))}"
         raise BadInput(Problem(rule, file="--to", value=to))
     if file.suffix != ".jsonl":
         raise BadInput(Problem("must end in .jsonl", file=str(file)))

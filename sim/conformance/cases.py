@@ -19,6 +19,7 @@ from chairlift.backend.shapes import GPU, Model
 from chairlift.policies.base import Router, Scheduler
 from chairlift.policies.routers import RoundRobin
 from chairlift.policies.vllm import Vllm
+from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.study import Failures, Limits, Outage, ReplicaGroup, Setup, Slo
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats.read import load
@@ -192,6 +193,14 @@ def trace_of(rows: Sequence[Row]) -> Trace:
 def read_rows(path: Path) -> list[Row]:
     """The requests in a trace file that `trace_of` and `workload.formats.chairlift.save` wrote. Raises `BadInput`."""
     trace = load(path, "chairlift")
+    for name in ("prompt_tokens", "output_tokens"):  # longer ones may be refused for their size: no policy's doing
+        tokens = getattr(trace, name)
+        if len(long := np.flatnonzero(tokens > LONGEST)):
+            rule = f"must be at most {LONGEST}, as in all cases of a check"
+            raise BadInput(Problem(rule, file=str(path), path=name, value=int(tokens[long[0]])))
+    for name in ("hash_ids", "follows"):
+        if getattr(trace, name) is not None:
+            raise BadInput(Problem("a check serves no such column: leave it out", file=str(path), path=name))
     columns = {
         "arrival_ms": (trace.arrival_ps // PS_PER_MS).tolist(),
         "tenant": [""] * len(trace) if trace.tenant is None else [trace.tenants[i] for i in trace.tenant.tolist()],

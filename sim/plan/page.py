@@ -30,7 +30,7 @@ from chairlift.sim.plan.tables import (
     told_apart,
 )
 from chairlift.sim.plan.verdict import Verdict
-from chairlift.sim.report.html import Figure, Page, apart, curve, error_bars, hue, level, note
+from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, note, swatch, ticks
 
 MOST_CURVES = 6
 HEIGHT = 300  # pixels of a figure
@@ -117,7 +117,7 @@ def _capacities(answer: Answer) -> dict[str, Any]:
 def _curves(capacities: list[tuple[str, Capacity]], promises: list[Promise], unit: str) -> Iterator[Drawn]:
     """Rate against each promise's share, and against its percentile."""
     drawn = capacities[:MOST_CURVES]
-    keys = [(hue(i), name) for i, (name, _) in enumerate(drawn)]
+    keys = [(swatch(i), name) for i, (name, _) in enumerate(drawn)]
     bands = [band for i, (_, capacity) in enumerate(drawn) for band in _band(capacity, hue(i))]
     for j, promise in enumerate(promises):
         traces = []
@@ -206,7 +206,7 @@ def _prices(answer: Answer) -> list[Drawn]:
     trace["hovertemplate"] = "%{x:g}/s: $%{y:.2f} an hour, %{text}<extra></extra>"
     figure = _figure([trace], f"{answer.plan.unit}/s", "$ an hour")
     figure["layout"]["yaxis"]["rangemode"] = "tozero"
-    figure["layout"]["xaxis"]["tickvals"] = apart([rate for rate, _ in won])
+    figure["layout"]["xaxis"] |= ticks([rate for rate, _ in won])
     return [("price of the cheapest that keeps the promises", figure, [])]
 
 

@@ -82,7 +82,7 @@ def latency(metric: str, runs: Sequence[tuple[str, Floats]], limit: float | None
         if len(runs) == 1 and len(runs[0][1]):
             good = runs[0][1][~np.isnan(runs[0][1])]
             met = f": {np.mean(good <= limit):.1%}" if len(good) else ""
-        notes.append(note(f"SLO {limit:g} ms{met}", float(np.log10(x)) if logarithmic else x, 1.0))
+        notes.append(note(f"SLO {x:g} {unit}{met}", float(np.log10(x)) if logarithmic else x, 1.0))
     axis: Figure = {"title": {"text": f"{LATENCY[metric].label}, {unit}"}, "type": "log" if logarithmic else "linear"}
     if logarithmic:
         axis["dtick"] = 1

@@ -40,6 +40,16 @@ def dash(i: int) -> str:
     return DASHES[i // HUES % len(DASHES)]
 
 
+def swatch(i: int) -> str:
+    """The i-th system's mark in a legend, as a CSS background: its colour, in stripes where its line has dashes."""
+    colour = hue(i)
+    stripes = {"dash": "{0} 0 4px, transparent 4px 7px", "dot": "{0} 0 2px, transparent 2px 4px"}
+    stripes["dashdot"] = "{0} 0 5px, transparent 5px 7px, {0} 7px 9px, transparent 9px 11px"
+    if (drawn := dash(i)) == "solid":
+        return colour
+    return f"repeating-linear-gradient(90deg, {stripes[drawn].format(colour)})"
+
+
 def curve(i: int, name: str, x: Sequence[Any], y: Sequence[float | None], **more: Any) -> Figure:
     """The i-th system's points, joined by lines: a trace; ``more`` are further properties of it."""
     return {
@@ -65,6 +75,19 @@ def apart(values: Sequence[float]) -> list[float]:
         if value - ticks[-1] >= (values[-1] - values[0]) / ROOM:
             ticks.append(value)
     return ticks
+
+
+def ticks(values: Sequence[float]) -> Figure:
+    """What an axis of rising ``values`` that were tried has as ticks (`apart`), and how it says them.
+
+    Example: of 4, 5.65685425 and 8 the labels are 4, 5.657 and 8. Values that four digits do not tell apart keep all.
+    """
+    said = [f"{value:,}" if isinstance(value, int) else f"{float(f'{value:.4g}'):,.10g}" for value in values]
+    if len(set(said)) < len(set(values)):
+        said = [f"{value:,}" for value in values]
+    by_value = dict(zip(values, said, strict=True))
+    places = apart(values)
+    return {"tickvals": places, "ticktext": [by_value[place] for place in places]}
 
 
 def level(y: float) -> Figure:
@@ -138,6 +161,6 @@ def _templates() -> Environment:
     )
     made.globals.update(FIELDS=FIELDS, LATENCIES=LATENCIES, STATISTICS=STATISTICS)
     made.globals.update(fields=fields, has_latency=has_latency, shown=shown, made_by=made_by)
-    made.globals.update(asset=_asset, hue=hue, text=text)
+    made.globals.update(asset=_asset, hue=hue, swatch_of=swatch, text=text)
     made.filters["exact"] = lambda value: "" if value is None else repr(value)
     return made

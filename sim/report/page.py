@@ -14,7 +14,7 @@ import numpy as np
 
 from chairlift.sim.report import figures, slot_data
 from chairlift.sim.report.figures import Floats
-from chairlift.sim.report.html import Figure, Page, hue
+from chairlift.sim.report.html import Figure, Page, swatch
 from chairlift.sim.report.tenants import tenant_rows
 from chairlift.sim.report.timeline import REQUEST_COLUMNS, TIMES, ReplicaTotals, timeline, work
 from chairlift.sim.results import loops
@@ -110,7 +110,7 @@ def _comparison(results: Results, case: str, known: Sequence[_Run]) -> dict[str,
         "multiples": f"Prompts and outputs counted; multiples of {baseline}.{published}",
         "waterfall": figures.waterfall(runs, results.waterfall) if results.waterfall else None,
         "best": results.waterfall[-1]["variant"] if results.waterfall else "",
-        "legend": [(hue(i), name) for i, name in enumerate(names)],
+        "legend": [(swatch(i), name) for i, name in enumerate(names)],
         "cdfs": _cdfs([one for _, one in members]),
         "waste": _waste([one for _, one in members]),
     }

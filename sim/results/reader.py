@@ -368,7 +368,11 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
         if first["type"] == "json_invalid":
             raise BadInput(Problem(f"cannot be read: {first['ctx']['error']}", file=str(path))) from None
         raise BadInput(Problem(f"is damaged, or {ANOTHER_VERSION}: {wrong(error)}", file=str(path))) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except NotADirectoryError:
+        raise BadInput(Problem("is a file, not a results folder", file=str(folder))) from None
+    except OSError as error:
+        raise BadInput(Problem(f"cannot be read: {error.strerror or error}", file=str(path))) from None
+    except (ValueError, RecursionError) as error:
         raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
 
 

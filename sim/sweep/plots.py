@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.report.html import Figure, Page, apart, curve, error_bars, hue, level
+from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, swatch, ticks
 from chairlift.sim.results.catalogue import FIELDS, title
 from chairlift.sim.sweep.compare import Comparison, Setting
 from chairlift.sim.sweep.statistics import Interval
@@ -44,7 +44,7 @@ def write(path: Path, comparison: Comparison, pareto: Sequence[str], x: str | No
             name=comparison.results.name,
             question=_said(comparison),
             source=Path(comparison.results.file).name,
-            systems=[(hue(i), comparison.called(system)) for i, system in enumerate(comparison.systems)],
+            systems=[(swatch(i), comparison.called(system)) for i, system in enumerate(comparison.systems)],
             groups=told,
             pareto=" and ".join(_label(metric) for metric in pareto),
             warning=comparison.warning,
@@ -110,7 +110,7 @@ def _over_x(c: Comparison, metric: str, settings: list[Setting], x: str | None) 
     difference["layout"]["shapes"] = [level(0)]
     return {
         "title": title(metric),
-        "title_relative": f"{_label(metric)}: % of {c.called(c.baseline)}, paired",
+        "title_relative": f"{_label(metric)}: difference from {c.called(c.baseline)}, %",
         "absolute": _wide(_figure(absolute, along), "y", metric),
         "relative": difference,
     }
@@ -125,7 +125,7 @@ def _figure(traces: list[Figure], x: str, y: str = "") -> Figure:
     axes: Figure = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     swept = {value for trace in traces for value in trace["x"]} if x and not y else set()
     if swept and all(isinstance(value, int | float) for value in swept):
-        axes["xaxis"]["tickvals"] = apart(sorted(swept))
+        axes["xaxis"] |= ticks(sorted(swept))
     return {"data": traces, "layout": {"height": HEIGHT, "hovermode": "x unified", "margin": {"t": 8}, **axes}}
 
 

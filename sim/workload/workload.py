@@ -154,6 +154,9 @@ def _labelled(workload: Workload, trace: Trace, seed: int) -> Trace:
     if workload.prefix is not None:
         group = workload.prefix.draw(n, stream(seed, "prefix"))[sender]
         tokens = np.minimum(trace.prompt_tokens, workload.prefix.tokens)
+        if short := int(np.count_nonzero(trace.prompt_tokens < workload.prefix.tokens)):
+            told = f"{short:,} of {len(trace):,} prompts are shorter than the prefix, so all of them is shared"
+            trace = dataclasses.replace(trace, notes=(*trace.notes, told))
         if trace.session is None:
             columns |= {"prefix_group": group, "prefix_tokens": tokens}
         else:

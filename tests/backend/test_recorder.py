@@ -169,6 +169,41 @@ def test_what_is_no_recording_is_one_line(
         convert(tmp_path, "m")
 
 
+def test_a_conversion_that_is_interrupted_is_one_line(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C comes as the first table is written: what is there then is no recording, and the raw files stay."""
+
+    def stop(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    a_run(tmp_path, clock)
+    raw = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["chairlift-record", str(tmp_path), "--model", "m"])
+    with monkeypatch.context() as cut:
+        cut.setattr(converting, "_write", stop)
+        with pytest.raises(SystemExit) as left:
+            converting.main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "interrupted: the same command begins again\n"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == raw
+    converting.main()
+    assert (tmp_path / "m_summary.json").exists()
+
+
+def test_what_is_no_recording_leaves_an_older_one(tmp_path: Path, clock: Clock) -> None:
+    a_run(tmp_path, clock)
+    convert(tmp_path, "m")
+    before = (tmp_path / "m_summary.json").read_bytes()
+    [requests] = tmp_path.glob("raw-*.requests.jsonl")
+    first, *others = requests.read_text().splitlines()
+    limited = [*json.loads(first), 1000, 0] if len(json.loads(first)) == 4 else json.loads(first)[:4]
+    requests.write_text("\n".join([json.dumps(limited), *others]) + "\n")
+    with pytest.raises(RecordingError, match="some requests say their limits, some do not"):
+        convert(tmp_path, "m")
+    assert (tmp_path / "m_summary.json").read_bytes() == before
+
+
 def test_how_gpus_share_the_model_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What vLLM's configuration says reaches the recording's `Parallel`, by way of what the recorder writes of it."""
     modules = {

@@ -162,6 +162,28 @@ def test_bad_requests_are_refused(arguments: tuple[str, ...], message: str) -> N
     assert message in " ".join(done.err.split())
 
 
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, RecordingError])
+def test_rows_are_written_once_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: type[BaseException]
+) -> None:
+    """What ends the command as its first experiment is predicted leaves the file of an earlier one as it was."""
+    target = tmp_path / "cells.json"
+    target.write_text("[1]")
+
+    def stop(*_arguments: object) -> None:
+        raise ends("no more")
+
+    monkeypatch.setattr(validate, "predict", stop)
+    done = chairlift(
+        *("validate", "--recording", str(HERE), "--model", "opt-13b"),
+        *("--profile", PROFILES["opt-13b"], "--json", str(target)),
+    )
+
+    assert done.status == (130 if ends is KeyboardInterrupt else 2)
+    assert done.err == ("interrupted\n" if ends is KeyboardInterrupt else "error: no more\n")
+    assert target.read_text() == "[1]"
+
+
 def test_prefix_groups_are_replayed() -> None:
     [experiment] = read(HERE, "opt-13b").select(None)
     requests = {**experiment.requests, "prefix_group": np.arange(1000) % 3}

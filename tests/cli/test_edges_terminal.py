@@ -154,3 +154,40 @@ def test_a_document_that_nobody_wrote_by_hand_is_one_line() -> None:
     assert result.err == (
         "error: large.yaml: cannot be read: is 17,179,869,184 bytes long; such a file has at most 67,108,864\n"
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe of POSIX")
+@pytest.mark.parametrize("words", ["run s.yaml --out o", "run s.yaml --out o --json", "list models", "schema"])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str) -> None:
+    """As ``| head`` does. What a run leaves is whole all the same."""
+    unread, output = os.pipe()
+    os.close(unread)
+    command = [sys.executable, "-m", "chairlift", *words.split()]
+    env = {**os.environ, "PYTHONPATH": str(IMPORTS)}
+    done = subprocess.run(command, env=env, stdout=output, stderr=subprocess.PIPE, timeout=60)
+    os.close(output)
+    assert (done.returncode, done.stderr) == (141, b"")
+    if words.startswith("run"):
+        assert chairlift("report", "o").status == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("words", ["run s.yaml --out o", "list models"])
+def test_an_output_that_is_full_is_one_line(words: str) -> None:
+    command = [sys.executable, "-m", "chairlift", *words.split()]
+    env = {**os.environ, "PYTHONPATH": str(IMPORTS)}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    told = b"error: standard output: cannot be used: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
+def test_the_command_is_ready_for_an_interrupt_before_it_imports_anything() -> None:
+    """Until then Python answers Ctrl-C with a traceback. What pip writes imports `re` and `sys` before."""
+    script = (
+        "import re, sys; before = {*sys.modules}; from chairlift.__main__ import main; print(*{*sys.modules} - before)"
+    )
+    command = [sys.executable, "-S", "-c", script]
+    done = subprocess.run(command, env={"PYTHONPATH": str(IMPORTS)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(done.stdout.split()) <= {"__future__", "chairlift", "chairlift.__main__", "signal"}

@@ -57,6 +57,8 @@ LATER = {  # how a command begins → why it is not run here
     "CHAIRLIFT_RECORDING=DIR vllm serve": "needs vLLM, weights and a GPU",
     "CHAIRLIFT_RECORDING=DIR sglang serve": "needs SGLang, weights and a GPU",
     "chairlift-record DIR": "needs what a server wrote",
+    "chairlift plan my_plan.yaml --emit": "simulates for a minute, and a dry run starts nothing",
+    "chairlift plan my_plan.yaml --what-would-change": "simulates for minutes, and a dry run changes nothing",
     "chairlift run runs/my_plan/plan.json": "needs the plan's results, which take a minute",
 }
 SMALLER = {  # command → options that make it small enough to run here

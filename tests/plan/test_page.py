@@ -10,7 +10,7 @@ import pytest
 
 from chairlift.sim.plan.flips import Change
 from chairlift.sim.plan.page import SCALE, logarithmic, tornado
-from chairlift.sim.report.html import ASSETS, apart
+from chairlift.sim.report.html import ASSETS, apart, ticks
 
 LEAST = 3.0  # of graphics beside what is next to them: WCAG 2.2, success criterion 1.4.11
 
@@ -62,3 +62,10 @@ def test_ticks_stand_at_the_rates_that_were_bought_for() -> None:
     assert apart([10, 25, 50]) == [10, 25, 50]
     assert apart([10, 10.5, 25, 50]) == [10, 25, 50]  # 10.5 has no room beside 10
     assert apart([2, 3]) == [2, 3]
+
+
+def test_ticks_are_said_in_four_digits_where_those_tell_values_apart() -> None:
+    assert ticks([4, 4 * 2**0.5, 8, 16, 32])["ticktext"] == ["4", "8", "16", "32"]  # 5.657 has no room
+    assert ticks([5.656854, 11.313708])["ticktext"] == ["5.657", "11.31"]
+    assert ticks([2048, 131072]) == {"tickvals": [2048, 131072], "ticktext": ["2,048", "131,072"]}
+    assert ticks([0.90001, 0.90002])["ticktext"] == ["0.90001", "0.90002"]

@@ -17,6 +17,7 @@ from chairlift.sim.cli import run as cli
 from chairlift.sim.cli import terminal as progress
 from chairlift.sim.report import figures
 from chairlift.sim.report import slot_data as slotview
+from chairlift.sim.report.html import swatch
 from chairlift.sim.report.slots import GLYPHS, seat
 from chairlift.sim.report.sparkline import inside, sparkline
 from chairlift.sim.report.timeline import REQUEST_COLUMNS, cdf, timeline, work
@@ -129,6 +130,30 @@ def test_distributions_agree_with_the_summary_and_slo_lines_stand_where_they_sho
         assert [shape["x0"] for shape in named[title]["layout"]["shapes"]] == ([] if limit is None else [limit])
     good = sum(row["ttft_ms"] <= 900 for row in pq.read_table("out/requests.parquet").to_pylist()) / 30
     assert f"SLO 900 ms: {good:.1%}" in named["TTFT, ms"]["layout"]["annotations"][0]["text"]
+
+
+def test_an_slo_line_is_said_in_the_unit_of_its_axis() -> None:
+    for ms, said, at, title in (
+        (900.0, "SLO 1500 ms: 100.0%", 1500, "TTFT, ms"),
+        (90_000.0, "SLO 1.5 s: 0.0%", 1.5, "TTFT, s"),
+    ):
+        layout = figures.latency("ttft", [("a", np.array([ms]))], 1500)["layout"]
+        assert (layout["annotations"][0]["text"], layout["shapes"][0]["x0"]) == (said, at)
+        assert layout["xaxis"]["title"]["text"] == title
+
+
+def test_a_legend_tells_apart_systems_that_share_a_colour() -> None:
+    """A page has eight colours; the ninth system has the first one's, and dashes."""
+    marks = [swatch(i) for i in range(32)]
+    assert len(set(marks)) == 32
+    assert marks[0] == "var(--v0)"
+    assert marks[8].startswith("repeating-linear-gradient(90deg, var(--v0) ")
+    systems = "".join(f"  - {{name: s{i}, policy: {{name: vllm, max_num_seqs: {i + 1}}}}}\n" for i in range(9))
+    made(replaced("policy: {name: vllm}\n", "") + "compare:\n" + systems)
+    page = Path("out/report.html").read_text()
+    legend = page[page.index("<h2>Latency</h2>") :]
+    assert f'style="background:{marks[0]}"></span>s0</li>' in legend
+    assert f'style="background:{marks[8]}"></span>s8</li>' in legend
 
 
 def test_areas_under_the_curves_are_the_totals() -> None:

@@ -154,7 +154,7 @@ def test_tables_and_json_and_plots_say_the_same(tmp_path: Path, monkeypatch: pyt
     assert [p["front"] for p in told["pareto"]] == [[{"policy": p} for p in "abc"]] * 2
     assert len(figures) == 2 * 2 + 1
     assert page.links == []  # nothing from the network
-    assert "<h3>TTFT p99: % of a, paired</h3>" in Path("plots/c.html").read_text()
+    assert "<h3>TTFT p99: difference from a, %</h3>" in Path("plots/c.html").read_text()
     drawn = {
         (trace["name"], x): y for trace in figures["f1"]["data"] for x, y in zip(trace["x"], trace["y"], strict=True)
     }

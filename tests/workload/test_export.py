@@ -137,7 +137,7 @@ def test_the_command_names_file_model_and_server(tmp_path: Path, monkeypatch: py
     ("arguments", "rule"),
     [
         (["s.json", "t.csv", "--to", "mooncake"], "t.csv: must end in .jsonl"),
-        (["s.json", "t.jsonl", "--to", "moncake"], "--to: must be one of vllm-bench, mooncake, guidellm"),
+        (["s.json", "t.jsonl", "--to", "moncake"], "--to: no such tool – did you mean 'mooncake'?"),
         (["s.json", "no/t.jsonl", "--to", "guidellm"], "cannot be written"),
         (["no.yaml", "t.jsonl", "--to", "guidellm"], "no.yaml: no such file"),
     ],
