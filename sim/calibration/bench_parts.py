@@ -61,6 +61,7 @@ def changed(profile: Profile, logs: Floats) -> Profile:
             kv_s=times.kv_s * kv,
             kv_mixed_s=times.kv_mixed_s * kv,
             pair_s=times.pair_s * pair,
+            whole_pair_s=times.whole_pair_s * pair,
             sequence_s=times.sequence_s * float(np.exp(decodes[-1])),
             decode_residual=_bent(times.decode_residual, DECODES, decodes),
             chunk_residual=_bent(times.chunk_residual, CHUNKS, chunks),

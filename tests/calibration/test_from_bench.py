@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from chairlift.backend import specs
+from chairlift.backend.base import Batch, Chunk
 from chairlift.backend.calibrated import carry
+from chairlift.backend.calibrated.pricing import Calibrated
 from chairlift.backend.calibrated.profile import Profile, between, load
 from chairlift.backend.fitting.recording import read
 from chairlift.sim.calibration import bench
@@ -151,6 +153,25 @@ def test_a_factor_bends_its_part_alone() -> None:
     assert replace(bent, gpu_time=profile.gpu_time) == profile
     assert changed(profile, np.zeros(len(PARTS))).host == profile.host
     assert len(PARTS) - 1 == CLIENT
+
+
+@pytest.mark.parametrize("name", [START, "h200-llama-3.1-8b-fp8-chairlift-0.1"])
+@pytest.mark.parametrize("start", [0, 512])
+def test_attention_of_all_prompts_has_one_factor(name: str, start: int) -> None:
+    """Of a whole prompt of 4,096 tokens, for which our own engine has another kernel, and behind 512 others."""
+    profile = load(name)
+    cool = replace(profile, gpu_time=replace(profile.gpu_time, hot_chunk=0.0, hot_computed=0.0))
+    logs = np.zeros(len(PARTS))
+    logs[PARTS.index("attention of prompts")] = np.log(3)
+    once, thrice = (
+        Calibrated(each).step(Batch((Chunk(start, 4096),), 0, 0)).first / 1e12 for each in (cool, changed(cool, logs))
+    )
+
+    another = bool(profile.gpu_time.whole_pair_s) and not start
+    pairs = 4096 * start + 4096 * 4097 / 2
+    taken = pairs * (profile.gpu_time.whole_pair_s if another else profile.gpu_time.pair_s)
+    assert another is (name != START and start == 0)
+    assert thrice - once == pytest.approx(2 * taken, rel=1e-4)
 
 
 def test_parts_of_carried_profiles_are_off_by_what_was_seen_of_their_steps() -> None:
