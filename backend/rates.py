@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chairlift.backend.base import FOREVER, Batch, Host, StepCost, new
+from chairlift.backend.base import FOREVER, Batch, Chunk, Host, StepCost, new
 
 
 class Rates:
@@ -71,7 +71,7 @@ class Rates:
         """The cost of ``batch``, as `Roofline.step` says."""
         prefills, decodes, context, padded, _, drafts, _ = batch
         if prefills:
-            return self._with_prompts(batch)
+            return self._with_prompts(prefills, decodes, context, padded, drafts)
         if drafts:
             return self._verifying(batch)
         slots = decodes + padded
@@ -102,8 +102,9 @@ class Rates:
         floor = max(self._floor, self._step + self._request * batch.decodes if whole else self._eager)
         return StepCost(max(first, floor), 0, 1, self._host)
 
-    def _with_prompts(self, batch: Batch) -> StepCost:
-        prefills, decodes, context, padded, _, drafts, _ = batch
+    def _with_prompts(
+        self, prefills: tuple[Chunk, ...], decodes: int, context: int, padded: int, drafts: int
+    ) -> StepCost:
         tokens = pairs = history = 0
         for start, length in prefills:
             tokens += length
@@ -116,7 +117,7 @@ class Rates:
         if decodes:
             memory = self._weights + self._kv * context
             compute = (decodes + drafts) * (self._token + self._sequence)
-            compute += self._pair * context * (decodes + drafts) // decodes
+            compute += self._pair * context * (decodes + drafts) // decodes if drafts else self._pair * context
             decode = compute if compute >= memory else memory
             longer, shorter = (prompt, decode) if prompt >= decode else (decode, prompt)
             prompt = longer + shorter * self._apart // self._apart_of

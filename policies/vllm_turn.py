@@ -96,8 +96,8 @@ class VllmTurn:
             budget, preempted, prefills = self._run_all(step, budget, granted)
         else:
             budget, preempted, prefills = self._run_each(step, budget, {r.id for r in unfinished}, held)
-        if not preempted and step.waiting:
-            budget, admitted = self._admit(step, budget, held, prefills)
+        if not preempted and (waiting := step.waiting):
+            budget, admitted = self._admit(step, waiting, budget, held, prefills)
             prefills |= admitted
         if cadence is not None and not (preempted or held):
             cadence.saturated = bool(step.waiting)
@@ -113,12 +113,12 @@ class VllmTurn:
             return 0
         return max(self._capped, self._shared_by // max(1, requests))
 
-    def _admit(self, step: Step, budget: int, held: bool, beside: bool) -> tuple[int, bool]:
-        """Admit the head of the queue for as long as it fits: budget left, whether anybody had a prompt to compute.
+    def _admit(self, step: Step, waiting: Sequence[Request], budget: int, held: bool, beside: bool) -> tuple[int, bool]:
+        """Admit the head of ``waiting`` for as long as it fits: budget left, whether anybody had a prompt to compute.
 
         ``held``: nobody who has may join. ``beside``: prompts of the running are computed in the step.
         """
-        waiting, running, whole = step.waiting, step.running, self._whole
+        running, whole = step.running, self._whole
         prefills = False
         staged = self._staged
         padding = self._padding(step.speculation) if self._drafts and not beside else 0

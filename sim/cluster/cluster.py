@@ -130,7 +130,7 @@ class Cluster:
         row = i if order is None else order[i]
         now = times[row]
         if following < self._first_ones:  # at once, so that whoever looks ahead sees an arrival at this same instant
-            alarm.again(times[following if order is None else order[following]] - now, ARRIVAL)
+            alarm.again(times[following if order is None else order[following]], ARRIVAL)
         self._send(row, now)
 
     def _send_now(self, row: int) -> None:

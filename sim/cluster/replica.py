@@ -139,7 +139,7 @@ class Replica:
         # Whoever is sent by the plan of a later replica, or this one's, comes when the step from now on is planned.
         end = engine.cut(now + (self._clock.planned_at == now and self.index <= self._clock.planned_upto))
         if end is not None and end != before:  # the timer set before stays in SimPy's heap, and is ignored there
-            self._timer = Alarm(self._clock, end - now, self._boundary_rank, self._ring)
+            self._timer = Alarm(self._clock, end, self._boundary_rank, self._ring)
         return end
 
     def ends_in_plan(self, now: int) -> None:
@@ -182,7 +182,7 @@ class Replica:
             self._plan(now)
         else:
             self._planning = True
-            Alarm(self._clock, 0, self._plan_rank, self._planned)
+            Alarm(self._clock, now, self._plan_rank, self._planned)
 
     def _planned(self, _alarm: Alarm) -> None:
         self._planning = False
@@ -199,9 +199,9 @@ class Replica:
             self._timer = None
         elif (spare := self._spare) is not None:
             self._timer, self._spare = spare, None
-            spare.again(end - now, self._boundary_rank)
+            spare.again(end, self._boundary_rank)
         else:
-            self._timer = Alarm(self._clock, end - now, self._boundary_rank, self._ring)
+            self._timer = Alarm(self._clock, end, self._boundary_rank, self._ring)
 
     def _ring(self, alarm: Alarm) -> None:
         self._spare = alarm

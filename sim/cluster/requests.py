@@ -62,7 +62,7 @@ def request_maker(
             i,
             arrivals[i],
             prompt,
-            max(1, longest - prompt) if caps is None else caps[i],
+            (longest - prompt if prompt < longest else 1) if caps is None else caps[i],
             outputs[i] if outputs is not None else None,
             priorities[i] if priorities is not None else 0,
             tenants[i] if tenants is not None else 0,

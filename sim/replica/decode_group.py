@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Final
 
@@ -168,20 +168,21 @@ class Decodes:
 class Ends:
     """When each member of a group gets its last token: true lengths, which nothing that a policy can reach refers to.
 
-    ``outputs``: true lengths by request id. A heap holds what comes next to each member, by the group's steps: its
-    answer ends, or its reservation does. An entry is one number, the step and the request's row (`ROW_BITS`): heaps
-    compare numbers several times sooner than tuples. Members that leave are not looked for in the heap; an entry is
-    dropped when it comes up and its request does not decode here, or has another entry by now.
+    ``admitted``: the members, among others, by row. ``outputs``: true lengths by row. A heap holds what comes next to
+    each member, by the group's steps: its answer ends, or its reservation does. An entry is one number, the step and
+    the request's row (`ROW_BITS`): heaps compare numbers several times sooner than tuples. Members that leave are not
+    looked for in the heap; an entry is dropped when it comes up and its request does not decode here, or has another
+    entry by now.
     """
 
-    __slots__ = ("_entries", "_group", "_members", "_own", "heap", "outputs")
+    __slots__ = ("_admitted", "_entries", "_group", "_own", "heap", "outputs")
 
-    def __init__(self, group: Decodes, outputs: Sequence[int]) -> None:
+    def __init__(self, group: Decodes, admitted: Mapping[int, Live], outputs: Sequence[int]) -> None:
         self.outputs = outputs
         self._own = False  # whether nobody else reads `outputs`
         self._group = group
-        self._members: dict[int, Live] = {}  # by row; of those that have left too, until their entry comes up
-        self._entries: dict[int, int] = {}  # likewise: the latest entry of each
+        self._admitted = admitted
+        self._entries: dict[int, int] = {}  # the latest of each row, until it comes up
         self.heap: list[int] = []  # steps of the group at which something is due << ROW_BITS | the request's row
 
     def shorten(self, request: int, tokens: int) -> None:
@@ -198,9 +199,7 @@ class Ends:
         if request.reserved and request.reserved - offset < end:  # the reservation runs out before the answer does
             end = request.reserved - offset
         row = request.row
-        entry = end << ROW_BITS | row
-        self._members[row] = request
-        self._entries[row] = entry
+        self._entries[row] = entry = end << ROW_BITS | row
         heappush(self.heap, entry)
 
     def horizon(self) -> int:
@@ -208,11 +207,13 @@ class Ends:
         heap, group = self.heap, self._group
         while heap:
             first = heap[0]
-            request = self._members.get(first & _ROWS)  # None if it has left
-            if request is not None and request.group is group and self._entries[request.row] == first:
+            row = first & _ROWS
+            latest = self._entries.get(row) == first
+            if latest and (request := self._admitted.get(row)) is not None and request.group is group:
                 return (first >> ROW_BITS) - group.steps
-            self._forget(request)
             heappop(heap)
+            if latest:
+                del self._entries[row]
         return FOREVER
 
     def due(self) -> Live | None:
@@ -221,18 +222,15 @@ class Ends:
         None if the entry was of a member that has left, or of one whose reservation ends, which goes on without.
         """
         entry, group = heappop(self.heap), self._group
-        request = self._members.get(entry & _ROWS)  # likewise
-        if request is None or request.group is not group or self._entries[request.row] != entry:
-            self._forget(request)
+        row = entry & _ROWS
+        if self._entries.get(row) != entry:
             return None
-        if request.offset + group.steps < request.prompt + self.outputs[request.row] - 1:
+        del self._entries[row]
+        request = self._admitted.get(row)
+        if request is None or request.group is not group:
+            return None
+        if request.reserved and request.offset + group.steps < request.prompt + self.outputs[row] - 1:
             group.outgrow(request)
             self.add(request)
             return None
-        del self._members[request.row], self._entries[request.row]
         return request
-
-    def _forget(self, request: Live | None) -> None:
-        """An entry is of no use: its ``request`` has left, or has another end."""
-        if request is not None and request.group is not self._group:
-            del self._members[request.row], self._entries[request.row]

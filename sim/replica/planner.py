@@ -95,7 +95,7 @@ class Planner:
         self._left: list[tuple[int, Live]] = []  # who left at the latest such time, where the policy limits arrivals
         self._longest = min(max_model_len, pool.room + 1)  # tokens of a request; no KV of its last
         self._budget = FOREVER if scheduler.token_limit is None else scheduler.token_limit
-        self._ends = Ends(self.state.group, outputs)
+        self._ends = Ends(self.state.group, self.state.admitted, outputs)
         self._promised = 0  # reserved tokens that will be filled
         self._finish = finish
         self.ends_in_plan: Callable[[int], None] | None = None  # called when requests end as a step is planned
@@ -126,16 +126,15 @@ class Planner:
                 request.cap(allowed)
                 self._ends.shorten(request.row, allowed)
         final = request.prompt + self._ends.outputs[request.row]
-        return allowed > request.produced and final <= self._longest and not self._turned_away(now)
+        fits = allowed > request.produced and final <= self._longest
+        return fits and not (self._limits and self._turned_away(now))
 
     def _turned_away(self, now: int) -> bool:
-        """Whether the policy refuses who arrives now.
+        """Whether the policy, which limits arrivals, refuses who arrives now.
 
         At the boundary of two steps the policy sees what was before: whether the boundary is settled first depends on
         how the steps are grouped. So does whether a first token that has landed is written down already.
         """
-        if not self._limits:
-            return False
         state, first_token = self.state, self.requests.first_token
         here = [*state.admitted.values(), *state.queue, *(request for at, request in self._left if at == now)]
         prompts = 0
@@ -298,7 +297,8 @@ class Planner:
             if count > 1:
                 self._leap(plan, count)
             state.kv_tokens += count * group.live
-            self._promised -= count * group.reserved
+            if group.reserved:
+                self._promised -= count * group.reserved
             group.steps += count
             group.context += count * (group.live + group.dead)
             plan.decoded_before, state.decoded_at = state.decoded_at, when

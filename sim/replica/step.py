@@ -246,13 +246,13 @@ class ReplicaStep(Step):
     # what a policy does
 
     def decode_all(self) -> bool:  # noqa: D102
-        group, parked = self.group, self.parked
+        group, parked, pool = self.group, self.parked, self.pool
         if self.ran or self.whole:
             self._fail("decode_all after decodes were chosen already")
-        need = group.phases[-group.steps % group.block_size] * self.pool.tables if group.growing else 0
+        need = group.phases[-group.steps % group.block_size] * pool.tables if group.growing else 0
         if parked:
             need += sum(map(self._next_block, parked.values()))
-        if need > self.pool.free:
+        if need > pool.free:
             self._needy = -1
             return False
         if parked:
@@ -264,10 +264,10 @@ class ReplicaStep(Step):
         elif group.live == 0 and group.dead == 0:
             return True
         self.tokens += group.live
-        if self.pool.tracks:
-            self.pool.decode_all(group, range(1), self.fresh)
+        if pool.tracks:
+            pool.decode_all(group, range(1), self.fresh)
         else:
-            self.pool.free -= need
+            pool.free -= need
         self.taken = need
         self.whole = True
         return True

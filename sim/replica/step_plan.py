@@ -11,7 +11,7 @@ from mypy_extensions import mypyc_attr
 from chairlift.backend.base import StepCost
 from chairlift.sim.replica.decode_group import NOBODY_ELSE
 from chairlift.sim.replica.request import NEVER, Live, When
-from chairlift.sim.results.records import NO_GROWTH, row_after
+from chairlift.sim.results.records import Growth, row_after
 
 
 def duration(first: int, slope: int, steps: int) -> int:
@@ -106,8 +106,9 @@ class Plan:
         self.decoded_before = NEVER  # when the group emitted before its last step
         self.fresh = NOBODY_ELSE  # decodes of its last step that had joined the group since then
         self.undelivered = 0  # decodes of its last step whose token is nobody's: the client gave up, or has all
-        self.growth = NO_GROWTH  # of its steps but the one in flight, set when several are committed, as the next two
-        self.held = self.spared = 0  # blocks, as its last step's `StepRow` has them
+        self.growth: Growth  # of its steps but the one in flight, set when several are committed, as the next two
+        self.held: int  # blocks, as its last step's `StepRow` has them
+        self.spared: int  # likewise
         self.begun: int  # ps, when its last step began; of a step in flight
         self.emitting = NOBODY  # set when committed: their prompt is done with it, a token comes
         self.ending = NOBODY  # likewise: their last token comes with it

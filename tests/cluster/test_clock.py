@@ -42,7 +42,7 @@ def test_an_alarm_rings_again_when_it_is_set_again() -> None:
     def ring(alarm: Alarm) -> None:
         rung.append(clock.now)
         if len(rung) < 3:
-            alarm.again(10, CHANGE)
+            alarm.again(clock.now + 10, CHANGE)
 
     Alarm(clock, 5, CHANGE, ring)
     clock.serve()
