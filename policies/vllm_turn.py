@@ -64,6 +64,7 @@ class VllmTurn:
         self._one_each: bool | None = None  # if the running always take turns; None: not known yet
         self._drafts = 0  # of a decode
         self._staged = False
+        self._deferred: set[int] = set()  # who waits and was passed over, as tokens of theirs were in flight
 
     def schedule(self, step: Step) -> int:
         """Running first, in order; then the head of the queue, unless somebody was preempted.
@@ -100,7 +101,7 @@ class VllmTurn:
             budget, admitted = self._admit(step, waiting, budget, held, prefills)
             prefills |= admitted
         if cadence is not None and not (preempted or held):
-            cadence.saturated = bool(step.waiting)
+            cadence.saturated = any(r.id not in self._deferred for r in step.waiting)
         if cadence is not None:
             cadence.planned(budget < self._budget, prefills)
             if held:
@@ -127,6 +128,7 @@ class VllmTurn:
         while len(waiting) > place and budget > 0 and len(running) < self._limit:
             request = waiting[place]
             if staged and not step.ready(request):
+                self._deferred.add(request.id)
                 place += 1
                 continue
             known = request.remaining
@@ -150,6 +152,8 @@ class VllmTurn:
                 break
             if not step.admit(request, tokens, spare=spare):
                 break
+            if staged:
+                self._deferred.discard(request.id)
             budget -= tokens
             prefills |= left > 1
         return budget, prefills
@@ -260,7 +264,7 @@ class Cadence:
     """
 
     def __init__(self, interval: int) -> None:
-        self.saturated = False  # the latest step that was not held left somebody waiting
+        self.saturated = False  # the latest step that was not held left somebody waiting whom it had not passed over
         self._interval = interval
         self._steps = 0  # executed before the plan at hand
         self._prefilled = -interval  # the latest of them that computed part of a prompt

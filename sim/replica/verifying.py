@@ -400,6 +400,7 @@ class VerifyingPlanner(Planner):
                 self._see_end(request)
         plan.emitting, plan.ending = emitting, ending
         if self._windowed is not None:
+            self._windowed.flight = plan
             self._windowed.under_way = {row: chosen.tokens for row, chosen in self._verified[plan].chosen.items()}
         if state.flights is not None:
             state.flights.launch(plan, [c.request for c in self._verified[plan].chosen.values()], [*ending])
@@ -421,7 +422,7 @@ class VerifyingPlanner(Planner):
         flights = self.state.flights
         if flights is not None:
             flights.land(plan)
-        if self._windowed is not None:
+        if self._windowed is not None and self._windowed.flight is plan:  # else another is committed already
             self._windowed.under_way = {}
         chosen, drafting, known = verifying.chosen, verifying.drafting, verifying.kept
         group = self.state.drafted

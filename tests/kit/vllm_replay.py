@@ -27,7 +27,9 @@ SPECULATIVE = ("spec", "padded", "drafting", "emitted")  # columns of cases with
 COLUMNS = ("scheduled", *SPECULATIVE, "preempted", "new", "resumed", "free_blocks", "held", "finished")
 PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
 PAIRS |= {"spec": "drafts", "emitted": "tokens"}
-LATER = (  # settings since 0.23, which only later ledgers have
+LATER = (  # settings that only some ledgers have, most of them since 0.23
+    "enable_chunked_prefill",
+    "max_num_scheduled_tokens",
     "watermark",
     "max_num_active_seqs",
     "long_prefill_token_threshold_adaptive",

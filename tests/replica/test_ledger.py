@@ -18,6 +18,7 @@ import pytest
 
 import ledger
 from chairlift.policies.base import Speculation
+from chairlift.policies.vllm_turn import VllmTurn
 from chairlift.policies.vllm_versions import RULES, VERSIONS, Rule
 from chairlift.sim.replica.pipeline import InFlight
 from kit import vllm_replay
@@ -32,7 +33,8 @@ PIPELINED = [case for path, case in CASES if "pipeline" in path.name]
 DRAFTED = [case for path, case in CASES if "speculation" in path.name]
 BOTH = [case for path, case in CASES if "speculation-pipeline" in path.name]
 SIZING = {"largest_gpus", "retains_little", "null_block_apart"}  # rules that a ledger's own settings overrule
-WINDOWED = [path for path in HERE if "hybrid" in path.name]
+WINDOWED = [path for path in HERE if "hybrid" in path.name and "speculation" not in path.name]
+SLIDING = [case for path, case in CASES if "speculation-hybrid" in path.name]
 
 
 def told(value: Any) -> str:
@@ -120,6 +122,28 @@ def test_the_cases_with_pipelines_and_drafts_are_varied() -> None:
         assert len({case[setting] for case in BOTH}) > 1
     assert {case["prefix_mode"] for case in BOTH} == {"lookahead", "drop", "plain"}
     assert {bool(case["k_by_batch"]) for case in BOTH} == {True, False}
+
+
+def test_the_cases_with_windows_and_drafts_are_varied() -> None:
+    rows = [row for case in SLIDING for row in case["ledger"]]
+
+    assert len(SLIDING) >= 15
+    assert sum(len(row.get("preempted", ())) for row in rows) > 100
+    assert sum(len(row.get("padded", ())) for row in rows) > 10
+    assert sum(cached > 0 for row in rows for _, cached in row.get("new", ())) > 30
+    assert sum(cached > 0 for row in rows for _, cached in row.get("resumed", ())) > 30
+    assert sum(case["totals"]["stale_outputs"] for case in SLIDING) > 50
+    assert len({case["layers"] for case in SLIDING}) > 5
+    for setting in ("async_scheduling", "prefix_caching", "policy", "num_speculative_tokens", "retention_interval"):
+        assert len({case[setting] for case in SLIDING}) > 1
+
+
+def test_who_is_passed_over_in_flight_does_not_hold_off_the_cadence_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without that rule of `prefill_schedule_interval` a case with a pipeline differs."""
+    monkeypatch.setattr(VllmTurn, "_deferred", property(lambda self: set(), lambda self, value: None), raising=False)
+    cases = [case for case in PIPELINED if case.get("prefill_schedule_interval", 1) > 1]
+
+    assert any(ledger.difference(case, "vllm", "0.33.0") for case in cases)
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["too soon after its latest", "preempted in flight"])
