@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,6 +91,10 @@ def calibrate(
     [bold]chairlift calibrate --bench q4.json q16.json burst.json --model llama-3.1-8b --gpu h200[/bold]
     """
     out = console(least=WIDTH)
+    if name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise BadInput(
+            Problem("must be a file's name, without / or \\ or control characters", file="--name", value=name)
+        )
     if bench is not None or more:
         others = {"--recording": recording, "--backend": backend, "--experiments": experiments, "--plot": plot}
         if given := [option for option, value in others.items() if value]:

@@ -281,8 +281,10 @@ def _effect_table(title: str, effects: Sequence[tuple[str, Effect]]) -> Table:
 
 def _mechanism_table(outcomes: Sequence[Outcome]) -> Table:
     table = tables.comparison("by which mechanism: vLLM and SGLang")
-    for label in ("", "vLLM", "SGLang", "to be seen in"):
-        table.add_column(label, overflow="fold")
+    columns = ([each.subject, each.vllm, each.sglang, each.figure] for each in MECHANISMS)
+    for label, cells in zip(("", "vLLM", "SGLang", "to be seen in"), zip(*columns, strict=True), strict=True):
+        longest = max(len(word) for cell in cells for word in cell.split())  # a setting's name stays in one piece
+        table.add_column(label, overflow="fold", min_width=longest)
     for outcome in outcomes:
         table.add_column(escape(outcome.setup.variant), justify="right", overflow="fold")
     for each in MECHANISMS:

@@ -185,6 +185,8 @@ def test_the_table_shows_figures_rules_and_mechanisms() -> None:
     assert "uncapped_alone 0.31 yes A request that is alone is not held" in said
     assert "vllm-0.23 with uncapped_alone 2" in said
     assert "by which mechanism: vLLM and SGLang" in said
+    for setting in ("max_num_batched_tokens", "chunked_prefill_size", "enable_mixed_chunk"):
+        assert setting in said  # in one piece, narrow as a column may be
     assert "sglang-0.5.23: left out: long_prefill_token_threshold 40 (SGLang has none)" in said
     assert "no request declares max_tokens, so SGLang reckons with an answer as long as the model allows" in said
     assert all(len(line) <= 120 for line in result.out.splitlines())

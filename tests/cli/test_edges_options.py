@@ -42,6 +42,10 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (("plan", "p.yaml", "--dry-run", "--what-would-change"), f"--what-would-change: {DRY}"),
         (("plan", "p.yaml", "--json", "--emit", "shell"), "--emit: must not be given beside --json"),
         (("validate", "s.yaml", "--bench", "b.json", "--recorded-host"), "--recorded-host: must not be given beside"),
+        (
+            ("calibrate", "--recording", ".", "--model", "m", "--name", "../m"),
+            "--name: must be a file's name, without /",
+        ),
         ((*COST, "--past", "5"), f"--past: {WITHOUT} --prompt (got 5)"),
         ((*COST, "--context", "131073"), "--context: must be at most the 131072 tokens that llama-3.1-8b takes"),
         ((*COST, "--prompt", "131072", "--past", "1"), "--prompt: must be at most the 131072 tokens"),
