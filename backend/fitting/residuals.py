@@ -16,6 +16,7 @@ import numpy.typing as npt
 from chairlift.backend.calibrated.profile import HOST, QUANTILES, REGIMES, GpuTime, HostTime, Spread
 from chairlift.backend.fitting.steps import (
     GRAPH,
+    SURE,
     WORKERS_S,
     Bools,
     Floats,
@@ -83,7 +84,11 @@ def foresee(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
 
 
 def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
-    """GPU times alone, of the steps that show theirs."""
+    """GPU times alone, of the steps that show theirs.
+
+    On an idle engine the time begins with the launch, and nothing shows when that ended: in a slow spell of the host it
+    takes 1.6 times as long as usual. So a step tells of the GPU there only if no launch takes as long.
+    """
     gpu_s = predicted(gpu, steps)
     decode_s = np.where(steps.kind == GRAPH, gpu_s, 0.0)
     typical = np.array([host.graph_s, host.piecewise_s, host.eager_s])
@@ -91,7 +96,9 @@ def on_gpu(gpu: GpuTime, host: HostTime, steps: Steps) -> Foreseen:
     launch = own_launches(steps, *shown, typical)
     rows, seconds = decode_times(steps, launch)
     chunk_rows, chunk_seconds, led = chunk_times(steps, decode_s, launch)
-    chunk_seconds = np.maximum(chunk_seconds - host.head_s * led, 1e-6)
+    longer = ~led | steps.gpu_known | (chunk_seconds > SURE * launch[steps.experiment, steps.kind][chunk_rows])
+    chunk_rows, chunk_seconds = chunk_rows[longer], (chunk_seconds - host.head_s * led)[longer]
+    chunk_seconds = np.maximum(chunk_seconds, 1e-6)
     both, times = np.concatenate([rows, chunk_rows]), np.concatenate([seconds, chunk_seconds])
     shown = ~by_workers(gpu, host, steps)[both]
     both, times = both[shown], times[shown]

@@ -479,7 +479,7 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     if steps.gpu_known:
         rows = np.flatnonzero((steps.chunks > 0) & (steps.gpu > CLEAR * launch_s))
         return rows, steps.gpu[rows], steps.woke[rows]
-    sure = Waits.of(steps, launch).sure & ~steps.stalled
+    sure = Waits.of(steps, launch).sure & ~steps.stalled & ~_late(steps, decode_s)
     begun = steps.schedule + steps.schedule_cpu  # its launch
     earlier = np.concatenate([[0.0], steps.done[:-1]])
     two_before = np.concatenate([[0.0, 0.0], steps.done[:-2]])[: len(steps)]
@@ -494,6 +494,19 @@ def chunk_times(steps: Steps, decode_s: Floats, launch: Floats) -> tuple[npt.NDA
     shows = steps.done - begun > CLEAR * launch_s  # else the launch set the time
     rows = np.flatnonzero((steps.chunks > 0) & sure & known & shows & ~(steps.first & ~steps.woke))
     return rows, (steps.done - start)[rows], steps.woke[rows]
+
+
+def _late(steps: Steps, decode_s: Floats) -> Bools:
+    """Which outputs came later than the GPU ended: what is left for the next step, of decodes alone, is too little.
+
+    ``decode_s`` holds the GPU time that each step of decodes alone should take; 0 of any other. For example: the output
+    after one that came 26 ms after the one before it comes 17 ms later, where such decodes take 20 ms. So the GPU had
+    begun with them 3 ms or more before, and the host was kept from taking in what it had.
+    """
+    follows, _ = _next_launch(steps)
+    gap = np.append(np.diff(steps.done), np.inf)
+    found: Bools = follows & (gap * CLEAR < np.append(decode_s[1:], 0.0))
+    return found
 
 
 @dataclass(frozen=True)

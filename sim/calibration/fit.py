@@ -138,19 +138,22 @@ def leave_one_out(
 
 
 def hold_out(recording: Recording, experiments: Sequence[Experiment], progress: Progress = lambda _name: None) -> Held:
-    """How far off each experiment a fit without it is: step by step and, unless it is a grid, end to end."""
+    """How far off each experiment a fit without it is: step by step and, unless it is a grid, end to end.
+
+    The clock stands still in the engine's stalls (`without_stalls`).
+    """
     held = Held()
     for each, profile in leave_one_out(recording, experiments, None, progress):
         if isinstance(profile, str):
             held.skipped[each.name] = profile
             continue
-        table = steps_of([each], profile.gpu_time.hot_token_s)
+        running = without_stalls(each)
+        table = steps_of([running], profile.gpu_time.hot_token_s)
         held.steps[each.name] = residuals.foresee(profile.gpu_time, profile.host, table)
         held.gpu[each.name] = residuals.on_gpu(profile.gpu_time, profile.host, table)
         held.launches[each.name] = residuals.launches(profile.gpu_time, profile.host, table)
         if not each.is_grid:
             progress(f"predict {each.name}")
-            running = without_stalls(each)
             held.cells[each.name] = compare(each.name, predict(running, recording, profile), recorded(running))
     return held
 

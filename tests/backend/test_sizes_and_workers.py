@@ -136,3 +136,23 @@ def test_errors_of_gpu_times_leave_launches_by_workers_out() -> None:
 
     assert shown.recorded.tolist() == pytest.approx([11.4e-3, 165e-3])
     assert shown.error.tolist() == pytest.approx([0.0, 0.0], abs=0.01)
+
+
+@pytest.mark.parametrize(("took_ms", "tells"), [(36, False), (50, False), (55, True), (172, True)])
+def test_on_an_idle_engine_a_step_tells_of_the_gpu_only_where_no_launch_takes_so_long(
+    took_ms: int, tells: bool
+) -> None:
+    """Launches take 30 ms, and in a slow spell of the host 48; 52.5 = 1.75 x 30 ms are none. The GPU waits for 3."""
+    one = replace(WORKERS, piecewise_s=8e-3, eager_s=30e-3, tail_s=0.0)
+    both = np.ones(2, dtype=bool)
+    run = steps(
+        [1024, 1024],
+        [EAGER, EAGER],
+        schedule=np.array([0.0, 1.0]),
+        done=np.array([0.0, 1.0]) + took_ms / 1e3,
+        first=np.array([True, False]),
+        last=np.array([False, True]),
+        woke=both,
+    )
+
+    assert on_gpu(GPU, one, run).recorded.tolist() == pytest.approx([(took_ms - 3) / 1e3] * 2 * tells)

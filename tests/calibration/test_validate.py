@@ -282,6 +282,20 @@ def test_a_repeat_is_left_out_together_with_what_it_repeats(monkeypatch: pytest.
     assert fits == [{each.name for each in recording.select(None)} - {each.name for each in named}]
 
 
+def test_a_stall_is_no_error_of_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the burst that lies here a step of 3 decodes takes 395 ms, not 10: an error of 46 times, if it were one."""
+    recording = read(HERE, "opt-13b")
+    monkeypatch.setattr(fitting, "fitted", lambda *_: profile.load(PROFILES["opt-13b"]))
+
+    held = fitting.hold_out(recording, recording.select(None))
+
+    for found in (held.steps["seed_cap32_burst"], held.gpu["seed_cap32_burst"]):
+        decodes = np.log(found.recorded / found.predicted)[found.regime == 0]
+        assert len(decodes) > 20
+        assert decodes.max() < np.log(3)
+        assert abs(np.log(found.recorded[found.regime == 0].sum() / found.predicted[found.regime == 0].sum())) < 0.1
+
+
 @needs_truth
 def test_intervals_hold_what_runs_that_the_fit_had_not_seen_came_to() -> None:
     """Nine in ten are wanted: of 40 draws' inner nine tenths at least three quarters of a run's figures."""
