@@ -123,13 +123,17 @@ class Speculation(NamedTuple):
     a step computes. ``by_batch``: rows of first and last number of requests in a step and the drafts that each gets
     after it; of what no row names, the row before holds; empty: always ``drafts``. ``prefix``: how the prefix cache
     keeps what the drafting layers need of the token behind a block. "lookahead": a block's hash covers that token too.
-    "drop": the last block that is found is computed again. "plain": neither.
+    "drop": the last block that is found is computed again. "plain": neither. ``skips``: no drafts are guessed after a
+    step if none of its requests could use them. ``at_once``: blocks that kept drafts complete can be found once the
+    output of their step is in, also where planning is not asynchronous; else not before the request's next step.
     """
 
     drafts: int
     lookahead: int
     by_batch: tuple[tuple[int, int, int], ...] = ()
     prefix: Literal["lookahead", "drop", "plain"] = "plain"
+    skips: bool = True
+    at_once: bool = True
 
     def proposed(self, requests: int) -> int:
         """Drafts that each request gets after a step of so many requests."""

@@ -238,10 +238,12 @@ class Vllm(Scheduler):
         the model, the prefix cache looks a token ahead (`num_hash_lookahead_tokens`), or gives a block less.
         """
         lookahead = 0 if method == "ngram" else drafts
+        version = str(self.version)
+        skips = lookahead > 0 and self.holds("skips_drafts", version)
+        rule = Speculation(drafts, lookahead, skips=skips, at_once=self.holds("finds_kept_drafts", version))
         if method not in ("eagle3", "mtp") or not self.enable_prefix_caching:
-            return Speculation(drafts, lookahead)
-        ahead = self.holds("hashes_ahead", str(self.version))
-        return Speculation(drafts, lookahead, prefix="lookahead" if ahead else "drop")
+            return rule
+        return rule._replace(prefix="lookahead" if self.holds("hashes_ahead", version) else "drop")
 
     @property
     def limits_arrivals(self) -> bool:

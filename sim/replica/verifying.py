@@ -58,7 +58,7 @@ class VerifyingPlanner(Planner):
     """
 
     __slots__ = (
-        *("_accepts", "_along", "_broken", "_groups", "_paths", "_patience", "_reach", "_rest", "_runs"),
+        *("_accepts", "_along", "_at_once", "_broken", "_groups", "_paths", "_patience", "_reach", "_rest", "_runs"),
         *("_speculation", "_undated", "_verified", "_windowed"),
     )
     state: DraftedStep
@@ -82,8 +82,10 @@ class VerifyingPlanner(Planner):
         if not policy.verifies_drafts or unfit:
             raise PolicyError("speculation is not modelled here", name_of(policy))
         self._windowed = windowed
+        self._at_once = speculation.at_once or policy.asynchronous
         # where others find answers each block that a decode fills matters, and each token where windows slide
-        self._groups = self._leaps and not (speculation.by_batch or windowed or self.pool.publishes or staged)
+        apart = speculation.by_batch or windowed or self.pool.publishes or staged or not self._at_once
+        self._groups = self._leaps and not apart
         self._runs = self._groups and not isinstance(self.backend, RankBackend)  # a step of ranks is of all of them
         self._leaps = False
         if DRAFT_COLUMNS[0] not in self.requests.extra:
@@ -264,7 +266,8 @@ class VerifyingPlanner(Planner):
     def drafting(self) -> int:
         """Drafts that the plan at hand proposes for each request that it computes."""
         state = self.state
-        return self._speculation.proposed(len(state.chosen)) if state.wanted else 0
+        rule = self._speculation
+        return rule.proposed(len(state.chosen)) if state.wanted or not rule.skips else 0
 
     def _gather(self, now: int) -> tuple[bool, Batch, int] | None:
         state = self.state
@@ -444,7 +447,8 @@ class VerifyingPlanner(Planner):
             if stored:
                 self._take_back(request, drafts + 1 - given)
                 request.ahead = max(0, request.ahead - given)
-                self.pool.computed(request, request.prompt + request.produced - 1)
+                if self._at_once:
+                    self.pool.computed(request, request.prompt + request.produced - 1)
             if request.produced == outputs[request.row]:
                 ended.append(request)
                 if flights is not None:

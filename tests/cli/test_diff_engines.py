@@ -61,7 +61,8 @@ def test_a_lone_prompt_is_cut_until_0_30() -> None:
     found = diff("vllm-0.30,vllm-0.33")
 
     assert figures(found, "steps") == [7, 5]
-    assert [each["rule"] for each in found["rules"]] == ["uncapped_alone", "hashes_ahead", "on_after_itself"]
+    of_drafts = ["skips_drafts", "finds_kept_drafts", "hashes_ahead"]
+    assert [each["rule"] for each in found["rules"]] == ["uncapped_alone", *of_drafts, "on_after_itself"]
     assert acted(found) == ["uncapped_alone"]
     lone = found["rules"][0]
     assert (lone["added_to_first"]["steps_more"], lone["removed_from_second"]["steps_more"]) == (-2, 2)
@@ -125,7 +126,7 @@ def test_equal_results_are_not_tried_rule_by_rule() -> None:
     write("0,100,5", "policy: vllm\n")
     found = diff("vllm-0.24,vllm-0.33")
 
-    assert len(found["rules"]) == 8
+    assert len(found["rules"]) == 10
     assert acted(found) == []
     assert {each["added_to_first"] for each in found["rules"]} == {None}
     shown = chairlift("diff-engines", "s.yaml", "--engines", "vllm-0.24,vllm-0.33")

@@ -50,13 +50,14 @@ def groups_of(case: dict[str, Any]) -> KvGroups | None:
     return KvGroups(tuple(group["window"] or 0 for group in case["groups"]), chunked)
 
 
-def speculation_of(case: dict[str, Any]) -> Speculation | None:
-    """The drafts of a case, if it has any; its drafting layers are EAGLE's, which need slots for all of them."""
+def speculation_of(case: dict[str, Any], version: str) -> Speculation | None:
+    """The drafts of a case, if it has any: the policy's rule for them, with the case's settings."""
     if "num_speculative_tokens" not in case:
         return None
     drafts = case["num_speculative_tokens"]
     by_batch = tuple((first, last, these) for first, last, these in case["k_by_batch"] or ())
-    return Speculation(drafts, drafts, by_batch, case["prefix_mode"])
+    rule = Vllm(version=version).speculation("ngram" if case["method"] == "ngram" else "eagle3", drafts)
+    return rule._replace(by_batch=by_batch, prefix=case["prefix_mode"])
 
 
 def accepted(case: dict[str, Any], request: int, position: int, drafts: int) -> int:
@@ -108,7 +109,7 @@ class Replay:
             **retention,
         )
         longest = case["max_model_len"]
-        speculation = speculation_of(case)
+        speculation = speculation_of(case, version)
         pool = make_pool(
             policy, trace, case["num_blocks"] - 1, case["block_size"], {}, False, groups, longest, speculation
         )

@@ -69,6 +69,8 @@ def test_rules_hold_from_their_version_on() -> None:
         "retains_little": "0.29",
         "null_block_apart": "0.29",
         "uncapped_alone": "0.31",
+        "skips_drafts": "0.33",
+        "finds_kept_drafts": "0.33",
         "hashes_ahead": "0.33",
         "on_after_itself": "0.33",
     }

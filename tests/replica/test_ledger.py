@@ -194,8 +194,8 @@ def test_without_a_rule_of_speculation_some_case_differs(
 ) -> None:
     rule = vllm_replay.speculation_of
 
-    def changed(case: dict[str, Any]) -> Speculation | None:
-        told = rule(case)
+    def changed(case: dict[str, Any], version: str) -> Speculation | None:
+        told = rule(case, version)
         return None if told is None else told._replace(**other)
 
     monkeypatch.setattr(vllm_replay, "speculation_of", changed)
