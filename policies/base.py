@@ -516,6 +516,11 @@ class Scheduler(ABC):
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
     @property
+    def pipeline_caveat(self) -> str:
+        """How else its engine fills pipelines than is modelled, in a few words; "" if no other way is known."""
+        return ""
+
+    @property
     def asynchronous(self) -> bool:
         """Whether step n+1 is planned before step n's output is in; then arrivals and finishes show a step late."""
         return False

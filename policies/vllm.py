@@ -172,6 +172,15 @@ class Vllm(Scheduler):
         return self.holds("uncached_first", str(self.version))
 
     @property
+    def pipeline_caveat(self) -> str:
+        """Only 0.33's way is modelled. In 0.26 who was preempted may join while tokens of it are in flight; versions
+        between were not looked at.
+        """
+        if self.version == NEWEST:
+            return ""
+        return f"who is preempted waits for its tokens in flight as in {NEWEST}, which vLLM {self.version} may not ask"
+
+    @property
     def asynchronous(self) -> bool:
         """As `async_scheduling` says."""
         return self.async_scheduling

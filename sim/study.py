@@ -307,7 +307,8 @@ class ReplicaGroup:
         equal = "" if getattr(self.backend, "executes", False) else ", which take equal times"
         if self.speculation is not None:
             equal += ", the last one its passes that draft besides"
-        return {"pipeline": f"a step under way in each of {self.stages} stages{equal}"}
+        caveat = self.make_scheduler().pipeline_caveat
+        return {"pipeline": f"a step under way in each of {self.stages} stages{equal}" + f"; {caveat}" * bool(caveat)}
 
     @property
     def tables(self) -> int:
