@@ -45,6 +45,12 @@ class Replica:
     ``records`` are those of all its engines. ``ended`` is called with each request that ends here, and the time.
     """
 
+    __slots__ = (
+        *("_boundary_rank", "_clock", "_done_at_waking", "_ended", "_loads", "_make_engine", "_plan_rank"),
+        *("_planning", "_position", "_spare", "_timer", "_up_since", "_wakings", "draining", "engine", "held"),
+        *("held_tokens", "index", "records", "up_ps"),
+    )
+
     def __init__(
         self,
         clock: Clock,
