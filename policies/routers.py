@@ -10,13 +10,14 @@ import numpy as np
 
 from chairlift.policies.base import NotNegativeFloat, Positive, Replicas, Request, Router
 
-# Replicas from which on NumPy finds the least loaded sooner: of a thousand in 2 µs, where `min` and `index` take 20.
-MANY = 64
+# Replicas beyond which NumPy finds the least loaded sooner: of a thousand in 1.3 µs, where `min` and `index` take 36.
+# `np.argmin`, which first looks for a method of the array, takes 5.
+MANY = 40
 
 
 def least(counts: Sequence[int]) -> int:
     """The first position of the least of ``counts``, which are an array where there are many."""
-    return int(np.argmin(counts)) if len(counts) > MANY else counts.index(min(counts))
+    return int(np.asarray(counts).argmin()) if len(counts) > MANY else counts.index(min(counts))
 
 
 @dataclass

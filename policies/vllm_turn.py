@@ -28,6 +28,12 @@ class VllmTurn:
         cadence: when prompts may be computed; None: in any step.
     """
 
+    __slots__ = (
+        *("_any_victim_shifts", "_budget", "_by_priority", "_cadence", "_capped", "_chunked", "_drafts", "_limit"),
+        *("_on_after_itself", "_one_by_one", "_one_each", "_pads_joining", "_shared_by", "_staged", "_threshold"),
+        *("_uncapped_alone", "_watermark", "_whole"),
+    )
+
     def __init__(
         self,
         *,

@@ -42,9 +42,13 @@ class Clock(simpy.Environment):
         stands in its heap, and an alarm does not fail. That is a tenth of a run's time.
         """
         heap: list[Any] = self._queue
-        while heap:
+        while (
+            True
+        ):  # Python adapts a loop with such a head to its types, one that tests its condition at its end it does not
+            if not heap:
+                return
             self._now, _, _, alarm = heappop(heap)
-            ring = alarm.ring  # a call of what was looked up before is faster than one of an attribute
+            ring = alarm.ring
             ring(alarm)
 
     def after(self, delay: int, priority: int, call: Callable[[], object]) -> None:

@@ -17,7 +17,8 @@ from chairlift.sim.results.records import RequestRecords, Status
 
 EXAMPLES: Final = 5  # requests that an error names
 PATIENCE: Final = 1000  # looks at an idle cluster before it counts as stuck
-REPORT: Final = 1000  # arrivals between two calls of `progress`; ends between two looks for records to pack
+REPORT: Final = 1000  # arrivals between two calls of `progress`
+LOOK: Final = 125  # ends a replica between two looks for records to pack
 
 
 class Scaler(Protocol):
@@ -61,6 +62,7 @@ class Cluster:
         self._progress = progress
         self._arrived = 0
         self._idle_looks = 0
+        self._look = LOOK  # ends, of all replicas
         self._next = 0  # in `_order`
         trace = requests.trace
         follows = trace.follows
@@ -87,6 +89,7 @@ class Cluster:
 
         Raises `NoProgress` if a policy leaves requests unserved although nothing more can happen.
         """
+        self._look = LOOK * len(self.replicas)
         Alarm(self.clock, self._times[0 if self._order is None else self._order[0]], ARRIVAL, self._arrive)
         self.clock.serve()
         if self.left:
@@ -110,7 +113,7 @@ class Cluster:
         self._since = now
         self._inside -= 1
         self.left -= 1
-        if self.left % REPORT == 0:
+        if self.left % self._look == 0:
             for replica in self.replicas:
                 replica.records.pack()
         if not self.left:
@@ -118,9 +121,9 @@ class Cluster:
                 replica.go_down()
         if self.on_end is not None:
             self.on_end(request)
-        followers = self._followers.pop(request.row, None) if self._followers else None
-        for row in followers or ():
-            self.clock.after(self._think[row], ARRIVAL, partial(self._send_now, row))
+        if self._followers:
+            for row in self._followers.pop(request.row, ()):
+                self.clock.after(self._think[row], ARRIVAL, partial(self._send_now, row))
 
     def _arrive(self, alarm: Alarm) -> None:
         """Send the next request that follows no other."""
@@ -137,7 +140,8 @@ class Cluster:
         self._send(row, self.clock.now)
 
     def _send(self, row: int, now: int) -> None:
-        request = self._make(row)
+        make = self._make
+        request = make(row)
         self.request_time += self._inside * (now - self._since)
         self._since = now
         self._inside += 1

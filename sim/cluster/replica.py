@@ -45,6 +45,12 @@ class Replica:
     ``records`` are those of all its engines. ``ended`` is called with each request that ends here, and the time.
     """
 
+    __slots__ = (
+        *("_boundary_rank", "_clock", "_done_at_waking", "_ended", "_loads", "_make_engine", "_plan_rank"),
+        *("_planning", "_position", "_timer", "_up_since", "_wakings", "draining", "engine", "held"),
+        *("held_tokens", "index", "records", "up_ps"),
+    )
+
     def __init__(
         self,
         clock: Clock,
@@ -66,7 +72,6 @@ class Replica:
         self._position = 0  # in that pool
         self._clock = clock
         self._timer: Alarm | None = None  # at the end of the run under way, or at the time a policy wants to be asked
-        self._spare: Alarm | None = None  # a timer that has rung, to be set again
         self._wakings = 0  # plans in a row that run nothing, and want another one later
         self._done_at_waking = (0, 0)  # steps and requests at the latest of those
         self._planning = False  # it plans at the end of this instant
@@ -104,7 +109,8 @@ class Replica:
         """A request has ended for good."""
         if request.at >= 0:  # else its client gave up in the very step that handed it over
             self.left(request)
-        self._ended(request, now)
+        ended = self._ended
+        ended(request, now)
 
     def left(self, request: Live) -> None:
         """A request is here no more: it has ended, or goes on elsewhere."""
@@ -189,7 +195,8 @@ class Replica:
         if self.engine.end is None:
             self._plan(self._clock.now)
 
-    def _plan(self, now: int) -> None:
+    def _plan(self, now: int, rung: Alarm | None = None) -> None:
+        """Ask what runs next, and set a timer at its end: the one that has ``rung``, if one has."""
         end = self.engine.begin(now)
         if end is None:
             end = self.engine.state.wake
@@ -197,14 +204,13 @@ class Replica:
                 self._check_waking()
         if end is None:
             self._timer = None
-        elif (spare := self._spare) is not None:
-            self._timer, self._spare = spare, None
-            spare.again(end, self._boundary_rank)
-        else:
+        elif rung is None:
             self._timer = Alarm(self._clock, end, self._boundary_rank, self._ring)
+        else:
+            self._timer = rung
+            rung.again(end, self._boundary_rank)
 
     def _ring(self, alarm: Alarm) -> None:
-        self._spare = alarm
         if alarm is not self._timer:
             return  # the run was cut after this one had been set
         self._timer = None
@@ -216,7 +222,7 @@ class Replica:
         if self._planning or self._clock.peek() <= now:
             self._plan_soon(now)
         else:
-            self._plan(now)
+            self._plan(now, alarm)
 
     def _check_waking(self) -> None:
         """Raise `PolicyError` if the policy has asked to be woken `WAKINGS` times in a row, and run nothing ever."""

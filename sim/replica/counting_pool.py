@@ -44,18 +44,20 @@ class CountingPool:
     counts: a request holds what it was given, or what its tokens need if that is more.
     """
 
-    tracks = False  # whether it must be told who computes what
-    follows = False  # whether it must be told which members of the decode group start a block
-    publishes = False  # whether decoding can make blocks that others find
-    keeps = False  # whether it wants to know which prompts a step has computed: `landed`
-    windowed = False  # whether requests give blocks back while they run: `shed`, `flight`
-    tables = 1  # tables of blocks that a request has: 16 more tokens take a block in each
-
-    __slots__ = ("_given", "block_size", "flight", "free", "room", "total")
+    __slots__ = (  # what a pool is like is kept by it, not by its class, where Python looks it up more slowly
+        *("_given", "block_size", "flight", "follows", "free", "keeps", "publishes", "room", "tables", "total"),
+        *("tracks", "windowed"),
+    )
 
     def __init__(self, total: int, block_size: int) -> None:
         if total < 1 or block_size < 1:
             raise ValueError(f"a KV pool needs at least one block of one token: {total} blocks of {block_size}")
+        self.tracks = False  # whether it must be told who computes what
+        self.follows = False  # whether it must be told which members of the decode group start a block
+        self.publishes = False  # whether decoding can make blocks that others find
+        self.keeps = False  # whether it wants to know which prompts a step has computed: `landed`
+        self.windowed = False  # whether requests give blocks back while they run: `shed`, `flight`
+        self.tables = 1  # tables of blocks that a request has: 16 more tokens take a block in each
         self.total = total
         self.block_size = block_size
         self.free = total
@@ -209,6 +211,8 @@ class StandInPool(CountingPool):
     Where no two requests share a block, only a preempted request can find blocks: its own. The first preemption
     raises `PrefixCacheMatters`.
     """
+
+    __slots__ = ()
 
     def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102 - as above
         raise PrefixCacheMatters

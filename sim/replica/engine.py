@@ -268,7 +268,8 @@ class Ahead(Engine):
             planner.commit(plan, 1)
             flight = plan
             self._fly(plan, now, now + 1 if execution is not None else now + plan.gpu, now)
-        plan = self._plan = self._ask(now, flight.when)
+        ask = self._ask  # looked up first: Python is slow to call what is not a method
+        plan = self._plan = ask(now, flight.when)
         if self.state.evicted and self.scheduler.drops_flight:
             planner.drop_tokens()
         if execution is not None:

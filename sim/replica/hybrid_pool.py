@@ -65,14 +65,10 @@ class HybridPool(CountingPool):
     further.
     """
 
-    tracks = True
-    follows = True
-    windowed = True
-
     __slots__ = (
         *("_cached", "_chunked", "_copies", "_edge", "_found", "_full", "_held", "_identity", "_keys", "_late", "_odd"),
         *("_most", "_own", "_queue", "_retention", "_sliding", "_span", "_stale", "_uncached_first", "_users"),
-        *("_window", "publishes", "tables"),
+        "_window",
     )
 
     def __init__(
@@ -87,6 +83,7 @@ class HybridPool(CountingPool):
         identity: Identity | None = None,
     ) -> None:
         super().__init__(total, block_size)
+        self.tracks = self.follows = self.windowed = True
         self.tables = len(groups.windows)
         self._full = [i for i, window in enumerate(groups.windows) if not window]
         self._sliding = [i for i, window in enumerate(groups.windows) if window]

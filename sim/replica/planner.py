@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeAlias
 
 from mypy_extensions import mypyc_attr
 
-from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, StepCost, new
+from chairlift.backend.base import NO_HOST, Backend, Batch, Chunk, Members, new
 from chairlift.policies.base import FOREVER, NoProgress, PolicyError, Scheduler
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import ROW_BITS, Ends, admission
@@ -20,6 +20,8 @@ from chairlift.sim.replica.users_code import blame, name_of
 from chairlift.sim.results.records import NO_GROWTH, PACK_RUN, Growth, Kind, RequestRecords, RunRecords, Status, StepRow
 
 FRUITLESS: Final = 2_000  # plans that preempt somebody, in a row: if no token comes of them, none ever will
+_FINISHED: Final = Status.FINISHED
+Fields: TypeAlias = tuple[tuple[Chunk, ...], int, int, int, Members | None, int, int]  # of a `Batch`
 _HELD, _SPARED = StepRow._fields.index("held_blocks"), StepRow._fields.index("spared_blocks")
 
 
@@ -187,15 +189,18 @@ class Planner:
         gathered = self._gather(now)
         if gathered is None:
             return None
-        decoding, batch, prompt_tokens = gathered
+        decoding, fields, prompt_tokens = gathered
         if self.again:
             self.fail("vouched for 0 steps")
-        _, decodes, context, padded, _, _, _ = batch
+        _, decodes, context, padded, _, _, _ = fields  # sooner than of a `Batch`
+        batch = new(Batch, fields)
         chunks = state.chunks
         group = state.group
-        cost = self.price(self._as_decodes(batch) if state.resumed else batch)
+        price = self.price  # looked up first: Python is slow to call what is not a method
+        cost = price(self._as_decodes(batch) if state.resumed else batch)
         count = 1
-        first, slope, alike, host = cost
+        gpu, gpu_slope, alike, host = cost
+        first, slope = gpu, gpu_slope
         if host is not NO_HOST:
             first, slope = cost.spacing(self._ahead)
         if state.host.busy:
@@ -225,15 +230,15 @@ class Planner:
             group.reserved if decoding else 0,
             state.preempted,
         )
-        plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, cost)
+        plan = Plan(first, slope, count, chunks, decoding, row, late_gaps, gpu, gpu_slope, host)
         if state.slept or intake:
             plan.first += state.slept + intake
             plan.gpu += state.slept
             plan.intake = intake
         return plan
 
-    def _gather(self, now: int) -> tuple[bool, Batch, int] | None:
-        """What the policy chose: whether anybody decodes, the batch, its tokens of prompts; None if nothing runs."""
+    def _gather(self, now: int) -> tuple[bool, Fields, int] | None:
+        """What the policy chose: whether anybody decodes, a `Batch`, its tokens of prompts; None if nothing runs."""
         state = self.state
         chunks = state.chunks
         group = state.group
@@ -258,7 +263,7 @@ class Planner:
         prefills: tuple[Chunk, ...] = ()
         if chunks:
             prefills = tuple([new(Chunk, (r.stored, t)) for r, t in chunks])
-        batch = new(Batch, (prefills, decodes, context, dead + state.padding, None, 0, 0))
+        batch = (prefills, decodes, context, dead + state.padding, None, 0, 0)
         return decoding, batch, state.tokens - decodes if chunks else 0
 
     def _as_decodes(self, batch: Batch) -> Batch:
@@ -439,7 +444,7 @@ class Planner:
             state.flights.forget(request)
         if self._hears:
             self.scheduler.ended(request)
-        self.end_request(request, now, Status.FINISHED)
+        self.end_request(request, now, _FINISHED)
 
     def drop(self, request: Live) -> None:
         """The token of a request that is under way is nobody's: the request has ended, or will generate it again."""
@@ -462,12 +467,12 @@ class Planner:
         if not pending:  # it was cancelled while its batch was under way, and kept its slot until now
             if self.state.releases:
                 self.backend.release(request.row)
-        elif self._handover is None or status is not Status.FINISHED or not self._handover(request):
+        elif self._handover is None or status is not _FINISHED or not self._handover(request):
             records.close(request.row, now, status, request.produced, request.lost, request.last.ps)
             if self.state.releases and request.phase is not HELD:  # else its slot is paid for until its batch returns
                 self.backend.release(request.row)
-            if self._finish is not None:
-                self._finish(request, now)
+            if (finish := self._finish) is not None:
+                finish(request, now)
         if self.journal is not None and request.phase is not HELD:  # of one that is held, once its batch returns
             # who has a step in flight when they end leaves with the step after it: a client that gives up, or a request
             # that decodes once more for nothing
@@ -501,7 +506,8 @@ class Planner:
             self.record(plan, plan.begun, landing - plan.begun, 1)
         else:  # the same, without the detour
             self.steps += 1
-            self.records.rows.frombytes(PACK_RUN(plan.begun, landing - plan.begun, 0, 1, 0, 0, 0, 0, *plan.row))
+            begun, write = plan.begun, self.records.rows.frombytes
+            write(PACK_RUN(begun, landing - begun, 0, 1, 0, 0, 0, 0, *plan.row))
 
     def fly(self, plan: Plan | None) -> None:
         """The last committed step of ``plan`` is in flight from now on; None: no step is."""
@@ -512,7 +518,7 @@ class Planner:
         state, pool = self.state, self.pool
         here = (len(state.admitted), len(state.queue), pool.total - pool.free, pool.spared)
         row = (0, 0, 0, 0, 0, 0, *here, state.kv_tokens, self._promised, 0, 0)
-        return Plan(0, 0, FOREVER, [], False, row, [], StepCost(0))
+        return Plan(0, 0, FOREVER, [], False, row, [], 0, 0, NO_HOST)
 
     def deliver(self, plan: Plan) -> None:
         """Write down the tokens that ``plan`` has brought to those whose prompt was done with it."""

@@ -41,8 +41,6 @@ class PrefixPool(CountingPool):
     `Scheduler._preempt_request` only frees. Whoever finds them then reads what was there before.
     """
 
-    tracks = True
-
     __slots__ = (
         *(
             "_cached",
@@ -57,13 +55,14 @@ class PrefixPool(CountingPool):
             "_queue",
             "_stale",
         ),
-        *("_shared", "_uncached_first", "_unused", "_users", "follows", "publishes"),
+        *("_shared", "_uncached_first", "_unused", "_users"),
     )
 
     def __init__(
         self, total: int, block_size: int, identity: Identity, late: bool = False, uncached_first: bool = False
     ) -> None:
         super().__init__(total, block_size)
+        self.tracks = True
         self.publishes = self.follows = identity.answers_too
         self._shared = 0  # blocks that requests hold beyond the first that holds each
         self._identity = identity

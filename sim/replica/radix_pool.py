@@ -94,18 +94,16 @@ class RadixPool(CountingPool):
     then a plan has evicted what it needs.
     """
 
-    tracks = True
-    keeps = True
-
     __slots__ = (
-        *("_contents", "_dropping", "_found", "_given", "_leaves", "_locked", "_owned", "_pushes", "_root", "_spare"),
-        *("_own", "_streams", "_tables", "_time", "_unified", "cached", "follows"),
+        *("_contents", "_dropping", "_found", "_leaves", "_locked", "_owned", "_pushes", "_root", "_spare"),
+        *("_own", "_streams", "_tables", "_time", "_unified", "cached"),
     )
 
     def __init__(
         self, total: int, block_size: int, contents: Contents, unified: bool = True, numbered: bool = False
     ) -> None:
         super().__init__(total, block_size)
+        self.tracks = self.keeps = True
         self.follows = numbered
         self._tables: dict[int, list[int]] | None = {} if numbered else None  # request → its pages
         self._spare = list(range(total)) if numbered else []  # pages that nobody holds and that are not cached

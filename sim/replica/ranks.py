@@ -94,7 +94,7 @@ class RanksPlan(Plan):
     def __init__(self, plans: list[Plan], cost: StepCost, count: int, ahead: bool, beside: bool) -> None:
         """``beside``: what policies pause for, KV that moves, goes on beside a step instead of before it."""
         first, slope = cost.spacing(ahead)
-        super().__init__(first, slope, count, [], False, (), [], cost)
+        super().__init__(first, slope, count, [], False, (), [], cost.first, cost.slope, cost.host)
         self.plans = plans
         pause = max(plan.gpu for plan in plans)
         if beside:

@@ -8,7 +8,7 @@ from typing import Final
 
 from mypy_extensions import mypyc_attr
 
-from chairlift.backend.base import StepCost
+from chairlift.backend.base import Host
 from chairlift.sim.replica.decode_group import NOBODY_ELSE
 from chairlift.sim.replica.request import NEVER, Live, When
 from chairlift.sim.results.records import Growth, row_after
@@ -89,7 +89,9 @@ class Plan:
         decoding: bool,
         row: tuple[int, ...],
         late_gaps: list[int],
-        cost: StepCost,
+        gpu: int,
+        gpu_slope: int,
+        host: Host,
     ) -> None:
         self.first = first  # ps from boundary to boundary, the first step's; pauses and host work included
         self.slope = slope  # ps that each further step takes longer
@@ -100,7 +102,9 @@ class Plan:
         self.row = row  # the fields of a `StepRow`
         # decodes that did not emit just before: flat rows of (time of their last token, how many)
         self.late_gaps = late_gaps
-        self.gpu, self.gpu_slope, _, self.host = cost  # `gpu`: ps on the GPU, the first step's; pauses included
+        self.gpu = gpu  # ps on the GPU, the first step's; pauses included
+        self.gpu_slope = gpu_slope
+        self.host = host
         self.intake = 0  # ps of host time for requests that have come
         self.when = When()  # its last step brings its tokens; known once that step is done, or the one after it planned
         self.decoded_before = NEVER  # when the group emitted before its last step

@@ -15,7 +15,7 @@ from chairlift.policies.base import PolicyError, Speculation
 from chairlift.sim.replica.drafted_group import FEWEST, LEAST, LONGEST, Drafted, Paths
 from chairlift.sim.replica.drafts import Chosen, DraftedStep
 from chairlift.sim.replica.hybrid_pool import DraftedHybridPool
-from chairlift.sim.replica.planner import Planner
+from chairlift.sim.replica.planner import Fields, Planner
 from chairlift.sim.replica.ranks import RankBackend
 from chairlift.sim.replica.request import AWAY, DRAINING, PARKED, Live, When
 from chairlift.sim.replica.step_plan import Course, Plan
@@ -269,7 +269,7 @@ class VerifyingPlanner(Planner):
         rule = self._speculation
         return rule.proposed(len(state.chosen)) if state.wanted or not rule.skips else 0
 
-    def _gather(self, now: int) -> tuple[bool, Batch, int] | None:
+    def _gather(self, now: int) -> tuple[bool, Fields, int] | None:
         state = self.state
         group = state.drafted
         if state.left:
@@ -300,7 +300,7 @@ class VerifyingPlanner(Planner):
             else:
                 prefills.append(Chunk(start, tokens))
                 prompt_tokens += tokens - verified
-        return decodes > 0, Batch(tuple(prefills), decodes, context, 0, None, drafts, self.drafting), prompt_tokens
+        return decodes > 0, (tuple(prefills), decodes, context, 0, None, drafts, self.drafting), prompt_tokens
 
     def _in_flight(self) -> Collection[Verified]:
         """What the steps in flight verify as a plan is made."""

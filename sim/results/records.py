@@ -304,37 +304,34 @@ class Rows:
         """Pack the latest rows, if they are many."""
         if len(self._latest) < PACKED_ROWS * len(self.columns):
             return
-        part = self._latest_part()
-        self._packed.append({name: values.astype(_narrowest(values)) for name, values in part.items()})
+        part = zip(self.columns, np.ascontiguousarray(self._table().T), strict=True)
+        self._packed.append({name: values.astype(_narrowest(values)) for name, values in part})
         self._packed_rows = len(self)
         self._latest = array("q")
         self.frombytes, self.extend = self._latest.frombytes, self._latest.extend
 
-    def parts(self) -> Iterator[dict[str, Ints]]:
-        """All rows, some ten thousand at a time: column name → int64 array."""
-        many: list[dict[str, npt.NDArray[np.signedinteger]]] = []
+    def parts(self) -> Iterator[Mapping[str, Ints]]:
+        """All rows, some ten thousand at a time: column name → int64 array, put together when asked for.
+
+        While a part is kept no rows can be added.
+        """
+        many: list[Mapping[str, npt.NDArray[np.signedinteger]]] = []
         rows = 0
         for packed in self._packed:
             many.append(packed)
             rows += len(packed[self.columns[0]])
             if rows >= PART_ROWS:
-                yield self._joined(many)
+                yield Part(many)
                 many, rows = [], 0
         if self._latest or not self._packed:
-            many.append(self._latest_part())
+            many.append(dict(zip(self.columns, self._table().T, strict=True)))
         if many:
-            yield self._joined(many)
-
-    def _joined(self, parts: list[dict[str, npt.NDArray[np.signedinteger]]]) -> dict[str, Ints]:
-        return {name: np.concatenate([part[name] for part in parts], dtype=np.int64) for name in self.columns}
+            yield Part(many)
 
     def column(self, name: str) -> Ints:
         """All values of one column."""
         latest = self._table()[:, self.columns.index(name)]
         return np.concatenate([*(part[name] for part in self._packed), latest], dtype=np.int64)
-
-    def _latest_part(self) -> dict[str, Ints]:
-        return dict(zip(self.columns, np.ascontiguousarray(self._table().T), strict=True))
 
     def _table(self) -> Ints:
         """The latest rows, without a copy. While this is kept none can be added. Shape: ``(rows, columns)``."""
@@ -348,6 +345,22 @@ def _narrowest(values: Ints) -> type[np.signedinteger]:
     low, high = int(values.min()), int(values.max())
     types: tuple[type[np.signedinteger], ...] = (np.int8, np.int16, np.int32)
     return next((kind for kind in types if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), np.int64)
+
+
+class Part(Mapping[str, Ints]):
+    """Column name → int64 array of some rows, which lie in ``pieces``; put together when asked for, and not kept."""
+
+    def __init__(self, pieces: Sequence[Mapping[str, npt.NDArray[np.signedinteger]]]) -> None:
+        self._pieces = pieces
+
+    def __getitem__(self, name: str) -> Ints:
+        return np.concatenate([piece[name] for piece in self._pieces], dtype=np.int64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces[0])
+
+    def __len__(self) -> int:
+        return len(self._pieces[0])
 
 
 class Columns(Mapping[str, Ints]):
