@@ -30,8 +30,8 @@ class VllmTurn:
 
     __slots__ = (
         *("_any_victim_shifts", "_budget", "_by_priority", "_cadence", "_capped", "_chunked", "_deferred", "_drafts"),
-        *("_limit", "_on_after_itself", "_one_by_one", "_one_each", "_pads_joining", "_shared_by", "_staged", "_threshold"),
-        *("_uncapped_alone", "_watermark", "_whole"),
+        *("_limit", "_on_after_itself", "_one_by_one", "_one_each", "_pads_joining", "_shared_by", "_staged"),
+        *("_threshold", "_uncapped_alone", "_watermark", "_whole"),
     )
 
     def __init__(
