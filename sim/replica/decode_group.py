@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Final
 
@@ -177,7 +177,7 @@ class Ends:
 
     __slots__ = ("_admitted", "_entries", "_group", "_own", "heap", "outputs")
 
-    def __init__(self, group: Decodes, admitted: Mapping[int, Live], outputs: Sequence[int]) -> None:
+    def __init__(self, group: Decodes, admitted: dict[int, Live], outputs: Sequence[int]) -> None:
         self.outputs = outputs
         self._own = False  # whether nobody else reads `outputs`
         self._group = group
