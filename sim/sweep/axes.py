@@ -19,6 +19,7 @@ from chairlift.sim.workload.strict import OneOf, Spec
 
 Scalar = str | int | float | bool | None
 Count = Annotated[int, Field(ge=1, le=10**6)]
+SHOWN = ("name", "question", "tables", "baseline", "waterfall", "claims")  # keys of a scenario that change no run
 MOST_RUNS = 10**6
 
 
@@ -223,6 +224,8 @@ class Grid(Spec):
                 raise ValueError(f"a key must be names with dots between (got {key!r})")
             if key == "seed":
                 raise ValueError("seed is no axis: say how many with seeds, so that all points share them")
+            if key.split(".")[0] in SHOWN:
+                raise ValueError(f"{key} is no axis: it says what is shown of a run, and changes none")
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"{', '.join(twice)} stands in several axes")
         most = self.size()

@@ -109,6 +109,11 @@ def read_sweep(path: Path, assignments: Sequence[str] = (), policies: Sequence[s
         base.assign(key, value, origin_of(document, ("set", key)))
     base.set(assignments)
     seeds = _seeds(document, spec, base)
+    if isinstance(spec.seeds, list) and (
+        overruled := [at for key, at in _given(document, spec, assignments) if key == "seed"]
+    ):
+        rule = "has no effect: seeds lists those of all runs"
+        raise BadInput([at._replace(rule=rule) for at in overruled])
     added = [Value(str(Path(p).resolve()) if ".py" in p else p, p, f"--policy {p}") for p in policies]
     named = frozenset(Path(file[0]).resolve() for p in policies if (file := file_and_class(p)) is not None)
     allowed = True if trust else named
@@ -171,12 +176,16 @@ def of_another_kind(document: Document, kind: str) -> None:
         raise BadInput(document.problem(("seeds",), "is a key of sweeps: run this file with chairlift sweep"))
 
 
+def _given(document: Document, spec: Based, assignments: Sequence[str]) -> list[tuple[str, Problem]]:
+    """The keys that ``set:`` and ``--set`` change, each with its place: a problem without a rule yet."""
+    of_file = [(key, document.problem(("set", key), "")) for key in spec.set]
+    return of_file + [(text.partition("=")[0].strip(), Problem("", f"--set {text}")) for text in assignments]
+
+
 def hidden_by_axes(document: Document, spec: Based, assignments: Sequence[str], axes: Iterable[str]) -> list[Problem]:
     """What ``set:`` and ``--set`` say of keys whose every value an axis of ``axes`` says: it has no effect."""
-    given = [(key, document.problem(("set", key), "")) for key in spec.set]
-    given += [(text.partition("=")[0].strip(), Problem("", f"--set {text}")) for text in assignments]
     found = []
-    for key, problem in given:
+    for key, problem in _given(document, spec, assignments):
         axis = next((axis for axis in dict.fromkeys(axes) if f"{key}.".startswith(f"{axis}.")), None)
         if axis is not None:
             found.append(
