@@ -277,6 +277,8 @@ class Deployment:
     max_model_len: int  # tokens, prompt and output, that a request may have
     pool_tokens: int | None = None  # those that the KV pool can hold of one request; None: not known yet
     ranks: int = 1  # of DP-attention; each has a policy of its own
+    block_size: int | None = None  # tokens of a block of the KV pool; None: not known yet
+    sliding: bool | None = None  # whether layers of the model keep a sliding window; None: not known yet
 
 
 class PolicyError(Exception):

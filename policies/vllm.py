@@ -225,7 +225,8 @@ class Vllm(Scheduler):
 
     def misfits(self, deployment: Deployment) -> Iterator[tuple[str, str]]:
         """vLLM's own checks, by which it does not start: `SchedulerConfig.verify_max_model_len`, and
-        `_check_enough_kv_cache_memory`, by which one request of ``max_model_len`` tokens must fit the pool.
+        `_check_enough_kv_cache_memory`, by which one request of ``max_model_len`` tokens must fit the pool, and
+        `_validate_prefix_cache_retention_interval` (0.33).
 
         Without chunks a sequence must fit a step, or it can never be computed again after a preemption.
         """
@@ -241,18 +242,23 @@ class Vllm(Scheduler):
             yield "long_prefill_token_threshold", f"must be at most max_model_len, {longest} (got {threshold})"
         if (pool := deployment.pool_tokens) is not None and longest > pool:
             yield "max_model_len", f"must be at most the {pool} tokens that the KV pool holds (got {longest})"
+        every, size = self.prefix_cache_retention_interval or 0, deployment.block_size or 1
+        if every != "dense" and every and (deployment.sliding is False or self.disable_hybrid_kv_cache_manager):
+            yield "prefix_cache_retention_interval", f"must be 0 where no layer keeps a sliding window (got {every})"
+        elif every != "dense" and every % size:
+            yield "prefix_cache_retention_interval", f"must be a multiple of the block size, {size} (got {every})"
 
     def speculation(self, method: str, drafts: int) -> Speculation:
         """Slots ahead for layers that draft (`num_lookahead_tokens`). For those of EAGLE and MTP, which read states of
         the model, the prefix cache looks a token ahead (`num_hash_lookahead_tokens`), or gives a block less.
         """
-        lookahead = 0 if method == "ngram" else drafts
-        version = str(self.version)
+        lookahead, version = 0 if method == "ngram" else drafts, str(self.version)
+        prefix: Literal["lookahead", "drop", "plain"] = "plain"
+        if method in ("eagle3", "mtp") and self.enable_prefix_caching:
+            prefix = "lookahead" if self.holds("hashes_ahead", version) else "drop"
         skips = lookahead > 0 and self.holds("skips_drafts", version)
-        rule = Speculation(drafts, lookahead, skips=skips, at_once=self.holds("finds_kept_drafts", version))
-        if method not in ("eagle3", "mtp") or not self.enable_prefix_caching:
-            return rule
-        return rule._replace(prefix="lookahead" if self.holds("hashes_ahead", version) else "drop")
+        at_once = self.holds("finds_kept_drafts", version)
+        return Speculation(drafts, lookahead, prefix=prefix, skips=skips, at_once=at_once)
 
     @property
     def limits_arrivals(self) -> bool:

@@ -499,7 +499,8 @@ class _Resolver(Lookup):
                 autoscale=group.autoscale,
                 loop_is_said=is_said(choice),
             )
-            deployment = replace(deployment, pool_tokens=made.room(longest))
+            sliding = bool(model.window_layers) and not model.chunked
+            deployment = replace(deployment, pool_tokens=made.room(longest), block_size=fit.block_size, sliding=sliding)
         for key, rule in () if sample is None else sample.misfits(deployment):
             asked, asked_at = pick("max_model_len")
             if made is not None and key == "max_model_len" and asked is None:

@@ -127,6 +127,37 @@ def test_a_retention_is_a_number_of_tokens_or_dense(value: object) -> None:
         ready(model="gpt-oss-20b", policy={"name": "vllm", "prefix_cache_retention_interval": value})
 
 
+@pytest.mark.parametrize(
+    ("model", "policy", "rule"),
+    [
+        (
+            "llama-3.1-8b",
+            {"prefix_cache_retention_interval": 64},
+            r"must be 0 where no layer keeps a sliding window \(got 64\)",
+        ),
+        ("llama-4-scout", {"prefix_cache_retention_interval": 64}, "must be 0 where no layer keeps a sliding window"),
+        (
+            "gpt-oss-20b",
+            {"prefix_cache_retention_interval": 64, "disable_hybrid_kv_cache_manager": True},
+            "must be 0 where no layer keeps a sliding window",
+        ),
+        (
+            "gpt-oss-20b",
+            {"prefix_cache_retention_interval": 40},
+            r"must be a multiple of the block size, 16 \(got 40\)",
+        ),
+    ],
+)
+def test_a_retention_that_vllm_does_not_start_with_is_refused(model: str, policy: dict[str, object], rule: str) -> None:
+    with pytest.raises(BadInput, match=f"prefix_cache_retention_interval: {rule}"):
+        ready(model=model, policy={"name": "vllm", **policy}, kv={"blocks": 9000})
+
+
+@pytest.mark.parametrize("value", [0, "dense"])
+def test_a_model_without_windows_may_retain_nothing_or_all(value: object) -> None:
+    ready(model="llama-3.1-8b", policy={"name": "vllm", "prefix_cache_retention_interval": value})
+
+
 def test_what_a_run_leaves_says_that_a_block_is_of_one_group(tmp_path: Path) -> None:
     for model, tables in (("gpt-oss-20b", 2), ("llama-3.1-8b", None)):
         file = tmp_path / f"{model}.yaml"
