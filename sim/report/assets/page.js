@@ -144,9 +144,7 @@ function hint(table) {
   table.classList.toggle("more", table.scrollLeft + table.clientWidth < table.scrollWidth - 2);
 }
 
-// Also when one is unhidden. The hint is a line more, so it waits for the next frame: an observer that changes what it
-// watches is an error in the console.
-const tables = new ResizeObserver((seen) => requestAnimationFrame(() => seen.forEach((each) => hint(each.target))));
+const tables = new ResizeObserver((seen) => seen.forEach((each) => hint(each.target)));  // also when one is unhidden
 for (const table of document.querySelectorAll(".scroll")) {
   table.tabIndex = 0;  // so that the arrow keys scroll it
   table.addEventListener("scroll", () => hint(table), { passive: true });
