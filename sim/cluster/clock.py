@@ -42,9 +42,7 @@ class Clock(simpy.Environment):
         stands in its heap, and an alarm does not fail. That is a tenth of a run's time.
         """
         heap: list[Any] = self._queue
-        while (
-            True
-        ):  # Python adapts a loop with such a head to its types, one that tests its condition at its end it does not
+        while True:  # Python 3.11 adapts such a loop to its types; one that tests its condition at its end it does not
             if not heap:
                 return
             self._now, _, _, alarm = heappop(heap)
