@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
@@ -55,6 +55,8 @@ def _whole() -> Iterator[None]:
                     after.callback(signal.signal, number, handler)
                     signal.signal(number, lambda number, _: came.append(signal.Signals(number)))
         if hasattr(signal, "pthread_sigmask"):  # Windows has none
+            # Python starts this process with the first one that is spawned, and unblocks SIGINT then.
+            resource_tracker.ensure_running()
             # A process inherits this. It does not keep the signal from here: the system gives it to another thread.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             after.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)

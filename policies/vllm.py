@@ -26,7 +26,7 @@ from chairlift.policies.base import (
     Step,
 )
 from chairlift.policies.vllm_turn import Cadence, VllmTurn
-from chairlift.policies.vllm_versions import NEWEST, RULES, SETTINGS, named
+from chairlift.policies.vllm_versions import NEWEST, RULES, SETTINGS, VERSIONS, named
 
 GIB = 2**30
 
@@ -173,12 +173,10 @@ class Vllm(Scheduler):
 
     @property
     def pipeline_caveat(self) -> str:
-        """Only 0.33's way is modelled. In 0.26 who was preempted may join while tokens of it are in flight; versions
-        between were not looked at.
-        """
-        if self.version == NEWEST:
+        """Since 0.27 who was preempted joins again once no tokens of it are in flight, which is modelled for all."""
+        if VERSIONS.index(str(self.version)) >= VERSIONS.index("0.27"):
             return ""
-        return f"who is preempted waits for its tokens in flight as in {NEWEST}, which vLLM {self.version} may not ask"
+        return f"who is preempted waits for its tokens in flight, as since vLLM 0.27 (version is {self.version})"
 
     @property
     def asynchronous(self) -> bool:

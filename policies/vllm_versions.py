@@ -52,7 +52,7 @@ RULES = {
         "Beside layers with windows, the longest request must fit without the null block.", since="0.29"
     ),
     "uncapped_alone": Rule("A request that is alone is not held to long_prefill_token_threshold.", since="0.31"),
-    # found in 0.33, not in 0.26; versions between were not looked at
+    # the next three: `Scheduler.schedule`, `update_from_output` and the block hashes of 0.27 to 0.32 have none of them
     "skips_drafts": Rule(
         "Drafting layers are not run after a step of which nobody can use their drafts.", since="0.33"
     ),
@@ -60,7 +60,6 @@ RULES = {
         "Blocks that kept drafts complete can be found with their step's output, without asynchronous scheduling too.",
         since="0.33",
     ),
-    # found in 0.33; versions between 0.23 and that were not looked at
     "hashes_ahead": Rule(
         "With EAGLE's or MTP's drafts, a cached block is one with the token behind it, and the last one found is kept.",
         since="0.33",

@@ -281,13 +281,18 @@ def test_a_run_of_which_no_draft_is_kept_has_the_tokens_of_a_run_without(folder:
 @pytest.mark.parametrize("version", ["0.31", "0.33"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_next_turn_finds_its_last_answer_in_the_cache(folder: Path, ahead: bool, version: str) -> None:
-    """20 tokens and an answer of 30; then a prompt of 70 that begins with them: 49 of these 50 are in KV."""
+    """20 tokens and an answer of 30; then a prompt of 70 that begins with them: 49 of these 50 are in KV.
+
+    0.31 computes the last block found once more. Where it plans behind a step's output, it finds of drafts that were
+    kept what the next step's plan finds: none plans on after the last one, which completed the third block.
+    """
     options = {"async_scheduling": ahead, "version": version}
     run, _ = speculated(
         folder, made([(0, 20, 30), (10_000, 70, 15)], session=[0, 0]), options, accepting(3, 1, 0.5, 0.5)
     )
 
-    assert run.served.columns()["cached_tokens"] == [0, 32 if version == "0.31" else 48]  # 0.31: one block less
+    found = 48 if version == "0.33" else 32 if ahead else 16
+    assert run.served.columns()["cached_tokens"] == [0, found]
     assert check(run) > 10
 
 
