@@ -26,7 +26,7 @@ from chairlift.policies.base import (
     Step,
 )
 from chairlift.policies.vllm_turn import Cadence, VllmTurn
-from chairlift.policies.vllm_versions import NEWEST, RULES, SETTINGS, VERSIONS, named
+from chairlift.policies.vllm_versions import NEWEST, PREEMPTED_WAIT, RULES, SETTINGS, named
 
 GIB = 2**30
 
@@ -173,10 +173,12 @@ class Vllm(Scheduler):
 
     @property
     def pipeline_caveat(self) -> str:
-        """Since 0.27 who was preempted joins again once no tokens of it are in flight, which is modelled for all."""
-        if VERSIONS.index(str(self.version)) >= VERSIONS.index("0.27"):
+        """`PREEMPTED_WAIT` is modelled for all versions."""
+        if PREEMPTED_WAIT.holds(str(self.version)):
             return ""
-        return f"who is preempted waits for its tokens in flight, as since vLLM 0.27 (version is {self.version})"
+        return (
+            f"who is preempted waits for its tokens in flight, as {PREEMPTED_WAIT.span()} (version is {self.version})"
+        )
 
     @property
     def asynchronous(self) -> bool:
@@ -240,11 +242,12 @@ class Vllm(Scheduler):
             yield "long_prefill_token_threshold", f"must be at most max_model_len, {longest} (got {threshold})"
         if (pool := deployment.pool_tokens) is not None and longest > pool:
             yield "max_model_len", f"must be at most the {pool} tokens that the KV pool holds (got {longest})"
-        every, size = self.prefix_cache_retention_interval or 0, deployment.block_size or 1
-        if every != "dense" and every and (deployment.sliding is False or self.disable_hybrid_kv_cache_manager):
-            yield "prefix_cache_retention_interval", f"must be 0 where no layer keeps a sliding window (got {every})"
-        elif every != "dense" and every % size:
-            yield "prefix_cache_retention_interval", f"must be a multiple of the block size, {size} (got {every})"
+        if isinstance(every := self.prefix_cache_retention_interval, int) and every:
+            key, size = "prefix_cache_retention_interval", deployment.block_size
+            if deployment.sliding is False or self.disable_hybrid_kv_cache_manager:
+                yield key, f"must be 0 where no layer keeps a sliding window (got {every})"
+            elif size is not None and every % size:
+                yield key, f"must be a multiple of the block size, {size} (got {every})"
 
     def speculation(self, method: str, drafts: int) -> Speculation:
         """Slots ahead for layers that draft (`num_lookahead_tokens`). For those of EAGLE and MTP, which read states of

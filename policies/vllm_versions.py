@@ -85,6 +85,10 @@ SETTINGS = {
 }
 
 
+# modelled for all versions: no policy has it switched off
+PREEMPTED_WAIT = Rule("Of a pipeline, who was preempted joins again once no tokens of it are in flight.", since="0.27")
+
+
 def nearest(version: str, known: Sequence[str] = VERSIONS) -> str:
     """The newest of the ``known`` that is not newer than ``version``, such as ``0.26.0``; the oldest if all are."""
 

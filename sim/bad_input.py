@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -68,6 +69,12 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
         ", …" if len(known) > 12 else ""
     )
     return f" – allowed: {shown}" if shown else ""
+
+
+def names_a_file(name: str) -> bool:
+    """Whether ``name`` is a file's or a folder's in any folder, on every system: it leads nowhere else."""
+    elsewhere = name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:", name)
+    return not elsewhere and name == name.strip()
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.55) -> str | None:

@@ -90,8 +90,8 @@ def _assumptions(setup: Setup, engines: Sequence[Engine], swaps: int) -> dict[st
         if group.caution:
             lines[f"max_model_len{_of(setup, i)}"] = group.caution
     lines["engine loop"] = LOOPS[setup.loop]
-    if setup.unused:
-        lines["not used"] = "; ".join(setup.unused)
+    if unused := setup.unused:
+        lines["not used"] = "; ".join(unused)
     if setup.speculate is not None:
         lines |= setup.speculate.said
     if (predictor := engine.scheduler.predictor) is not None:

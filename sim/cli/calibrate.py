@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from chairlift.backend.fitting.steps import STALL, stalls, steps_of
 from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.parallel import labelled
 from chairlift.sim.atomic import write_text
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import BadInput, Problem, names_a_file
 from chairlift.sim.calibration import bench_parts, from_bench, grid, validate
 from chairlift.sim.calibration import fit as fitting
 from chairlift.sim.cli import benched
@@ -91,7 +90,7 @@ def calibrate(
     [bold]chairlift calibrate --bench q4.json q16.json burst.json --model llama-3.1-8b --gpu h200[/bold]
     """
     out = console(least=WIDTH)
-    if name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+    if name and not names_a_file(name):
         raise BadInput(
             Problem("must be a file's name, without / or \\ or control characters", file="--name", value=name)
         )

@@ -499,7 +499,7 @@ class _Resolver(Lookup):
                 autoscale=group.autoscale,
                 loop_is_said=is_said(choice),
             )
-            sliding = bool(model.window_layers) and not model.chunked
+            sliding = fit.groups is not None and not fit.groups.chunked
             deployment = replace(deployment, pool_tokens=made.room(longest), block_size=fit.block_size, sliding=sliding)
         for key, rule in () if sample is None else sample.misfits(deployment):
             asked, asked_at = pick("max_model_len")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from chairlift.backend.parallel import Parallel
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import BadInput, Problem, names_a_file
 from chairlift.sim.study import (
     Autoscale,
     Claim,
@@ -37,7 +36,7 @@ MOST_BYTES = 200  # of a folder's name; file systems take 255, and a name for th
 
 def _folder_name(name: str) -> str:
     """``name``, if ``runs/<name>`` is a folder in ``runs`` on every system. Raises ValueError with the rule broken."""
-    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\x7f]|^[A-Za-z]:", name) or name != name.strip():
+    if not names_a_file(name):
         raise ValueError("must be a folder's name, without / or \\ or control characters: results go to runs/<name>")
     if len(name.encode("utf-8", "replace")) > MOST_BYTES:
         raise ValueError(f"must be at most {MOST_BYTES} bytes long: results go to runs/<name>")

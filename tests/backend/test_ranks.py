@@ -22,10 +22,10 @@ from chairlift.backend.gpu import collective_times  # noqa: E402 - torch may be 
 from chairlift.backend.gpu.engine import TorchEngine  # noqa: E402
 from chairlift.backend.gpu.options import Options  # noqa: E402
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible  # noqa: E402
-from kit.at_work import lives  # noqa: E402
+from kit.at_work import lives, wait_until  # noqa: E402
 from kit.clusters import GPU  # noqa: E402
 from kit.executions import Working  # noqa: E402
-from kit.places import IMPORTS, TESTS  # noqa: E402
+from kit.places import with_tests  # noqa: E402
 
 DENSE = Model("dense", 2, 32, 4, 2, 16, 48, 96, 160)
 EXPERTS = replace(DENSE, name="experts", experts=8, experts_per_token=3, expert_ffn=24, qk_norm=True)
@@ -107,8 +107,7 @@ def test_a_process_that_dies_before_it_begins_is_not_waited_for(tmp_path: Path) 
     script.write_text(
         "from chairlift.backend.gpu.ranks import Team\nfrom kit.at_work import stuck\nTeam(2, 'cpu', stuck)\n"
     )
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (IMPORTS, TESTS)))}
-    done = subprocess.run([sys.executable, str(script)], env=paths, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script)], env=with_tests(), capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 1
     assert "DeviceError: the process of GPU 1 has died (exit code 1)" in done.stderr
@@ -120,17 +119,13 @@ def test_no_process_outlives_a_parent_that_was_killed() -> None:
         "from chairlift.backend.gpu.ranks import Team\nfrom kit.at_work import stuck\n"
         "team = Team(2, 'cpu', stuck)\nprint(team._processes[0].pid, flush=True)\nteam.ready()\n"
     )
-    paths = os.pathsep.join(map(str, (IMPORTS, TESTS)))
     command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen(command, env=with_tests(), stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert lives(pid)
         parent.kill()
-    until = time.monotonic() + 10
-    while lives(pid):
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: not lives(pid), 10)
 
 
 def test_a_model_that_the_machine_has_no_memory_for_is_refused_before_any_is_taken() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.resource_tracker
 import multiprocessing.util
-import os
 import signal
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from typing import Any
 import pytest
 
 from chairlift.backend.spawned import spawned
-from kit.at_work import asleep, lives
-from kit.places import IMPORTS, TESTS
+from kit.at_work import asleep, lives, wait_until
+from kit.places import with_tests
 
 
 class Heard(Exception):
@@ -37,13 +36,6 @@ def heard() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def until(true: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def half_started(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object]) -> list[int]:
@@ -88,7 +80,7 @@ def test_a_signal_while_a_process_starts_ends_it_afterwards_and_silently(
     other.join()
 
     assert len(pids) == 1
-    until(lambda: not multiprocessing.active_children() and not lives(pids[0]))
+    wait_until(lambda: not multiprocessing.active_children() and not lives(pids[0]))
     assert capfd.readouterr().err == ""
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -96,9 +88,8 @@ def test_a_signal_while_a_process_starts_ends_it_afterwards_and_silently(
 
 def alone(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run ``script`` in a Python of its own, which has started no process before."""
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (IMPORTS, TESTS)))}
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, env=paths, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=with_tests(), capture_output=True, text=True, timeout=60)
 
 
 INTERRUPTED = """
@@ -146,7 +137,7 @@ def test_processes_start_from_other_threads_too(tmp_path: Path) -> None:
     thread = threading.Thread(target=lambda: found.append(spawned(asleep, tmp_path, 600)))
     thread.start()
     thread.join(20)
-    until(lambda: list(tmp_path.iterdir()))
+    wait_until(lambda: list(tmp_path.iterdir()))
     [process] = found
     assert lives(process.pid)
     process.kill()

@@ -165,20 +165,6 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(command: str) -> None
         assert content("out") == before
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("words", ["list policies", "run s.yaml", "run s.yaml --json", "schema"])
-@pytest.mark.parametrize("to", ["> /dev/full", "| true"])
-def test_an_output_that_takes_nothing_is_one_line_and_one_that_is_closed_none(words: str, to: str) -> None:
-    command = ["bash", "-c", f'set -o pipefail; "$@" {to}', "-", sys.executable, "-m", "chairlift", *words.split()]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(IMPORTS)}, capture_output=True, text=True)
-    if to == "| true":
-        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
-        return
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.returncode == 2
-
-
 def test_the_lock_goes_with_its_holder(tmp_path: Path) -> None:
     first = NewFolder(tmp_path / "a" / "out", {"x"})
     with pytest.raises(Busy):

@@ -46,6 +46,10 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             ("calibrate", "--recording", ".", "--model", "m", "--name", "../m"),
             "--name: must be a file's name, without /",
         ),
+        (
+            ("calibrate", "--recording", ".", "--model", "m", "--name", "C:m"),
+            "--name: must be a file's name, without /",
+        ),
         ((*COST, "--past", "5"), f"--past: {WITHOUT} --prompt (got 5)"),
         ((*COST, "--context", "131073"), "--context: must be at most the 131072 tokens that llama-3.1-8b takes"),
         ((*COST, "--prompt", "131072", "--past", "1"), "--prompt: must be at most the 131072 tokens"),

@@ -156,8 +156,11 @@ def test_a_document_that_nobody_wrote_by_hand_is_one_line() -> None:
     )
 
 
+UNREAD = ["run s.yaml --out o", "run s.yaml --out o --json", "list models", "list policies", "schema"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a pipe of POSIX")
-@pytest.mark.parametrize("words", ["run s.yaml --out o", "run s.yaml --out o --json", "list models", "schema"])
+@pytest.mark.parametrize("words", UNREAD)
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str) -> None:
     """As ``| head`` does. What a run leaves is whole all the same."""
     unread, output = os.pipe()
@@ -172,7 +175,7 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str) -> Non
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-@pytest.mark.parametrize("words", ["run s.yaml --out o", "list models"])
+@pytest.mark.parametrize("words", UNREAD)
 def test_an_output_that_is_full_is_one_line(words: str) -> None:
     command = [sys.executable, "-m", "chairlift", *words.split()]
     env = {**os.environ, "PYTHONPATH": str(IMPORTS)}

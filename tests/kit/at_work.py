@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def lost(task: Task, why: str) -> Done:
 def stuck(_ranks: object, _device: object) -> None:
     """In place of a GPU's runner: never ready."""
     time.sleep(600)
+
+
+def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
+    """Look again and again whether it is ``true``; fails if it is not within ``seconds``."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def lives(pid: int) -> bool:

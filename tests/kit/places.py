@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,11 @@ TESTS = ROOT / "tests"
 SHARED = ROOT.parent / "shared"
 TRACES = SHARED / "traces"
 TRUTH = SHARED / "truth"
+
+
+def with_tests() -> dict[str, str]:
+    """The environment of a process that is to import `chairlift` and `kit`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (IMPORTS, TESTS)))}
 
 
 def copied(folder: Path) -> Path:

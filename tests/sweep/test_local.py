@@ -16,9 +16,9 @@ import pytest
 
 from chairlift.sim.sweep import local
 from chairlift.sim.sweep.local import STRIKES, Local
-from kit.at_work import Done, Task, environment, lives, lost, worked
+from kit.at_work import Done, Task, environment, lives, lost, wait_until, worked
 from kit.command import replaced
-from kit.places import IMPORTS, TESTS
+from kit.places import with_tests
 from kit.sweeping import SWEEP, started, written
 
 
@@ -31,13 +31,6 @@ def ended(jobs: int, tasks: list[Task], at_row: Callable[[int], object] = lambda
         found[row.key] = row
         at_row(len(found))
     return found
-
-
-def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_tasks_are_spread_over_the_processes_and_each_is_done_once(tmp_path: Path) -> None:
@@ -141,8 +134,7 @@ def test_no_process_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
         "from pathlib import Path\nfrom chairlift.sim.sweep.local import Local\nfrom kit.at_work import *\n"
         f"list(Local(2)(worked, [Task(k, Path({str(tmp_path)!r}), 600) for k in 'ab'], lost))\n"
     )
-    paths = os.pathsep.join(map(str, (IMPORTS, TESTS)))
-    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths})
+    parent = subprocess.Popen([sys.executable, "-c", script], env=with_tests())
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     pids = [int(path.suffix[1:]) for path in tmp_path.iterdir()]
     assert all(map(lives, pids))
