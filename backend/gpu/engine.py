@@ -29,7 +29,7 @@ from chairlift.backend.gpu.block_tables import Practice, Sequences
 from chairlift.backend.gpu.draft_head import DraftHead, unfit
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
-from chairlift.backend.gpu.ranks import Ranks, Team, indivisible
+from chairlift.backend.gpu.ranks import Ranks, Team, indivisible, missing
 from chairlift.backend.gpu.runner import TURNS, Runner
 from chairlift.backend.gpu.stages import stage_of
 from chairlift.backend.gpu.step_graphs import Flat, graph_rows
@@ -99,8 +99,8 @@ class TorchEngine(Executor):
         if gpus > 1:
             width = model.expert_ffn if model.experts else model.ffn
             problem = indivisible(model.heads, model.kv_heads, width, model.vocab, model.experts, gpus)
-            if problem is None and self._cuda and gpus > torch.cuda.device_count():
-                problem = f"{gpus} GPUs are asked for, and torch sees {torch.cuda.device_count()}"
+            if problem is None and self._cuda:
+                problem = missing(gpus)
             if problem is not None:
                 raise ValueError(f"{model.name}: {problem}")
         self._team: Team | None = None

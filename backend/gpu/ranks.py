@@ -122,6 +122,12 @@ def indivisible(heads: int, kv_heads: int, ffn: int, vocab: int, experts: int, c
     return None
 
 
+def missing(count: int) -> str | None:
+    """Why there are not ``count`` GPUs to share a model; None if there are."""
+    seen = torch.cuda.device_count()
+    return f"{count} GPUs are asked for, and torch sees {seen}" if count > seen else None
+
+
 class Team:
     """The processes of the other GPUs. They do what `tell` says, in order, each on its own runner.
 
@@ -209,13 +215,21 @@ def _nothing() -> None:
 
 
 def join(rank: int, count: int, port: int, device: str) -> None:
-    """Make this process one of ``count`` that speak with one another."""
+    """Make this process one of ``count`` that speak with one another.
+
+    Processes that have to share a GPU, as in tests where there is only one, speak by Gloo: NCCL wants one for each.
+    """
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count
-    )
+    own = device == "cuda"
+    if own:
+        torch.cuda.set_device(place(device, rank))
+        own = missing(count) is None
+    dist.init_process_group("nccl" if own else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+
+
+def place(device: str, rank: int) -> torch.device:
+    """Where the process of this rank computes."""
+    return torch.device(device, rank % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
 
 
 def _follow(end: Connection, rank: int, count: int, port: int, device: str, build: Callable[..., Any]) -> None:
@@ -226,7 +240,7 @@ def _follow(end: Connection, rank: int, count: int, port: int, device: str, buil
     end.send(None)
     join(rank, count, port, device)
     try:
-        runner = build(Ranks(rank, count), torch.device(device, rank) if device == "cuda" else torch.device(device))
+        runner = build(Ranks(rank, count), place(device, rank))
     except ValueError as error:
         end.send(str(error))
         return
