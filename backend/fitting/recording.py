@@ -77,6 +77,7 @@ class Experiment:
     steps: Table
     itl_s: Column | None  # all inter-token gaps; None if they were not recorded
     jumps: bool = False  # whether its clock jumped over silence, as that of our own engine does: its GPU never rested
+    whole: bool = False  # whether prompts computed whole went to another kernel, see `backend.whole_prompts`
 
     @property
     def is_grid(self) -> bool:
@@ -193,7 +194,9 @@ def read(folder: Path, model: str) -> Recording:
         ]
         _check(name, own[0], own[1], folder)
         jumps = "chairlift" in summary["engine"]
-        recording.experiments[name] = Experiment(name, folder, limits, facts, own[0], own[1], gaps.get(name), jumps)
+        whole = jumps and "attention" not in summary["engine"]  # older than the kernel that attends to all prompts
+        parts = (own[0], own[1], gaps.get(name), jumps, whole)
+        recording.experiments[name] = Experiment(name, folder, limits, facts, *parts)
     for file, names in (
         ("requests.csv.gz", set(requests["experiment"].tolist())),
         ("steps.csv.gz", set(steps["experiment"].tolist())),

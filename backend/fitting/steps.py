@@ -187,7 +187,7 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
         "chunks": chunks,
         "prompt": prompt,
         "pairs": table["prefill_pairs"].astype(np.float64),
-        "whole": _whole(table, kind),
+        "whole": _whole(table, kind) if experiment.whole else np.zeros(n),
         "decodes": decodes,
         "drafts": drafts,
         "passes": passes,
@@ -208,7 +208,7 @@ def _columns(index: int, experiment: Experiment) -> dict[str, npt.NDArray[np.gen
 
 
 def _whole(table: Table, kind: npt.NDArray[np.int64]) -> Floats:
-    """Pairs of those steps whose chunks are whole prompts for which there may be another kernel; 0 of any other.
+    """Pairs of those steps whose chunks are whole prompts for which there was another kernel; 0 of any other.
 
     A recording tells the sums of a step's chunks. One chunk has the pairs of a whole prompt only if it is one, and
     several have those of equally long ones only if they are such. Steps in which decodes verify drafts have no such

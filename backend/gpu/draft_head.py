@@ -91,12 +91,12 @@ class DraftHead:
         """
         assert step.spans is not None
         attention, rows = self.net.attention, len(step.tokens)
-        plan = attention.plan_chunks(step.spans, rows)
+        shared = attention.plan_chunks(step.spans, rows)
         residual = linear(states, self.join)
-        table = self.net.table(attention.room(step.spans, rows), rows)
-        qkv = self._project(behind, residual, None if table is None else table[:rows])
+        qkv = self._project(behind, residual)
         y = torch.empty((rows, self.net.heads.query * self.net.heads.size), dtype=qkv.dtype, device=qkv.device)
-        return self.net.attend(qkv if table is None else table, cache, step, plan, y), residual
+        self.net.attend(qkv, cache, step, shared, y)
+        return y, residual
 
     def finish(
         self, y: Tensor, residual: Tensor, takers: Takers, tables: Tensor, cache: Tensor, passes: int, longest: int
@@ -115,15 +115,14 @@ class DraftHead:
             drafts.append(self._token(y, state))
         return torch.stack(drafts, dim=1)
 
-    def _project(self, tokens: Tensor, state: Tensor, out: Tensor | None = None) -> Tensor:
-        """Queries, keys and values ``[rows, width]``, in ``out`` if that is given on a GPU."""
+    def _project(self, tokens: Tensor, state: Tensor) -> Tensor:
+        """Queries, keys and values ``[rows, width]``."""
         epsilon = self.net.epsilon
         assert self.net.embedding is not None
         embedded = residual_norm(None, functional.embedding(tokens, self.net.embedding), self.token_norm, None, epsilon)
         both = torch.cat((embedded, residual_norm(None, state, self.layer.norm, None, epsilon)), dim=1)
         assert isinstance(self.layer.qkv, Tensor)
-        qkv = linear(both, self.layer.qkv, out=out)
-        return qkv
+        return linear(both, self.layer.qkv)
 
     def _token(self, y: Tensor, state: Tensor) -> Tensor:
         """What follows attention: the likeliest token of each row; ``state`` becomes what the next pass reads."""

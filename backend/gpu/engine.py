@@ -308,12 +308,13 @@ class TorchEngine(Executor):
         return {
             "engine": f"executed, not modelled: {self.model.name}, {dtype}{quantised}, {weights}{head}, on {where}",
             "software": f"torch {torch.__version__}, CUDA graphs {'on' if o.graphs and self._cuda else 'off'}",
+            "attention": "over the paged cache in every step",  # so `backend.fitting` knows it from engines before
         }
 
     # what a step is made of
 
-    def _lay_out(self, members: Members, n: int, requests: list[int]) -> tuple[Flat, list[int], list[int], list[int]]:
-        """A step's integers; cells of block tables that change, and what they become; `Spans.whole`.
+    def _lay_out(self, members: Members, n: int, requests: list[int]) -> tuple[Flat, list[int], list[int]]:
+        """A step's integers; cells of block tables that change, and what they become.
 
         Adds whose tokens come, after the decodes', to ``requests``.
         """
@@ -351,13 +352,12 @@ class TorchEngine(Executor):
                 sampled.append(at - 1)
                 takers.append(row)
                 requests.append(request)
-        whole = [p.length for p in members.prompts if p.start == 0 and not p.pad]
         flat = Flat(rows, *(np.array(values, dtype=np.int32) for values in (spans, sampled, takers)))
-        return flat, cells, blocks, whole if len(whole) == len(members.prompts) else []
+        return flat, cells, blocks
 
     def _verify(
         self, members: Members, passes: int, requests: list[int], kept: list[range]
-    ) -> tuple[Flat, list[int], list[int], list[int]]:
+    ) -> tuple[Flat, list[int], list[int]]:
         """As `_lay_out`, of a step whose decodes verify drafts: all are spans, and chunks come after them.
 
         Adds who gets tokens to ``requests``, and to ``kept`` where the drafts that each keeps lie among the sampled.
@@ -405,10 +405,9 @@ class TorchEngine(Executor):
                 requests.append(request)
                 kept.append(range(0))
             at += length + drafts
-        whole = [p.length for p in members.prompts if p.start == 0 and not p.drafts]
         lists = [np.array(values, dtype=np.int32) for values in (spans, sampled, takers, (where, picked, lengths))]
         flat = Flat(rows, lists[0], lists[1], lists[2], after, lists[3])
-        return flat, cells, blocks, whole if len(whole) == len(members.prompts) and not decodes else []
+        return flat, cells, blocks
 
     def _prompt(self, members: Members, request: int) -> Any:
         return np.asarray(members.tokens(request)) % self.model.vocab

@@ -1,28 +1,23 @@
 """The paged KV cache and attention over it: CUDA kernels on a GPU, plain torch anywhere.
 
-The cache of one layer is ``[blocks, kv_heads, block / 16, 2, 16, head_size]``: tiles of 16 tokens, keys then values,
-the 16-byte pieces of each row permuted so that a tile lies in memory as the decode kernel wants it in shared memory
-(`places`). A *slot* is ``block number · block size + place in the block``.
+The cache of one layer is ``[blocks, kv_heads, block / 16, 2, 16, head_size]``: tiles of 16 tokens, whose keys and
+values are permuted within the last three dimensions so that a tile lies in memory as the kernels want it in shared
+memory (`places`). A *slot* is ``block number · block size + place in the block``.
 
 Decodes go through `kernels/paged_decode.cu`, chunks of prompts through `kernels/paged_chunks.cu`; both read the number
-and the lengths of what they serve on the device, so a captured launch serves every step. A long prompt that is computed
-whole goes through cuDNN's attention, which is faster there (`backend.whole_prompts`). It cannot be captured for lengths
-unknown.
+and the lengths of what they serve on the device, so a captured launch serves every step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from chairlift.backend.gpu import kernels
-from chairlift.backend.whole_prompts import LONG, LONGEST, dense, filled
 
 TILE = 16  # tokens a tile
 BLOCKS = (16, 32)  # tokens a block can have
@@ -30,8 +25,8 @@ HEADS = (64, 80, 96, 128)  # head sizes with a kernel
 GROUP = 16  # query heads a KV head can have
 WARPS = 8  # of a thread block of the decode kernel
 MIN_TILES = 2  # worth a warp of their own
-CHUNK_ROWS = 64  # query rows of a thread block of the kernel for chunks
-CHUNK_BYTES = 112 * 1024  # shared memory of one, so that two share an SM
+CHUNK_GROUPS = (1, 2)  # of four warps a thread block of the kernel for chunks, in small steps and in large ones
+SMALL = 2048  # rows of a step, up to which one group is as fast or faster: two thread blocks share an SM
 NOWHERE, UNTOUCHED = -1, -2  # slots: a row whose key and value are not stored; one that is not even rotated
 
 
@@ -61,13 +56,28 @@ class Spans(NamedTuple):
     """Chunks of prompts in a step, and the padding of static batches: each some rows of the flat batch.
 
     ``each`` [most, 5] int32 on the model's device: first row, rows (0: nobody's span), tokens in KV with the span's
-    own, leading tokens of those that are padding, row of the block tables. ``whole`` are the lengths of the spans where
-    all are prompts from their first token, one after the other up to the last row; empty where that is not known.
+    own, leading tokens of those that are padding, row of the block tables.
     """
 
     each: Tensor
     tables: Tensor
-    whole: Sequence[int] = ()
+
+
+class Chunks(NamedTuple):
+    """Kernels for chunks; a thread block has so many groups of four warps, the GPU so many thread blocks at once."""
+
+    run: kernels.Kernel
+    share: kernels.Kernel
+    groups: int
+    blocks: int
+    tokens: int  # of a tile of queries
+
+
+class Shared(NamedTuple):
+    """How a step's chunks are shared out over the GPU, and by which kernels."""
+
+    by: Chunks
+    plan: Tensor
 
 
 def unfit(heads: Heads, block: int) -> str | None:
@@ -89,40 +99,42 @@ def new_cache(layers: int, blocks: int, block: int, heads: Heads, dtype: torch.d
 
 @cache
 def places(size: int, device: torch.device) -> Tensor:
-    """``[16, size]``: where element d of token t of a tile stands in its row.
+    """``[2, 16, size]``: where element d of token t's key, or value, stands in a tile.
 
-    Pieces of 8 elements change places with token t's number, so that the eight rows ldmatrix reads at once lie in
-    different banks of shared memory whatever the stride of a row.
+    As `kernels/half.cuh` says: pieces of 8 elements change places with the token's number, so that the eight rows that
+    are read at once lie in different banks of shared memory. Rows of 64 or 128 elements lie as Hopper's products of
+    warp groups read them: keys, then values of eight tokens, and of each 64 elements of all eight, then the next.
     """
-    shift, mask = {80: (2, 1), 96: (1, 3)}.get(size, (0, 7))
-    if size % 64 and size not in (80, 96):  # small heads of tests, on the CPU
-        shift, mask = 0, 0
-    token = torch.arange(TILE, device=device)[:, None]
-    element = torch.arange(size, device=device)[None, :]
-    return ((element // 8) ^ ((token >> shift) & mask)) * 8 + element % 8
+    of, token = torch.arange(2, device=device)[:, None, None], torch.arange(TILE, device=device)[:, None]
+    element = torch.arange(size, device=device)
+    piece = element // 8
+    if size % 64 == 0:
+        rows = ((token // 8 * 2 + of) * (size // 64) + piece // 8) * 8 + token % 8  # of 64 elements
+        return rows * 64 + ((piece ^ token) % 8) * 8 + element % 8
+    shift, mask = {80: (2, 1), 96: (1, 3)}.get(size, (0, 0))  # others are small heads of tests, on the CPU
+    return (of * TILE + token) * size + (piece ^ ((token >> shift) & mask)) * 8 + element % 8
 
 
-def _at(cache: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
-    """Block, tile and token of ``slots`` in one layer's cache."""
-    block = cache.shape[2] * TILE
-    return slots // block, slots % block // TILE, slots % TILE
+def _at(cache: Tensor, slots: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+    """One layer's cache by flat tiles; block, head and tile of ``slots`` in it; the elements of keys and of values."""
+    size, slots = cache.shape[2] * TILE, slots.long()
+    block, tile = (i[:, None, None] for i in (slots // size, slots % size // TILE))
+    head = torch.arange(cache.shape[1], device=cache.device)[None, :, None]
+    keys, values = places(cache.shape[-1], cache.device)[:, slots % TILE][:, :, None, :]
+    return cache.flatten(-3), (block, head, tile), keys, values
 
 
 def store(cache: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Plain torch: put keys and values ``[n, kv_heads, size]`` at ``slots`` of one layer's cache."""
-    block, tile, token = (i[:, None, None] for i in _at(cache, slots.long()))
-    head = torch.arange(cache.shape[1], device=cache.device)[None, :, None]
-    place = places(cache.shape[-1], cache.device)[slots.long() % TILE][:, None, :]
-    cache[block, head, tile, 0, token, place] = keys
-    cache[block, head, tile, 1, token, place] = values
+    tiles, tile, of_keys, of_values = _at(cache, slots)
+    tiles[(*tile, of_keys)] = keys
+    tiles[(*tile, of_values)] = values
 
 
 def read(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Plain torch: keys and values ``[n, kv_heads, size]`` that one layer's cache holds at ``slots``."""
-    block, tile, token = (i[:, None, None] for i in _at(cache, slots.long()))
-    head = torch.arange(cache.shape[1], device=cache.device)[None, :, None]
-    place = places(cache.shape[-1], cache.device)[slots.long() % TILE][:, None, :]
-    return cache[block, head, tile, 0, token, place], cache[block, head, tile, 1, token, place]
+    tiles, tile, of_keys, of_values = _at(cache, slots)
+    return tiles[(*tile, of_keys)], tiles[(*tile, of_values)]
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -192,28 +204,28 @@ class PagedAttention:
         self._append = kernels.kernel("paged_decode", "paged_decode", shared, **macros, APPEND=1, ROPE=rope)
         self._share = kernels.kernel("paged_decode", "plan_decode", **macros, APPEND=0, ROPE=0)
         self._rotate_and_store = kernels.kernel("layers", "rotate_and_store", BF16=bf16, D=heads.size, BLOCK=block)
-        stage = 4 * tile  # of the kernel for chunks: four tiles
-        stages = min(4, CHUNK_BYTES // stage)
-        macros = {"BF16": bf16, "D": heads.size, "GROUP": group, "BLOCK": block, "STAGES": stages}
-        self._chunks = kernels.kernel("paged_chunks", "paged_chunks", stages * stage, **macros)
-        self._share_chunks = kernels.kernel("paged_chunks", "plan_chunks", **macros)
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count
         self._plan = torch.zeros(1 + 5 * WARPS * self._grid, dtype=torch.int32, device=device)
         self._partial = torch.empty(2 * self._grid * part, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_batch * heads.kv, dtype=torch.int32, device=device)
+        self._small, self._large = (self._for_chunks(groups, bf16) for groups in CHUNK_GROUPS)
         self._scale = math.log2(math.e) / math.sqrt(heads.size)
-        self._tokens = CHUNK_ROWS // group  # of a query tile
         pieces = (heads.query + 3 * heads.kv) * heads.size // 16  # of a row, with one for every two of Q and K
         self._threads = 32 * min(16, -(-pieces // 32))  # to rotate and store them
-        parts = 4 * self._grid  # results of parts that `plan_chunks` makes at most, see there
+        parts = 4 * self._grid  # results of parts that `plan_chunks` makes at most, of 64 query rows each, see there
         self._parts = torch.empty(parts * 128 * (heads.size // 2 + 4), dtype=torch.float32, device=device)
         self._parts_arrived = torch.zeros(parts, dtype=torch.int32, device=device)
 
-    def warm_up(self, dtype: torch.dtype, device: torch.device, longest: int) -> None:
-        """Let cuDNN make its plans for prompts of up to ``longest`` tokens."""
-        for n in range(LONG, min(longest, LONGEST) + 1, LONG) if self._cuda else ():
-            row = torch.zeros((n, self.heads.width), dtype=dtype, device=device).view(n, -1, self.heads.size)
-            self._whole(*row.split((self.heads.query, self.heads.kv, self.heads.kv), dim=1))
+    def _for_chunks(self, groups: int, bf16: int) -> Chunks:
+        """The kernels for chunks whose thread blocks have so many groups of warps."""
+        heads, group = self.heads, self.heads.query // self.heads.kv
+        stage = groups * 64 // TILE * 4 * TILE * heads.size  # bytes
+        handed = groups * 128 * (heads.size // 2 + 4)  # bytes of what warps hand to others
+        stages = min(4, (kernels.SM_BYTES * groups // 2 - 2048 - handed) // stage)
+        macros = {"BF16": bf16, "D": heads.size, "GROUP": group, "BLOCK": self.block, "GROUPS": groups}
+        run = kernels.kernel("paged_chunks", "paged_chunks", stages * stage + handed, **macros, STAGES=stages)
+        share = kernels.kernel("paged_chunks", "plan_chunks", **macros, STAGES=stages)
+        return Chunks(run, share, groups, self._grid * 2 // groups, groups * 64 // group)
 
     def plan(self, paging: Paging) -> None:
         """Share the decodes of ``paging`` out over the GPU; before the first layer of each step."""
@@ -221,21 +233,15 @@ class PagedAttention:
             batch = len(paging.lengths)
             self._share((1,), 1024, paging.lengths, paging.rows, self._plan, batch, self.heads.kv, self._grid)
 
-    def plan_chunks(self, spans: Spans, rows: int) -> Tensor | None:
+    def plan_chunks(self, spans: Spans, rows: int) -> Shared | None:
         """Share spans of at most ``rows`` rows out over the GPU, once a step: what `chunks` needs in each layer."""
-        if not self._cuda or dense(spans.whole):
+        if not self._cuda:
             return None
-        entries = rows // self._tokens + len(spans.each) + 4 * self._grid
+        by = self._small if rows <= SMALL else self._large
+        entries = rows // by.tokens + len(spans.each) + 2 * by.blocks
         plan = torch.empty(8 * (1 + entries), dtype=torch.int32, device=spans.each.device)
-        self._share_chunks((1,), 1024, spans.each, plan, len(spans.each), self.heads.kv, self._grid)
-        return plan
-
-    def room(self, spans: Spans | None, rows: int) -> int:
-        """For how many rows `chunks` wants room in ``qkv``, the last ones zero, in a step of so many rows."""
-        if not self._cuda or spans is None or len(spans.whole) != 1 or not dense(spans.whole):
-            return rows
-        [tokens] = spans.whole  # the last rows
-        return rows - tokens + filled(tokens)
+        by.share((1,), 1024, spans.each, plan, len(spans.each), self.heads.kv, by.blocks)
+        return Shared(by, plan)
 
     def append_and_decode(self, qkv: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         """One new token a sequence: rotate, store its key and value, attend.
@@ -282,45 +288,27 @@ class PagedAttention:
         kept = slots >= 0
         store(cache, slots[kept], key[kept], value[kept])
 
-    def chunks(self, qkv: Tensor, cache: Tensor, spans: Spans, plan: Tensor | None, out: Tensor) -> Tensor:
-        """Attention of rows that are rotated and stored: ``qkv`` [`room`, width] → ``out`` [rows, query · size].
+    def chunks(self, qkv: Tensor, cache: Tensor, spans: Spans, shared: Shared | None, out: Tensor) -> None:
+        """Attention of rows that are rotated and stored: ``qkv`` [rows, width] → ``out`` [rows, query · size].
 
-        Rows that no span has are left as they are. ``plan`` is from `plan_chunks`. Returns ``out``, or another tensor
-        in its place where one span has all rows.
+        Rows that no span has are left as they are. ``shared`` is from `plan_chunks`.
         """
         heads = self.heads
-        if plan is not None:
-            self._chunks(
-                (2 * self._grid,),
-                128,
+        if shared is not None:
+            by, plan = shared
+            by.run(
+                (by.blocks,),
+                128 * (by.groups + 1),
                 *(qkv, cache, spans.tables, spans.each, plan, out, self._parts, self._parts_arrived),
                 *(heads.kv, qkv.stride(0), spans.tables.stride(0), self._scale),
             )
-            return out
-        query, key, value = qkv.view(len(qkv), -1, heads.size).split((heads.query, heads.kv, heads.kv), dim=1)
-        if self._cuda:
-            at = len(out) - sum(spans.whole)
-            for n in spans.whole:
-                mine = slice(at, at + filled(n))
-                found = self._whole(query[mine], key[mine], value[mine]).flatten(1)[:n]
-                if n == len(out):
-                    return found
-                out[at : at + n] = found
-                at += n
-            return out
+            return
+        query = qkv[:, : heads.query * heads.size].view(len(qkv), -1, heads.size)
         for first, n, known, padding, row in spans.each.tolist():
             if n:
                 keys, values = read(cache, slots_of(spans.tables[row], padding, known, self.block))
                 mine = slice(first, first + n)
                 out[mine] = attend(query[mine], keys, values, known - n - padding).flatten(1)
-        return out
-
-    def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One whole prompt by cuDNN: ``[n, heads, size]`` each, n a multiple of `LONG`."""
-        q, k, v = (x[None].transpose(1, 2) for x in (query, key, value))
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            done = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return done[0].transpose(0, 1)
 
     def _launch(self, kernel: kernels.Kernel, query: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         kernel(

@@ -93,8 +93,6 @@ class Runner:
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         parts = (self._cache, self._tables, self._last, self.sample, self.head, max_model_len)
         self._world = World(self.net, *parts)
-        if self._cuda:
-            self.net.attention.warm_up(dtype, device, max_model_len)
         self._limit = graph_rows(model, ranks.count, options.quantization == "fp8")
         self._step_graphs = StepGraphs(self._world, batch, self._limit) if options.graphs and stage == ONLY else None
         if self._cuda and options.graphs and draft is None:
@@ -155,13 +153,12 @@ class Runner:
         flat: Flat,
         cells: Sequence[int],
         blocks: Sequence[int],
-        whole: Sequence[int],
         n: int,
         passes: int = 0,
     ) -> tuple[Tensor, ...]:
         """A step with chunks whose first ``n`` rows decode: what `StepGraphs.run` gives.
 
-        First ``cells`` of the block tables become ``blocks``; ``whole`` is `Spans.whole`.
+        First ``cells`` of the block tables become ``blocks``.
         """
         self._turn = (self._turn + 1) % TURNS
         small = self._step_graphs is not None and flat.rows.shape[1] <= self._limit
@@ -180,7 +177,7 @@ class Runner:
         self._large[self._turn] = host = self._grown(self._large[self._turn], sum(lengths))
         np.concatenate(parts, out=host.numpy()[: sum(lengths)])
         rows, each, at, last, *more = host[: sum(lengths)].to(self.device, non_blocking=True).split(lengths)
-        spans = Spans(each.view(-1, 5), self._tables, whole)
+        spans = Spans(each.view(-1, 5), self._tables)
         step = tokens_of(self._world, rows.view(7, -1), spans, n)._replace(sampled=at)
         if self.head is not None:
             after, places = more

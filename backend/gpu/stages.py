@@ -56,12 +56,11 @@ class StageRunner(Runner):
         flat: Flat,
         cells: Sequence[int],
         blocks: Sequence[int],
-        whole: Sequence[int],
         n: int,
         passes: int = 0,
     ) -> tuple[Tensor, ...]:
         self._await(flat.rows[0, :n])
-        return super().chunks(flat, cells, blocks, whole, n, passes)
+        return super().chunks(flat, cells, blocks, n, passes)
 
     @torch.inference_mode()
     def arrive(self, left: int) -> None:

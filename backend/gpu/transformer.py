@@ -31,7 +31,7 @@ from chairlift.backend.gpu.kernels.layers import (
     residual_norm,
     residual_norm_e4m3,
 )
-from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans
+from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Shared, Spans
 from chairlift.backend.gpu.ranks import ALONE, ONLY, Ranks, Stage
 from chairlift.backend.shapes import Model
 
@@ -335,48 +335,36 @@ class Transformer:
         attention, rows = self.attention, len(step.tokens)
         if step.paging is not None:
             attention.plan(step.paging)
-        plan = None if step.spans is None else attention.plan_chunks(step.spans, rows)
+        shared = None if step.spans is None else attention.plan_chunks(step.spans, rows)
         residual = self.embed(step.tokens, step.positions) if step.hidden is None else step.hidden
-        table = self.table(attention.room(step.spans, rows), rows)
-        out = None if table is None else table[:rows]
-        qkv = self._project(0, None, residual, out)
+        qkv = self._project(0, None, residual)
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
         exchange = self.exchange
         halves = exchange is not None and exchange.halved <= rows <= exchange.rows and not self.model.experts
         for i, layer in enumerate(cache):
             if i and halves:
-                qkv = self._by_halves(i, y, residual, out)
+                qkv = self._by_halves(i, y, residual)
             elif i:
-                qkv = self._project(i, self.rest(self.layers[i - 1], y, residual, step.live), residual, out)
+                qkv = self._project(i, self.rest(self.layers[i - 1], y, residual, step.live), residual)
             if states is not None:
                 for place in [n for n, one in enumerate(of) if one == i]:
                     states[:, place * self.model.hidden : (place + 1) * self.model.hidden] = residual
-            y = self.attend(qkv if table is None else table, layer, step, plan, y)
+            self.attend(qkv, layer, step, shared, y)
         return y, residual
 
-    def attend(self, qkv: Tensor, layer: Tensor, step: Tokens, plan: Any, y: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, layer: Tensor, step: Tokens, shared: Shared | None, y: Tensor) -> None:
         """Attention of a step's rows over one layer's cache, which then holds their keys and values too.
 
-        ``qkv`` [rows, width], or as many rows as `PagedAttention.room` wants; ``y`` [rows, query · size] is filled, or
-        another is returned in its place. ``plan`` is of `PagedAttention.plan_chunks`.
+        ``qkv`` [rows, width] gives ``y`` [rows, query · size]. ``shared`` is of `PagedAttention.plan_chunks`.
         """
-        attention, rows = self.attention, len(step.tokens)
+        attention = self.attention
         if step.slots is not None:
-            attention.rotate_and_store(qkv[:rows], layer, step.positions, step.slots)
+            attention.rotate_and_store(qkv, layer, step.positions, step.slots)
         if step.paging is not None:
             decodes = len(step.paging.lengths)
             attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
         if step.spans is not None:
-            y = attention.chunks(qkv, layer, step.spans, plan, y)
-        return y
-
-    def table(self, room: int, rows: int) -> Tensor | None:
-        """Where queries, keys and values go, if attention wants ``room`` for more than ``rows``: those are 0."""
-        if room == rows:
-            return None
-        table = torch.empty((room, self.heads.width), dtype=self.dtype, device=self.device)
-        table[rows:] = 0
-        return table
+            attention.chunks(qkv, layer, step.spans, shared, y)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What enters the first layer: ``[rows, hidden]``."""
@@ -396,13 +384,13 @@ class Transformer:
         assert self.head is not None
         return linear(residual_norm(x, residual, self.norm, self.norm_bias, self.epsilon), self.head)
 
-    def _by_halves(self, i: int, y: Tensor, residual: Tensor, out: Tensor | None) -> Tensor:
+    def _by_halves(self, i: int, y: Tensor, residual: Tensor) -> Tensor:
         """`rest` of layer ``i`` - 1, `_project` of layer ``i``: one half of the rows is sent while the other runs."""
         layer, middle = self.layers[i - 1], len(y) // 2
         halves = slice(0, middle), slice(middle, len(y))
         x = [self._part(0, y[half], layer.out, layer.out_bias, half) for half in halves]
         x = [self._mlp(layer, part, residual[half], None, half) for part, half in zip(x, halves, strict=True)]
-        qkv = y.new_empty((len(y), self.heads.width)) if out is None else out
+        qkv = y.new_empty((len(y), self.heads.width))
         for part, half in zip(x, halves, strict=True):
             self._project(i, part, residual[half], qkv[half])
         return qkv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -159,6 +160,7 @@ def test_append_and_decode_stores_and_attends(heads: Heads, block: int, dtype: t
 def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dtype) -> None:
     rotation = Arithmetic().rotation(9000, heads.size, DEVICE)
     kind = PagedAttention(heads, block, dtype, DEVICE, rotation, 4)
+    small, large = kind._small, kind._large
     cases: list[tuple[list[int], list[int], list[int]]] = [  # rows, tokens before them, padding before those
         ([40, 17, 300], [0, 0, 0], [0, 0, 0]),
         ([64, 5, 130], [100, 0, 33], [0, 0, 0]),
@@ -171,7 +173,6 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         ([500, 20], [0, 10], [96, 0]),
         ([1024], [0], [0]),
         ([1500], [0], [0]),
-        ([2040], [0], [0]),  # filled up for the library
         ([2048, 1024], [0, 0], [0, 0]),
     ]
     for lengths, starts, pads in cases:
@@ -186,17 +187,16 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         new = torch.cat([slots[i][p + s :] for i, (p, s) in enumerate(zip(pads, starts, strict=True))])
         kind.rotate_and_store(qkv, cache, positions.to(DEVICE, torch.int32), new)
-        whole = lengths if not any(starts) and not any(pads) else []
         found = []
-        for given, ahead in ((whole, 0), (whole, 3), ([], 3), ([], 0)):  # whole prompts or not, rows of decodes ahead
+        for by, ahead in itertools.product((small, large), (3, 0)):  # kernels of small and large steps; rows of decodes
+            kind._small = kind._large = by
             first = [ahead + sum(lengths[:i]) for i in range(len(lengths))]
             each = [[first[i], n, known[i], pads[i], i] for i, n in enumerate(lengths)]
-            spans = Spans(torch.tensor([*each, [0] * 5], dtype=torch.int32, device=DEVICE), tables, given)
+            spans = Spans(torch.tensor([*each, [0] * 5], dtype=torch.int32, device=DEVICE), tables)
             rows = ahead + sum(lengths)
             out = torch.full((rows, heads.query * heads.size), math.nan, dtype=dtype, device=DEVICE)
-            table = torch.zeros((kind.room(spans, rows), heads.width), dtype=dtype, device=DEVICE)
-            table[:ahead], table[ahead:rows] = 1, qkv
-            out = kind.chunks(table, cache, spans, kind.plan_chunks(spans, rows), out)
+            table = torch.cat((torch.ones((ahead, heads.width), dtype=dtype, device=DEVICE), qkv))
+            kind.chunks(table, cache, spans, kind.plan_chunks(spans, rows), out)
             assert out[:ahead].isnan().all()
             found.append(out[ahead:])
         out = found[-1]

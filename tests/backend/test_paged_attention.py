@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -36,27 +37,36 @@ def randn(*shape: int, seed: int) -> Any:
 
 
 @pytest.mark.parametrize("size", [8, 16, 40, *KERNELS])
-def test_every_row_of_a_tile_is_permuted(size: int) -> None:
-    for row in places(size, CPU).tolist():
-        assert sorted(row) == list(range(size))
+def test_a_tile_is_permuted(size: int) -> None:
+    assert sorted(places(size, CPU).flatten().tolist()) == list(range(2 * TILE * size))
 
 
 @pytest.mark.parametrize("size", KERNELS)
 def test_pieces_of_sixteen_bytes_stay_whole(size: int) -> None:
-    table = places(size, CPU).view(TILE, size // PIECE, PIECE)
+    table = places(size, CPU).view(2, TILE, size // PIECE, PIECE)
 
-    assert (table[:, :, 0] % PIECE == 0).all()
-    assert torch.equal(table - table[:, :, :1], torch.arange(PIECE).expand_as(table))
+    assert (table[..., 0] % PIECE == 0).all()
+    assert torch.equal(table - table[..., :1], torch.arange(PIECE).expand_as(table))
 
 
 @pytest.mark.parametrize("size", KERNELS)
 @pytest.mark.parametrize("tokens", [range(8), range(8, 16)], ids=["first eight", "last eight"])
 def test_the_rows_that_ldmatrix_reads_at_once_lie_in_different_banks(size: int, tokens: range) -> None:
-    # shared memory has 32 banks of 4 bytes: 8 groups of 16 bytes; a row of a tile is `size` elements of 2 bytes
+    # shared memory has 32 banks of 4 bytes: 8 groups of 16 bytes; an element has 2 bytes
+    for table in places(size, CPU):
+        for piece in range(size // PIECE):
+            addresses = [2 * int(table[token, piece * PIECE]) for token in tokens]
+            assert sorted(address // 16 % 8 for address in addresses) == list(range(8))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_keys_and_values_of_eight_tokens_lie_as_products_of_warp_groups_read_them(size: int) -> None:
+    """128 bytes of each of eight tokens make 1,024 bytes, swizzled: bits 4 to 6 of an address are XORed with 7 to 9."""
     table = places(size, CPU)
-    for piece in range(size // PIECE):
-        addresses = [2 * (token * size + int(table[token, piece * PIECE])) for token in tokens]
-        assert sorted(address // 16 % 8 for address in addresses) == list(range(8))
+    for of, token, element in itertools.product(range(2), range(TILE), range(size)):
+        eight = (token // 8 * 2 + of) * (size // 64) + element // 64
+        plain = eight * 1024 + token % 8 * 128 + element % 64 * 2
+        assert 2 * int(table[of, token, element]) == plain ^ (plain >> 7 & 7) << 4
 
 
 @pytest.mark.parametrize("size", [16, *KERNELS])
@@ -76,8 +86,8 @@ def test_what_is_stored_is_read_and_nothing_else_changes(size: int, block: int) 
     assert not torch.cat(read(cache, others)).any()
     # the same by hand: block, KV head, tile, key or value, token of the tile, permuted element
     slot = int(slots[0])
-    row = cache[slot // block, 2, slot % block // 16, 1, slot % 16]
-    assert torch.equal(row[places(size, CPU)[slot % 16]], values[0, 2])
+    tile = cache[slot // block, 2, slot % block // 16].flatten()
+    assert torch.equal(tile[places(size, CPU)[1, slot % 16]], values[0, 2])
 
 
 def test_slots_follow_the_table() -> None:

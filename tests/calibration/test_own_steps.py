@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_a_recording_tells_whole_prompts() -> None:
 
     assert sorted(set(told.astype(int).tolist())) == [2047, 3072, 4096, 6144, 8190, 8192]
     assert (steps.kind[steps.whole > 0] == EAGER).all()
+
+
+def test_an_engine_with_one_kernel_for_all_prompts_is_known_by_its_recording(tmp_path: Path) -> None:
+    for file in (MEASURED / "grid").glob("llama-3.1-8b_*"):
+        shutil.copy(file, tmp_path)
+    summary = tmp_path / "llama-3.1-8b_summary.json"
+    facts = json.loads(summary.read_text(encoding="utf-8"))
+    facts["engine"]["attention"] = "over the paged cache in every step"
+    summary.write_text(json.dumps(facts), encoding="utf-8")
+
+    assert (steps_of(read(MEASURED / "grid", "llama-3.1-8b").select(["grid_prefill"])).whole > 0).any()
+    assert not steps_of(read(tmp_path, "llama-3.1-8b").select(["grid_prefill"])).whole.any()
 
 
 @pytest.mark.parametrize("model", DENSE)

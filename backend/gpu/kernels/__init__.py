@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # a ``CUlaunchAttributeID``
-SHARED_BYTES = 232_448  # what a thread block may have on Hopper, 227 KiB
+OF_HOPPER = ("paged_chunks",)  # with products of warp groups where the GPU has them
+SM_BYTES = 228 * 1024  # of shared memory on Hopper; each thread block takes 1 KiB more than it asks for
+SHARED_BYTES = SM_BYTES - 1024  # what one may ask for
 
 
 class _Attribute(ctypes.Structure):
@@ -98,9 +101,28 @@ def kernel(file: str, name: str, shared_bytes: int = 0, early: bool = True, **de
     Not ``early``: it is launched once all that is ahead of it has ended, as after a copy it must be.
     """
     try:
-        import cupy
+        import cupy  # noqa: F401
     except ImportError as error:
         raise RuntimeError("the GPU engine needs CuPy: pip install 'chairlift[gpu]'") from error
-    options = ("--std=c++17", f"-I{FOLDER}", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
-    module = cupy.RawModule(code=(FOLDER / f"{file}.cu").read_text(encoding="utf-8"), options=options)
-    return Kernel(module.get_function(name), shared_bytes, early)
+    return Kernel(_module(file, tuple(sorted(defines.items()))).get_function(name), shared_bytes, early)
+
+
+@cache
+def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
+    import cupy
+
+    code = (FOLDER / f"{file}.cu").read_text(encoding="utf-8")
+    options = ("--std=c++17", f"-I{FOLDER}", *(f"-D{key}={value}" for key, value in defines))
+    if file not in OF_HOPPER or cupy.cuda.Device().compute_capability != "90":
+        return cupy.RawModule(code=code, options=options)
+    nvrtc = cupy.cuda.nvrtc  # CuPy compiles for sm_90, which has not all that Hopper has
+    program = nvrtc.createProgram(code, f"{file}.cu", (), ())
+    nvrtc.compileProgram(program, (*options, "-arch=sm_90a"))
+    path = Path(_scratch().name, f"{program}.cubin")
+    path.write_bytes(nvrtc.getCUBIN(program))
+    return cupy.RawModule(path=str(path))
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()

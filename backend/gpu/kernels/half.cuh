@@ -41,11 +41,23 @@ __device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
 }
 
 #ifdef D
-// A tile is [K, V][TILE tokens][D]; the 16-byte pieces of a token's row are permuted so that ldmatrix meets no bank twice.
+// A tile holds K and V of TILE tokens in 16-byte pieces. They lie as the tensor cores of Hopper read many tiles at once
+// without meeting a bank twice: K, then V of eight tokens, of each the first 128 bytes of all eight, then the next, and
+// a token's pieces permuted (the "128-byte swizzle" of the PTX manual). Where a row is no multiple of 128 bytes, K of all
+// tokens lies before V, token by token, permuted for ldmatrix.
 #define TILE 16
 #define PIECES (D / 8)
-#define SHIFT (D == 80 ? 2 : D == 96 ? 1 : 0)
-#define MASK (D == 80 ? 1 : D == 96 ? 3 : 7)
+#define SWIZZLED (D % 64 == 0)
+#define SHIFT (D == 80 ? 2 : 1)
+#define MASK (D == 80 ? 1 : 3)
+#define BEHIND (SWIZZLED ? D : TILE * PIECES)  // so many pieces behind a token's K is its V
 
-__device__ __forceinline__ int place(int token, int piece) { return piece ^ ((token >> SHIFT) & MASK); }
+// Where in a tile a piece of a token's K (`of` 0) or V (1) is, in pieces.
+__device__ __forceinline__ int place(int of, int token, int piece) {
+#if SWIZZLED
+  return ((token / 8 * 2 + of) * (D / 64) + piece / 8) * 64 + token % 8 * 8 + ((piece ^ token) & 7);
+#else
+  return (of * TILE + token) * PIECES + (piece ^ ((token >> SHIFT) & MASK));
+#endif
+}
 #endif

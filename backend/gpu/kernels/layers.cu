@@ -405,7 +405,6 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
   half_t* row = qkv + (u64)blockIdx.x * stride;
   in_order();
   const int slot = slots[blockIdx.x];
-  if (slot == -2) return;
   const int token = slot % TILE;
   half_t* tiles = cache + ((u64)(slot / BLOCK) * key_heads * (BLOCK / TILE) + slot % BLOCK / TILE) * (2 * TILE * D);
   const u64 head_step = (u64)(BLOCK / TILE) * (2 * TILE * D);
@@ -415,16 +414,17 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
   for (int i = threadIdx.x; i < rotated + key_heads * PIECES; i += blockDim.x) {
     if (i >= rotated) {
       const int head = (i - rotated) / PIECES, piece = (i - rotated) % PIECES;
-      if (slot < 0) break;
       const uint4 v = ((const uint4*)(row + (query_heads + key_heads + head) * D))[piece];
-      ((uint4*)(tiles + head * head_step + (TILE + token) * D))[place(token, piece)] = v;
+      if (slot < 0) break;
+      ((uint4*)(tiles + head * head_step))[place(1, token, piece)] = v;
       continue;
     }
     const int head = i / halves, piece = i % halves;
     if (!rotation && head < query_heads) continue;
     uint4* low = (uint4*)(row + head * D) + piece;
     uint4* high = low + halves;
-    Eight a(*low), b(*high);
+    Eight a(*low), b(*high);  // read while the slot still comes
+    if (slot == -2) return;
     if (rotation) {
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
@@ -440,9 +440,9 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
       *high = b.packed();
     }
     if (head >= query_heads && slot >= 0) {
-      uint4* to = (uint4*)(tiles + (head - query_heads) * head_step + token * D);
-      to[place(token, piece)] = a.packed();
-      to[place(token, piece + halves)] = b.packed();
+      uint4* to = (uint4*)(tiles + (head - query_heads) * head_step);
+      to[place(0, token, piece)] = a.packed();
+      to[place(0, token, piece + halves)] = b.packed();
     }
   }
 }

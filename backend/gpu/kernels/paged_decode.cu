@@ -4,8 +4,8 @@
 // BLOCK (tokens a block: 16, 32), STAGES (tiles in flight a warp), APPEND (1: q, k and v are raw, this kernel writes
 // the new token's K and V), ROPE (1: with APPEND, rotate q and k first), MIN_TILES (tiles worth a warp of their own).
 //
-// The cache holds tiles of 16 tokens as shared memory wants them: [block][KV head][BLOCK / 16][K, V][16][D], the 16-byte
-// pieces of each row permuted (`place`), so that one bulk copy moves a tile and ldmatrix meets no bank twice.
+// The cache holds tiles of 16 tokens as shared memory wants them: [block][KV head][BLOCK / 16], K and V of a
+// tile permuted (`place`) so that one bulk copy moves a tile and ldmatrix meets no bank twice.
 //
 // All tiles of all (sequence, KV head) units form one line that the warps of the grid share out evenly ("stream-K",
 // Osama et al. 2023, for flash-decoding's split, Dao et al. 2023): no batch or context leaves SMs idle. A unit that spans
@@ -215,17 +215,17 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
         l_low = l_high = 0.f;
       }
       wait(barrier + stage * 8, parity);
-      const u32 keys = ring_at + stage * TILE_BYTES, values = keys + TILE * ROW;
+      const u32 tile_at = ring_at + stage * TILE_BYTES;
       const bool last = here.tile == here.tiles - 1;
       if (last) {
         half_t* tile = (half_t*)(ring + stage * TILE_BYTES);
         const int fresh = (length - 1) % TILE;
         for (int i = lane; i < (TILE - 1 - fresh) * PIECES; i += 32)  // beyond the end: 0 · NaN would be NaN
-          ((uint4*)(tile + (TILE + fresh + 1 + i / PIECES) * D))[i % PIECES] = make_uint4(0, 0, 0, 0);
+          ((uint4*)tile)[place(1, fresh + 1 + i / PIECES, i % PIECES)] = make_uint4(0, 0, 0, 0);
 #if APPEND
         const half_t* k = q + (u64)here.sequence * q_stride + (heads * GROUP + here.head) * D;
         const half_t* v = k + heads * D;
-        half_t* stored = (half_t*)source(here, block_of(here)) + fresh * D;
+        half_t* stored = (half_t*)source(here, block_of(here));
         for (int d = lane; d < D / 2; d += 32) {
           half_t a = k[d], b = k[d + D / 2];
 #if ROPE
@@ -234,11 +234,12 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
           a = to_half(fa * t.x - fb * t.y);
           b = to_half(fb * t.x + fa * t.y);
 #endif
-          const int pa = place(fresh, d / 8) * 8 + d % 8, pb = place(fresh, (d + D / 2) / 8) * 8 + (d + D / 2) % 8;
-          tile[fresh * D + pa] = stored[pa] = a;
-          tile[fresh * D + pb] = stored[pb] = b;
-          tile[(TILE + fresh) * D + pa] = stored[TILE * D + pa] = v[d];
-          tile[(TILE + fresh) * D + pb] = stored[TILE * D + pb] = v[d + D / 2];
+          const int at = place(0, fresh, d / 8) * 8 + d % 8;
+          const int half = D == 128 ? at + 64 * 8 : place(0, fresh, (d + D / 2) / 8) * 8 + d % 8;
+          tile[at] = stored[at] = a;
+          tile[half] = stored[half] = b;
+          tile[at + BEHIND * 8] = stored[at + BEHIND * 8] = v[d];
+          tile[half + BEHIND * 8] = stored[half + BEHIND * 8] = v[d + D / 2];
         }
 #endif
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // a bulk copy follows these stores
@@ -252,7 +253,7 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
 #pragma unroll
         for (int e = 0; e < D / 16; ++e) {
           u32 k[4];
-          load4(k, keys + token * ROW + place(token, 2 * e + piece) * 16);
+          load4(k, piece_at(tile_at, 0, token, piece, e));
           mma(s[0], query[2 * e], WIDE ? query_high[WIDE ? 2 * e : 0] : 0, query[2 * e + 1],
               WIDE ? query_high[WIDE ? 2 * e + 1 : 0] : 0, k[0], k[1]);
           mma(s[1], query[2 * e], WIDE ? query_high[WIDE ? 2 * e : 0] : 0, query[2 * e + 1],
@@ -310,7 +311,7 @@ paged_decode(const half_t* __restrict__ q,        // [batch][q_stride]: query he
 #pragma unroll
         for (int e = 0; e < D / 16; ++e) {
           u32 v[4];
-          load4_transposed(v, values + token * ROW + place(token, 2 * e + piece) * 16);
+          load4_transposed(v, piece_at(tile_at, 1, token, piece, e));
           mma(o[2 * e], p[0], p[1], p[2], p[3], v[0], v[1]);
           mma(o[2 * e + 1], p[0], p[1], p[2], p[3], v[2], v[3]);
         }

@@ -6,6 +6,16 @@
 #define TILE_BYTES (2 * TILE * ROW)
 #define NEVER -1e30f
 
+// Where in shared memory a piece of a token's K (`of` 0) or V (1) is, 2 · e pieces behind the one that is `piece`, 0 or 1: said so
+// that addresses differ by what the compiler knows.
+__device__ __forceinline__ u32 piece_at(u32 tile, int of, int token, int piece, int e) {
+#if SWIZZLED
+  return (tile + place(of, token, piece) * 16 ^ 2 * e % 8 * 16) + e / 4 * 1024;
+#else
+  return tile + place(of, token, 2 * e + piece) * 16;
+#endif
+}
+
 __device__ __forceinline__ float power2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
