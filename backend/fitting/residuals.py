@@ -126,12 +126,17 @@ def pace(host: HostTime, steps: Steps) -> float:
     A host has days and hours: other work on its cores slows all that it does, scheduling and launching alike. The worst
     and the best twentieth of the steps are left out.
     """
+    told = np.sort(paces(host, steps)[1])
+    cut = len(told) // 20
+    return float(told[cut : len(told) - cut].mean()) if len(told) else 1.0
+
+
+def paces(host: HostTime, steps: Steps) -> tuple[Floats, Floats]:
+    """When each step with chunks was scheduled, seconds, and how many times as long as ``host`` says that took."""
     mine = (steps.chunks > 0) & ~steps.stalled
     usual = host.schedule_s + host.schedule_request_s * steps.sequences + host.schedule_token_s * steps.prompt
     usual += host.schedule_chunk_s * steps.chunks
-    told = np.sort((steps.schedule_cpu / np.maximum(usual, 1e-9))[mine])
-    cut = len(told) // 20
-    return float(told[cut : len(told) - cut].mean()) if len(told) else 1.0
+    return steps.schedule[mine], (steps.schedule_cpu / np.maximum(usual, 1e-9))[mine]
 
 
 def summary(foreseen: list[Foreseen]) -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -29,6 +29,7 @@ from chairlift.policies.routers import RoundRobin
 from chairlift.policies.sglang import VERSIONS, Sglang
 from chairlift.policies.vllm import Vllm
 from chairlift.policies.vllm_versions import nearest
+from chairlift.sim.calibration.recorded_host import on_recorded_host
 from chairlift.sim.results.metrics import Latencies, inter_token_gaps, per_output_token
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.simulate import simulate
@@ -115,10 +116,17 @@ def recorded(experiment: Experiment) -> Observed:
     return Observed(scalars, series)
 
 
-def predict(experiment: Experiment, recording: Recording, profile: Profile, leap: bool = True) -> Observed:
-    """The figures that the simulator predicts for ``experiment``. Raises `BadInput` or PolicyError, as any run does."""
-    outcome = simulate(setup_of(experiment, recording, profile), leap)
-    return observed(outcome)
+def predict(
+    experiment: Experiment, recording: Recording, profile: Profile, leap: bool = True, recorded_host: bool = False
+) -> Observed:
+    """The figures that the simulator predicts for ``experiment``. Raises `BadInput` or PolicyError, as any run does.
+
+    ``recorded_host``: launched as fast as it was recorded to schedule (`on_recorded_host`).
+    """
+    setup = setup_of(experiment, recording, profile)
+    if recorded_host and profile.host.schedule_chunk_s:  # older profiles do not say what scheduling a chunk takes
+        setup = on_recorded_host(setup, experiment, profile.host)
+    return observed(simulate(setup, leap))
 
 
 def observed(outcome: Outcome) -> Observed:
@@ -279,7 +287,7 @@ def validate(
 
     The clock stands still in the engine's stalls (`backend.fitting.steps.stalls`), which no step costs predict. With
     ``recorded_host`` nor is what other work on its machine does to the host predicted: each run's is taken to launch
-    at the pace at which it was recorded to schedule (`host_pace`).
+    as fast as it was recorded to schedule, at any time.
     """
     repeats = {each.repeats: each for each in recording.experiments.values() if each.repeats}
     cells: list[Cell] = []
@@ -287,10 +295,7 @@ def validate(
         progress(each.name)
         again = repeats.get(each.name)
         running = without_stalls(each)
-        profile = profile_of(each)
-        if recorded_host:
-            profile = replace(profile, host=profile.host.at(host_pace(running, profile)))
-        predicted = predict(running, recording, profile)
+        predicted = predict(running, recording, profile_of(each), recorded_host=recorded_host)
         noise = None if again is None else recorded(without_stalls(again))
         cells += compare(each.name, predicted, recorded(running), noise)
     return cells

@@ -268,7 +268,7 @@ def validate_(
                 if pace != 1.0:
                     out.print(
                         f"note: {escape(each.name)}: its host took {pace:.2f} times as long to schedule as the"
-                        " profile's, and is predicted to launch so too"
+                        " profile's on average, and is predicted to launch as fast as it scheduled at the time"
                     )
                 _, lengths = stalls(each)
                 if len(lengths):

@@ -170,7 +170,7 @@ def test_rows_are_written_once_all_are_there(
     target = tmp_path / "cells.json"
     target.write_text("[1]")
 
-    def stop(*_arguments: object) -> None:
+    def stop(*_arguments: object, **_options: object) -> None:
         raise ends("no more")
 
     monkeypatch.setattr(validate, "predict", stop)
