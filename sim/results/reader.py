@@ -347,7 +347,7 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
             text = text_of(path)
         except FileNotFoundError:
             if not folder.is_dir():
-                rule = f"has no {name}: not a results folder, there is no such folder"
+                rule = "no such folder"
             elif (folder / "summary.json").exists():
                 rule = f"has no {name}: it is {ANOTHER_VERSION}"
             else:
