@@ -1,12 +1,16 @@
-"""Processes beside this one. They are spawned, not forked, on every system, and interrupts are not their business."""
+"""Processes beside this one. They are spawned, not forked, on every system, and end with the one that started them.
+
+Interrupts are not their business.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
@@ -19,9 +23,10 @@ def spawned(target: Callable[..., None], *arguments: Any) -> SpawnProcess:
 
     It hears no SIGINT, from its first instruction on: Ctrl-C reaches all processes of a terminal, and each would print
     a traceback. A SIGINT or SIGTERM that comes while it starts takes effect once it has started, and ends it: a process
-    that was given half of what it needs prints a traceback too.
+    that was given half of what it needs prints a traceback too. It ends as soon as this process has, in the midst of
+    whatever it does.
     """
-    process = SPAWN.Process(target=_deaf, args=(target, arguments), daemon=True)
+    process = SPAWN.Process(target=_begun, args=(target, arguments), daemon=True)
     try:
         with _whole():
             process.start()
@@ -32,9 +37,17 @@ def spawned(target: Callable[..., None], *arguments: Any) -> SpawnProcess:
     return process
 
 
-def _deaf(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _begun(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where nothing could be blocked
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     target(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import NamedTuple
+
+from chairlift.backend.checked import UNREADABLE, unreadable
 
 _ESCAPED = {"\n": " ", "\r": "", "\t": " "}  # a problem is one line, whatever a file or a library puts into it
 
@@ -56,6 +60,16 @@ class BadInput(Exception):
         if (more := len(self.problems) - MOST_TOLD) <= 1:
             return self.problems
         return [*self.problems[:MOST_TOLD], Problem(f"and {more:,} more problems", file=self.problems[0].file)]
+
+
+@contextmanager
+def reading(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """Inside, what keeps the file ``path`` from being read is `BadInput`: `UNREADABLE`, and errors ``also`` given."""
+    try:
+        yield
+    except (*UNREADABLE, *also) as error:
+        rule, line = unreadable(error)
+        raise BadInput(Problem(rule, str(path), line)) from None
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

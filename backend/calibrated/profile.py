@@ -48,7 +48,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from chairlift.backend.checked import MOST_TEXT, a_file, once, wrong
+from chairlift.backend.checked import MOST_TEXT, once, reading, text_of, wrong
 from chairlift.backend.cuda_graphs import GRAPH_TOKENS
 from chairlift.backend.names import hint
 from chairlift.backend.parallel import Parallel
@@ -340,14 +340,12 @@ class Profile:
 def load(choice: str) -> Profile:
     """The profile that ``choice`` names: a path that ends in ``.json``, or a shipped one. Raises `ProfileError`."""
     path = Path(choice) if choice.endswith(".json") else SHIPPED / f"{choice}.json"
-    if not path.is_file():
-        if choice.endswith(".json"):
-            raise ProfileError(f"{path}: no such file")
+    if not choice.endswith(".json") and not path.is_file():
         raise ProfileError(f"no profile {choice!r} – {hint(choice, shipped())}")
+    with reading(path, ProfileError):
+        text = text_of(path, MOST_TEXT)
     try:
-        return parse(a_file(path, MOST_TEXT).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: not a profile: {error}") from None
+        return parse(text)
     except ProfileError as error:
         raise ProfileError(f"{path}: not a profile: {error}") from None
 

@@ -7,11 +7,10 @@ each experiment. In ``steps`` a row is one engine step; ``done_s`` is when the p
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from chairlift.backend.calibrated.profile import Drafts
-from chairlift.backend.checked import a_file, once
+from chairlift.backend.checked import a_file, json_of, not_text, reading
 from chairlift.backend.cuda_graphs import GPT_OSS_TOKENS
 from chairlift.backend.names import hint
 from chairlift.backend.parallel import Parallel, labelled
@@ -164,9 +163,9 @@ def read(folder: Path, model: str) -> Recording:
     """The recording of ``model`` in ``folder``. Raises `RecordingError`."""
     if not folder.is_dir():
         raise RecordingError(f"{folder}: no such folder")
-    prefix = f"{model}_" if (folder / f"{model}_summary.json").is_file() else ""
+    prefix = f"{model}_" if os.path.lexists(folder / f"{model}_summary.json") else ""
     summary_path = folder / f"{prefix}summary.json"
-    if not summary_path.is_file():
+    if not os.path.lexists(summary_path):
         known = sorted(p.name.removesuffix("_summary.json") for p in folder.glob("*_summary.json"))
         hint = f"it has {', '.join(known)}" if known else "it has no *_summary.json"
         raise RecordingError(f"{folder}: no recording of {model!r}: {hint}")
@@ -263,10 +262,8 @@ def _is_gpt_oss(engine: dict[str, Any]) -> bool:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(a_file(path).read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordingError(f"{path}: not readable as JSON: {error}") from None
+    with reading(path, RecordingError):
+        data = json_of(path)
     if not isinstance(data, dict) or not isinstance(data.get("engine"), dict):
         raise RecordingError(f"{path}: needs an object `engine`, what was recorded on what")
     check_engine(data["engine"], f"{path}: engine")
@@ -282,14 +279,16 @@ def _table(path: Path, columns: tuple[str, ...], ends: str = "") -> Table:
     tell. So are steps that were scheduled before their experiment began, for they are of what ran before it: of a
     request that ended in the step before, an engine that plans ahead computes one more.
     """
-    if not path.is_file():
-        raise RecordingError(f"{path}: no such file")
-    try:
-        table = csv.read_csv(path)
-        if binary := [name for name in table.column_names if pa.types.is_binary(table.schema.field(name).type)]:
-            raise RecordingError(f"{path}: {binary[0]} is not UTF-8 text")
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise RecordingError(f"{path}: not readable as CSV: {str(error).splitlines()[0]}") from None
+    with reading(path, RecordingError, pa.ArrowException):
+        table = csv.read_csv(a_file(path))
+        names = table.column_names  # which are bytes until then
+    for name in names:
+        if pa.types.is_binary(table.schema.field(name).type):
+            for line, cell in enumerate(table[name].to_pylist(), 2):
+                try:
+                    cell.decode()
+                except UnicodeDecodeError as error:
+                    raise RecordingError(f"{path}:{line}: {name} {not_text(error)}") from None
     if len(set(table.column_names)) < len(table.column_names):
         raise RecordingError(f"{path}: names a column twice")
     missing = [name for name in ("experiment", *columns) if name not in table.column_names]
@@ -330,13 +329,11 @@ def _is_number(value: object) -> bool:
 
 
 def _gaps(path: Path) -> Table:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    try:
-        with a_file(path).open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
-            gaps = {name: arrays[name].astype(np.float64) for name in arrays.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise RecordingError(f"{path}: not readable as an .npz file: {error}") from None
+    refused = reading(path, RecordingError, TypeError, zipfile.BadZipFile, NotImplementedError)
+    with refused, a_file(path).open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+        gaps = {name: arrays[name].astype(np.float64) for name in arrays.files}
     for name, seconds in gaps.items():
         if seconds.ndim != 1 or not ((seconds >= 0) & (seconds <= MOST)).all():
             raise RecordingError(f"{path}: {name} must be a list of seconds, each at least 0")

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -234,7 +232,6 @@ def place(device: str, rank: int) -> torch.device:
 
 def _follow(end: Connection, rank: int, count: int, port: int, device: str, build: Callable[..., Any]) -> None:
     """What a process does: make a runner, then what it is told, until nobody tells it any more."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(1)
     end.send(None)
@@ -251,11 +248,3 @@ def _follow(end: Connection, rank: int, count: int, port: int, device: str, buil
         except (EOFError, OSError):
             return
         getattr(runner, method)(*arguments)
-
-
-def _end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, in the midst of whatever this one does."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chairlift.backend import hf_config
-from chairlift.backend.checked import MOST_TEXT, a_file, once
+from chairlift.backend.checked import MOST_TEXT, a_file, json_of, reading
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.ranks import Ranks, Stage
 from chairlift.backend.gpu.transformer import Arithmetic, Transformer
@@ -109,10 +108,8 @@ def saved_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Cal
         raise ValueError(f"no *.safetensors in {folder}")
     opened = {}
     for path in files:
-        try:
+        with reading(path, ValueError, SafetensorError):
             opened[path] = safe_open(a_file(path), "pt")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
     where = {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - no mapping
 
     def weight(name: str, *shape: int) -> Tensor:
@@ -142,11 +139,9 @@ def described(folder: Path, name: str, longest: int) -> tuple[Model, Arithmetic]
 
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a folder of weights. Raises ValueError, one sentence."""
-    try:
-        text = a_file(folder / "config.json", MOST_TEXT).read_text(encoding="utf-8")
-        config = json.loads(text, object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    path = folder / "config.json"
+    with reading(path, ValueError):
+        config = json_of(path, MOST_TEXT)
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} must be a mapping")
+        raise ValueError(f"{path}: must be a mapping")
     return config

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from chairlift.backend.checked import a_file, once
+from chairlift.backend.checked import json_of, reading, text_of
 from chairlift.backend.fitting.recording import (
     LIMIT_COLUMNS,
     MOST,
@@ -129,10 +129,8 @@ def _requests(path: Path) -> Iterator[_Request]:
 
 def _engine(path: Path) -> dict[str, Any]:
     """What the engine is, and its ``limits``."""
-    try:
-        found = json.loads(_text(path), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise RecordingError(f"{path}: not readable as JSON: {error}") from None
+    with reading(path, RecordingError):
+        found = json_of(path)
     if not isinstance(found, dict) or not isinstance(found.get("limits"), dict):
         raise RecordingError(f"{path}: needs an object `limits`")
     check_limits(found["limits"], f"{path}: limits", path.stem)
@@ -141,10 +139,8 @@ def _engine(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    try:
-        return a_file(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecordingError(f"{path}: not text: {error}") from None
+    with reading(path, RecordingError):
+        return text_of(path)
 
 
 def _steps(path: Path, start: float) -> Iterator[list[str]]:

@@ -8,7 +8,6 @@ best was measured to be than the best one. For example: p99 TTFT of A and B are 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from chairlift.backend.checked import a_file, once
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.backend.checked import json_of
+from chairlift.sim.bad_input import BadInput, Problem, reading
 from chairlift.sim.results import catalogue
 
 METRICS = ("total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
@@ -80,14 +79,10 @@ def agreements(measured: Path, predicted: Path, metrics: Sequence[str] = METRICS
 
 def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     path = folder if folder.suffix == ".json" else folder / "comparison.json"
-    try:
-        rows = json.loads(a_file(path).read_text(encoding="utf-8"), object_pairs_hook=once)
-    except NotADirectoryError:
-        raise BadInput(Problem("is a file, neither a results folder nor a comparison.json", file=str(folder))) from None
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be read: {error.strerror or error}", file=str(path))) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
+    if path != folder and folder.is_file():
+        raise BadInput(Problem("is a file, neither a results folder nor a comparison.json", file=str(folder)))
+    with reading(path):
+        rows = json_of(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "variant" in row for row in rows):
         raise BadInput(Problem("must be the comparison.json of a run that compares systems", file=str(path)))
     for row in rows:

@@ -12,22 +12,26 @@ from rich.table import Table
 
 from chairlift.sim.atomic import write_text
 from chairlift.sim.calibration.agreement import agreements
-from chairlift.sim.cli.terminal import console, run_folder
+from chairlift.sim.cli.terminal import console, must_end_in, run_folder
 
 WIDTH = 110  # columns of a table that goes to a file or a pipe
 
 
 def agree(
     measured: Annotated[
-        Path, typer.Argument(help="Results of the run on hardware: a folder or its comparison.json, or a run's name.")
+        Path,
+        typer.Argument(
+            readable=False, help="Results of the run on hardware: a folder or its comparison.json, or a run's name."
+        ),
     ],
-    predicted: Annotated[Path, typer.Argument(help="Results of the same scenario, simulated.")],
+    predicted: Annotated[Path, typer.Argument(readable=False, help="Results of the same scenario, simulated.")],
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every row.")] = None,
 ) -> None:
     """Compare a measured study with its prediction: errors, rank correlation, regret of choosing by the simulator.
 
     [bold]chairlift agree runs/hardware_policies runs/predicted[/bold]
     """
+    must_end_in(json_file, ".json")
     out = console(least=WIDTH)
     found = agreements(run_folder(measured), run_folder(predicted))
     if json_file is not None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import resource
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,8 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from chairlift.backend.spawned import SPAWN, spawned
 from chairlift.sim.atomic import write_text
 from chairlift.sim.cli.compiled import told
+from chairlift.sim.cli.terminal import interruptible, terminable
 from chairlift.sim.cluster.clock import time_bare_timeouts
 from chairlift.sim.results.outcome import Outcome
 from chairlift.sim.scenario.load import load
@@ -109,9 +110,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _apart(case: Case) -> dict[str, Any]:
-    """Run one case in a process of its own, so that its peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, case).result()
+    """Run one case in a process of its own, so that its peak memory is its own. Raises SystemExit if that dies."""
+    ours, theirs = SPAWN.Pipe(duplex=False)
+    with ours:
+        with theirs:
+            process = spawned(_measure, theirs, case)
+        try:
+            return dict(ours.recv())
+        except EOFError:
+            process.join()
+            raise SystemExit(f"{case[0]}: its process has died (exit code {process.exitcode})") from None
+        finally:
+            process.kill()
+            process.join()
+
+
+def _measure(end: Connection, case: Case) -> None:
+    end.send(measure(case))
 
 
 def exercise(case: Case, requests: int = 3_000, replicas: int = 8) -> None:
@@ -163,4 +178,5 @@ def fingerprint(outcome: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with interruptible(), terminable():
+        sys.exit(main())

@@ -29,7 +29,7 @@ from chairlift.sim.calibration import bench_parts, from_bench, grid, validate
 from chairlift.sim.calibration import fit as fitting
 from chairlift.sim.cli import benched
 from chairlift.sim.cli.shipped import complete
-from chairlift.sim.cli.terminal import console, status
+from chairlift.sim.cli.terminal import console, must_end_in, status
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
@@ -46,13 +46,18 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing 
 
 def calibrate(
     more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RESULT]...", help="Further results, beside that of --bench.")
+        list[Path] | None,
+        typer.Argument(readable=False, metavar="[RESULT]...", help="Further results, beside that of --bench."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="M", help="The model: llama-3.1-8b, opt-13b.")] = None,
     recording: RecordingOption = None,
     bench: Annotated[
         Path | None,
-        typer.Option(metavar="RESULT", help="Fit to results of vllm bench serve --save-detailed, at several rates."),
+        typer.Option(
+            readable=False,
+            metavar="RESULT",
+            help="Fit to results of vllm bench serve --save-detailed, at several rates.",
+        ),
     ] = None,
     scenario: Annotated[
         str | None,
@@ -94,6 +99,8 @@ def calibrate(
         raise BadInput(
             Problem("must be a file's name, without / or \\ or control characters", file="--name", value=name)
         )
+    must_end_in(out_file, ".json", hint=", by which a scenario's backend tells a file from a shipped profile")
+    must_end_in(plot, ".html")
     if bench is not None or more:
         others = {"--recording": recording, "--backend": backend, "--experiments": experiments, "--plot": plot}
         if given := [option for option, value in others.items() if value]:
@@ -204,7 +211,9 @@ def validate_(
     ] = None,
     bench: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A result of vllm bench serve --save-result --save-detailed."),
+        typer.Option(
+            readable=False, metavar="FILE", help="A result of vllm bench serve --save-result --save-detailed."
+        ),
     ] = None,
     recording: RecordingOption = None,
     model: Annotated[str | None, typer.Option("--model", metavar="M", help="The recorded model.")] = None,
@@ -234,6 +243,7 @@ def validate_(
     experiment with its own arrivals, lengths and limits by the policy of the recorded engine. Grids, made to measure
     steps, and repeats, which show the engine's own noise, are left out unless named.
     """
+    must_end_in(json_file, ".json")
     out = console(least=WIDTH)
     if bench is not None or scenario is not None:
         others = {

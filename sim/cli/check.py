@@ -34,7 +34,10 @@ def check(
     ] = None,
     case: Annotated[str | None, typer.Option(metavar="NAME", help="Try it in this case only.")] = None,
     requests: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="Serve these requests instead, as a broken promise leaves them.")
+        Path | None,
+        typer.Option(
+            readable=False, metavar="CSV", help="Serve these requests instead, as a broken promise leaves them."
+        ),
     ] = None,
     out_dir: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where the requests go that show a broken promise.")

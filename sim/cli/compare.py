@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem
-from chairlift.sim.cli.terminal import console, run_folder
+from chairlift.sim.cli.terminal import console, must_end_in, run_folder
 from chairlift.sim.results.catalogue import FIELDS, sign
 from chairlift.sim.results.catalogue import title as heading
 from chairlift.sim.sweep.compare import Comparison, Difference, Setting, System
@@ -28,7 +28,10 @@ _STYLES = {"better": "green", "worse": "red", "same": "dim", "unknown": "dim"}
 
 def compare(
     results: Annotated[
-        Path, typer.Argument(help="A sweep's folder, its results.parquet, or the name of a sweep run from here.")
+        Path,
+        typer.Argument(
+            readable=False, help="A sweep's folder, its results.parquet, or the name of a sweep run from here."
+        ),
     ],
     over: Annotated[
         list[str] | None, typer.Option(metavar="AXIS", help="Compare values of this axis (default policy). Repeatable.")
@@ -61,6 +64,7 @@ def compare(
         raise BadInput(Problem("needs at least two metrics: give it twice", file="--pareto", value=fronts[0]))
     if x is not None and html is None:
         raise BadInput(Problem("must not be given without --html", file="--x", value=x))
+    must_end_in(html, ".html")
     table = read(run_folder(results))
     comparison = Comparison(table, over or [], metric or [], baseline, confidence)
     found = comparison.fronts(fronts) if fronts else {}

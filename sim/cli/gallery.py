@@ -17,7 +17,7 @@ from pathlib import Path
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.cli.run import FEW
 from chairlift.sim.cli.shipped import SCENARIOS, find_scenario, shipped
-from chairlift.sim.cli.terminal import console
+from chairlift.sim.cli.terminal import console, interruptible, terminable
 from chairlift.sim.report import page
 from chairlift.sim.results.reader import read
 from chairlift.sim.results.writer import Writer
@@ -103,4 +103,5 @@ def picture(browser: str, html: Path, png: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with interruptible(), terminable():
+        sys.exit(main())

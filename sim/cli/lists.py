@@ -28,9 +28,11 @@ err = console(stderr=True)
 
 
 def list_(
-    kind: Annotated[str, typer.Argument(help=" | ".join(SCENARIO_KINDS))],
+    kind: Annotated[str | None, typer.Argument(help=" | ".join(SCENARIO_KINDS), show_default=False)] = None,
 ) -> None:
     """List what scenarios can name: policies, routers, models, gpus, backends, workloads, trace formats and more."""
+    if kind is None:
+        raise BadInput(Problem(f"say of what – allowed: {', '.join(sorted(SCENARIO_KINDS))}", file="list"))
     if kind not in SCENARIO_KINDS:
         raise BadInput(Problem(f"no such list{did_you_mean(kind, SCENARIO_KINDS)}", value=kind))
     table = Table(show_header=kind in ("models", "gpus"), box=None, pad_edge=False)

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from chairlift.sim.cli.bench import SCENARIO
 from chairlift.sim.cli.compiled import told
+from chairlift.sim.cli.terminal import interruptible, terminable
 from chairlift.sim.scenario.load import load
 from chairlift.sim.workload.export import TOOLS, export
 
@@ -111,4 +112,5 @@ def _cpu_s(command: Sequence[str], folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with interruptible(), terminable():
+        raise SystemExit(main())

@@ -13,12 +13,15 @@ from rich.table import Table
 
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
 from chairlift.sim.cli import terminal as progress
-from chairlift.sim.cli.terminal import run_folder
+from chairlift.sim.cli.terminal import must_end_in, run_folder
 from chairlift.sim.results.reader import Results, RunResults, read
 from chairlift.sim.units import PS_PER_S
 
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A run's folder, or the name of a run from here.", show_default=False)
+    Path,
+    typer.Argument(
+        readable=False, metavar="DIR", help="A run's folder, or the name of a run from here.", show_default=False
+    ),
 ]
 Case = Annotated[str | None, typer.Option("--case", help="Which case, of a study with several; default: the last.")]
 Variant = Annotated[str | None, typer.Option("--variant", help="Which variant of a comparison.")]
@@ -30,7 +33,8 @@ WIDTH = 120  # columns of what goes to a file or a pipe
 def report(
     folder: Folder,
     out_file: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Where it goes; default DIR/report.html or trace.json.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where it goes; default DIR/report.html, or DIR/trace.json."),
     ] = None,
     perfetto: Annotated[
         bool, typer.Option("--perfetto", help="Write a trace for ui.perfetto.dev instead (.gz in FILE compresses it).")
@@ -50,6 +54,12 @@ def report(
     room for all steps it shows all, whatever --from and --to. With --perfetto the steps, slots and requests become a
     trace instead; --case and --variant choose the runs in it.
     """
+    if perfetto:
+        must_end_in(out_file, ".json", ".json.gz", hint=", for it is a trace; a page is written without --perfetto")
+    else:
+        must_end_in(
+            out_file, ".html", hint=", for it is a page; with --perfetto a trace is written, as .json or .json.gz"
+        )
     folder = run_folder(folder)
     results = read(folder)
     span = _span(results, begin, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,12 +39,14 @@ def new(
 ) -> None:
     """Begin a scenario, sweep or plan of your own with a copy of a shipped one, comments and all.
 
+    The copy has no name of its own: its results lie in runs/ under the file's, beside those of the original.
+
     [bold]chairlift new my.yaml --from routing && chairlift run my.yaml[/bold]
     """
     source = _any(from_)
     if file.suffix not in (".yaml", ".yml"):
         raise BadInput(Problem("must end in .yaml", file="FILE", value=str(file)))
-    text = source.read_text(encoding="utf-8")
+    text = re.sub("^name:.*\n", "", source.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
     for said, path in _files(source).items():
         text = text.replace(said, Path(os.path.relpath(path, file.parent.resolve())).as_posix())
     try:

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from typer.core import TyperGroup
 
+from chairlift.sim.bad_input import BadInput, Problem
+
 if TYPE_CHECKING:
     from chairlift.sim.study import Study
 
@@ -124,6 +126,14 @@ def console(stderr: bool = False, least: int = 0, soft_wrap: bool = False) -> Co
     if not made.is_terminal:
         made.width = max(made.width, least)
     return made
+
+
+def must_end_in(file: Path | None, *endings: str, hint: str = "") -> None:
+    """Raise `BadInput` if ``file`` is the name of another kind of file than is written there."""
+    if file is not None and not file.name.endswith(endings):
+        *others, last = endings
+        named = f"{', '.join(others)} or {last}" if others else last
+        raise BadInput(Problem(f"must end in {named}{hint}", file=str(file)))
 
 
 def run_folder(name: Path) -> Path:

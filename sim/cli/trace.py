@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from chairlift.backend import specs
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
-from chairlift.sim.cli.terminal import console
+from chairlift.sim.cli.terminal import console, must_end_in
 from chairlift.sim.scenario.yaml_document import Document, read
 from chairlift.sim.workload import export as exporting
 from chairlift.sim.workload.describe import describe as facts
@@ -27,7 +27,9 @@ from chairlift.sim.workload.workload import build
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
-ScenarioArgument = Annotated[Path, typer.Argument(help="A scenario file, of which the workload and the seed are read.")]
+ScenarioArgument = Annotated[
+    Path, typer.Argument(readable=False, help="A scenario file, of which the workload and the seed are read.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set seed=3. Repeatable.")
 ]
@@ -38,7 +40,7 @@ out = console(least=WIDTH)
 
 @app.command("describe")
 def describe(
-    file: Annotated[Path, typer.Argument(help="A trace file (.gz is read as is).")],
+    file: Annotated[Path, typer.Argument(readable=False, help="A trace file (.gz is read as is).")],
     format_: Annotated[
         str | None,
         typer.Option("--format", help="One of `chairlift list formats`; default: told from the file."),
@@ -63,7 +65,9 @@ def describe(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="CSV, JSON lines or a JSON document of lists (.gz is read as is).")],
+    file: Annotated[
+        Path, typer.Argument(readable=False, help="CSV, JSON lines or a JSON document of lists (.gz is read as is).")
+    ],
     prompt: Annotated[str | None, typer.Option(metavar="COLUMN", help="Prompt tokens.")] = None,
     output: Annotated[str | None, typer.Option(metavar="COLUMN", help="Output tokens.")] = None,
     arrival: Annotated[
@@ -115,8 +119,7 @@ def import_(
 
 def _writable(file: Path) -> None:
     """Raise `BadInput` if ``file`` has no name of a trace file."""
-    if not str(file).endswith((".csv", ".csv.gz", ".parquet")):
-        raise BadInput(Problem("must end in .csv, .csv.gz or .parquet", file=str(file)))
+    must_end_in(file, ".csv", ".csv.gz", ".parquet")
 
 
 @app.command("write")
@@ -150,8 +153,7 @@ def export(
     if to not in TOOLS:
         rule = f"no such tool{did_you_mean(to, list(TOOLS))}"
         raise BadInput(Problem(rule, file="--to", value=to))
-    if file.suffix != ".jsonl":
-        raise BadInput(Problem("must end in .jsonl", file=str(file)))
+    must_end_in(file, ".jsonl")
     document = _document(scenario, set_)
     trace = _workload_of(document, scenario.parent)
     lost = exporting.export(trace, file, TOOLS[to])

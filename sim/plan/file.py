@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from chairlift.backend import specs
-from chairlift.backend.checked import a_file
+from chairlift.backend.checked import a_file, unreadable
 from chairlift.sim.bad_input import BadInput, Problem
 from chairlift.sim.plan.candidates import Candidate, Price, Prices, candidate, held_to_one_loop, scenario_of
 from chairlift.sim.plan.deciding import Effort
@@ -298,7 +298,7 @@ def _prices(document: Document, spec: PlanFile, folder: Path) -> Prices:
         try:
             a_file(path)
         except OSError as error:
-            raise BadInput(document.problem(("prices",), f"{error.strerror or error}", spec.prices)) from None
+            raise BadInput(document.problem(("prices",), unreadable(error)[0], spec.prices)) from None
         table = read(path)
         for gpu, price in table.data.items():
             if _is_number(price):

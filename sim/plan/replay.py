@@ -15,8 +15,8 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from chairlift.backend.checked import a_file, once, wrong
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.backend.checked import UNREADABLE, a_file, once, text_of, wrong
+from chairlift.sim.bad_input import BadInput, Problem, reading
 from chairlift.sim.plan.pacing import paced
 from chairlift.sim.plan.promises import Promise, measured
 from chairlift.sim.plan.replications import Replication, prepared
@@ -108,6 +108,8 @@ def replayed(path: Path, number: int, rate_per_s: float | None, trust: Trust = F
     ``rate_per_s``: None for the last rate at which the plan simulated it. Raises `BadInput` where there is no such
     system, or it cannot be.
     """
+    with reading(path):
+        a_file(path)
     data = _read(path)
     if data is None:
         raise BadInput(Problem("is no plan.json of this version: run the plan again", file=str(path)))
@@ -152,9 +154,9 @@ def _looks(data: _Plan, number: int) -> Iterator[_Look]:
 def _read(path: Path) -> _Plan | None:
     """The content of a ``plan.json``; None if the file is anything else. Raises `BadInput` for a damaged one."""
     try:
-        text = a_file(path).read_text(encoding="utf-8")
+        text = text_of(path)
         data = json.loads(text, object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError):
+    except UNREADABLE:
         return None
     if not isinstance(data, dict) or not {"systems", "promises", "capacities", "cheapest"} <= data.keys():
         return None

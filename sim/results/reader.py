@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from chairlift.backend.checked import a_file, once, wrong
-from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean
+from chairlift.backend.checked import a_file, once, text_of, wrong
+from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean, reading
 from chairlift.sim.results.catalogue import unsound
 from chairlift.sim.results.records import ADDED_COLUMNS, EVENT_COLUMNS, Kind, Status
 
@@ -126,7 +125,7 @@ class Tables:
 
     def columns(self, name: str) -> list[str]:
         """The columns of table ``name``. Raises `BadInput` if the file cannot be read."""
-        with self._reading(name):
+        with reading(self._path(name), pa.ArrowException):
             names: list[str] = self._metadata(name).schema.names
             return names
 
@@ -138,7 +137,7 @@ class Tables:
         path = self._path(name)
         if absent := [column for column in columns if column not in self.columns(name)]:
             raise BadInput(Problem(f"is {ANOTHER_VERSION} (it has no column {absent[0]})", file=str(path)))
-        with self._reading(name):
+        with reading(path, pa.ArrowException):
             metadata = self._metadata(name)
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             begins = np.cumsum([0, *sizes])[:-1]
@@ -167,13 +166,6 @@ class Tables:
                 rule = f"is damaged: it tells of {told:,} rows, and {path.name} holds {rows:,}: run the scenario again"
                 raise BadInput(Problem(rule, file=str(self._folder / "study.json"), path=f"runs.rows.{name}"))
         return self._known[name]
-
-    @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise BadInput(Problem(f"cannot be read: {error}", file=str(self._path(name)))) from None
 
 
 class InMemory:
@@ -350,30 +342,24 @@ def of_run(tables: dict[str, pa.Table], facts: dict[str, Any], summary: dict[str
 
 def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
     path = folder / name
-    try:
-        text = a_file(path).read_bytes()
-        found = kind.validate_json(text)
+    with reading(path):
+        try:
+            text = text_of(path)
+        except FileNotFoundError:
+            if not folder.is_dir():
+                rule = "no such folder"
+            elif (folder / "summary.json").exists():
+                rule = f"has no {name}: it is {ANOTHER_VERSION}"
+            else:
+                rule = f"has no {name}: not a results folder"
+            raise BadInput(Problem(rule, file=str(folder))) from None
+        except NotADirectoryError:
+            raise BadInput(Problem("is a file, not a results folder", file=str(folder))) from None
         json.loads(text, object_pairs_hook=once)
-        return found
-    except FileNotFoundError:
-        if not folder.is_dir():
-            rule = f"has no {name}: not a results folder, there is no such folder"
-        elif (folder / "summary.json").exists():
-            rule = f"has no {name}: it is {ANOTHER_VERSION}"
-        else:
-            rule = f"has no {name}: not a results folder"
-        raise BadInput(Problem(rule, file=str(folder))) from None
+    try:
+        return kind.validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        if first["type"] == "json_invalid":
-            raise BadInput(Problem(f"cannot be read: {first['ctx']['error']}", file=str(path))) from None
         raise BadInput(Problem(f"is damaged, or {ANOTHER_VERSION}: {wrong(error)}", file=str(path))) from None
-    except NotADirectoryError:
-        raise BadInput(Problem("is a file, not a results folder", file=str(folder))) from None
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be read: {error.strerror or error}", file=str(path))) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(Problem(f"cannot be read: {error}", file=str(path))) from None
 
 
 def _unsound(name: str, column: pa.ChunkedArray, whole: bool) -> str:

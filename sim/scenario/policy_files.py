@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import chairlift
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.backend.checked import a_file
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading
 
 _OWN = "chairlift_policy_"  # begins the module names of users' own files
 _FORMER = ("policies", "backend", "sim")  # top-level packages of Chairlift before it had one import name
@@ -57,8 +58,8 @@ def _plural(word: str) -> str:
 
 
 def _run(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise BadInput(Problem("no such file", file=str(path)))
+    with reading(path):
+        a_file(path)
     if former := list(_former_imports(path)):
         raise BadInput(former)
     loader = SourceFileLoader(_OWN + path.stem, str(path))

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from chairlift.backend.checked import MOST_TEXT, a_file
-from chairlift.sim.bad_input import NOTHING, BadInput, Problem
+from chairlift.backend.checked import MOST_TEXT, text_of
+from chairlift.sim.bad_input import NOTHING, BadInput, Problem, reading
 from chairlift.sim.scenario.messages import Path, complaints
 
 T = TypeVar("T")
@@ -157,26 +157,11 @@ def read(path: FilePath) -> Document:
     Raises BadInput: no such file, not UTF-8, not YAML, not a mapping, duplicate keys, tags.
     """
     name = str(path)
-    try:
-        raw = a_file(path, MOST_TEXT).read_bytes()
-    except FileNotFoundError:
-        raise BadInput(Problem("no such file", name)) from None
-    except IsADirectoryError:
-        raise BadInput(Problem("must be a file, not a directory", name)) from None
-    except (OSError, ValueError) as error:
-        raise BadInput(Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", name)) from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise BadInput(Problem("must be UTF-8 text", name, line, value=raw[error.start : error.start + 1])) from None
-    if path.suffix == ".json":
-        try:
+    with reading(path):
+        text = text_of(path, MOST_TEXT)
+        if path.suffix == ".json":
             json.loads(text or "null")
-        except json.JSONDecodeError as error:
-            raise BadInput(Problem(f"not JSON: {error.msg}", name, error.lineno)) from None
-        except RecursionError:
-            raise BadInput(Problem("is nested too deeply", name)) from None
+    if path.suffix == ".json":
         text = text.replace("\t", " ")  # JSON may be indented with tabs, YAML may not; neither has them in strings
     try:
         node = _composed(text)

@@ -8,13 +8,10 @@ and ends all its processes with one; an executor for every process would need te
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from queue import SimpleQueue
-from typing import Any
 
 from chairlift.backend.spawned import SPAWN, spawned
 from chairlift.sim.sweep.runs import OF_THE_MACHINE, Row, Run, failure
@@ -137,20 +134,12 @@ def _share(jobs: int) -> Iterator[None]:
 
 def _work(pipe: Connection) -> None:
     """In a worker: call each function that comes with its task, and send back what it returned or raised."""
-    tasks: SimpleQueue[tuple[Callable[[Any], Any], Any]] = SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, tasks), daemon=True).start()
     while True:
-        function, task = tasks.get()
+        try:
+            function, task = pipe.recv()
+        except (EOFError, OSError):
+            return
         try:
             pipe.send((function(task), None))
         except Exception as error:
             pipe.send((None, error))
-
-
-def _receive(pipe: Connection, tasks: SimpleQueue[Any]) -> None:
-    """Take tasks from the pipe beside the work: so the end of the pipe is noticed in the midst of a run."""
-    while True:
-        try:
-            tasks.put(pipe.recv())
-        except (EOFError, OSError):
-            os._exit(1)

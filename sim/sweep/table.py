@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing_extensions import TypedDict
 
 from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.atomic import replacing
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading
 from chairlift.sim.results.catalogue import MOST
 from chairlift.sim.results.loops import LOOPS
 from chairlift.sim.sweep.axes import Scalar
@@ -82,18 +83,15 @@ class Results:
 def read(path: Path) -> Results:
     """The results in ``path``: a Parquet file, or a sweep's folder. Raises `BadInput` if it is neither."""
     file = path / "results.parquet" if path.is_dir() else path
-    if not file.is_file():
+    if not os.path.lexists(file):
         if (path / "study.json").exists():
             rule = f"holds one run, no sweep: chairlift report {path} shows it"
         else:
             rule = "no results of a sweep here: run chairlift sweep first"
         raise BadInput(Problem(rule, file=str(path)))
-    try:
+    with reading(file, pa.ArrowException):
         table = pq.read_table(a_file(file))
         _ = table.column_names  # which are bytes until then
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        said = str(error).partition("\n")[0]
-        raise BadInput(Problem(f"not a readable Parquet file: {said}", file=str(file))) from None
     about_it = (table.schema.metadata or {}).get(_META)
     if about_it is None:
         raise BadInput(Problem("holds no results of chairlift sweep", file=str(file)))

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from chairlift.backend.checked import a_file, once
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.backend.checked import a_file, once, text_of
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.random_streams import stream
 from chairlift.sim.workload.strict import Spec
@@ -210,10 +210,10 @@ def _files(path: Path) -> list[Path]:
 
 def _stamp(path: Path) -> tuple[int, int]:
     """When one of the files last changed (ns), and their size together (bytes)."""
-    try:
-        stats = [each.stat() for each in _files(path)]
-    except OSError:
-        raise BadInput(Problem("no such file or folder", str(path), path="servegen.file")) from None
+    stats = []
+    for each in _files(path):
+        with reading(each):
+            stats.append(a_file(each).stat())
     return max((stat.st_mtime_ns for stat in stats), default=0), sum(stat.st_size for stat in stats)
 
 
@@ -231,6 +231,8 @@ def _clients(path: Path, _mtime_ns: int, _size: int) -> list[Client]:
     if not chunks:
         rule = "holds no chunk-N-trace.csv: name the folder of one model, or an archive of it"
         raise BadInput(Problem(rule, str(path), path="servegen.file"))
+    if not any("dataset.json" in files for files in chunks.values()):
+        raise BadInput(Problem("holds no chunk-N-dataset.json", str(path), path="servegen.file"))
     names = sorted(chunks, key=lambda name: int(name.partition("-")[2]))
     return [_client(f"{path}/{name}", name, chunks[name]) for name in names]
 
@@ -240,8 +242,10 @@ def _members(path: Path) -> Iterator[tuple[str, str]]:
     left = MOST_MEMBERS
     if path.is_dir():
         for each in _files(path):
-            left -= a_file(each, left).stat().st_size
-            yield each.name, _decoded(each.name, each.read_bytes())
+            with reading(each):
+                left -= a_file(each, left).stat().st_size
+                text = text_of(each)
+            yield each.name, text
         return
     with tarfile.open(a_file(path)) as archive:
         for member in archive:
@@ -249,14 +253,9 @@ def _members(path: Path) -> Iterator[tuple[str, str]]:
             if file is not None:
                 if (left := left - member.size) < 0:
                     raise OSError(f"its clients' files are longer than {MOST_MEMBERS:,} bytes")
-                yield member.name, _decoded(member.name, file.read())
-
-
-def _decoded(name: str, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise OSError(f"{name}: not UTF-8 text: {error.reason}") from None
+                with reading(path / member.name):
+                    text = file.read().decode("utf-8-sig")
+                yield member.name, text
 
 
 def _client(file: str, name: str, texts: dict[str, str]) -> Client:

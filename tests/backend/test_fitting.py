@@ -256,11 +256,11 @@ def test_damaged_recordings_are_refused(log: Log, tmp_path: Path) -> None:
         (broken(fresh("d"), "steps", "\n".join([lines[0], *reversed(lines[1:])])), "made: done_s runs back at step"),
     ]
     (fresh("e") / f"{MODEL}_steps.csv.gz").write_bytes(b"\x1f\x8bnot gzip")
-    cases.append((tmp_path / "e", "steps.csv.gz: not readable as CSV"))
+    cases.append((tmp_path / "e", "steps.csv.gz: cannot be read: "))
     (fresh("f") / f"{MODEL}_requests.csv.gz").unlink()
     cases.append((tmp_path / "f", "requests.csv.gz: no such file"))
     (fresh("g") / f"{MODEL}_summary.json").write_text("{", encoding="utf-8")
-    cases.append((tmp_path / "g", "summary.json: not readable as JSON"))
+    cases.append((tmp_path / "g", "summary.json:1: not JSON: "))
     summary = {"engine": {}, "experiments": [{"name": "made", "engine": {"max_num_seqs": 256}}]}
     (fresh("h") / f"{MODEL}_summary.json").write_text(json.dumps(summary), encoding="utf-8")
     cases.append((tmp_path / "h", "made lacks num_gpu_blocks, max_num_batched_tokens, block_size"))

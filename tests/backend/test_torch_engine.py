@@ -585,7 +585,7 @@ def test_a_recording_says_how_many_gpus_shared_the_model() -> None:
     [
         (["tensor_parallel=2"], ["tiny: 97 (vocabulary) cannot be shared out over 2 GPUs"]),
         (["kv.block_size=8"], ["blocks hold a multiple of 16 tokens (got 8)"]),
-        (["backend.weights=nowhere"], ["nowhere/config.json cannot be read", "No such"]),
+        (["backend.weights=nowhere"], ["nowhere/config.json: no such file"]),
         (["replicas=2"], ["replicas", "one replica"]),
         (['replicas=[{"count": 1}, {"count": 1}]'], ["replicas", "one replica"]),
         (['failures={"mtbf_s": 5, "mttr_s": 1}'], ["failures", "one replica"]),

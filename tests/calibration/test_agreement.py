@@ -65,4 +65,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert {row["case"] for row in json.loads((tmp_path / "a.json").read_text())} == {"10/s", "20/s", "40/s"}
     refused = chairlift("agree", "none", str(measured))
     assert refused.status == 2
-    assert "cannot be read" in refused.err
+    assert refused.err == "error: none/comparison.json: no such file\n"

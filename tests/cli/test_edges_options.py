@@ -68,6 +68,36 @@ def test_an_option_without_effect_is_refused(words: tuple[str, ...], says: str) 
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("report", "runs/s", "--out"),
+            "x.txt: must end in .html, for it is a page; with --perfetto a trace is written",
+        ),
+        (
+            ("report", "runs/s", "--perfetto", "--out"),
+            "x.txt: must end in .json or .json.gz, for it is a trace; a page",
+        ),
+        (("compare", "runs/s", "--html"), "x.txt: must end in .html\n"),
+        (("agree", "runs/s", "runs/s", "--json"), "x.txt: must end in .json\n"),
+        (("validate", "s.yaml", "--bench", "b.json", "--json"), "x.txt: must end in .json\n"),
+        (("calibrate", "--recording", "r", "--model", "opt-13b", "--plot"), "x.txt: must end in .html\n"),
+        (("calibrate", "--recording", "r", "--model", "opt-13b", "--out"), "x.txt: must end in .json, by which a"),
+        ((*IMPORT, "output_tokens", "--to"), "x.txt: must end in .csv, .csv.gz or .parquet\n"),
+        (("trace", "write", "s.yaml"), "x.txt: must end in .csv, .csv.gz or .parquet\n"),
+        (("trace", "export", "s.yaml", "--to", "mooncake"), "x.txt: must end in .jsonl\n"),
+    ],
+)
+def test_a_file_is_not_written_by_the_name_of_another_kind(words: tuple[str, ...], says: str) -> None:
+    """Before anything is read: neither the run nor the recording is there."""
+    result = chairlift(*words, "x.txt")
+
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith(f"error: {says}")
+    assert not Path("x.txt").exists()
+
+
 def test_the_longest_context_is_priced() -> None:
     assert chairlift(*COST, "--context", "131072", "--prompt", "131071", "--past", "1").status == 0
 

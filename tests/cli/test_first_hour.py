@@ -45,6 +45,13 @@ def test_new_begins_with_a_copy_that_is_the_same_study(name: str) -> None:
     ]
 
 
+def test_a_run_of_a_copy_lies_beside_the_originals() -> None:
+    assert chairlift("new", "mine.yaml", "--from", "routing").status == 0
+    assert chairlift("run", "mine.yaml", "--quiet", "--set", "workload.requests=9").status == 0
+
+    assert [path.name for path in Path("runs").iterdir()] == ["mine"]
+
+
 def test_new_says_which_command_runs_it() -> None:
     assert "next: chairlift sweep a.yaml" in chairlift("new", "a.yaml", "--from", "chat_knee").out
     assert "next: chairlift plan b.yaml" in chairlift("new", "b.yaml", "--from", "n_plus_one").out
@@ -54,6 +61,7 @@ def test_new_says_which_command_runs_it() -> None:
     ("arguments", "said"),
     [
         (["new", "small.yaml", "--from", "routing"], "small.yaml: is there already: choose another name"),
+        (["list"], "list: say of what – allowed: backends, formats, gpus, models, plans, policies, routers,"),
         (["new", "a.txt", "--from", "routing"], "FILE: must end in .yaml (got 'a.txt')"),
         (["new", "no/where.yaml", "--from", "routing"], "no/where.yaml: cannot be written: No such file or directory"),
         (["new", "a.yaml", "--from", "routin"], "did you mean 'routing'?"),

@@ -33,7 +33,7 @@ SPINE = ("bad_input", "units", "atomic")
 # Who may import whom: a folder or module of sim → prefixes of modules of sim, backend and policies, itself included.
 # The first line whose name is a module's name, or a folder above it, is the one that holds.
 MAY_IMPORT: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "bad_input": ((), (), ()),
+    "bad_input": ((), ("checked",), ()),
     "units": ((), (), ()),
     "atomic": ((), (), ()),
     "workload": (("workload", *SPINE), ("checked",), ()),

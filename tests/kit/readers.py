@@ -384,18 +384,18 @@ def _weights() -> Result:
 # ---- the table ----
 
 
-def table(word: str = "") -> list[Reader]:
-    """The readers whose names hold ``word``, their files made in a folder that is thrown away."""
+def table(*words: str) -> list[Reader]:
+    """The readers whose names hold one of ``words``, their files made in a folder that is thrown away."""
     home = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            return [reader for reader in _made(word) if word in reader.name]
+            return [reader for reader in _made(words) if any(word in reader.name for word in words)]
         finally:
             os.chdir(home)
 
 
-def _made(word: str) -> list[Reader]:
+def _made(wanted: tuple[str, ...]) -> list[Reader]:
     base: dict[str, bytes] = {"s.yaml": SMALL.encode(), "q.yaml": _Q, "w.yaml": _SMALL_SWEEP, "p.yaml": _PLAN}
     base |= {
         "o.yaml": _SMALL_PLAN,
@@ -405,8 +405,8 @@ def _made(word: str) -> list[Reader]:
         "b.yaml": _BENCHED,
         **_raw(),
     }
-    _lay(base)
-    plans = any(word in name for name in ("plan: journal", "plan: plan.json"))  # half a minute
+    laid(base)
+    plans = any(word in name for word in wanted for name in ("plan: journal", "plan: plan.json"))  # half a minute
     for words in (
         "run s.yaml -q --events",
         "run c.yaml -q --events",
@@ -532,7 +532,7 @@ def _made(word: str) -> list[Reader]:
             files=of("runs/w/results"),
         )
     )
-    if "weights" in word or not word:
+    if any(word in ("", "weights") for word in wanted):  # imports torch
         readers += _of_weights()
     if not plans:
         return readers
@@ -563,19 +563,17 @@ def _of_weights() -> list[Reader]:
 # ---- reading ----
 
 
-def _lay(files: dict[str, bytes]) -> None:
-    for name, data in files.items():
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-def _clear() -> None:
+def laid(files: dict[str, bytes]) -> None:
+    """The working directory holds these files from now on, and nothing else."""
     for path in Path().iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+    for name, data in files.items():
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def _without_clock(results: Path) -> bytes:
@@ -596,8 +594,7 @@ def _known(commands: cli.Commands, context: Any, name: str) -> Any:
 
 def tried(reader: Reader, data: bytes) -> Tried:
     """What comes of ``data`` as the reader's file, in the working directory, which is emptied first."""
-    _clear()
-    _lay(reader.files)
+    laid(reader.files)
     Path(reader.file).write_bytes(data)
     try:
         with patience(HANG_S), warnings.catch_warnings(), mock.patch.object(cli.Commands, "get_command", _known):

@@ -77,10 +77,10 @@ def stopped(process: subprocess.Popen[str], folder: Path, how: signal.Signals) -
     return out, err
 
 
-def started(*arguments: str) -> subprocess.Popen[str]:
+def started(*arguments: str, module: str = "chairlift") -> subprocess.Popen[str]:
     """``chairlift ARGUMENTS`` as a process of its own, which hears interrupts even where the tests do not."""
     return subprocess.Popen(
-        [sys.executable, "-m", "chairlift", *arguments],
+        [sys.executable, "-m", module, *arguments],
         env={**os.environ, "PYTHONPATH": str(IMPORTS)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -105,6 +105,7 @@ def opened(browser: Any, path: Path, width: int = 1240, scheme: str = "light") -
     page = context.new_page()
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
+    page.add_init_script("addEventListener('error', (event) => console.error(event.message))")  # of no script: a loop
     page.goto(path.resolve().as_uri())
     page.wait_for_selector("html[data-ready=yes]", timeout=60_000)
     page.set_viewport_size({"width": width, "height": page.evaluate("document.documentElement.scrollHeight")})

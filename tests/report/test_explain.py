@@ -201,6 +201,4 @@ def test_a_folder_without_results_is_named(tmp_path: Path, monkeypatch: pytest.M
     Path("empty").mkdir()
 
     assert chairlift("explain", "1", "--in", "empty").err == "error: empty: has no study.json: not a results folder\n"
-    assert chairlift("report", "none").err == (
-        "error: none: has no study.json: not a results folder, there is no such folder\n"
-    )
+    assert chairlift("report", "none").err == "error: none: no such folder\n"

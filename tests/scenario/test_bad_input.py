@@ -54,8 +54,8 @@ def test_no_such_shipped_scenario() -> None:
 def test_a_folder() -> None:
     Path("folder.yaml").mkdir()
 
-    refused(chairlift("run", "folder.yaml"), "folder.yaml: must be a file, not a directory")
-    refused(chairlift("run", "."), ".: must be a file, not a directory")
+    refused(chairlift("run", "folder.yaml"), "folder.yaml: is a folder, not a file")
+    refused(chairlift("run", "."), ".: is a folder, not a file")
 
 
 def test_an_empty_file() -> None:
@@ -398,7 +398,7 @@ def test_a_gzip_that_is_cut_short() -> None:
 def test_no_such_trace() -> None:
     refused(run(UP_TO_WORKLOAD + "workload: {file: t.csv}\n"), "t.csv: no such file")
     refused(chairlift("trace", "describe", "t.csv"), "t.csv: no such file")
-    refused(chairlift("trace", "describe", "."), ".: is a folder, not a trace file")
+    refused(chairlift("trace", "describe", "."), ".: is a folder, not a file")
 
 
 def test_unknown_trace_format() -> None:

@@ -288,7 +288,7 @@ def test_aliases_cannot_explode(tmp_path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"none\.yaml: no such file$"):
         read(tmp_path / "none.yaml")
-    with pytest.raises(BadInput, match="must be a file, not a directory"):
+    with pytest.raises(BadInput, match="is a folder, not a file"):
         read(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: caf\xe9\n")
     with pytest.raises(BadInput, match=r"latin\.yaml:2: must be UTF-8 text \(got b'\\xe9'\)"):

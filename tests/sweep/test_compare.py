@@ -212,7 +212,7 @@ def test_there_is_no_front_of_a_metric_that_no_run_has(tmp_path: Path) -> None:
 def test_what_is_no_result_of_a_sweep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no")
 
-    assert "not a readable Parquet file" in chairlift("compare", str(tmp_path / "x.parquet")).err
+    assert "cannot be read: Could not open Parquet" in chairlift("compare", str(tmp_path / "x.parquet")).err
     assert "run chairlift sweep first" in chairlift("compare", str(tmp_path)).err
     one = {key: value for key, value in HAND.items() if key[0] == "a"}
     with pytest.raises(BadInput, match="nothing to compare"):

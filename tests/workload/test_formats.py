@@ -213,7 +213,7 @@ def test_times_out_of_order_name_the_first_row_and_say_to_sort(write, content, l
         (gzip.compress(AZURE * 50, mtime=0)[:-9], "cut short"),
         (gzip.compress(AZURE, mtime=0)[:30] + b"\x00" * 30, "gzip file is damaged|cut short"),
         (b"\x1f\x8bnonsense", "damaged"),
-        (OWN.encode() + b"0,1,1\n1,\xff,1\n", "trace.csv:3: not UTF-8"),
+        (OWN.encode() + b"0,1,1\n1,\xff,1\n", "trace.csv:3: must be UTF-8 text"),
         (
             b"time,prompt,answer\n1,2,3\n",
             r"trace.csv:1: not a trace format Chairlift knows .*got 'time,prompt",
@@ -288,7 +288,7 @@ def test_formats_known_but_not_read_are_refused_by_name(write, content, what):
 
 def test_files_that_are_not_there_or_are_no_files(tmp_path):
     assert refused(tmp_path / "none.csv")[0][2] == "no such file"
-    assert refused(tmp_path)[0][2] == "is a folder, not a trace file"
+    assert refused(tmp_path)[0][2] == "is a folder, not a file"
 
 
 def test_an_unknown_format_gets_a_suggestion(write):

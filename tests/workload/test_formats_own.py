@@ -154,7 +154,7 @@ def test_a_parquet_file_cut_short_is_refused(tmp_path):
     pq.write_table(pa.table({"arrival_s": [0.0]}), tmp_path / "t.parquet")
     (tmp_path / "t.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:100])
 
-    assert "not a readable Parquet file" in refused(tmp_path / "t.parquet")[0][2]
+    assert "cannot be read: " in refused(tmp_path / "t.parquet")[0][2]
 
 
 def test_a_folder_that_is_not_there_cannot_be_saved_to(tmp_path):

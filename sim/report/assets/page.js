@@ -144,7 +144,8 @@ function hint(table) {
   table.classList.toggle("more", table.scrollLeft + table.clientWidth < table.scrollWidth - 2);
 }
 
-const tables = new ResizeObserver((seen) => seen.forEach((each) => hint(each.target)));  // also when one is unhidden
+// Also when one is unhidden. In the next frame, for a hint is a line: an observer that changes sizes itself is an error.
+const tables = new ResizeObserver((seen) => requestAnimationFrame(() => seen.forEach((each) => hint(each.target))));
 for (const table of document.querySelectorAll(".scroll")) {
   table.tabIndex = 0;  // so that the arrow keys scroll it
   table.addEventListener("scroll", () => hint(table), { passive: true });

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from chairlift.backend.checked import a_file
 from chairlift.sim.atomic import replacing, writing
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.formats import foreign
 from chairlift.sim.workload.formats.columns import block_ids, tenant_codes, trace_of
@@ -99,14 +99,11 @@ def _read_parquet(path: Path, limit: int | None) -> Table:
     import pyarrow.parquet as pq
 
     table = Table(path)
-    try:
+    with reading(path, pa.ArrowException):
         data = pq.read_table(a_file(path))
         data = data if limit is None else data.slice(0, limit)
         table.header = list(data.column_names)
         table.rows = list(zip(*(column.to_pylist() for column in data.columns), strict=True))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BadInput(Problem(f"not a readable Parquet file: {reason}", file=str(path))) from None
     table.lines = list(range(1, len(table.rows) + 1))
     if not table.rows:
         raise BadInput(Problem("the file has no rows", file=str(path)))

@@ -25,13 +25,14 @@ import importlib
 import inspect
 import json
 import pkgutil
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading
 from chairlift.sim.workload import formats
 from chairlift.sim.workload.formats import foreign
 from chairlift.sim.workload.formats.text_tables import first_line, head
@@ -182,10 +183,12 @@ def _told(path: Path, start: bytes) -> Format:
     told, unusable = _telling(start)
     if len(told) == 1:
         return next(iter(told.values()))
+    _refuse_unread(path, start)
+    with reading(path):
+        getincrementaldecoder("utf-8")().decode(start)  # which may end within a character
     if told:
         rule = f"may be of several trace formats ({', '.join(told)}); name it with format, for their units differ"
         raise BadInput(Problem(rule, file=str(path)))
-    _refuse_unread(path, start)
     _refuse_broken(path, first_line(start))
     rule = f"not a trace format Chairlift knows (chairlift list formats): {foreign.described(path, start)}"
     raise BadInput([Problem(rule, file=str(path), line=1, value=first_line(start)), *unusable])

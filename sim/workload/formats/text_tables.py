@@ -8,7 +8,6 @@ import io
 import json
 import math
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -17,8 +16,8 @@ from itertools import compress
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from chairlift.backend.checked import a_file, once
-from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean, nearest
+from chairlift.backend.checked import a_file, not_text, once
+from chairlift.sim.bad_input import NOTHING, BadInput, Problem, did_you_mean, nearest, reading
 from chairlift.sim.units import PS_PER_S
 from chairlift.sim.workload.trace import shortened
 
@@ -251,20 +250,23 @@ def read_json_document(path: Path) -> Any:
     Raises:
         BadInput: the file cannot be read, or is not JSON.
     """
+    text = read_document(path)
+    with reading(path):
+        return json.loads(text, parse_float=Decimal, parse_constant=Decimal, object_pairs_hook=once)
+
+
+def read_document(path: Path) -> str:
+    """The text of a file, unpacked if it is gzipped, that is not read line by line.
+
+    Raises:
+        BadInput: the file cannot be read, or is longer than `MOST_DOCUMENT`.
+    """
     with opened(path) as file:
         raw = file.read(MOST_DOCUMENT)
     if len(raw) == MOST_DOCUMENT:
         raise BadInput(Problem(f"is longer than {MOST_DOCUMENT:,} bytes, unpacked", file=str(path)))
-    try:
-        text = raw.decode("utf-8-sig")
-        return json.loads(text, parse_float=Decimal, parse_constant=Decimal, object_pairs_hook=once)
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise BadInput(Problem(f"not UTF-8 text: {error.reason}", str(path), line)) from None
-    except json.JSONDecodeError as error:
-        raise BadInput(Problem(f"not JSON: {error.msg}", str(path), error.lineno)) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(Problem(f"not JSON: {error}", str(path))) from None
+    with reading(path):
+        return raw.decode("utf-8-sig")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -282,8 +284,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                rule = f"not UTF-8 text: {error.reason} at byte {error.start} of the line"
-                raise BadInput(Problem(rule, str(path), line)) from None
+                raise BadInput(Problem(not_text(error), str(path), line)) from None
 
 
 @contextmanager
@@ -293,24 +294,13 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         BadInput: there is no such file, or it is a folder; while reading: it is cut short or damaged.
     """
-    try:
-        if path.is_dir():
-            raise BadInput(Problem("is a folder, not a trace file", file=str(path)))
-        with a_file(path).open("rb") as raw:
-            packed = raw.peek(2)[:2] == b"\x1f\x8b"
-            if not packed:
-                yield raw
-                return
-            with gzip.open(raw) as unpacked:
-                yield cast(IO[bytes], unpacked)
-    except FileNotFoundError:
-        raise BadInput(Problem("no such file", file=str(path))) from None
-    except EOFError:
-        raise BadInput(Problem("the gzip file is cut short", file=str(path))) from None
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise BadInput(Problem(f"the gzip file is damaged: {error}", file=str(path))) from None
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be read: {error.strerror or error}", file=str(path))) from None
+    with reading(path), a_file(path).open("rb") as raw:
+        packed = raw.peek(2)[:2] == b"\x1f\x8b"
+        if not packed:
+            yield raw
+            return
+        with gzip.open(raw) as unpacked:
+            yield cast(IO[bytes], unpacked)
 
 
 def head(path: Path, size: int = 4096) -> bytes:

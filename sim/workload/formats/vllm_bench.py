@@ -20,9 +20,9 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chairlift.backend.checked import once, wrong
-from chairlift.sim.bad_input import NOTHING, BadInput, Problem
+from chairlift.sim.bad_input import NOTHING, BadInput, Problem, reading
 from chairlift.sim.units import PS_PER_S
-from chairlift.sim.workload.formats.text_tables import MOST_DOCUMENT, opened
+from chairlift.sim.workload.formats.text_tables import read_document
 from chairlift.sim.workload.trace import Trace
 
 Floats = npt.NDArray[np.float64]
@@ -157,16 +157,9 @@ def _refuse(path: Path, found: _File, answered: npt.NDArray[np.bool_], latency: 
 
 
 def _parsed(path: Path) -> _File:
-    with opened(path) as file:
-        raw = file.read(MOST_DOCUMENT)
-    if len(raw) == MOST_DOCUMENT:
-        raise BadInput(Problem(f"is longer than {MOST_DOCUMENT:,} bytes, unpacked", file=str(path)))
+    text = read_document(path)
     try:
-        found = _File.model_validate_json(raw := raw.removeprefix(b"\xef\xbb\xbf"))
-        json.loads(raw, object_pairs_hook=once)
-        return found
-    except RecursionError as error:
-        raise BadInput(Problem(f"is nested too deep: {error}", file=str(path))) from None
+        found = _File.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         rule = wrong(error)
@@ -179,5 +172,6 @@ def _parsed(path: Path) -> _File:
                 why = "holds several results (--append-result): give a file of one"
             rule = f"{why}: {said}"
         raise BadInput(Problem(rule, file=str(path))) from None
-    except ValueError as error:
-        raise BadInput(Problem(f"is not one JSON document: {error}", file=str(path))) from None
+    with reading(path):
+        json.loads(text, object_pairs_hook=once)
+    return found
