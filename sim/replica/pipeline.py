@@ -158,15 +158,16 @@ class InFlight:
         request.expect(when)
         return True
 
-    def strays_on(self, request: Live, tokens: int) -> bool:
-        """Whether a request that computes so many tokens is a stray, and stays one.
+    def strays_on(self, request: Live, tokens: int, answer: int) -> bool:
+        """Whether a request that computes ``tokens`` tokens is a stray, and stays one.
 
-        Once it computes all that it lacks, and just those tokens are in flight that are counted, it is as all others.
+        Once it computes all that it lacks, and just those tokens are in flight that are counted, it is as all others;
+        but not if its ``answer``, so many tokens, ends with those.
         """
         stray = self.strays.get(request.row)
         if stray is None:
             return False
-        if self.tokens(request) != stray.expected or tokens < request.remaining:
+        if self.tokens(request) != stray.expected or tokens < request.remaining or answer <= request.produced:
             return True
         del self.strays[request.row]
         return False

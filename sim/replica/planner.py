@@ -329,7 +329,7 @@ class Planner:
                 state.kv_tokens += tokens
                 if request.reserved:
                     self._promised -= tokens
-                if strays and flights is not None and flights.strays_on(request, tokens):
+                if strays and flights is not None and flights.strays_on(request, tokens, outputs[request.row]):
                     if flights.compute(request, tokens, when):
                         emitting.append(request)
                     continue
