@@ -518,9 +518,9 @@ class Scheduler(ABC):
     drops_flight: ClassVar[bool] = False  # a preempted request loses its token in flight, and generates it again
 
     @property
-    def pipeline_caveat(self) -> str:
-        """How else its engine fills pipelines than is modelled, in a few words; "" if no other way is known."""
-        return ""
+    def overtakes_flight(self) -> bool:
+        """Of a pipeline: whether a preempted request may join again while tokens of it are in flight."""
+        return False
 
     @property
     def asynchronous(self) -> bool:

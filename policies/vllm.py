@@ -26,7 +26,7 @@ from chairlift.policies.base import (
     Step,
 )
 from chairlift.policies.vllm_turn import Cadence, VllmTurn
-from chairlift.policies.vllm_versions import NEWEST, PREEMPTED_WAIT, RULES, SETTINGS, named
+from chairlift.policies.vllm_versions import NEWEST, RULES, SETTINGS, named
 
 GIB = 2**30
 
@@ -172,13 +172,9 @@ class Vllm(Scheduler):
         return self.holds("uncached_first", str(self.version))
 
     @property
-    def pipeline_caveat(self) -> str:
-        """`PREEMPTED_WAIT` is modelled for all versions."""
-        if PREEMPTED_WAIT.holds(str(self.version)):
-            return ""
-        return (
-            f"who is preempted waits for its tokens in flight, as {PREEMPTED_WAIT.span()} (version is {self.version})"
-        )
+    def overtakes_flight(self) -> bool:
+        """Until 0.26."""
+        return not self.holds("waits_for_flight", str(self.version))
 
     @property
     def asynchronous(self) -> bool:

@@ -42,6 +42,9 @@ RULES = {
         "Under priority, a victim that stood before the request at hand shifts the loop's index, scheduled or not.",
         since="0.28",
     ),
+    "waits_for_flight": Rule(
+        "Of a pipeline, who was preempted joins again once no tokens of it are in flight.", since="0.27"
+    ),
     "largest_gpus": Rule("GPUs of at least 160 GiB get a budget of 16384 tokens by default.", since="0.28", sizes=True),
     "retains_little": Rule(
         "Of layers with windows, prefixes are kept only where prompts end or part, unless a setting says more.",
@@ -83,10 +86,6 @@ SETTINGS = {
     "max_num_partial_prefills": Rule("Prompts computed in part at a time.", until="0.26"),
     "max_long_partial_prefills": Rule("Of those, long ones.", until="0.26"),
 }
-
-
-# modelled for all versions: no policy has it switched off
-PREEMPTED_WAIT = Rule("Of a pipeline, who was preempted joins again once no tokens of it are in flight.", since="0.27")
 
 
 def nearest(version: str, known: Sequence[str] = VERSIONS) -> str:

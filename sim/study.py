@@ -304,11 +304,13 @@ class ReplicaGroup:
             return {}
         if self.stages == 1:
             return {"pipeline": "a step passes all stages before the next begins: more at a time is not modelled here"}
-        equal = "" if getattr(self.backend, "executes", False) else ", which take equal times"
+        executes = getattr(self.backend, "executes", False)
+        more = "" if executes else ", which take equal times"
         if self.speculation is not None:
-            equal += ", the last one its passes that draft besides"
-        caveat = self.make_scheduler().pipeline_caveat
-        return {"pipeline": f"a step under way in each of {self.stages} stages{equal}" + f"; {caveat}" * bool(caveat)}
+            more += ", the last one its passes that draft besides"
+        if executes and self.make_scheduler().overtakes_flight:
+            more += "; who is preempted waits for its tokens in flight, since steps are executed"
+        return {"pipeline": f"a step under way in each of {self.stages} stages{more}"}
 
     @property
     def tables(self) -> int:

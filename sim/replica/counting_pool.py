@@ -156,6 +156,9 @@ class CountingPool:
     def computed(self, request: Live, tokens: int) -> None:
         """The request's first ``tokens`` tokens are known and will be in its blocks when this step has run."""
 
+    def another_known(self, request: Live) -> None:
+        """A waiting request has one more known token."""
+
     def prefix(self, request: Live) -> PrefixNode:
         """Where a waiting request's known tokens leave the radix tree."""
         return NO_PREFIX

@@ -1,15 +1,41 @@
 """Steps in flight, several at a time, as pipeline stages have them: who is in them, and who may run meanwhile.
 
-Source: vLLM 0.33.0. `vllm/v1/engine/core.py` (`step_with_batch_queue`) plans a batch a turn and takes the oldest one in
-once the queue is full: as many batches as there are stages, one more where planning is asynchronous. Who may be
-planned meanwhile is told by `vllm/v1/core/sched/scheduler.py`, and by `async_scheduler.py`
-(`next_decode_eligible_step`).
+Source: vLLM 0.23.0 to 0.33.0. `vllm/v1/engine/core.py` (`step_with_batch_queue`) plans a batch a turn and takes the
+oldest one in once the queue is full: as many batches as there are stages, one more where planning is asynchronous. Who
+may be planned meanwhile is told by `vllm/v1/core/sched/scheduler.py`, and by `async_scheduler.py`
+(`next_decode_eligible_step`). Which chunk of a prompt brings a token is told by the workers
+(`_get_num_sampled_and_rejected_kernel` of `vllm/v1/worker/gpu/input_batch.py`).
 """
 
 from __future__ import annotations
 
-from chairlift.sim.replica.request import Live
+from typing import Final
+
+from chairlift.sim.replica.request import Live, When
 from chairlift.sim.replica.step_plan import Plan
+
+
+class Stray:
+    """What vLLM until 0.26 counts of a request that was preempted while tokens of it were in flight.
+
+    Nobody waits for those: the request may join again, and computes what was known when it did. The last of that brings
+    the very token that is in flight, once more, so two count where one was generated. From there on the request has one
+    token more in flight than another one, and ends one real token short.
+
+    In five turns, four stages, synchronous: turn 1 plans A's seventh token, with 6 known, and turn 2 preempts A; turn 3
+    admits A, which computes its 6 tokens again, so the seventh comes a second time; turn 4 finds nothing of A to
+    compute, and turn 1 is taken in; turn 5 computes the seventh token, though turn 3 is in flight.
+    """
+
+    __slots__ = ("brought", "expected", "known")
+
+    def __init__(self, brought: int, expected: int) -> None:
+        self.brought = brought  # tokens of its answer that are in
+        self.expected = expected  # tokens in flight that its scheduler counts; asynchronous, else none
+        self.known = 0  # tokens, its prompt's too, when it joined again: a chunk that reaches them brings a token
+
+
+NO_STRAYS: Final[dict[int, Stray]] = {}
 
 
 class InFlight:
@@ -17,22 +43,28 @@ class InFlight:
 
     Synchronous: a request decodes again once its token is in. Asynchronous: once ``stages`` turns have passed since
     its latest token was planned, when a step of its own would leave the first stage again. The next chunk of a prompt
-    may follow at once. Whoever is preempted waits until all of its steps are in, and others pass by.
+    may follow at once. Whoever is preempted waits until all of its steps are in, and others pass by; with ``overtakes``
+    they do not wait (`Stray`).
 
     In three turns, two stages, synchronous: turn 1 plans A's prompt in one chunk; turn 2 finds A not `ready`, plans B,
     the queue is full, and turn 1 is taken in; turn 3 plans A's first decode, while B is in flight.
     """
 
-    __slots__ = ("_asynchronous", "_eligible", "_plans", "_stages", "_steps", "_tokens", "_turn")
+    __slots__ = (
+        *("_asynchronous", "_eligible", "_overtakes", "_plans", "_stages", "_steps", "_tokens", "_turn"),
+        "strays",
+    )
 
-    def __init__(self, stages: int, asynchronous: bool) -> None:
+    def __init__(self, stages: int, asynchronous: bool, overtakes: bool) -> None:
         self._stages = stages
         self._asynchronous = asynchronous
+        self._overtakes = overtakes
         self._turn = 0  # that plans now, counted from 1
         self._plans: dict[Plan, tuple[list[Live], list[Live]]] = {}  # in flight: who is in it; whose token it brings
         self._steps: dict[int, int] = {}  # request → steps in flight that it is in
         self._tokens: dict[int, int] = {}  # request → its tokens in flight
         self._eligible: dict[int, int] = {}  # asynchronous: request → the turn from which on it may decode
+        self.strays: dict[int, Stray] = {}  # by request
 
     def turn(self) -> None:
         """Another plan is asked for."""
@@ -41,10 +73,15 @@ class InFlight:
     def ready(self, request: Live, running: bool) -> bool:
         """Whether a request may be in the plan at hand."""
         if not running:
-            return request.row not in self._steps
-        if self._asynchronous:
-            return self._turn >= self._eligible.get(request.row, 0)
-        return request.row not in self._tokens
+            return self._overtakes or request.row not in self._steps
+        stray = self.strays.get(request.row)
+        if not self._asynchronous:
+            return stray is not None or request.row not in self._tokens
+        if self._turn < self._eligible.get(request.row, 0):
+            return False
+        if stray is None or not stray.expected:
+            return True
+        return request.stored + 2 - stray.expected < request.prompt + request.limit  # else its last token is planned
 
     def tokens(self, request: Live) -> int:
         """Tokens of a request that are planned and not in."""
@@ -60,7 +97,7 @@ class InFlight:
             self._steps[request.row] = self._steps.get(request.row, 0) + 1
         for request in emitting:
             self._tokens[request.row] = self._tokens.get(request.row, 0) + 1
-            if self._asynchronous:
+            if self._asynchronous and request.row not in self.strays:
                 self._eligible[request.row] = self._turn + self._stages
         self._plans[plan] = members, emitting
 
@@ -77,3 +114,81 @@ class InFlight:
     def forget(self, request: Live) -> None:
         """A request has left for good."""
         self._eligible.pop(request.row, None)
+        self.strays.pop(request.row, None)
+
+    # those that vLLM until 0.26 does not let wait
+
+    def preempted(self, request: Live) -> None:
+        """A request has been preempted: only those of its tokens that are in are known now."""
+        if not self._overtakes:
+            return
+        flying, stray = self.tokens(request), self.strays.get(request.row)
+        if stray is None and flying:
+            stray = Stray(request.produced - flying, flying if self._asynchronous else 0)
+            self.strays[request.row] = stray
+        if stray is not None:
+            request.know(stray.brought)
+            if not flying:
+                del self.strays[request.row]
+
+    def joined(self, request: Live) -> None:
+        """A request has joined the running ones."""
+        stray = self.strays.get(request.row)
+        if stray is not None:
+            stray.known = request.prompt + stray.brought
+            request.know(stray.brought + stray.expected)
+
+    def known(self, request: Live, tokens: int) -> int:
+        """How many of a request's first ``tokens`` tokens are known."""
+        stray = self.strays.get(request.row)
+        return tokens if stray is None else min(tokens, request.prompt + stray.brought)
+
+    def compute(self, request: Live, tokens: int, when: When) -> bool:
+        """A chunk of a stray is computed by ``when``; whether a token of it comes with that."""
+        stray = self.strays[request.row]
+        if request.compute(tokens, when):
+            if self._asynchronous:
+                stray.expected += 1
+                self._eligible[request.row] = self._turn + self._stages
+            else:
+                request.know(stray.brought)
+            return True
+        if request.stored < stray.known:
+            return False
+        request.expect(when)
+        return True
+
+    def strays_on(self, request: Live, tokens: int, answer: int) -> bool:
+        """Whether a request that computes ``tokens`` tokens is a stray, and stays one.
+
+        Once it computes all that it lacks, and just those tokens are in flight that are counted, it is as all others;
+        but not if its ``answer``, so many tokens, ends with those.
+        """
+        stray = self.strays.get(request.row)
+        if stray is None:
+            return False
+        if self.tokens(request) != stray.expected or tokens < request.remaining or answer <= request.produced:
+            return True
+        del self.strays[request.row]
+        return False
+
+    def bring(self, request: Live, running: bool) -> int:
+        """A token of a stray is in; how many are by now.
+
+        Asynchronous, vLLM stops with an assertion where it expects none (its #47900). Here it goes on, as if it had.
+        """
+        stray = self.strays[request.row]
+        stray.brought += 1
+        if stray.expected:
+            stray.expected -= 1
+        request.know(stray.brought + stray.expected if running else stray.brought)
+        if not (running or self.tokens(request)):
+            del self.strays[request.row]
+        return stray.brought
+
+    def settle(self, request: Live, last: When) -> None:
+        """A request leaves, and keeps the tokens that its client has, the latest of which came at ``last``."""
+        stray = self.strays.pop(request.row, None)
+        if stray is not None:
+            request.know(stray.brought)
+            request.last = last

@@ -13,6 +13,7 @@ from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import ROW_BITS, Ends, admission
 from chairlift.sim.replica.host_memory import HostMemory
 from chairlift.sim.replica.journal import Journal
+from chairlift.sim.replica.pipeline import NO_STRAYS
 from chairlift.sim.replica.request import AWAY, DRAINING, HELD, Live, When
 from chairlift.sim.replica.step import ReplicaStep
 from chairlift.sim.replica.step_plan import NO_GAPS, Plan
@@ -322,10 +323,16 @@ class Planner:
             self._leap(plan, count)
         if plan.chunks:
             emitting: list[Live] = []
+            flights = state.flights
+            strays = NO_STRAYS if flights is None else flights.strays
             for request, tokens in plan.chunks:
                 state.kv_tokens += tokens
                 if request.reserved:
                     self._promised -= tokens
+                if strays and flights is not None and flights.strays_on(request, tokens, outputs[request.row]):
+                    if flights.compute(request, tokens, when):
+                        emitting.append(request)
+                    continue
                 if not request.compute(tokens, when):
                     continue
                 del state.prefills[request.row]
@@ -418,11 +425,23 @@ class Planner:
 
     def _land_flight(self, plan: Plan) -> None:
         """Where several steps fly: the tokens of ``plan`` are in, and what they complete can be found."""
-        flights = self.state.flights
+        flights, pool = self.state.flights, self.pool
         assert flights is not None
+        ended: list[Live] = []
         for request in flights.land(plan):
-            if self._ahead and self.pool.tracks and request.row in self.state.admitted:
-                self.pool.computed(request, request.computed - flights.tokens(request))
+            running = request.row in self.state.admitted
+            flying = flights.tokens(request)
+            if (stray := flights.strays.get(request.row)) is not None:
+                if not running:
+                    pool.another_known(request)
+                self.records.stops += self._ahead and not stray.expected
+                if flights.bring(request, running) == self._ends.outputs[request.row]:
+                    ended.append(request)
+                flying = stray.expected
+            if self._ahead and pool.tracks and running:
+                pool.computed(request, request.computed - flying)
+        if plan.ending or ended:
+            plan.ending = [r for r in plan.ending if r.row not in flights.strays and r not in ended] + ended
 
     def _finish_one(self, request: Live, now: int, behind: Plan | None) -> None:
         """A request has its answer, and leaves."""
@@ -436,15 +455,17 @@ class Planner:
                 behind.undelivered += 1
                 self.drop(request)
             state.vacate(request, AWAY if again else DRAINING, again)
+        elif state.flights is not None and request.row in state.flights.strays:
+            state.vacate(request, DRAINING)
         else:
             if self._ahead and self.pool.tracks:
                 self.pool.computed(request, request.stored)
             state.dismiss(request)
-        if state.flights is not None:
-            state.flights.forget(request)
         if self._hears:
             self.scheduler.ended(request)
         self.end_request(request, now, _FINISHED)
+        if state.flights is not None:
+            state.flights.forget(request)
 
     def drop(self, request: Live) -> None:
         """The token of a request that is under way is nobody's: the request has ended, or will generate it again."""

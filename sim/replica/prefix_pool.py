@@ -165,6 +165,9 @@ class PrefixPool(CountingPool):
             if shareable:
                 self._publish(number, min(full, shareable))
 
+    def another_known(self, request: Live) -> None:  # noqa: D102
+        self._found = None
+
     def preempted(self, request: Live, decoding: bool, planned: bool) -> None:  # noqa: D102
         number = request.row
         self._done[number] = full = self._hashed(request, decoding, planned)

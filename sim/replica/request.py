@@ -241,6 +241,16 @@ class Live(Request):
         self.before, self.last = self.last, when
         return True
 
+    def expect(self, when: When) -> None:
+        """A token of it comes by ``when`` that was counted already, or will be."""
+        self.before, self.last = self.last, when
+
+    def know(self, tokens: int) -> None:
+        """So many tokens of its answer are what its scheduler counts, from here on."""
+        self.produced = tokens
+        if self.phase is DRAINING:
+            self.phase = WAITING
+
     def drain(self) -> None:
         """Its last token is planned, and `compute` has said so."""
         self.phase = DRAINING

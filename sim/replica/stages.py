@@ -102,6 +102,9 @@ class StagedPlanner(Planner):
         return super().lose(now)
 
     def end_request(self, request: Live, now: int, status: Status) -> None:  # noqa: D102
+        assert self.state.flights is not None
+        if request.row in self.state.flights.strays:
+            self._lose_tokens(request)
         super().end_request(request, now, status)
         self.delivered.pop(request.row, None)
 
@@ -125,6 +128,8 @@ class StagedPlanner(Planner):
             last = plan.when
             request.unsay(before)
             self.backend.drop(request.row)
+        assert self.state.flights is not None
+        self.state.flights.settle(request, before)
 
 
 class StagedVerifyingPlanner(StagedPlanner, VerifyingPlanner):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from mypy_extensions import mypyc_attr
 
-from chairlift.backend.base import Backend, Batch, Chunk
+from chairlift.backend.base import Backend, Batch, Chunk, Executor
 from chairlift.policies.base import PolicyError, Preemption, PrefixNode, Running, Scheduler, Speculation, Step
 from chairlift.sim.replica.counting_pool import CountingPool
 from chairlift.sim.replica.decode_group import Decodes
@@ -64,7 +64,8 @@ class ReplicaStep(Step):
         self.group = Decodes(pool.block_size, pool.follows)
         self._stages = stages
         self._speculation: Speculation | None = None
-        self.flights = InFlight(stages, scheduler.asynchronous) if stages > 1 else None
+        overtakes = scheduler.overtakes_flight and not isinstance(backend, Executor)
+        self.flights = InFlight(stages, scheduler.asynchronous, overtakes) if stages > 1 else None
         self._windowed = pool.windowed
         self.queue: Queue = OrderedQueue(scheduler) if scheduler.sorts() else deque()
         self._scattered = False  # somebody was taken from the middle of a long deque
@@ -293,7 +294,7 @@ class ReplicaStep(Step):
                 return False
             self.tokens += tokens
             if pool.tracks:
-                pool.computed(request, upto)
+                pool.computed(request, upto if self.flights is None else self.flights.known(request, upto))
             self.resumed |= tokens == 1 and request.produced > 0 and request.remaining == 1
             self.chunks.append((request, tokens))
             return True
@@ -367,6 +368,8 @@ class ReplicaStep(Step):
         self.admitted[request.row] = request
         self.prefills[request.row] = request
         self.chunks.append((request, computed))
+        if self.flights is not None:
+            self.flights.joined(request)
         return True
 
     def preempt(self, request: Live, how: Preemption = "recompute") -> None:  # noqa: D102
@@ -382,6 +385,8 @@ class ReplicaStep(Step):
         self.pool.preempted(request, request.phase is not PREFILLING, planned)
         self.vacate(request, WAITING, planned)
         computed = request.requeue()
+        if self.flights is not None:
+            self.flights.preempted(request)
         if how == "swap":
             self._swap(request, computed)
         elif how != "recompute":
@@ -487,7 +492,8 @@ class ReplicaStep(Step):
         if request.reserved:
             self.pledges.append((request, request.reserved, request.stored, -1))
         self.kv_tokens -= request.stored
-        self.pool.close(request, request.stored + planned)
+        stray = self.flights is not None and request.row in self.flights.strays
+        self.pool.close(request, 0 if stray else request.stored + planned)  # a stray has told its pool of all
 
     def part(self, request: Live, phase: Phase) -> None:
         """Take a member out of the group; its latest token is the group's, unless it has joined since."""

@@ -78,7 +78,8 @@ class VerifyingPlanner(Planner):
         policy = self.scheduler
         windowed = self.pool if isinstance(self.pool, DraftedHybridPool) else None
         staged = self.state.stages > 1
-        unfit = self.pool.keeps or (self.pool.windowed and windowed is None) or (staged and not policy.asynchronous)
+        unstaged = not policy.asynchronous or policy.overtakes_flight
+        unfit = self.pool.keeps or (self.pool.windowed and windowed is None) or (staged and unstaged)
         if not policy.verifies_drafts or unfit:
             raise PolicyError("speculation is not modelled here", name_of(policy))
         self._windowed = windowed

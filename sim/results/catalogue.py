@@ -138,6 +138,15 @@ REPLICAS = (  # what replicas did for it
         "averaged over stages.",
         True,
     ),
+    Metric(
+        "engine_stops",
+        "engine stops",
+        "",
+        "less",
+        "Times that the engine itself would have stopped, by an assertion, where the simulation goes on: vLLM until "
+        "0.26 as a token comes that it does not expect, of a pipeline's request that was preempted in flight.",
+        True,
+    ),
     Metric("busy_s", "busy time", "s", "less", "Time in which replicas ran steps, summed over replicas."),
     Metric("replica_hours", "replica hours", "h", "less", "Hours in which replicas were up, summed over replicas."),
     Metric("steps", "engine steps", "", "less", "Forward passes of all replicas."),
@@ -198,7 +207,7 @@ MOST = 1e18  # of a value in a file that is compared; one of an axis too
 
 _OF_SOME = {  # what only some have: several tenants, drafts, stages, a hand-over of KV; the last two since version 0.2
     *("service_gap", "service_ratio", "accepted_length", "draft_tokens", "drafts_wasted", "bubble_share"),
-    *fields("transfer"),
+    *("engine_stops", *fields("transfer")),
     *("offered_rate", "slo_missed"),
 }
 _MAYBE_NONE = {  # what a run may have no value of: nothing arrived later, nobody was promised anything, no steps

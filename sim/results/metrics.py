@@ -199,6 +199,8 @@ def summarise(
     summary["prefix_hit_rate"] = _hit_rate(requests)
     summary.update(_drafts(requests))
     summary.update(bubbles(runs))
+    if "bubble_share" in summary:
+        summary["engine_stops"] = sum(each.stops for each in runs)
     summary.update(between_tenants(requests))
     summary["preemptions"] = int(sum(requests.preemptions))
     summary["swaps"], summary["swapped_tokens"] = sum(requests.swaps), sum(requests.swapped_tokens)

@@ -390,6 +390,7 @@ class RunRecords:
         self.event_rows = Rows(EVENT_COLUMNS)  # if a journal is kept
         self.stage_ps = 0  # of a pipeline whose steps are modelled: in which a stage computes, on average of them
         self.piped_ps = 0  # in which any stage does
+        self.stops = 0  # times that the engine itself would have stopped
 
     def pack(self) -> None:
         """Take less memory where there are many rows; nothing else changes."""

@@ -126,7 +126,7 @@ def test_equal_results_are_not_tried_rule_by_rule() -> None:
     write("0,100,5", "policy: vllm\n")
     found = diff("vllm-0.24,vllm-0.33")
 
-    assert len(found["rules"]) == 10
+    assert len(found["rules"]) == 11
     assert acted(found) == []
     assert {each["added_to_first"] for each in found["rules"]} == {None}
     shown = chairlift("diff-engines", "s.yaml", "--engines", "vllm-0.24,vllm-0.33")

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from chairlift.policies.vllm import Vllm
+from chairlift.policies.vllm_versions import NEWEST
 from chairlift.sim.results.records import Status
 from chairlift.sim.study import Failures, Limits, Outage, Speculate
 from chairlift.sim.workload.acceptance import Acceptance
@@ -46,7 +47,7 @@ def mixed(seed: int) -> Trace:
     )
 
 
-def tight(asynchronous: bool, cached: bool, priority: bool, budget: int) -> Callable[[], Vllm]:
+def tight(asynchronous: bool, cached: bool, priority: bool, budget: int, version: str = NEWEST) -> Callable[[], Vllm]:
     """vLLM with small batches of ``budget`` tokens a step."""
     return lambda: Vllm(
         async_scheduling=asynchronous,
@@ -54,6 +55,7 @@ def tight(asynchronous: bool, cached: bool, priority: bool, budget: int) -> Call
         scheduling_policy="priority" if priority else "fcfs",
         max_num_batched_tokens=budget,
         max_num_seqs=16,
+        version=version,
     )
 
 
@@ -64,12 +66,17 @@ def drafts(tokens: int = 3, method: str = "eagle3", **acceptance: Any) -> Specul
 
 
 def check_those_who_leave(
-    rows: list[tuple[int, int, int]], asynchronous: bool, timeout_s: float, at_s: float, **more: Any
+    rows: list[tuple[int, int, int]],
+    asynchronous: bool,
+    timeout_s: float,
+    at_s: float,
+    version: str = NEWEST,
+    **more: Any,
 ) -> None:
     """Clients give up and a replica fails: what clients got until then stays, and `audit` adds up all gaps."""
     world = play(
         trace_of(rows),
-        lambda: Vllm(async_scheduling=asynchronous),
+        lambda: Vllm(async_scheduling=asynchronous, version=version),
         blocks=20,
         replicas=2,
         limits=Limits(timeout_s=timeout_s),
@@ -80,13 +87,14 @@ def check_those_who_leave(
     assert set(world.requests.status) <= {Status.FINISHED, Status.TIMED_OUT}
 
 
-def check_a_journal_changes_nothing(asynchronous: bool, blocks: int, **more: Any) -> None:
+def check_a_journal_changes_nothing(asynchronous: bool, blocks: int, version: str = NEWEST, **more: Any) -> None:
     """A run with a journal ends as one without, preemptions included."""
+
+    def policy() -> Vllm:
+        return Vllm(async_scheduling=asynchronous, version=version)
+
     trace = trace_of(table(3, 40))
-    with_it, without = (
-        play(trace, lambda: Vllm(async_scheduling=asynchronous), blocks=blocks, journal=journal, **more)
-        for journal in (True, False)
-    )
+    with_it, without = (play(trace, policy, blocks=blocks, journal=journal, **more) for journal in (True, False))
 
     assert sum(without.requests.preemptions) > 0
     assert with_it.outcome() == without.outcome()

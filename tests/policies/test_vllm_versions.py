@@ -64,6 +64,7 @@ def test_rules_hold_from_their_version_on() -> None:
     assert changed == {
         "uncached_first": "0.24",
         "pads_joining": "0.25",
+        "waits_for_flight": "0.27",
         "any_victim_shifts": "0.28",
         "largest_gpus": "0.28",
         "retains_little": "0.29",

@@ -29,7 +29,8 @@ CASES = [(path, case) for path in HERE for case in ledger.cases(path)]
 OF_0_23 = [case for path, case in CASES if "0.23.0" in path.name]
 ALL = sorted(TRUTH.glob("ledgers/vllm-*.jsonl.gz"))
 PLAIN = [path for path in HERE if not any(kind in path.name for kind in ("hybrid", "pipeline", "speculation"))]
-PIPELINED = [case for path, case in CASES if "pipeline" in path.name]
+PIPELINED = [case for path, case in CASES if "pipeline" in path.name and "0.33" in path.name]
+OVERTAKING = [case for path, case in CASES if "0.26.0-pipeline" in path.name]
 DRAFTED = [case for path, case in CASES if "speculation" in path.name]
 BOTH = [case for path, case in CASES if "speculation-pipeline" in path.name]
 SIZING = {"largest_gpus", "retains_little", "null_block_apart"}  # rules that a ledger's own settings overrule
@@ -107,6 +108,35 @@ def test_the_cases_with_pipelines_are_varied() -> None:
     assert sum(cached > 0 for row in rows for _, cached in row.get("resumed", ())) > 5
     for setting in ("async_scheduling", "prefix_caching", "policy", "pipeline_parallel_size"):
         assert len({case[setting] for case in PIPELINED}) > 1
+
+
+def test_the_cases_with_pipelines_of_0_26_are_varied() -> None:
+    rows = [row for case in OVERTAKING for row in case["ledger"]]
+
+    assert len(OVERTAKING) >= 20
+    assert sum(len(row.get("preempted", ())) for row in rows) > 100
+    assert sum(cached > 0 for row in rows for _, cached in row.get("resumed", ())) > 10
+    assert sum("stops" in case for case in OVERTAKING) > 3
+    for setting in ("async_scheduling", "prefix_caching", "reserve_full_isl", "policy", "pipeline_parallel_size"):
+        assert len({case[setting] for case in OVERTAKING}) > 1
+
+
+def test_until_0_26_nobody_waits_for_tokens_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rule of later versions each of these cases differs."""
+    monkeypatch.setitem(RULES, "waits_for_flight", Rule(""))
+
+    assert all(ledger.difference(case, "vllm", "0.26.0") for case in OVERTAKING)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_without_the_worker_s_rule_of_strays_some_case_differs(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk brings a token once it reaches what its worker was sent, not what the scheduler counts by then."""
+    monkeypatch.setattr(InFlight, "compute", lambda _, request, tokens, when: request.compute(tokens, when))
+    cases = [case for case in OVERTAKING if case["async_scheduling"] is asynchronous]
+
+    assert any(ledger.difference(case, "vllm", "0.26.0") for case in cases)
 
 
 def test_the_cases_with_pipelines_and_drafts_are_varied() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,26 @@ from chairlift.sim.workload.trace import Trace
 from kit import vllm_replay
 
 
-def rows(stages: int, budget: int, outputs: list[int], asynchronous: bool = False) -> list[dict[str, Any]]:
-    """The ledger of requests that come at once, with prompts of 4 tokens."""
-    same = {"arrival_step": 0, "prompt_tokens": 4, "priority": 0, "prefix_group": -1, "prefix_tokens": 0}
+def rows(
+    stages: int,
+    budget: int,
+    outputs: list[int],
+    asynchronous: bool = False,
+    prompts: Sequence[int] = (),
+    blocks: int = 99,
+    version: str = "0.33.0",
+) -> list[dict[str, Any]]:
+    """The ledger of requests that come at once, with prompts of 4 tokens unless told."""
+    same = {"arrival_step": 0, "priority": 0, "prefix_group": -1, "prefix_tokens": 0}
+    lengths = list(zip(prompts or [4] * len(outputs), outputs, strict=True))
     case = {
-        "requests": [{"id": i, "output_tokens": tokens, **same} for i, tokens in enumerate(outputs)],
+        "requests": [{"id": i, "prompt_tokens": p, "output_tokens": o, **same} for i, (p, o) in enumerate(lengths)],
         "pipeline_parallel_size": stages,
         "async_scheduling": asynchronous,
         "max_num_batched_tokens": budget,
         "max_num_seqs": 8,
         "block_size": 4,
-        "num_blocks": 100,
+        "num_blocks": blocks + 1,
         "long_prefill_token_threshold": 0,
         "policy": "fcfs",
         "reserve_full_isl": True,
@@ -36,7 +46,7 @@ def rows(stages: int, budget: int, outputs: list[int], asynchronous: bool = Fals
         "max_model_len": 64,
         "ledger": [{"processed": None}],
     }
-    return list(vllm_replay.rows(case, "0.33.0"))
+    return list(vllm_replay.rows(case, version))
 
 
 def scheduled(found: list[dict[str, Any]]) -> list[list[list[int]]]:
@@ -76,6 +86,21 @@ def test_chunks_of_a_prompt_follow_each_other_at_once() -> None:
     found = rows(stages=4, budget=1, outputs=[1])
 
     assert scheduled(found)[:5] == [[[0, 1]], [[0, 1]], [[0, 1]], [[0, 1]], []]
+
+
+@pytest.mark.parametrize(("version", "again"), [("0.26.0", [[2, 4]]), ("0.27.0", [])])
+def test_until_0_26_who_is_preempted_does_not_wait_for_its_tokens_in_flight(
+    version: str, again: list[list[int]]
+) -> None:
+    """Turn 3 computes the last of request 2's prompt, which takes the last of 5 blocks. Turn 4 needs one for request 0,
+    and preempts 2. Turn 2 is taken in with turn 5, and request 1 leaves two blocks. So turn 6 could admit 2, whose only
+    token turn 3 brings behind it: 4 tokens computed for nothing.
+    """
+    found = rows(4, 4, [2, 1, 1], prompts=[4, 7, 5], blocks=5, version=version)
+
+    assert scheduled(found)[3:7] == [[[2, 4]], [[0, 1]], [], again]
+    assert found[4]["preempted"] == [2]
+    assert ends(found) == {1: 5, 2: 6, 0: 7}
 
 
 def test_a_policy_that_cannot_fill_a_pipeline_is_refused() -> None:
