@@ -268,6 +268,11 @@ __device__ __forceinline__ u64 matrix(u32 at) {
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void await_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
 // The compiler may not move what is done with these registers across this place, where products begin or end.
 template <int N>
 __device__ __forceinline__ void held(float (&x)[N][4]) {
@@ -275,10 +280,6 @@ __device__ __forceinline__ void held(float (&x)[N][4]) {
   for (int i = 0; i < N; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(x[i][j])::"memory");
-}
-template <int LEFT>
-__device__ __forceinline__ void await_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 #define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
@@ -533,10 +534,10 @@ paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
       l[high] += __shfl_xor_sync(~0u, l[high], 2);
     }
     if (few) {  // each warp has a part of the same rows: the last GROUPS hand theirs over to those before them, and so on
-      float* held = (float*)(ring + STAGES * STAGE_BYTES) + lane;  // [warp][D / 2 + 4][lane]
+      float* handed = (float*)(ring + STAGES * STAGE_BYTES) + lane;  // [warp][D / 2 + 4][lane]
       for (int last = WARPS - GROUPS; last; last = last > GROUPS ? last - GROUPS : last / 2) {
         const int count = min(GROUPS, last);
-        auto of = [&](int i) -> float& { return held[(warp % count * (D / 2 + 4) + i) * 32]; };
+        auto of = [&](int i) -> float& { return handed[(warp % count * (D / 2 + 4) + i) * 32]; };
         if (warp >= last && warp < last + count) {
 #pragma unroll
           for (int i = 0; i < D / 8; ++i)
