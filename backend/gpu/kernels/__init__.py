@@ -117,9 +117,15 @@ def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
         return cupy.RawModule(code=code, options=options)
     nvrtc = cupy.cuda.nvrtc  # CuPy compiles for sm_90, which has not all that Hopper has
     program = nvrtc.createProgram(code, f"{file}.cu", (), ())
-    nvrtc.compileProgram(program, (*options, "-arch=sm_90a"))
-    path = Path(_scratch().name, f"{program}.cubin")
-    path.write_bytes(nvrtc.getCUBIN(program))
+    try:
+        nvrtc.compileProgram(program, (*options, "-arch=sm_90a"))
+        compiled = nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from None
+    finally:
+        nvrtc.destroyProgram(program)
+    path = Path(_scratch().name, "-".join((file, *(f"{key}{value}" for key, value in defines))) + ".cubin")
+    path.write_bytes(compiled)
     return cupy.RawModule(path=str(path))
 
 
