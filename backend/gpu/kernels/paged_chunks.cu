@@ -287,32 +287,22 @@ __device__ __forceinline__ void held(float (&x)[N][4]) {
 #define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// s (+)= 64 rows of 16 query elements · a stage's keys; `more`: they are added.
-__device__ __forceinline__ void score(float (&s)[WIDTH / 8][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 keys, int more) {
-#if WIDTH == 128
+// c (+)= 64 rows of 16 numbers of `a` · 128 columns, or 64, of a matrix in shared memory; `more`: they are added. The matrix
+// lies column by column, or with TURNED row by row.
+template <int TURNED>
+__device__ __forceinline__ void multiply(float (&c)[16][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 matrix, int more) {
   asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16." KIND
-               " {" R64 "}, {%64,%65,%66,%67}, %68, more, 1, 1, 0;\n}"
-               : F16(s, 0), F16(s, 4), F16(s, 8), F16(s, 12)
-#else
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16." KIND
-               " {" R32 "}, {%32,%33,%34,%35}, %36, more, 1, 1, 0;\n}"
-               : F16(s, 0), F16(s, 4)
-#endif
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(keys), "r"(more));
+               " {" R64 "}, {%64,%65,%66,%67}, %68, more, 1, 1, %70;\n}"
+               : F16(c, 0), F16(c, 4), F16(c, 8), F16(c, 12)
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(matrix), "r"(more), "n"(TURNED));
 }
 
-// o += 64 rows of 16 tokens' weights · their values.
-__device__ __forceinline__ void weigh(float (&o)[D / 8][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 values) {
-#if D == 128
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k16." KIND
-               " {" R64 "}, {%64,%65,%66,%67}, %68, more, 1, 1, 1;\n}"
-               : F16(o, 0), F16(o, 4), F16(o, 8), F16(o, 12)
-#else
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16." KIND
-               " {" R32 "}, {%32,%33,%34,%35}, %36, more, 1, 1, 1;\n}"
-               : F16(o, 0), F16(o, 4)
-#endif
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(values));
+template <int TURNED>
+__device__ __forceinline__ void multiply(float (&c)[8][4], u32 a0, u32 a1, u32 a2, u32 a3, u64 matrix, int more) {
+  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16." KIND
+               " {" R32 "}, {%32,%33,%34,%35}, %36, more, 1, 1, %38;\n}"
+               : F16(c, 0), F16(c, 4)
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(matrix), "r"(more), "n"(TURNED));
 }
 
 // A stage's scores, begun.
@@ -322,7 +312,7 @@ __device__ __forceinline__ void begin_scores(float (&s)[WIDTH / 8][4], u32 stage
 #pragma unroll
   for (int e = 0; e < D / 16; ++e) {
     const u32 keys = stage + e / 4 * 1024 + e % 4 * 32;
-    score(s, query[2 * e], query_high[2 * e], query[2 * e + 1], query_high[2 * e + 1], matrix(keys), e > 0);
+    multiply<0>(s, query[2 * e], query_high[2 * e], query[2 * e + 1], query_high[2 * e + 1], matrix(keys), e > 0);
   }
   end_products();
 }
@@ -333,7 +323,7 @@ __device__ __forceinline__ void begin_values(float (&o)[D / 8][4], const u32 (&p
   begin_products();
 #pragma unroll
   for (int n = 0; n < WIDTH / TILE; ++n)
-    weigh(o, p[n][0], p[n][1], p[n][2], p[n][3], matrix(stage + n * TILE_BYTES + TILE_BYTES / 4));
+    multiply<1>(o, p[n][0], p[n][1], p[n][2], p[n][3], matrix(stage + n * TILE_BYTES + TILE_BYTES / 4), 1);
   end_products();
 }
 #endif
