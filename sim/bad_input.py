@@ -72,6 +72,15 @@ def reading(path: Path, *also: type[Exception]) -> Iterator[None]:
         raise BadInput(Problem(rule, str(path), line)) from None
 
 
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Inside, what keeps the file or folder ``path`` from being written, an OSError, is `BadInput`."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", str(path))) from None
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`` – did you mean 'x'?`` for the nearest known word, else the words allowed (at most twelve).
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import BadInput, Problem, saving
 from chairlift.sim.cli.shipped import PLANS
 from chairlift.sim.cli.sweep import AddressOption, ExecutorOption, JobsOption, check_executor, executor_for
 from chairlift.sim.cli.terminal import console, status, stopped
@@ -100,10 +100,8 @@ def plan(
             err.print(f"interrupted: what was found is in {escape(str(folder))}; the same command goes on")
             raise typer.Exit(stopped(stop)) from None
         assert answer is not None
-        try:
+        with saving(folder):
             plan_page.write(answer, folder / "plan.html")
-        except OSError as error:
-            raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(folder))) from None
     if emit is not None:
         if answer.failed or answer.chosen is None or answer.chosen.setup is None:
             err.print("nothing in the space will do: there is nothing to start")

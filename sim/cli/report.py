@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, saving
 from chairlift.sim.cli import terminal as progress
 from chairlift.sim.cli.terminal import must_end_in, run_folder
 from chairlift.sim.results.reader import Results, RunResults, read
@@ -75,10 +75,8 @@ def draw(results: Results, path: Path, span_s: tuple[float, float] | None = None
     """Write the HTML report to ``path``; one line that says so. Raises `BadInput` if it cannot be written."""
     from chairlift.sim.report import page
 
-    try:
+    with saving(path):
         size = page.write(results, path, span_s)
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
     return f"{escape(str(path))} ({size / MB:.1f} MB): open it in a browser"
 
 
@@ -153,10 +151,8 @@ def _perfetto(
     from chairlift.sim.report import perfetto
 
     runs = [results.pick(case, variant)] if variant is not None or not results.compares else _of_case(results, case)
-    try:
+    with saving(path):
         count = perfetto.write(results, runs, path, span)
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
     bare = [run.label or results.name for run in runs if not run.has_events]
     if bare:
         say(f"no slots of {escape(', '.join(bare))}: run again with --events for those")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, saving
 from chairlift.sim.cli.terminal import console
 from chairlift.sim.scenario.files import files_read
 from chairlift.sim.scenario.resolved import each_case
@@ -49,13 +49,12 @@ def new(
     text = re.sub("^name:.*\n", "", source.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
     for said, path in _files(source).items():
         text = text.replace(said, Path(os.path.relpath(path, file.parent.resolve())).as_posix())
-    try:
-        with file.open("x", encoding="utf-8") as written:
-            written.write(text)
-    except FileExistsError:
-        raise BadInput(Problem("is there already: choose another name", file=str(file))) from None
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(file))) from None
+    with saving(file):
+        try:
+            with file.open("x", encoding="utf-8") as written:
+                written.write(text)
+        except FileExistsError:
+            raise BadInput(Problem("is there already: choose another name", file=str(file))) from None
     verb = {SWEEPS: "sweep", PLANS: "plan"}.get(source.parent, "run")
     out.print(f"{escape(str(file))} is yours to change; next: chairlift {verb} {escape(str(file))}", soft_wrap=True)
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from chairlift.sim.atomic import NewFolder, write_text
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import saving
 from chairlift.sim.results import claims
 from chairlift.sim.results.metrics import Latencies
 from chairlift.sim.results.outcome import Outcome
@@ -61,7 +60,7 @@ class Writer:
         self._columns = [c for c in LABELS if any(c in labels_of(setup) for setup in study.setups)]
         text = yaml.safe_dump(_provenance(study), sort_keys=False, allow_unicode=True, width=110)
         self._whole = True
-        with _writing(folder):
+        with saving(folder):
             for name in OF_MANY:
                 if (folder / name).exists():
                     raise OSError(f"it holds {name}, of a sweep or a plan")
@@ -85,7 +84,7 @@ class Writer:
     def add(self, outcome: Outcome) -> None:
         """Write one run's rows, and keep what the summaries say of it."""
         self._whole = False
-        with _writing(self._name):
+        with saving(self._name):
             self._add(outcome)
         self._outcomes.append(outcome)
         self._whole = True
@@ -111,7 +110,7 @@ class Writer:
 
     def close(self) -> None:
         """Finish the tables and put the folder in place."""
-        with _writing(self._name):
+        with saving(self._name):
             try:
                 self._finish()
                 self._new.commit()
@@ -167,14 +166,6 @@ def _study_facts(study: Study) -> dict[str, Any]:
         "compares": len(study.setups) > 1,
         "runs": [],
     }
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(folder))) from None
 
 
 def made_by() -> str:

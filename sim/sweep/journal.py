@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import BadInput, Problem, saving
 
 NAME = "journal.sqlite"
 _BEFORE = "journal.jsonl"  # its name up to version 0.1.0 of Chairlift
@@ -35,10 +35,8 @@ class Journal:
         if (folder / _BEFORE).exists():
             rule = "its rows are an earlier Chairlift's, and none stands for today's code: delete it to start anew"
             raise BadInput(Problem(rule, file=str(folder / _BEFORE)))
-        try:
+        with saving(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(self.path))) from None
         with self._told():
             self._rows = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import saving
 from chairlift.sim.report.html import Figure, Page, curve, error_bars, hue, level, swatch, ticks
 from chairlift.sim.results.catalogue import FIELDS, title
 from chairlift.sim.sweep.compare import Comparison, Setting
@@ -35,7 +35,7 @@ def write(path: Path, comparison: Comparison, pareto: Sequence[str], x: str | No
         }
         for rest, settings in groups[:MOST_GROUPS]
     ]
-    try:
+    with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Page().write(
             path,
@@ -50,8 +50,6 @@ def write(path: Path, comparison: Comparison, pareto: Sequence[str], x: str | No
             warning=comparison.warning,
             left_out=max(0, len(groups) - MOST_GROUPS),
         )
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
 
 
 def _said(c: Comparison) -> str:

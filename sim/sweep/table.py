@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from chairlift.backend.checked import a_file, wrong
 from chairlift.sim.atomic import replacing
-from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading
+from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading, saving
 from chairlift.sim.results.catalogue import MOST
 from chairlift.sim.results.loops import LOOPS
 from chairlift.sim.sweep.axes import Scalar
@@ -56,11 +56,8 @@ def write(path: Path, name: str, axes: Sequence[str], rows: Sequence[tuple[Run, 
     columns["run_s"] = pa.array([row.run_s for _, row in rows], pa.float64())
     said = json.dumps({"sweep": name, "axes": list(axes)})
     table = pa.table(columns).replace_schema_metadata({_META: said.encode()})
-    try:
-        with replacing(path) as partial:
-            pq.write_table(table, partial)
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
+    with saving(path), replacing(path) as partial:
+        pq.write_table(table, partial)
 
 
 @dataclass

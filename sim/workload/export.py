@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from chairlift.sim.atomic import writing
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.bad_input import BadInput, Problem, saving
 from chairlift.sim.units import PS_PER_MS, PS_PER_S
 from chairlift.sim.workload.trace import IntArray, Trace, named_tokens, streams
 
@@ -82,14 +82,11 @@ def export(trace: Trace, path: Path, tool: Tool) -> list[str]:
     times = (trace.arrival_ps - trace.arrival_ps[0]).tolist()
     columns = (times, trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), block_ids(trace, tool.block))
     digits = len(str(tool.unit_ps)) - 1  # of a fraction: down to a picosecond
-    try:
-        with writing(path) as file:
-            for time, prompt, output, ids in zip(*columns, strict=True):
-                fraction = f"{time % tool.unit_ps:0{digits}d}".rstrip("0") or "0"
-                file.write(f'{{"timestamp": {time // tool.unit_ps}.{fraction}, "input_length": {prompt}, ')
-                file.write(f'"output_length": {output}, "hash_ids": {json.dumps(ids)}}}\n')
-    except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", file=str(path))) from None
+    with saving(path), writing(path) as file:
+        for time, prompt, output, ids in zip(*columns, strict=True):
+            fraction = f"{time % tool.unit_ps:0{digits}d}".rstrip("0") or "0"
+            file.write(f'{{"timestamp": {time // tool.unit_ps}.{fraction}, "input_length": {prompt}, ')
+            file.write(f'"output_length": {output}, "hash_ids": {json.dumps(ids)}}}\n')
     return list(_lost(trace, tool.block))
 
 
