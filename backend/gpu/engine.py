@@ -29,7 +29,7 @@ from chairlift.backend.gpu.block_tables import Practice, Sequences
 from chairlift.backend.gpu.draft_head import DraftHead, unfit
 from chairlift.backend.gpu.options import Options
 from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
-from chairlift.backend.gpu.ranks import Ranks, Team, indivisible, missing
+from chairlift.backend.gpu.ranks import Ranks, Team, indivisible, missing, place
 from chairlift.backend.gpu.runner import TURNS, Runner
 from chairlift.backend.gpu.stages import stage_of
 from chairlift.backend.gpu.step_graphs import Flat, graph_rows
@@ -133,7 +133,7 @@ class TorchEngine(Executor):
         processes = self.gpus * self.stages
         if processes > 1:
             self._team = Team(processes, self.device.type, build)
-            self.device = torch.device("cuda", 0) if self._cuda else self.device
+            self.device = place(self.device.type, 0)
         try:
             more = () if self._draft is None else (self._draft, self._drafts)
             self._runner = build(Ranks(0, processes), self.device, *more)

@@ -219,9 +219,10 @@ class PagedAttention:
     def _for_chunks(self, groups: int, bf16: int) -> Chunks:
         """The kernels for chunks whose thread blocks have so many groups of warps."""
         heads, group = self.heads, self.heads.query // self.heads.kv
-        stage = groups * 64 // TILE * 4 * TILE * heads.size  # bytes
+        stage = groups * 64 * 4 * heads.size  # bytes of keys and values of 64 tokens a group
         handed = groups * 128 * (heads.size // 2 + 4)  # bytes of what warps hand to others
-        stages = min(4, (kernels.SM_BYTES * groups // 2 - 2048 - handed) // stage)
+        room = kernels.SM_BYTES * groups // 2 - 2048 - handed  # 1 KiB is the system's, 1 for barriers and items
+        stages = min(4, room // stage)
         macros = {"BF16": bf16, "D": heads.size, "GROUP": group, "BLOCK": self.block, "GROUPS": groups}
         run = kernels.kernel("paged_chunks", "paged_chunks", stages * stage + handed, **macros, STAGES=stages)
         share = kernels.kernel("paged_chunks", "plan_chunks", **macros, STAGES=stages)

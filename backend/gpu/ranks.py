@@ -218,10 +218,9 @@ def join(rank: int, count: int, port: int, device: str) -> None:
     Processes that have to share a GPU, as in tests where there is only one, speak by Gloo: NCCL wants one for each.
     """
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    own = device == "cuda"
-    if own:
+    if device == "cuda":
         torch.cuda.set_device(place(device, rank))
-        own = missing(count) is None
+    own = device == "cuda" and missing(count) is None
     dist.init_process_group("nccl" if own else "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
 
 

@@ -100,17 +100,15 @@ def kernel(file: str, name: str, shared_bytes: int = 0, early: bool = True, **de
 
     Not ``early``: it is launched once all that is ahead of it has ended, as after a copy it must be.
     """
-    try:
-        import cupy  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError("the GPU engine needs CuPy: pip install 'chairlift[gpu]'") from error
     return Kernel(_module(file, tuple(sorted(defines.items()))).get_function(name), shared_bytes, early)
 
 
 @cache
 def _module(file: str, defines: tuple[tuple[str, int], ...]) -> Any:
-    import cupy
-
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError("the GPU engine needs CuPy: pip install 'chairlift[gpu]'") from error
     code = (FOLDER / f"{file}.cu").read_text(encoding="utf-8")
     options = ("--std=c++17", f"-I{FOLDER}", *(f"-D{key}={value}" for key, value in defines))
     if file not in OF_HOPPER or cupy.cuda.Device().compute_capability != "90":
