@@ -95,7 +95,7 @@ class DraftHead:
         residual = linear(states, self.join)
         qkv = self._project(behind, residual)
         y = torch.empty((rows, self.net.heads.query * self.net.heads.size), dtype=qkv.dtype, device=qkv.device)
-        self.net.attend(qkv, cache, step, shared, y)
+        self.net.attend(qkv, cache, step, step.spans, shared, y)
         return y, residual
 
     def finish(

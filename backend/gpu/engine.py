@@ -28,7 +28,7 @@ from chairlift.backend.base import Batch, DeviceError, Executor, Members, Prompt
 from chairlift.backend.gpu.block_tables import Practice, Sequences
 from chairlift.backend.gpu.draft_head import DraftHead, unfit
 from chairlift.backend.gpu.options import Options
-from chairlift.backend.gpu.paged_attention import NOWHERE, TILE, UNTOUCHED
+from chairlift.backend.gpu.paged_attention import NOWHERE, TILE
 from chairlift.backend.gpu.ranks import Ranks, Team, indivisible, missing, place
 from chairlift.backend.gpu.runner import TURNS, Runner
 from chairlift.backend.gpu.stages import stage_of
@@ -323,7 +323,7 @@ class TorchEngine(Executor):
         rows = np.zeros((7, n + sum(p.pad + p.length for p in members.prompts)), dtype=np.int32)
         rows[0, :n] = rows[4, :n] = staged[0, :n]
         rows[2, :n], rows[5, :n], rows[6, :n] = staged[3, :n], staged[1, :n], staged[2, :n]
-        rows[3, :n] = UNTOUCHED
+        rows[3, :n] = NOWHERE  # the kernel for decodes stores them
         rows[0, n:] = rows[4, n:] = nobody
         changed = staged[4, :n] < nobody * sequences.columns
         cells, blocks = staged[4, :n][changed].tolist(), staged[5, :n][changed].tolist()

@@ -27,7 +27,7 @@ WARPS = 8  # of a thread block of the decode kernel
 MIN_TILES = 2  # worth a warp of their own
 CHUNK_GROUPS = (1, 2)  # of four warps a thread block of the kernel for chunks, in small steps and in large ones
 SMALL = 2048  # rows of a step, up to which one group is as fast or faster: two thread blocks share an SM
-NOWHERE, UNTOUCHED = -1, -2  # slots: a row whose key and value are not stored; one that is not even rotated
+NOWHERE = -1  # the slot of a row whose key and value are not stored
 
 
 class Heads(NamedTuple):
@@ -61,6 +61,12 @@ class Spans(NamedTuple):
 
     each: Tensor
     tables: Tensor
+
+    def last_rows(self) -> Spans:
+        """The last row of each span, as a span of its own."""
+        first, rows, *rest = self.each.unbind(1)
+        one = rows.clamp(max=1)
+        return self._replace(each=torch.stack((first + rows - one, one, *rest), dim=1))
 
 
 class Chunks(NamedTuple):
@@ -210,7 +216,7 @@ class PagedAttention:
         self._arrived = torch.zeros(max_batch * heads.kv, dtype=torch.int32, device=device)
         self._small, self._large = (self._for_chunks(groups, bf16) for groups in CHUNK_GROUPS)
         self._scale = math.log2(math.e) / math.sqrt(heads.size)
-        pieces = (heads.query + 3 * heads.kv) * heads.size // 16  # of a row, with one for every two of Q and K
+        pieces = 3 * heads.kv * heads.size // 16  # of a row's K and V, with one for every two of K
         self._threads = 32 * min(16, -(-pieces // 32))  # to rotate and store them
         parts = 4 * self._grid  # results of parts that `plan_chunks` makes at most, of 64 query rows each, see there
         self._parts = torch.empty(parts * 128 * (heads.size // 2 + 4), dtype=torch.float32, device=device)
@@ -274,25 +280,20 @@ class PagedAttention:
         out[live] = self._attend_each(split, cache, paging, live).reshape(-1, heads.query * heads.size)
 
     def rotate_and_store(self, qkv: Tensor, cache: Tensor, positions: Tensor, slots: Tensor) -> None:
-        """Rotate queries and keys of ``qkv``'s rows in place; store keys and values at ``slots``.
-
-        A slot of `NOWHERE`: it is not stored; `UNTOUCHED`: not even rotated.
-        """
+        """Store keys of ``qkv``'s rows, rotated, and values at ``slots``, where these are not `NOWHERE`."""
         heads = self.heads
         if self._cuda:
             given = (qkv, cache, positions, slots, self.rotation, heads.query, heads.kv, qkv.stride(0))
             self._rotate_and_store((len(qkv),), self._threads, *given)
             return
-        mine = slots != UNTOUCHED
-        query, key, value = self._split(qkv, positions.long())
-        qkv[mine] = torch.cat((query, key, value), dim=1).flatten(1)[mine]
-        kept = slots >= 0
-        store(cache, slots[kept], key[kept], value[kept])
+        kept = slots != NOWHERE
+        _, key, value = self._split(qkv[kept], positions[kept].long())
+        store(cache, slots[kept], key, value)
 
     def chunks(self, qkv: Tensor, cache: Tensor, spans: Spans, shared: Shared | None, out: Tensor) -> None:
-        """Attention of rows that are rotated and stored: ``qkv`` [rows, width] → ``out`` [rows, query · size].
+        """Attention of rows whose keys and values are stored: ``qkv`` [rows, width] → ``out`` [rows, query · size].
 
-        Rows that no span has are left as they are. ``shared`` is from `plan_chunks`.
+        Queries are raw. Rows that no span has are left as they are. ``shared`` is from `plan_chunks`.
         """
         heads = self.heads
         if shared is not None:
@@ -300,16 +301,16 @@ class PagedAttention:
             by.run(
                 (by.blocks,),
                 128 * (by.groups + 1),
-                *(qkv, cache, spans.tables, spans.each, plan, out, self._parts, self._parts_arrived),
+                *(qkv, cache, spans.tables, spans.each, plan, self.rotation, out, self._parts, self._parts_arrived),
                 *(heads.kv, qkv.stride(0), spans.tables.stride(0), self._scale),
             )
             return
-        query = qkv[:, : heads.query * heads.size].view(len(qkv), -1, heads.size)
         for first, n, known, padding, row in spans.each.tolist():
             if n:
                 keys, values = read(cache, slots_of(spans.tables[row], padding, known, self.block))
-                mine = slice(first, first + n)
-                out[mine] = attend(query[mine], keys, values, known - n - padding).flatten(1)
+                mine, start = slice(first, first + n), known - n - padding
+                query, *_ = self._split(qkv[mine], torch.arange(start, start + n, device=qkv.device))
+                out[mine] = attend(query, keys, values, start).flatten(1)
 
     def _launch(self, kernel: kernels.Kernel, query: Tensor, cache: Tensor, paging: Paging, out: Tensor) -> None:
         kernel(

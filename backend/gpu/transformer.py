@@ -144,8 +144,9 @@ class Tokens(NamedTuple):
     tokens: Tensor  # [rows]
     positions: Tensor  # [rows], from 0
     paging: Paging | None  # of the first rows, the decodes; rows of length 0 are nobody's
-    slots: Tensor | None = None  # [rows]: where keys and values of chunks go, `NOWHERE`, or `UNTOUCHED` of decodes
+    slots: Tensor | None = None  # [rows]: where keys and values of chunks go; `NOWHERE`, as of decodes
     spans: Spans | None = None  # which rows are whose chunks
+    last: Spans | None = None  # of those the ones that attend in the last layer; None: all do
     sampled: Tensor | None = None  # rows whose next token is wanted; None: all
     live: Tensor | None = None  # [1] int32: rows that are somebody's, the first ones; None: all
     live_sampled: Tensor | None = None  # likewise of the sampled ones
@@ -311,9 +312,13 @@ class Transformer:
 
     @torch.inference_mode()
     def forward(self, step: Tokens, cache: Tensor) -> Tensor:
-        """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards."""
-        live = step.live if step.sampled is None else step.live_sampled
-        return self.leave(*self.attended(step, cache), step.sampled, live)
+        """Logits ``[sampled rows, vocab]``; keys and values of all rows are in ``cache`` afterwards.
+
+        Of a span no row but the last is sampled.
+        """
+        live, last = (step.live, None) if step.sampled is None else (step.live_sampled, step.spans)
+        y, residual = self.attended(step._replace(last=None if last is None else last.last_rows()), cache)
+        return self.leave(y, residual, step.sampled, live)
 
     @torch.inference_mode()
     def passed(self, step: Tokens, cache: Tensor) -> Tensor:
@@ -335,7 +340,8 @@ class Transformer:
         attention, rows = self.attention, len(step.tokens)
         if step.paging is not None:
             attention.plan(step.paging)
-        shared = None if step.spans is None else attention.plan_chunks(step.spans, rows)
+        spans = step.spans
+        shared = None if spans is None else attention.plan_chunks(spans, rows)
         residual = self.embed(step.tokens, step.positions) if step.hidden is None else step.hidden
         qkv = self._project(0, None, residual)
         y = torch.empty((rows, self.heads.query * self.heads.size), dtype=self.dtype, device=self.device)
@@ -349,13 +355,19 @@ class Transformer:
             if states is not None:
                 for place in [n for n, one in enumerate(of) if one == i]:
                     states[:, place * self.model.hidden : (place + 1) * self.model.hidden] = residual
-            self.attend(qkv, layer, step, shared, y)
+            if i == len(cache) - 1 and step.last is not None:
+                spans = step.last
+                shared = attention.plan_chunks(spans, len(spans.each))
+            self.attend(qkv, layer, step, spans, shared, y)
         return y, residual
 
-    def attend(self, qkv: Tensor, layer: Tensor, step: Tokens, shared: Shared | None, y: Tensor) -> None:
+    def attend(
+        self, qkv: Tensor, layer: Tensor, step: Tokens, spans: Spans | None, shared: Shared | None, y: Tensor
+    ) -> None:
         """Attention of a step's rows over one layer's cache, which then holds their keys and values too.
 
-        ``qkv`` [rows, width] gives ``y`` [rows, query · size]. ``shared`` is of `PagedAttention.plan_chunks`.
+        ``qkv`` [rows, width] gives ``y`` [rows, query · size] of the step's decodes and of ``spans``. ``shared`` is of
+        `PagedAttention.plan_chunks`.
         """
         attention = self.attention
         if step.slots is not None:
@@ -363,8 +375,8 @@ class Transformer:
         if step.paging is not None:
             decodes = len(step.paging.lengths)
             attention.append_and_decode(qkv[:decodes], layer, step.paging, y[:decodes])
-        if step.spans is not None:
-            attention.chunks(qkv, layer, step.spans, shared, y)
+        if spans is not None:
+            attention.chunks(qkv, layer, spans, shared, y)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What enters the first layer: ``[rows, hidden]``."""

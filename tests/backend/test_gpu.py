@@ -187,6 +187,7 @@ def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dty
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         new = torch.cat([slots[i][p + s :] for i, (p, s) in enumerate(zip(pads, starts, strict=True))])
         kind.rotate_and_store(qkv, cache, positions.to(DEVICE, torch.int32), new)
+        assert torch.equal(qkv, raw)
         found = []
         for by, ahead in itertools.product((small, large), (3, 0)):  # kernels of small and large steps; rows of decodes
             kind._small = kind._large = by

@@ -397,34 +397,31 @@ extern "C" __global__ void head_norm(half_t* __restrict__ qkv, const half_t* __r
   }
 }
 
-// Rotate the queries and keys of a row (if `rotation` is given), in place, and store its K and V: a thread block a row.
-// Slots: block · BLOCK + place in it; -1: not stored; -2: the row is another kernel's.
-extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __restrict__ cache,
+// Store the K of a row, rotated if `rotation` is given, and its V: a thread block a row.
+// Slots: block · BLOCK + place in it; -1: nowhere.
+extern "C" __global__ void rotate_and_store(const half_t* __restrict__ qkv, half_t* __restrict__ cache,
                                             const int* __restrict__ positions, const int* __restrict__ slots,
                                             const float2* __restrict__ rotation, int query_heads, int key_heads, int stride) {
-  half_t* row = qkv + (u64)blockIdx.x * stride;
+  const half_t* keys = qkv + (u64)blockIdx.x * stride + query_heads * D;
   in_order();
   const int slot = slots[blockIdx.x];
+  if (slot < 0) return;
   const int token = slot % TILE;
   half_t* tiles = cache + ((u64)(slot / BLOCK) * key_heads * (BLOCK / TILE) + slot % BLOCK / TILE) * (2 * TILE * D);
   const u64 head_step = (u64)(BLOCK / TILE) * (2 * TILE * D);
   const float2* angle = rotation ? rotation + (u64)positions[blockIdx.x] * (D / 2) : 0;
   const int halves = D / 16;
-  const int rotated = (query_heads + key_heads) * halves;
+  const int rotated = key_heads * halves;
   for (int i = threadIdx.x; i < rotated + key_heads * PIECES; i += blockDim.x) {
     if (i >= rotated) {
       const int head = (i - rotated) / PIECES, piece = (i - rotated) % PIECES;
-      const uint4 v = ((const uint4*)(row + (query_heads + key_heads + head) * D))[piece];
-      if (slot < 0) break;
+      const uint4 v = ((const uint4*)(keys + (key_heads + head) * D))[piece];
       ((uint4*)(tiles + head * head_step))[place(1, token, piece)] = v;
       continue;
     }
     const int head = i / halves, piece = i % halves;
-    if (!rotation && head < query_heads) continue;
-    uint4* low = (uint4*)(row + head * D) + piece;
-    uint4* high = low + halves;
-    Eight a(*low), b(*high);  // read while the slot still comes
-    if (slot == -2) return;
+    const uint4* low = (const uint4*)(keys + head * D) + piece;
+    Eight a(*low), b(low[halves]);
     if (rotation) {
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
@@ -436,14 +433,10 @@ extern "C" __global__ void rotate_and_store(half_t* __restrict__ qkv, half_t* __
           b.x[j + k] = y * cosine + x * sine;
         }
       }
-      *low = a.packed();
-      *high = b.packed();
     }
-    if (head >= query_heads && slot >= 0) {
-      uint4* to = (uint4*)(tiles + (head - query_heads) * head_step);
-      to[place(0, token, piece)] = a.packed();
-      to[place(0, token, piece + halves)] = b.packed();
-    }
+    uint4* to = (uint4*)(tiles + head * head_step);
+    to[place(0, token, piece)] = a.packed();
+    to[place(0, token, piece + halves)] = b.packed();
   }
 }
 #endif

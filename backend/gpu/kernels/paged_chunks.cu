@@ -170,6 +170,19 @@ __device__ __forceinline__ int numbered(int round, int total) {
   return total - 1 - round * (int)gridDim.x - at;
 }
 
+// Rotate a row's query, of which this lane has the elements 8 · e + lane % 4 · 2 and the next: each by the angle of its pair, half
+// a row further on.
+__device__ __forceinline__ void rotate(u32 (&query)[D / 8], const float4* angles) {
+#pragma unroll
+  for (int e = 0; e < D / 16; ++e) {
+    const float4 t = angles[e * 4 + threadIdx.x % 4];  // cosine and sine of two pairs
+    const u32 low = query[e], high = query[e + D / 16];
+    const float x0 = to_float(low & 0xffff), x1 = to_float(low >> 16), y0 = to_float(high & 0xffff), y1 = to_float(high >> 16);
+    query[e] = pack(x0 * t.x - y0 * t.y, x1 * t.z - y1 * t.w);
+    query[e + D / 16] = pack(y0 * t.x + x0 * t.y, y1 * t.z + x1 * t.w);
+  }
+}
+
 // A softmax as it goes on: of two rows a lane, what of O and `l` is left once `s`, the scores of 8 · N tokens, are added.
 template <int N>
 __device__ __forceinline__ void soften(float (&s)[N][4], float (&m)[2], float (&l)[2], float (&shrink)[2], float scale) {
@@ -329,11 +342,12 @@ __device__ __forceinline__ void begin_values(float (&o)[D / 8][4], const u32 (&p
 #endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 128, 2 / GROUPS)
-paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads, rotated
+paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
              const half_t* __restrict__ cache,  // this layer's blocks; the rows' own keys and values are in it
              const int* __restrict__ tables,    // [rows of tables][table_stride]: block numbers
              const int* __restrict__ spans,     // [count][SPAN]
              const int* __restrict__ plan,      // from plan_chunks
+             const float2* __restrict__ rotation,  // [positions][D / 2], by which queries are still to be rotated; or null
              half_t* __restrict__ out,          // [rows][heads · GROUP · D]
              float* __restrict__ partial,       // [parts · heads][SLOT]
              int* __restrict__ arrived,         // [parts · heads], all zero, left all zero
@@ -414,10 +428,11 @@ paged_chunks(const half_t* __restrict__ q,      // [rows][q_stride]: query heads
     for (int high = 0; high < 2; ++high) {
       const int r = row(high), one = token(r) < 0 ? rows - 1 : token(r);
       const half_t* from = q + (u64)(item.first_row + one) * q_stride + (item.head * GROUP + r % GROUP) * D;
-      u32* into = high ? query_high : query;
+      u32(&into)[D / 8] = high ? query_high : query;
 #pragma unroll
       for (int e = 0; e < D / 8; ++e) into[e] = *(const u32*)(from + e * 8 + lane % 4 * 2);
       sees[high] = end - rows + one + 1;
+      if (rotation) rotate(into, (const float4*)(rotation + (u64)max(0, sees[high] - 1 - from_token) * (D / 2)));
     }
     const int least = end - rows + min(first + mine / GROUP, rows - 1) + 1;  // tokens that the group's first row sees
     const int most = end - rows + min(first + (few ? QT : min(mine + 63, QT * GROUP - 1) / GROUP + 1), rows);  // its last
