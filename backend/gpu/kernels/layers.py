@@ -20,7 +20,7 @@ SOME = 1 << 22  # weights from which `narrow` is ahead of the library for at mos
 MIDDLE = 1 << 24  # for at most 64,
 LOTS = 50 << 20  # and with a gate for at most 128
 # Threads of a thread block for a row, at most, measured on an H200 with 64 to 8,190 rows. The norm of 4,096 elements is
-# slower with fewer; `quantise` of 4,096 with more (for 8,190 rows 25.0 µs, 30.2 with 512 threads); `gated` of 14,336 too
+# slower with fewer; `quantise` of 4,096 with more (for 8,190 rows 25.0 µs, 30.2 with 512 threads); `gated` of 14,336
 # with fewer (137 µs, 168 with 448 threads).
 NORM_THREADS, QUANTISE_THREADS, GATED_THREADS = 512, 256, 1024
 
