@@ -155,10 +155,10 @@ def test_a_factor_bends_its_part_alone() -> None:
     assert len(PARTS) - 1 == CLIENT
 
 
-@pytest.mark.parametrize("name", [START, "h200-llama-3.1-8b-fp8-chairlift-0.1"])
+@pytest.mark.parametrize("name", [START, "h200-opt-13b-chairlift-0.1"])
 @pytest.mark.parametrize("start", [0, 512])
 def test_attention_of_all_prompts_has_one_factor(name: str, start: int) -> None:
-    """Of a whole prompt of 4,096 tokens, for which our own engine has another kernel, and behind 512 others."""
+    """Of a whole prompt of 4,096 tokens, for which our engine of November had another kernel, and behind 512 others."""
     profile = load(name)
     cool = replace(profile, gpu_time=replace(profile.gpu_time, hot_chunk=0.0, hot_computed=0.0))
     logs = np.zeros(len(PARTS))
