@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,12 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(Problem(f"cannot be written: {error.strerror or error}", str(path))) from None
+        above = next((each for each in path.parents if os.path.lexists(each)), path)
+        no_folder = (
+            above != path and not above.is_dir()
+        )  # which the system says in several ways
+        why = f"{above} is no folder" if no_folder else error.strerror or error
+        raise BadInput(Problem(f"cannot be written: {why}", str(path))) from None
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

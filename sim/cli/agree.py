@@ -10,9 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from chairlift.sim.atomic import write_text
 from chairlift.sim.calibration.agreement import agreements
-from chairlift.sim.cli.terminal import console, must_end_in, run_folder
+from chairlift.sim.cli.terminal import console, must_end_in, run_folder, save
 
 WIDTH = 110  # columns of a table that goes to a file or a pipe
 
@@ -35,7 +34,7 @@ def agree(
     out = console(least=WIDTH)
     found = agreements(run_folder(measured), run_folder(predicted))
     if json_file is not None:
-        write_text(json_file, json.dumps([each.json() for each in found], indent=1) + "\n")
+        save(json_file, json.dumps([each.json() for each in found], indent=1) + "\n")
     names = list(found[0].measured)
     table = Table(box=None, pad_edge=False, title="predicted against measured, %", title_justify="left")
     for column in ("case", "metric", *names, "τ", "regret"):

@@ -23,13 +23,12 @@ from chairlift.backend.fitting.recording import Experiment, Recording, Recording
 from chairlift.backend.fitting.steps import STALL, stalls, steps_of
 from chairlift.backend.gpu.settings import Torch
 from chairlift.backend.parallel import labelled
-from chairlift.sim.atomic import write_text
-from chairlift.sim.bad_input import BadInput, Problem, names_a_file
+from chairlift.sim.bad_input import BadInput, Problem, names_a_file, saving
 from chairlift.sim.calibration import bench_parts, from_bench, grid, validate
 from chairlift.sim.calibration import fit as fitting
 from chairlift.sim.cli import benched
 from chairlift.sim.cli.shipped import complete
-from chairlift.sim.cli.terminal import console, must_end_in, status
+from chairlift.sim.cli.terminal import console, must_end_in, save, status
 
 WIDTH = 100  # columns of a table that goes to a file or a pipe
 
@@ -142,10 +141,9 @@ def calibrate(
     source_of = f"--recording {recording.name}" if backend is None else f"--backend {backend}"
     command = f"chairlift calibrate {source_of} --model {model}"
     profile.provenance["command"] = command + (f" --experiments {','.join(_names(experiments))}" if experiments else "")
-    with _bad_input():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, profile.to_json())
-        if plot is not None:
+    save(path, profile.to_json())
+    if plot is not None:
+        with saving(plot):
             _parity(held, plot)
     if quiet:
         return
@@ -179,8 +177,7 @@ def _from_results(
         words += ["--scenario", deployment] if isinstance(deployment, str) else ["--model", deployment[0]]
         profile.provenance["command"] = " ".join(words)
         path = out_file or Path(f"{profile.name}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, profile.to_json())
+        save(path, profile.to_json())
     if quiet:
         return
     out.print(_factors(found.parts, str(profile.provenance["from"])))
@@ -287,7 +284,7 @@ def validate_(
                         f" in all (a step {STALL} times as long as those like it); the clock stands still in them"
                     )
         if json_file is not None:  # all rows or none: a file of some would look like one of all
-            write_text(json_file, json.dumps([cell.json() for cell in cells], indent=1) + "\n")
+            save(json_file, json.dumps([cell.json() for cell in cells], indent=1) + "\n")
     if not quiet:
         _bands(out, cells, {each.name for each in chosen if validate.is_burst(each)})
 
@@ -296,7 +293,7 @@ def _beside(out: Console, scenario: str, file: Path, json_file: Path | None, qui
     with _bad_input(), status(quiet) as progress:
         cells, burst, notes = benched.compared(scenario, file, progress)
         if json_file is not None:
-            write_text(json_file, json.dumps([cell.json() for cell in cells], indent=1) + "\n")
+            save(json_file, json.dumps([cell.json() for cell in cells], indent=1) + "\n")
     if quiet:
         return
     out.print(_cells_table(file.name, burst, cells))
@@ -397,7 +394,7 @@ def _names(experiments: list[str] | None) -> list[str]:
 
 @contextmanager
 def _bad_input() -> Iterator[None]:
-    """Turn errors about recordings, profiles and files that cannot be written into `BadInput`."""
+    """Turn errors about recordings and profiles, and of a recording that cannot be made, into `BadInput`."""
     try:
         yield
     except (RecordingError, ProfileError, CalibrationError, OSError) as error:

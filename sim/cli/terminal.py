@@ -22,7 +22,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from typer.core import TyperGroup
 
-from chairlift.sim.bad_input import BadInput, Problem
+from chairlift.sim.atomic import write_text
+from chairlift.sim.bad_input import BadInput, Problem, saving
 
 if TYPE_CHECKING:
     from chairlift.sim.study import Study
@@ -134,6 +135,13 @@ def must_end_in(file: Path | None, *endings: str, hint: str = "") -> None:
         *others, last = endings
         named = f"{', '.join(others)} or {last}" if others else last
         raise BadInput(Problem(f"must end in {named}{hint}", file=str(file)))
+
+
+def save(file: Path, text: str) -> None:
+    """Write ``text`` to ``file``, whose folder is made, or leave it as it was. Raises `BadInput` if that cannot be."""
+    with saving(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
 
 
 def run_folder(name: Path) -> Path:

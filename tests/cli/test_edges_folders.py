@@ -14,12 +14,13 @@ import pytest
 
 from chairlift.sim.atomic import Busy, NewFolder
 from kit.command import SCENARIO, chairlift, replaced
-from kit.places import IMPORTS
+from kit.places import IMPORTS, ROOT
 
+MEASURED = ROOT / "backend" / "gpu" / "measured"
 LONG = replaced("requests: 30", "requests: 300000")  # it is still at work whenever a busy machine sends a signal
 TWO = SCENARIO + "compare: [{name: a}, {name: b, policy: orca}]\n"
 SWEEP = "base: s.yaml\nseeds: 2\naxes: {policy: [vllm]}\n"
-PLAN = "base: s.yaml\nset: {seed: 0}\nslo: [{percentile: 99, ttft_ms: 500}]\nrate_per_s: [1]\naxes: {replicas: [1]}\n"
+PLAN = "base: unseeded.yaml\nslo: [{percentile: 99, ttft_ms: 500}]\nrate_per_s: [1]\naxes: {replicas: [1]}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +164,39 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(command: str) -> None
     assert "cannot be written: " in err
     if name == "run":
         assert content("out") == before
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("run s.yaml -q --out", "x"),
+        ("sweep w.yaml -q --out", "x"),
+        ("plan p.yaml -q --out", "x"),
+        ("new --from routing", "x.yaml"),
+        ("report r --out", "x.html"),
+        ("report r --perfetto --out", "x.json"),
+        ("trace export --to mooncake s.yaml", "x.jsonl"),
+        ("agree M/hardware_policies.json M/hardware_policies.json --json", "x.json"),
+        ("validate --recording M/hardware_check --model MODEL --profile h200-MODEL-chairlift-0.1 --json", "x.json"),
+        ("calibrate --recording M/grid --model MODEL --fast -q --out", "x.json"),
+        ("calibrate --recording M/grid --model MODEL --fast -q --out p.json --plot", "x.html"),
+    ],
+)
+def test_a_file_where_a_folder_must_be_is_named(command: str, file: str) -> None:
+    Path("f").write_text("mine")
+    Path("p.yaml").write_text(PLAN)
+    Path("unseeded.yaml").write_text(replaced("seed: 7\n", ""))
+    if "r" in command.split():
+        assert chairlift("run", "s.yaml", "--out", "r", "-q").status == 0
+    words = command.replace("M/", f"{MEASURED}/").replace("MODEL", "qwen3-30b-a3b").split()
+
+    result = chairlift(*words, f"f/{file}")
+
+    assert result.status == 2
+    assert "cannot be written: f is no folder\n" in result.err
+    assert result.err.startswith(f"error: f/{file}")
+    assert result.err.count("\n") == 1
+    assert Path("f").read_text() == "mine"
 
 
 def test_the_lock_goes_with_its_holder(tmp_path: Path) -> None:
