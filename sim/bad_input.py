@@ -80,9 +80,7 @@ def saving(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         above = next((each for each in path.parents if os.path.lexists(each)), path)
-        no_folder = (
-            above != path and not above.is_dir()
-        )  # which the system says in several ways
+        no_folder = above != path and not above.is_dir()  # the system says that in several ways
         why = f"{above} is no folder" if no_folder else error.strerror or error
         raise BadInput(Problem(f"cannot be written: {why}", str(path))) from None
 
