@@ -18,6 +18,7 @@ from typing import Any
 from chairlift.backend.checked import json_of
 from chairlift.sim.bad_input import BadInput, Problem, reading
 from chairlift.sim.results import catalogue
+from chairlift.sim.results.reader import held
 
 METRICS = ("total_token_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "mean_e2el_ms", "p99_e2el_ms")
 
@@ -81,6 +82,8 @@ def _runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     path = folder if folder.suffix == ".json" else folder / "comparison.json"
     if path != folder and folder.is_file():
         raise BadInput(Problem("is a file, neither a results folder nor a comparison.json", file=str(folder)))
+    if not path.exists() and (other := held(folder)):
+        raise BadInput(Problem(other, file=str(folder)))
     with reading(path):
         rows = json_of(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "variant" in row for row in rows):

@@ -27,6 +27,13 @@ from chairlift.sim.results.records import ADDED_COLUMNS, EVENT_COLUMNS, Kind, St
 Columns = dict[str, npt.NDArray[Any]]
 
 ANOTHER_VERSION = "of another version of Chairlift: run the scenario again"
+HELD = {  # a file of a folder of results → what that folder is
+    "plan.json": "holds a plan: chairlift plan showed it, and its page is {0}/plan.html",
+    "results.parquet": "holds a sweep: chairlift compare {0} shows it",
+    "journal.sqlite": "holds a sweep or a plan that has not ended: the same command goes on with it",
+    "comparison.json": "holds several runs: chairlift report {0} shows them",
+    "study.json": "holds one run: chairlift report {0} shows it",
+}
 CODES = {
     "status": [s.name.lower() for s in Status],
     "kind": [k.name.lower() for k in Kind],
@@ -334,6 +341,17 @@ def read(folder: Path) -> Results:
     )
 
 
+def held(folder: Path) -> str:
+    """What results a folder holds, and which command shows them; "" where it holds none.
+
+    For whoever gives a command the results of another one.
+    """
+    for name, rule in HELD.items():
+        if (folder / name).exists():
+            return rule.format(folder)
+    return ""
+
+
 def of_run(tables: dict[str, pa.Table], facts: dict[str, Any], summary: dict[str, Any]) -> RunResults:
     """A run whose ``tables`` ("requests", "steps", "events") are at hand; ``facts`` are those of ``study.json``."""
     rows = {name: (0, count) for name, count in facts["rows"].items()}
@@ -351,7 +369,7 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
             elif (folder / "summary.json").exists():
                 rule = f"has no {name}: it is {ANOTHER_VERSION}"
             else:
-                rule = f"has no {name}: not a results folder"
+                rule = held(folder) or f"has no {name}: not a results folder"
             raise BadInput(Problem(rule, file=str(folder))) from None
         except NotADirectoryError:
             raise BadInput(Problem("is a file, not a results folder", file=str(folder))) from None

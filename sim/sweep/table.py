@@ -20,6 +20,7 @@ from chairlift.sim.atomic import replacing
 from chairlift.sim.bad_input import BadInput, Problem, did_you_mean, reading, saving
 from chairlift.sim.results.catalogue import MOST
 from chairlift.sim.results.loops import LOOPS
+from chairlift.sim.results.reader import held
 from chairlift.sim.sweep.axes import Scalar
 from chairlift.sim.sweep.runs import Row, Run, made_by
 
@@ -81,10 +82,7 @@ def read(path: Path) -> Results:
     """The results in ``path``: a Parquet file, or a sweep's folder. Raises `BadInput` if it is neither."""
     file = path / "results.parquet" if path.is_dir() else path
     if not os.path.lexists(file):
-        if (path / "study.json").exists():
-            rule = f"holds one run, no sweep: chairlift report {path} shows it"
-        else:
-            rule = "no results of a sweep here: run chairlift sweep first"
+        rule = held(path) or "no results of a sweep here: run chairlift sweep first"
         raise BadInput(Problem(rule, file=str(path)))
     with reading(file, pa.ArrowException):
         table = pq.read_table(a_file(file))

@@ -229,12 +229,25 @@ def test_a_sweep_that_sets_what_its_axis_says_is_told() -> None:
     assert "w.yaml:2: set.gpu: has no effect: gpu is an axis" in chairlift("sweep", "w.yaml", "--dry-run").err
 
 
-def test_compare_says_that_a_folder_is_a_runs() -> None:
+def test_a_command_that_is_given_anothers_results_says_which_one_shows_them() -> None:
     chairlift("run", "small.yaml", "-q")
+    chairlift("run", "small.yaml", "--policy", "vllm", "--policy", "orca", "--out", "runs/several", "-q")
+    Path("w.yaml").write_text("base: small.yaml\naxes: {policy: [vllm, orca]}\n")
+    chairlift("sweep", "w.yaml", "-q", "-j", "1")
+    Path("runs/p").mkdir()
+    Path("runs/p/plan.json").write_text("{}")  # to make one takes a quarter of a minute
 
-    assert (
-        "runs/small: holds one run, no sweep: chairlift report runs/small shows it" in chairlift("compare", "small").err
-    )
+    one = "holds one run: chairlift report runs/small shows it"
+    several = "holds several runs: chairlift report runs/several shows them"
+    sweep = "holds a sweep: chairlift compare runs/w shows it"
+    plan = "holds a plan: chairlift plan showed it, and its page is runs/p/plan.html"
+    for command, folder, told in [
+        *(("compare", "small", one), ("compare", "several", several), ("compare", "p", plan)),
+        *(("agree runs/several", "small", one), ("agree", "w runs/several", sweep), ("agree runs/several", "p", plan)),
+        *(("report", "w", sweep), ("report", "p", plan), ("explain 0 --in", "w", sweep)),
+    ]:
+        result = chairlift(*f"{command} {folder}".split())
+        assert (result.status, result.err) == (2, f"error: runs/{folder.split()[0]}: {told}\n"), command
 
 
 def test_names_and_keys_are_completed() -> None:
