@@ -59,7 +59,7 @@ DRAFT_VOCAB = 32_000  # of the EAGLE3 head that was published for Llama-3.1-8B
 MIXED = (  # decodes, tokens of KV each; tokens of a chunk, tokens before it
     *((256, 128, 256, 0), (64, 1024, 64, 0), (64, 1024, 448, 0), (128, 512, 384, 4096), (32, 1024, 512, 7168)),
     *((256, 256, 768, 1024), (16, 1024, 1008, 0)),
-    *((190, 130, 191, 0), (95, 515, 236, 0), (63, 1028, 218, 0)),  # as in vLLM's recorded grid, see backend/README.md
+    *((190, 130, 191, 0), (95, 515, 236, 0), (63, 1028, 218, 0)),  # as in vLLM's recorded grid, see README.md
 )
 STEPS = 24  # timed in a row
 BETWEEN = 11  # decode steps between prompts, as vLLM's were recorded: the GPU's clock is higher behind them
