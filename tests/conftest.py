@@ -8,6 +8,7 @@ by a MemoryError of its own, and not end the whole run, or somebody else's.
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import suppress
 
@@ -27,3 +28,9 @@ with suppress(ImportError, ValueError, OSError):  # Windows has no such limits; 
 
     _most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
     resource.setrlimit(resource.RLIMIT_DATA, (_most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: no collection of garbage looks at it again, and an engine that starts does one."""
+    gc.collect()
+    gc.freeze()

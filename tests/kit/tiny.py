@@ -5,7 +5,6 @@ The weights are large enough that every token depends on all before it: a wrong 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from collections.abc import Mapping
@@ -32,7 +31,6 @@ from kit.clusters import GPU, Served, serve, setup_of
 
 torch = pytest.importorskip("torch", reason="the engine that executes steps needs torch")
 torch.set_num_threads(1)  # for so small matrices more are slower
-gc.freeze()  # an engine collects garbage when it starts, for the sake of GPU memory; libraries are none
 
 LONGEST = 160  # tokens of prompt and output
 MODEL = Model("tiny", 2, 32, 4, 2, 64, 48, 97, LONGEST)
