@@ -32,7 +32,7 @@ class _Found(NamedTuple):
     """What a waiting request finds."""
 
     request: int
-    tables: list[list[int]]  # of each group, the blocks that it would hold
+    tables: list[list[int]]  # of each group, the blocks that it would hold; none where they are counted
     hits: int  # leading blocks that need no computing, those that have slid out included
     gone: int  # leading blocks that have slid out
     free: int  # of those in ``tables``, the ones that nobody holds
@@ -45,7 +45,7 @@ class _Held:
     __slots__ = ("done", "gone", "kept", "length", "public", "tables")
 
     def __init__(self, tables: list[list[int]], gone: int, hits: int, length: int, kept: list[range]) -> None:
-        self.tables = tables  # of each group; those with a window lack the first ``gone`` blocks
+        self.tables = tables  # of each group, if blocks are not only counted; with a window, all but the first ``gone``
         self.gone = gone
         self.length = length  # blocks in each group, those that are gone included
         self.done = hits  # full blocks of known tokens, as far as the pool was told
@@ -56,9 +56,10 @@ class _Held:
 class HybridPool(CountingPool):
     """``total`` blocks of ``block_size`` tokens of one group of layers each.
 
-    ``identity``: which blocks hold the same tokens; None without prefix caching. ``max_model_len``: tokens that a
-    request may have. ``late`` and ``uncached_first`` are as in `PrefixPool`. A block has a hash once it is full and its
-    tokens are known; with a window it must also be one that is kept (`HybridCache.retention`).
+    ``identity``: which blocks hold the same tokens; None without prefix caching. Then it does not matter which block is
+    whose, and blocks are only counted. ``max_model_len``: tokens that a request may have. ``late`` and
+    ``uncached_first`` are as in `PrefixPool`. A block has a hash once it is full and its tokens are known; with a
+    window it must also be one that is kept (`HybridCache.retention`).
 
     A prefix is found as far as all groups know it: a group without a window must know all of it, one with a window only
     what the next token looks back on. Raises ValueError where chunks are not whole blocks, or no layer looks back
@@ -100,7 +101,7 @@ class HybridPool(CountingPool):
         self._identity = identity
         self._late = late
         self._uncached_first = uncached_first
-        self._queue = deque(range(total))  # free blocks in the order of their reuse
+        self._queue = deque(range(0 if identity is None else total))  # free blocks in the order of their reuse
         self._stale: dict[int, int] = {}  # block that has a key → its first so many entries in the queue count no more
         self._users: dict[int, int] = {}  # such a block → requests that hold it
         self._keys: dict[int, int] = {}  # block → key of its content and group
@@ -143,10 +144,13 @@ class HybridPool(CountingPool):
         kept = [self._kept(request.prompt - 1), self._kept(found.junction)]
         self._held[number] = _Held(found.tables, found.gone, found.hits, length, kept)
         self._own += length
+        self._odd[number] = request
+        if self._identity is None:
+            self.free -= length * self.tables - found.gone * len(self._sliding)
+            return
         for i, table in enumerate(found.tables):
             gone = found.gone if i in self._sliding else 0
             table += self._take(length - gone - len(table))
-        self._odd[number] = request
 
     def extend(self, request: Live, tokens: int) -> bool:  # noqa: D102
         self._odd[request.row] = request
@@ -266,6 +270,9 @@ class HybridPool(CountingPool):
         held = self._held.pop(request.row)
         self._own -= held.length
         self._odd.pop(request.row, None)
+        if self._identity is None:
+            self.free += held.length * self.tables - held.gone * len(self._sliding)
+            return
         done = max(held.done, (tokens - self._late) // self.block_size)
         kept = self._kept_of(held, held.gone, held.length)
         for i, table in enumerate(held.tables):
@@ -276,7 +283,8 @@ class HybridPool(CountingPool):
 
     def held(self) -> list[int]:
         """Of each group, the blocks that all requests hold together; one that several hold counts for each."""
-        return [sum(len(held.tables[i]) for held in self._held.values()) for i in range(self.tables)]
+        full, sliding = (sum(h.length - gone * h.gone for h in self._held.values()) for gone in (0, 1))
+        return [sliding if i in self._sliding else full for i in range(self.tables)]
 
     # the blocks of a request
 
@@ -305,8 +313,12 @@ class HybridPool(CountingPool):
         count = gone - held.gone
         if count <= 0:
             return
+        if self._identity is None:
+            self.free += count * len(self._sliding)
+            held.gone = gone
+            return
         kept = self._kept_of(held, held.gone, gone)
-        if self._identity is not None and (kept is None or kept):
+        if kept is None or kept:
             self._publish(request.row, held, gone)
         for i in self._sliding:
             table = held.tables[i]
@@ -317,8 +329,11 @@ class HybridPool(CountingPool):
 
     def _grow(self, held: _Held, blocks: int) -> None:
         """Take ``blocks`` more in each group."""
-        for table in held.tables:
-            table += self._take(blocks)
+        if self._identity is None:
+            self.free -= blocks * self.tables
+        else:
+            for table in held.tables:
+                table += self._take(blocks)
         held.length += blocks
         self._own += blocks
 
@@ -363,7 +378,7 @@ class HybridPool(CountingPool):
         public = held.public if kept is None else max([held.public, *(i + 1 for i in kept)])
         split = min(max(0, public - first), len(blocks))  # from here on, all blocks are this request's alone
         full = split
-        if kept is None and self._identity is not None:
+        if kept is None:
             full = min(max(split, done - first), len(blocks))
         plain, hashed = blocks[full:], blocks[split:full]
         plain.reverse()  # a sequence's tail is reused before its head
@@ -375,7 +390,7 @@ class HybridPool(CountingPool):
                 users[block] -= 1
                 if not users[block]:
                     hashed.append(block)
-            elif self._identity is not None and index < done and (kept is None or index in kept):
+            elif index < done and (kept is None or index in kept):
                 hashed.append(block)
             else:
                 plain.append(block)
