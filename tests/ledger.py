@@ -66,10 +66,10 @@ def difference(case: dict[str, Any], engine: str, version: str) -> str | None:
                 return f"step {step}: theirs has ended, ours goes on: {ours}"
             if theirs[i]["step"] != step:
                 return f"step: theirs {theirs[i]['step']}, ours {step}"
+            their, our = theirs[i].get, ours.get
             for column in columns:
-                a, b = theirs[i].get(column), ours.get(column)
-                if a != b:
-                    return f"step {step}: {_compare(column, pairs.get(column), a, b)}"
+                if their(column) != our(column):
+                    return f"step {step}: {_compare(column, pairs.get(column), their(column), our(column))}"
     except Exception as error:
         return f"after step {step}: {type(error).__name__}: {error}"
     return None if i + 1 == len(theirs) else f"ours ends after step {step}, theirs at step {theirs[-1]['step']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ SPECULATIVE = ("spec", "padded", "drafting", "emitted")  # columns of cases with
 COLUMNS = ("scheduled", *SPECULATIVE, "preempted", "new", "resumed", "free_blocks", "held", "finished")
 PAIRS = {"scheduled": "tokens", "new": "cached tokens", "resumed": "cached tokens"}
 PAIRS |= {"spec": "drafts", "emitted": "tokens"}
+PREEMPTIONS = attrgetter("lost")  # what the property returns: it is asked of everybody, twice a step
 LATER = (  # settings that only some ledgers have, most of them since 0.23
     "enable_chunked_prefill",
     "max_num_scheduled_tokens",
@@ -71,11 +73,14 @@ def accepted(case: dict[str, Any], request: int, position: int, drafts: int) -> 
     return sum(x < threshold for threshold in case["accept_thresholds"][:drafts])
 
 
+ONE = StepCost(1)
+
+
 class Tick(Backend):
     """Every step takes one unit of time."""
 
     def step(self, batch: Batch) -> StepCost:
-        return StepCost(1)
+        return ONE
 
 
 class Replay:
@@ -177,28 +182,29 @@ class Replay:
     def _schedule(self, step: int) -> dict[str, Any]:
         state = self.engine.state
         self.just_finished = False
-        before = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
+        everybody = [*state.admitted.values(), *state.waiting]
+        before = list(map(PREEMPTIONS, everybody))
         here = set(state.admitted)
         plan = self.planner.ask(step, at(step))
         chunks = {r.id: tokens for r, tokens in plan.chunks} if plan else {}
         drafts: dict[str, Any] = {}
-        tokens = {
-            r.id: chunks.get(r.id, 1)
-            for r in state.admitted.values()
-            if r.id in chunks or (plan and plan.decoding and r.group is not None)
-        }
         if isinstance(state, DraftedStep):
-            tokens = {number: c.tokens for number, c in state.chosen.items()}
+            scheduled = [[i, c.tokens] for i, c in state.chosen.items()]
             drafts = {
                 "spec": [[number, c.drafts] for number, c in state.chosen.items() if c.drafts],
                 "padded": sorted(number for number, c in state.chosen.items() if c.padding),
                 "drafting": self.planner.drafting,
             }
-        after = {r.id: r.preemptions for r in (*state.admitted.values(), *state.waiting)}
-        arrived = [r for r in state.admitted.values() if r.id not in here]
+        elif plan and plan.decoding:
+            scheduled = [[i, chunks.get(i, 1)] for i, r in state.admitted.items() if r.group is not None or i in chunks]
+        else:
+            scheduled = [[i, chunks[i]] for i in state.admitted if i in chunks]
+        after = list(map(PREEMPTIONS, everybody))
+        preempted = [] if after == before else [r.id for r, n in zip(everybody, before, strict=True) if r.lost > n]
+        arrived = [] if here >= state.admitted.keys() else [r for i, r in state.admitted.items() if i not in here]
         row = {
-            "scheduled": [[i, n] for i, n in tokens.items()],
-            "preempted": sorted(i for i in after if after[i] > before[i]),
+            "scheduled": scheduled,
+            "preempted": sorted(preempted),
             "new": [[r.id, r.stored] for r in arrived if not r.preemptions],
             "resumed": [[r.id, r.stored] for r in arrived if r.preemptions],
             "free_blocks": self.engine.pool.free,
