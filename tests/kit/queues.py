@@ -42,7 +42,7 @@ class Queue:
         found = []
         self.served += requests * replications
         for r in range(replications):
-            since, services, work = _draws(self.seed, r, requests, self.service)
+            since, services, work = _draws(self.seed, r, self.service).first(requests)
             arrivals = since / rate
             waits = self.waits(arrivals, services, work)
             stays = 1e3 * (waits + services)
@@ -52,13 +52,26 @@ class Queue:
         return found
 
 
-@lru_cache(maxsize=64)
-def _draws(seed: int, replication: int, n: int, service: str) -> tuple[Floats, Floats, Floats]:
-    """Arrivals at rate 1, services, and the services of all who came before, added up; shape (n,) each."""
-    streams = np.random.default_rng([seed, replication]).spawn(2)
-    gaps = np.ones(n) if service == "all constant" else streams[0].exponential(size=n)
-    services = streams[1].exponential(size=n) if service == "exponential" else np.ones(n)
-    return np.cumsum(gaps), services, np.cumsum(services) - services
+class _Draws:
+    """One replication's customers, as many as were asked for so far: the first n are the same, however many follow."""
+
+    def __init__(self, seed: int, replication: int, service: str) -> None:
+        self.seed, self.service = [seed, replication], service
+        self.columns: tuple[Floats, ...] = (np.empty(0),)
+
+    def first(self, n: int) -> tuple[Floats, ...]:
+        """Arrivals at rate 1, services, and the services of all who came before, added up; shape (n,) each."""
+        known = len(self.columns[0])
+        if known < n:
+            size = max(n, 2 * known)
+            streams = np.random.default_rng(self.seed).spawn(2)
+            gaps = np.ones(size) if self.service == "all constant" else streams[0].exponential(size=size)
+            services = streams[1].exponential(size=size) if self.service == "exponential" else np.ones(size)
+            self.columns = np.cumsum(gaps), services, np.cumsum(services) - services
+        return tuple(column[:n] for column in self.columns)
+
+
+_draws = lru_cache(maxsize=64)(_Draws)
 
 
 def root(below: Callable[[float], bool], low: float, high: float) -> float:
