@@ -37,7 +37,7 @@ class Mlfq(Scheduler):
     _level: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _entered: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # emitted tokens it came with
     _backlog: Backlog = field(default_factory=Backlog, init=False, repr=False)
-    # Who waits, by level and by the blocks that its known tokens need, in order of rank: that of `_rank`.
+    # Who waits, by level and by the blocks that its known tokens need, in order of rank: `Ranked`.
     _queues: dict[tuple[int, int], list[Ranked]] = field(default_factory=dict, init=False, repr=False)
     _places: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)  # key in `_queues`
     _since: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # decode step its waiting began
@@ -52,19 +52,16 @@ class Mlfq(Scheduler):
         """The highest in rank compute, as far as the batch and the pool reach."""
         self._look(step)
         self._promote(step)
-        chosen = self._fitting(step)
+        chosen, outside = self._fitting(step)
         everyone = all(r.decoding for r in chosen) and {r.id for r in chosen} == {r.id for r in step.running}
         if everyone and step.decode_all():
             return self._vouch(step)
-        self._run(step, chosen)
+        self._run(step, chosen, outside)
         return 1
 
     def heeds_arrival(self, step: Step) -> bool:
         """An arrival outranks whoever has sunk."""
         return True
-
-    def _rank(self, request: Request) -> tuple[int, int, int]:
-        return (self._level[request.id], request.arrival, request.id)
 
     def _quantum(self, level: int) -> int:
         tokens: int = self.quantum * self.ratio**level
@@ -83,8 +80,13 @@ class Mlfq(Scheduler):
             self._entered = {i: tokens for i, tokens in self._entered.items() if i in known}
         for request in left:
             self._remove(request)
+        levels, entered = self._level, self._entered
+        quanta = [self._quantum(level) for level in range(self.levels - 1)]
+        quanta.append(FOREVER)  # nobody sinks from the lowest
         for request in step.running:
-            self._sink(step, request)
+            number = request.id
+            if request.emitted - entered[number] >= quanta[levels[number]]:
+                self._sink(step, request)
         for request in (*head, *tail):
             self._sink(step, request)
             self._insert(step, request)
@@ -138,15 +140,19 @@ class Mlfq(Scheduler):
         """Blocks that the known tokens of a request need, the next one's included."""
         return -(-(request.computed + request.remaining) // step.block_size)
 
-    def _fitting(self, step: Step) -> list[Request]:
-        """Who computes in this step: the first in rank that the whole pool can hold together.
+    def _fitting(self, step: Step) -> tuple[list[Request], list[Request]]:
+        """Who computes in this step, and who of the running does not, both in order of rank.
+
+        The first in rank compute that the whole pool can hold together.
 
         A request that has no room is passed over, for a smaller one behind it may use the room until it is free. Of the
         waiting, a whole queue is passed over at once: all its requests need the same number of blocks.
         """
         blocks = step.total_blocks
         chosen: list[Request] = []
-        running = sorted(((*self._rank(r), r) for r in step.running), key=lambda ranked: ranked[:3])
+        outside: list[Request] = []
+        levels = self._level
+        running = sorted([(levels[number := r.id], r.arrival, number, r) for r in step.running])
         # One entry a queue, and one for the running: rank, request, blocks, the queue and the place in it.
         heads: list[tuple[int, int, int, Request, int, list[Ranked], int]] = []
         for (level, need), queue in self._queues.items():
@@ -162,6 +168,8 @@ class Mlfq(Scheduler):
                 if need <= blocks:
                     blocks -= need
                     chosen.append(request)
+                else:
+                    outside.append(request)
                 continue
             level, _, _, request, need, queue, place = heads[0]
             if need > blocks:  # the room only shrinks
@@ -174,12 +182,11 @@ class Mlfq(Scheduler):
                 heapreplace(heads, (level, arrival, number, following, need, queue, place + 1))
             else:
                 heappop(heads)
-        return chosen
+        outside += [ranked[3] for ranked in running[at:]]
+        return chosen, outside
 
-    def _run(self, step: Step, chosen: list[Request]) -> None:
-        """Plan ``chosen`` in order; those outside give their blocks, the last in rank first, where they are needed."""
-        inside = {r.id for r in chosen}
-        outside = sorted((r for r in step.running if r.id not in inside), key=self._rank)
+    def _run(self, step: Step, chosen: list[Request], outside: list[Request]) -> None:
+        """Plan ``chosen`` in order; ``outside`` give their blocks, the last in rank first, where they are needed."""
         for request in chosen:
             while not self._start(step, request):
                 if not outside:
