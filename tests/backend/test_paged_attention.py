@@ -251,6 +251,24 @@ def test_a_span_leaves_out_its_padding_and_other_rows() -> None:
         torch.testing.assert_close(out[i].double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_the_last_row_of_a_span_attends_alone_as_it_does_among_the_others() -> None:
+    heads = Heads(2, 1, 16)
+    world = World(heads, 16, [9, 40])
+    for i, n in enumerate((9, 40)):
+        store(world.cache, world.slots(i), world.keys[i][:n], world.values[i][:n])
+    each = [[1, 3, 9, 0, world.rows[0]], [4, 0, 0, 0, 0], [4, 2, 40, 16, world.rows[1]]]
+    spans = Spans(torch.tensor(each, dtype=torch.int32), world.tables)
+    attention = PagedAttention(heads, 16, torch.float32, CPU, rotation(100, heads.size), 1)
+    qkv = randn(6, heads.width, seed=3)
+    of_all, of_last = torch.full((2, 6, 32), math.nan)
+    attention.chunks(qkv, world.cache, spans, None, of_all)
+    attention.chunks(qkv, world.cache, spans.last_rows(), None, of_last)
+
+    assert spans.last_rows().each[:, :2].tolist() == [[3, 1], [4, 0], [5, 1]]
+    torch.testing.assert_close(of_last[[3, 5]], of_all[[3, 5]])
+    assert of_last[[0, 1, 2, 4]].isnan().all()
+
+
 def test_a_row_without_a_slot_is_stored_nowhere() -> None:
     heads = Heads(2, 1, 16)
     cache = new_cache(1, 2, 16, heads, torch.float32, CPU)[0]
