@@ -70,6 +70,14 @@ def load(
     return study_of(read(path), path, assignments, policies, backend, trust, routers)
 
 
+def of_another_kind(document: Document) -> None:
+    """Raise `BadInput` where a file that is to be a scenario is a sweep or a plan."""
+    if "base" in document.data and "workload" not in document.data:
+        verb = "plan" if "slo" in document.data else "sweep"
+        rule = f"is a key of sweeps and plans, not of scenarios: run this file with chairlift {verb}"
+        raise BadInput(document.problem(("base",), rule))
+
+
 def study_of(
     document: Document,
     path: Path,
@@ -81,10 +89,7 @@ def study_of(
 ) -> Study:
     """The study in ``document``, which was read from ``path``: its files lie beside that. All else as for `load`."""
     of_cases = [text for text in assignments if is_of_cases(text)]
-    if "base" in document.data and "workload" not in document.data:
-        verb = "plan" if "slo" in document.data else "sweep"
-        rule = f"is a key of sweeps and plans, not of scenarios: run this file with chairlift {verb}"
-        raise BadInput(document.problem(("base",), rule))
+    of_another_kind(document)
     document.set(of_cases)
     assignments = [text for text in assignments if text not in of_cases]
     setups: list[Setup] = []

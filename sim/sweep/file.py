@@ -208,12 +208,15 @@ def base_of(document: Document, spec: Based, path: Path) -> tuple[Document, Path
     file = path.parent / spec.base
     if not file.is_file():
         shipped = SCENARIOS / f"{spec.base}.yaml"
-        if not shipped.is_file():
+        if shipped.is_file():
+            file = shipped
+        elif not file.exists():  # else reading it says what it is
             known = [p.stem for p in SCENARIOS.glob("*.yaml")]
             rule = f"no such file, and no scenario of that name{did_you_mean(spec.base, known)}"
             raise BadInput(document.problem(("base",), rule, spec.base))
-        file = shipped
-    return read(file), file.parent.resolve()
+    base = read(file)
+    load.of_another_kind(base)
+    return base, file.parent.resolve()
 
 
 def _seeds(document: Document, spec: SweepFile, base: Document) -> list[int]:

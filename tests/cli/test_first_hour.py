@@ -75,6 +75,8 @@ def test_new_says_which_command_runs_it() -> None:
         (["plan", "small.yaml"], "run this file with chairlift run, or name it as the base of a plan"),
         (["sweep", "plan.yaml"], "plan.yaml:2: slo: is a key of plans: run this file with chairlift plan"),
         (["plan", "seeds.yaml"], "seeds.yaml:2: seeds: is a key of sweeps: run this file with chairlift sweep"),
+        (["sweep", "on_sweep.yaml"], "sweep.yaml:1: base: is a key of sweeps and plans, not of scenarios"),
+        (["sweep", "on_folder.yaml"], "kept: is a folder, not a file"),
         (["run", "bare.yaml", "--router", "round_robin"], "policy: is required: --router takes the place of compare"),
     ],
 )  # fmt: skip
@@ -82,6 +84,9 @@ def test_messages_say_what_to_do(arguments: list[str], said: str) -> None:
     Path("sweep.yaml").write_text("base: small.yaml\naxes: {seed: [1]}\n")
     Path("plan.yaml").write_text("base: small.yaml\nslo: [{percentile: 99, ttft_ms: 500}]\n")
     Path("seeds.yaml").write_text("base: small.yaml\nseeds: 3\naxes: {gpu: [l4]}\n")
+    Path("on_sweep.yaml").write_text("base: sweep.yaml\naxes: {gpu: [l4]}\n")
+    Path("on_folder.yaml").write_text("base: kept\naxes: {gpu: [l4]}\n")
+    Path("kept").mkdir()
     Path("bare.yaml").write_text(TWO.replace("policy: {name: vllm}\n", ""))
     result = chairlift(*arguments)
 
