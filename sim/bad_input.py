@@ -79,9 +79,9 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        above = next((each for each in path.parents if os.path.lexists(each)), path)
-        no_folder = above != path and not above.is_dir()  # the system says that in several ways
-        why = f"{above} is no folder" if no_folder else error.strerror or error
+        there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+        wanted = there != path or isinstance(error, NotADirectoryError)  # as a folder, which is said in several ways
+        why = error.strerror or error if there.is_dir() or not wanted else f"{there} is no folder"
         raise BadInput(Problem(f"cannot be written: {why}", str(path))) from None
 
 

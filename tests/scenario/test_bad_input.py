@@ -480,8 +480,8 @@ def test_unwritable_folder_for_results() -> None:
     Path("out/requests.parquet").mkdir(parents=True)
     Path("s.yaml").write_text(SCENARIO)
 
-    refused(chairlift("run", "s.yaml", "--out", "file"), "file: cannot be written: Not a directory")
-    refused(chairlift("run", "s.yaml", "--out", "file/below"), "file/below: cannot be written: File exists")
+    refused(chairlift("run", "s.yaml", "--out", "file"), "file: cannot be written: file is no folder")
+    refused(chairlift("run", "s.yaml", "--out", "file/below"), "file/below: cannot be written: file is no folder")
     result = chairlift("run", "s.yaml", "--out", "out")
     assert result.status == 2
     assert result.err.startswith("error: out: cannot be written: ")
