@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,9 +13,9 @@ from chairlift.policies.backlog import Backlog
 from chairlift.policies.base import Request
 from chairlift.sim.replica.request import Live
 from chairlift.sim.scenario import plugins
-from chairlift.sim.scenario.load import prepare
-from chairlift.sim.scenario.yaml_document import Document
+from chairlift.sim.scenario.load import load
 from chairlift.sim.simulate import simulate
+from kit.places import TESTS
 
 ALL = sorted(plugins.available(plugins.POLICY)[0])
 
@@ -57,19 +56,8 @@ def test_a_backlog_is_what_the_queue_is(deeds: list[str]) -> None:
 
 
 def seconds(policy: str, requests: int) -> float:
-    document = {
-        "model": "llama-3.1-8b",
-        "gpu": "h100",
-        "policy": policy,
-        "workload": {
-            "requests": requests,
-            "arrivals": {"burst": {}},
-            "prompt_tokens": {"uniform": {"low": 50, "high": 500}},
-            "output_tokens": {"uniform": {"low": 5, "high": 100}},
-            "tenants": {"a": 1, "b": 1, "c": 2},
-        },
-    }
-    setup = prepare(Document(document, {}, "night.yaml"), Path())
+    """CPU time of a report's run, a night's batch at once, of so many requests."""
+    [setup] = load(TESTS / "data" / "case_25_scenario.yaml", [f"workload.requests={requests}"], [policy]).setups
     begin = time.process_time()
     simulate(setup)
     return time.process_time() - begin

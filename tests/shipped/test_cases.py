@@ -82,19 +82,6 @@ def test_15_itl_is_of_completed_requests() -> None:
     assert summary["mean_itl_ms"] == pytest.approx(6.06, abs=0.05)
 
 
-@pytest.mark.parametrize("policy", ["vllm", "mlfq", "fair"])
-def test_25_a_request_costs_no_more_in_a_long_queue(policy: str) -> None:
-    def cost(requests: int) -> float:
-        [setup] = load(case("25"), [f"workload.requests={requests}"], [policy]).setups
-        begin = time.process_time()
-        simulate(setup)
-        return (time.process_time() - begin) / requests
-
-    short = min(cost(5_000) for _ in range(2))
-    most = 3 if policy == "mlfq" else 2  # see `tests/policies/test_backlog.py`
-    assert min(cost(20_000) for _ in range(2)) <= most * short
-
-
 def test_26_images_are_said_not_to_be_used_and_turns_wait() -> None:
     [outcome] = served("26")
     assert "columns not used: NumImages" in outcome.assumptions["workload"]
