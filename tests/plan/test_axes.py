@@ -27,7 +27,7 @@ base:
 slo:
   - {percentile: 95, ttft_ms: 400}
   - {percentile: 95, tpot_ms: 40}
-rate_per_s: 70
+rate_per_s: RATE
 search: {requests: 200, most_requests: 800, precision: 0.1}
 """
 DRAFTS = "{method: eagle3, tokens: 2, acceptance: {length: 1.6}}"
@@ -48,17 +48,23 @@ SPACES = {
     "prefill and decode": f"zip: [{{replicas: [{', '.join(SPLITS)}], link: [{', '.join(LINKS)}]}}]",
 }
 
+# Requests a second at which each of a space's systems keeps the promises or breaks them: one that is too near to its
+# capacity to say takes 32 long runs, and is no truth to prune by.
+RATE = 70
+RATES = {"tensor and pipeline": 64, "data and expert": 60, "host memory": 60, "prefill and decode": 80}
+
 
 @pytest.mark.parametrize("axis", SPACES)
 def test_pruned_is_brute_force(axis: str, tmp_path: Path) -> None:
-    (tmp_path / "p.yaml").write_text(PLAN + SPACES[axis] + "\n")
+    rate = RATES.get(axis, RATE)
+    (tmp_path / "p.yaml").write_text(PLAN.replace("RATE", str(rate)) + SPACES[axis] + "\n")
     plan = read_plan(tmp_path / "p.yaml")
     assert all(candidate.setup is not None for candidate in plan.candidates)
     promises, effort = plan.spec.slo, plan.spec.search.effort()
     with Journal(tmp_path / "out") as journal:
         runs = Simulations(journal, Local(1), tuple(promises))
         pruned, brute = (
-            race(plan.candidates, Bounds(promises), runs.of, promises, 70.0, effort, prune=prune)
+            race(plan.candidates, Bounds(promises), runs.of, promises, rate, effort, prune=prune)
             for prune in (True, False)
         )
 
@@ -68,4 +74,4 @@ def test_pruned_is_brute_force(axis: str, tmp_path: Path) -> None:
     truth = {entry.candidate.name: entry.outcome for entry in brute.entries}
     assert all(truth[entry.candidate.name] == "broken" for entry in pruned.of("excluded"))
     assert all(truth[entry.candidate.name] == entry.outcome for entry in pruned.entries if entry.verdict is not None)
-    assert len({truth[name] for name in truth}) > 1  # the space is not all of one kind
+    assert set(truth.values()) == {"kept", "broken"}  # of both kinds, and nothing open
