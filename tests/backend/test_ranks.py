@@ -25,6 +25,7 @@ from chairlift.backend.gpu.ranks import Ranks, Team, indivisible  # noqa: E402
 from kit.at_work import lives, wait_until  # noqa: E402
 from kit.clusters import GPU  # noqa: E402
 from kit.executions import Working  # noqa: E402
+from kit.forked import fork_engines  # noqa: E402
 from kit.places import with_tests  # noqa: E402
 
 DENSE = Model("dense", 2, 32, 4, 2, 16, 48, 96, 160)
@@ -59,6 +60,12 @@ def generated(gpus: int, model: Model, options: Options = OPTIONS) -> dict[int, 
     return engine.generated
 
 
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_engines(monkeypatch)
+
+
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize("model", [DENSE, EXPERTS, replace(DENSE, kv_heads=1), replace(DENSE, tied_embeddings=True)])
 @pytest.mark.parametrize("graphs", [True, False])
 def test_two_processes_choose_the_tokens_that_one_does(model: Model, graphs: bool) -> None:
@@ -70,11 +77,13 @@ def test_two_processes_choose_the_tokens_that_one_does(model: Model, graphs: boo
     assert generated(2, model, options) == one
 
 
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize("model", [DENSE, EXPERTS])  # of two KV heads, each of which two processes have
 def test_four_processes_choose_the_tokens_that_one_does(model: Model) -> None:
     assert generated(4, model) == generated(1, model)
 
 
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize("model", [DENSE, EXPERTS])
 def test_eight_bit_weights_are_shared_out_too(model: Model) -> None:
     one, two = (generated(gpus, model, replace(OPTIONS, quantization="fp8")) for gpus in (1, 2))
@@ -168,6 +177,7 @@ def test_parts_cover_everything_once_and_few_heads_stand_on_several_gpus() -> No
     ]
 
 
+@pytest.mark.usefixtures("_forked")
 def test_collectives_that_are_timed_do_what_they_are_called() -> None:
     """Three processes give 1, 2 and 3; the first one's sum, gathered shares and received parts are known."""
     team = Team(3, "cpu", collective_times.Times)

@@ -24,6 +24,7 @@ from chairlift.backend.gpu.options import Options  # noqa: E402
 from chairlift.backend.gpu.ranks import Stage  # noqa: E402
 from chairlift.backend.gpu.settings import Torch  # noqa: E402
 from kit.clusters import GPU  # noqa: E402
+from kit.forked import fork_engines  # noqa: E402
 from kit.tiny import MODEL, Answers, answers, check_greedy, save  # noqa: E402
 
 DEEP = replace(MODEL, name="deep", layers=5)
@@ -66,6 +67,12 @@ def generated(stages: int, model: Model, options: Options = OPTIONS) -> dict[int
     return engine.generated
 
 
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_engines(monkeypatch)
+
+
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize("model", [DEEP, EXPERTS, OPT], ids=lambda model: model.name)
 def test_stages_choose_the_tokens_that_one_does(model: Model) -> None:
     one = generated(1, model)
@@ -91,6 +98,7 @@ def served(folder: Path, stages: int, ahead: bool, version: str) -> Answers:
     return got
 
 
+@pytest.mark.usefixtures("_forked")
 @pytest.mark.parametrize(
     ("stages", "ahead", "version"), [(2, True, "0.33"), (4, True, "0.33"), (4, False, "0.33"), (4, False, "0.26")]
 )
@@ -138,6 +146,7 @@ def test_a_stage_that_dies_is_one_clear_error() -> None:
     engine.close()
 
 
+@pytest.mark.usefixtures("_forked")
 def test_a_stage_has_the_weights_and_the_kv_of_its_own_layers() -> None:
     engine = engine_of(2, DEEP)
     net, cache = engine._runner.net, engine._runner._cache
