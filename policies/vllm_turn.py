@@ -220,17 +220,18 @@ class VllmTurn:
         running = list(step.running)
         planned: dict[int, int] = {}
         preempted = prefills = False
-        staged = self._staged
+        ready = step.ready if self._staged else None
+        speculation = step.speculation
         index = 0
         while index < len(running) and budget > 0:
             request = running[index]
             index += 1
             if held and request.id in unfinished:
                 continue
-            if staged and not step.ready(request):
+            if ready is not None and not ready(request):
                 continue
             tokens = self._chunk(request.remaining, budget)
-            if step.speculation is not None:  # drafts may reach beyond what the model can hold
+            if speculation is not None:  # drafts may reach beyond what the model can hold
                 tokens = min(tokens, step.max_model_len - 1 - request.computed)
             if tokens == 0:
                 continue

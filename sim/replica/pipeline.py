@@ -74,11 +74,12 @@ class InFlight:
         """Whether a request may be in the plan at hand."""
         if not running:
             return self._overtakes or request.row not in self._steps
-        stray = self.strays.get(request.row)
+        row = request.row
         if not self._asynchronous:
-            return stray is not None or request.row not in self._tokens
-        if self._turn < self._eligible.get(request.row, 0):
+            return row not in self._tokens or row in self.strays
+        if self._turn < self._eligible.get(row, 0):
             return False
+        stray = self.strays.get(row)
         if stray is None or not stray.expected:
             return True
         return request.stored + 2 - stray.expected < request.prompt + request.limit  # else its last token is planned
