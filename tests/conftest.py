@@ -1,4 +1,4 @@
-"""One Hypothesis profile for all property tests, and a bound on the memory of a test.
+"""One Hypothesis profile for all property tests, a bound on the memory of a test, and little garbage to look through.
 
 A slow example is no failure: machines are shared, and Hypothesis' deadline of 200 ms made tests fail by chance.
 
@@ -12,6 +12,7 @@ import gc
 import os
 from contextlib import suppress
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 SHARE = 3  # a process may have a third of the machine's memory: two tests at work leave some to the others
@@ -30,7 +31,8 @@ with suppress(ImportError, ValueError, OSError):  # Windows has no such limits; 
     resource.setrlimit(resource.RLIMIT_DATA, (_most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
     """What is loaded by now stays: no collection of garbage looks at it again, and an engine that starts does one."""
     gc.collect()
     gc.freeze()
