@@ -43,10 +43,10 @@ def result_of(requests: Mapping[str, Column], gaps_s: Column | None = None, mode
     return found
 
 
-def burst() -> dict[str, Any]:
-    """Of vLLM's recorded burst of 1,000 requests in `tests/recordings`: OPT-13B on an H200."""
+def burst(requests: int = 1000) -> dict[str, Any]:
+    """Of vLLM's recorded burst of 1,000 requests in `tests/recordings`, or of its first: OPT-13B on an H200."""
     path: Path = TESTS / "recordings" / "burst" / "opt-13b_requests.csv.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))[:requests]
     kinds = {name: float if name.endswith("_s") else int for name in NAMES}
     return result_of({name: np.array([kind(row[name]) for row in rows]) for name, kind in kinds.items()})
