@@ -120,9 +120,7 @@ class Page:
 
     def plotly(self) -> str:
         """plotly.js, packed."""
-        from plotly.offline import get_plotlyjs  # here: only pages need it
-
-        return _packed(get_plotlyjs())
+        return _plotly()
 
     def data(self) -> str:
         """All figures that have been placed, and all slot diagrams, packed."""
@@ -144,6 +142,13 @@ class Page:
 def _packed(content: str) -> str:
     """Compressed, in base64: page.js unpacks it."""
     return base64.b64encode(gzip.compress(content.encode(), 6, mtime=0)).decode()
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs  # here: only pages need it
+
+    return _packed(get_plotlyjs())  # 5 MB: that takes longer than the rest of a page
 
 
 def _asset(name: str) -> str:
