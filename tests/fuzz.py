@@ -66,9 +66,9 @@ def drawn(times: int, seed: int) -> Callable[[Reader], Iterator[Damaged]]:
     return damage
 
 
-def every(reader: Reader) -> Iterator[Damaged]:
-    """All scripted damage of a reader's file."""
-    return scripted(reader.good, reader.how)
+def every(reader: Reader, start: int = 0, step: int = 1) -> Iterator[Damaged]:
+    """All scripted damage of a reader's file, or some (`scripted`)."""
+    return scripted(reader.good, reader.how, start, step)
 
 
 @contextmanager

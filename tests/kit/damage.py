@@ -20,6 +20,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -320,9 +322,22 @@ def misspelt_at(document: Any, at: Place) -> Any:
     return made
 
 
-def scripted(data: bytes, how: Damage) -> Iterator[Damaged]:
-    """Every kind of damage at every place of a file."""
+def scripted(data: bytes, how: Damage, start: int = 0, step: int = 1) -> Iterator[Damaged]:
+    """Every kind of damage at every place of a file; of those, from number ``start`` on, every ``step``-th is made."""
+    for what, made, nonsense in islice(_scripted(data, how), start, None, step):
+        yield Damaged(what, made(), nonsense)
+
+
+def _scripted(data: bytes, how: Damage) -> Iterator[tuple[str, Callable[[], bytes], bool]]:
+    """Of each `Damaged` what it is, what makes its file, and whether it is nonsense."""
     document = how.load(data)
+
+    def put(at: Place, value: object) -> Callable[[], bytes]:
+        return lambda: how.dump(with_value(document, at, value))
+
+    def misspelt(at: Place) -> Callable[[], bytes]:
+        return lambda: how.dump(misspelt_at(document, at))
+
     for at in places(document):
         told = ".".join(map(str, at))
         value = got(document, at)
@@ -332,15 +347,16 @@ def scripted(data: bytes, how: Damage) -> Iterator[Damaged]:
         for other in nonsense:
             if type(other) is type(value):
                 continue
-            yield Damaged(f"{told} = {other!r}", how.dump(with_value(document, at, other)), True)
+            yield f"{told} = {other!r}", put(at, other), True
         for other in ELSEWHERE:
-            yield Damaged(f"{told} = {str(other)[:20]!r}", how.dump(with_value(document, at, other)), False)
-        yield Damaged(f"{told} is gone", how.dump(with_value(document, at, ...)), False)
+            yield f"{told} = {str(other)[:20]!r}", put(at, other), False
+        yield f"{told} is gone", put(at, ...), False
         if isinstance(at[-1], str) and how.named:
-            yield Damaged(f"{told} is misspelt", how.dump(misspelt_at(document, at)), True)
+            yield f"{told} is misspelt", misspelt(at), True
             if (twice := how.twice(document, at)) is not None:
-                yield Damaged(f"{told} stands twice", twice, True)
-    yield from whole(data)
+                yield f"{told} stands twice", partial(bytes, twice), True
+    for each in whole(data):
+        yield each.what, partial(bytes, each.data), each.nonsense
 
 
 def whole(data: bytes) -> Iterator[Damaged]:
