@@ -294,7 +294,7 @@ def test_damage_that_once_passed_is_refused(
     readers: list[Reader], pages: dict[str, Reader], name: str, what: str, says: str
 ) -> None:
     known = pages | {reader.name: reader for reader in readers}
-    damaged = next(each for each in every(known[name]) if each.what.startswith(what))
+    damaged = next(scripted(known[name].good, known[name].how, begins=what))
 
     with in_a_folder():
         found = tried(known[name], damaged.data)

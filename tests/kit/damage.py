@@ -322,10 +322,14 @@ def misspelt_at(document: Any, at: Place) -> Any:
     return made
 
 
-def scripted(data: bytes, how: Damage, start: int = 0, step: int = 1) -> Iterator[Damaged]:
-    """Every kind of damage at every place of a file; of those, from number ``start`` on, every ``step``-th is made."""
+def scripted(data: bytes, how: Damage, start: int = 0, step: int = 1, begins: str = "") -> Iterator[Damaged]:
+    """Every kind of damage at every place of a file.
+
+    From number ``start`` on, every ``step``-th is made, if what it is ``begins`` so.
+    """
     for what, made, nonsense in islice(_scripted(data, how), start, None, step):
-        yield Damaged(what, made(), nonsense)
+        if what.startswith(begins):
+            yield Damaged(what, made(), nonsense)
 
 
 def _scripted(data: bytes, how: Damage) -> Iterator[tuple[str, Callable[[], bytes], bool]]:
