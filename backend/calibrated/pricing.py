@@ -181,9 +181,9 @@ class Calibrated(Backend):
 
         Between a cool and a warm GPU a price is linear in the warmth, as matmuls of Llama-3.1-8B are to within 0.1 %.
         """
-        tokens, sent = np.array([[computed], [live]], dtype=np.float64)
-        slower = 1 + self._gpu.hot_computed
-        cool, warm = (float(self._gpu.chunk_matmuls(tokens, sent, each)[0]) for each in (1.0, slower))
+        tokens, sent = np.array([[computed] * 2, [live] * 2], dtype=np.float64)
+        slower = np.array([1.0, 1 + self._gpu.hot_computed])
+        cool, warm = self._gpu.chunk_matmuls(tokens, sent, slower).tolist()
         found = self._matmuls[computed, live] = max(1, round(cool * PS)), round((warm - cool) * PS)
         return found
 

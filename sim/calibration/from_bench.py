@@ -192,7 +192,9 @@ class _Problem:
     """
 
     def __init__(self, runs: Sequence[Run], start: Profile, before: Floats, progress: Callable[[str], None]) -> None:
-        self._runs, self._start, self._progress = runs, start, progress
+        self._runs, self._progress = runs, progress
+        # What does not price is left out: each run's assumptions quote a hash of all that a profile says.
+        self._start = replace(start, provenance={}, errors={}, spread={}, notes=())
         self._size = len(PARTS) + 2 * len(runs)
         self._before = before
         widths = np.sqrt(np.diag(np.linalg.inv(before)))
