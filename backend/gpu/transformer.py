@@ -335,8 +335,8 @@ class Transformer:
         """All of a step up to the last layer's attention: what that gives and the residual, for `leave` and `passed`.
 
         ``[rows, query · size]`` and ``[rows, hidden]``. Of rows that are nobody's both hold anything, the first also of
-        those that do not attend in the last layer. ``states`` [rows, hidden a layer] gets what enters the layers ``of``,
-        side by side.
+        those that do not attend in the last layer. ``states`` [rows, hidden a layer] gets what enters the layers
+        ``of``, side by side.
         """
         attention, rows = self.attention, len(step.tokens)
         if step.paging is not None:
