@@ -369,7 +369,8 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
             elif (folder / "summary.json").exists():
                 rule = f"has no {name}: it is {ANOTHER_VERSION}"
             else:
-                rule = held(folder) or f"has no {name}: not a results folder"
+                other = "" if (folder / "study.json").exists() else held(folder)  # it is a run's, but not whole
+                rule = other or f"has no {name}: not a results folder"
             raise BadInput(Problem(rule, file=str(folder))) from None
         except NotADirectoryError:
             raise BadInput(Problem("is a file, not a results folder", file=str(folder))) from None
