@@ -21,7 +21,7 @@ kills: $(VENV)/.installed-dev  ## 200 kills of commands at random moments: nothi
 bench: $(VENV)/.installed  ## how fast the simulator is; writes bench.json (some five minutes)
 	$(BIN)/python -m chairlift.sim.cli.bench
 
-fast: $(VENV)/.installed  ## compile the core where it stands: the same results, sooner; needs a C compiler (some five minutes)
+fast: $(VENV)/.installed  ## compile the core where it stands: the same results, sooner; needs a C compiler (up to four minutes)
 	$(BIN)/python -m pip install --quiet --editable '.[fast]'
 	$(BIN)/python .package/compile.py --optimise 3 --trained
 	$(BIN)/chairlift version
