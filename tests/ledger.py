@@ -15,7 +15,7 @@ import gzip
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +91,14 @@ def cases(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.strip():
                 yield json.loads(line)
+
+
+def differences(path: Path, but: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """How ours differs in the cases of a file, by their seeds, but for those that are the same as one of ``but``."""
+    known = {case["seed"]: case for case in but}
+    others = (case for case in cases(path) if known.get(case["seed"]) != case)
+    told = ((case["seed"], difference(case, *engine_of(case, path))) for case in others)
+    return {seed: found for seed, found in told if found}
 
 
 def main(arguments: list[str]) -> int:

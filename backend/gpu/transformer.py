@@ -146,7 +146,6 @@ class Tokens(NamedTuple):
     paging: Paging | None  # of the first rows, the decodes; rows of length 0 are nobody's
     slots: Tensor | None = None  # [rows]: where keys and values of chunks go; `NOWHERE`, as of decodes
     spans: Spans | None = None  # which rows are whose chunks
-    last: Spans | None = None  # of those the ones that attend in the last layer; None: all do
     sampled: Tensor | None = None  # rows whose next token is wanted; None: all
     live: Tensor | None = None  # [1] int32: rows that are somebody's, the first ones; None: all
     live_sampled: Tensor | None = None  # likewise of the sampled ones
@@ -316,9 +315,10 @@ class Transformer:
 
         Of a span no row but the last is sampled.
         """
-        live, last = (step.live, None) if step.sampled is None else (step.live_sampled, step.spans)
-        y, residual = self.attended(step._replace(last=None if last is None else last.last_rows()), cache)
-        return self.leave(y, residual, step.sampled, live)
+        if step.sampled is None:
+            return self.leave(*self.attended(step, cache), None, step.live)
+        last = None if step.spans is None else step.spans.last_rows()
+        return self.leave(*self.attended(step, cache, last=last), step.sampled, step.live_sampled)
 
     @torch.inference_mode()
     def passed(self, step: Tokens, cache: Tensor) -> Tensor:
@@ -330,13 +330,18 @@ class Transformer:
         return residual
 
     def attended(
-        self, step: Tokens, cache: Tensor, states: Tensor | None = None, of: Sequence[int] = ()
+        self,
+        step: Tokens,
+        cache: Tensor,
+        states: Tensor | None = None,
+        of: Sequence[int] = (),
+        last: Spans | None = None,
     ) -> tuple[Tensor, Tensor]:
         """All of a step up to the last layer's attention: what that gives and the residual, for `leave` and `passed`.
 
         ``[rows, query · size]`` and ``[rows, hidden]``. Of rows that are nobody's both hold anything, the first also of
         those that do not attend in the last layer. ``states`` [rows, hidden a layer] gets what enters the layers
-        ``of``, side by side.
+        ``of``, side by side. ``last``: the spans that attend in the last layer; None: those of the step.
         """
         attention, rows = self.attention, len(step.tokens)
         if step.paging is not None:
@@ -356,8 +361,8 @@ class Transformer:
             if states is not None:
                 for place in [n for n, one in enumerate(of) if one == i]:
                     states[:, place * self.model.hidden : (place + 1) * self.model.hidden] = residual
-            if i == len(cache) - 1 and step.last is not None:
-                spans = step.last
+            if i == len(cache) - 1 and last is not None:
+                spans = last
                 shared = attention.plan_chunks(spans, len(spans.each))
             self.attend(qkv, layer, step, spans, shared, y)
         return y, residual

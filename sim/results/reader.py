@@ -341,13 +341,13 @@ def read(folder: Path) -> Results:
     )
 
 
-def held(folder: Path) -> str:
+def held(folder: Path, but: Sequence[str] = ()) -> str:
     """What results a folder holds, and which command shows them; "" where it holds none.
 
-    For whoever gives a command the results of another one.
+    For whoever gives a command the results of another one; the files ``but`` are those of that command's own.
     """
     for name, rule in HELD.items():
-        if (folder / name).exists():
+        if name not in but and (folder / name).exists():
             return rule.format(folder)
     return ""
 
@@ -369,8 +369,7 @@ def _json(folder: Path, name: str, kind: TypeAdapter[T]) -> T:
             elif (folder / "summary.json").exists():
                 rule = f"has no {name}: it is {ANOTHER_VERSION}"
             else:
-                other = "" if (folder / "study.json").exists() else held(folder)  # it is a run's, but not whole
-                rule = other or f"has no {name}: not a results folder"
+                rule = held(folder, but=("comparison.json", "study.json")) or f"has no {name}: not a results folder"
             raise BadInput(Problem(rule, file=str(folder))) from None
         except NotADirectoryError:
             raise BadInput(Problem("is a file, not a results folder", file=str(folder))) from None
