@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from chairlift.backend.gpu import collective_times
 from chairlift.backend.gpu.block_tables import Practice
 from chairlift.backend.gpu.engine import TorchEngine
 from chairlift.backend.gpu.options import Options
-from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, new_cache, read, slots_of
+from chairlift.backend.gpu.paged_attention import Heads, PagedAttention, Paging, Spans, new_cache, read, slots_of
 from chairlift.backend.parts import experts_read
 from chairlift.backend.shapes import Model
 
@@ -37,6 +38,9 @@ ATTENTION = (  # batch, context, query heads, KV heads, head size; the first fiv
     *((64, 4096, 32, 8, 128), (8, 8192, 32, 8, 128), (64, 1024, 32, 8, 128), (256, 1024, 32, 8, 128)),
     *((1, 8192, 32, 8, 128), (256, 128, 32, 8, 128), (1, 512, 32, 8, 128), (32, 2048, 64, 8, 128)),
     *((16, 2048, 40, 40, 128), (64, 1024, 40, 40, 128), (64, 1024, 32, 32, 80), (64, 1024, 16, 8, 64)),
+)
+CHUNKS = (  # chunks, tokens of each, tokens before it; of Llama-3.1-8B
+    *((1, 64, 0), (1, 512, 0), (1, 2047, 0), (1, 8192, 0), (16, 512, 0), (1, 512, 7168), (1, 2048, 6144)),
 )
 DECODES = (  # batch, context
     *((1, 128), (1, 1024), (4, 1024), (8, 1024), (16, 512), (32, 1024), (64, 256), (64, 1024)),
@@ -142,6 +146,37 @@ def attention(timer: Timer, copy: float, shape: tuple[int, ...]) -> Row:
         took = timer(call)
         row[f"{name}_us"] = round(took * 1e6, 1)
         row[f"{name}_percent"] = round(100 * moved / took / copy, 1)
+    return row
+
+
+def chunks(timer: Timer, peak: float, shape: tuple[int, int, int]) -> Row:
+    """The kernel for chunks of prompts, rotating its queries, beside torch's attention to a dense cache.
+
+    Torch's is given rotated queries, and whole prompts alone. ``peak`` is the matrix rate in FLOP/s.
+    """
+    count, tokens, start = shape
+    heads, known, rows = Heads(32, 8, 128), start + tokens, count * tokens
+    cache, paging = filled(count, known, heads, 16, torch.bfloat16)
+    kind = PagedAttention(heads, 16, torch.bfloat16, cache.device, torch.randn((known, 64, 2), device="cuda"), count)
+    each = [[i * tokens, tokens, known, 0, i] for i in range(count)]
+    spans = Spans(torch.tensor(each, dtype=torch.int32, device="cuda"), paging.tables, start + (tokens + 1) / 2)
+    qkv = torch.randn((rows, heads.width), device="cuda", dtype=torch.bfloat16)
+    out = torch.empty((rows, heads.query * heads.size), device="cuda", dtype=torch.bfloat16)
+    shared = kind.plan_chunks(spans, rows)
+    work: dict[str, Callable[[], Any]] = {"ours": lambda: kind.chunks(qkv, cache, spans, shared, out)}
+    if not start:
+        by_head = qkv.view(count, tokens, -1, heads.size).transpose(1, 2)
+        at = (0, heads.query, heads.query + heads.kv, heads.query + 2 * heads.kv)  # of queries, keys and values
+        query, key, value = (by_head[:, a:b].contiguous() for a, b in pairwise(at))
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        work["sdpa_dense"] = lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True)
+    flops = 4 * heads.query * heads.size * count * tokens * (2 * start + tokens + 1) // 2
+    row: Row = {"bench": "chunks", "chunks": count, "tokens": tokens, "start": start}
+    row["heads"] = f"{heads.query}/{heads.kv}x{heads.size}"
+    for name, call in work.items():
+        took = timer(call)
+        row[f"{name}_us"] = round(took * 1e6, 1)
+        row[f"{name}_percent"] = round(100 * flops / took / peak, 1)
     return row
 
 
@@ -377,6 +412,9 @@ def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: in
     if "attention" in parts:
         for shape in ATTENTION:
             yield attention(timer, copy, shape)
+    if "chunks" in parts:
+        for spans in CHUNKS:
+            yield chunks(timer, top["matmul_tflops"] * 1e12, spans)
     for name in models if {"decode", "prefill", "mixed"} & set(parts) else ():
         model = specs.model(name)
         engine = engine_of(model, 160_000 if model.kv_bytes_per_token < 200_000 * gpus else 80_000, options, gpus)
@@ -399,7 +437,7 @@ def rows(parts: Sequence[str], models: Sequence[str], options: Options, gpus: in
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line a row; with ``--json`` write them to a file too."""
     parser = argparse.ArgumentParser(prog="python -m chairlift.backend.gpu.bench", description=__doc__.split("\n")[0])
-    usual = ("attention", "decode", "prefill", "mixed")
+    usual = ("attention", "chunks", "decode", "prefill", "mixed")
     choices = (*usual, "drafted", "collectives")
     parser.add_argument(
         "parts", nargs="*", help=f"what to measure: {', '.join(choices)} (default: all but the last two)"

@@ -27,6 +27,7 @@ WARPS = 8  # of a thread block of the decode kernel
 MIN_TILES = 2  # worth a warp of their own
 CHUNK_GROUPS = (1, 2)  # of four warps a thread block of the kernel for chunks, in small steps and in large ones
 SMALL = 2048  # rows of a step, up to which one group is as fast or faster: two thread blocks share an SM
+NEAR = 1000  # tokens that a row sees on average, up to which it is so in larger steps
 NOWHERE = -1  # the slot of a row whose key and value are not stored
 
 
@@ -56,11 +57,13 @@ class Spans(NamedTuple):
     """Chunks of prompts in a step, and the padding of static batches: each some rows of the flat batch.
 
     ``each`` [most, 5] int32 on the model's device: first row, rows (0: nobody's span), tokens in KV with the span's
-    own, leading tokens of those that are padding, row of the block tables.
+    own, leading tokens of those that are padding, row of the block tables. ``seen``: tokens that a row of them sees on
+    average, where the host knows.
     """
 
     each: Tensor
     tables: Tensor
+    seen: float = math.inf
 
     def last_rows(self) -> Spans:
         """The last row of each span, as a span of its own."""
@@ -244,7 +247,7 @@ class PagedAttention:
         """Share spans of at most ``rows`` rows out over the GPU, once a step: what `chunks` needs in each layer."""
         if not self._cuda:
             return None
-        by = self._small if rows <= SMALL else self._large
+        by = self._small if rows <= SMALL or spans.seen <= NEAR else self._large
         entries = rows // by.tokens + len(spans.each) + 2 * by.blocks
         plan = torch.empty(8 * (1 + entries), dtype=torch.int32, device=spans.each.device)
         by.share((1,), 1024, spans.each, plan, len(spans.each), self.heads.kv, by.blocks)

@@ -177,7 +177,7 @@ class Runner:
         self._large[self._turn] = host = self._grown(self._large[self._turn], sum(lengths))
         np.concatenate(parts, out=host.numpy()[: sum(lengths)])
         rows, each, at, last, *more = host[: sum(lengths)].to(self.device, non_blocking=True).split(lengths)
-        spans = Spans(each.view(-1, 5), self._tables)
+        spans = Spans(each.view(-1, 5), self._tables, flat.seen())
         step = tokens_of(self._world, rows.view(7, -1), spans, n)._replace(sampled=at)
         if self.head is not None:
             after, places = more

@@ -55,6 +55,11 @@ class Flat(NamedTuple):
     behind: Ints | None = None
     places: Ints | None = None
 
+    def seen(self) -> float:
+        """Tokens that a row of the spans sees on average; those before it in its span, and itself, are some of them."""
+        _, count, known, padding, _ = self.spans.reshape(-1, SPAN).T.astype(np.int64)
+        return float((count * (known - padding - (count - 1) / 2)).sum() / max(1, count.sum()))
+
 
 def graph_rows(model: Model, gpus: int, eights: bool) -> int:
     """Rows of the largest captured step with chunks, where ``gpus`` share the model; ``eights`` is as in `Transformer`.

@@ -156,6 +156,15 @@ def test_append_and_decode_stores_and_attends(heads: Heads, block: int, dtype: t
     assert cache.isnan().sum() == before.isnan().sum()
 
 
+def test_large_steps_whose_rows_see_few_tokens_go_to_the_small_kernel() -> None:
+    kind = PagedAttention(Heads(8, 2, 128), 16, torch.bfloat16, DEVICE, None, 4)
+    spans = Spans(torch.tensor([[0, 3000, 3000, 0, 0]], dtype=torch.int32, device=DEVICE), torch.zeros((1, 1)))
+    for rows, seen, small in ((2048, 5000.0, True), (3000, 999.0, True), (3000, 1001.0, False)):
+        shared = kind.plan_chunks(spans._replace(seen=seen), rows)
+        assert shared is not None
+        assert (shared.by is kind._small) is small
+
+
 @pytest.mark.parametrize(("heads", "block", "dtype"), SHAPES, ids=str)
 def test_chunks_equal_plain_attention(heads: Heads, block: int, dtype: torch.dtype) -> None:
     rotation = Arithmetic().rotation(9000, heads.size, DEVICE)

@@ -476,6 +476,15 @@ def test_a_step_is_filled_up_to_a_larger_size_whose_graph_is_faster() -> None:
     assert step_graphs.through({1: 9.0, 2: 8.0, 4: 3.0, 8: 5.0}) == {1: 4, 2: 4, 4: 4, 8: 8}
 
 
+def test_a_step_tells_how_many_tokens_its_rows_see() -> None:
+    """Four rows of a whole prompt see 1, 2, 3, 4 tokens; two with 9 behind 5 of padding before them see 10 and 11."""
+    none = np.zeros(0, np.int32)
+    spans = np.array([[0, 4, 4, 0, 0], [4, 2, 16, 5, 1]], np.int32)
+    flat = step_graphs.Flat(np.zeros((7, 6), np.int32), spans, none, none)
+    assert flat.seen() == pytest.approx((1 + 2 + 3 + 4 + 10 + 11) / 6)
+    assert flat._replace(spans=none).seen() == 0
+
+
 def test_random_weights_are_those_of_the_seed() -> None:
     assert run_once(seed=1) == run_once(seed=1)
     assert run_once(seed=1) != run_once(seed=2)

@@ -22,7 +22,7 @@ from kit.places import ROOT
 
 MEASURED = ROOT / "backend" / "gpu" / "measured"
 EXPERTS = ("qwen3-30b-a3b", "qwen3-30b-a3b-tp2-ep")
-TODAYS = ("llama-3.1-8b", "llama-3.1-8b-fp8", "qwen3-30b-a3b")  # recorded since one kernel attends for all prompts
+TODAYS = ("llama-3.1-8b", "llama-3.1-8b-fp8", "opt-13b", "qwen3-30b-a3b")  # since one kernel attends for all prompts
 
 
 def profile_of(model: str) -> Profile:
@@ -90,7 +90,7 @@ def test_a_recording_tells_whole_prompts() -> None:
 def test_an_engine_with_one_kernel_for_all_prompts_is_known_by_its_recording(model: str) -> None:
     steps = recorded(model, "grid", ["grid_prefill"])
 
-    assert ((steps.kind == EAGER) & (steps.prompt == 8190)).any()
+    assert ((steps.kind == EAGER) & (steps.prompt >= 2047)).any()
     assert not steps.whole.any()
     assert profile_of(model).gpu_time.whole_pair_s == 0
 
@@ -110,18 +110,21 @@ def test_whole_prompts_take_less_for_a_pair() -> None:
 @pytest.mark.parametrize("model", TODAYS)
 def test_a_pair_of_a_prompt_takes_half_of_what_it_took_in_november(model: str) -> None:
     """Without the prompts that cuDNN attended to then: the kernel alone took 1,704 µs for 8,192 tokens, today's 950."""
-    then = {"llama-3.1-8b": 1.756e-9, "llama-3.1-8b-fp8": 1.801e-9, "qwen3-30b-a3b": 2.582e-9}
+    then = {"llama-3.1-8b": 1.756e-9, "llama-3.1-8b-fp8": 1.801e-9, "opt-13b": 2.565e-9, "qwen3-30b-a3b": 2.582e-9}
 
     assert profile_of(model).gpu_time.pair_s / then[model] == pytest.approx(950 / 1704, rel=0.15)
 
 
 def test_a_profile_prices_whole_prompts_as_its_fit_does() -> None:
-    profile = profile_of("opt-13b")
-    steps = recorded("opt-13b", "grid", ["grid_prefill"])
+    model = "qwen3-30b-a3b-tp2-ep"
+    profile, steps = profile_of(model), recorded(model, "grid", ["grid_prefill"])
     cold = Calibrated(replace(profile, gpu_time=replace(profile.gpu_time, hot_chunk=0.0, hot_kv=0.0)))
     told = predicted(cold.profile.gpu_time, steps)
 
-    for row in np.flatnonzero((steps.kind == EAGER) & (steps.chunks == 1) & (steps.whole > 0)):
+    rows = np.flatnonzero((steps.kind == EAGER) & (steps.chunks == 1) & (steps.whole > 0))
+
+    assert len(rows) >= 9
+    for row in rows:
         cost = cold.step(Batch((Chunk(0, int(steps.prompt[row])),), 0, 0))
         assert cost.first / 1e12 == pytest.approx(told[row], rel=1e-6)
 
