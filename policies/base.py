@@ -404,6 +404,10 @@ class Step:
         """Whether a request may be in this plan: not while what it waits for is in flight (`stages`)."""
         return True
 
+    def ready_running(self) -> Sequence[Request]:
+        """Those of `running` that are `ready`, in the same order."""
+        return [request for request in self.running if self.ready(request)]
+
     @abstractmethod
     def cached_tokens(self, request: Request) -> int:
         """Leading tokens of a waiting request that need no computing: in the prefix cache, or swapped out."""

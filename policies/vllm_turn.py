@@ -218,17 +218,17 @@ class VllmTurn:
         over as well.
         """
         running = list(step.running)
+        turns: Sequence[Request] = step.ready_running() if self._staged else running
         planned: dict[int, int] = {}
-        preempted = prefills = False
-        ready = step.ready if self._staged else None
+        preempted = prefills = passed_over = False
         speculation = step.speculation
         index = 0
-        while index < len(running) and budget > 0:
-            request = running[index]
+        while index < len(turns) and budget > 0:
+            request = turns[index]
             index += 1
             if held and request.id in unfinished:
                 continue
-            if ready is not None and not ready(request):
+            if passed_over and not step.ready(request):
                 continue
             tokens = self._chunk(request.remaining, budget)
             if speculation is not None:  # drafts may reach beyond what the model can hold
@@ -236,6 +236,8 @@ class VllmTurn:
             if tokens == 0:
                 continue
             while not step.run(request, tokens):
+                if turns is not running:  # from here on the index counts those who are passed over, too
+                    turns, index, passed_over = running, running.index(request) + 1, True
                 victim = self._victim(step)
                 at = running.index(victim)
                 del running[at]

@@ -9,6 +9,7 @@ may be planned meanwhile is told by `vllm/v1/core/sched/scheduler.py`, and by `a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from chairlift.sim.replica.request import Live, When
@@ -83,6 +84,15 @@ class InFlight:
         if stray is None or not stray.expected:
             return True
         return request.stored + 2 - stray.expected < request.prompt + request.limit  # else its last token is planned
+
+    def ready_of(self, running: Iterable[Live]) -> list[Live]:
+        """Those of the ``running`` that are `ready`, in their order."""
+        if self.strays:
+            return [r for r in running if self.ready(r, True)]
+        if not self._asynchronous:
+            return [r for r in running if r.row not in self._tokens]
+        turn, eligible = self._turn, self._eligible
+        return [r for r in running if eligible.get(r.row, 0) <= turn]
 
     def tokens(self, request: Live) -> int:
         """Tokens of a request that are planned and not in."""

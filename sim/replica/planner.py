@@ -427,8 +427,11 @@ class Planner:
         """Where several steps fly: the tokens of ``plan`` are in, and what they complete can be found."""
         flights, pool = self.state.flights, self.pool
         assert flights is not None
+        landed = flights.land(plan)
+        if not (flights.strays or (self._ahead and pool.tracks)):
+            return
         ended: list[Live] = []
-        for request in flights.land(plan):
+        for request in landed:
             running = request.row in self.state.admitted
             flying = flights.tokens(request)
             if (stray := flights.strays.get(request.row)) is not None:

@@ -199,6 +199,10 @@ class ReplicaStep(Step):
     def ready(self, request: Live) -> bool:  # noqa: D102
         return self.flights is None or self.flights.ready(request, request.row in self.admitted)
 
+    def ready_running(self) -> Sequence[Live]:  # noqa: D102
+        running = self.admitted.values()
+        return list(running) if self.flights is None else self.flights.ready_of(running)
+
     def cached_tokens(self, request: Live) -> int:  # noqa: D102
         return self.pool.hit(request)
 
@@ -445,13 +449,13 @@ class ReplicaStep(Step):
 
     def arrange(self) -> None:
         """Make the decode group what the plan chose one by one: park the rest, take the chosen in."""
-        for request in self.admitted.values():
-            chosen = request.row in self.ran
-            if chosen and request.group is None:
+        ran = self.ran
+        for request in [r for r in self.admitted.values() if (r.row in ran) is (r.group is None)]:
+            if request.group is None:
                 del self.parked[request.row]
                 self.join(request)
                 self.rejoined.append(request)
-            elif not chosen and request.group is not None:
+            else:
                 self.park(request)
 
     def join(self, request: Live) -> None:

@@ -184,12 +184,19 @@ def test_who_is_passed_over_in_flight_does_not_hold_off_the_cadence_of_prompts(m
     assert any(ledger.difference(case, "vllm", "0.33.0") for case in cases)
 
 
+def without(monkeypatch: pytest.MonkeyPatch, running: bool) -> None:
+    """Whoever is ``running``, or waits, may be in any step, whatever of theirs is in flight."""
+    rule = InFlight.ready
+    monkeypatch.setattr(InFlight, "ready", lambda self, request, runs: runs is running or rule(self, request, runs))
+    if running:
+        monkeypatch.setattr(InFlight, "ready_of", lambda _, requests: list(requests))
+
+
 @pytest.mark.parametrize("running", [True, False], ids=["too soon after its latest", "preempted in flight"])
 def test_without_a_rule_of_pipelines_some_case_with_drafts_differs(
     running: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rule = InFlight.ready
-    monkeypatch.setattr(InFlight, "ready", lambda self, request, runs: runs is running or rule(self, request, runs))
+    without(monkeypatch, running)
 
     assert any(ledger.difference(case, "vllm", "0.33.0") for case in BOTH)
 
@@ -202,8 +209,7 @@ def test_without_a_rule_of_pipelines_some_case_with_drafts_differs(
 def test_without_a_rule_of_pipelines_some_case_differs(
     running: bool, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rule = InFlight.ready
-    monkeypatch.setattr(InFlight, "ready", lambda self, request, runs: runs is running or rule(self, request, runs))
+    without(monkeypatch, running)
     cases = [case for case in PIPELINED if case["async_scheduling"] is asynchronous]
 
     assert any(ledger.difference(case, "vllm", "0.33.0") for case in cases)

@@ -22,7 +22,8 @@ OLD = ROOT / "tests" / "data" / "results-0.1.tar.gz"
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     with tarfile.open(OLD) as packed:
-        packed.extractall(tmp_path, filter="data")
+        packed.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it since 3.11.4
+        packed.extractall(tmp_path)
     return tmp_path / "results-0.1"
 
 
