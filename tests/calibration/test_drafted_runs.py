@@ -30,9 +30,8 @@ def test_runs_with_drafts_are_predicted(run: dict[str, Any]) -> None:
     off = {name: found[name] / value - 1 for name, value in run["ours"].items() if name in found and value}
 
     bands = {"duration": 0.01, "median": 0.05, "p90": 0.05, "p99": 0.1}
-    slack = {
-        "p90_ttft_ms": 0.015
-    }  # the run at 6/s is short by so much; arrivals shifted by 2 ms move it from −9 to +5 %
+    # the run at 6/s is short by so much; arrivals that are shifted by up to 2 ms move it to between −9 and +5 %
+    slack = {"p90_ttft_ms": 0.015}
     held = {name: bands[name.split("_")[0]] + slack.get(name, 0) for name in off if name.split("_")[0] in bands}
     assert len(held) == 10
     assert all(abs(off[name]) < band for name, band in held.items()), off
