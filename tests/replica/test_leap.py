@@ -63,6 +63,16 @@ def test_leap_equals_step(
         check_books(world)
 
 
+def test_decodes_that_are_chosen_one_by_one_leap_too() -> None:
+    """By urgency vLLM takes each in its turn: both prompts in a step, 29 steps of two decodes, 20 of one."""
+    trace = trace_of([(0, 10, 30), (0, 10, 50)], priority=[1, 0])
+    make = POLICIES["vllm-priority"]
+    world = play(trace, lambda: make(2), lambda: Affine(1000, 10, 1), 40, 16, 1, True, 2000)
+    runs = world.engines[0].records.runs()
+
+    assert list(zip(runs["decodes"].tolist(), runs["steps"].tolist(), strict=True)) == [(0, 1), (2, 29), (1, 20)]
+
+
 @given(st.integers(1, 10**12), st.integers(0, 10**9), st.integers(1, 10**15))
 def test_a_cut_is_the_first_boundary_that_reaches(first: int, slope: int, span: int) -> None:
     steps = steps_to_reach(span, first, slope)
