@@ -142,11 +142,7 @@ def attention(timer: Timer, copy: float, shape: tuple[int, ...]) -> Row:
     }
     moved = 4 * batch * context * kv_heads * size  # bytes of keys and values
     row: Row = {"bench": "attention", "batch": batch, "context": context, "heads": f"{query_heads}/{kv_heads}x{size}"}
-    for name, call in work.items():
-        took = timer(call)
-        row[f"{name}_us"] = round(took * 1e6, 1)
-        row[f"{name}_percent"] = round(100 * moved / took / copy, 1)
-    return row
+    return row | beside(timer, work, moved / copy)
 
 
 def chunks(timer: Timer, peak: float, shape: tuple[int, int, int]) -> Row:
@@ -173,10 +169,16 @@ def chunks(timer: Timer, peak: float, shape: tuple[int, int, int]) -> Row:
     flops = 4 * heads.query * heads.size * count * tokens * (2 * start + tokens + 1) // 2
     row: Row = {"bench": "chunks", "chunks": count, "tokens": tokens, "start": start}
     row["heads"] = f"{heads.query}/{heads.kv}x{heads.size}"
+    return row | beside(timer, work, flops / peak)
+
+
+def beside(timer: Timer, work: dict[str, Callable[[], Any]], least: float) -> Row:
+    """What each takes, µs, and which share of that it takes at ``least`` (seconds), percent."""
+    row: Row = {}
     for name, call in work.items():
         took = timer(call)
         row[f"{name}_us"] = round(took * 1e6, 1)
-        row[f"{name}_percent"] = round(100 * flops / took / peak, 1)
+        row[f"{name}_percent"] = round(100 * least / took, 1)
     return row
 
 

@@ -208,8 +208,6 @@ class Planner:
             state.slept += state.host.delay(first)
         self.vouched = vouched
         leaps = self._leaps and decoding and not (chunks or state.slept or intake)
-        if state.ran and (state.flights is not None or self.pool.windowed):
-            leaps = False  # steps of others fly meanwhile; windows slide request by request
         if leaps and not (self.pool.publishes and state.queue):  # whoever waits may find what is being generated
             count = min(vouched, alike if host is NO_HOST else cost.steps_alike(self._ahead), self._ends.horizon())
             if count > 1 and group.growing:

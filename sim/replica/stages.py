@@ -46,6 +46,7 @@ class StagedPlanner(Planner):
         super().__init__(*parts, **more)  # type: ignore[arg-type]
         if self.state.flights is None:
             raise PolicyError("a pipeline has several stages", name_of(self.scheduler))
+        self._leaps = False  # steps of others fly meanwhile
         self.flying: list[Plan] = []  # those whose output is not in, the oldest first
         self.delivered: dict[int, When] = {}  # request → when the latest of its tokens that is in came
         self.passes = 0  # ps that the plan at hand takes in the last stage beside its share
